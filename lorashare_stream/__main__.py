@@ -1,0 +1,5 @@
+"""`python -m lorashare_stream`."""
+
+from .cli import main
+
+raise SystemExit(main())

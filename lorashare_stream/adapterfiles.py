@@ -1,0 +1,168 @@
+"""The files of one adapter folder: which they are, and the tensors in them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import AdapterError, MissingFileError
+from .files import read_json
+from .names import listed, shown
+from .tensorfile import CHUNK, SafetensorsReader, TensorReader, TensorRecord, read_header
+
+CONFIG = "adapter_config.json"
+SAFETENSORS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+INDEXES = ("adapter_model.safetensors.index.json", "model.safetensors.index.json")
+
+
+@dataclass(frozen=True, slots=True)
+class FileFact:
+    """A weight file as it was when the plan was made; a change of either number is a change of the file."""
+
+    path: Path
+    size: int
+    mtime_ns: int
+
+
+def file_fact(path: Path) -> FileFact:
+    """The facts of one file; links are followed, since the Hub's cache is made of them."""
+    stat = path.stat()
+    return FileFact(path, stat.st_size, stat.st_mtime_ns)
+
+
+def looks_like_adapter(names: Iterable[str]) -> bool:
+    """Whether a folder with these file names is meant as an adapter, whole or broken."""
+    return any(
+        n in (CONFIG, SAFETENSORS, PICKLE)
+        or (n.endswith((".safetensors", ".bin")) and n.startswith(("adapter_model", "pytorch_lora_weights")))
+        for n in names
+    )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The adapter_config.json of a folder.
+
+    Raises:
+        MissingFileError: if there is none, saying what the folder holds instead.
+        AdapterError: if it is no JSON object.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise _no_config(folder)
+    try:
+        config = read_json(path, limit=16 << 20)
+    except ValueError as e:
+        raise AdapterError(f"{CONFIG} is not valid JSON", found=str(e), remedy="Save the adapter again.") from e
+    if not isinstance(config, dict):
+        raise AdapterError(f"{CONFIG} is not an object", found=type(config).__name__, expected="an object")
+    return config
+
+
+def _no_config(folder: Path) -> MissingFileError:
+    entries = sorted(os.listdir(folder)) if folder.is_dir() else []
+    if any(n.startswith("pytorch_lora_weights") for n in entries):
+        return MissingFileError(
+            f"a diffusers LoRA: pytorch_lora_weights without {CONFIG}",
+            remedy="Only PEFT adapters are taken; load it in diffusers and save it with PEFT's save_pretrained.",
+        )
+    inner = [n for n in entries if (folder / n / CONFIG).is_file()]
+    hint = f" Adapters lie in its subfolders: {listed(inner)}." if inner else ""
+    return MissingFileError(
+        f"no {CONFIG}",
+        found=listed(entries) or "nothing",
+        expected=f"{CONFIG} and {SAFETENSORS}",
+        remedy=f"Point to the folder that PEFT's save_pretrained wrote.{hint}",
+    )
+
+
+def weight_files(folder: Path) -> tuple[Path, ...]:
+    """The weight files of an adapter: safetensors before pickle, as PEFT prefers them; or shards by an index.
+
+    Raises:
+        MissingFileError: if there are none.
+        AdapterError: if an index names a file outside the folder.
+    """
+    for name in (SAFETENSORS, PICKLE):
+        if (folder / name).is_file():
+            return (folder / name,)
+    for name in INDEXES:
+        if (folder / name).is_file():
+            return _shards(folder, name)
+    entries = sorted(os.listdir(folder))
+    raise MissingFileError(
+        "no weights", found=listed(entries), expected=f"{SAFETENSORS} or {PICKLE}", remedy="Save the adapter again."
+    )
+
+
+def _shards(folder: Path, index: str) -> tuple[Path, ...]:
+    try:
+        content = read_json(folder / index)
+        names = sorted(set(content["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise AdapterError(f"{index} has no usable weight_map", found=str(e)) from e
+    for name in names:
+        if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
+            raise AdapterError(
+                "a weight_map leaves the adapter's folder, or names no safetensors file",
+                key=index,
+                found=name,
+                expected="file names in the same folder",
+                remedy="Do not trust this adapter.",
+            )
+        if not (folder / name).is_file():
+            raise MissingFileError("a shard is missing", key=index, found=listed(os.listdir(folder)), expected=name)
+    return tuple(folder / name for name in names)
+
+
+def tensor_records(paths: tuple[Path, ...]) -> tuple[tuple[TensorRecord, ...], str]:
+    """All tensors of an adapter's files, and a digest of the headers; equal digests mean equal records.
+
+    Raises:
+        AdapterError: if a file is damaged, or two shards hold one key.
+    """
+    if paths[0].suffix == ".bin":
+        from .picklefile import pickle_records
+
+        records = pickle_records(paths[0])
+        return records, hashlib.sha256(repr(records).encode("utf-8", "surrogatepass")).hexdigest()
+    digest = hashlib.sha256()
+    everything: list[TensorRecord] = []
+    for number, path in enumerate(paths):
+        part, raw = read_header(path, number)
+        digest.update(len(raw).to_bytes(8, "little") + raw)
+        everything += part
+    names = [r.name for r in everything]
+    if len(set(names)) != len(names):
+        twice = next(n for n in names if names.count(n) > 1)
+        raise AdapterError("two shards hold the same key", key=twice, remedy="Save the adapter again.")
+    return tuple(everything), digest.hexdigest()
+
+
+def open_tensors(paths: tuple[Path, ...]) -> TensorReader:
+    """Open the weight files of one adapter: safetensors shards, or one `.bin`.
+
+    Raises:
+        MissingFileError: if one is gone.
+    """
+    gone = [p for p in paths if not p.is_file()]
+    if gone:
+        raise MissingFileError("a weight file is gone", found=shown(gone[0]), remedy="Restore it and run again.")
+    if paths[0].suffix == ".bin":
+        from .picklefile import PickleReader
+
+        return PickleReader(paths[0])
+    return SafetensorsReader(paths)
+
+
+def digest_files(paths: Iterable[Path]) -> str:
+    """SHA-256 over the content of files, in order; for one file it is what the Hub lists as its LFS oid."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as f:
+            while chunk := f.read(CHUNK):
+                digest.update(chunk)
+    return digest.hexdigest()

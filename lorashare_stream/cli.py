@@ -1,0 +1,144 @@
+"""The command line: arguments, exit codes, signals. What the commands do is in `commands`.
+
+Exit codes: 0 done; 1 permanent error; 2 usage; 3 done, but some adapters were left out;
+75 stopped, and a rerun may help (signal, full disk, lost network).
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import logging
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Any, NoReturn
+
+from .errors import Stopped, StreamError, UsageError
+from .names import shown
+from .version import __version__
+
+_RERUN_HELPS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENETDOWN, errno.ENETUNREACH, errno.ETIMEDOUT}
+_EPILOG = "Exit codes: 0 done, 1 permanent error, 2 usage, 3 done but adapters were left out, 75 stopped: run it again."
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands and their options. Options that were not given are absent from the result."""
+    top = argparse.ArgumentParser(prog="lorashare-stream", description=__doc__.split("\n\n")[0], epilog=_EPILOG)
+    top.description = "Compress thousands of LoRA adapters of one base model into a SHARE checkpoint."
+    top.add_argument("--version", action="version", version=f"lorashare-stream {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        p = commands.add_parser(
+            name, help=text, description=text, epilog=_EPILOG, allow_abbrev=False, argument_default=argparse.SUPPRESS
+        )
+        p.add_argument("--json", action="store_true", help="print one JSON object on stdout, and nothing else")
+        loud = p.add_mutually_exclusive_group()
+        loud.add_argument("-q", "--quiet", action="store_true", help="no progress, only warnings and errors")
+        loud.add_argument("-v", "--verbose", action="store_true", help="say more")
+        return p
+
+    p = command("plan", "Read headers only: what will be read, computed and written, and what is refused.")
+    _add_sources(p)
+    p.add_argument("-o", "--output", metavar="PLAN.json", help="write the plan, for compress --plan")
+    p = command("compress", "Compress adapters into a SHARE checkpoint. The same command again goes on where it was.")
+    _add_sources(p)
+    p.add_argument("-o", "--output", metavar="OUT", help="the checkpoint's folder")
+    p.add_argument("--plan", metavar="PLAN.json", help="run this plan")
+    p.add_argument("--overwrite", action="store_true", help="replace a checkpoint of another run")
+    p.add_argument("--layer-by-layer", action="store_true", help="no effect: adapters are always streamed")
+    p.add_argument("--chunk-size", type=int, metavar="N", help="no effect: adapters are always streamed")
+    p = command("info", "What a checkpoint holds, how large it is, how far off.")
+    p.add_argument("checkpoint")
+    p = command("reconstruct", "Write adapters of a checkpoint as PEFT adapter folders.")
+    p.add_argument("checkpoint")
+    which = p.add_mutually_exclusive_group(required=True)
+    which.add_argument(
+        "--adapter", nargs="+", metavar="NAME", help="one adapter is written into DIR, several into DIR/NAME"
+    )
+    which.add_argument("--all", action="store_true", help="all adapters")
+    p.add_argument("-o", "--output", metavar="DIR", required=True)
+    p = command("verify", "Measure errors against the originals, per adapter, worst first.")
+    p.add_argument("checkpoint")
+    p.add_argument(
+        "--sources", nargs="+", metavar="SOURCE", help="the originals; else those of the workspace beside it"
+    )
+    return top
+
+
+def _add_sources(p: argparse.ArgumentParser) -> None:
+    p.add_argument("sources", nargs="*", metavar="SOURCE", help="adapter folder, folder of them, glob, or manifest")
+    p.add_argument("--names", nargs="+", metavar="NAME", help="names of the sources, which are then adapter folders")
+    p.add_argument("-k", "--num-components", metavar="K", help="components per group, or auto (default: 32)")
+    p.add_argument(
+        "--variance", type=float, metavar="T", dest="variance_threshold", help="share that auto keeps (0.95)"
+    )
+    p.add_argument("--objective", help="delta: least error of dW (default); factors: A and B on their own")
+    p.add_argument(
+        "--center", action="store_true", help="subtract the mean, as the published method does; factors only"
+    )
+    p.add_argument("--moment-dtype", help="float32 (default) or float64")
+    p.add_argument("--workspace", metavar="DIR", help="folder of resumable state (default: OUT.workspace)")
+    p.add_argument("--memory", metavar="SIZE", help="what the process may use (default: 4GiB)")
+    p.add_argument("--workers", type=int, metavar="N", help="tasks at a time (default: one per core)")
+    p.add_argument("--on-error", help="raise (default), or skip: go on without adapters that cannot be compressed")
+    p.add_argument("--device", help="auto (default), cpu or cuda")
+    p.add_argument("--dtype", help="of what is stored: auto (default), float32, bfloat16, float16")
+    p.add_argument("--config", metavar="FILE.yaml", help="the same settings from a file; flags win")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command and return its exit code."""
+    args = vars(parser().parse_args(argv))
+    level = logging.WARNING if args.get("quiet") else logging.DEBUG if args.get("verbose") else logging.INFO
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("lorashare_stream").setLevel(level)
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        from . import commands
+
+        return int(getattr(commands, args["command"])(args))
+    except StreamError as e:
+        return _failed(args, e, e.exit_code)
+    except KeyboardInterrupt:
+        return _failed(args, _stopped("interrupted"), Stopped.exit_code)
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as e:
+        return _failed(args, *_of_the_machine(e))
+    except MemoryError:
+        error = StreamError(
+            "the machine ran out of memory", remedy="Give --memory what is really free, or fewer --workers."
+        )
+        return _failed(args, error, 1)
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    raise _stopped(f"stopped by {signal.Signals(number).name}")
+
+
+def _stopped(why: str) -> Stopped:
+    return Stopped(why, remedy="What is done is kept: run the same command again, and it goes on where it was.")
+
+
+def _of_the_machine(e: OSError) -> tuple[StreamError, int]:
+    where = f" {shown(e.filename)}" if e.filename else ""
+    text = f"{e.strerror or e}:{where}" if where else str(e.strerror or e)
+    if e.errno in _RERUN_HELPS or isinstance(e, ConnectionError):
+        return Stopped(text, remedy="Mend that, and run the same command again: what is done is kept."), 75
+    return StreamError(text, remedy="What was done is kept."), 1
+
+
+def _failed(args: dict[str, Any], error: StreamError, code: int) -> int:
+    if args.get("json"):
+        problems = [str(p) for p in getattr(error, "problems", ())]
+        details = {"problem": error.problem, **error.details()} | ({"problems": problems} if problems else {})
+        print(json.dumps({"error": details, "exit_code": code}))
+    print(f"lorashare-stream: {error}", file=sys.stderr)
+    if isinstance(error, UsageError):
+        print(f"Try: lorashare-stream {args['command']} --help", file=sys.stderr)
+    return code

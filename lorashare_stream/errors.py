@@ -1,0 +1,108 @@
+"""The exceptions. Each names the adapter, the key, what was found, what was expected, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from .names import shown
+
+
+class StreamError(Exception):
+    """Base of all errors of this package.
+
+    Args:
+        problem: what is wrong, in one clause.
+        adapter, key: where, as far as it is known.
+        found, expected: the two sides of the disagreement.
+        remedy: what the user can do.
+    """
+
+    exit_code: ClassVar[int] = 1  # 1: permanent; 2: usage; 75: a rerun may help (EX_TEMPFAIL)
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        adapter: str | None = None,
+        key: str | None = None,
+        found: object = None,
+        expected: object = None,
+        remedy: str | None = None,
+    ) -> None:
+        super().__init__(problem)
+        self.problem, self.adapter, self.key = problem, adapter, key
+        self.found, self.expected, self.remedy = found, expected, remedy
+
+    def __reduce__(self) -> tuple[Any, ...]:  # keyword arguments survive pickling between processes
+        return _rebuild, (type(self), self.problem, self.details())
+
+    def details(self) -> dict[str, Any]:
+        """The parts that are known, as plain values (for JSON and for pickling)."""
+        parts = {name: getattr(self, name) for name in ("adapter", "key", "found", "expected", "remedy")}
+        return {k: v if isinstance(v, str) else str(v) for k, v in parts.items() if v is not None}
+
+    def __str__(self) -> str:
+        where = [f"{label} {shown(v)!r}" for label, v in (("adapter", self.adapter), ("key", self.key)) if v]
+        text = f"{', '.join(where)}: {self.problem}" if where else self.problem
+        facts = [f"{n} {shown(v)}" for n, v in (("found", self.found), ("expected", self.expected)) if v is not None]
+        text += f" ({'; '.join(facts)})" if facts else ""
+        return f"{text}. {self.remedy}" if self.remedy else text
+
+
+def _rebuild(cls: type[StreamError], problem: str, details: dict[str, Any]) -> StreamError:
+    return cls(problem, **details)
+
+
+class UsageError(StreamError, ValueError):
+    """An option or argument that cannot be meant."""
+
+    exit_code = 2
+
+
+class AdapterError(StreamError, ValueError):
+    """One adapter that cannot be compressed: `--on-error skip` goes on without it."""
+
+
+class MissingFileError(AdapterError, FileNotFoundError):
+    """A file that an adapter must have is not there (also a FileNotFoundError, as in lorashare)."""
+
+
+class CollectionError(StreamError, ValueError):
+    """Several problems at once: everything that could be found before heavy work, named together."""
+
+    def __init__(self, problem: str, *, problems: Sequence[AdapterError] = (), **details: Any) -> None:
+        super().__init__(problem, **details)
+        self.problems = tuple(problems)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild_collection, (self.problem, self.problems, self.details())
+
+    def __str__(self) -> str:
+        return "\n".join([super().__str__(), *(f"  - {p}" for p in self.problems)])
+
+
+def _rebuild_collection(problem: str, problems: Sequence[AdapterError], details: dict[str, Any]) -> CollectionError:
+    return CollectionError(problem, problems=problems, **details)
+
+
+class BudgetError(StreamError, ValueError):
+    """The plan does not fit the memory or the disk that it may use."""
+
+
+class WorkspaceError(StreamError):
+    """A workspace that is locked, damaged, or belongs to other numbers."""
+
+
+class CheckpointError(StreamError, ValueError):
+    """A folder that is not a whole SHARE checkpoint, or one that was replaced while it was open."""
+
+
+class UnknownAdapterError(StreamError, KeyError):
+    """No adapter of that name in the checkpoint (also a KeyError, as in lorashare)."""
+
+
+class Stopped(StreamError):
+    """The run was stopped by a signal or by the machine; the same command goes on where it was."""
+
+    exit_code = 75

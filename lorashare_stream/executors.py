@@ -1,0 +1,74 @@
+"""Executors only map: `map(fn, tasks, at_once)` yields results in the order of the tasks.
+
+`Serial` defines what the others must do. None of them knows what a task is.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Executor(Protocol):
+    """What the pipeline needs of an executor."""
+
+    def map(self, fn: Callable[[T], R], tasks: Iterable[T], at_once: int) -> Iterator[R]:
+        """Results in the order of `tasks`; at most `at_once` tasks run, or wait to be taken, at a time."""
+        ...
+
+
+class Serial:
+    """One task after the other, in this thread."""
+
+    def map(self, fn: Callable[[T], R], tasks: Iterable[T], at_once: int = 1) -> Iterator[R]:
+        """See `Executor.map`."""
+        return map(fn, tasks)
+
+
+class Threads:
+    """Threads of this process. BLAS, hashing and reading release the interpreter's lock."""
+
+    def map(self, fn: Callable[[T], R], tasks: Iterable[T], at_once: int) -> Iterator[R]:
+        """See `Executor.map`. After an exception, tasks that run are waited for, others are dropped."""
+        if at_once <= 1:
+            yield from Serial().map(fn, tasks)
+            return
+        with ThreadPoolExecutor(at_once, thread_name_prefix="lorashare-stream") as pool:
+            yield from _in_order(pool.submit, fn, tasks, 2 * at_once)
+
+
+class DaskClient:
+    """A running Dask cluster. Tasks and what they refer to must be picklable, and all storage shared.
+
+    Args:
+        client: a `distributed.Client`, made and closed by the caller.
+    """
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    def map(self, fn: Callable[[T], R], tasks: Iterable[T], at_once: int) -> Iterator[R]:
+        """See `Executor.map`. Tasks are impure (they write files), so equal ones are not merged; all may be redone."""
+        yield from _in_order(lambda f, t: self._client.submit(f, t, pure=False, retries=2), fn, tasks, 2 * at_once)
+
+
+def _in_order(
+    submit: Callable[[Callable[[T], R], T], Future[R]], fn: Callable[[T], R], tasks: Iterable[T], ahead: int
+) -> Iterator[R]:
+    """Submit up to `ahead` tasks before the first result is taken; cancel what has not begun on the way out."""
+    waiting: deque[Future[R]] = deque()
+    try:
+        for task in tasks:
+            waiting.append(submit(fn, task))
+            if len(waiting) >= ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()

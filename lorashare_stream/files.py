@@ -1,0 +1,128 @@
+"""Files that are whole or absent: atomic writes, synced folders, folders that do not lead elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from .errors import UsageError
+from .names import shown
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` to write to, synced and renamed over it at the end of the block.
+
+    An existing link at `path` is replaced, never followed.
+    """
+    fd, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)
+    temporary = Path(name)
+    try:
+        os.fchmod(fd, 0o666 & ~_umask())  # mkstemp makes it private; the user's umask decides
+        yield temporary
+        os.fsync(fd)
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    finally:
+        os.close(fd)
+    sync_folder(path.parent)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file that appears under `path` whole and synced, or not at all."""
+    with atomic_path(path) as temporary, temporary.open("wb") as f:
+        yield f
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON, atomically; foreign strings are escaped by JSON itself."""
+    with atomic_file(path) as f:
+        f.write(json.dumps(value, indent=2).encode())
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder durable."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_tree(root: Path) -> None:
+    """Make every file and folder under `root` durable (Zarr itself does not sync)."""
+    for folder, _, names in os.walk(root):
+        for name in names:
+            fd = os.open(os.path.join(folder, name), os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+        sync_folder(Path(folder))
+
+
+def own_folder(path: Path) -> Path:
+    """Make a folder inside one that the user named; refuse a link, which may lead out of it.
+
+    Raises:
+        UsageError: if `path` is a link or a file.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise UsageError(
+            "refusing to write through a link, or over a file, where a folder is expected",
+            found=path,
+            remedy="Remove it, or choose another output folder.",
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def tree_bytes(root: Path) -> int:
+    """Bytes of all files under `root`."""
+    return sum(os.lstat(os.path.join(folder, name)).st_size for folder, _, names in os.walk(root) for name in names)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder that may be gone already; a link is removed, not followed."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+
+
+def free_bytes(path: Path) -> int:
+    """Free bytes on the disk that holds, or will hold, `path`."""
+    existing = path.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
+
+
+def read_json(path: Path, limit: int = 64 << 20) -> Any:
+    """Read a JSON file of bounded size.
+
+    Raises:
+        ValueError: if it is too large or no JSON.
+    """
+    if path.stat().st_size > limit:
+        raise ValueError(f"{shown(path.name)} is larger than {limit} bytes")
+    try:
+        return json.loads(path.read_bytes())
+    except RecursionError as e:
+        raise ValueError(f"{shown(path.name)} is nested too deeply") from e

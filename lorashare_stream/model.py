@@ -1,0 +1,312 @@
+"""`SHAREModel`: the names, arguments and return shapes of lorashare, on checkpoints of any size."""
+
+from __future__ import annotations
+
+import difflib
+import shutil
+import tempfile
+import warnings
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .adapterfiles import CONFIG, SAFETENSORS, open_tensors, tensor_records, weight_files
+from .checkpoint import copy_checkpoint
+from .dtypes import FLOATS
+from .errors import CheckpointError, UnknownAdapterError, UsageError
+from .executors import DaskClient, Executor
+from .files import atomic_path, write_json
+from .keys import factor_key, parse_key, split_group_id
+from .names import listed, shown
+from .peftconfig import scale
+from .pipeline import compress, plan_for
+from .reader import CheckpointReader, PerAdapter, SHAREConfig, Tensors
+from .report import summary_text
+from .settings import Settings
+from .sources import resolve
+from .subspace import DeltaError, delta_error, relative_error
+from .tensorfile import float32
+
+_said: set[str] = set()
+
+
+class SHAREModel:
+    """Many LoRA adapters of one base model as loadings on shared bases.
+
+    Attributes:
+        config: the fields of share_config.json.
+        components: group id `module:side` -> V (d, k).
+        all_loadings: name -> {group id: loadings (k, r)}.
+        adapter_configs: name -> the adapter_config.json that it came with.
+        all_classifier_heads: name -> {PEFT key: tensor}, what is kept verbatim.
+        adapter_sources: name -> where it came from.
+
+    Opened by `from_pretrained`, all but `config` are lazy: nothing of an adapter is read before it is asked for.
+    """
+
+    def __init__(
+        self,
+        config: SHAREConfig,
+        components: Mapping[str, torch.Tensor],
+        all_loadings: Mapping[str, Tensors],
+        adapter_configs: Mapping[str, dict[str, Any]],
+        all_classifier_heads: Mapping[str, Tensors] | None = None,
+        adapter_sources: Mapping[str, str] | None = None,
+    ) -> None:
+        self.config = config
+        self.components = components
+        self.all_loadings = all_loadings
+        self.adapter_configs = adapter_configs
+        self.all_classifier_heads: Mapping[str, Tensors] = all_classifier_heads or {}
+        self.adapter_sources: Mapping[str, str] = adapter_sources or {}
+        self._root: Path | None = None
+
+    @classmethod
+    def from_adapters(
+        cls,
+        adapters: list[str] | Mapping[str, str],
+        num_components: int | str = 32,
+        variance_threshold: float = 0.95,
+        device: str | None = None,
+        layer_by_layer: bool = False,
+        chunk_size: int | None = None,
+        on_error: str = "raise",
+        *,
+        output_dir: str | Path | None = None,
+        workspace: str | Path | None = None,
+        executor: Any = None,
+        **settings: Any,
+    ) -> SHAREModel:
+        """Compress adapters; they are streamed, whatever their number.
+
+        Args:
+            adapters: adapter folders, folders of them, globs and manifests; or a mapping name -> folder.
+            num_components: k, or `"auto"`: the smallest k per group that reaches `variance_threshold`.
+            variance_threshold: share of the energy that `"auto"` keeps, in (0, 1].
+            device: `"cpu"`, `"cuda"`, or None for what there is.
+            layer_by_layer, chunk_size: accepted for lorashare's sake; streaming makes them void.
+            on_error: `"raise"`, or `"skip"` to go on without adapters that cannot be compressed.
+            output_dir: the checkpoint's folder; None is a private temporary one, removed with the object.
+            workspace: the folder of resumable state; None is beside `output_dir`.
+            executor: a `distributed.Client`, or an executor of `lorashare_stream.executors`.
+            **settings: `objective`, `center`, `dtype`, `memory`, `workers`, ... as in `Settings`.
+
+        Raises:
+            ValueError: our errors are ValueErrors where lorashare's are.
+        """
+        for name, value in (("layer_by_layer", layer_by_layer), ("chunk_size", chunk_size)):
+            if value and name not in _said:
+                _said.add(name)
+                warnings.warn(f"{name} has no effect: adapters are always streamed", UserWarning, stacklevel=2)
+        chosen = Settings.from_mapping(
+            {
+                "num_components": num_components,
+                "variance_threshold": variance_threshold,
+                "device": device or "auto",
+                "on_error": on_error,
+                **settings,
+            }
+        )
+        temporary = None if output_dir is not None else Path(tempfile.mkdtemp(prefix="lorashare-stream-"))
+        try:
+            out = Path(output_dir) if output_dir is not None else (temporary or Path()) / "checkpoint"
+            root = Path(workspace) if workspace is not None else None
+            plan = plan_for(resolve(adapters), chosen, root or out.parent / f"{out.name}.workspace")
+            skipped = compress(plan, out, workspace=root, executor=_executor(executor))
+            if skipped:
+                warnings.warn(f"left out: {listed(e.adapter for e in skipped)}", UserWarning, stacklevel=2)
+            model = cls.from_pretrained(out)
+        except BaseException:
+            if temporary is not None:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        if temporary is not None:
+            weakref.finalize(model, shutil.rmtree, temporary, ignore_errors=True)
+        return model
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> SHAREModel:
+        """Open a checkpoint, of ours or of lorashare.
+
+        Raises:
+            CheckpointError: if `path` is no whole SHARE checkpoint.
+        """
+        reader = CheckpointReader(Path(path))
+        names = reader.names
+        model = cls(
+            reader.config,
+            reader.components,
+            PerAdapter(names, reader.loadings),
+            PerAdapter(names, reader.adapter_config),
+            PerAdapter(names, reader.verbatim),
+            reader.sources,
+        )
+        model._root = reader.root
+        model._reader = reader
+        return model
+
+    _reader: CheckpointReader | None = None
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """Names of all adapters."""
+        return list(self.all_loadings)
+
+    def certified(self, adapter_name: str) -> dict[str, Any]:
+        """What compression recorded of one adapter: `relative_error`, `worst_module`, `verbatim`, `notes`, ...
+
+        Empty for a checkpoint that lorashare wrote.
+        """
+        self._known(adapter_name)
+        return {} if self._reader is None else dict(self._reader.meta(adapter_name).get("lorashare_stream", {}))
+
+    def save_pretrained(self, output_dir: str | Path) -> None:
+        """Copy the checkpoint to a folder; a checkpoint that is there is replaced."""
+        if self._root is None:
+            raise CheckpointError(
+                "this model was not read from a checkpoint", remedy="Build it by from_adapters or from_pretrained."
+            )
+        copy_checkpoint(self._root, Path(output_dir))
+
+    def reconstruct(self, adapter_name: str, output_dir: str | Path | None = None) -> Tensors:
+        """One adapter's tensors: V L for what is shared, and what is kept verbatim.
+
+        Args:
+            adapter_name: which.
+            output_dir: if given, a PEFT adapter folder is written there.
+
+        Returns:
+            PEFT key -> tensor, in the checkpoint's dtype: lora_A (r, d_in), lora_B (d_out, r).
+
+        Raises:
+            UnknownAdapterError: a KeyError, if there is no such adapter.
+        """
+        self._known(adapter_name)
+        tensors: Tensors = {}
+        for group, loading in self.all_loadings[adapter_name].items():
+            tensors |= self._restored(adapter_name, group, loading)
+        tensors.update(self.all_classifier_heads.get(adapter_name, {}))
+        if output_dir is not None:
+            _save_adapter(Path(output_dir), tensors, self.adapter_configs[adapter_name])
+        return tensors
+
+    def _restored(self, name: str, group: str, loading: torch.Tensor) -> Tensors:
+        try:
+            module, side = split_group_id(group)
+            v = self.components[group]
+            if v.ndim != 2 or loading.ndim != 2 or v.shape[1] != loading.shape[0]:
+                raise ValueError(f"components {list(v.shape)}, loadings {list(loading.shape)}")
+        except (ValueError, KeyError) as e:
+            raise CheckpointError("loadings that fit no components", adapter=name, key=group, found=str(e)) from e
+        vectors = (v.float() @ loading.float()).to(v.dtype)  # (d, r)
+        return {factor_key(module, side): (vectors.T if side == "A" else vectors).contiguous()}
+
+    def apply(self, base_model: Any, adapter_name: str) -> Any:
+        """Load one adapter on a base model.
+
+        Returns:
+            A `peft.PeftModel`.
+        """
+        from peft import PeftModel
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.reconstruct(adapter_name, output_dir=folder)
+            return PeftModel.from_pretrained(base_model, folder)
+
+    def summary(self) -> None:
+        """Print what the checkpoint holds, how large it is, and how far off."""
+        print(summary_text(self.config))
+
+    def reconstruction_error(
+        self,
+        adapter_name: str,
+        original_weights: Mapping[str, torch.Tensor] | None = None,
+        original_path: str | None = None,
+    ) -> dict[str, Any]:
+        """How far a reconstructed adapter is from its original.
+
+        Args:
+            adapter_name: which.
+            original_weights: its tensors by PEFT key; or
+            original_path: its folder.
+
+        Returns:
+            `per_layer` (key -> relative Frobenius error), `mean` and `max`, as lorashare gives them; and of
+            dW = s B A: `delta_per_module`, `delta_relative` over all modules, `delta_worst_module`.
+
+        Raises:
+            ValueError: if neither original is given.
+        """
+        if original_weights is None and original_path is None:
+            raise UsageError("no original to compare with", expected="original_weights or original_path")
+        if original_weights is None:
+            original_weights = {k: v for k, v in _load_adapter(Path(str(original_path))).items() if ".lora_" in k}
+        found = self.reconstruct(adapter_name)
+        per_layer: dict[str, float] = {}
+        for key, original in original_weights.items():
+            canonical = parse_key(key).canonical
+            if canonical in found:
+                wide = original.double()
+                norm = float(torch.norm(wide))
+                per_layer[key] = float(torch.norm(wide - found[canonical].double())) / norm if norm > 1e-12 else 0.0
+        errors = list(per_layer.values()) or [0.0]
+        deltas = delta_errors(original_weights, found, self.adapter_configs.get(adapter_name, {}))
+        total = relative_error(sum(d.error for d in deltas.values()), sum(d.norm for d in deltas.values()))
+        return {
+            "per_layer": per_layer,
+            "mean": sum(errors) / len(errors),
+            "max": max(errors),
+            "delta_per_module": {module: d.relative for module, d in deltas.items()},
+            "delta_relative": total,
+            "delta_worst_module": max(deltas, key=lambda m: deltas[m].relative, default=None),
+        }
+
+    def _known(self, name: str) -> None:
+        if name not in self.all_loadings:
+            near = difflib.get_close_matches(str(name), self.adapter_names, n=5, cutoff=0.5) or self.adapter_names[:5]
+            raise UnknownAdapterError(
+                f"no adapter named {shown(name)!r} among {len(self.all_loadings)}", remedy=f"Near: {listed(near)}."
+            )
+
+
+def delta_errors(
+    original: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], config: Mapping[str, Any]
+) -> dict[str, DeltaError]:
+    """Error of dW by module, for all modules of which both sides are 2-D in both; keys may be raw."""
+    parsed = {(k.module, k.side): tensor for key, tensor in original.items() if (k := parse_key(key)).module}
+    errors: dict[str, DeltaError] = {}
+    for module in sorted({m for m, _ in parsed if m is not None}):
+        pairs = [(parsed.get((module, side)), found.get(factor_key(module, side))) for side in ("A", "B")]
+        arrays = [t.float().numpy() for pair in pairs for t in pair if t is not None and t.ndim == 2]
+        if len(arrays) == 4:
+            a, a_hat, b, b_hat = arrays
+            s = scale(config, module) if "r" in config and "lora_alpha" in config else 1.0
+            errors[module] = delta_error(a, b, a_hat, b_hat, s)
+    return errors
+
+
+def _load_adapter(folder: Path) -> Tensors:
+    """The float tensors of an adapter folder, as float32, by canonical key."""
+    paths = weight_files(folder)
+    with open_tensors(paths) as tensors:
+        return {
+            parse_key(r.name).canonical: torch.from_numpy(float32(tensors, r))
+            for r in tensor_records(paths)[0]
+            if r.dtype in FLOATS
+        }
+
+
+def _save_adapter(folder: Path, tensors: Tensors, config: Mapping[str, Any]) -> None:
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_path(folder / SAFETENSORS) as path:
+        save_file(tensors, path, metadata={"format": "pt"})
+    write_json(folder / CONFIG, config)
+
+
+def _executor(given: Any) -> Executor | None:
+    return DaskClient(given) if hasattr(given, "submit") and hasattr(given, "scheduler") else given

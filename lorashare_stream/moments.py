@@ -1,0 +1,225 @@
+"""The additive statistic of a group.
+
+A moment of oriented vectors X (d, n), one column a vector, is what a basis is fitted to:
+
+    second  S = X X'   (d, d)        or, while n <= d,        columns  X' (n, d), one vector a row
+    sum     s = X 1    (d,)  float64
+    count   n
+    energy  tr S             float64, summed from the vectors themselves
+
+Both forms are exact and hold the same; the smaller one is kept. Laws (tested): `merge` is associative and
+commutative up to rounding; adding vectors in blocks of any size gives the same moment up to rounding;
+`downdate(merge(a, b), b)` is `a` up to rounding times the ratio of their traces.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import cython_blas
+
+from .settings import QUANTUM
+
+Array = NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One form of the statistic.
+
+    Attributes:
+        second: S (d, d), symmetric, float32 or float64; or None.
+        columns: X' (n, d), float32 or float64; or None. One of the two is there, unless it is on disk.
+        sum: s (d,) float64.
+        count: n.
+        energy: tr S, float64.
+    """
+
+    second: Array | None
+    columns: Array | None
+    sum: NDArray[np.float64]
+    count: int
+    energy: float
+
+    @property
+    def dim(self) -> int:
+        """d, the length of a vector."""
+        return len(self.sum)
+
+
+def empty(dim: int, dtype: str = "float32", *, stacked: bool = False) -> Moment:
+    """The moment of no vectors: the neutral element of `merge`."""
+    return Moment(
+        None if stacked else np.zeros((dim, dim), dtype, order="F"),
+        np.zeros((0, dim), dtype) if stacked else None,
+        np.zeros(dim),
+        0,
+        0.0,
+    )
+
+
+def of_columns(rows: Array) -> Moment:
+    """The stacked moment of vectors given as rows (n, d)."""
+    wide = rows.astype(np.float64, copy=False)
+    return Moment(None, rows, wide.sum(axis=0), len(rows), float(np.einsum("ij,ij->", wide, wide)))
+
+
+def merge(a: Moment, b: Moment) -> Moment:
+    """The moment of the vectors of both. Forms may differ; the result is stacked only if both are."""
+    if a.columns is not None and b.columns is not None:
+        second, columns = None, np.concatenate([a.columns, b.columns])
+    else:
+        second, columns = second_of(a) + second_of(b), None
+    return Moment(second, columns, a.sum + b.sum, a.count + b.count, a.energy + b.energy)
+
+
+def downdate(a: Moment, b: Moment) -> Moment:
+    """`a` without the vectors of `b`; as good as `a`'s rounding allows, which a dominant `b` spoils."""
+    return Moment(second_of(a) - second_of(b), None, a.sum - b.sum, a.count - b.count, max(a.energy - b.energy, 0.0))
+
+
+def second_of(moment: Moment) -> Array:
+    """S (d, d), whichever form is kept."""
+    if moment.second is not None:
+        return moment.second
+    assert moment.columns is not None
+    return moment.columns.T @ moment.columns
+
+
+def add_block(second: Array, rows: Array) -> None:
+    """S += X X' in place, lower triangle only: BLAS syrk, half the flops of a product.
+
+    Args:
+        second: S (d, d), column-major, float32 or float64.
+        rows: X' (m, d), row-major, of the same dtype.
+    """
+    if not second.flags.f_contiguous or not rows.flags.c_contiguous or second.dtype != rows.dtype:
+        raise ValueError("syrk needs column-major S and row-major X' of one dtype")
+    double = second.dtype == np.float64
+    real = ctypes.c_double if double else ctypes.c_float
+    n, k = ctypes.c_int(second.shape[0]), ctypes.c_int(rows.shape[0])
+    one = real(1.0)
+    (_DSYRK if double else _SSYRK)(
+        b"L", b"N", ctypes.byref(n), ctypes.byref(k), ctypes.byref(one),
+        rows.ctypes.data, ctypes.byref(n), ctypes.byref(one), second.ctypes.data, ctypes.byref(n),
+    )  # fmt: skip
+
+
+def _blas(name: str) -> Any:
+    """A BLAS routine of scipy's as a ctypes function, which, unlike scipy's own wrapper, releases the GIL."""
+    capsule = dict[str, Any](cython_blas.__pyx_capi__)[name]
+    api = ctypes.pythonapi
+    api.PyCapsule_GetName.restype, api.PyCapsule_GetName.argtypes = ctypes.c_char_p, [ctypes.py_object]
+    api.PyCapsule_GetPointer.restype = ctypes.c_void_p
+    api.PyCapsule_GetPointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
+    pointer = api.PyCapsule_GetPointer(capsule, api.PyCapsule_GetName(capsule))
+    p, c = ctypes.c_void_p, ctypes.c_char_p
+    return ctypes.CFUNCTYPE(None, c, c, p, p, p, p, p, p, p, p)(pointer)
+
+
+_SSYRK, _DSYRK = _blas("ssyrk"), _blas("dsyrk")
+
+
+def mirror(second: Array, tile: int = 512) -> None:
+    """Copy the lower triangle of S (d, d) onto the upper one, in place, tile by tile."""
+    d = second.shape[0]
+    for i in range(0, d, tile):
+        for j in range(0, i + 1, tile):
+            lower = second[i : i + tile, j : j + tile]
+            second[j : j + tile, i : i + tile] = np.tril(lower) + np.tril(lower, -1).T if i == j else lower.T
+
+
+class Sum(Protocol):
+    """Takes blocks of vectors (m, d); `result` is S (d, d) if they were summed, None if they were kept."""
+
+    def add(self, block: Array) -> None:
+        """Take a block (m, d), which is overwritten afterwards."""
+        ...
+
+    def result(self) -> Array | None:
+        """S (d, d), or None."""
+        ...
+
+
+class HostSum:
+    """S += X X' on the CPU. `start` is added to: its `second` in place, its `columns` summed."""
+
+    def __init__(self, start: Moment) -> None:
+        if start.second is not None:
+            self._second = start.second
+        else:
+            assert start.columns is not None
+            self._second = np.zeros((start.dim, start.dim), start.columns.dtype, order="F")
+            if len(start.columns):
+                add_block(self._second, np.ascontiguousarray(start.columns))
+
+    def add(self, block: Array) -> None:
+        """Add a block (m, d)."""
+        add_block(self._second, block)
+
+    def result(self) -> Array:
+        """S (d, d)."""
+        mirror(self._second)
+        return self._second
+
+
+class Accumulator:
+    """Adds vectors to a moment in blocks of exactly `quantum`, counted from the first vector.
+
+    Sums depend on the grouping in their last bits. Counting quanta from the first vector makes them
+    depend on the order of admission alone, and not on memory, workers or interruptions.
+
+    Args:
+        start: the moment to add to.
+        into: takes the blocks, each of which is overwritten afterwards; it already holds `start`.
+        quantum: vectors summed at once.
+    """
+
+    def __init__(self, start: Moment, into: Sum, quantum: int = QUANTUM) -> None:
+        self._into = into
+        self._sum, self._count, self._energy = start.sum.copy(), start.count, start.energy
+        form = start.second if start.second is not None else start.columns
+        assert form is not None
+        self._block: Array = np.empty((quantum, start.dim), form.dtype)
+        self._filled = 0
+
+    def add(self, rows: Array) -> None:
+        """Add vectors, given as rows (m, d)."""
+        start = 0
+        while start < len(rows):
+            take = min(len(self._block) - self._filled, len(rows) - start)
+            self._block[self._filled : self._filled + take] = rows[start : start + take]
+            self._filled, start = self._filled + take, start + take
+            if self._filled == len(self._block):
+                self._flush()
+
+    def _flush(self) -> None:
+        block = self._block[: self._filled]
+        self._filled = 0
+        for strip in np.array_split(block, max(1, block.size >> 20)):  # float64 copies of a bounded size
+            wide = strip.astype(np.float64)
+            self._sum += wide.sum(axis=0)
+            self._energy += float(np.vdot(wide, wide))
+        self._count += len(block)
+        self._into.add(block)
+
+    def finish(self) -> Moment:
+        """The moment; if its columns were kept elsewhere, neither form is in memory."""
+        if self._filled:
+            self._flush()
+        return Moment(self._into.result(), None, self._sum, self._count, self._energy)
+
+
+def partner_root(gram: NDArray[np.float64], factor: float) -> NDArray[np.float64]:
+    """Factor * M^(1/2) of the partner's Gram matrix M (r, r): what weights a side under `delta`.
+
+    With R this root, (W R)(W R)' = factor^2 W M W'. Symmetric, so (A, B) -> (QA, BQ') leaves W R a
+    rotation of itself.
+    """
+    values, vectors = np.linalg.eigh(gram)
+    root: NDArray[np.float64] = factor * (vectors * np.sqrt(np.clip(values, 0.0, None))) @ vectors.T
+    return root

@@ -1,0 +1,81 @@
+"""`.bin` files: pickles of tensors, read by torch's restricted unpickler and never by plain pickle."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .dtypes import ITEMSIZE
+from .tensorfile import CHUNK, TensorRecord, bad_file
+
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.bool: "BOOL",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+
+
+def load_pickle(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a pickle file, on the CPU, memory-mapped where the format allows it.
+
+    Raises:
+        AdapterError: if it is no plain dictionary of dense tensors.
+    """
+    try:
+        try:
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # the format before torch 1.6 is no archive and cannot be mapped
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as e:  # torch raises whatever a damaged archive or a refused object leads to
+        raise bad_file(path, "not a pickle of plain tensors that torch can load safely", str(e).split("\n")[0]) from e
+    if not isinstance(loaded, dict):
+        raise bad_file(path, "not a dictionary of tensors", type(loaded).__name__)
+    for name, tensor in loaded.items():
+        dense = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and not tensor.is_quantized
+        if not isinstance(name, str) or not dense or tensor.is_meta:
+            raise bad_file(path, "an entry is not a dense tensor", type(tensor).__name__, key=str(name))
+        if tensor.dtype not in _DTYPES:
+            raise bad_file(path, "a dtype that is not known", tensor.dtype, ", ".join(_DTYPES.values()), key=name)
+    return loaded
+
+
+def pickle_records(path: Path) -> tuple[TensorRecord, ...]:
+    """The tensors of a pickle file; they have no place in it, so every offset is 0."""
+    return tuple(
+        TensorRecord(name, dtype := _DTYPES[t.dtype], tuple(t.shape), 0, math.prod(t.shape) * ITEMSIZE[dtype])
+        for name, t in load_pickle(path).items()
+    )
+
+
+class PickleReader:
+    """A `.bin` file behind the interface of `tensorfile.TensorReader`; read whole."""
+
+    def __init__(self, path: Path) -> None:
+        self._tensors = load_pickle(path)
+
+    def raw(self, record: TensorRecord) -> NDArray[np.uint8]:
+        """The tensor's bytes, little-endian, as stored."""
+        flat: NDArray[np.uint8] = self._tensors[record.name].detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        return flat
+
+    def chunks(self, record: TensorRecord) -> Iterator[bytes]:
+        """The tensor's bytes, a bounded number at a time."""
+        flat = self.raw(record)
+        for start in range(0, len(flat), CHUNK):
+            yield flat[start : start + CHUNK].tobytes()
+
+    def __enter__(self) -> PickleReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._tensors = {}

@@ -1,0 +1,45 @@
+"""Progress on stderr: bars on a terminal, a line every so often in a job's log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+EVERY = 15.0  # seconds between lines
+_UNITS = {"ingest": "adapter", "accumulate": "module", "fit": "module", "project": "adapter", "verify": "adapter"}
+
+
+def bars(step: str, total: int, results: Iterator[T]) -> Iterator[T]:
+    """A bar with rate and time left."""
+    from tqdm import tqdm
+
+    yield from tqdm(results, desc=f"{step:10}", total=total, unit=_UNITS.get(step, "task"), file=sys.stderr)
+
+
+def lines(step: str, total: int, results: Iterator[T]) -> Iterator[T]:
+    """A line every 15 seconds, and one at the end of the step."""
+    begun = said = time.monotonic()
+    done = 0
+    for done, result in enumerate(results, 1):
+        yield result
+        now = time.monotonic()
+        if now - said >= EVERY and done < total:
+            said, rate = now, done / (now - begun)
+            left = _clock((total - done) / rate)
+            _say(f"{step}: {done} of {total} {_UNITS.get(step, 'task')}s, {rate:.2f}/s, {left} left")
+    if done:
+        _say(f"{step}: {done} {_UNITS.get(step, 'task')}s in {_clock(time.monotonic() - begun)}")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    whole = round(seconds)
+    return (
+        f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}" if whole >= 3600 else f"{whole // 60}:{whole % 60:02}"
+    )

@@ -1,0 +1,217 @@
+"""The SHARE checkpoint, read: configuration and components at open, an adapter when it is asked for.
+
+Checkpoints that lorashare wrote are read as well. In one of ours, components and every adapter carry the
+digest of the basis that they belong to, so that two bases are never mixed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .checkpoint import ADAPTERS, COMPONENTS, CONFIG, LOADINGS, META, OURS, VERBATIM
+from .errors import CheckpointError
+from .files import read_json
+from .names import is_component, listed, shown
+
+T = TypeVar("T")
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass
+class SHAREConfig:
+    """The fields of share_config.json, as lorashare names them; ours are in `compression_stats`."""
+
+    share_version: str = "0.1.0"
+    num_components: int = 32
+    component_selection: str = "fixed"
+    variance_threshold: float = 0.95
+    base_model_name_or_path: str = ""
+    target_modules: list[str] = field(default_factory=list)
+    lora_rank: int = 0
+    lora_alpha: int = 0
+    adapter_names: list[str] = field(default_factory=list)
+    num_adapters: int = 0
+    layer_keys: list[str] = field(default_factory=list)
+    compression_stats: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ours(self) -> dict[str, Any]:
+        """What this package recorded; empty in a checkpoint that lorashare wrote."""
+        found = self.compression_stats.get(OURS, {})
+        return found if isinstance(found, dict) else {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain values."""
+        return asdict(self)
+
+
+def read_share_config(root: Path) -> SHAREConfig:
+    """The share_config.json of a checkpoint.
+
+    Raises:
+        CheckpointError: if there is none, or it is not what it should be.
+    """
+    try:
+        values = read_json(root / CONFIG)
+    except FileNotFoundError:
+        entries = sorted(os.listdir(root)) if root.is_dir() else []
+        raise CheckpointError(
+            f"no SHARE checkpoint at {shown(root)}", found=listed(entries) or "nothing", expected=CONFIG
+        ) from None
+    except (ValueError, NotADirectoryError) as e:
+        raise CheckpointError(f"{CONFIG} cannot be read", found=str(e)) from e
+    known = SHAREConfig()
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{CONFIG} is not an object", found=type(values).__name__)
+    for name, value in values.items():
+        default = getattr(known, name, None) if name in SHAREConfig.__dataclass_fields__ else None
+        if default is None:
+            continue  # of a later version
+        if not isinstance(value, float | int if isinstance(default, float) else type(default)):
+            raise CheckpointError(
+                f"{CONFIG} has an unusable field", key=name, found=value, expected=type(default).__name__
+            )
+        setattr(known, name, value)
+    return known
+
+
+class PerAdapter(Mapping[str, T]):
+    """A mapping from adapter names to what is read of an adapter when it is asked for; nothing is kept."""
+
+    def __init__(self, names: Mapping[str, None], load: Callable[[str], T]) -> None:
+        self._names, self._load = names, load
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._load(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class Components(Mapping[str, torch.Tensor]):
+    """Group id -> V (d, k), memory-mapped from one open file: a replaced checkpoint does not change it."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = _open(path)
+        self._keys = dict.fromkeys(self._file.keys())
+        self.digest: str | None = (self._file.metadata() or {}).get("basis_digest")
+
+    def __getitem__(self, group: str) -> torch.Tensor:
+        if group not in self._keys:
+            raise KeyError(group)
+        tensor: torch.Tensor = self._file.get_tensor(group)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+class CheckpointReader:
+    """An open checkpoint.
+
+    Args:
+        root: its folder.
+
+    Raises:
+        CheckpointError: if it is not a whole SHARE checkpoint.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.config = read_share_config(root)
+        self.names = self._adapter_names()
+        self.components = Components(root / COMPONENTS)
+        self._check_digest(self.components.digest, COMPONENTS)
+
+    def _adapter_names(self) -> dict[str, None]:
+        try:
+            folders = {e.name for e in os.scandir(self.root / ADAPTERS) if e.is_dir() and not e.name.startswith(".")}
+        except FileNotFoundError:
+            folders = set()
+        names = self.config.adapter_names or sorted(folders)
+        unsafe = [name for name in names if not is_component(name)]
+        if unsafe:
+            raise CheckpointError(
+                "adapter names that are no path components",
+                found=listed(unsafe),
+                remedy="Do not trust this checkpoint.",
+            )
+        missing = [name for name in names if name not in folders]
+        if missing:
+            raise CheckpointError("adapters are missing", found=listed(missing), remedy="Fetch the checkpoint again.")
+        return dict.fromkeys(names)
+
+    def _check_digest(self, found: str | None, file: str) -> None:
+        expected = self.config.ours.get("basis_digest")
+        if expected is not None and found != expected:
+            raise CheckpointError(
+                f"{shown(file)} belongs to another basis: the checkpoint was replaced, open it again",
+                found=found,
+                expected=expected,
+            )
+
+    def meta(self, name: str) -> dict[str, Any]:
+        """adapter_meta.json of one adapter."""
+        path = self.root / ADAPTERS / name / META
+        try:
+            meta = read_json(path)
+            ours = meta.get(OURS, {})
+        except FileNotFoundError:
+            meta, ours = {}, {}
+        except (ValueError, AttributeError) as e:
+            raise CheckpointError(f"{META} cannot be read", adapter=name, found=str(e)) from e
+        self._check_digest(ours.get("basis_digest"), f"adapters/{name}")
+        return dict(meta)
+
+    def loadings(self, name: str) -> Tensors:
+        """Group id -> loadings (k, r) of one adapter."""
+        self.meta(name)
+        return _load(self.root / ADAPTERS / name / LOADINGS)
+
+    def verbatim(self, name: str) -> Tensors:
+        """PEFT key -> tensor, of what is kept verbatim of one adapter."""
+        path = self.root / ADAPTERS / name / VERBATIM
+        return _load(path) if path.exists() else {}
+
+    def adapter_config(self, name: str) -> dict[str, Any]:
+        """The adapter_config.json that one adapter came with."""
+        config = self.meta(name).get("original_config", {})
+        if not isinstance(config, dict):
+            raise CheckpointError(f"{META} has no usable original_config", adapter=name, found=type(config).__name__)
+        return config
+
+    @cached_property
+    def sources(self) -> PerAdapter[str]:
+        """Where each adapter came from, as it was recorded: shown, never followed."""
+        return PerAdapter(self.names, lambda name: str(self.meta(name).get("original_adapter_path", "")))
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise CheckpointError(f"{shown(path.name)} is missing", found=shown(path.parent)) from None
+    except (SafetensorError, OSError, json.JSONDecodeError) as e:
+        raise CheckpointError(f"{shown(path.name)} cannot be read", found=str(e)) from e
+
+
+def _load(path: Path) -> Tensors:
+    with _open(path) as f:
+        return {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 - safe_open is no mapping

@@ -1,0 +1,133 @@
+"""Text for people: what a plan will do, what a checkpoint holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from .names import bytes_shown, listed, shown
+
+if TYPE_CHECKING:
+    from .planning import Plan
+    from .reader import SHAREConfig
+
+
+def table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...] = ()) -> str:
+    """Columns padded to equal width; foreign strings escaped. The first column is text, others numbers.
+
+    >>> print(table([("a", "1"), ("bcd", "22")], ("name", "n")))
+    name   n
+    a      1
+    bcd   22
+    """
+    clean = [tuple(shown(cell, 90) for cell in row) for row in [*([header] if header else []), *rows]]
+    widths = [max(len(row[i]) for row in clean) for i in range(len(clean[0]))] if clean else []
+    return "\n".join(
+        "  ".join(
+            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in clean
+    )
+
+
+def facts(pairs: list[tuple[str, object]]) -> str:
+    """Aligned `name  value` lines."""
+    width = max(len(name) for name, _ in pairs)
+    return "\n".join(f"{name.ljust(width)}  {shown(value)}" for name, value in pairs)
+
+
+def summary_text(config: SHAREConfig) -> str:
+    """What a checkpoint says of itself: adapters, bases, bytes on disk, errors."""
+    stats, ours = config.compression_stats, config.ours
+    auto = ", the most of any group" if config.component_selection == "auto" else ""
+    mean, least = (_number(stats.get(f"{which}_explained_variance")) for which in ("mean", "min"))
+    pairs: list[tuple[str, object]] = [
+        ("base model", config.base_model_name_or_path or "not named"),
+        ("adapters", f"{config.num_adapters}: {listed(config.adapter_names, 5)}"),
+        ("modules", f"{len(config.layer_keys)} ({listed(config.target_modules, 12)})"),
+        ("components k", f"{config.num_components}{auto}"),
+        ("explained variance", f"mean {mean}, least {least}"),
+    ]
+    if not ours:
+        ratio = stats.get("compression_ratio")
+        return facts([*pairs, ("LoRA parameters", f"{_number(ratio)} times fewer")])
+    size, errors = ours["bytes"], ours["errors"]
+    total = sum(size[part] for part in ("basis", "loadings", "verbatim", "metadata"))
+    pairs += [
+        ("objective", ours["objective"] + (", centred" if ours["center"] else "")),
+        ("originals", bytes_shown(size["originals"])),
+        ("checkpoint", f"{bytes_shown(total)}, {size['originals'] / max(total, 1):.2f} times smaller"),
+        *[(f"  {part}", bytes_shown(size[part])) for part in ("basis", "loadings", "verbatim", "metadata")],
+        ("LoRA bytes", f"{bytes_shown(size['lora'])}, {size['lora_ratio']:.2f} times smaller"),
+        ("relative dW error", ", ".join(f"{name} {errors[name]:.4f}" for name in ("mean", "median", "p95", "max"))),
+        ("worst adapters", listed([f"{w['name']} {w['relative_error']:.4f}" for w in errors["worst"][:3]])),
+    ]
+    if "mean_square_bounds" in errors:
+        low, high = (bound**0.5 for bound in errors["mean_square_bounds"])
+        pairs.append(("  by the bases", f"root mean square from {low:.4f} to {high:.4f}"))
+    if ours["verbatim_adapters"]:
+        pairs.append(("kept verbatim", listed(ours["verbatim_adapters"])))
+    if ours["skipped"]:
+        pairs.append(("left out", f"{ours['skipped']}, with reasons in skipped.json"))
+    if size["lora_ratio"] < 1:
+        pairs.append(("note", "the shared form is larger than the LoRA tensors: add adapters, or take a smaller k"))
+    return facts(pairs)
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, int | float) else "unknown"
+
+
+def plan_text(plan: Plan) -> str:
+    """What a plan will do: adapters, groups, bytes on disk, memory by step, and warnings."""
+    s, size = plan.settings, plan.sizes
+    auto = s.num_components == "auto"
+    stacked = sum(g.stacked for g in plan.groups)
+    pairs: list[tuple[str, object]] = [
+        ("base model", plan.base_model or "not named"),
+        ("adapters", f"{len(plan.entries)}" + (f", and {len(plan.refused)} refused" if plan.refused else "")),
+        ("groups", f"{len(plan.groups)}: {stacked} as stacked columns, {len(plan.groups) - stacked} as second moments"),
+        ("objective", s.objective + (", centred" if s.center else "")),
+        ("components k", f"auto, to {s.variance_threshold:.4g} of the energy" if auto else s.num_components),
+        ("originals", f"{bytes_shown(size['originals'])}, of which LoRA {bytes_shown(size['lora'])}"),
+        ("workspace", f"{bytes_shown(size['moments'] + size['basis'])} on disk"),
+        ("checkpoint", f"{'up to ' if auto else ''}about {bytes_shown(size['checkpoint'])} ({plan.storage})"),
+        *[(f"  {part}", bytes_shown(size[part])) for part in ("basis", "loadings", "verbatim")],
+        ("break-even k", break_even_range(plan)),
+    ]
+    steps = [
+        (t.name, f"{t.tasks}", bytes_shown(t.read_bytes), f"{t.concurrency}", bytes_shown(t.peak_bytes))
+        for t in plan.steps
+    ]
+    return "\n".join(
+        [facts(pairs), "", table(steps, ("step", "tasks", "reads", "at a time", "peak memory")), *plan_warnings(plan)]
+    )
+
+
+def break_even_range(plan: Plan) -> str:
+    """The range over the groups of the k above which sharing saves nothing."""
+    from .subspace import break_even
+
+    values = [break_even(g.dim, g.count) for g in plan.groups]
+    return f"{min(values):.0f} to {max(values):.0f}" if values else "no groups"
+
+
+def plan_warnings(plan: Plan) -> list[str]:
+    """What a user should know before the work begins."""
+    size, s = plan.sizes, plan.settings
+    out = []
+    if not plan.groups:
+        out.append("no LoRA matrix can be shared: everything is kept verbatim")
+    elif s.num_components != "auto":
+        clamped = sum(g.components(s) < s.num_components for g in plan.groups)
+        if clamped:
+            out.append(f"k is clamped to min(d, n) in {clamped} of {len(plan.groups)} groups")
+        if size["basis"] + size["loadings"] > size["lora"]:
+            out.append(
+                f"the shared form, {bytes_shown(size['basis'] + size['loadings'])}, is larger than the LoRA tensors, "
+                f"{bytes_shown(size['lora'])}: add adapters, or take k below the break-even"
+            )
+    unnamed = sum(e.base_model is None for e in plan.entries)
+    if unnamed and plan.base_model:
+        out.append(f"{unnamed} adapters name no base model; they are taken to be of {shown(plan.base_model)}")
+    return [f"note: {text}" for text in out]

@@ -1,0 +1,114 @@
+"""What a user may choose, checked once; everything else the program knows by itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from .errors import UsageError
+from .names import listed, parse_bytes, shown
+
+Objective = Literal["delta", "factors"]
+QUANTUM = 1024  # columns summed at once; part of a workspace's identity, since it decides rounding
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "objective": ("delta", "factors"),
+    "moment_dtype": ("float32", "float64"),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "on_error": ("raise", "skip"),
+    "device": ("auto", "cpu", "cuda"),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a run.
+
+    Attributes:
+        num_components: components kept per group, or `"auto"`: the smallest number per group that
+            reaches `variance_threshold`.
+        variance_threshold: share of the moment's trace that `"auto"` must keep, in (0, 1].
+        objective: `"delta"` weights each side by the other, so that the error of dW = s B A is least;
+            `"factors"` treats A and B on their own, as the published method does.
+        center: subtract the mean column before fitting (the published method); `"factors"` only.
+        moment_dtype: of the accumulated moments; centring needs and gets float64.
+        dtype: of stored components and loadings; `"auto"` keeps the precision of the sources.
+        memory: bytes that the whole process may use.
+        workers: tasks at a time; None is one per core. Fewer run if memory demands it.
+        on_error: `"raise"` stops at bad adapters, `"skip"` goes on without them and lists them.
+        device: where moments and bases are computed.
+    """
+
+    num_components: int | Literal["auto"] = 32
+    variance_threshold: float = 0.95
+    objective: Objective = "delta"
+    center: bool = False
+    moment_dtype: Literal["float32", "float64"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    memory: int = field(default=4 << 30)
+    workers: int | None = None
+    on_error: Literal["raise", "skip"] = "raise"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            _expect(getattr(self, name) in allowed, name, getattr(self, name), f"one of {', '.join(allowed)}")
+        k, workers = self.num_components, self.workers
+        _expect(k == "auto" or (_is_int(k) and int(k) >= 1), "num_components", k, "a whole number from 1, or 'auto'")
+        _expect(_is_number(self.variance_threshold), "variance_threshold", self.variance_threshold, "a number")
+        _expect(0 < self.variance_threshold <= 1, "variance_threshold", self.variance_threshold, "in (0, 1]")
+        _expect(isinstance(self.center, bool), "center", self.center, "true or false")
+        _expect(_is_int(self.memory) and self.memory > 0, "memory", self.memory, "a size such as 4GiB")
+        _expect(workers is None or (_is_int(workers) and workers >= 1), "workers", workers, "a whole number from 1")
+        if self.center and self.objective == "delta":
+            raise UsageError(
+                "center belongs to objective 'factors': under 'delta' a mean depends on the gauge of A and B",
+                remedy="Use objective 'factors' for the published method, or leave center off.",
+            )
+        if self.center:
+            object.__setattr__(self, "moment_dtype", "float64")  # S - s s'/n cancels in float32
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Settings:
+        """Settings from plain values (YAML, JSON, keyword arguments); sizes may be text.
+
+        Raises:
+            UsageError: on a name or value that cannot be meant.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(str(name) for name in values if name not in known)
+        if unknown:
+            raise UsageError("unknown setting", found=listed(unknown), expected=listed(sorted(known), 20))
+        clean = dict(values)
+        if isinstance(clean.get("memory"), str):
+            try:
+                clean["memory"] = parse_bytes(clean["memory"])
+            except ValueError as e:
+                raise UsageError(f"memory: {e}") from e
+        if isinstance(clean.get("num_components"), str) and clean["num_components"].isdigit():
+            clean["num_components"] = int(clean["num_components"])
+        return cls(**clean)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All settings as plain values."""
+        return dataclasses.asdict(self)
+
+    def binding(self) -> dict[str, Any]:
+        """The settings on which the numbers in a workspace depend; the others may change between runs."""
+        names = ("objective", "center", "moment_dtype")
+        return {name: getattr(self, name) for name in names} | {"quantum": QUANTUM, "blas_threads": 1}
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _expect(holds: bool, name: str, found: object, expected: str) -> None:
+    if not holds:
+        raise UsageError(f"{name} has a value that cannot be meant", found=shown(found), expected=expected)

@@ -1,0 +1,104 @@
+"""Leading eigenpairs of a moment: which solver for which (d, n, k).
+
+| moment           | k        | solver                                      | why                                      |
+|------------------|----------|---------------------------------------------|------------------------------------------|
+| columns (n <= d) | any      | LAPACK on the Gram matrix (n, n) in float64 | n is small; in float32 a singular ratio  |
+|                  |          |                                             | of 1e-2 is off by 1e-4                   |
+| second (d, d)    | 16k <= d | ARPACK (`eigsh`) in the moment's dtype      | faster the smaller k is against d; the   |
+|                  |          |                                             | energy equals LAPACK's to 1e-11          |
+| second (d, d)    | else     | LAPACK (`eigh`, subset) in float64          | one reduction serves all k               |
+
+`scripts/bench_solvers.py` measures the choice between the last two. Every result is polished in float64:
+one QR makes the columns orthonormal to 1e-12 whatever the solver did, and a Rayleigh-Ritz rotation sorts them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import scipy.linalg
+from numpy.typing import NDArray
+from scipy.sparse.linalg import ArpackError, eigsh
+
+from .moments import Array, Moment, add_block, mirror
+
+Float64 = NDArray[np.float64]
+SEED = 0
+_TILE = 1024  # vector entries turned into float64 at once
+
+
+def leading(moment: Moment, k: int) -> tuple[Float64, Float64]:
+    """The k leading eigenpairs of S.
+
+    Args:
+        moment: of d-vectors; k <= min(d, n).
+
+    Returns:
+        values (k,) descending, float64; vectors (d, k) float64, orthonormal to 1e-12.
+    """
+    if moment.columns is not None:
+        return polished(moment, _by_gram(moment.columns, k))
+    assert moment.second is not None
+    return polished(moment, _by_second(moment.second, k))
+
+
+def _by_gram(rows: Array, k: int) -> Float64:
+    """X Q for the leading eigenvectors Q of X'X: spans the leading eigenvectors of X X'."""
+    n, d = rows.shape
+    gram = np.zeros((n, n), order="F")
+    for start in range(0, d, _TILE):
+        # add_block sums over rows: the transposed tile has one row an entry, one column a vector
+        add_block(gram, np.ascontiguousarray(rows[:, start : start + _TILE].T, np.float64))
+    mirror(gram)
+    _, q = _eigh(gram, k)
+    vectors = np.empty((d, k))
+    for start in range(0, d, _TILE):
+        vectors[start : start + _TILE] = rows[:, start : start + _TILE].T.astype(np.float64) @ q
+    # A direction without energy is a column of noise or zeros; QR replaces it by an orthonormal one.
+    norms = np.linalg.norm(vectors, axis=0)
+    return vectors / np.where(norms > 0, norms, 1.0)
+
+
+def _by_second(second: Array, k: int) -> Float64:
+    d = second.shape[0]
+    if 16 * k <= d and second.any():
+        try:
+            start = np.random.default_rng(SEED).standard_normal(d).astype(second.dtype)
+            values, vectors = eigsh(second, k, v0=start, rng=np.random.default_rng(SEED))
+            if np.isfinite(vectors).all():
+                return np.asarray(vectors[:, np.argsort(values)[::-1]], np.float64)
+        except ArpackError:  # clustered or vanishing eigenvalues: LAPACK always answers
+            pass
+    return _eigh(second, k)[1]
+
+
+def _eigh(matrix: Array, k: int) -> tuple[Float64, Float64]:
+    """The k largest eigenpairs, descending, by LAPACK in float64."""
+    d = matrix.shape[0]
+    whole: dict[str, Any] = {} if k == d else {"subset_by_index": [d - k, d - 1]}
+    values, vectors = scipy.linalg.eigh(matrix.astype(np.float64, order="F"), overwrite_a=True, **whole)
+    return values[::-1], vectors[:, ::-1]
+
+
+def polished(moment: Moment, raw: Float64) -> tuple[Float64, Float64]:
+    """Eigenpairs from vectors (d, k) that span them: orthonormal by QR, sorted by the eigenvalues of V'SV."""
+    vectors, _ = np.linalg.qr(raw)
+    values, rotation = np.linalg.eigh(compressed(moment, vectors))
+    return values[::-1], vectors @ rotation[:, ::-1]
+
+
+def compressed(moment: Moment, vectors: Array) -> Float64:
+    """V' S V (k, k) in float64 for V (d, k)."""
+    k = vectors.shape[1]
+    out = np.zeros((k, k))
+    if moment.columns is not None:
+        for start in range(0, len(moment.columns), _TILE):
+            image = moment.columns[start : start + _TILE].astype(np.float64) @ vectors  # (m, k)
+            out += image.T @ image
+        return out
+    assert moment.second is not None
+    for start in range(0, moment.dim, _TILE):
+        strip = np.asarray(moment.second[start : start + _TILE], np.float64)
+        out += vectors[start : start + _TILE].T @ (strip @ vectors)
+    return (out + out.T) / 2

@@ -1,0 +1,150 @@
+"""Folders, folders of folders, globs and manifests on disk."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..adapterfiles import CONFIG, looks_like_adapter
+from ..errors import UsageError
+from ..names import listed, name_fault, shown
+from .manifest import SUFFIXES, read_manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where an adapter comes from.
+
+    Attributes:
+        id: what identifies it across runs: for a local folder its real path.
+        path: the folder.
+        name: the name that the user gave it, or None: its folder's name is taken.
+    """
+
+    id: str
+    path: Path
+    name: str | None = None
+
+    @property
+    def wanted_name(self) -> str:
+        """The given name, or the folder's."""
+        return self.name if self.name is not None else os.path.basename(self.id)
+
+
+def resolve(sources: Iterable[str | os.PathLike[str]] | Mapping[str, str | os.PathLike[str]]) -> list[Source]:
+    """All adapters that `sources` mean, in a fixed order, no folder twice.
+
+    Args:
+        sources: adapter folders, folders that contain some at any depth, globs, manifests; or
+            a mapping from names to adapter folders.
+
+    Raises:
+        UsageError: for a source that does not exist or holds no adapter, or a name that cannot be one.
+    """
+    found: dict[tuple[str, str | None], Source] = {}
+    if isinstance(sources, str | os.PathLike):
+        raise UsageError("sources must be a list or a mapping of names to paths", found=shown(sources))
+    named = sources.items() if isinstance(sources, Mapping) else ((None, source) for source in sources)
+    for name, source in named:
+        for one in _expand(name, os.fspath(source)):
+            found.setdefault((one.id, one.name), one)
+    given = {source.id for source in found.values() if source.name is not None}
+    # A folder that has been given a name is not taken a second time under its own.
+    return [source for source in found.values() if source.name is not None or source.id not in given]
+
+
+def _expand(name: str | None, text: str) -> Iterator[Source]:
+    if name is not None:
+        if not isinstance(name, str) or (fault := name_fault(name)) is not None:
+            why = "it is not text" if not isinstance(name, str) else fault
+            raise UsageError(
+                f"an adapter cannot be named {shown(name)!r}: {why}",
+                expected="one path component",
+                remedy="Choose another name.",
+            )
+        yield Source(os.path.realpath(_folder(text)), Path(text), name)
+        return
+    path = Path(text) if text and "\0" not in text else None
+    if path is not None and path.is_dir():
+        yield from _walk(path)
+    elif path is not None and path.is_file():
+        yield from _from_manifest(path)
+    elif path is not None and glob.has_magic(text):
+        yield from _from_glob(text)
+    else:
+        raise _no_such_source(text)
+
+
+def _folder(text: str) -> Path:
+    path = Path(text)
+    if "\0" in text or not path.is_dir():
+        raise _no_such_source(text)
+    return path
+
+
+def _no_such_source(text: str) -> UsageError:
+    hub = text.count("/") == 1 and not text.startswith((".", "/", "~"))
+    return UsageError(
+        f"no such source: {shown(text)!r}" if text else "an empty source",
+        expected="an adapter folder, a folder of adapter folders, a glob or a manifest",
+        remedy=f"If it is a Hub id, download it first: hf download {shown(text)} --local-dir DIR." if hub else None,
+    )
+
+
+def _from_glob(pattern: str) -> Iterator[Source]:
+    """Every adapter under the matching folders, and in the matching manifests; other matches mean nothing."""
+    found = 0
+    for match in sorted(glob.glob(pattern, recursive=True)):
+        inner = _adapters_under(Path(match)) if os.path.isdir(match) else ()
+        for source in _from_manifest(Path(match)) if match.endswith(SUFFIXES) else inner:
+            found += 1
+            yield source
+    if not found:
+        raise UsageError(f"no adapter matches {shown(pattern)!r}", expected="folders or manifests")
+
+
+def _from_manifest(path: Path) -> Iterator[Source]:
+    if path.suffix not in SUFFIXES:
+        raise UsageError(
+            f"not a manifest: {shown(path)}",
+            expected=f"a folder, or a file ending in {', '.join(SUFFIXES)}",
+            remedy=f"Name the folder that holds {CONFIG}."
+            if path.suffix in (".safetensors", ".bin", ".json")
+            else None,
+        )
+    entries = read_manifest(path)
+    if not entries:
+        raise UsageError(f"manifest {shown(path)} names no adapter")
+    for name, source in entries:
+        if os.path.splitext(source)[1] in SUFFIXES:
+            raise UsageError(f"manifest {shown(path)} names another manifest", found=shown(source))
+        yield from _expand(name, os.path.join(path.parent, source) if source else "")
+
+
+def _walk(root: Path) -> Iterator[Source]:
+    sources = list(_adapters_under(root))
+    yield from sources
+    if not sources:
+        raise UsageError(
+            f"no adapter in {shown(root)}",
+            found=listed(sorted(os.listdir(root))) or "nothing",
+            expected=f"a folder with {CONFIG}, here or below",
+        )
+
+
+def _adapters_under(root: Path) -> Iterator[Source]:
+    """Adapters at or under `root`. An adapter's own subfolders (its training checkpoints) are not entered."""
+    visited: set[str] = set()
+    for folder, below, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in visited:  # a link that leads back up
+            below.clear()
+            continue
+        visited.add(real)
+        below[:] = sorted(d for d in below if not d.startswith("."))
+        if looks_like_adapter(files):
+            below.clear()
+            yield Source(real, Path(folder))

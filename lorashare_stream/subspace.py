@@ -1,0 +1,167 @@
+"""Bases: fit one to a moment, choose k, project, restore, and say exactly how far off the result is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .dtypes import as_stored
+from .moments import Array, Moment
+from .solvers import Float64, compressed, leading
+
+Solver = Callable[[Moment, int], tuple[Float64, Float64]]
+
+
+@dataclass(frozen=True)
+class Basis:
+    """The components of one group, as they are stored.
+
+    Attributes:
+        components: V (d, k) float32 values, already rounded to the storage dtype.
+        eigenvalues: (k,) float64, descending, of the moment.
+        energy: tr S, float64.
+        explained: 1 - ||X - V V'X||^2 / ||X||^2 for the stored V; 1 if the group has no energy.
+    """
+
+    components: NDArray[np.float32]
+    eigenvalues: Float64
+    energy: float
+    explained: float
+
+
+def fit(
+    moment: Moment,
+    num_components: int | Literal["auto"],
+    threshold: float = 0.95,
+    *,
+    center: bool = False,
+    dtype: str = "F32",
+    solver: Solver = leading,
+) -> Basis:
+    """The best basis of a group: leading eigenvectors of its moment (Eckart-Young).
+
+    Args:
+        moment: of the group, n >= 1. With `center`, its arrays are overwritten.
+        num_components: k, clamped to min(d, n); or `"auto"`: the smallest k whose share of tr S reaches
+            `threshold`.
+        center: fit S - s s'/n instead of S (the published method).
+        dtype: storage dtype to which components are rounded: F32, BF16 or F16.
+        solver: finds leading eigenpairs.
+
+    Returns:
+        The basis. Signs: the entry of largest magnitude in each component is positive.
+    """
+    most = max(1, min(moment.dim, moment.count))
+    if center:
+        moment = centered(moment)
+    if num_components == "auto":
+        values, vectors = _auto(moment, threshold, most, solver)
+    else:
+        values, vectors = solver(moment, min(num_components, most))
+    peaks = np.argmax(np.abs(vectors), axis=0)
+    vectors *= np.where(vectors[peaks, np.arange(vectors.shape[1])] < 0, -1.0, 1.0)
+    components = as_stored(vectors, dtype)
+    return Basis(components, np.clip(values, 0.0, None), moment.energy, explained_variance(moment, components))
+
+
+def _auto(moment: Moment, threshold: float, most: int, solver: Solver) -> tuple[Float64, Float64]:
+    """Grow k until the threshold is reached, then cut to the smallest k that reaches it."""
+    k = min(16, most)
+    while True:
+        values, vectors = solver(moment, k)
+        share = np.cumsum(np.clip(values, 0.0, None)) / moment.energy if moment.energy > 0 else np.ones(k)
+        enough = np.flatnonzero(share >= threshold * (1 - 1e-12))
+        if len(enough) or k == most:
+            cut = int(enough[0]) + 1 if len(enough) else most
+            return values[:cut], vectors[:, :cut]
+        k = min(2 * k, most)
+
+
+def centered(moment: Moment) -> Moment:
+    """The moment about the mean column: S - s s'/n, energy tr S - s's/n. Overwrites the arrays."""
+    mean = moment.sum / max(moment.count, 1)
+    if moment.columns is not None:
+        rows = moment.columns
+        rows -= mean.astype(rows.dtype)
+        return Moment(None, rows, np.zeros_like(mean), moment.count, float(np.einsum("ij,ij->", rows, rows)))
+    assert moment.second is not None
+    second = moment.second
+    for i in range(moment.dim):
+        second[:, i] -= moment.sum * mean[i]
+    return Moment(second, None, np.zeros_like(mean), moment.count, float(np.trace(second)))
+
+
+def explained_variance(moment: Moment, components: Array) -> float:
+    """1 - ||X - V V'X||^2 / ||X||^2, from the moment alone, exact for columns that are not quite orthonormal.
+
+    With C = V'SV this is (2 tr C - tr(V'V C)) / tr S, which is tr C / tr S for orthonormal V.
+    """
+    if moment.energy <= 0:
+        return 1.0
+    wide = components.astype(np.float64)
+    c = compressed(moment, wide)
+    return float((2 * np.trace(c) - np.sum((wide.T @ wide) * c)) / moment.energy)
+
+
+def project(components: NDArray[np.float32], vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Loadings L = V'W (k, r) of oriented vectors W (d, r)."""
+    return components.T @ vectors
+
+
+def restore(components: NDArray[np.float32], loadings: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Oriented vectors V L (d, r)."""
+    return components @ loadings
+
+
+@dataclass(frozen=True)
+class DeltaError:
+    """Squared Frobenius norms for one module, float64: of dW - dW^, and of dW."""
+
+    error: float
+    norm: float
+
+    @property
+    def relative(self) -> float:
+        """||dW - dW^|| / ||dW||; 0 where both vanish."""
+        return relative_error(self.error, self.norm)
+
+
+def relative_error(error: float, norm: float) -> float:
+    """sqrt(error / norm) of squared norms; 0 if both are 0, infinite if only the norm is."""
+    if norm > 0:
+        return float(np.sqrt(error / norm))
+    return 0.0 if error <= 0 else float("inf")
+
+
+def delta_norm(a: Array, b: Array, scale: float) -> float:
+    """||s B A||^2 for A (r, d_in), B (d_out, r), by Gram matrices in float64."""
+    return scale**2 * max(float(np.sum(gram(b.T) * gram(a))), 0.0)
+
+
+def delta_error(a: Array, b: Array, a_hat: Array, b_hat: Array, scale: float) -> DeltaError:
+    """Error of dW^ = s B^ A^ against dW = s B A, exact to rounding, never forming dW.
+
+    dW - dW^ = s [B - B^, B^] [A ; A - A^], whose squared norm is a product of two 2r x 2r Gram matrices.
+
+    Args:
+        a, a_hat: (r, d_in). b, b_hat: (d_out, r). scale: PEFT's s of the module.
+    """
+    left = np.concatenate([(b - b_hat).T, b_hat.T])  # (2r, d_out)
+    right = np.concatenate([a, a - a_hat])  # (2r, d_in)
+    error = scale**2 * max(float(np.sum(gram(left) * gram(right))), 0.0)
+    return DeltaError(error, delta_norm(a, b, scale))
+
+
+def gram(rows: Array) -> Float64:
+    """M = W'W (r, r) in float64, for the r vectors of W given as rows (r, d)."""
+    wide = rows.astype(np.float64)
+    return wide @ wide.T
+
+
+def break_even(dim: int, count: int) -> float:
+    """The k at which a shared group, k (d + n) numbers, is as large as the originals, d n."""
+    return dim * count / (dim + count)

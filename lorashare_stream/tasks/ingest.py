@@ -1,0 +1,83 @@
+"""Ingest: read one adapter, once, in file order, before it may touch a moment."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..adapterfiles import digest_files, open_tensors
+from ..catalog import Entry
+from ..dtypes import FLOATS, widened
+from ..errors import AdapterError
+from ..subspace import gram
+from ..tensorfile import SafetensorsReader, TensorReader, TensorRecord
+from ..workspace import Receipt
+
+
+def ingest_adapter(entry: Entry) -> Receipt | AdapterError:
+    """Read an adapter once, in file order: all values finite? digest; ||dW||^2 of its shared modules.
+
+    Returns:
+        The receipt; or why the adapter must not touch a moment.
+    """
+    try:
+        with open_tensors(entry.paths) as tensors:
+            energy, notes, digest = _scan(entry, tensors)
+    except AdapterError as e:
+        e.adapter = entry.name
+        return e
+    sizes, times = tuple(f.size for f in entry.files), tuple(f.mtime_ns for f in entry.files)
+    return Receipt(entry.name, entry.source_id, digest, entry.config_digest, energy, sizes, times, notes)
+
+
+def _scan(entry: Entry, tensors: TensorReader) -> tuple[float, tuple[str, ...], str]:
+    digest = hashlib.sha256()
+    grams: dict[str, NDArray[np.float64]] = {}
+    energy = 0.0
+    notes = [f"{key}: kept verbatim, {reason}" for key, reason in entry.layout.notes]
+    file = -1
+    for record, module, side in entry.layout.in_file_order:
+        if record.file != file and isinstance(tensors, SafetensorsReader):
+            file = record.file
+            digest.update(tensors.head(record))
+        if module is None:
+            if not _extra_is_finite(record, tensors, digest.update):
+                notes.append(f"{record.name}: holds values that are not finite; kept verbatim")
+            continue
+        raw = tensors.raw(record)
+        digest.update(raw.data)
+        values = _finite(widened(raw, record.dtype, record.shape), record)
+        own = gram(values if side == "A" else values.T)
+        if module in grams:
+            scale = entry.scale_of[module]
+            energy += scale * scale * max(float(np.sum(grams.pop(module) * own)), 0.0)
+        else:
+            grams[module] = own
+    whole = digest.hexdigest() if file >= 0 else digest_files(entry.paths)
+    return energy, tuple(notes), whole
+
+
+def _finite(values: NDArray[np.float32], record: TensorRecord) -> NDArray[np.float32]:
+    if not np.isfinite(values).all():
+        bad = np.argwhere(~np.isfinite(values))
+        raise AdapterError(
+            "values that are not finite in float32",
+            key=record.name,
+            found=f"{values[tuple(bad[0])]} at {bad[0].tolist()}, {len(bad)} in all",
+            expected="finite values",
+            remedy="Its training diverged, or the file is damaged: leave it out.",
+        )
+    return values
+
+
+def _extra_is_finite(record: TensorRecord, tensors: TensorReader, digest: Callable[[bytes], None]) -> bool:
+    finite = True
+    for chunk in tensors.chunks(record):
+        digest(chunk)
+        if record.dtype in FLOATS:
+            raw = np.frombuffer(chunk, np.uint8)
+            finite = finite and bool(np.isfinite(widened(raw, record.dtype, (-1,))).all())
+    return finite

@@ -1,0 +1,123 @@
+"""Verify: reconstruct every adapter, compare it with its original, and with what the checkpoint claims."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .adapterfiles import open_tensors
+from .catalog import Entry, catalog
+from .errors import StreamError
+from .keys import SIDES, factor_key
+from .model import SHAREModel
+from .reader import Tensors
+from .sources import Source
+from .subspace import DeltaError, delta_error, relative_error
+from .tensorfile import TensorReader, float32
+
+TOLERANCE = 1e-3  # between a certified error and the one that is measured
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found of one adapter.
+
+    Attributes:
+        name: of the adapter.
+        relative_error: ||dW - dW^|| / ||dW|| over its shared modules, measured; NaN if it could not be.
+        certified: what the checkpoint claims, if it claims anything.
+        worst_module, worst_module_error: where it is farthest off.
+        problem: what is wrong, or None.
+    """
+
+    name: str
+    relative_error: float
+    certified: float | None = None
+    worst_module: str | None = None
+    worst_module_error: float = 0.0
+    problem: str | None = None
+
+
+def verify(model: SHAREModel, originals: Mapping[str, Source]) -> Iterator[Verdict]:
+    """Compare every adapter of a checkpoint with its original, one at a time.
+
+    Args:
+        model: the checkpoint.
+        originals: name -> where the original lies.
+    """
+    for name in model.adapter_names:
+        certified = model.certified(name).get("relative_error")
+        if name not in originals:
+            yield Verdict(name, float("nan"), certified, problem="its original is not among the sources")
+            continue
+        try:
+            yield _verdict(model, name, originals[name], certified)
+        except (StreamError, OSError) as e:
+            yield Verdict(name, float("nan"), certified, problem=str(e))
+
+
+def _verdict(model: SHAREModel, name: str, source: Source, certified: float | None) -> Verdict:
+    found = catalog([source])
+    if found.refused:
+        raise found.refused[0]
+    entry = found.entries[0]
+    tensors = model.reconstruct(name)
+    with open_tensors(entry.paths) as originals:
+        errors = {m.name: e for m, e in _module_errors(entry, originals, tensors)}
+        problem = _verbatim_fault(entry, originals, tensors)
+    total = relative_error(sum(e.error for e in errors.values()), sum(e.norm for e in errors.values()))
+    worst = max(errors, key=lambda m: errors[m].relative, default=None)
+    if problem is None and certified is not None and not abs(total - certified) <= TOLERANCE:
+        problem = f"the checkpoint claims a relative error of {certified:.6f}"
+    return Verdict(name, total, certified, worst, errors[worst].relative if worst else 0.0, problem)
+
+
+def _module_errors(entry: Entry, originals: TensorReader, tensors: Tensors) -> Iterator[tuple[Any, DeltaError]]:
+    for module in entry.layout.modules:
+        hats = []
+        for side in SIDES:
+            key = factor_key(module.name, side)
+            if key not in tensors or tuple(tensors[key].shape) != module.record(side).shape:
+                raise StreamError("a tensor is missing, or has another shape", key=key)
+            hats.append(tensors[key].float().numpy())
+        a, b = float32(originals, module.a), float32(originals, module.b)
+        yield module, delta_error(a, b, hats[0], hats[1], entry.scale_of[module.name])
+
+
+def _verbatim_fault(entry: Entry, originals: TensorReader, tensors: Tensors) -> str | None:
+    """Why what is kept verbatim is not the same, byte for byte; None if it is."""
+    import torch
+
+    for key, record in entry.layout.extras:
+        if key not in tensors:
+            return f"{key} is missing"
+        stored = tensors[key].contiguous().reshape(-1).view(torch.uint8).numpy()
+        if not np.array_equal(stored, originals.raw(record)):
+            return f"{key} differs from the original"
+    extra = tensors.keys() - {key for key, _ in entry.layout.extras}
+    unexpected = extra - {factor_key(m.name, side) for m in entry.layout.modules for side in SIDES}
+    return f"unexpected tensors: {sorted(unexpected)[:3]}" if unexpected else None
+
+
+def originals_of(model: SHAREModel, sources: list[Source]) -> dict[str, Source]:
+    """Match sources to a checkpoint's adapters: by source id where it is recorded, else by name."""
+    by_id = {source.id: source for source in sources if source.name is None}
+    by_name = {source.wanted_name: source for source in sources}
+    matched: dict[str, Source] = {}
+    for name in model.adapter_names:
+        source = by_id.get(str(model.certified(name).get("source_id"))) or by_name.get(name)
+        if source is not None:
+            matched[name] = source
+    return matched
+
+
+def recorded_sources(workspace: Path) -> list[Source]:
+    """The sources of the last plan of a workspace."""
+    from .files import read_json
+
+    adapters = read_json(workspace / "plan.json")["adapters"]
+    return [Source(a["source_id"], Path(a["path"]), None) for a in adapters]
