@@ -23,11 +23,11 @@ from typing import Any
 from .adapterfiles import digest_files, tensor_records
 from .errors import UsageError
 from .files import atomic_file, own_folder, read_json, remove_tree, sync_folder, sync_tree, write_json
-from .names import name_fault, shown
 from .tensorfile import SafetensorsReader, write_safetensors
 
 CONFIG, COMPONENTS, ADAPTERS = "share_config.json", "shared_components.safetensors", "adapters"
 LOADINGS, VERBATIM, META = "loadings.safetensors", "classifier_head.safetensors", "adapter_meta.json"
+SKIPPED = "skipped.json"
 OURS = "lorashare_stream"  # the key of what is ours, in compression_stats and in adapter_meta.json
 
 
@@ -96,7 +96,7 @@ class Staging:
     def commit(self, out: Path, config: Mapping[str, Any], skipped: list[dict[str, Any]]) -> None:
         """Write what is left, share_config.json last, and rename the folder into place."""
         if skipped:
-            write_json(self.root / "skipped.json", skipped)
+            write_json(self.root / SKIPPED, skipped)
         sync_tree(self.root / ADAPTERS)  # once for all, since every adapter can be checked by its digests
         write_json(self.root / CONFIG, config)
         (self.root / "staging.json").unlink()
@@ -131,6 +131,18 @@ def replaced_folder(out: Path) -> Path:
     return out.parent / f".{out.name}.replaced"
 
 
+def output_folder(out: Path) -> Path:
+    """`out`, absolute.
+
+    Raises:
+        UsageError: if it is the root of a file system, which nothing can be staged beside.
+    """
+    absolute = Path(os.path.abspath(out))
+    if not absolute.name:
+        raise UsageError("the output cannot be the root folder", found=out, remedy="Name a new folder.")
+    return absolute
+
+
 def claim_output(out: Path, *, own: Collection[str], overwrite: bool) -> None:
     """Refuse an output that is not ours to replace; mend one that a crash left between two renames.
 
@@ -145,8 +157,6 @@ def claim_output(out: Path, *, own: Collection[str], overwrite: bool) -> None:
     aside = replaced_folder(out)
     if aside.exists() and not out.exists():
         os.rename(aside, out)
-    if fault := name_fault(out.name):
-        raise UsageError(f"the output cannot be named {shown(out.name)!r}: {fault}", remedy="Choose another name.")
     if out.is_symlink():
         raise UsageError("the output is a link", found=out, remedy="Name the folder itself, or a new one.")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
@@ -172,6 +182,13 @@ def ours_of(out: Path) -> dict[str, Any] | None:
         return dict(stats.get(OURS, {}))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def skipped_of(out: Path) -> list[dict[str, Any]]:
+    """The adapters that were left out of a checkpoint, with reasons."""
+    path = out / SKIPPED
+    skipped: list[dict[str, Any]] = read_json(path) if path.exists() else []
+    return skipped
 
 
 def copy_checkpoint(source: Path, out: Path) -> None:

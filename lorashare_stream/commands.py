@@ -55,9 +55,9 @@ def compress(args: Args) -> int:
     out = Path(chosen["output"])
     workspace = Path(chosen.get("workspace") or default_workspace(out))
     made = _planned(chosen, workspace) if "plan" in chosen else _make_plan(chosen, workspace)
-    for note in plan_warnings(made):
-        log.info("%s", note)
     made.validate()
+    for note in plan_warnings(made):
+        log.warning("%s", note)
     skipped = run_plan(
         made, out, workspace=workspace, overwrite=bool(chosen.get("overwrite")), progress=_progress(args)
     )

@@ -11,7 +11,18 @@ from typing import Any, TypeVar
 from threadpoolctl import threadpool_limits
 
 from .catalog import catalog
-from .checkpoint import ADAPTERS, COMPONENTS, LOADINGS, META, VERBATIM, Staging, claim_output, ours_of
+from .checkpoint import (
+    ADAPTERS,
+    COMPONENTS,
+    LOADINGS,
+    META,
+    VERBATIM,
+    Staging,
+    claim_output,
+    ours_of,
+    output_folder,
+    skipped_of,
+)
 from .devices import resolve_device
 from .errors import AdapterError, BudgetError, CollectionError, WorkspaceError
 from .executors import Executor, Threads
@@ -21,7 +32,7 @@ from .names import bytes_shown, listed
 from .planning import Plan, check_enough, make_plan, plan_as_json
 from .settings import Settings
 from .sources import Source
-from .summary import share_config
+from .summary import figures_of, share_config
 from .tasks import Job, accumulate_module, check_unchanged, fit_module, ingest_adapter, project_adapter
 from .workspace import Receipt, Workspace, digest_of, skipped_as_json
 
@@ -94,6 +105,7 @@ def compress(
         WorkspaceError, UsageError: if the folders hold something else.
     """
     plan.validate()
+    out = output_folder(out)
     run = Run(plan, executor or Threads(), progress)
     root = workspace or default_workspace(out)
     check_disk(plan, root, out)
@@ -102,9 +114,10 @@ def compress(
         write_json(work.root / "plan.json", plan_as_json(plan))
 
         skipped = [*plan.refused, *ingest(run, work)]
-        work.skip(skipped)
+        left_out = skipped_as_json(skipped)
+        work.skip(left_out)
         job = make_job(plan, work, out)
-        if is_current(job, out):
+        if is_current(job, out, left_out):
             return skipped
 
         run.all("accumulate", partial(accumulate_module, job), unaccumulated(job))
@@ -112,15 +125,15 @@ def compress(
         bases = {m: read_json(job.facts_file(m)) for m in modules_of(job)}
         job = replace(job, basis_digest=digest_of([[m, facts["digest"]] for m, facts in bases.items()]))
 
-        staging = Staging.open(out, job.basis_digest)
+        staging = Staging.open(out, job.digest)
         write_components(staging, job, bases)
         names = [receipt.name for receipt in job.receipts]
         run.all("project", partial(project_adapter, job), [n for n in names if not staging.done(n)])
 
-        metas = list(staging.metas(names))
-        config = share_config(plan, metas, bases, job=job, sizes=sizes_of(staging.root), skipped=len(skipped))
+        figures = [figures_of(meta) for meta in staging.metas(names)]
+        config = share_config(plan, figures, bases, job=job, sizes=sizes_of(staging.root), skipped=len(skipped))
         work.publishing(out, job.basis_digest)
-        staging.commit(out, config, skipped_as_json(skipped))
+        staging.commit(out, config, left_out)
     return skipped
 
 
@@ -200,9 +213,9 @@ def make_job(plan: Plan, work: Workspace, out: Path) -> Job:
     )
 
 
-def is_current(job: Job, out: Path) -> bool:
+def is_current(job: Job, out: Path, left_out: list[dict[str, Any]]) -> bool:
     """Whether the checkpoint at `out` is what this job would write."""
-    return (ours_of(out) or {}).get("digest") == job.digest
+    return (ours_of(out) or {}).get("digest") == job.digest and skipped_of(out) == left_out
 
 
 def modules_of(job: Job) -> list[str]:

@@ -64,8 +64,8 @@ def _by_second(second: Array, k: int) -> Float64:
     d = second.shape[0]
     if 16 * k <= d and second.any():
         try:
-            start = np.random.default_rng(SEED).standard_normal(d).astype(second.dtype)
-            values, vectors = eigsh(second, k, v0=start, rng=np.random.default_rng(SEED))
+            guess = np.asarray(np.random.default_rng(SEED).standard_normal((d,)), second.dtype)
+            values, vectors = eigsh(second, k, v0=guess, rng=np.random.default_rng(SEED))
             if np.isfinite(vectors).all():
                 return np.asarray(vectors[:, np.argsort(values)[::-1]], np.float64)
         except ArpackError:  # clustered or vanishing eigenvalues: LAPACK always answers

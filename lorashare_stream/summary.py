@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,36 @@ from .version import __version__
 Facts = Mapping[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What the summary needs of one adapter; `shared` is whether it has loadings."""
+
+    name: str
+    relative_error: float
+    source_bytes: int
+    lora_bytes: int
+    shared: bool
+    rank: int
+    alpha: float
+
+
+def figures_of(meta: Facts) -> Figures:
+    """The figures in an adapter_meta.json."""
+    ours, config = meta[OURS], meta["original_config"]
+    return Figures(
+        meta["adapter_name"],
+        ours["relative_error"],
+        ours["source_bytes"],
+        ours["lora_bytes"],
+        ours["worst_module"] is not None,
+        config["r"],
+        config["lora_alpha"],
+    )
+
+
 def share_config(
     plan: Plan,
-    metas: Sequence[Facts],
+    adapters: Sequence[Figures],
     bases: Mapping[str, Facts],
     *,
     job: Job,
@@ -30,7 +58,7 @@ def share_config(
 
     Args:
         plan: of the run.
-        metas: adapter_meta.json of every adapter, in order.
+        adapters: figures of every adapter, in order.
         bases: module -> facts of its two bases.
         job: its digests.
         sizes: bytes on disk of `basis`, `loadings`, `verbatim` and `metadata`.
@@ -38,7 +66,6 @@ def share_config(
     """
     groups = {group_id(m, side): bases[m][side] for m in sorted(bases) for side in SIDES if side in bases[m]}
     explained = {group: facts["explained"] for group, facts in groups.items()}
-    configs = [meta["original_config"] for meta in metas]
     shared = sum(f["k"] * f["d"] for f in groups.values())
     loadings = sum(f["k"] * f["n"] for f in groups.values())
     original = sum(f["d"] * f["n"] for f in groups.values())
@@ -52,7 +79,7 @@ def share_config(
         "mean_explained_variance": float(np.mean(values)),
         "min_explained_variance": min(values),
         "per_layer_explained_variance": explained,
-        OURS: _ours(plan, metas, groups, sizes)
+        OURS: _ours(plan, adapters, groups, sizes)
         | {"digest": job.digest, "basis_digest": job.basis_digest, "skipped": skipped},
     }
     return {
@@ -62,19 +89,20 @@ def share_config(
         "variance_threshold": plan.settings.variance_threshold,
         "base_model_name_or_path": plan.base_model,
         "target_modules": sorted({m.rpartition(".")[2] for m in bases}),
-        "lora_rank": _commonest([c["r"] for c in configs]),
-        "lora_alpha": _commonest([c["lora_alpha"] for c in configs]),
-        "adapter_names": [meta["adapter_name"] for meta in metas],
-        "num_adapters": len(metas),
+        "lora_rank": _commonest([a.rank for a in adapters]),
+        "lora_alpha": _commonest([a.alpha for a in adapters]),
+        "adapter_names": [a.name for a in adapters],
+        "num_adapters": len(adapters),
         "layer_keys": sorted(bases),
         "compression_stats": stats,
     }
 
 
-def _ours(plan: Plan, metas: Sequence[Facts], groups: Mapping[str, Facts], sizes: Mapping[str, int]) -> dict[str, Any]:
+def _ours(
+    plan: Plan, adapters: Sequence[Figures], groups: Mapping[str, Facts], sizes: Mapping[str, int]
+) -> dict[str, Any]:
     s = plan.settings
-    ours = [meta[OURS] for meta in metas]
-    lora = sum(m["lora_bytes"] for m in ours if m["worst_module"] is not None)
+    lora = sum(a.lora_bytes for a in adapters if a.shared)
     shared = sizes["basis"] + sizes["loadings"]
     return {
         "version": __version__,
@@ -83,19 +111,19 @@ def _ours(plan: Plan, metas: Sequence[Facts], groups: Mapping[str, Facts], sizes
         "dtype": plan.storage,
         "bytes": {
             **sizes,
-            "originals": sum(m["source_bytes"] for m in ours),
+            "originals": sum(a.source_bytes for a in adapters),
             "lora": lora,
             "lora_ratio": lora / shared if lora else 1.0,
         },
-        "errors": _errors(metas) | _bound(groups, s.objective),
-        "verbatim_adapters": [m["adapter_name"] for m in metas if m[OURS]["worst_module"] is None],
+        "errors": _errors(adapters) | _bound(groups, s.objective),
+        "verbatim_adapters": [a.name for a in adapters if not a.shared],
         "groups": {g: {k: f[k] for k in ("d", "n", "k", "energy", "explained")} for g, f in groups.items()},
     }
 
 
-def _errors(metas: Sequence[Facts]) -> dict[str, Any]:
+def _errors(adapters: Sequence[Figures]) -> dict[str, Any]:
     """Relative dW error over the adapters: mean, median, 95th percentile, maximum, and the worst ten."""
-    errors = {m["adapter_name"]: m[OURS]["relative_error"] for m in metas}
+    errors = {a.name: a.relative_error for a in adapters}
     values = np.array(list(errors.values()))
     worst = sorted(errors, key=lambda name: (-errors[name], name))[:10]
     return {

@@ -161,9 +161,9 @@ class Workspace:
             os.fsync(f.fileno())
         sync_folder(self.root)
 
-    def skip(self, errors: Iterable[StreamError]) -> None:
+    def skip(self, left_out: list[dict[str, Any]]) -> None:
         """Note which adapters this run leaves out, and why."""
-        write_json(self.root / "skipped.json", skipped_as_json(errors))
+        write_json(self.root / "skipped.json", left_out)
 
     # -- moments -------------------------------------------------------------------------------------
 
