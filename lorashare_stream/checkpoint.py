@@ -70,14 +70,16 @@ class Staging:
             write_safetensors(f, ((g, dtype, shape) for g, shape in shapes.items()), _raw_tensors(bases), metadata)
 
     def done(self, name: str) -> bool:
-        """Whether an adapter is written, whole: a power cut may leave a folder without its content."""
+        """Whether an adapter is written, whole; what is not is removed. A power cut may leave names without content."""
         folder = self.root / ADAPTERS / name
         try:
             digests = read_json(folder / META)[OURS]["files"]
-            return all(digest_files([folder / file]) == digest for file, digest in digests.items())
+            whole = all(digest_files([folder / file]) == digest for file, digest in digests.items())
         except (OSError, ValueError, KeyError, TypeError):
+            whole = False
+        if not whole:
             remove_tree(folder)
-            return False
+        return whole
 
     @contextmanager
     def adapter(self, name: str) -> Iterator[Path]:

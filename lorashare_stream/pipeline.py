@@ -227,8 +227,7 @@ def modules_of(job: Job) -> list[str]:
 def unaccumulated(job: Job) -> list[str]:
     """Modules whose moments lack admissions."""
     work = Workspace(job.workspace)
-    entries = {m: (work.marker(m) or {}).get("entries") for m in modules_of(job)}
-    return [m for m, count in entries.items() if count != len(job.receipts)]
+    return [m for m in modules_of(job) if not job.holds_all(work.marker(m))]
 
 
 def unfitted(job: Job) -> list[str]:

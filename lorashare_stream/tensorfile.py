@@ -83,7 +83,7 @@ def _record(path: Path, name: str, entry: Any, data: int, file: int) -> TensorRe
         whole = all(type(n) is int and 0 <= n < 1 << 62 for n in (*shape, start, end))
     except (TypeError, KeyError, ValueError) as e:
         raise bad_file(path, "a tensor is not described as safetensors demands", entry, key=name) from e
-    if dtype not in ITEMSIZE:
+    if not isinstance(dtype, str) or dtype not in ITEMSIZE:
         raise bad_file(path, "a dtype that is not known", dtype, ", ".join(ITEMSIZE), key=name)
     if not whole or len(shape) > 16 or math.prod(shape) * ITEMSIZE[dtype] != end - start:
         raise bad_file(

@@ -34,6 +34,8 @@ def accumulate_module(job: Job, name: str) -> None:
 def _accumulate(job: Job, name: str) -> None:
     work = Workspace(job.workspace)
     old = work.marker(name)
+    if old is not None and not job.continues(old):
+        raise DamagedMoment("a moment holds other adapters than the journal")
     fresh = job.receipts[0 if old is None else old["entries"] :]
     parts = [(job.entries[r.name], r.energy) for r in fresh if job.shares(r.name)]
     parts = [(entry, energy) for entry, energy in parts if name in entry.layout.by_name]
@@ -50,6 +52,7 @@ def _accumulate(job: Job, name: str) -> None:
         for side in SIDES:
             marker[side] = momentstore.save(folder / side, sums[side].finish())
         marker["entries"] = len(job.receipts)
+        marker["admitted"] = job.admitted(len(job.receipts))
 
 
 def weighted_rows(

@@ -41,7 +41,7 @@ def fit_module(job: Job, name: str) -> None:
 def _fit_sides(job: Job, name: str) -> dict[Side, tuple[NDArray[np.float32], dict[str, Any]]]:
     work, s = Workspace(job.workspace), job.settings
     marker = work.marker(name)
-    if marker is None or marker["entries"] != len(job.receipts):
+    if marker is None or not job.holds_all(marker):
         raise DamagedMoment("a moment is not complete")
     sides: dict[Side, tuple[NDArray[np.float32], dict[str, Any]]] = {}
     for side in SIDES:

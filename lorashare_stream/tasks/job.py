@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from ..adapterfiles import digest_files
 from ..catalog import Entry
@@ -13,7 +14,7 @@ from ..checkpoint import staging_folder
 from ..files import read_json
 from ..names import slug
 from ..settings import Settings
-from ..workspace import Receipt
+from ..workspace import Receipt, digest_of
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,25 @@ class Job:
     def shares(self, name: str) -> bool:
         """Whether an adapter takes part in bases; under `delta`, one whose dW vanishes is kept verbatim."""
         return self.settings.objective == "factors" or self.receipt_of[name].energy > 0
+
+    def admitted(self, count: int) -> str:
+        """Digest of the first `count` admissions: what a moment that holds them is a moment of."""
+        if count not in self._prefixes:
+            self._prefixes[count] = digest_of([[r.name, r.digest] for r in self.receipts[:count]])
+        return self._prefixes[count]
+
+    @cached_property
+    def _prefixes(self) -> dict[int, str]:
+        return {}
+
+    def holds_all(self, marker: Mapping[str, Any] | None) -> bool:
+        """Whether a module's moments, by their marker, hold every admission and nothing else."""
+        return marker is not None and marker["entries"] == len(self.receipts) and self.continues(marker)
+
+    def continues(self, marker: Mapping[str, Any]) -> bool:
+        """Whether the admissions go on from those that a module's moments hold."""
+        count: int = marker["entries"]
+        return count <= len(self.receipts) and marker["admitted"] == self.admitted(count)
 
     @cached_property
     def staging(self) -> Path:

@@ -1,0 +1,125 @@
+"""Collections to test on: small ones made here, and the real ones beside the repository."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from safetensors.numpy import save_file
+
+from lorashare_stream.pipeline import compress, plan_for
+from lorashare_stream.settings import Settings
+from lorashare_stream.sources import resolve
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the network
+settings.register_profile("here", deadline=None, suppress_health_check=list(HealthCheck))
+settings.load_profile("here")
+
+REAL = Path(__file__).resolve().parents[2] / "shared" / "adapters"
+REQUIRE_REAL = "LORASHARE_STREAM_REQUIRE_REAL"
+
+
+@pytest.fixture(scope="session")
+def real() -> Path:
+    """The folder of real adapters; absent in a clone that stands alone."""
+    if not REAL.is_dir():
+        if os.environ.get(REQUIRE_REAL):
+            pytest.fail(f"{REQUIRE_REAL} is set, and there are no real adapters at {REAL}")
+        pytest.skip(f"no real adapters at {REAL}")
+    return REAL
+
+
+CONFIG: dict[str, Any] = {
+    "peft_type": "LORA",
+    "task_type": None,
+    "base_model_name_or_path": "tiny-base",
+    "r": 4,
+    "lora_alpha": 8,
+    "target_modules": ["q", "v"],
+    "bias": "none",
+    "inference_mode": True,
+    "init_lora_weights": True,
+}
+
+
+def factor_keys(module: str) -> tuple[str, str]:
+    return f"base_model.model.{module}.lora_A.weight", f"base_model.model.{module}.lora_B.weight"
+
+
+def write_adapter(folder: Path, tensors: Mapping[str, np.ndarray], **config: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(dict(tensors), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(CONFIG | config))
+    return folder
+
+
+def make_tensors(
+    rng: np.random.Generator, modules: Mapping[str, tuple[int, int]], r: int = 4, latent: int = 6
+) -> dict[str, np.ndarray]:
+    """Factors with a planted shared subspace of `latent` directions, and a full-rank tail."""
+    tensors = {}
+    for module, (d_in, d_out) in modules.items():
+        planted = np.random.default_rng(int(hashlib.sha256(module.encode()).hexdigest()[:8], 16))
+        for key, d in zip(factor_keys(module), (d_in, d_out), strict=True):
+            basis = np.linalg.qr(planted.standard_normal((d, min(latent, d))))[0]
+            strength = rng.standard_normal((basis.shape[1], r)) / (1 + np.arange(basis.shape[1]))[:, None]
+            vectors = basis @ strength + 0.05 * rng.standard_normal((d, r)) / np.sqrt(d)
+            tensors[key] = np.ascontiguousarray(vectors.T if "lora_A" in key else vectors, np.float32)
+    return tensors
+
+
+MODULES = {"layers.0.q": (40, 24), "layers.0.v": (40, 12), "layers.1.q": (40, 24)}
+
+
+def make_collection(
+    root: Path, n: int = 8, modules: Mapping[str, tuple[int, int]] = MODULES, r: int = 4, seed: int = 0, **config: Any
+) -> list[str]:
+    rng = np.random.default_rng(seed)
+    folders = []
+    for i in range(n):
+        tensors = make_tensors(rng, modules, r)
+        tensors["base_model.model.head.weight"] = rng.standard_normal((3, 5)).astype(np.float32)
+        folders.append(str(write_adapter(root / f"a{i:02}", tensors, r=r, lora_alpha=2 * r, **config)))
+    return folders
+
+
+@pytest.fixture
+def collection(tmp_path: Path) -> list[str]:
+    return make_collection(tmp_path / "adapters")
+
+
+@pytest.fixture
+def compressed(tmp_path: Path) -> Callable[..., Path]:
+    """Compress some sources under `tmp_path` and give the checkpoint's folder."""
+
+    def run(
+        sources: Any, name: str = "out", executor: Any = None, workspace: Path | None = None, **options: Any
+    ) -> Path:
+        out = tmp_path / name
+        plan = plan_for(resolve(sources), Settings.from_mapping({"device": "cpu"} | options), workspace)
+        compress(plan, out, executor=executor, workspace=workspace)
+        return out
+
+    return run
+
+
+def tree_digest(root: Path) -> dict[str, str]:
+    """Relative path -> SHA-256 of every file under `root`."""
+    return {
+        str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(root.rglob("*"))
+        if p.is_file()
+    }
+
+
+def load_tensors(folder: str | Path) -> dict[str, np.ndarray]:
+    from safetensors.numpy import load_file
+
+    return load_file(Path(folder) / "adapter_model.safetensors")

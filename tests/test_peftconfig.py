@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from lorashare_stream.errors import AdapterError
+from lorashare_stream.peftconfig import check_lora, rank, scale
+
+BASE: dict[str, Any] = {"peft_type": "LORA", "r": 8, "lora_alpha": 16}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"use_rslora": True},
+        {"alpha_pattern": {"q": 64}},
+        {"rank_pattern": {"layers.0.q": 2}},
+        {"rank_pattern": {"q": 2}, "alpha_pattern": {r"layers\.\d\.q": 3}, "use_rslora": True},
+        {"rank_pattern": {"ayers.0.q": 2}},
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*did not match any targeted module")
+def test_scale_is_what_peft_computes(config: dict[str, Any]) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.ModuleList([torch.nn.ModuleDict({n: torch.nn.Linear(8, 8) for n in "qv"})])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layers[0]["v"](self.layers[0]["q"](x))
+
+    model = get_peft_model(Net(), LoraConfig(r=8, lora_alpha=16, target_modules=["q", "v"], **config))
+    for name in "qv":
+        layer = model.base_model.model.layers[0][name]
+        assert scale(BASE | config, f"layers.0.{name}") == pytest.approx(layer.scaling["default"])
+        assert rank(BASE | config, f"layers.0.{name}") == layer.r["default"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+        ({"peft_type": None}, "has no peft_type"),
+        ({"r": 0}, "unusable r"),
+        ({"r": "8"}, "unusable r"),
+        ({"lora_alpha": math.nan}, "unusable lora_alpha"),
+        ({"rank_pattern": [1]}, "unusable rank_pattern"),
+        ({"enable_lora": [True, False]}, "legacy MergedLinear"),
+    ],
+)
+def test_refusals_name_the_field(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(AdapterError, match=message):
+        check_lora(BASE | change)
+
+
+def test_a_pattern_that_is_no_expression_is_an_error_of_ours() -> None:
+    with pytest.raises(AdapterError, match="no regular expression"):
+        scale(BASE | {"alpha_pattern": {"(": 1}}, "q")

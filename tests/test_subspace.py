@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorashare_stream.moments import Moment, empty, of_columns, second_of
+from lorashare_stream.solvers import leading
+from lorashare_stream.subspace import break_even, centered, delta_error, delta_norm, fit, relative_error
+
+
+def decaying(seed: int, n: int, d: int, power: float = 1.0) -> np.ndarray:
+    """Vectors as rows (n, d), with a power-law spectrum."""
+    rng = np.random.default_rng(seed)
+    q = np.linalg.qr(rng.standard_normal((d, d)))[0]
+    return (rng.standard_normal((n, d)) * (1.0 + np.arange(d)) ** -power) @ q
+
+
+def as_second(x: np.ndarray, dtype: str) -> Moment:
+    whole = of_columns(x)
+    return Moment(np.asfortranarray(second_of(whole), dtype), None, whole.sum, whole.count, whole.energy)
+
+
+def as_columns(x: np.ndarray, dtype: str) -> Moment:
+    whole = of_columns(x)
+    return Moment(None, x.astype(dtype), whole.sum, whole.count, whole.energy)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("n", "d", "form"),
+    [(40, 96, as_columns), (96, 96, as_columns), (400, 96, as_second), (97, 96, as_second), (900, 640, as_second)],
+)
+@pytest.mark.parametrize("power", [0.0, 1.0, 3.0])
+@pytest.mark.parametrize("k", [1, 8, 32, 10_000])
+def test_captured_energy_is_that_of_a_float64_svd(n: int, d: int, form: Any, power: float, k: int, dtype: str) -> None:
+    x = decaying(1, n, d, power)
+    if dtype == "float32":
+        x = x.astype(np.float32).astype(np.float64)
+    basis = fit(form(x, dtype), k)
+    k = min(k, n, d)
+    assert basis.components.shape == (d, k)
+    v = basis.components.astype(np.float64)
+    best = np.linalg.svd(x, compute_uv=False) ** 2
+    captured = np.sum((x @ v) ** 2)
+    assert captured >= (1 - 1e-6) * best[:k].sum()
+    assert np.abs(v.T @ v - np.eye(k)).max() <= 1e-5
+    assert basis.explained == pytest.approx(captured / best.sum(), abs=1e-6)
+    assert np.allclose(basis.eigenvalues, best[:k], atol=1e-6 * best[0])
+
+
+def test_a_singular_ratio_that_a_float32_gram_matrix_would_lose() -> None:
+    rng = np.random.default_rng(0)
+    u, v = (np.linalg.qr(rng.standard_normal((size, 12)))[0] for size in (300, 12))
+    x = ((u * np.logspace(0, -5, 12)) @ v.T).T  # (12, 300), singular values down to 1e-5
+    basis = fit(as_columns(x, "float64"), 12)
+    for j in range(12):  # each direction on its own, not the energy, which the first one owns
+        assert np.linalg.norm(u[:, j] - basis.components @ (basis.components.T @ u[:, j])) < 1e-5
+
+
+@pytest.mark.parametrize("form", [as_columns, as_second])
+def test_rank_deficient_and_vanishing_groups_still_have_orthonormal_bases(form: Any) -> None:
+    low = np.outer(np.arange(1.0, 31), np.ones(64)) * 1e-3
+    for x in (low, np.zeros((30, 64))):
+        basis = fit(form(x, "float32"), 4)
+        assert np.abs(basis.components.T @ basis.components - np.eye(4)).max() <= 1e-5
+        assert basis.explained == pytest.approx(1.0)
+
+
+def test_signs_are_fixed_and_the_solver_is_seeded() -> None:
+    x = decaying(0, 2000, 640)
+    first, second = (fit(as_second(x, "float32"), 8) for _ in range(2))
+    assert np.array_equal(first.components, second.components)
+    peaks = np.abs(first.components).argmax(axis=0)
+    assert (first.components[peaks, np.arange(8)] > 0).all()
+
+
+@given(st.integers(0, 100), st.integers(2, 30), st.integers(2, 30), st.floats(0.05, 1.0))
+def test_auto_takes_the_smallest_k_that_reaches_the_threshold(seed: int, n: int, d: int, threshold: float) -> None:
+    x = decaying(seed, n, d)
+    basis = fit(as_columns(x, "float64") if n <= d else as_second(x, "float64"), "auto", threshold)
+    share = np.cumsum(np.linalg.svd(x, compute_uv=False) ** 2) / np.sum(x**2)
+    k = basis.components.shape[1]
+    assert share[k - 1] >= threshold - 1e-9
+    assert k == 1 or share[k - 2] < threshold + 1e-9
+
+
+def test_auto_grows_past_its_first_guess_and_reaches_all() -> None:
+    x = decaying(3, 500, 100, power=0.0)
+    assert fit(as_second(x, "float64"), "auto", 1.0).components.shape == (100, 100)
+    assert 16 < fit(as_second(x, "float64"), "auto", 0.5).components.shape[1] < 64
+
+
+@pytest.mark.parametrize("form", [as_columns, as_second])
+def test_centring_is_the_covariance(form: Any) -> None:
+    x = decaying(0, 50, 20) + 3.0
+    about = x - x.mean(axis=0)
+    moment = centered(form(x.copy(), "float64"))
+    assert np.allclose(second_of(moment), about.T @ about)
+    assert moment.energy == pytest.approx(np.sum(about**2))
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+def test_explained_variance_is_of_what_is_stored(dtype: str) -> None:
+    x = decaying(0, 300, 64)
+    basis = fit(as_second(x, "float32"), 8, dtype=dtype)
+    v = basis.components.astype(np.float64)
+    left = np.sum((x - x @ v @ v.T) ** 2)
+    assert basis.explained == pytest.approx(1 - left / np.sum(x**2), abs=1e-6)
+    assert np.abs(v.T @ v - np.eye(8)).max() > 1e-5  # rounding does spoil orthonormality
+
+
+@given(st.integers(0, 1000), st.integers(1, 6), st.integers(1, 30), st.integers(1, 30), st.floats(0.01, 100))
+def test_the_certified_error_is_that_of_the_product(seed: int, r: int, d_in: int, d_out: int, scale: float) -> None:
+    rng = np.random.default_rng(seed)
+    a, b = rng.standard_normal((r, d_in)), rng.standard_normal((d_out, r))
+    a_hat, b_hat = a + 0.1 * rng.standard_normal(a.shape), b * 0.7
+    found = delta_error(a, b, a_hat, b_hat, scale)
+    assert found.error == pytest.approx(scale**2 * np.sum((b @ a - b_hat @ a_hat) ** 2), rel=1e-8, abs=1e-10)
+    assert (
+        found.norm == pytest.approx(delta_norm(a, b, scale)) == pytest.approx(scale**2 * np.sum((b @ a) ** 2), rel=1e-8)
+    )
+
+
+def test_a_nearly_exact_reconstruction_has_a_nearly_vanishing_error() -> None:
+    """The identity ||dW||^2 - ||core||^2 would leave 1e-8 of cancellation here, an error of 1e-4."""
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((4, 50)).astype(np.float32), rng.standard_normal((30, 4)).astype(np.float32)
+    assert delta_error(a, b, a, b, 2.0).relative == 0.0
+    assert delta_error(a, b, np.nextafter(a, 2), b, 2.0).relative < 1e-6
+
+
+def test_relative_error_of_nothing() -> None:
+    assert relative_error(0.0, 0.0) == 0.0
+    assert relative_error(1.0, 0.0) == float("inf")
+    assert relative_error(1.0, 4.0) == 0.5
+
+
+def test_break_even() -> None:
+    assert break_even(384, 128) == 96
+    k, d, n = 96, 384, 128
+    assert k * (d + n) == d * n
+
+
+def test_the_moment_of_nothing_is_fitted_to_nothing() -> None:
+    values, vectors = leading(empty(5, "float64"), 2)
+    assert np.array_equal(values, np.zeros(2))
+    assert np.allclose(vectors.T @ vectors, np.eye(2))
