@@ -1,0 +1,314 @@
+"""Bad input: named at once by `plan`, before heavy work; what only values show, by ingest, before a moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from lorashare_stream.errors import AdapterError, BudgetError, CollectionError, MissingFileError, UsageError
+from lorashare_stream.model import SHAREModel
+from lorashare_stream.pipeline import compress, plan_for
+from lorashare_stream.settings import Settings
+from lorashare_stream.sources import resolve
+
+from .conftest import CONFIG, factor_keys, load_tensors, make_collection, tree_digest, write_adapter
+from .oracle import share_config
+
+Compress = Callable[..., Path]
+A, B = factor_keys("layers.0.q")
+WEIGHTS = "adapter_model.safetensors"
+
+
+def rewritten(folder: Path, change: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]) -> None:
+    save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS)
+
+
+def truncate(folder: Path) -> None:
+    os.truncate(folder / WEIGHTS, (folder / WEIGHTS).stat().st_size - 10)
+
+
+def lie(folder: Path) -> None:
+    raw = (folder / WEIGHTS).read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    header = json.loads(raw[8 : 8 + length])
+    header[A]["shape"] = [8, 40]
+    text = json.dumps(header).encode()
+    (folder / WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
+
+
+def configured(**change: Any) -> Callable[[Path], None]:
+    return lambda folder: (folder / "adapter_config.json").write_text(json.dumps(CONFIG | change)) and None
+
+
+def two_adapters_in_one(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return tensors | {A.replace(".weight", f".{n}.weight"): tensors[A] for n in ("one", "two")} | {A: tensors[A]}
+
+
+HEADERS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
+    "truncated file": (truncate, [WEIGHTS, "cut short", "found", "expected"]),
+    "empty file": (lambda f: (f / WEIGHTS).write_bytes(b""), [WEIGHTS, "cut short"]),
+    "header that lies": (lie, [A, "disagree", "F32"]),
+    "empty tensors": (
+        lambda f: rewritten(f, lambda t: t | {A: np.zeros((0, 40), np.float32)}),
+        [A, "ZeRO-3", "[0, 40]", "Gather"],
+    ),
+    "duplicate keys after normalising": (
+        lambda f: rewritten(f, lambda t: t | {"module." + A: t[A]}),
+        [A, "two keys mean the same tensor"],
+    ),
+    "several adapters in one file": (
+        lambda f: rewritten(
+            f, lambda t: {k.replace("lora_A.", f"lora_A.{k.split('.')[3]}x."): v for k, v in t.items()}
+        ),
+        ["several adapters"],
+    ),
+    "shape mismatch within a group": (
+        lambda f: rewritten(f, lambda t: t | {A: np.ones((4, 41), np.float32)}),
+        [A, "d = 41", "d = 40"],
+    ),
+    "ranks that differ": (
+        lambda f: rewritten(f, lambda t: t | {A: np.ones((5, 40), np.float32)}),
+        [B, "differ in rank", "[24, 4]", "rank 5"],
+    ),
+    "rank unlike the configuration": (configured(r=8), [A, "disagree on the rank", "r = 8"]),
+    "missing configuration": (lambda f: (f / "adapter_config.json").unlink(), ["no adapter_config.json", WEIGHTS]),
+    "configuration is no JSON": (lambda f: (f / "adapter_config.json").write_text("{"), ["not valid JSON"]),
+    "configuration is a list": (lambda f: (f / "adapter_config.json").write_text("[]"), ["not an object", "list"]),
+    "missing weights": (lambda f: (f / WEIGHTS).unlink(), ["no weights", "adapter_model.bin"]),
+    "other base model": (configured(base_model_name_or_path="other"), ["base model", "other", "tiny-base"]),
+    "other method": (configured(peft_type="LOHA"), ["LOHA", "convert"]),
+    "no LoRA at all": (
+        lambda f: rewritten(f, lambda t: {"base_model.model.head.weight": np.ones((2, 2), np.float32)}),
+        ["no LoRA tensors"],
+    ),
+    "kohya keys": (
+        lambda f: rewritten(f, lambda t: {"lora_unet_x.lora_up.weight": np.ones((2, 2), np.float32)}),
+        ["kohya"],
+    ),
+    "a shard that is missing": (
+        lambda f: (
+            (f / WEIGHTS).unlink(),
+            (f / "model.safetensors.index.json").write_text(
+                json.dumps({"weight_map": {A: "model-1-of-2.safetensors"}})
+            ),
+        ),
+        ["shard is missing", "model-1-of-2.safetensors"],
+    ),
+    "a weight_map that leaves the folder": (
+        lambda f: (
+            (f / WEIGHTS).rename(f.parent / "secret.safetensors"),
+            (f / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {A: "../secret.safetensors"}})),
+        ),
+        ["leaves the adapter's folder", "../secret.safetensors"],
+    ),
+    "a weight_map that is none": (
+        lambda f: (
+            (f / WEIGHTS).unlink(),
+            (f / "model.safetensors.index.json").write_text(json.dumps({"weight_map": [1]})),
+        ),
+        ["no usable weight_map"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_what_headers_show_is_named_before_any_work(
+    tmp_path: Path, collection: list[str], compressed: Compress, name: str
+) -> None:
+    spoil, parts = HEADERS[name]
+    spoil(Path(collection[3]))
+    with pytest.raises(CollectionError) as caught:
+        compressed(collection)
+    text = str(caught.value)
+    assert "'a03'" in text
+    assert all(part in text for part in parts), text
+    assert len(caught.value.problems) == 1
+    assert not (tmp_path / "out.workspace").exists()
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_skipping_goes_on_without_them_and_lists_them(
+    tmp_path: Path, collection: list[str], compressed: Compress, name: str
+) -> None:
+    spoil, parts = HEADERS[name]
+    spoil(Path(collection[3]))
+    out = compressed(collection, num_components=4, on_error="skip")
+    assert SHAREModel.from_pretrained(out).adapter_names == [f"a{i:02}" for i in range(8) if i != 3]
+    for path in (out / "skipped.json", tmp_path / "out.workspace" / "skipped.json"):
+        (entry,) = json.loads(path.read_text())
+        assert entry["adapter"] == "a03"
+        assert all(part in entry["reason"] for part in parts)
+    clean = make_collection(tmp_path / "clean")
+    del clean[3]
+    assert (
+        tree_digest(compressed(clean, "other", num_components=4))["shared_components.safetensors"]
+        == tree_digest(out)["shared_components.safetensors"]
+    )
+
+
+def test_everything_that_is_wrong_is_named_at_once(collection: list[str], compressed: Compress) -> None:
+    for i, name in enumerate(["truncated file", "missing configuration", "other base model"]):
+        HEADERS[name][0](Path(collection[i]))
+    with pytest.raises(CollectionError, match="3 of 8") as caught:
+        compressed(collection)
+    assert [p.adapter for p in caught.value.problems] == ["a00", "a01", "a02"]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("key", [A, B])
+def test_values_that_are_not_finite_never_touch_a_moment(
+    tmp_path: Path, collection: list[str], compressed: Compress, key: str, value: float
+) -> None:
+    good = compressed([c for c in collection if not c.endswith("a05")], "good", num_components=4)
+
+    def spoil(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        tensors[key][1, 2] = value
+        return tensors
+
+    rewritten(Path(collection[5]), spoil)
+    with pytest.raises(CollectionError, match=r"'a05'.*not finite.*at \[1, 2\], 1 in all") as caught:
+        compressed(collection, num_components=4)
+    assert caught.value.problems[0].key == key
+    journal = (tmp_path / "out.workspace" / "journal.jsonl").read_text().splitlines()
+    assert len(journal) == 7  # nothing that was read is lost
+    out = compressed(collection, num_components=4, on_error="skip", workspace=tmp_path / "out.workspace")
+    assert tree_digest(out)["shared_components.safetensors"] == tree_digest(good)["shared_components.safetensors"]
+
+
+def test_a_float64_beyond_float32_is_not_finite(tmp_path: Path, collection: list[str], compressed: Compress) -> None:
+    rewritten(Path(collection[0]), lambda t: t | {A: t[A].astype(np.float64) * 1e200})
+    with pytest.raises(CollectionError, match="not finite in float32"):
+        compressed(collection)
+
+
+def test_values_that_are_not_finite_in_what_is_verbatim_are_kept_and_noted(
+    collection: list[str], compressed: Compress
+) -> None:
+    head = "base_model.model.head.weight"
+    rewritten(Path(collection[0]), lambda t: t | {head: np.full((3, 5), -np.inf, np.float32)})
+    share = SHAREModel.from_pretrained(compressed(collection, num_components=4))
+    assert torch.isinf(share.reconstruct("a00")[head]).all()
+    assert any("not finite" in note for note in share.certified("a00")["notes"])
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_fewer_than_two_adapters_are_an_error(collection: list[str], compressed: Compress, count: int) -> None:
+    with pytest.raises(ValueError, match=r"no adapter|at least two"):
+        compressed(collection[:count] or {})
+
+
+def test_two_of_which_one_is_bad_are_an_error_even_when_skipping(collection: list[str], compressed: Compress) -> None:
+    rewritten(Path(collection[0]), lambda t: t | {A: t[A] * np.float32("nan")})
+    with pytest.raises(CollectionError, match="at least two"):
+        compressed(collection[:2], on_error="skip")
+
+
+BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"num_components": 0}, "num_components"),
+    ({"num_components": "many"}, "num_components"),
+    ({"num_components": 2.5}, "num_components"),
+    ({"num_components": True}, "num_components"),
+    ({"variance_threshold": 0}, "variance_threshold"),
+    ({"variance_threshold": 1.5}, "variance_threshold"),
+    ({"variance_threshold": float("nan")}, "variance_threshold"),
+    ({"variance_threshold": "most"}, "variance_threshold"),
+    ({"objective": "best"}, "objective"),
+    ({"objective": ["delta"]}, "objective"),
+    ({"center": True}, "center belongs to objective 'factors'"),
+    ({"center": "yes", "objective": "factors"}, "center"),
+    ({"dtype": "int8"}, "dtype"),
+    ({"moment_dtype": "float16"}, "moment_dtype"),
+    ({"on_error": "ignore"}, "on_error"),
+    ({"device": "tpu"}, "device"),
+    ({"memory": "lots"}, "not a size"),
+    ({"memory": -1}, "memory"),
+    ({"workers": 0}, "workers"),
+    ({"colour": "red"}, "unknown setting.*colour.*expected.*center"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS)
+def test_unknown_options_and_values_are_usage_errors(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Settings.from_mapping(options)
+
+
+def test_a_budget_that_cannot_hold_one_task_names_one_that_can(collection: list[str], compressed: Compress) -> None:
+    with pytest.raises(BudgetError, match=r"found 10\.0 MiB; expected at least .*--memory \d+MiB") as caught:
+        compressed(collection, memory="10MiB")
+    least = str(caught.value.remedy).split("--memory ")[1].split(" ")[0]
+    compressed(collection, memory=least)
+
+
+def test_a_disk_without_room_is_refused_before_work(
+    collection: list[str], compressed: Compress, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("lorashare_stream.pipeline.free_bytes", lambda path: 1000)
+    with pytest.raises(BudgetError, match="not enough disk.*1000 B free"):
+        compressed(collection)
+    assert not (tmp_path / "out.workspace").exists()
+
+
+def test_an_adapter_that_vanishes_after_planning_is_named(tmp_path: Path, collection: list[str]) -> None:
+    plan = plan_for(resolve(collection), Settings(device="cpu"))
+    (Path(collection[4]) / WEIGHTS).unlink()
+    with pytest.raises(CollectionError, match="'a04'.*is gone"):
+        compress(plan, tmp_path / "out")
+
+
+def test_an_adapter_cut_short_after_planning_is_named(tmp_path: Path, collection: list[str]) -> None:
+    plan = plan_for(resolve(collection), Settings(device="cpu"))
+    os.truncate(Path(collection[4]) / WEIGHTS, 3000)
+    with pytest.raises(CollectionError, match="'a04'.*became shorter"):
+        compress(plan, tmp_path / "out")
+
+
+def test_shards_are_read_and_one_file_is_written(tmp_path: Path, collection: list[str], compressed: Compress) -> None:
+    folder, tensors = Path(collection[0]), load_tensors(collection[0])
+    (folder / WEIGHTS).unlink()
+    keys = sorted(tensors)
+    shards = {"model-1-of-2.safetensors": keys[:3], "model-2-of-2.safetensors": keys[3:]}
+    for name, part in shards.items():
+        save_file({k: tensors[k] for k in part}, folder / name)
+    index = {"weight_map": {k: name for name, part in shards.items() for k in part}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    share = SHAREModel.from_pretrained(compressed(collection, num_components=100))
+    share.reconstruct("a00", output_dir=tmp_path / "rec")
+    found = load_tensors(tmp_path / "rec")
+    assert found.keys() == tensors.keys()
+    assert all(np.allclose(found[k], tensors[k], atol=1e-5) for k in tensors)
+
+
+def test_keys_in_another_form_come_back_in_the_form_that_peft_loads(
+    tmp_path: Path, collection: list[str], compressed: Compress
+) -> None:
+    forms = [
+        lambda k: "module." + k,
+        lambda k: k.replace("base_model.model.", ""),
+        lambda k: k.replace("_A.", "_A.default."),
+    ]
+    for folder, form in zip(collection, forms, strict=False):
+        rewritten(Path(folder), lambda t, form=form: {form(k): v for k, v in t.items()})
+    share = SHAREModel.from_pretrained(compressed(collection, num_components=100))
+    for name in share.adapter_names[:3]:
+        assert share.reconstruct(name).keys() == load_tensors(collection[-1]).keys()
+
+
+def test_errors_survive_pickling() -> None:
+    import pickle
+
+    error = CollectionError("bad", problems=[AdapterError("x", adapter="a", key="k", found=1)], remedy="Mend it.")
+    again = pickle.loads(pickle.dumps(error))
+    assert str(again) == str(error)
+    assert isinstance(pickle.loads(pickle.dumps(MissingFileError("x"))), FileNotFoundError)
+    assert write_adapter
+    assert share_config
