@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from . import progress
-from .errors import AdapterError, UsageError
+from .errors import AdapterError, StreamError, UsageError
 from .files import own_folder, read_json, tree_bytes, write_json
 from .names import bytes_shown, listed, name_fault, shown
 from .pipeline import Progress, default_workspace, plan_for, silent
 from .pipeline import compress as run_plan
 from .planning import Plan, plan_as_json
-from .reader import read_share_config
 from .report import facts, plan_text, plan_warnings, summary_text, table
 from .settings import Settings
+from .shareconfig import read_share_config
 from .sources import Source, resolve
 from .sources.manifest import read_yaml
 from .workspace import skipped_as_json
@@ -38,10 +38,21 @@ def plan(args: Args) -> int:
     made = _make_plan(chosen)
     if "output" in args:
         write_json(Path(args["output"]), plan_as_json(made))
-    _print(args, plan_as_json(made), plan_text(made))
+    fault = _fault(made)
+    _print(args, plan_as_json(made) | ({"error": fault.problem} if fault else {}), plan_text(made))
     _say_left_out(made)
-    made.validate()
+    if fault is not None:
+        print(f"lorashare-stream: {fault}", file=sys.stderr)
+        return fault.exit_code
     return SKIPPED if made.refused else 0
+
+
+def _fault(made: Plan) -> StreamError | None:
+    try:
+        made.validate()
+    except StreamError as e:
+        return e
+    return None
 
 
 def compress(args: Args) -> int:

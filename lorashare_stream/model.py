@@ -23,9 +23,10 @@ from .keys import factor_key, parse_key, split_group_id
 from .names import listed, shown
 from .peftconfig import scale
 from .pipeline import compress, plan_for
-from .reader import CheckpointReader, PerAdapter, SHAREConfig, Tensors
+from .reader import CheckpointReader, PerAdapter, Tensors
 from .report import summary_text
 from .settings import Settings
+from .shareconfig import SHAREConfig
 from .sources import resolve
 from .subspace import DeltaError, delta_error, relative_error
 from .tensorfile import float32

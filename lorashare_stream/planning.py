@@ -248,11 +248,11 @@ def _fit_bytes(g: Group, s: Settings) -> int:
     item = {"float32": 4, "float64": 8}[s.moment_dtype]
     most = max(1, min(g.dim, g.count))
     k = most if s.num_components == "auto" else g.components(s)
-    vectors = 8 * g.dim * k * 4  # solver's, QR's, Ritz's, and the rounded ones
+    polish = 8 * (6 * g.dim * k + 3 * k * k)  # the solver's vectors, those of QR and Ritz, the rounded ones
     if g.stacked:
-        return g.count * g.dim * item + 3 * 8 * g.count * g.count + vectors
+        return g.count * g.dim * item + 8 * (3 * g.count * g.count + 2 * 1024 * g.count) + polish
     solver = item * g.dim * (2 * k + 20) if 16 * k <= g.dim else 3 * 8 * g.dim * g.dim
-    return g.dim * g.dim * item + solver + vectors
+    return g.dim * g.dim * item + solver + polish
 
 
 def plan_as_json(plan: Plan) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from .names import bytes_shown, listed, shown
 
 if TYPE_CHECKING:
     from .planning import Plan
-    from .reader import SHAREConfig
+    from .shareconfig import SHAREConfig
 
 
 def table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...] = ()) -> str:
@@ -67,7 +67,7 @@ def summary_text(config: SHAREConfig) -> str:
         pairs.append(("  by the bases", f"root mean square from {low:.4f} to {high:.4f}"))
     if ours["verbatim_adapters"]:
         pairs.append(("kept verbatim", listed(ours["verbatim_adapters"])))
-    if ours["skipped"]:
+    if ours["num_skipped"]:
         pairs.append(("left out", f"{ours['skipped']}, with reasons in skipped.json"))
     if size["lora_ratio"] < 1:
         pairs.append(("note", "the shared form is larger than the LoRA tensors: add adapters, or take a smaller k"))

@@ -25,7 +25,8 @@ from .moments import Array, Moment, add_block, mirror
 
 Float64 = NDArray[np.float64]
 SEED = 0
-_TILE = 1024  # vector entries turned into float64 at once
+_TILE = 1024  # entries of every vector that are turned into float64 at once
+_STRIP = 8 << 20  # bytes of a strip of rows in float64
 
 
 def leading(moment: Moment, k: int) -> tuple[Float64, Float64]:
@@ -43,17 +44,35 @@ def leading(moment: Moment, k: int) -> tuple[Float64, Float64]:
     return polished(moment, _by_second(moment.second, k))
 
 
-def _by_gram(rows: Array, k: int) -> Float64:
-    """X Q for the leading eigenvectors Q of X'X: spans the leading eigenvectors of X X'."""
+def spectrum(moment: Moment) -> Float64:
+    """All eigenvalues that can differ from zero, min(d, n) of them or d, descending, float64."""
+    matrix = moment.second if moment.columns is None else _gram(moment.columns)
+    assert matrix is not None
+    values = scipy.linalg.eigvalsh(matrix.astype(np.float64, order="F"), overwrite_a=True)
+    return np.asarray(values[::-1], np.float64)
+
+
+def prefers_partial(moment: Moment, k: int) -> bool:
+    """Whether k eigenpairs are had for much less than all eigenvalues."""
+    return moment.second is not None and 16 * k <= moment.dim
+
+
+def _gram(rows: Array) -> Float64:
+    """X'X (n, n) in float64, without a float64 copy of X."""
     n, d = rows.shape
     gram = np.zeros((n, n), order="F")
     for start in range(0, d, _TILE):
         # add_block sums over rows: the transposed tile has one row an entry, one column a vector
         add_block(gram, np.ascontiguousarray(rows[:, start : start + _TILE].T, np.float64))
     mirror(gram)
-    _, q = _eigh(gram, k)
-    vectors = np.empty((d, k))
-    for start in range(0, d, _TILE):
+    return gram
+
+
+def _by_gram(rows: Array, k: int) -> Float64:
+    """X Q for the leading eigenvectors Q of X'X: spans the leading eigenvectors of X X'."""
+    q = _eigh(_gram(rows), k)
+    vectors = np.empty((rows.shape[1], k))
+    for start in range(0, len(vectors), _TILE):
         vectors[start : start + _TILE] = rows[:, start : start + _TILE].T.astype(np.float64) @ q
     # A direction without energy is a column of noise or zeros; QR replaces it by an orthonormal one.
     norms = np.linalg.norm(vectors, axis=0)
@@ -61,24 +80,24 @@ def _by_gram(rows: Array, k: int) -> Float64:
 
 
 def _by_second(second: Array, k: int) -> Float64:
-    d = second.shape[0]
-    if 16 * k <= d and second.any():
+    if 16 * k <= len(second) and second.any():
         try:
-            guess = np.asarray(np.random.default_rng(SEED).standard_normal((d,)), second.dtype)
+            guess = np.asarray(np.random.default_rng(SEED).standard_normal((len(second),)), second.dtype)
             values, vectors = eigsh(second, k, v0=guess, rng=np.random.default_rng(SEED))
             if np.isfinite(vectors).all():
                 return np.asarray(vectors[:, np.argsort(values)[::-1]], np.float64)
         except ArpackError:  # clustered or vanishing eigenvalues: LAPACK always answers
             pass
-    return _eigh(second, k)[1]
+    return _eigh(second, k)
 
 
-def _eigh(matrix: Array, k: int) -> tuple[Float64, Float64]:
-    """The k largest eigenpairs, descending, by LAPACK in float64."""
-    d = matrix.shape[0]
+def _eigh(matrix: Array, k: int) -> Float64:
+    """Eigenvectors of the k largest eigenvalues, descending, by LAPACK in float64."""
+    d = len(matrix)
     whole: dict[str, Any] = {} if k == d else {"subset_by_index": [d - k, d - 1]}
-    values, vectors = scipy.linalg.eigh(matrix.astype(np.float64, order="F"), overwrite_a=True, **whole)
-    return values[::-1], vectors[:, ::-1]
+    _, vectors = scipy.linalg.eigh(matrix.astype(np.float64, order="F"), overwrite_a=True, **whole)
+    found: Float64 = vectors[:, ::-1]
+    return found
 
 
 def polished(moment: Moment, raw: Float64) -> tuple[Float64, Float64]:
@@ -89,16 +108,17 @@ def polished(moment: Moment, raw: Float64) -> tuple[Float64, Float64]:
 
 
 def compressed(moment: Moment, vectors: Array) -> Float64:
-    """V' S V (k, k) in float64 for V (d, k)."""
+    """V' S V (k, k) in float64 for V (d, k), by strips of bounded size."""
     k = vectors.shape[1]
     out = np.zeros((k, k))
+    strip = max(1, _STRIP // (8 * moment.dim))
     if moment.columns is not None:
-        for start in range(0, len(moment.columns), _TILE):
-            image = moment.columns[start : start + _TILE].astype(np.float64) @ vectors  # (m, k)
+        for start in range(0, len(moment.columns), strip):
+            image = moment.columns[start : start + strip].astype(np.float64) @ vectors  # (m, k)
             out += image.T @ image
         return out
     assert moment.second is not None
-    for start in range(0, moment.dim, _TILE):
-        strip = np.asarray(moment.second[start : start + _TILE], np.float64)
-        out += vectors[start : start + _TILE].T @ (strip @ vectors)
+    for start in range(0, moment.dim, strip):
+        rows = np.asarray(moment.second[start : start + strip], np.float64)
+        out += vectors[start : start + strip].T @ (rows @ vectors)
     return (out + out.T) / 2

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from .dtypes import as_stored
 from .moments import Array, Moment
-from .solvers import Float64, compressed, leading
+from .solvers import Float64, compressed, leading, prefers_partial, spectrum
 
 Solver = Callable[[Moment, int], tuple[Float64, Float64]]
 
@@ -69,16 +69,23 @@ def fit(
 
 
 def _auto(moment: Moment, threshold: float, most: int, solver: Solver) -> tuple[Float64, Float64]:
-    """Grow k until the threshold is reached, then cut to the smallest k that reaches it."""
+    """The smallest k whose share reaches the threshold: guesses while they are cheap, then the whole spectrum."""
     k = min(16, most)
-    while True:
+    while prefers_partial(moment, k):
         values, vectors = solver(moment, k)
-        share = np.cumsum(np.clip(values, 0.0, None)) / moment.energy if moment.energy > 0 else np.ones(k)
-        enough = np.flatnonzero(share >= threshold * (1 - 1e-12))
-        if len(enough) or k == most:
-            cut = int(enough[0]) + 1 if len(enough) else most
-            return values[:cut], vectors[:, :cut]
-        k = min(2 * k, most)
+        enough = _reaching(values, moment.energy, threshold)
+        if enough is not None:
+            return values[:enough], vectors[:, :enough]
+        k *= 2
+    return solver(moment, _reaching(spectrum(moment), moment.energy, threshold) or most)
+
+
+def _reaching(values: Float64, energy: float, threshold: float) -> int | None:
+    """The smallest k whose eigenvalues, given in descending order, hold `threshold` of the energy."""
+    if energy <= 0:
+        return 1
+    enough = np.flatnonzero(np.cumsum(np.clip(values, 0.0, None)) >= threshold * (1 - 1e-12) * energy)
+    return int(enough[0]) + 1 if len(enough) else None
 
 
 def centered(moment: Moment) -> Moment:

@@ -80,7 +80,7 @@ def share_config(
         "min_explained_variance": min(values),
         "per_layer_explained_variance": explained,
         OURS: _ours(plan, adapters, groups, sizes)
-        | {"digest": job.digest, "basis_digest": job.basis_digest, "skipped": skipped},
+        | {"digest": job.digest, "basis_digest": job.basis_digest, "num_skipped": skipped},
     }
     return {
         "share_version": "0.1.0",

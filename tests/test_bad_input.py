@@ -253,7 +253,7 @@ def test_a_disk_without_room_is_refused_before_work(
     collection: list[str], compressed: Compress, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("lorashare_stream.pipeline.free_bytes", lambda path: 1000)
-    with pytest.raises(BudgetError, match="not enough disk.*1000 B free"):
+    with pytest.raises(BudgetError, match=r"not enough disk.*1000 B free"):
         compressed(collection)
     assert not (tmp_path / "out.workspace").exists()
 
@@ -261,14 +261,14 @@ def test_a_disk_without_room_is_refused_before_work(
 def test_an_adapter_that_vanishes_after_planning_is_named(tmp_path: Path, collection: list[str]) -> None:
     plan = plan_for(resolve(collection), Settings(device="cpu"))
     (Path(collection[4]) / WEIGHTS).unlink()
-    with pytest.raises(CollectionError, match="'a04'.*is gone"):
+    with pytest.raises(CollectionError, match=r"'a04'.*is gone"):
         compress(plan, tmp_path / "out")
 
 
 def test_an_adapter_cut_short_after_planning_is_named(tmp_path: Path, collection: list[str]) -> None:
     plan = plan_for(resolve(collection), Settings(device="cpu"))
     os.truncate(Path(collection[4]) / WEIGHTS, 3000)
-    with pytest.raises(CollectionError, match="'a04'.*became shorter"):
+    with pytest.raises(CollectionError, match=r"'a04'.*became shorter"):
         compress(plan, tmp_path / "out")
 
 

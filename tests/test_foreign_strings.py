@@ -67,8 +67,9 @@ def test_folders_with_unsafe_names_get_safe_ones(tmp_path: Path, compressed: Com
     """A folder's name is not the user's choice: it is made safe, and stays unique."""
     rng = np.random.default_rng(0)
     for name in ("a\nb", "a\x1b[31mb", 'q"*?', "x" * 240, "-rf", "日本語", "<b>bold</b>", "{{x}}"):
-        write_adapter(tmp_path / "adapters" / name, {k: rng.standard_normal(s).astype(np.float32) for k, s in {
-            "base_model.model.q.lora_A.weight": (4, 16), "base_model.model.q.lora_B.weight": (16, 4)}.items()})  # fmt: skip
+        shapes = {"base_model.model.q.lora_A.weight": (4, 16), "base_model.model.q.lora_B.weight": (16, 4)}
+        tensors = {k: rng.standard_normal(s).astype(np.float32) for k, s in shapes.items()}
+        write_adapter(tmp_path / "adapters" / name, tensors)
     out = compressed([tmp_path / "adapters"], num_components=4)
     names = SHAREModel.from_pretrained(out).adapter_names
     assert len(names) == 8 == len({n.casefold() for n in names})

@@ -78,8 +78,8 @@ def test_code_written_for_lorashare_works_after_changing_the_import(tmp_path: Pa
         results[module.__name__] = (
             sorted(share.adapter_names), sorted(weights), sorted(error["per_layer"]), sorted(share.components),
             sorted(share.all_loadings[name]), sorted(share.all_classifier_heads[name]), share.adapter_configs[name],
-            share.adapter_sources[name], share.config.num_components, share.config.num_adapters, share.config.layer_keys,
-            {"mean", "max", "per_layer"} <= error.keys(),
+            share.adapter_sources[name], share.config.num_components, share.config.num_adapters,
+            share.config.layer_keys, {"mean", "max", "per_layer"} <= error.keys(),
         )  # fmt: skip
     assert results["lorashare"] == results["lorashare_stream"]
 

@@ -76,8 +76,8 @@ def test_what_is_no_source_is_a_usage_error(
     (tmp_path / "empty").mkdir()
     for name, text in {
         "notes.md": "x", "adapter_model.safetensors": "x", "none.txt": "# only a comment\n", "nested.txt": "none.txt\n",
-        "bad.jsonl": "{\n", "field.jsonl": '{"path": "x", "colour": 1}\n', "number.yaml": "- 3\n", "mapping.yaml": "a: 1\n",
-        "name.jsonl": '{"path": "x", "name": 3}\n',
+        "bad.jsonl": "{\n", "field.jsonl": '{"path": "x", "colour": 1}\n', "number.yaml": "- 3\n",
+        "mapping.yaml": "a: 1\n", "name.jsonl": '{"path": "x", "name": 3}\n',
     }.items():  # fmt: skip
         (tmp_path / name).write_text(text)
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))

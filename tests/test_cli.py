@@ -1,0 +1,344 @@
+"""The command line as a shell sees it: streams, exit codes, signals, full disks."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from lorashare_stream import momentstore, progress
+from lorashare_stream.cli import main
+from lorashare_stream.settings import Settings
+
+from .conftest import load_tensors, make_collection, tree_digest, write_adapter
+from .oracle import share_config
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+Capture = pytest.CaptureFixture[str]
+
+
+def call(*arguments: object) -> int:
+    return main([str(a) for a in arguments])
+
+
+def test_plan_compress_info_reconstruct_verify(tmp_path: Path, collection: list[str], capsys: Capture) -> None:
+    out, plan = tmp_path / "out", tmp_path / "plan.json"
+    assert call("plan", tmp_path / "adapters", "-k", 4, "-o", plan) == 0
+    assert not out.exists()
+    text = capsys.readouterr().out
+    assert all(part in text for part in ("tiny-base", "8", "break-even", "peak memory", "accumulate"))
+    assert call("compress", "--plan", plan, "-o", out) == 0
+    captured = capsys.readouterr()
+    assert "relative dW error" in captured.out
+    assert "rm -r" in captured.out
+    assert "accumulate: 3 modules in 0:00" in captured.err
+    assert call("info", out) == 0
+    assert "relative dW error" in capsys.readouterr().out
+    assert call("reconstruct", out, "--adapter", "a03", "-o", tmp_path / "one") == 0
+    assert call("reconstruct", out, "--adapter", "a03", "a01", "-o", tmp_path / "two") == 0
+    assert call("reconstruct", out, "--all", "-o", tmp_path / "all") == 0
+    assert sorted(p.name for p in (tmp_path / "one").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "two").iterdir()) == ["a01", "a03"]
+    assert len(list((tmp_path / "all").iterdir())) == 8
+    assert (
+        tree_digest(tmp_path / "one") == tree_digest(tmp_path / "two" / "a03") == tree_digest(tmp_path / "all" / "a03")
+    )
+    capsys.readouterr()
+    assert call("verify", out) == 0
+    lines = capsys.readouterr().out.splitlines()
+    errors = [float(line.split()[1]) for line in lines[1:9]]
+    assert errors == sorted(errors, reverse=True)
+    assert lines[-1].startswith("mean dW error")
+
+
+@pytest.mark.parametrize("command", ["plan", "compress", "info", "reconstruct", "verify"])
+def test_json_is_one_object_and_nothing_else(
+    tmp_path: Path, collection: list[str], capsys: Capture, command: str
+) -> None:
+    out = tmp_path / "out"
+    assert call("compress", *collection, "-o", out, "-k", 4, "-q") == 0
+    capsys.readouterr()
+    arguments = {
+        "plan": collection, "compress": [*collection, "-o", out, "-k", 3], "info": [out],
+        "reconstruct": [out, "--all", "-o", tmp_path / "rec"], "verify": [out],
+    }[command]  # fmt: skip
+    assert call(command, *arguments, "--json") == 0
+    value = json.loads(capsys.readouterr().out)
+    expected = {
+        "plan": "sizes",
+        "compress": "errors",
+        "info": "bytes",
+        "reconstruct": "reconstructed",
+        "verify": "mean",
+    }
+    assert expected[command] in value
+
+
+def test_json_of_a_failure(tmp_path: Path, collection: list[str], capsys: Capture) -> None:
+    (Path(collection[0]) / "adapter_config.json").unlink()
+    for command in (["plan", *collection], ["compress", *collection, "-o", tmp_path / "out"]):
+        assert call(*command, "--json") == 1
+        captured = capsys.readouterr()
+        assert "a00" in json.dumps(json.loads(captured.out))
+        assert "'a00'" in captured.err
+
+
+def test_quiet_is_silent(tmp_path: Path, collection: list[str], capsys: Capture) -> None:
+    assert call("compress", *collection, "-o", tmp_path / "out", "-k", 4, "-q") == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["compress", "{c}", "-o", "{out}", "-k", "zero"], 2, "num_components"),
+        (["compress", "{c}", "-o", "{out}", "--center"], 2, "factors"),
+        (["compress", "{c}"], 2, "no output"),
+        (["compress", "-o", "{out}"], 2, "no sources"),
+        (["compress", "{c}", "-o", "/"], 2, "root folder"),
+        (["compress", "nowhere", "-o", "{out}"], 2, "no such source"),
+        (["compress", "{c}", "-o", "{out}", "--config", "nowhere.yaml"], 2, "no such configuration"),
+        (["compress", "{c}", "-o", "{out}", "--plan", "{c}"], 2, "both sources and --plan"),
+        (["compress", "{c}", "-o", "{out}", "--names", "one", "two"], 2, "--names needs one name"),
+        (["compress", "{c}", "-o", "{out}", "--memory", "1MiB"], 1, "smallest|at least"),
+        (["info", "{c}"], 1, "no SHARE checkpoint"),
+        (["info", "nowhere"], 1, "no SHARE checkpoint"),
+        (["reconstruct", "{c}", "--all", "-o", "{out}"], 1, "no SHARE checkpoint"),
+        (["verify", "nowhere"], 1, "no SHARE checkpoint"),
+    ],
+)
+def test_exit_codes_of_errors(
+    tmp_path: Path, collection: list[str], capsys: Capture, arguments: list[str], code: int, message: str
+) -> None:
+    filled = [a.format(c=tmp_path / "adapters", out=tmp_path / "out") for a in arguments]
+    assert main(filled) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert any(part in captured.err for part in message.split("|")), captured.err
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["fly"], ["compress", "--colour"], ["reconstruct", "x", "-o", "y"], ["info"]]
+)
+def test_argparse_exits_with_2(arguments: list[str], capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    capsys.readouterr()
+
+
+def test_skipping_exits_with_3_and_lists_the_reasons(tmp_path: Path, collection: list[str], capsys: Capture) -> None:
+    (Path(collection[0]) / "adapter_config.json").unlink()
+    poisoned = {k: v * np.float32("nan") for k, v in load_tensors(collection[1]).items()}
+    write_adapter(Path(collection[1]), poisoned, r=4, lora_alpha=8)
+    command = ["compress", *collection, "-o", tmp_path / "out", "-k", 4, "--on-error", "skip"]
+    assert call(*command, "--json") == 3
+    captured = capsys.readouterr()
+    assert [s["adapter"] for s in json.loads(captured.out)["skipped"]] == ["a00", "a01"]
+    assert "left out 2 adapters" in captured.err
+    assert "no adapter_config.json" in captured.err
+    assert "not finite" in captured.err
+    assert "left out" in (call("info", tmp_path / "out"), capsys.readouterr().out)[1]
+    assert call(*command) == 3  # again, and nothing to do: the same answer
+    assert call("plan", *collection, "--on-error", "skip") == 3
+
+
+def test_a_plan_that_no_longer_holds_is_refused(tmp_path: Path, collection: list[str], capsys: Capture) -> None:
+    plan = tmp_path / "plan.json"
+    assert call("plan", *collection, "-k", 4, "-o", plan) == 0
+    assert call("compress", "--plan", plan, "-k", 5, "-o", tmp_path / "out") == 2
+    assert "no longer holds" in capsys.readouterr().err
+    write_adapter(Path(collection[0]), load_tensors(collection[1]), r=4, lora_alpha=80)
+    assert call("compress", "--plan", plan, "-o", tmp_path / "out") == 2
+    plan.write_text("{}")
+    assert call("compress", "--plan", plan, "-o", tmp_path / "out") == 2
+    assert "is not a plan" in capsys.readouterr().err
+
+
+def test_a_plan_remembers_what_it_left_out(tmp_path: Path, collection: list[str], capsys: Capture) -> None:
+    (Path(collection[0]) / "adapter_config.json").unlink()
+    assert call("plan", *collection, "-k", 4, "--on-error", "skip", "-o", tmp_path / "plan.json") == 3
+    assert call("compress", "--plan", tmp_path / "plan.json", "-o", tmp_path / "out") == 3
+    assert json.loads((tmp_path / "out" / "skipped.json").read_text())[0]["adapter"] == "a00"
+    capsys.readouterr()
+
+
+def test_settings_from_yaml_and_flags_win(tmp_path: Path, collection: list[str], capsys: Capture) -> None:
+    config = tmp_path / "job.yaml"
+    config.write_text(
+        yaml.safe_dump({"sources": collection, "output": str(tmp_path / "out"), "num_components": 3, "memory": "1GiB"})
+    )
+    assert call("compress", "--config", config, "-q") == 0
+    assert share_config(tmp_path / "out")["num_components"] == 3
+    assert call("compress", "--config", config, "-q", "-k", 2) == 0
+    assert share_config(tmp_path / "out")["num_components"] == 2
+    config.write_text("colour: red\n")
+    assert call("compress", *collection, "-o", tmp_path / "x", "--config", config) == 2
+    assert "unknown setting" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_example_configuration_is_valid(path: Path) -> None:
+    values = yaml.safe_load(path.read_text())
+    Settings.from_mapping({k: v for k, v in values.items() if k not in ("sources", "output", "workspace")})
+
+
+def test_the_published_method_has_an_example() -> None:
+    values = yaml.safe_load((CONFIGS / "published_method.yaml").read_text())
+    assert (values["objective"], values["center"], values["num_components"]) == ("factors", True, 32)
+
+
+def test_spellings_of_lorashare(tmp_path: Path, collection: list[str], capsys: Capture) -> None:
+    out = tmp_path / "out"
+    arguments = [*collection[:2], "--output", out, "--num-components", "auto", "--variance", 0.9, "--names", "x", "y"]
+    assert call("compress", *arguments, "--device", "cpu", "--layer-by-layer", "--chunk-size", 10) == 0
+    assert share_config(out)["adapter_names"] == ["x", "y"]
+    assert share_config(out)["variance_threshold"] == 0.9
+    capsys.readouterr()
+
+
+def test_overwrite_replaces_the_checkpoint_of_another_run(
+    tmp_path: Path, collection: list[str], capsys: Capture
+) -> None:
+    out = tmp_path / "out"
+    assert call("compress", *collection, "-o", out, "-k", 4, "-q") == 0
+    other = ["compress", *collection[:4], "-o", out, "-k", 2, "-q", "--workspace", tmp_path / "elsewhere"]
+    assert call(*other) == 2
+    assert call(*other, "--overwrite") == 0
+    assert share_config(out)["num_adapters"] == 4
+    capsys.readouterr()
+
+
+def test_verify_fails_for_what_is_not_as_certified(tmp_path: Path, collection: list[str], capsys: Capture) -> None:
+    out = tmp_path / "out"
+    assert call("compress", *collection, "-o", out, "-k", 4, "-q") == 0
+    assert call("verify", out, "--sources", *collection[1:], "-q") == 1
+    assert "a00: its original is not among the sources" in capsys.readouterr().err
+    tensors = load_tensors(collection[0])
+    write_adapter(
+        Path(collection[0]), tensors | {k: v * 1.1 for k, v in tensors.items() if "lora_B" in k}, r=4, lora_alpha=8
+    )
+    head = {"base_model.model.head.weight": np.zeros((3, 5), np.float32)}
+    write_adapter(Path(collection[1]), load_tensors(collection[1]) | head, r=4, lora_alpha=8)
+    assert call("verify", out, "--json", "-q") == 1
+    captured = capsys.readouterr()
+    problems = {a["name"]: a["problem"] for a in json.loads(captured.out)["adapters"] if a["problem"]}
+    assert "claims a relative error" in problems["a00"]
+    assert "head.weight differs" in problems["a01"]
+    assert len(problems) == 2
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "message"),
+    [(errno.ENOSPC, 75, "No space left"), (errno.EROFS, 1, "Read-only"), (errno.EACCES, 1, "Permission denied"),
+     (errno.EMFILE, 1, "Too many open files")],
+)  # fmt: skip
+def test_faults_of_the_machine_are_one_sentence(
+    tmp_path: Path,
+    collection: list[str],
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    code: int,
+    message: str,
+) -> None:
+    calls = []
+    original = momentstore.save
+
+    def fail(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            raise OSError(number, os.strerror(number), "/some/where")
+        return original(*arguments)
+
+    monkeypatch.setattr(momentstore, "save", fail)
+    command = ["compress", *collection, "-o", tmp_path / "out", "-k", 4, "-q"]
+    assert call(*command) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert "kept" in line
+    monkeypatch.undo()
+    assert call(*command) == 0
+
+
+class Child:
+    """The real command in a process of its own."""
+
+    def __init__(self, *arguments: object) -> None:
+        command = [sys.executable, "-m", "lorashare_stream", *map(str, arguments)]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def finish(self) -> tuple[int, str, str]:
+        out, err = self.process.communicate(timeout=60)
+        return self.process.returncode, out, err
+
+
+@pytest.fixture
+def slow(tmp_path: Path) -> Iterator[list[object]]:
+    """A command that runs for a second or more."""
+    make_collection(tmp_path / "adapters", 150, {f"layers.{i}.q": (256, 256) for i in range(12)})
+    return [tmp_path / "adapters", "-o", tmp_path / "out", "-k", 4, "--device", "cpu"]  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_within_seconds_says_how_to_resume_and_exits_with_75(
+    tmp_path: Path, slow: list[object], number: signal.Signals
+) -> None:
+    child = Child("compress", *slow)
+    journal = tmp_path / "out.workspace" / "journal.jsonl"
+    while not (journal.exists() and journal.stat().st_size) and child.process.poll() is None:
+        time.sleep(0.005)
+    child.process.send_signal(number)
+    begun = time.monotonic()
+    code, out, err = child.finish()
+    assert (code, out) == (75, "")
+    assert time.monotonic() - begun < 10
+    assert "run the same command again" in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+    code, _, err = Child("compress", *slow).finish()
+    assert code == 0, err
+    assert call("compress", *slow[:1], "-o", tmp_path / "whole", *slow[3:], "-q") == 0
+    assert tree_digest(tmp_path / "out") == tree_digest(tmp_path / "whole")
+
+
+def test_a_closed_pipe_is_no_error(tmp_path: Path, collection: list[str]) -> None:
+    assert call("compress", *collection, "-o", tmp_path / "out", "-k", 4, "-q") == 0
+    done = subprocess.run(
+        f"{sys.executable} -m lorashare_stream verify {tmp_path}/out -q | true",
+        shell=True,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr == ""
+
+
+def test_progress_lines_tell_rate_and_time_left(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    assert list(progress.lines("ingest", 6, iter("abcdef"))) == list("abcdef")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "ingest: 2 of 6 adapters, 0.10/s, 0:40 left"
+    assert lines[-1] == "ingest: 6 adapters in 1:10"
+
+
+def test_a_bar_on_a_terminal(capsys: Capture) -> None:
+    assert list(progress.bars("fit", 3, iter("abc"))) == list("abc")
+    assert "3/3" in capsys.readouterr().err
+
+
+def test_version(capsys: Capture) -> None:
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out.startswith("lorashare-stream ")

@@ -1,0 +1,78 @@
+"""The torch path computes what the NumPy path computes; on a GPU where there is one, on the CPU anyhow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lorashare_stream.devices import TorchSum, resolve_device, solver_on, torch_leading
+from lorashare_stream.errors import UsageError
+from lorashare_stream.moments import Accumulator, HostSum, Moment, empty, of_columns, second_of
+from lorashare_stream.pipeline import compress, plan_for
+from lorashare_stream.settings import Settings
+from lorashare_stream.sources import resolve
+from lorashare_stream.subspace import fit
+
+from .oracle import share_config
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here"))]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("earlier", ["nothing", "columns", "second"])
+def test_sums_on_a_torch_device(device: str, dtype: str, earlier: str) -> None:
+    x, y = (np.random.default_rng(seed).standard_normal((n, 24)).astype(dtype) for seed, n in ((0, 20), (1, 300)))
+    whole = of_columns(x)
+    begun = Moment(np.asfortranarray(second_of(whole)), None, whole.sum, whole.count, whole.energy)
+    starts = {"nothing": empty(24, dtype), "columns": whole, "second": begun}
+    start = starts[earlier]
+    acc = Accumulator(start, TorchSum(start, device), 64)
+    acc.add(y)
+    found = acc.finish()
+    rows = y if earlier == "nothing" else np.concatenate([x, y])
+    expected = rows.astype(np.float64).T @ rows
+    assert np.allclose(second_of(found), expected, rtol=1e-4, atol=1e-5 * found.energy)
+    assert second_of(found).flags.f_contiguous
+    assert found.energy == pytest.approx(np.trace(expected))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("n", "k"), [(20, 1), (20, 20), (400, 1), (400, 8), (400, 64)])
+def test_bases_from_a_torch_device(device: str, n: int, k: int) -> None:
+    x = np.random.default_rng(0).standard_normal((n, 64)) * (1.0 + np.arange(64)) ** -1.0
+    whole = of_columns(x.astype(np.float32))
+    start = empty(64)
+    acc = Accumulator(start, HostSum(start))
+    acc.add(x.astype(np.float32))
+    moment = whole if n <= 64 else acc.finish()
+    basis = fit(moment, k, solver=lambda m, j: torch_leading(m, j, device))
+    v = basis.components.astype(np.float64)
+    best = (np.linalg.svd(x, compute_uv=False) ** 2)[:k].sum()
+    assert np.sum((x @ v) ** 2) >= (1 - 1e-6) * best
+    assert np.abs(v.T @ v - np.eye(k)).max() <= 1e-5
+
+
+def test_what_device_there_is() -> None:
+    assert resolve_device("cpu") == "cpu"
+    if torch.cuda.is_available():
+        assert resolve_device("auto") == resolve_device("cuda") == "cuda"
+    else:
+        assert resolve_device("auto") == "cpu"
+        with pytest.raises(UsageError, match="torch sees no GPU"):
+            resolve_device("cuda")
+    assert solver_on("cpu")(of_columns(np.eye(3)), 1)[1].shape == (3, 1)
+
+
+def test_the_pipeline_on_a_torch_device(tmp_path: Path, collection: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`meta`-free: torch's own CPU device stands in for the GPU, so the whole path runs everywhere."""
+    device = "cuda" if torch.cuda.is_available() else "cpu:0"
+    plan = plan_for(resolve(collection), Settings(num_components=4, device="cpu"))
+    compress(plan, tmp_path / "host")
+    monkeypatch.setattr("lorashare_stream.pipeline.resolve_device", lambda asked: device)
+    compress(plan, tmp_path / "torch")
+    facts = [share_config(tmp_path / n)["compression_stats"]["per_layer_explained_variance"] for n in ("host", "torch")]
+    assert facts[0] == pytest.approx(facts[1], abs=1e-6)

@@ -1,0 +1,101 @@
+"""The plan states the peak, and the process stays under it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lorashare_stream.pipeline import plan_for
+from lorashare_stream.planning import Plan
+from lorashare_stream.settings import Settings
+from lorashare_stream.sources import resolve
+
+from .conftest import CONFIG
+
+FLAGS = {"variance_threshold": "variance"}
+
+
+def collection_of(root: Path, n: int, d: int, r: int, suffix: str = "safetensors", extra: int = 0) -> list[Path]:
+    generator = torch.Generator().manual_seed(0)
+    for i in range(n):
+        folder = root / f"a{i:03}"
+        folder.mkdir(parents=True)
+        tensors = {
+            "base_model.model.q.lora_A.weight": torch.randn(r, d, generator=generator),
+            "base_model.model.q.lora_B.weight": torch.randn(d, r, generator=generator),
+        }
+        if extra:
+            tensors["base_model.model.embed.weight"] = torch.zeros(extra, 1024)
+        path = folder / f"adapter_model.{suffix}"
+        save_file(tensors, path) if suffix == "safetensors" else torch.save(tensors, path)
+        (folder / "adapter_config.json").write_text(json.dumps(CONFIG | {"r": r, "lora_alpha": r}))
+    return sorted(root.iterdir())
+
+
+RUN = """
+import sys
+from lorashare_stream.cli import main
+assert main(sys.argv[1:]) == 0
+print([line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")][0])
+"""
+
+
+def peak_of_a_run(out: Path, folders: list[Path], memory: int, **options: Any) -> int:
+    """Peak resident bytes of the whole process, imports included, as the kernel counts them.
+
+    Not `ru_maxrss`, which for a child begins with what its parent held when it forked.
+    """
+    flags = [f"--{FLAGS.get(k, k).replace('_', '-')}={v}" for k, v in options.items()]
+    command = ["compress", str(folders[0].parent), "-o", str(out), f"--memory={memory}", "--device=cpu", "--json", "-q"]
+    done = subprocess.run([sys.executable, "-c", RUN, *command, *flags], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.splitlines()[-1]) * 1024
+
+
+def least_memory(folders: list[Path], **options: Any) -> tuple[Plan, int]:
+    plan = plan_for(resolve(folders), Settings.from_mapping({"device": "cpu"} | options))
+    return plan, max(s.shared_bytes + s.task_bytes for s in plan.steps)
+
+
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [
+        ({"n": 200, "d": 2048, "r": 16}, {"num_components": 32}),  # second moments, ARPACK
+        ({"n": 200, "d": 2048, "r": 16}, {"num_components": 1024}),  # second moments, LAPACK
+        ({"n": 100, "d": 2048, "r": 16}, {"num_components": 800}),  # stacked columns
+        ({"n": 200, "d": 1536, "r": 16}, {"num_components": "auto", "variance_threshold": 0.99}),
+        ({"n": 6, "d": 512, "r": 8, "extra": 50_000}, {"num_components": 8}),  # 200 MB that is kept verbatim
+        ({"n": 4, "d": 512, "r": 8, "extra": 20_000, "suffix": "bin"}, {"num_components": 8}),  # read whole, with torch
+    ],
+)
+def test_the_smallest_budget_that_the_plan_names_is_kept(
+    tmp_path: Path, case: dict[str, Any], options: dict[str, Any]
+) -> None:
+    folders = collection_of(tmp_path / "adapters", **case)
+    _, least = least_memory(folders, **options)
+    assert peak_of_a_run(tmp_path / "out", folders, least, **options) <= least
+
+
+def test_memory_does_not_grow_with_the_number_of_adapters(tmp_path: Path) -> None:
+    few, many = collection_of(tmp_path / "few", 60, 1024, 16), collection_of(tmp_path / "many", 240, 1024, 16)
+    peaks = [peak_of_a_run(tmp_path / name, f, 1 << 30, workers=1) for name, f in (("x", few), ("y", many))]
+    assert peaks[1] <= 1.1 * peaks[0]
+    assert sum(f.stat().st_size for a in many for f in a.iterdir()) > 0.1 * peaks[1]
+
+
+def test_fewer_tasks_run_at_a_time_when_memory_is_short(tmp_path: Path) -> None:
+    folders = collection_of(tmp_path / "adapters", 100, 2048, 24)
+    plan, least = least_memory(folders, num_components=32)
+    short, _ = least_memory(folders, num_components=32, memory=least, workers=8)
+    ample, _ = least_memory(folders, num_components=32, memory=1 << 35, workers=8)
+    assert max(s.peak_bytes for s in short.steps) <= least
+    assert min(s.concurrency for s in short.steps) == 1
+    assert {s.concurrency for s in ample.steps} == {8}
+    assert plan.sizes["moments"] == 2 * 4 * 2048 * 2048
