@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from .errors import CheckpointError
 from .names import bytes_shown, listed, shown
 
 if TYPE_CHECKING:
     from .planning import Plan
     from .shareconfig import SHAREConfig
+
+Fact = tuple[str, object]
+PARTS = ("basis", "loadings", "verbatim", "metadata")
 
 
 def table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...] = ()) -> str:
@@ -30,7 +34,7 @@ def table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...] = ()) -> str:
     )
 
 
-def facts(pairs: list[tuple[str, object]]) -> str:
+def facts(pairs: Sequence[Fact]) -> str:
     """Aligned `name  value` lines."""
     width = max(len(name) for name, _ in pairs)
     return "\n".join(f"{name.ljust(width)}  {shown(value)}" for name, value in pairs)
@@ -41,37 +45,48 @@ def summary_text(config: SHAREConfig) -> str:
     stats, ours = config.compression_stats, config.ours
     auto = ", the most of any group" if config.component_selection == "auto" else ""
     mean, least = (_number(stats.get(f"{which}_explained_variance")) for which in ("mean", "min"))
-    pairs: list[tuple[str, object]] = [
+    pairs: list[Fact] = [
         ("base model", config.base_model_name_or_path or "not named"),
         ("adapters", f"{config.num_adapters}: {listed(config.adapter_names, 5)}"),
         ("modules", f"{len(config.layer_keys)} ({listed(config.target_modules, 12)})"),
         ("components k", f"{config.num_components}{auto}"),
         ("explained variance", f"mean {mean}, least {least}"),
     ]
-    if not ours:
-        ratio = stats.get("compression_ratio")
-        return facts([*pairs, ("LoRA parameters", f"{_number(ratio)} times fewer")])
+    try:
+        return facts(pairs + (_figures(ours) if ours else [_ratio(stats)]))
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        raise CheckpointError(
+            "the figures in share_config.json cannot be read", found=f"{type(e).__name__}: {e}"
+        ) from e
+
+
+def _ratio(stats: dict[str, Any]) -> Fact:
+    return "LoRA parameters", f"{_number(stats.get('compression_ratio'))} times fewer"
+
+
+def _figures(ours: dict[str, Any]) -> list[Fact]:
+    """What this package recorded: bytes on disk, certified errors, and who is not shared."""
     size, errors = ours["bytes"], ours["errors"]
-    total = sum(size[part] for part in ("basis", "loadings", "verbatim", "metadata"))
-    pairs += [
+    total = sum(size[part] for part in PARTS)
+    pairs: list[Fact] = [
         ("objective", ours["objective"] + (", centred" if ours["center"] else "")),
         ("originals", bytes_shown(size["originals"])),
         ("checkpoint", f"{bytes_shown(total)}, {size['originals'] / max(total, 1):.2f} times smaller"),
-        *[(f"  {part}", bytes_shown(size[part])) for part in ("basis", "loadings", "verbatim", "metadata")],
+        *[(f"  {part}", bytes_shown(size[part])) for part in PARTS],
         ("LoRA bytes", f"{bytes_shown(size['lora'])}, {size['lora_ratio']:.2f} times smaller"),
         ("relative dW error", ", ".join(f"{name} {errors[name]:.4f}" for name in ("mean", "median", "p95", "max"))),
-        ("worst adapters", listed([f"{w['name']} {w['relative_error']:.4f}" for w in errors["worst"][:3]])),
     ]
     if "mean_square_bounds" in errors:
         low, high = (bound**0.5 for bound in errors["mean_square_bounds"])
         pairs.append(("  by the bases", f"root mean square from {low:.4f} to {high:.4f}"))
+    pairs.append(("worst adapters", listed([f"{w['name']} {w['relative_error']:.4f}" for w in errors["worst"][:3]])))
     if ours["verbatim_adapters"]:
         pairs.append(("kept verbatim", listed(ours["verbatim_adapters"])))
     if ours["num_skipped"]:
-        pairs.append(("left out", f"{ours['skipped']}, with reasons in skipped.json"))
+        pairs.append(("left out", f"{ours['num_skipped']}, with reasons in skipped.json"))
     if size["lora_ratio"] < 1:
         pairs.append(("note", "the shared form is larger than the LoRA tensors: add adapters, or take a smaller k"))
-    return facts(pairs)
+    return pairs
 
 
 def _number(value: Any) -> str:
@@ -83,7 +98,7 @@ def plan_text(plan: Plan) -> str:
     s, size = plan.settings, plan.sizes
     auto = s.num_components == "auto"
     stacked = sum(g.stacked for g in plan.groups)
-    pairs: list[tuple[str, object]] = [
+    pairs: list[Fact] = [
         ("base model", plan.base_model or "not named"),
         ("adapters", f"{len(plan.entries)}" + (f", and {len(plan.refused)} refused" if plan.refused else "")),
         ("groups", f"{len(plan.groups)}: {stacked} as stacked columns, {len(plan.groups) - stacked} as second moments"),

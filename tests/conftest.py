@@ -123,3 +123,24 @@ def load_tensors(folder: str | Path) -> dict[str, np.ndarray]:
     from safetensors.numpy import load_file
 
     return load_file(Path(folder) / "adapter_model.safetensors")
+
+
+# Where real adapters are required, a skipped test on them is a failure, whatever skipped it.
+_skipped_on_real_data: list[str] = []
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "real" in getattr(item, "fixturenames", ()):
+            item.add_marker("on_real_data")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped and "on_real_data" in report.keywords:
+        _skipped_on_real_data.append(report.nodeid)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if _skipped_on_real_data and os.environ.get(REQUIRE_REAL):
+        print(f"\n{REQUIRE_REAL} is set, and tests on real data were skipped: {_skipped_on_real_data}")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -1,0 +1,18 @@
+# Sourced by the other scripts: an environment in .venv, with pinned versions; made once, then only activated.
+# Another Python is taken from PYTHON, another place for the environment from VENV.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+VENV=${VENV:-.venv}
+wanted=$(cat pyproject.toml constraints.txt | cksum)
+if [ "$(cat "$VENV/.made-from" 2>/dev/null)" != "$wanted" ]; then
+  python=${PYTHON:-python3}
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+    echo "Python 3.11 or later is needed; name one: PYTHON=python3.12 $0" >&2
+    exit 1
+  }
+  echo "setting up $VENV (a minute or two, once)" >&2
+  "$python" -m venv --clear "$VENV"
+  "$VENV/bin/pip" install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+  echo "$wanted" >"$VENV/.made-from"
+fi
+export PATH="$PWD/$VENV/bin:$PATH" HF_HUB_OFFLINE=1
