@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     _add_sources(p)
     p.add_argument("-o", "--output", metavar="OUT", help="the checkpoint's folder")
     p.add_argument("--plan", metavar="PLAN.json", help="run this plan")
-    p.add_argument("--overwrite", action="store_true", help="replace a checkpoint of another run")
+    p.add_argument("--overwrite", action=argparse.BooleanOptionalAction, help="replace a checkpoint of another run")
     p.add_argument("--layer-by-layer", action="store_true", help="no effect: adapters are always streamed")
     p.add_argument("--chunk-size", type=int, metavar="N", help="no effect: adapters are always streamed")
     p = command("info", "What a checkpoint holds, how large it is, how far off.")
@@ -78,7 +78,9 @@ def _add_sources(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--objective", help="delta: least error of dW (default); factors: A and B on their own")
     p.add_argument(
-        "--center", action="store_true", help="subtract the mean, as the published method does; factors only"
+        "--center",
+        action=argparse.BooleanOptionalAction,
+        help="subtract the mean, as the published method does; factors only",
     )
     p.add_argument("--moment-dtype", help="float32 (default) or float64")
     p.add_argument("--workspace", metavar="DIR", help="folder of resumable state (default: OUT.workspace)")

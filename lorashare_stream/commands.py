@@ -18,12 +18,12 @@ from .names import bytes_shown, listed, name_fault, shown
 from .pipeline import Progress, default_workspace, plan_for, silent
 from .pipeline import compress as run_plan
 from .planning import Plan, plan_as_json
-from .report import facts, plan_text, plan_warnings, summary_text, table
+from .report import facts, notes_text, plan_text, plan_warnings, summary_text, table
 from .settings import Settings
 from .shareconfig import read_share_config
 from .sources import Source, resolve
 from .sources.manifest import read_yaml
-from .workspace import skipped_as_json
+from .workspace import Workspace, skipped_as_json
 
 Args = Mapping[str, Any]
 log = logging.getLogger(__name__)
@@ -67,11 +67,14 @@ def compress(args: Args) -> int:
     workspace = Path(chosen.get("workspace") or default_workspace(out))
     made = _planned(chosen, workspace) if "plan" in chosen else _make_plan(chosen, workspace)
     made.validate()
+    log.debug("%s", plan_text(made))
     for note in plan_warnings(made):
         log.warning("%s", note)
     skipped = run_plan(
         made, out, workspace=workspace, overwrite=bool(chosen.get("overwrite")), progress=_progress(args)
     )
+    for note in notes_text(Workspace(workspace).admissions()):
+        log.info("%s", note)
     config = read_share_config(out)
     used = tree_bytes(workspace)
     result = {

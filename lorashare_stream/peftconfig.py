@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from re import _constants, _parser  # type: ignore[attr-defined]  # the parse tree of an expression has no public name
 from typing import Any
 
 from .errors import AdapterError
 
 Config = Mapping[str, Any]
+_MOST_LOOPS = 4
+_SINGLE = (_constants.LITERAL, _constants.NOT_LITERAL, _constants.ANY, _constants.IN, _constants.CATEGORY)
 
 
 def check_lora(config: Config) -> None:
@@ -78,9 +82,54 @@ def scale(config: Config, module: str) -> float:
 def _patterned(pattern: Mapping[str, float] | None, module: str, default: float) -> float:
     """The first pattern that matches the end of `module` at a dot (peft.utils.get_pattern_key)."""
     for key, value in (pattern or {}).items():
-        try:
-            if re.match(rf"(.*\.)?({key})$", module):
-                return value
-        except re.error as e:
-            raise AdapterError("a module pattern is no regular expression", key=key, found=str(e)) from e
+        if _compiled(key).match(module):
+            return value
     return default
+
+
+@lru_cache(maxsize=1024)
+def _compiled(key: str) -> re.Pattern[str]:
+    """PEFT's expression for a pattern key, which is foreign: refused if matching it could take forever."""
+    try:
+        tree = _parser.parse(key)
+        compiled = re.compile(rf"(.*\.)?({key})$")
+    except (re.error, RecursionError, OverflowError) as e:
+        raise AdapterError("a module pattern is no regular expression", key=key, found=str(e)) from e
+    loops = _loops(tree)
+    if loops is None or loops > _MOST_LOOPS:
+        raise AdapterError(
+            "a module pattern could take forever to match",
+            key=key,
+            expected=f"no loop within a loop, and at most {_MOST_LOOPS} loops",
+            remedy="Write it with fewer wildcards.",
+        )
+    return compiled
+
+
+def _loops(tree: Iterable[Any]) -> int | None:
+    """How many loops over single characters a parsed expression has; None if it loops over anything more.
+
+    Matching backtracks: without loops in loops its cost is the length of the module name to the power of the
+    number of loops, with them it is exponential.
+    """
+    count = 0
+    for operator, argument in tree:
+        if operator in (_constants.MAX_REPEAT, _constants.MIN_REPEAT, _constants.POSSESSIVE_REPEAT):
+            _, most, body = argument
+            if most > 1 and (len(body) != 1 or body[0][0] not in _SINGLE):
+                return None
+            parts = [body] if most <= 1 else []
+            count += most > 1
+        elif operator is _constants.BRANCH:
+            parts = argument[1]
+        elif operator is _constants.SUBPATTERN:
+            parts = [argument[-1]]
+        elif operator in _SINGLE or operator is _constants.AT:
+            parts = []
+        else:  # look-around, back-references, conditionals: not seen in any adapter
+            return None
+        inner = [_loops(part) for part in parts]
+        if None in inner:
+            return None
+        count += sum(n for n in inner if n is not None)
+    return count

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from .catalog import Catalog, Entry, Module
+from .catalog import Catalog, Entry
 from .dtypes import ITEMSIZE, STORAGE, widest
 from .errors import AdapterError, BudgetError, CollectionError
 from .keys import SIDES, Side, group_id
+from .layout import Module
 from .names import bytes_shown
 from .settings import QUANTUM, Settings
 from .subspace import break_even

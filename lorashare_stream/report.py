@@ -11,6 +11,7 @@ from .names import bytes_shown, listed, shown
 if TYPE_CHECKING:
     from .planning import Plan
     from .shareconfig import SHAREConfig
+    from .workspace import Receipt
 
 Fact = tuple[str, object]
 PARTS = ("basis", "loadings", "verbatim", "metadata")
@@ -114,9 +115,8 @@ def plan_text(plan: Plan) -> str:
         (t.name, f"{t.tasks}", bytes_shown(t.read_bytes), f"{t.concurrency}", bytes_shown(t.peak_bytes))
         for t in plan.steps
     ]
-    return "\n".join(
-        [facts(pairs), "", table(steps, ("step", "tasks", "reads", "at a time", "peak memory")), *plan_warnings(plan)]
-    )
+    notes = [f"note: {text}" for text in plan_warnings(plan)]
+    return "\n".join([facts(pairs), "", table(steps, ("step", "tasks", "reads", "at a time", "peak memory")), *notes])
 
 
 def break_even_range(plan: Plan) -> str:
@@ -145,4 +145,16 @@ def plan_warnings(plan: Plan) -> list[str]:
     unnamed = sum(e.base_model is None for e in plan.entries)
     if unnamed and plan.base_model:
         out.append(f"{unnamed} adapters name no base model; they are taken to be of {shown(plan.base_model)}")
-    return [f"note: {text}" for text in out]
+    return out
+
+
+def notes_text(receipts: Sequence[Receipt], limit: int = 6) -> list[str]:
+    """What ingest noted of adapters, a line for each kind of note."""
+    by_kind: dict[str, list[str]] = {}
+    for receipt in receipts:
+        for kind in {note.rpartition(": ")[2] for note in receipt.notes}:
+            by_kind.setdefault(kind, []).append(receipt.name)
+    lines = [f"{kind}: in {len(names)} adapters ({listed(names, 3)})" for kind, names in sorted(by_kind.items())]
+    return [shown(line) for line in lines[:limit]] + (
+        [f"and {len(lines) - limit} kinds more"] if len(lines) > limit else []
+    )

@@ -128,9 +128,13 @@ class Workspace:
             os.truncate(path, whole)
         return receipts
 
+    def admissions(self) -> list[Receipt]:
+        """All admissions as they stand; reads only, and needs no lock."""
+        return self._journal()[0]
+
     def admitted(self) -> dict[str, str]:
-        """Names and source ids of all admissions; reads only, and needs no lock."""
-        return {r.name: r.source_id for r in self._journal()[0]}
+        """Names and source ids of all admissions."""
+        return {r.name: r.source_id for r in self.admissions()}
 
     def _journal(self) -> tuple[list[Receipt], int]:
         path = self.root / "journal.jsonl"

@@ -19,7 +19,7 @@ ROOMS = {
         "version", "names", "errors", "dtypes", "settings", "keys", "peftconfig", "moments", "solvers", "subspace",
     ],
     "bytes": ["files", "tensorfile", "picklefile", "adapterfiles", "momentstore", "workspace"],
-    "facts": ["sources.manifest", "sources.local", "sources", "catalog", "planning"],
+    "facts": ["sources.manifest", "sources.local", "sources", "layout", "catalog", "planning"],
     "doing": [
         "executors", "devices", "checkpoint", "shareconfig", "tasks.job", "tasks.ingest", "tasks.accumulate",
         "tasks.fit", "tasks.project", "tasks", "summary", "reader",
@@ -104,7 +104,7 @@ except SystemExit:
 def test_modules_and_functions_stay_small() -> None:
     for module, path in MODULES.items():
         text = path.read_text()
-        assert len(text.splitlines()) <= 340, module
+        assert len(text.splitlines()) <= 320, module
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
                 body = node.body[1:] if ast.get_docstring(node) else node.body

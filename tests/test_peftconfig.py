@@ -59,6 +59,30 @@ def test_refusals_name_the_field(change: dict[str, Any], message: str) -> None:
         check_lora(BASE | change)
 
 
+@pytest.mark.parametrize(
+    "pattern", ["(a+)+b", "(a|a)*b", "(a|aa)+$", "a*a*a*a*a*b", "(?=(a+))b", r"(a)\1", "((a*)*)*", "x{2}(ab){9,}"]
+)
+def test_a_pattern_that_could_take_forever_is_refused(pattern: str) -> None:
+    with pytest.raises(AdapterError, match="take forever"):
+        scale(BASE | {"alpha_pattern": {pattern: 1}}, "a" * 60)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "q",
+        "layers.0.q",
+        r"layers\.\d+\.(self_attn\.)?[qv]_proj",
+        r".*\.(0|1|2)\..*_proj",
+        "^model.*q$",
+        "(q|v)_proj",
+        "a{3}",
+    ],
+)
+def test_patterns_as_people_write_them_are_taken(pattern: str) -> None:
+    assert scale(BASE | {"alpha_pattern": {pattern: 8}}, "no.match.here") == 2.0
+
+
 def test_a_pattern_that_is_no_expression_is_an_error_of_ours() -> None:
     with pytest.raises(AdapterError, match="no regular expression"):
         scale(BASE | {"alpha_pattern": {"(": 1}}, "q")

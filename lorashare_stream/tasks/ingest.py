@@ -37,7 +37,7 @@ def _scan(entry: Entry, tensors: TensorReader) -> tuple[float, tuple[str, ...], 
     digest = hashlib.sha256()
     grams: dict[str, NDArray[np.float64]] = {}
     energy = 0.0
-    notes = [f"{key}: kept verbatim, {reason}" for key, reason in entry.layout.notes]
+    notes = [f"{key}: LoRA tensors kept verbatim, {reason}" for key, reason in entry.layout.notes]
     file = -1
     for record, module, side in entry.layout.in_file_order:
         if record.file != file and isinstance(tensors, SafetensorsReader):
@@ -45,7 +45,7 @@ def _scan(entry: Entry, tensors: TensorReader) -> tuple[float, tuple[str, ...], 
             digest.update(tensors.head(record))
         if module is None:
             if not _extra_is_finite(record, tensors, digest.update):
-                notes.append(f"{record.name}: holds values that are not finite; kept verbatim")
+                notes.append(f"{record.name}: tensors kept verbatim hold values that are not finite")
             continue
         raw = tensors.raw(record)
         digest.update(raw.data)
