@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -202,9 +202,3 @@ def _other_shape(entry: Entry, key: str, dim: int, common: int | None) -> Adapte
         expected=f"d = {common}, as most adapters have",
         remedy="It belongs to another base model, or to a resized one: leave it out.",
     )
-
-
-def modules_of(entries: Iterable[Entry]) -> list[str]:
-    """Names of all shared modules, sorted."""
-    layouts = {e.layout.digest: e.layout for e in entries}
-    return sorted({m.name for layout in layouts.values() for m in layout.modules})

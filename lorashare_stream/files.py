@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,10 +21,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     An existing link at `path` is replaced, never followed.
     """
-    fd, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)
-    temporary = Path(name)
+    temporary = path.parent / f".{uuid.uuid4().hex}.tmp"
+    fd = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666)  # less the user's umask
     try:
-        os.fchmod(fd, 0o666 & ~_umask())  # mkstemp makes it private; the user's umask decides
         yield temporary
         os.fsync(fd)
         os.replace(temporary, path)
@@ -42,12 +41,6 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """A file that appears under `path` whole and synced, or not at all."""
     with atomic_path(path) as temporary, temporary.open("wb") as f:
         yield f
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 def write_json(path: Path, value: Any) -> None:
