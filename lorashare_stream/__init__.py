@@ -23,10 +23,12 @@ from .version import __version__
 if TYPE_CHECKING:
     from .model import SHAREModel
     from .pipeline import compress, plan_for
+    from .shareconfig import SHAREConfig
     from .sources import resolve
     from .verification import verify
 
 _LAZY = {
+    "SHAREConfig": "shareconfig",
     "SHAREModel": "model",
     "compress": "pipeline",
     "plan_for": "pipeline",
@@ -39,6 +41,7 @@ __all__ = [
     "BudgetError",
     "CheckpointError",
     "CollectionError",
+    "SHAREConfig",
     "SHAREModel",
     "Settings",
     "Stopped",

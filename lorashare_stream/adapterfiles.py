@@ -63,7 +63,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _no_config(folder: Path) -> MissingFileError:
-    entries = sorted(os.listdir(folder)) if folder.is_dir() else []
+    if not folder.is_dir():
+        return MissingFileError("no such folder", found=folder, remedy="Mend its path, or leave it out.")
+    entries = sorted(os.listdir(folder))
     if any(n.startswith("pytorch_lora_weights") for n in entries):
         return MissingFileError(
             f"a diffusers LoRA: pytorch_lora_weights without {CONFIG}",

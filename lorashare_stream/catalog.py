@@ -74,7 +74,8 @@ def catalog(sources: Sequence[Source], admitted: Mapping[str, str] | None = None
     entries: list[Entry] = []
     refused: list[AdapterError] = []
     shared = Interned()
-    for source, name in zip(sources, _names(sources, admitted or {}), strict=True):
+    names = _names(sources, admitted or {})
+    for source, name in zip(sources, names, strict=True):
         try:
             entries.append(read_entry(source, name, shared))
         except AdapterError as e:
@@ -83,6 +84,9 @@ def catalog(sources: Sequence[Source], admitted: Mapping[str, str] | None = None
         except OSError as e:
             refused.append(AdapterError("cannot be read", adapter=name, found=e.strerror or str(e)))
     kept, disagreeing = _agreeing(entries)
+    where = dict(zip(names, (str(source.path) for source in sources), strict=True))
+    for error in (*refused, *disagreeing):
+        error.source = where[str(error.adapter)]
     return Catalog(tuple(kept), (*refused, *disagreeing))
 
 
@@ -149,8 +153,10 @@ def _check_ranks(layout: Layout, config: Mapping[str, Any]) -> None:
 def _agreeing(entries: Sequence[Entry]) -> tuple[list[Entry], list[AdapterError]]:
     """Split off adapters of another base model, or with another d in some group, than most have."""
     base = _commonest(Counter(e.base_model for e in entries if e.base_model is not None))
-    layouts = {e.layout.digest: e.layout for e in entries}
-    uses = Counter(e.layout.digest for e in entries)
+    refused = [_other_base(e, base) for e in entries if e.base_model not in (None, base)]
+    of_base = [e for e in entries if e.base_model in (None, base)]
+    uses = Counter(e.layout.digest for e in of_base)
+    layouts = {e.layout.digest: e.layout for e in of_base}
     dims: dict[tuple[str, Side], Counter[int]] = {}
     for digest, layout in layouts.items():
         for module in layout.modules:
@@ -158,16 +164,8 @@ def _agreeing(entries: Sequence[Entry]) -> tuple[list[Entry], list[AdapterError]
                 dims.setdefault((module.name, side), Counter())[module.dim(side)] += uses[digest]
     common = {group: _commonest(counts) for group, counts in dims.items()}
     odd_shapes = {digest: _odd_shape(layout, common) for digest, layout in layouts.items()}
-    kept: list[Entry] = []
-    refused: list[AdapterError] = []
-    for entry in entries:
-        if entry.base_model not in (None, base):
-            refused.append(_other_base(entry, base))
-        elif (odd := odd_shapes[entry.layout.digest]) is not None:
-            refused.append(_other_shape(entry, *odd))
-        else:
-            kept.append(entry)
-    return kept, refused
+    refused += [_other_shape(e, *odd) for e in of_base if (odd := odd_shapes[e.layout.digest]) is not None]
+    return [e for e in of_base if odd_shapes[e.layout.digest] is None], refused
 
 
 def _commonest(counts: Counter[T]) -> T | None:

@@ -14,21 +14,16 @@ lorashare 0.1.3 refuses unknown fields of share_config.json, so everything of ou
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .adapterfiles import digest_files, tensor_records
-from .errors import UsageError
-from .files import atomic_file, own_folder, read_json, remove_tree, sync_folder, sync_tree, write_json
+from .files import atomic_file, own_folder, read_json, remove_tree, sync_tree, write_json
+from .publishing import publish, staging_folder
+from .shareformat import ADAPTERS, COMPONENTS, CONFIG, META, OURS, SKIPPED
 from .tensorfile import SafetensorsReader, write_safetensors
-
-CONFIG, COMPONENTS, ADAPTERS = "share_config.json", "shared_components.safetensors", "adapters"
-LOADINGS, VERBATIM, META = "loadings.safetensors", "classifier_head.safetensors", "adapter_meta.json"
-SKIPPED = "skipped.json"
-OURS = "lorashare_stream"  # the key of what is ours, in compression_stats and in adapter_meta.json
 
 
 class Staging:
@@ -50,8 +45,8 @@ class Staging:
         own_folder(root / ADAPTERS)
         if not marker.exists():
             write_json(marker, digest)
-        for path in (root / ADAPTERS).glob(".*"):
-            remove_tree(path)
+        for path in (*root.glob(".*.tmp"), *(root / ADAPTERS).glob(".*")):  # of a run that was killed
+            path.unlink() if path.is_file() else remove_tree(path)
         return cls(root)
 
     def write_components(
@@ -74,7 +69,9 @@ class Staging:
         folder = self.root / ADAPTERS / name
         try:
             digests = read_json(folder / META)[OURS]["files"]
-            whole = all(digest_files([folder / file]) == digest for file, digest in digests.items())
+            whole = not folder.is_symlink() and all(
+                digest_files([folder / file]) == digest for file, digest in digests.items()
+            )
         except (OSError, ValueError, KeyError, TypeError):
             whole = False
         if not whole:
@@ -110,99 +107,3 @@ def _raw_tensors(paths: Iterable[Path]) -> Iterator[bytes]:
         with SafetensorsReader((path,)) as reader:
             for record in tensor_records((path,))[0]:
                 yield from reader.chunks(record)
-
-
-def staging_folder(out: Path) -> Path:
-    """Where the checkpoint `out` is staged: beside it, so that publishing is one rename."""
-    return out.parent / f".{out.name}.staging"
-
-
-def publish(staged: Path, out: Path) -> None:
-    """Rename a whole checkpoint into place; the one that it replaces is moved aside first, then removed."""
-    aside = replaced_folder(out)
-    remove_tree(aside)
-    if out.exists():
-        os.rename(out, aside)
-    os.rename(staged, out)
-    sync_folder(out.parent)
-    remove_tree(aside)
-
-
-def replaced_folder(out: Path) -> Path:
-    """Where the checkpoint `out` lies while another takes its place."""
-    return out.parent / f".{out.name}.replaced"
-
-
-def output_folder(out: Path) -> Path:
-    """`out`, absolute.
-
-    Raises:
-        UsageError: if it is the root of a file system, which nothing can be staged beside.
-    """
-    absolute = Path(os.path.abspath(out))
-    if not absolute.name:
-        raise UsageError("the output cannot be the root folder", found=out, remedy="Name a new folder.")
-    return absolute
-
-
-def claim_output(out: Path, *, own: Collection[str], overwrite: bool) -> None:
-    """Refuse an output that is not ours to replace; mend one that a crash left between two renames.
-
-    Args:
-        out: the output folder.
-        own: digests of the bases that this workspace published there.
-        overwrite: whether another checkpoint may be replaced.
-
-    Raises:
-        UsageError: if `out` holds something else than a checkpoint that may be replaced.
-    """
-    aside = replaced_folder(out)
-    if aside.exists() and not out.exists():
-        os.rename(aside, out)
-    if out.is_symlink():
-        raise UsageError("the output is a link", found=out, remedy="Name the folder itself, or a new one.")
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        return
-    ours = ours_of(out)
-    if ours is None:
-        raise UsageError(
-            "the output exists and is no SHARE checkpoint", found=out, remedy="Choose another output folder."
-        )
-    if not overwrite and ours.get("basis_digest") not in own:
-        raise UsageError(
-            "the output holds a checkpoint of another run",
-            found=out,
-            remedy="Choose another output folder, or replace it by --overwrite.",
-        )
-
-
-def ours_of(out: Path) -> dict[str, Any] | None:
-    """What this package recorded in a checkpoint: {} if lorashare wrote it, None if it is no checkpoint."""
-    try:
-        stats = read_json(out / CONFIG)["compression_stats"]
-        return dict(stats.get(OURS, {}))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def skipped_of(out: Path) -> list[dict[str, Any]]:
-    """The adapters that were left out of a checkpoint, with reasons."""
-    path = out / SKIPPED
-    skipped: list[dict[str, Any]] = read_json(path) if path.exists() else []
-    return skipped
-
-
-def copy_checkpoint(source: Path, out: Path) -> None:
-    """Copy a whole checkpoint; one that is already at `out` is replaced.
-
-    Raises:
-        UsageError: if `out` holds something else.
-    """
-    if out.exists() and os.path.samefile(source, out):
-        return
-    claim_output(out, own=(), overwrite=True)
-    staged = staging_folder(out)
-    remove_tree(staged)
-    shutil.copytree(source, staged)
-    publish(staged, out)

@@ -24,9 +24,17 @@ _RERUN_HELPS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENETDOWN, errno.ENE
 _EPILOG = "Exit codes: 0 done, 1 permanent error, 2 usage, 3 done but adapters were left out, 75 stopped: run it again."
 
 
+class Parser(argparse.ArgumentParser):
+    """Shows foreign arguments escaped."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print usage and a message, and exit with 2."""
+        super().error(shown(message, 1000))
+
+
 def parser() -> argparse.ArgumentParser:
     """All commands and their options. Options that were not given are absent from the result."""
-    top = argparse.ArgumentParser(prog="lorashare-stream", description=__doc__.split("\n\n")[0], epilog=_EPILOG)
+    top = Parser(prog="lorashare-stream", epilog=_EPILOG)
     top.description = "Compress thousands of LoRA adapters of one base model into a SHARE checkpoint."
     top.add_argument("--version", action="version", version=f"lorashare-stream {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -94,6 +102,14 @@ def _add_sources(p: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code."""
+    try:
+        return _run(argv)
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run(argv: list[str] | None) -> int:
     args = vars(parser().parse_args(argv))
     level = logging.WARNING if args.get("quiet") else logging.DEBUG if args.get("verbose") else logging.INFO
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
@@ -107,9 +123,8 @@ def main(argv: list[str] | None = None) -> int:
         return _failed(args, e, e.exit_code)
     except KeyboardInterrupt:
         return _failed(args, _stopped("interrupted"), Stopped.exit_code)
-    except BrokenPipeError:  # the reader of our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except BrokenPipeError:
+        raise
     except OSError as e:
         return _failed(args, *_of_the_machine(e))
     except MemoryError:

@@ -33,6 +33,7 @@ class StreamError(Exception):
         super().__init__(problem)
         self.problem, self.adapter, self.key = problem, adapter, key
         self.found, self.expected, self.remedy = found, expected, remedy
+        self.source: str | None = None  # where the adapter comes from; for lists of skipped ones
 
     def __reduce__(self) -> tuple[Any, ...]:  # keyword arguments survive pickling between processes
         return _rebuild, (type(self), self.problem, self.details())
@@ -40,7 +41,7 @@ class StreamError(Exception):
     def details(self) -> dict[str, Any]:
         """The parts that are known, as plain values (for JSON and for pickling)."""
         parts = {name: getattr(self, name) for name in ("adapter", "key", "found", "expected", "remedy")}
-        return {k: v if isinstance(v, str) else str(v) for k, v in parts.items() if v is not None}
+        return {k: v if isinstance(v, str) else shown(v) for k, v in parts.items() if v is not None}
 
     def __str__(self) -> str:
         where = [f"{label} {shown(v)!r}" for label, v in (("adapter", self.adapter), ("key", self.key)) if v]
@@ -60,6 +61,10 @@ class UsageError(StreamError, ValueError):
     exit_code = 2
 
 
+class MissingSourceError(UsageError, FileNotFoundError):
+    """A source that is not there (also a FileNotFoundError, as in lorashare)."""
+
+
 class AdapterError(StreamError, ValueError):
     """One adapter that cannot be compressed: `--on-error skip` goes on without it."""
 
@@ -76,14 +81,26 @@ class CollectionError(StreamError, ValueError):
         self.problems = tuple(problems)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild_collection, (self.problem, self.problems, self.details())
+        return _rebuild_collection, (type(self), self.problem, self.problems, self.details())
 
     def __str__(self) -> str:
         return "\n".join([super().__str__(), *(f"  - {p}" for p in self.problems)])
 
 
-def _rebuild_collection(problem: str, problems: Sequence[AdapterError], details: dict[str, Any]) -> CollectionError:
-    return CollectionError(problem, problems=problems, **details)
+def _rebuild_collection(
+    cls: type[CollectionError], problem: str, problems: Sequence[AdapterError], details: dict[str, Any]
+) -> CollectionError:
+    return cls(problem, problems=problems, **details)
+
+
+class MissingFilesError(CollectionError, FileNotFoundError):
+    """Several adapters, each of which lacks a file (also a FileNotFoundError, as in lorashare)."""
+
+
+def refusal(problem: str, problems: Sequence[AdapterError], remedy: str) -> CollectionError:
+    """The error for adapters that cannot be compressed; of the type of its problems where they agree."""
+    missing = bool(problems) and all(isinstance(p, FileNotFoundError) for p in problems)
+    return (MissingFilesError if missing else CollectionError)(problem, problems=problems, remedy=remedy)
 
 
 class BudgetError(StreamError, ValueError):
@@ -96,6 +113,10 @@ class WorkspaceError(StreamError):
 
 class CheckpointError(StreamError, ValueError):
     """A folder that is not a whole SHARE checkpoint, or one that was replaced while it was open."""
+
+
+class MissingCheckpointError(CheckpointError, FileNotFoundError):
+    """No checkpoint where one was to be (also a FileNotFoundError, as in lorashare)."""
 
 
 class UnknownAdapterError(StreamError, KeyError):

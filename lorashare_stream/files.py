@@ -86,6 +86,20 @@ def own_folder(path: Path) -> Path:
     return path
 
 
+def refuse_links(root: Path, depth: int) -> None:
+    """Demand that nothing in a folder of ours is a link, which could lead a write or a removal out of it.
+
+    Raises:
+        UsageError: naming the first link.
+    """
+    with os.scandir(root) as entries:
+        for entry in entries:
+            if entry.is_symlink():
+                raise UsageError("refusing to write through a link", found=entry.path, remedy="Remove it.")
+            if depth > 1 and entry.is_dir():
+                refuse_links(Path(entry.path), depth - 1)
+
+
 def tree_bytes(root: Path) -> int:
     """Bytes of all files under `root`."""
     return sum(os.lstat(os.path.join(folder, name)).st_size for folder, _, names in os.walk(root) for name in names)

@@ -13,23 +13,20 @@ from typing import Any
 
 import torch
 
-from .adapterfiles import CONFIG, SAFETENSORS, open_tensors, tensor_records, weight_files
-from .checkpoint import copy_checkpoint
-from .dtypes import FLOATS
+from .adapterfiles import CONFIG, SAFETENSORS
+from .comparison import comparison, load_adapter
 from .errors import CheckpointError, UnknownAdapterError, UsageError
 from .executors import DaskClient, Executor
 from .files import atomic_path, write_json
-from .keys import factor_key, parse_key, split_group_id
+from .keys import factor_key, split_group_id
 from .names import listed, shown
-from .peftconfig import scale
 from .pipeline import compress, plan_for
+from .publishing import copy_checkpoint
 from .reader import CheckpointReader, PerAdapter, Tensors
 from .report import summary_text
 from .settings import Settings
 from .shareconfig import SHAREConfig
 from .sources import resolve
-from .subspace import DeltaError, delta_error, relative_error
-from .tensorfile import float32
 
 _said: set[str] = set()
 
@@ -115,7 +112,8 @@ class SHAREModel:
         try:
             out = Path(output_dir) if output_dir is not None else (temporary or Path()) / "checkpoint"
             root = Path(workspace) if workspace is not None else None
-            plan = plan_for(resolve(adapters), chosen, root or out.parent / f"{out.name}.workspace")
+            found = resolve(adapters, missing_ok=chosen.on_error == "skip")
+            plan = plan_for(found, chosen, root or out.parent / f"{out.name}.workspace")
             skipped = compress(plan, out, workspace=root, executor=_executor(executor))
             if skipped:
                 warnings.warn(f"left out: {listed(e.adapter for e in skipped)}", UserWarning, stacklevel=2)
@@ -150,6 +148,10 @@ class SHAREModel:
         return model
 
     _reader: CheckpointReader | None = None
+
+    def __repr__(self) -> str:
+        base, k = shown(self.config.base_model_name_or_path), self.config.num_components
+        return f"SHAREModel({len(self.all_loadings)} adapters of {base!r}, k={k})"
 
     @property
     def adapter_names(self) -> list[str]:
@@ -191,7 +193,10 @@ class SHAREModel:
             tensors |= self._restored(adapter_name, group, loading)
         tensors.update(self.all_classifier_heads.get(adapter_name, {}))
         if output_dir is not None:
-            _save_adapter(Path(output_dir), tensors, self.adapter_configs[adapter_name])
+            config = self.adapter_configs[adapter_name]
+            if not config:
+                raise CheckpointError("its adapter_config.json was not kept", adapter=adapter_name)
+            _save_adapter(Path(output_dir), tensors, config)
         return tensors
 
     def _restored(self, name: str, group: str, loading: torch.Tensor) -> Tensors:
@@ -243,27 +248,12 @@ class SHAREModel:
         """
         if original_weights is None and original_path is None:
             raise UsageError("no original to compare with", expected="original_weights or original_path")
+        if isinstance(original_weights, str | Path):
+            raise UsageError("original_weights is a path", remedy="Give it as original_path.")
         if original_weights is None:
-            original_weights = {k: v for k, v in _load_adapter(Path(str(original_path))).items() if ".lora_" in k}
-        found = self.reconstruct(adapter_name)
-        per_layer: dict[str, float] = {}
-        for key, original in original_weights.items():
-            canonical = parse_key(key).canonical
-            if canonical in found:
-                wide = original.double()
-                norm = float(torch.norm(wide))
-                per_layer[key] = float(torch.norm(wide - found[canonical].double())) / norm if norm > 1e-12 else 0.0
-        errors = list(per_layer.values()) or [0.0]
-        deltas = delta_errors(original_weights, found, self.adapter_configs.get(adapter_name, {}))
-        total = relative_error(sum(d.error for d in deltas.values()), sum(d.norm for d in deltas.values()))
-        return {
-            "per_layer": per_layer,
-            "mean": sum(errors) / len(errors),
-            "max": max(errors),
-            "delta_per_module": {module: d.relative for module, d in deltas.items()},
-            "delta_relative": total,
-            "delta_worst_module": max(deltas, key=lambda m: deltas[m].relative, default=None),
-        }
+            original_weights = {k: v for k, v in load_adapter(Path(str(original_path))).items() if ".lora_" in k}
+        config = self.adapter_configs.get(adapter_name, {})
+        return comparison(original_weights, self.reconstruct(adapter_name), config, adapter_name)
 
     def _known(self, name: str) -> None:
         if name not in self.all_loadings:
@@ -271,33 +261,6 @@ class SHAREModel:
             raise UnknownAdapterError(
                 f"no adapter named {shown(name)!r} among {len(self.all_loadings)}", remedy=f"Near: {listed(near)}."
             )
-
-
-def delta_errors(
-    original: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], config: Mapping[str, Any]
-) -> dict[str, DeltaError]:
-    """Error of dW by module, for all modules of which both sides are 2-D in both; keys may be raw."""
-    parsed = {(k.module, k.side): tensor for key, tensor in original.items() if (k := parse_key(key)).module}
-    errors: dict[str, DeltaError] = {}
-    for module in sorted({m for m, _ in parsed if m is not None}):
-        pairs = [(parsed.get((module, side)), found.get(factor_key(module, side))) for side in ("A", "B")]
-        arrays = [t.float().numpy() for pair in pairs for t in pair if t is not None and t.ndim == 2]
-        if len(arrays) == 4:
-            a, a_hat, b, b_hat = arrays
-            s = scale(config, module) if "r" in config and "lora_alpha" in config else 1.0
-            errors[module] = delta_error(a, b, a_hat, b_hat, s)
-    return errors
-
-
-def _load_adapter(folder: Path) -> Tensors:
-    """The float tensors of an adapter folder, as float32, by canonical key."""
-    paths = weight_files(folder)
-    with open_tensors(paths) as tensors:
-        return {
-            parse_key(r.name).canonical: torch.from_numpy(float32(tensors, r))
-            for r in tensor_records(paths)[0]
-            if r.dtype in FLOATS
-        }
 
 
 def _save_adapter(folder: Path, tensors: Tensors, config: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import reprlib
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -23,9 +24,18 @@ def shown(text: object, limit: int = 300) -> str:
     >>> shown("evil\x1b[2J\u202ename")
     'evil\\x1b[2J\\u202ename'
     """
-    raw = str(text)
+    raw = text if isinstance(text, str) else _text(text)
     out = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in raw[:limit])
     return out if len(raw) <= limit else f"{out}... ({len(raw)} characters)"
+
+
+def _text(value: object) -> str:
+    """A value as text of bounded size: a container may hold itself many times over (YAML aliases)."""
+    return _BOUNDED.repr(value) if isinstance(value, dict | list | tuple | set) else str(value)
+
+
+_BOUNDED = reprlib.Repr()
+_BOUNDED.maxlevel, _BOUNDED.maxstring, _BOUNDED.maxother = 3, 80, 80
 
 
 def listed(items: Iterable[object], limit: int = 8) -> str:
@@ -119,6 +129,11 @@ def slug(text: str) -> str:
     return f"{legible}-{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:12]}"
 
 
+def counted(count: int, thing: str) -> str:
+    """`1 adapter`, `2 adapters`."""
+    return f"{count} {thing}{'' if count == 1 else 's'}"
+
+
 def bytes_shown(count: float) -> str:
     """A size in binary units: `1.5 GiB`."""
     value = float(count)
@@ -135,7 +150,7 @@ def parse_bytes(text: str) -> int:
     Raises:
         ValueError: if it is none of these.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, flags=re.IGNORECASE)
+    match = re.fullmatch(r"\s*([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([kmgt]?)(i?)b?\s*", text, flags=re.IGNORECASE)
     if match is None:
         raise ValueError(f"not a size: {shown(text)!r}; write for example 4GiB or 500MB")
     number, unit, binary = match.groups()

@@ -10,6 +10,7 @@ from re import _constants, _parser  # type: ignore[attr-defined]  # the parse tr
 from typing import Any
 
 from .errors import AdapterError
+from .names import shown
 
 Config = Mapping[str, Any]
 _MOST_LOOPS = 4
@@ -25,7 +26,9 @@ def check_lora(config: Config) -> None:
     peft_type = config.get("peft_type")
     if peft_type != "LORA":
         raise AdapterError(
-            f"not a LoRA adapter: peft_type is {peft_type!r}" if peft_type else "adapter_config.json has no peft_type",
+            f"not a LoRA adapter: peft_type is {shown(repr(peft_type), 60)}"
+            if peft_type
+            else "adapter_config.json has no peft_type",
             key="peft_type",
             found=peft_type,
             expected="LORA",
@@ -37,14 +40,23 @@ def check_lora(config: Config) -> None:
             key="enable_lora",
             remedy="Convert it with the PEFT release that made it.",
         )
-    for name in ("r", "lora_alpha"):
-        value = config.get(name)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
-            _refuse_field(name, value, "a positive number")
-    for name in ("rank_pattern", "alpha_pattern"):
+    if not _is_rank(config.get("r")):
+        _refuse_field("r", config.get("r"), "a whole number from 1")
+    if not _is_alpha(config.get("lora_alpha")):
+        _refuse_field("lora_alpha", config.get("lora_alpha"), "a number")
+    for name, holds in (("rank_pattern", _is_rank), ("alpha_pattern", _is_alpha)):
         pattern = config.get(name) or {}
-        if not isinstance(pattern, dict) or not all(isinstance(v, int | float) for v in pattern.values()):
+        if not isinstance(pattern, dict) or not all(holds(value) for value in pattern.values()):
             _refuse_field(name, pattern, "a mapping of module patterns to numbers")
+
+
+def _is_rank(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 1 << 31
+
+
+def _is_alpha(value: object) -> bool:
+    # Bounded, so that squares of scales stay finite; PEFT itself takes zero and negative ones.
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e30 < value < 1e30
 
 
 def _refuse_field(name: str, found: object, expected: str) -> None:

@@ -40,8 +40,10 @@ def load_pickle(path: Path) -> dict[str, torch.Tensor]:
         raise bad_file(path, "not a dictionary of tensors", type(loaded).__name__)
     for name, tensor in loaded.items():
         dense = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and not tensor.is_quantized
-        if not isinstance(name, str) or not dense or tensor.is_meta:
-            raise bad_file(path, "an entry is not a dense tensor", type(tensor).__name__, key=str(name))
+        if not isinstance(name, str) or not name.isprintable() or not dense or tensor.is_meta:
+            raise bad_file(
+                path, "an entry is not a dense tensor under a printable key", type(tensor).__name__, key=str(name)
+            )
         if tensor.dtype not in _DTYPES:
             raise bad_file(path, "a dtype that is not known", tensor.dtype, ", ".join(_DTYPES.values()), key=name)
     return loaded

@@ -11,26 +11,17 @@ from typing import Any, TypeVar
 from threadpoolctl import threadpool_limits
 
 from .catalog import catalog
-from .checkpoint import (
-    ADAPTERS,
-    COMPONENTS,
-    LOADINGS,
-    META,
-    VERBATIM,
-    Staging,
-    claim_output,
-    ours_of,
-    output_folder,
-    skipped_of,
-)
+from .checkpoint import Staging
 from .devices import resolve_device
-from .errors import AdapterError, BudgetError, CollectionError, WorkspaceError
+from .errors import AdapterError, BudgetError, WorkspaceError, refusal
 from .executors import Executor, Threads
 from .files import free_bytes, read_json, write_json
 from .keys import SIDES, group_id
 from .names import bytes_shown, listed
 from .planning import Plan, check_enough, make_plan, plan_as_json
+from .publishing import check_output, mend_output, output_folder
 from .settings import Settings
+from .shareformat import ADAPTERS, COMPONENTS, LOADINGS, META, VERBATIM, ours_of, skipped_of
 from .sources import Source
 from .summary import figures_of, share_config
 from .tasks import Job, accumulate_module, check_unchanged, fit_module, ingest_adapter, project_adapter
@@ -107,16 +98,19 @@ def compress(
     plan.validate()
     out = output_folder(out)
     run = Run(plan, executor or Threads(), progress)
+    device = resolve_device(plan.settings.device)
     root = workspace or default_workspace(out)
     check_disk(plan, root, out)
+    check_output(out, own=Workspace(root).published(out), overwrite=overwrite)  # before a workspace is made for it
     with threadpool_limits(1, user_api="blas"), Workspace.open(root, plan.binding) as work:
-        claim_output(out, own=work.published(out), overwrite=overwrite)
+        mend_output(out)
+        check_output(out, own=work.published(out), overwrite=overwrite)
         write_json(work.root / "plan.json", plan_as_json(plan))
 
         skipped = [*plan.refused, *ingest(run, work)]
         left_out = skipped_as_json(skipped)
         work.skip(left_out)
-        job = make_job(plan, work, out)
+        job = make_job(plan, work, out, device)
         if is_current(job, out, left_out):
             return skipped
 
@@ -185,16 +179,16 @@ def ingest(run: Run, work: Workspace) -> list[AdapterError]:
             refused.append(result)
     work.sync_journal()
     if refused and run.plan.settings.on_error == "raise":
-        raise CollectionError(
+        raise refusal(
             f"{len(refused)} of {len(entries)} adapters cannot be compressed; the others are ingested",
-            problems=refused,
-            remedy="Leave them out, or go on without them by --on-error skip.",
+            refused,
+            "Leave them out, or set on_error to skip to go on without them.",
         )
     check_enough(len(entries) - len(refused), refused)
     return refused
 
 
-def make_job(plan: Plan, work: Workspace, out: Path) -> Job:
+def make_job(plan: Plan, work: Workspace, out: Path, device: str) -> Job:
     """What the tasks need to know, after ingest."""
     s = plan.settings
     receipts = tuple(work.receipts())
@@ -208,14 +202,15 @@ def make_job(plan: Plan, work: Workspace, out: Path) -> Job:
         workspace=work.root.absolute(),
         bases=work.bases_for(digest).absolute(),
         out=out.absolute(),
-        device=resolve_device(s.device),
+        device=device,
         digest=digest,
     )
 
 
 def is_current(job: Job, out: Path, left_out: list[dict[str, Any]]) -> bool:
-    """Whether the checkpoint at `out` is what this job would write."""
-    return (ours_of(out) or {}).get("digest") == job.digest and skipped_of(out) == left_out
+    """Whether the checkpoint at `out` is what this job would write, and no adapter of it is gone."""
+    same = (ours_of(out) or {}).get("digest") == job.digest and skipped_of(out) == left_out
+    return same and all((out / ADAPTERS / receipt.name / META).is_file() for receipt in job.receipts)
 
 
 def modules_of(job: Job) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from .catalog import Catalog, Entry
 from .dtypes import ITEMSIZE, STORAGE, widest
-from .errors import AdapterError, BudgetError, CollectionError
+from .errors import AdapterError, BudgetError, CollectionError, refusal
 from .keys import SIDES, Side, group_id
 from .layout import Module
 from .names import bytes_shown
@@ -150,10 +150,10 @@ class Plan:
             BudgetError: with the smallest memory that suffices.
         """
         if self.refused and self.settings.on_error == "raise":
-            raise CollectionError(
+            raise refusal(
                 f"{len(self.refused)} of {len(self.refused) + len(self.entries)} adapters cannot be compressed",
-                problems=self.refused,
-                remedy="Leave them out, or go on without them by --on-error skip.",
+                self.refused,
+                "Leave them out, or set on_error to skip to go on without them.",
             )
         check_enough(len(self.entries), self.refused)
         least = max((s.shared_bytes + s.task_bytes for s in self.steps), default=0)
@@ -223,6 +223,9 @@ def _steps(entries: tuple[Entry, ...], groups: tuple[Group, ...], s: Settings, s
     sums = max((sum(_sum_bytes(g, s) for g in both) for both in by_module.values()), default=0)
     fits = max((_fit_bytes(g, s) for g in groups), default=0)
     widest_pair = max((sum(8 * g.dim * g.components(s) for g in both) for both in by_module.values()), default=0)
+    k = {g.module: sum(h.components(s) for h in by_module[g.module]) for g in groups}
+    loadings = 4 * max((sum(k[m.name] * m.rank for m in e.layout.modules) for e in _examples(entries)), default=0)
+    mapped = storage == "F32"  # other components are widened when they are used
     buffers = 2 * CHUNK + pickled  # a chunk being hashed or copied; a .bin is read whole
     modules, adapters = len(by_module), len(entries)
 
@@ -235,7 +238,7 @@ def _steps(entries: tuple[Entry, ...], groups: tuple[Group, ...], s: Settings, s
         step("ingest", adapters, total, 4 * pair + buffers),
         step("accumulate", modules, lora, sums + 4 * pair + TILE_BYTES + pickled),
         step("fit", modules, 0, fits + TILE_BYTES),
-        step("project", adapters, total, 6 * pair + widest_pair + buffers, components if storage == "F32" else 0),
+        step("project", adapters, total, 7 * pair + widest_pair + loadings + buffers, components if mapped else 0),
     )
 
 

@@ -7,16 +7,25 @@ import time
 from collections.abc import Iterator
 from typing import TypeVar
 
+from .names import counted
+
 T = TypeVar("T")
 EVERY = 15.0  # seconds between lines
-_UNITS = {"ingest": "adapter", "accumulate": "module", "fit": "module", "project": "adapter", "verify": "adapter"}
+_UNITS = {
+    "ingest": "adapter",
+    "accumulate": "module",
+    "fit": "module",
+    "project": "adapter",
+    "verify": "adapter",
+    "reconstruct": "adapter",
+}
 
 
 def bars(step: str, total: int, results: Iterator[T]) -> Iterator[T]:
     """A bar with rate and time left."""
     from tqdm import tqdm
 
-    yield from tqdm(results, desc=f"{step:10}", total=total, unit=_UNITS.get(step, "task"), file=sys.stderr)
+    yield from tqdm(results, desc=f"{step:10}", total=total, unit=_UNITS.get(step, "adapter"), file=sys.stderr)
 
 
 def lines(step: str, total: int, results: Iterator[T]) -> Iterator[T]:
@@ -29,9 +38,9 @@ def lines(step: str, total: int, results: Iterator[T]) -> Iterator[T]:
         if now - said >= EVERY and done < total:
             said, rate = now, done / (now - begun)
             left = _clock((total - done) / rate)
-            _say(f"{step}: {done} of {total} {_UNITS.get(step, 'task')}s, {rate:.2f}/s, {left} left")
+            _say(f"{step}: {done} of {counted(total, _UNITS.get(step, 'adapter'))}, {rate:.2f}/s, {left} left")
     if done:
-        _say(f"{step}: {done} {_UNITS.get(step, 'task')}s in {_clock(time.monotonic() - begun)}")
+        _say(f"{step}: {counted(done, _UNITS.get(step, 'adapter'))} in {_clock(time.monotonic() - begun)}")
 
 
 def _say(text: str) -> None:

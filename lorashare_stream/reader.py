@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .checkpoint import ADAPTERS, COMPONENTS, LOADINGS, META, OURS, VERBATIM
 from .errors import CheckpointError
 from .files import read_json
 from .names import is_component, listed, shown
 from .shareconfig import read_share_config
+from .shareformat import ADAPTERS, COMPONENTS, LOADINGS, META, OURS, VERBATIM
 
 T = TypeVar("T")
 Tensors = dict[str, torch.Tensor]
@@ -84,7 +84,8 @@ class CheckpointReader:
 
     def _adapter_names(self) -> dict[str, None]:
         try:
-            folders = {e.name for e in os.scandir(self.root / ADAPTERS) if e.is_dir() and not e.name.startswith(".")}
+            with os.scandir(self.root / ADAPTERS) as entries:
+                folders = {e.name for e in entries if e.is_dir() and not e.name.startswith(".")}
         except FileNotFoundError:
             folders = set()
         names = self.config.adapter_names or sorted(folders)
@@ -114,13 +115,14 @@ class CheckpointReader:
         path = self.root / ADAPTERS / name / META
         try:
             meta = read_json(path)
-            ours = meta.get(OURS, {})
         except FileNotFoundError:
-            meta, ours = {}, {}
-        except (ValueError, AttributeError) as e:
+            return {}
+        except ValueError as e:
             raise CheckpointError(f"{META} cannot be read", adapter=name, found=str(e)) from e
-        self._check_digest(ours.get("basis_digest"), f"adapters/{name}")
-        return dict(meta)
+        if not isinstance(meta, dict) or not isinstance(meta.get(OURS, {}), dict):
+            raise CheckpointError(f"{META} is not what it should be", adapter=name, found=meta, expected="an object")
+        self._check_digest(meta.get(OURS, {}).get("basis_digest"), f"adapters/{name}")
+        return meta
 
     def loadings(self, name: str) -> Tensors:
         """Group id -> loadings (k, r) of one adapter."""

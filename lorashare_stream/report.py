@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError
-from .names import bytes_shown, listed, shown
+from .names import bytes_shown, counted, listed, shown
 
 if TYPE_CHECKING:
     from .planning import Plan
@@ -43,6 +43,14 @@ def facts(pairs: Sequence[Fact]) -> str:
 
 def summary_text(config: SHAREConfig) -> str:
     """What a checkpoint says of itself: adapters, bases, bytes on disk, errors."""
+    try:
+        return facts(_figures_of(config))
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
+        fault = f"{type(e).__name__}: {e}"
+        raise CheckpointError("the figures in share_config.json cannot be read", found=fault) from e
+
+
+def _figures_of(config: SHAREConfig) -> list[Fact]:
     stats, ours = config.compression_stats, config.ours
     auto = ", the most of any group" if config.component_selection == "auto" else ""
     mean, least = (_number(stats.get(f"{which}_explained_variance")) for which in ("mean", "min"))
@@ -53,41 +61,41 @@ def summary_text(config: SHAREConfig) -> str:
         ("components k", f"{config.num_components}{auto}"),
         ("explained variance", f"mean {mean}, least {least}"),
     ]
-    try:
-        return facts(pairs + (_figures(ours) if ours else [_ratio(stats)]))
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise CheckpointError(
-            "the figures in share_config.json cannot be read", found=f"{type(e).__name__}: {e}"
-        ) from e
+    if ours:
+        return pairs + _our_figures(ours)
+    return [*pairs, ("LoRA parameters", f"{_number(stats.get('compression_ratio'))} times fewer")]
 
 
-def _ratio(stats: dict[str, Any]) -> Fact:
-    return "LoRA parameters", f"{_number(stats.get('compression_ratio'))} times fewer"
-
-
-def _figures(ours: dict[str, Any]) -> list[Fact]:
+def _our_figures(ours: dict[str, Any]) -> list[Fact]:
     """What this package recorded: bytes on disk, certified errors, and who is not shared."""
     size, errors = ours["bytes"], ours["errors"]
     total = sum(size[part] for part in PARTS)
     pairs: list[Fact] = [
         ("objective", ours["objective"] + (", centred" if ours["center"] else "")),
         ("originals", bytes_shown(size["originals"])),
-        ("checkpoint", f"{bytes_shown(total)}, {size['originals'] / max(total, 1):.2f} times smaller"),
+        ("checkpoint", f"{bytes_shown(total)}, {_times(size['originals'] / max(total, 1))}"),
         *[(f"  {part}", bytes_shown(size[part])) for part in PARTS],
-        ("LoRA bytes", f"{bytes_shown(size['lora'])}, {size['lora_ratio']:.2f} times smaller"),
+        ("LoRA bytes", f"{bytes_shown(size['lora'])}, {_times(size['lora_ratio'])}"),
         ("relative dW error", ", ".join(f"{name} {errors[name]:.4f}" for name in ("mean", "median", "p95", "max"))),
     ]
     if "mean_square_bounds" in errors:
-        low, high = (bound**0.5 for bound in errors["mean_square_bounds"])
-        pairs.append(("  by the bases", f"root mean square from {low:.4f} to {high:.4f}"))
+        low, high = (min(1.0, bound**0.5) for bound in errors["mean_square_bounds"])
+        if high > 1e-3:  # below it they are rounding of float32 moments
+            pairs.append(("  bounds of its rms", f"{low:.4f} to {high:.4f}, known from the bases"))
     pairs.append(("worst adapters", listed([f"{w['name']} {w['relative_error']:.4f}" for w in errors["worst"][:3]])))
     if ours["verbatim_adapters"]:
         pairs.append(("kept verbatim", listed(ours["verbatim_adapters"])))
     if ours["num_skipped"]:
         pairs.append(("left out", f"{ours['num_skipped']}, with reasons in skipped.json"))
+    if errors["mean"] > 0.5:
+        pairs.append(("note", "the mean error is large: these adapters share little at this k; take more components"))
     if size["lora_ratio"] < 1:
         pairs.append(("note", "the shared form is larger than the LoRA tensors: add adapters, or take a smaller k"))
     return pairs
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f} times smaller" if ratio >= 1 else f"{1 / ratio:.2f} times larger" if ratio > 0 else "nothing"
 
 
 def _number(value: Any) -> str:
@@ -124,7 +132,8 @@ def break_even_range(plan: Plan) -> str:
     from .subspace import break_even
 
     values = [break_even(g.dim, g.count) for g in plan.groups]
-    return f"{min(values):.0f} to {max(values):.0f}" if values else "no groups"
+    ends = sorted({f"{min(values):.0f}", f"{max(values):.0f}"}, key=int) if values else ["no groups"]
+    return " to ".join(ends)
 
 
 def plan_warnings(plan: Plan) -> list[str]:
@@ -144,7 +153,7 @@ def plan_warnings(plan: Plan) -> list[str]:
             )
     unnamed = sum(e.base_model is None for e in plan.entries)
     if unnamed and plan.base_model:
-        out.append(f"{unnamed} adapters name no base model; they are taken to be of {shown(plan.base_model)}")
+        out.append(f"no base model is named by {counted(unnamed, 'adapter')}; taken to be {shown(plan.base_model)}")
     return out
 
 
@@ -154,7 +163,9 @@ def notes_text(receipts: Sequence[Receipt], limit: int = 6) -> list[str]:
     for receipt in receipts:
         for kind in {note.rpartition(": ")[2] for note in receipt.notes}:
             by_kind.setdefault(kind, []).append(receipt.name)
-    lines = [f"{kind}: in {len(names)} adapters ({listed(names, 3)})" for kind, names in sorted(by_kind.items())]
+    lines = [
+        f"{kind}: in {counted(len(names), 'adapter')} ({listed(names, 3)})" for kind, names in sorted(by_kind.items())
+    ]
     return [shown(line) for line in lines[:limit]] + (
         [f"and {len(lines) - limit} kinds more"] if len(lines) > limit else []
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from .names import listed, parse_bytes, shown
 Objective = Literal["delta", "factors"]
 QUANTUM = 1024  # columns summed at once; part of a workspace's identity, since it decides rounding
 
+_FLAGS = {"num_components": "-k", "variance_threshold": "--variance"}
 _CHOICES: dict[str, tuple[str, ...]] = {
     "objective": ("delta", "factors"),
     "moment_dtype": ("float32", "float64"),
@@ -87,7 +89,7 @@ class Settings:
                 clean["memory"] = parse_bytes(clean["memory"])
             except ValueError as e:
                 raise UsageError(f"memory: {e}") from e
-        if isinstance(clean.get("num_components"), str) and clean["num_components"].isdigit():
+        if isinstance(clean.get("num_components"), str) and re.fullmatch("[0-9]{1,9}", clean["num_components"]):
             clean["num_components"] = int(clean["num_components"])
         return cls(**clean)
 
@@ -111,4 +113,5 @@ def _is_number(value: object) -> bool:
 
 def _expect(holds: bool, name: str, found: object, expected: str) -> None:
     if not holds:
-        raise UsageError(f"{name} has a value that cannot be meant", found=shown(found), expected=expected)
+        flag = _FLAGS.get(name, "--" + name.replace("_", "-"))
+        raise UsageError(f"{name} ({flag}) cannot be {shown(repr(found))}", expected=expected)

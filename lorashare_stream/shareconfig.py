@@ -7,10 +7,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import CONFIG, OURS
-from .errors import CheckpointError
+from .errors import CheckpointError, MissingCheckpointError
 from .files import read_json
 from .names import listed, shown
+from .shareformat import CONFIG, OURS
+
+_NEEDED = {"num_components", "adapter_names", "compression_stats"}
 
 
 @dataclass
@@ -51,19 +53,19 @@ def read_share_config(root: Path) -> SHAREConfig:
         values = read_json(root / CONFIG)
     except FileNotFoundError:
         entries = sorted(os.listdir(root)) if root.is_dir() else []
-        raise CheckpointError(
+        raise MissingCheckpointError(
             f"no SHARE checkpoint at {shown(root)}", found=listed(entries) or "nothing", expected=CONFIG
         ) from None
     except (ValueError, NotADirectoryError) as e:
         raise CheckpointError(f"{CONFIG} cannot be read", found=str(e)) from e
     known = SHAREConfig()
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{CONFIG} is not an object", found=type(values).__name__)
+    if not isinstance(values, dict) or not values.keys() >= _NEEDED:
+        raise CheckpointError(f"{CONFIG} is not that of a SHARE checkpoint", found=values, expected=listed(_NEEDED))
     for name, value in values.items():
         default = getattr(known, name, None) if name in SHAREConfig.__dataclass_fields__ else None
         if default is None:
             continue  # of a later version
-        if not isinstance(value, float | int if isinstance(default, float) else type(default)):
+        if not isinstance(value, float | int if isinstance(default, float | int) else type(default)):
             raise CheckpointError(
                 f"{CONFIG} has an unusable field", key=name, found=value, expected=type(default).__name__
             )

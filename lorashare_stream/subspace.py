@@ -13,6 +13,7 @@ from .dtypes import as_stored
 from .moments import Array, Moment
 from .solvers import Float64, compressed, leading, prefers_partial, spectrum
 
+_STRIP = 8 << 20  # bytes of a strip in float64
 Solver = Callable[[Moment, int], tuple[Float64, Float64]]
 
 
@@ -164,9 +165,14 @@ def delta_error(a: Array, b: Array, a_hat: Array, b_hat: Array, scale: float) ->
 
 
 def gram(rows: Array) -> Float64:
-    """M = W'W (r, r) in float64, for the r vectors of W given as rows (r, d)."""
-    wide = rows.astype(np.float64)
-    return wide @ wide.T
+    """M = W'W (r, r) in float64, for the r vectors of W given as rows (r, d); by strips of bounded size."""
+    r, d = rows.shape
+    out = np.zeros((r, r))
+    strip = max(1, _STRIP // (8 * r))
+    for start in range(0, d, strip):
+        wide = rows[:, start : start + strip].astype(np.float64)
+        out += wide @ wide.T
+    return out
 
 
 def break_even(dim: int, count: int) -> float:

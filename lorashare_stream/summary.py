@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoint import OURS
 from .keys import SIDES, group_id
 from .planning import Plan
+from .shareformat import OURS
 from .tasks import Job
 from .version import __version__
 

@@ -51,9 +51,10 @@ def read_header(path: Path, file: int = 0) -> tuple[tuple[TensorRecord, ...], by
     size = path.stat().st_size
     with path.open("rb") as f:
         prefix = f.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        if length > min(size - 8, MAX_HEADER):
-            raise bad_file(path, "not a safetensors file, or cut short", f"{size} bytes", f"a header of {length} bytes")
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if length > min(size - 8, MAX_HEADER) or not length:
+            wanted = f"8 bytes and a header of {length or 'some'} bytes"
+            raise bad_file(path, "not a safetensors file, or cut short", f"{size} bytes", wanted)
         raw = f.read(length)
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
@@ -83,6 +84,8 @@ def _record(path: Path, name: str, entry: Any, data: int, file: int) -> TensorRe
         whole = all(type(n) is int and 0 <= n < 1 << 62 for n in (*shape, start, end))
     except (TypeError, KeyError, ValueError) as e:
         raise bad_file(path, "a tensor is not described as safetensors demands", entry, key=name) from e
+    if not name.isprintable():
+        raise bad_file(path, "a key with unprintable characters", key=name)
     if not isinstance(dtype, str) or dtype not in ITEMSIZE:
         raise bad_file(path, "a dtype that is not known", dtype, ", ".join(ITEMSIZE), key=name)
     if not whole or len(shape) > 16 or math.prod(shape) * ITEMSIZE[dtype] != end - start:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,14 +49,18 @@ def verify(model: SHAREModel, originals: Mapping[str, Source]) -> Iterator[Verdi
         originals: name -> where the original lies.
     """
     for name in model.adapter_names:
-        certified = model.certified(name).get("relative_error")
-        if name not in originals:
-            yield Verdict(name, float("nan"), certified, problem="its original is not among the sources")
-            continue
+        certified: float | None = None
         try:
+            certified = _number(model.certified(name).get("relative_error"))
+            if name not in originals:
+                raise StreamError("its original is not among the sources")
             yield _verdict(model, name, originals[name], certified)
         except (StreamError, OSError) as e:
             yield Verdict(name, float("nan"), certified, problem=str(e))
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _verdict(model: SHAREModel, name: str, source: Source, certified: float | None) -> Verdict:
@@ -113,11 +116,3 @@ def originals_of(model: SHAREModel, sources: list[Source]) -> dict[str, Source]:
         if source is not None:
             matched[name] = source
     return matched
-
-
-def recorded_sources(workspace: Path) -> list[Source]:
-    """The sources of the last plan of a workspace."""
-    from .files import read_json
-
-    adapters = read_json(workspace / "plan.json")["adapters"]
-    return [Source(a["source_id"], Path(a["path"]), None) for a in adapters]

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import StreamError, WorkspaceError
-from .files import own_folder, read_json, remove_tree, sync_folder, sync_tree, tree_bytes, write_json
+from .files import own_folder, read_json, refuse_links, remove_tree, sync_folder, sync_tree, tree_bytes, write_json
 from .names import shown, slug
 
 FORMAT = 1
@@ -83,6 +83,7 @@ class Workspace:
                 "the folder is no workspace, and not empty", found=root, remedy="Choose another --workspace."
             )
         root.mkdir(parents=True, exist_ok=True)
+        refuse_links(root, depth=3)
         work = cls(root)
         with _locked(root / "lock"):
             for folder in (work.moments, work.bases):
@@ -96,7 +97,13 @@ class Workspace:
         if not path.exists():
             write_json(path, binding)
             return
-        found = read_json(path)
+        found = _read_mapping(path)
+        if not found:
+            raise WorkspaceError(
+                f"the workspace {shown(self.root)} is damaged",
+                found="workspace.json",
+                remedy="Delete it, or choose another.",
+            )
         differing = sorted(k for k in binding.keys() | found.keys() if binding.get(k) != found.get(k))
         if differing:
             raise WorkspaceError(
@@ -108,12 +115,12 @@ class Workspace:
 
     def _clean(self) -> None:
         """Remove what dead runs left: generations without a marker, and temporary files."""
-        for folder in (self.root, self.moments):
+        for folder in (self.root, self.moments, *self.bases.iterdir()):
             for path in folder.glob(".*.tmp"):
                 path.unlink()
         for path in self.moments.iterdir():
             if path.is_dir():
-                marker = self._read_marker(self.moments / f"{path.name}.json")
+                marker = _read_marker(self.moments / f"{path.name}.json")
                 for generation in path.iterdir():
                     if marker is None or generation.name != str(marker["generation"]):
                         remove_tree(generation)
@@ -173,16 +180,7 @@ class Workspace:
 
     def marker(self, module: str) -> dict[str, Any] | None:
         """What is summed of a module: `generation`, `entries` of the journal, facts of sides `A` and `B`."""
-        return self._read_marker(self.moments / f"{slug(module)}.json")
-
-    def _read_marker(self, path: Path) -> dict[str, Any] | None:
-        try:
-            marker: dict[str, Any] = read_json(path)
-        except FileNotFoundError:
-            return None
-        except ValueError:  # changed by something else than us: the group is summed again
-            return None
-        return marker
+        return _read_marker(self.moments / f"{slug(module)}.json")
 
     def generation(self, module: str, number: int) -> Path:
         """The folder of one generation of a module's moments."""
@@ -221,14 +219,13 @@ class Workspace:
 
     def published(self, out: Path) -> list[str]:
         """Digests of the bases that this workspace has published at `out`."""
-        path = self.root / "published.json"
-        digests: list[str] = (read_json(path) if path.exists() else {}).get(str(out.absolute()), [])
-        return digests
+        digests = _read_mapping(self.root / "published.json").get(str(out.absolute()), [])
+        return digests if isinstance(digests, list) else []
 
     def publishing(self, out: Path, basis_digest: str) -> None:
         """Note, before it happens, that a checkpoint is published; what was there before stays ours as well."""
         path = self.root / "published.json"
-        outputs = read_json(path) if path.exists() else {}
+        outputs = _read_mapping(path)
         outputs[str(out.absolute())] = [*self.published(out)[-1:], basis_digest]
         write_json(path, outputs)
 
@@ -239,7 +236,24 @@ class Workspace:
 
 def skipped_as_json(errors: Iterable[StreamError]) -> list[dict[str, Any]]:
     """Adapters that were left out, as plain values: name, reason, and the parts of the reason."""
-    return [{"reason": str(e), "problem": e.problem, **e.details()} for e in errors]
+    listing = [{"reason": str(e), "problem": e.problem, **e.details(), "source": e.source} for e in errors]
+    return [{k: v for k, v in item.items() if v is not None} for item in listing]
+
+
+def _read_marker(path: Path) -> dict[str, Any] | None:
+    """A marker; None if there is none, or it was changed by something else than us: the module is summed again."""
+    marker = _read_mapping(path)
+    whole = all(isinstance(marker.get(name), int) for name in ("generation", "entries"))
+    return marker if whole and all(isinstance(marker.get(side), dict) for side in ("A", "B")) else None
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    """A JSON object; empty if there is none, or what is there is none."""
+    try:
+        value = read_json(path)
+    except (FileNotFoundError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _receipt(values: dict[str, Any]) -> Receipt:

@@ -21,11 +21,12 @@ ROOMS = {
     "bytes": ["files", "tensorfile", "picklefile", "adapterfiles", "momentstore", "workspace"],
     "facts": ["sources.manifest", "sources.local", "sources", "layout", "catalog", "planning"],
     "doing": [
-        "executors", "devices", "checkpoint", "shareconfig", "tasks.job", "tasks.ingest", "tasks.accumulate",
+        "executors", "devices", "shareformat", "publishing", "checkpoint", "shareconfig",
+        "tasks.job", "tasks.ingest", "tasks.accumulate",
         "tasks.fit", "tasks.project", "tasks", "summary", "reader",
     ],
-    "story": ["pipeline", "report", "model", "verification"],
-    "shell": ["progress", "commands", "cli", "__main__", "__init__"],
+    "story": ["pipeline", "report", "comparison", "model", "verification"],
+    "shell": ["progress", "choices", "commands", "cli", "__main__", "__init__"],
 }  # fmt: skip
 ORDER = [module for room in ROOMS.values() for module in room]
 HEAVY = {"peft", "transformers"}
@@ -104,7 +105,7 @@ except SystemExit:
 def test_modules_and_functions_stay_small() -> None:
     for module, path in MODULES.items():
         text = path.read_text()
-        assert len(text.splitlines()) <= 320, module
+        assert len(text.splitlines()) <= 300, module
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
                 body = node.body[1:] if ast.get_docstring(node) else node.body

@@ -106,7 +106,7 @@ def test_quiet_is_silent(tmp_path: Path, collection: list[str], capsys: Capture)
         (["compress", "{c}", "-o", "{out}", "--center"], 2, "factors"),
         (["compress", "{c}"], 2, "no output"),
         (["compress", "-o", "{out}"], 2, "no sources"),
-        (["compress", "{c}", "-o", "/"], 2, "root folder"),
+        (["compress", "{c}", "-o", "/"], 2, "cannot be the current folder"),
         (["compress", "nowhere", "-o", "{out}"], 2, "no such source"),
         (["compress", "{c}", "-o", "{out}", "--config", "nowhere.yaml"], 2, "no such configuration"),
         (["compress", "{c}", "-o", "{out}", "--plan", "{c}"], 2, "both sources and --plan"),

@@ -14,10 +14,10 @@ import torch
 from lorashare_stream.adapterfiles import open_tensors, tensor_records, weight_files
 from lorashare_stream.errors import CollectionError
 from lorashare_stream.model import SHAREModel
-from lorashare_stream.pipeline import default_workspace, plan_for
+from lorashare_stream.pipeline import plan_for
 from lorashare_stream.settings import Settings
 from lorashare_stream.sources import resolve
-from lorashare_stream.verification import originals_of, recorded_sources, verify
+from lorashare_stream.verification import originals_of, verify
 
 Compress = Callable[..., Path]
 ZERO = "bhaveshasasik-generative_AI_model--gpt-lora"  # a gpt2 adapter whose every B is zero
@@ -35,7 +35,7 @@ def test_real_collections_compress_verify_and_reconstruct(
     assert set(share.adapter_names) == set(folders)
     assert share.config.ours["verbatim_adapters"] == ([ZERO] if name == "gpt2" else [])
 
-    verdicts = {v.name: v for v in verify(share, originals_of(share, recorded_sources(default_workspace(out))))}
+    verdicts = {v.name: v for v in verify(share, originals_of(share, resolve([real / name])))}
     assert [v.problem for v in verdicts.values()] == [None] * len(folders)
     errors = [v.relative_error for v in verdicts.values() if v.name != ZERO]
     print(

@@ -66,7 +66,7 @@ def test_training_checkpoints_below_an_adapter_are_not_taken_for_adapters(tmp_pa
         ("mapping.yaml", "is not a list"),
         ("latin.txt", "not UTF-8"),
         ("name.jsonl", "name is not text"),
-        ("nul\0", "no such source"),
+        ("nul\0", "NUL character"),
     ],
 )
 def test_what_is_no_source_is_a_usage_error(

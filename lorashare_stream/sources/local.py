@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..adapterfiles import CONFIG, looks_like_adapter
-from ..errors import UsageError
+from ..errors import MissingSourceError, UsageError
 from ..names import listed, name_fault, shown
 from .manifest import SUFFIXES, read_manifest
 
@@ -34,29 +34,39 @@ class Source:
         return self.name if self.name is not None else os.path.basename(self.id)
 
 
-def resolve(sources: Iterable[str | os.PathLike[str]] | Mapping[str, str | os.PathLike[str]]) -> list[Source]:
+def resolve(
+    sources: Iterable[str | os.PathLike[str]] | Mapping[str, str | os.PathLike[str]], *, missing_ok: bool = False
+) -> list[Source]:
     """All adapters that `sources` mean, in a fixed order, no folder twice.
 
     Args:
         sources: adapter folders, folders that contain some at any depth, globs, manifests; or
             a mapping from names to adapter folders.
+        missing_ok: whether a folder that is not there is given all the same, for the catalog to refuse.
 
     Raises:
-        UsageError: for a source that does not exist or holds no adapter, or a name that cannot be one.
+        MissingSourceError: naming all that are not there.
+        UsageError: for a source that holds no adapter, or a name that cannot be one.
     """
     found: dict[tuple[str, str | None], Source] = {}
     if isinstance(sources, str | os.PathLike):
-        raise UsageError("sources must be a list or a mapping of names to paths", found=shown(sources))
+        raise UsageError("sources must be a list or a mapping of names to paths", found=sources)
     named = sources.items() if isinstance(sources, Mapping) else ((None, source) for source in sources)
     for name, source in named:
         for one in _expand(name, os.fspath(source)):
             found.setdefault((one.id, one.name), one)
+    missing = [os.fspath(source.path) for source in found.values() if not source.path.is_dir()]
+    if missing and not missing_ok:
+        raise _no_such_source(missing)
     given = {source.id for source in found.values() if source.name is not None}
     # A folder that has been given a name is not taken a second time under its own.
     return [source for source in found.values() if source.name is not None or source.id not in given]
 
 
 def _expand(name: str | None, text: str) -> Iterator[Source]:
+    path = Path(text)
+    if not text or "\0" in text:
+        raise UsageError("an empty source" if not text else "a source with a NUL character", found=text)
     if name is not None:
         if not isinstance(name, str) or (fault := name_fault(name)) is not None:
             why = "it is not text" if not isinstance(name, str) else fault
@@ -65,32 +75,24 @@ def _expand(name: str | None, text: str) -> Iterator[Source]:
                 expected="one path component",
                 remedy="Choose another name.",
             )
-        yield Source(os.path.realpath(_folder(text)), Path(text), name)
-        return
-    path = Path(text) if text and "\0" not in text else None
-    if path is not None and path.is_dir():
+        yield Source(os.path.realpath(text), path, name)
+    elif path.is_dir():
         yield from _walk(path)
-    elif path is not None and path.is_file():
+    elif path.is_file():
         yield from _from_manifest(path)
-    elif path is not None and glob.has_magic(text):
+    elif glob.has_magic(text):
         yield from _from_glob(text)
     else:
-        raise _no_such_source(text)
+        yield Source(os.path.realpath(text), path)  # not there: `resolve` or the catalog says so
 
 
-def _folder(text: str) -> Path:
-    path = Path(text)
-    if "\0" in text or not path.is_dir():
-        raise _no_such_source(text)
-    return path
-
-
-def _no_such_source(text: str) -> UsageError:
-    hub = text.count("/") == 1 and not text.startswith((".", "/", "~"))
-    return UsageError(
-        f"no such source: {shown(text)!r}" if text else "an empty source",
+def _no_such_source(missing: list[str]) -> MissingSourceError:
+    hub = [text for text in missing if text.count("/") == 1 and not text.startswith((".", "/", "~"))]
+    return MissingSourceError(
+        f"no such source: {', '.join(map(repr, map(shown, missing[:8])))}",
+        found=f"{len(missing)} that are not there" if len(missing) > 1 else None,
         expected="an adapter folder, a folder of adapter folders, a glob or a manifest",
-        remedy=f"If it is a Hub id, download it first: hf download {shown(text)} --local-dir DIR." if hub else None,
+        remedy=f"If it is a Hub id, download it first: hf download {shown(hub[0])} --local-dir DIR." if hub else None,
     )
 
 
@@ -120,7 +122,7 @@ def _from_manifest(path: Path) -> Iterator[Source]:
         raise UsageError(f"manifest {shown(path)} names no adapter")
     for name, source in entries:
         if os.path.splitext(source)[1] in SUFFIXES:
-            raise UsageError(f"manifest {shown(path)} names another manifest", found=shown(source))
+            raise UsageError(f"manifest {shown(path)} names another manifest", found=source)
         yield from _expand(name, os.path.join(path.parent, source) if source else "")
 
 

@@ -21,17 +21,14 @@ def read_manifest(path: Path) -> list[tuple[str | None, str]]:
     Raises:
         UsageError: naming the entry that is wrong.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as e:
-        raise UsageError(f"manifest {shown(path)} is not UTF-8 text", found=str(e)) from e
+    text = _text(path)
     if path.suffix == ".txt":
         lines = [line.strip() for line in text.splitlines()]
         entries: list[Any] = [line for line in lines if line and not line.startswith("#")]
     elif path.suffix == ".jsonl":
         entries = [_json_line(path, n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
     else:
-        entries = read_yaml(path, text)
+        entries = read_yaml(path)
         if not isinstance(entries, list):
             raise UsageError(
                 f"manifest {shown(path)} is not a list",
@@ -48,7 +45,14 @@ def _json_line(path: Path, number: int, line: str) -> Any:
         raise UsageError(f"manifest {shown(path)}, line {number}: not JSON", found=str(e)) from e
 
 
-def read_yaml(path: Path, text: str) -> Any:
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise UsageError(f"{shown(path)} is not UTF-8 text", found=str(e)) from e
+
+
+def read_yaml(path: Path) -> Any:
     """Plain values from YAML; a document that asks for objects is refused.
 
     Raises:
@@ -56,6 +60,7 @@ def read_yaml(path: Path, text: str) -> Any:
     """
     import yaml
 
+    text = _text(path)
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError) as e:
@@ -67,11 +72,11 @@ def _entry(path: Path, number: int, entry: Any) -> tuple[str | None, str]:
     if isinstance(entry, str):
         return None, entry
     if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
-        raise UsageError(f"{where}: not a source", found=shown(entry), expected="an object with path and perhaps name")
+        raise UsageError(f"{where}: not a source", found=entry, expected="an object with path and perhaps name")
     unknown = sorted(shown(k) for k in entry if k not in ("name", "path"))
     if unknown:
         raise UsageError(f"{where}: unknown field", found=listed(unknown), expected="name, path")
     name = entry.get("name")
     if name is not None and not isinstance(name, str):
-        raise UsageError(f"{where}: name is not text", found=shown(name))
+        raise UsageError(f"{where}: name is not text", found=name)
     return name, entry["path"]

@@ -69,10 +69,13 @@ def weighted_rows(
     if objective == "factors":
         return {"A": a, "B": b.T}
     factor = scale / np.sqrt(energy)
-    return {
-        "A": partner_root(gram(b.T), factor).astype(np.float32) @ a,
-        "B": partner_root(gram(a), factor).astype(np.float32) @ b.T,
-    }
+    return {"A": _times(partner_root(gram(b.T), factor), a), "B": _times(partner_root(gram(a), factor), b.T)}
+
+
+def _times(root: NDArray[np.float64], rows: NDArray[np.float32]) -> NDArray[np.floating[Any]]:
+    """The product, which is of order 1; in float64 where the root, which undoes the rows' size, is far from it."""
+    largest = np.abs(root).max()
+    return root.astype(np.float32) @ rows if largest == 0 or 1e-12 < largest < 1e12 else root @ rows
 
 
 def _begin(

@@ -27,7 +27,7 @@ def ingest_adapter(entry: Entry) -> Receipt | AdapterError:
         with open_tensors(entry.paths) as tensors:
             energy, notes, digest = _scan(entry, tensors)
     except AdapterError as e:
-        e.adapter = entry.name
+        e.adapter, e.source = entry.name, str(entry.folder)
         return e
     sizes, times = tuple(f.size for f in entry.files), tuple(f.mtime_ns for f in entry.files)
     return Receipt(entry.name, entry.source_id, digest, entry.config_digest, energy, sizes, times, notes)
@@ -60,6 +60,9 @@ def _scan(entry: Entry, tensors: TensorReader) -> tuple[float, tuple[str, ...], 
     return energy, tuple(notes), whole
 
 
+LARGEST = 1e12  # of a value: the sum of a million squares, times d, still fits a float32 moment
+
+
 def _finite(values: NDArray[np.float32], record: TensorRecord) -> NDArray[np.float32]:
     if not np.isfinite(values).all():
         bad = np.argwhere(~np.isfinite(values))
@@ -69,6 +72,14 @@ def _finite(values: NDArray[np.float32], record: TensorRecord) -> NDArray[np.flo
             found=f"{values[tuple(bad[0])]} at {bad[0].tolist()}, {len(bad)} in all",
             expected="finite values",
             remedy="Its training diverged, or the file is damaged: leave it out.",
+        )
+    if values.max(initial=0.0) > LARGEST or values.min(initial=0.0) < -LARGEST:
+        raise AdapterError(
+            "values larger than a moment can hold",
+            key=record.name,
+            found=f"{np.abs(values).max():.3g}",
+            expected=f"at most {LARGEST:g}",
+            remedy="Its training diverged: leave it out.",
         )
     return values
 

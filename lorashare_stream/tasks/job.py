@@ -10,9 +10,9 @@ from typing import Any
 
 from ..adapterfiles import digest_files
 from ..catalog import Entry
-from ..checkpoint import staging_folder
 from ..files import read_json
 from ..names import slug
+from ..publishing import staging_folder
 from ..settings import Settings
 from ..workspace import Receipt, digest_of
 

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 
 from ..adapterfiles import digest_files, file_fact, open_tensors, read_config, tensor_records
 from ..catalog import Entry
-from ..checkpoint import COMPONENTS, LOADINGS, META, OURS, VERBATIM, Staging
+from ..checkpoint import Staging
 from ..dtypes import as_stored, narrowed, widened
 from ..errors import AdapterError
 from ..keys import SIDES, factor_key, group_id
 from ..layout import Module
+from ..shareformat import COMPONENTS, LOADINGS, META, OURS, VERBATIM
 from ..subspace import DeltaError, delta_error, project, relative_error, restore
 from ..tensorfile import TensorReader, TensorRecord, float32, write_safetensors
 from ..workspace import Receipt

@@ -1,0 +1,123 @@
+"""What a command is asked to do: settings and sources from flags, configuration files and saved plans."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from .errors import AdapterError, UsageError
+from .files import read_json
+from .names import listed, name_fault, shown
+from .pipeline import plan_for
+from .planning import Plan
+from .settings import Settings
+from .sources import Source, resolve
+from .sources.manifest import read_yaml
+
+Args = Mapping[str, Any]
+log = logging.getLogger(__name__)
+_SETTINGS = {f.name for f in fields(Settings)}
+_PLACES: dict[str, type] = {"output": str, "workspace": str, "overwrite": bool, "sources": object}
+_DETAILS = ("adapter", "key", "found", "expected", "remedy")
+
+
+def with_config(args: Args) -> dict[str, Any]:
+    """Arguments over what `--config` sets; paths in it are as on the command line."""
+    chosen = dict(args)
+    if not chosen.get("sources"):
+        chosen.pop("sources", None)
+    if "config" not in args:
+        return chosen
+    path = Path(args["config"])
+    if not path.is_file():
+        raise UsageError("no such configuration file", found=path)
+    values = read_yaml(path) or {}
+    allowed = _SETTINGS | _PLACES.keys()
+    if not isinstance(values, dict) or not all(isinstance(k, str) for k in values):
+        raise UsageError("the configuration is not a mapping of settings", found=shown(values))
+    unknown = sorted(k for k in values if k not in allowed)
+    if unknown:
+        raise UsageError(
+            f"unknown setting in {shown(path)}", found=listed(unknown), expected=listed(sorted(allowed), 20)
+        )
+    for name, kind in _PLACES.items():
+        if not isinstance(values.get(name, kind()), kind):
+            raise UsageError(f"{name} in {shown(path)} cannot be meant", found=values[name], expected=kind.__name__)
+    return values | chosen
+
+
+def _settings(chosen: Args) -> Settings:
+    return Settings.from_mapping({k: v for k, v in chosen.items() if k in _SETTINGS})
+
+
+def _sources(chosen: Args, skipping: bool) -> list[Source]:
+    sources = chosen.get("sources")
+    if not sources:
+        raise UsageError("no sources", expected="adapter folders, folders of them, globs or manifests")
+    if not isinstance(sources, list | dict) or not all(isinstance(s, str) for s in _paths(sources)):
+        raise UsageError("sources must be a list of paths, or a mapping of names to paths", found=shown(sources))
+    if "names" in chosen:
+        names = chosen["names"]
+        if isinstance(sources, dict) or len(names) != len(sources):
+            raise UsageError("--names needs one name per source", found=len(names), expected=len(sources))
+        if len(set(names)) != len(names):
+            raise UsageError("--names has a name twice", found=listed(names))
+        sources = dict(zip(names, sources, strict=True))
+    return resolve(sources, missing_ok=skipping)
+
+
+def _paths(sources: list[Any] | dict[Any, Any]) -> list[Any]:
+    return list(sources.values()) if isinstance(sources, dict) else sources
+
+
+def make_plan(chosen: Args, workspace: Path | None = None) -> Plan:
+    """The plan for what was chosen."""
+    settings = _settings(chosen)
+    if "variance_threshold" in chosen and settings.num_components != "auto":
+        log.warning("variance has no effect without -k auto")
+    return plan_for(_sources(chosen, settings.on_error == "skip"), settings, workspace)
+
+
+def planned(chosen: Args, workspace: Path) -> Plan:
+    """The plan of a file, made again from the sources that it names, and equal to it."""
+    if "sources" in chosen:
+        raise UsageError("both sources and --plan", remedy="The plan names its sources.")
+    try:
+        saved = read_json(Path(chosen["plan"]))
+        sources = [_saved_source(a) for a in saved["adapters"]]
+        settings, fingerprint = dict(saved["settings"]), saved["fingerprint"]
+        refused = [AdapterError(**{k: str(r[k]) for k in ("problem", *_DETAILS) if k in r}) for r in saved["refused"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UsageError(f"{shown(chosen['plan'])} is not a plan", found=f"{type(e).__name__}: {e}") from e
+    made = plan_for(
+        sources, Settings.from_mapping(settings | {k: v for k, v in chosen.items() if k in _SETTINGS}), workspace
+    )
+    if made.fingerprint != fingerprint and not made.refused:
+        raise UsageError(
+            "the plan no longer holds: adapters or settings have changed since it was made",
+            found=made.fingerprint,
+            expected=fingerprint,
+            remedy="Make it again by lorashare-stream plan.",
+        )
+    return replace(made, refused=(*refused, *made.refused))
+
+
+def recorded_sources(workspace: Path) -> list[Source]:
+    """The sources of the last plan of a workspace; matched by their ids, not by the names given to them."""
+    try:
+        saved = [_saved_source(a) for a in read_json(workspace / "plan.json")["adapters"]]
+    except (ValueError, KeyError, TypeError) as e:
+        raise UsageError(
+            "the workspace's plan is damaged", found=str(e), remedy="Name the originals by --sources."
+        ) from e
+    return [replace(source, name=None) for source in saved]
+
+
+def _saved_source(adapter: Mapping[str, Any]) -> Source:
+    name, path, source_id = adapter["name"], adapter["path"], adapter["source_id"]
+    if not all(isinstance(text, str) for text in (name, path, source_id)) or "\0" in path or name_fault(name):
+        raise ValueError(f"an adapter is not described as a plan does: {shown(adapter)}")
+    return Source(source_id, Path(path), name)

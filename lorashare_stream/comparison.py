@@ -1,0 +1,93 @@
+"""How far reconstructed tensors are from their originals, as lorashare measures it and in dW."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .adapterfiles import open_tensors, tensor_records, weight_files
+from .dtypes import FLOATS
+from .errors import MissingSourceError, UsageError
+from .keys import factor_key, parse_key
+from .peftconfig import scale
+from .reader import Tensors
+from .subspace import DeltaError, delta_error, relative_error
+from .tensorfile import float32
+
+
+def comparison(
+    original: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], config: Mapping[str, Any], adapter: str
+) -> dict[str, Any]:
+    """The result of `SHAREModel.reconstruction_error`.
+
+    Args:
+        original: the adapter's tensors, by raw or canonical key.
+        found: the reconstructed ones, by canonical key.
+        config: its adapter_config.json, for PEFT's scale of each module.
+        adapter: its name, for errors.
+
+    Raises:
+        UsageError: if a tensor has another shape than its original.
+    """
+    per_layer: dict[str, float] = {}
+    for key, tensor in original.items():
+        other = found.get(parse_key(key).canonical)
+        if other is None:
+            continue
+        if tensor.shape != other.shape:
+            raise UsageError(
+                "the original has another shape than the adapter of this name",
+                adapter=adapter,
+                key=key,
+                found=list(tensor.shape),
+                expected=list(other.shape),
+            )
+        wide = tensor.double()
+        norm = float(torch.norm(wide))
+        per_layer[key] = float(torch.norm(wide - other.double())) / norm if norm > 1e-12 else 0.0
+    errors = list(per_layer.values()) or [0.0]
+    deltas = delta_errors(original, found, config)
+    return {
+        "per_layer": per_layer,
+        "mean": sum(errors) / len(errors),
+        "max": max(errors),
+        "delta_per_module": {module: d.relative for module, d in deltas.items()},
+        "delta_relative": relative_error(sum(d.error for d in deltas.values()), sum(d.norm for d in deltas.values())),
+        "delta_worst_module": max(deltas, key=lambda m: deltas[m].relative, default=None),
+    }
+
+
+def delta_errors(
+    original: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], config: Mapping[str, Any]
+) -> dict[str, DeltaError]:
+    """Error of dW by module, for all modules of which both sides are 2-D in both; keys may be raw."""
+    parsed = {(k.module, k.side): tensor for key, tensor in original.items() if (k := parse_key(key)).module}
+    errors: dict[str, DeltaError] = {}
+    for module in sorted({m for m, _ in parsed if m is not None}):
+        pairs = [(parsed.get((module, side)), found.get(factor_key(module, side))) for side in ("A", "B")]
+        arrays = [t.float().numpy() for pair in pairs for t in pair if t is not None and t.ndim == 2]
+        if len(arrays) == 4:
+            a, a_hat, b, b_hat = arrays
+            s = scale(config, module) if "r" in config and "lora_alpha" in config else 1.0
+            errors[module] = delta_error(a, b, a_hat, b_hat, s)
+    return errors
+
+
+def load_adapter(folder: Path) -> Tensors:
+    """The float tensors of an adapter folder, as float32, by canonical key.
+
+    Raises:
+        MissingSourceError: if there is no such folder.
+    """
+    if not folder.is_dir():
+        raise MissingSourceError("no such adapter folder", found=folder)
+    paths = weight_files(folder)
+    with open_tensors(paths) as tensors:
+        return {
+            parse_key(r.name).canonical: torch.from_numpy(float32(tensors, r))
+            for r in tensor_records(paths)[0]
+            if r.dtype in FLOATS
+        }

@@ -1,0 +1,123 @@
+"""Outputs: claimed before work, published by one rename, copied whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+from .errors import UsageError
+from .files import atomic_path, remove_tree, sync_folder
+from .shareformat import ADAPTERS, FILES, ours_of
+
+
+def staging_folder(out: Path) -> Path:
+    """Where the checkpoint `out` is staged: beside it, so that publishing is one rename."""
+    return out.parent / f".{out.name}.staging"
+
+
+def publish(staged: Path, out: Path) -> None:
+    """Rename a whole checkpoint into place; the one that it replaces is moved aside first, then removed.
+
+    What a user has put beside the files of the old checkpoint, a README say, is carried over.
+    """
+    aside = replaced_folder(out)
+    remove_tree(aside)
+    if out.exists():
+        for stranger in (p for p in out.iterdir() if p.name not in FILES):
+            if stranger.is_dir() and not stranger.is_symlink():
+                shutil.copytree(stranger, staged / stranger.name, symlinks=True, dirs_exist_ok=True)
+            else:
+                shutil.copy2(stranger, staged / stranger.name, follow_symlinks=False)
+        os.rename(out, aside)
+    os.rename(staged, out)
+    sync_folder(out.parent)
+    remove_tree(aside)
+
+
+def replaced_folder(out: Path) -> Path:
+    """Where the checkpoint `out` lies while another takes its place."""
+    return out.parent / f".{out.name}.replaced"
+
+
+def output_folder(out: Path) -> Path:
+    """`out`, absolute.
+
+    Raises:
+        UsageError: if it is the current folder or holds it, which cannot be replaced by one rename.
+    """
+    absolute = Path(os.path.abspath(out))
+    if Path.cwd().is_relative_to(absolute):
+        raise UsageError(
+            "the output cannot be the current folder, nor one that holds it", found=out, remedy="Name a new folder."
+        )
+    return absolute
+
+
+def check_output(out: Path, *, own: Collection[str], overwrite: bool) -> None:
+    """Refuse an output that is not ours to replace.
+
+    Args:
+        out: the output folder.
+        own: digests of the bases that this workspace published there.
+        overwrite: whether another checkpoint may be replaced.
+
+    Raises:
+        UsageError: if `out` holds something else than a checkpoint that may be replaced.
+    """
+    if out.is_symlink():
+        raise UsageError("the output is a link", found=out, remedy="Name the folder itself, or a new one.")
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    ours = ours_of(out)
+    if ours is None:
+        raise UsageError(
+            "the output exists and is no SHARE checkpoint", found=out, remedy="Choose another output folder."
+        )
+    if not overwrite and ours.get("basis_digest") not in own:
+        raise UsageError(
+            "the output holds a checkpoint of another run",
+            found=out,
+            remedy="Choose another output folder, or replace it by --overwrite.",
+        )
+
+
+def mend_output(out: Path) -> None:
+    """Undo what a crash between two renames left: the old checkpoint takes its place again."""
+    aside = replaced_folder(out)
+    if aside.exists() and not out.exists():
+        os.rename(aside, out)
+    elif ours_of(aside) is not None:
+        remove_tree(aside)
+    out.parent.mkdir(parents=True, exist_ok=True)
+
+
+def copy_checkpoint(source: Path, out: Path) -> None:
+    """Copy a whole checkpoint to a folder: a checkpoint that is there is replaced, other files are left alone.
+
+    Raises:
+        UsageError: if `out` is a link, or holds adapters of something else.
+    """
+    if out.exists() and os.path.samefile(source, out):
+        return
+    if out.is_dir() and any(out.iterdir()) and ours_of(out) is None:
+        _copy_into(source, out)
+        return
+    out = output_folder(out)
+    mend_output(out)
+    check_output(out, own=(), overwrite=True)
+    staged = staging_folder(out)
+    remove_tree(staged)
+    shutil.copytree(source, staged)
+    publish(staged, out)
+
+
+def _copy_into(source: Path, out: Path) -> None:
+    """Copy a checkpoint beside files of the user's; the configuration, which makes it one, comes last."""
+    if os.path.lexists(out / ADAPTERS):
+        raise UsageError(f"the folder holds {ADAPTERS}/ of something else", found=out, remedy="Choose another one.")
+    shutil.copytree(source / ADAPTERS, out / ADAPTERS)
+    for name in (n for n in FILES if (source / n).is_file()):
+        with atomic_path(out / name) as path:
+            shutil.copyfile(source / name, path)

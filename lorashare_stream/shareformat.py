@@ -1,0 +1,32 @@
+"""The names in a SHARE checkpoint, and what is ours in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .files import read_json
+
+CONFIG, COMPONENTS, ADAPTERS = "share_config.json", "shared_components.safetensors", "adapters"
+LOADINGS, VERBATIM, META = "loadings.safetensors", "classifier_head.safetensors", "adapter_meta.json"
+SKIPPED = "skipped.json"
+OURS = "lorashare_stream"  # the key of what is ours, in compression_stats and in adapter_meta.json
+FILES = (COMPONENTS, ADAPTERS, SKIPPED, CONFIG)  # all that a checkpoint is made of, the configuration last
+
+
+def ours_of(out: Path) -> dict[str, Any] | None:
+    """What this package recorded in a checkpoint: {} if lorashare wrote it, None if it is no checkpoint."""
+    try:
+        stats = read_json(out / CONFIG)["compression_stats"]
+        return dict(stats.get(OURS, {}))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def skipped_of(out: Path) -> list[dict[str, Any]]:
+    """The adapters that were left out of a checkpoint, with reasons."""
+    try:
+        skipped: list[dict[str, Any]] = read_json(out / SKIPPED)
+    except (OSError, ValueError):
+        return []
+    return skipped
