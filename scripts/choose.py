@@ -2,7 +2,8 @@
 
     python scripts/choose.py [FOLDER OF COLLECTIONS ...]
 
-Every collection is compressed with both objectives at several k, and by lorashare where it accepts the
+Without folders: the real collections beside the repository where they are, and the one that scripts/quickstart.sh
+made. Every collection is compressed with both objectives at several k, and by lorashare where it accepts the
 collection; errors are measured against the originals, ratios are of LoRA bytes, basis included. Prints Markdown.
 """
 
@@ -18,8 +19,9 @@ import numpy as np
 
 from lorashare_stream import Settings, SHAREModel, compress, plan_for, resolve
 
-DEFAULT = Path(__file__).resolve().parents[2] / "shared" / "adapters"
-COLLECTIONS = ("distilbert", "gpt2", "minilm")
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = [ROOT.parent / "shared" / "adapters" / name for name in ("distilbert", "gpt2", "minilm")]
+DEFAULTS = [p for p in (*SHARED, ROOT / "build" / "quickstart" / "adapters") if p.is_dir()]
 KS = (8, 16, 32, 64)
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "delta": {"objective": "delta"},
@@ -66,10 +68,13 @@ def rows(folder: Path) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("folders", nargs="*", type=Path, default=[DEFAULT / name for name in COLLECTIONS])
+    parser.add_argument("folders", nargs="*", type=Path, default=DEFAULTS, help="a folder of adapters of one base each")
+    folders = parser.parse_args().folders
+    if not folders:
+        parser.error("no collection here: run scripts/quickstart.sh, which makes one, or name folders of adapters")
     print(f"| collection (adapters) | k | LoRA bytes, times fewer | {' | '.join(OBJECTIVES)} | lorashare 0.1.3 |")
     print("|---|---|---|---|---|---|---|")
-    for folder in parser.parse_args().folders:
+    for folder in folders:
         for row in rows(folder):
             print(row, flush=True)
 
