@@ -12,7 +12,7 @@ from typing import Any
 from .errors import AdapterError, MissingFileError
 from .files import read_json
 from .names import listed, shown
-from .tensorfile import CHUNK, SafetensorsReader, TensorReader, TensorRecord, read_header
+from .tensorfile import CHUNK, SafetensorsReader, TensorReader, TensorRecord, read_header, repeated
 
 CONFIG = "adapter_config.json"
 SAFETENSORS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
@@ -120,8 +120,8 @@ def _shards(folder: Path, index: str) -> tuple[Path, ...]:
     return tuple(folder / name for name in names)
 
 
-def tensor_records(paths: tuple[Path, ...]) -> tuple[tuple[TensorRecord, ...], str]:
-    """All tensors of an adapter's files, and a digest of the headers; equal digests mean equal records.
+def tensor_records(paths: tuple[Path, ...]) -> tuple[TensorRecord, ...]:
+    """All tensors of an adapter's files.
 
     Raises:
         AdapterError: if a file is damaged, or two shards hold one key.
@@ -129,19 +129,12 @@ def tensor_records(paths: tuple[Path, ...]) -> tuple[tuple[TensorRecord, ...], s
     if paths[0].suffix == ".bin":
         from .picklefile import pickle_records
 
-        records = pickle_records(paths[0])
-        return records, hashlib.sha256(repr(records).encode("utf-8", "surrogatepass")).hexdigest()
-    digest = hashlib.sha256()
-    everything: list[TensorRecord] = []
-    for number, path in enumerate(paths):
-        part, raw = read_header(path, number)
-        digest.update(len(raw).to_bytes(8, "little") + raw)
-        everything += part
-    names = [r.name for r in everything]
-    if len(set(names)) != len(names):
-        twice = next(n for n in names if names.count(n) > 1)
+        return pickle_records(paths[0])
+    records = tuple(record for number, path in enumerate(paths) for record in read_header(path, number))
+    twice = repeated(r.name for r in records)
+    if twice is not None:
         raise AdapterError("two shards hold the same key", key=twice, remedy="Save the adapter again.")
-    return tuple(everything), digest.hexdigest()
+    return records
 
 
 def open_tensors(paths: tuple[Path, ...]) -> TensorReader:

@@ -122,7 +122,8 @@ def read_entry(source: Source, name: str, shared: Interned) -> Entry:
     peftconfig.check_lora(config)
     paths = weight_files(source.path)
     files = tuple(file_fact(p) for p in paths)
-    records, digest = tensor_records(paths)
+    records = tensor_records(paths)
+    digest = hashlib.sha256(repr(records).encode("utf-8", "surrogatepass")).hexdigest()
     if digest not in shared.layouts:
         shared.layouts[digest] = read_layout(records, digest)
     layout = shared.layouts[digest]

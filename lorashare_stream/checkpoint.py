@@ -13,6 +13,7 @@ lorashare 0.1.3 refuses unknown fields of share_config.json, so everything of ou
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from .adapterfiles import digest_files, tensor_records
+from .errors import WorkspaceError
 from .files import atomic_file, own_folder, read_json, remove_tree, sync_tree, write_json
 from .publishing import publish, staging_folder
-from .shareformat import ADAPTERS, COMPONENTS, CONFIG, META, OURS, SKIPPED
+from .shareformat import ADAPTERS, COMPONENTS, CONFIG, META, OURS, SKIPPED, STAGING
 from .tensorfile import SafetensorsReader, write_safetensors
 
 
@@ -33,21 +35,27 @@ class Staging:
         self.root = root
 
     @classmethod
-    def open(cls, out: Path, digest: str) -> Staging:
-        """Go on with the staged checkpoint of this digest, or begin it; staged ones of others are dropped."""
-        root = staging_folder(out)
-        if root.is_symlink():
-            root.unlink()
-        marker = root / "staging.json"
-        if root.exists() and (not marker.exists() or read_json(marker) != digest):
-            remove_tree(root)
-        own_folder(root)
-        own_folder(root / ADAPTERS)
-        if not marker.exists():
-            write_json(marker, digest)
-        for path in (*root.glob(".*.tmp"), *(root / ADAPTERS).glob(".*")):  # of a run that was killed
-            path.unlink() if path.is_file() else remove_tree(path)
-        return cls(root)
+    @contextmanager
+    def open(cls, out: Path, digest: str) -> Iterator[Staging]:
+        """Go on with the staged checkpoint of this digest, or begin it; the staged one of another is dropped.
+
+        Raises:
+            WorkspaceError: if another run is writing the same output.
+        """
+        root = own_folder(staging_folder(out))
+        fd = os.open(root, os.O_RDONLY)
+        try:
+            _lock(fd, out)
+            if not _is_of(root, digest):
+                for path in root.iterdir():
+                    remove_tree(path)
+                write_json(root / STAGING, digest)
+            own_folder(root / ADAPTERS)
+            for path in (*root.glob(".*.tmp"), *(root / ADAPTERS).glob(".*")):  # of a run that was killed
+                remove_tree(path)
+            yield cls(root)
+        finally:
+            os.close(fd)
 
     def write_components(
         self, bases: Sequence[Path], shapes: Mapping[str, tuple[int, int]], dtype: str, digest: str
@@ -98,12 +106,28 @@ class Staging:
             write_json(self.root / SKIPPED, skipped)
         sync_tree(self.root / ADAPTERS)  # once for all, since every adapter can be checked by its digests
         write_json(self.root / CONFIG, config)
-        (self.root / "staging.json").unlink()
+        (self.root / STAGING).unlink()
         publish(self.root, out)
+
+
+def _lock(fd: int, out: Path) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise WorkspaceError(
+            "another run is writing the same output", found=out, remedy="Wait for it, or choose another output."
+        ) from None
+
+
+def _is_of(root: Path, digest: str) -> bool:
+    try:
+        return bool(read_json(root / STAGING) == digest)
+    except (OSError, ValueError):
+        return False
 
 
 def _raw_tensors(paths: Iterable[Path]) -> Iterator[bytes]:
     for path in paths:
         with SafetensorsReader((path,)) as reader:
-            for record in tensor_records((path,))[0]:
+            for record in tensor_records((path,)):
                 yield from reader.chunks(record)

@@ -33,7 +33,7 @@ SKIPPED = 3  # exit code: done, but adapters were left out
 def plan(args: Args) -> int:
     """`plan`: print it, write it, and fail for what it already shows to be impossible."""
     chosen = with_config(args)
-    made = make_plan(chosen)
+    made = make_plan(chosen, Path(chosen["workspace"]) if "workspace" in chosen else None)
     if "output" in args:
         write_json(Path(args["output"]), plan_as_json(made))
     fault = _fault(made)
@@ -62,7 +62,8 @@ def compress(args: Args) -> int:
     if "output" not in chosen:
         raise UsageError("no output", expected="-o OUT", remedy="Name the checkpoint's folder.")
     out = Path(chosen["output"])
-    workspace = Path(chosen.get("workspace") or default_workspace(out))
+    named = Path(chosen["workspace"]) if "workspace" in chosen else None
+    workspace = named or default_workspace(out)
     made = planned(chosen, workspace) if "plan" in chosen else make_plan(chosen, workspace)
     made.validate()
     log.debug("%s", plan_text(made))
@@ -70,9 +71,7 @@ def compress(args: Args) -> int:
         log.info("%s is replaced, once the new checkpoint is whole, unless it is the same", shown(out))
     for note in plan_warnings(made):
         log.warning("%s", note)
-    skipped = run_plan(
-        made, out, workspace=workspace, overwrite=bool(chosen.get("overwrite")), progress=_progress(args)
-    )
+    skipped = run_plan(made, out, workspace=named, overwrite=bool(chosen.get("overwrite")), progress=_progress(args))
     for note in notes_text(Workspace(workspace).admissions()):
         log.info("%s", note)
     config = read_share_config(out)

@@ -88,6 +88,6 @@ def load_adapter(folder: Path) -> Tensors:
     with open_tensors(paths) as tensors:
         return {
             parse_key(r.name).canonical: torch.from_numpy(float32(tensors, r))
-            for r in tensor_records(paths)[0]
+            for r in tensor_records(paths)
             if r.dtype in FLOATS
         }

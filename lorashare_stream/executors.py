@@ -8,7 +8,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, Protocol, TypeVar
+
+from threadpoolctl import threadpool_limits
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -54,7 +57,14 @@ class DaskClient:
 
     def map(self, fn: Callable[[T], R], tasks: Iterable[T], at_once: int) -> Iterator[R]:
         """See `Executor.map`. Tasks are impure (they write files), so equal ones are not merged; all may be redone."""
-        yield from _in_order(lambda f, t: self._client.submit(f, t, pure=False, retries=2), fn, tasks, 2 * at_once)
+        one_thread = partial(_with_one_blas_thread, fn)
+        yield from _in_order(lambda f, t: self._client.submit(f, t, pure=False, retries=2), one_thread, tasks, at_once)
+
+
+def _with_one_blas_thread(fn: Callable[[T], R], task: T) -> R:
+    """The thread count of BLAS decides the last bits; `pipeline.compress` sets it in its own process only."""
+    with threadpool_limits(1, user_api="blas"):
+        return fn(task)
 
 
 def _in_order(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -22,7 +23,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
     An existing link at `path` is replaced, never followed.
     """
     temporary = path.parent / f".{uuid.uuid4().hex}.tmp"
-    fd = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666)  # less the user's umask
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    try:
+        fd = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666)  # less the user's umask
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, str(path)) from e  # the name that the user knows
     try:
         yield temporary
         os.fsync(fd)
@@ -76,13 +82,22 @@ def own_folder(path: Path) -> Path:
     Raises:
         UsageError: if `path` is a link or a file.
     """
+    own_path(path).mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def own_path(path: Path) -> Path:
+    """A path that the user did not name, for a folder: it may be one or nothing yet, but no link.
+
+    Raises:
+        UsageError: if `path` is a link or a file.
+    """
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise UsageError(
             "refusing to write through a link, or over a file, where a folder is expected",
             found=path,
             remedy="Remove it, or choose another output folder.",
         )
-    path.mkdir(parents=True, exist_ok=True)
     return path
 
 
@@ -106,8 +121,8 @@ def tree_bytes(root: Path) -> int:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a folder that may be gone already; a link is removed, not followed."""
-    if path.is_symlink():
+    """Remove a file, or a folder with all that is in it, that may be gone already; a link is not followed."""
+    if path.is_symlink() or path.is_file():
         path.unlink()
     elif path.exists():
         shutil.rmtree(path)

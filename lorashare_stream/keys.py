@@ -1,7 +1,7 @@
 """PEFT tensor keys: what is LoRA, what is an extra, what is another kind of file.
 
-A group is (module, side); the side is read from the key, never from the shape. Regular expressions after
-`docs/formats.md`; they are applied to the key without its prefix.
+A group is (module, side); the side is read from the key, never from the shape. The regular expressions
+were checked against what PEFT 0.21 saves; they are applied to the key without its prefix.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ class Layout:
         modules: what is compressed.
         extras: (key as PEFT saves it, record) of what is kept verbatim.
         notes: LoRA tensors among the extras, with the reason why they are not shared.
-        digest: of the raw headers.
+        digest: of all records; equal digests mean equal layouts.
     """
 
     modules: tuple[Module, ...]

@@ -103,7 +103,7 @@ class SHAREModel:
             {
                 "num_components": num_components,
                 "variance_threshold": variance_threshold,
-                "device": device or "auto",
+                "device": str(device or "auto"),
                 "on_error": on_error,
                 **settings,
             }

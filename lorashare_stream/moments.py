@@ -168,10 +168,11 @@ class HostSum:
 
 
 class Accumulator:
-    """Adds vectors to a moment in blocks of exactly `quantum`, counted from the first vector.
+    """Adds vectors to a moment in blocks of exactly `quantum`, counted from the first vector that is added.
 
-    Sums depend on the grouping in their last bits. Counting quanta from the first vector makes them
-    depend on the order of admission alone, and not on memory, workers or interruptions.
+    Sums depend on the grouping in their last bits. Quanta make them depend on what is added to what, in
+    the order of admission, and not on memory, workers or interruptions. Growing in two steps is another
+    grouping than adding all at once.
 
     Args:
         start: the moment to add to.

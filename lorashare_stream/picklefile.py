@@ -44,6 +44,10 @@ def load_pickle(path: Path) -> dict[str, torch.Tensor]:
             raise bad_file(
                 path, "an entry is not a dense tensor under a printable key", type(tensor).__name__, key=str(name)
             )
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise bad_file(
+                path, "a tensor is larger than its data (a view that repeats it)", list(tensor.shape), key=name
+            )
         if tensor.dtype not in _DTYPES:
             raise bad_file(path, "a dtype that is not known", tensor.dtype, ", ".join(_DTYPES.values()), key=name)
     return loaded

@@ -15,7 +15,7 @@ from .checkpoint import Staging
 from .devices import resolve_device
 from .errors import AdapterError, BudgetError, WorkspaceError, refusal
 from .executors import Executor, Threads
-from .files import free_bytes, read_json, write_json
+from .files import free_bytes, own_path, read_json, write_json
 from .keys import SIDES, group_id
 from .names import bytes_shown, listed
 from .planning import Plan, check_enough, make_plan, plan_as_json
@@ -99,7 +99,7 @@ def compress(
     out = output_folder(out)
     run = Run(plan, executor or Threads(), progress)
     device = resolve_device(plan.settings.device)
-    root = workspace or default_workspace(out)
+    root = workspace or own_path(default_workspace(out))
     check_disk(plan, root, out)
     check_output(out, own=Workspace(root).published(out), overwrite=overwrite)  # before a workspace is made for it
     with threadpool_limits(1, user_api="blas"), Workspace.open(root, plan.binding) as work:
@@ -119,15 +119,15 @@ def compress(
         bases = {m: read_json(job.facts_file(m)) for m in modules_of(job)}
         job = replace(job, basis_digest=digest_of([[m, facts["digest"]] for m, facts in bases.items()]))
 
-        staging = Staging.open(out, job.digest)
-        write_components(staging, job, bases)
         names = [receipt.name for receipt in job.receipts]
-        run.all("project", partial(project_adapter, job), [n for n in names if not staging.done(n)])
+        with Staging.open(out, job.digest) as staging:
+            write_components(staging, job, bases)
+            run.all("project", partial(project_adapter, job), [n for n in names if not staging.done(n)])
 
-        figures = [figures_of(meta) for meta in staging.metas(names)]
-        config = share_config(plan, figures, bases, job=job, sizes=sizes_of(staging.root), skipped=len(skipped))
-        work.publishing(out, job.basis_digest)
-        staging.commit(out, config, left_out)
+            figures = [figures_of(meta) for meta in staging.metas(names)]
+            config = share_config(plan, figures, bases, job=job, sizes=sizes_of(staging.root), skipped=len(skipped))
+            work.publishing(out, job.basis_digest)
+            staging.commit(out, config, left_out)
     return skipped
 
 

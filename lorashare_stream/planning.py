@@ -24,6 +24,7 @@ from .workspace import digest_of, skipped_as_json
 PROCESS_BYTES = 192 << 20
 TORCH_BYTES = 224 << 20
 BYTES_PER_ADAPTER = 4 << 10  # of a catalog entry and its receipt
+BYTES_PER_RECORD = 1 << 10  # of a tensor in a layout; equal layouts are kept once
 TILE_BYTES = 32 << 20  # tiles on their way into or out of Zarr
 
 
@@ -212,7 +213,9 @@ def _groups(entries: Iterable[Entry]) -> tuple[Group, ...]:
 
 def _steps(entries: tuple[Entry, ...], groups: tuple[Group, ...], s: Settings, storage: str) -> tuple[Step, ...]:
     pickled = max((f.size for e in entries for f in e.files if f.path.suffix == ".bin"), default=0)
-    process = PROCESS_BYTES + BYTES_PER_ADAPTER * len(entries) + (TORCH_BYTES if pickled or s.device != "cpu" else 0)
+    tensors = sum(len(e.layout.in_file_order) for e in _examples(entries))
+    process = PROCESS_BYTES + BYTES_PER_ADAPTER * len(entries) + BYTES_PER_RECORD * tensors
+    process += TORCH_BYTES if pickled or s.device != "cpu" else 0
     total = sum(f.size for e in entries for f in e.files)
     lora = sum(e.layout.lora_bytes for e in entries)
     pair = max(

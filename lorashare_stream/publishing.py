@@ -9,12 +9,20 @@ from pathlib import Path
 
 from .errors import UsageError
 from .files import atomic_path, remove_tree, sync_folder
-from .shareformat import ADAPTERS, FILES, ours_of
+from .shareformat import ADAPTERS, FILES, STAGING, ours_of
 
 
 def staging_folder(out: Path) -> Path:
     """Where the checkpoint `out` is staged: beside it, so that publishing is one rename."""
     return out.parent / f".{out.name}.staging"
+
+
+def _is_staging(path: Path) -> bool:
+    """Whether a folder holds nothing but what staging begins with, or its marker."""
+    if path.is_symlink() or not path.is_dir():
+        return False
+    names = {p.name for p in path.iterdir() if not p.name.endswith(".tmp")}
+    return STAGING in names or names <= {ADAPTERS}
 
 
 def publish(staged: Path, out: Path) -> None:
@@ -66,6 +74,9 @@ def check_output(out: Path, *, own: Collection[str], overwrite: bool) -> None:
     Raises:
         UsageError: if `out` holds something else than a checkpoint that may be replaced.
     """
+    for path in (replaced_folder(out), staging_folder(out)):
+        if os.path.lexists(path) and ours_of(path) is None and not _is_staging(path):
+            raise UsageError("a name that is needed beside the output is taken", found=path, remedy="Move it away.")
     if out.is_symlink():
         raise UsageError("the output is a link", found=out, remedy="Name the folder itself, or a new one.")
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
@@ -86,10 +97,11 @@ def check_output(out: Path, *, own: Collection[str], overwrite: bool) -> None:
 def mend_output(out: Path) -> None:
     """Undo what a crash between two renames left: the old checkpoint takes its place again."""
     aside = replaced_folder(out)
-    if aside.exists() and not out.exists():
-        os.rename(aside, out)
-    elif ours_of(aside) is not None:
-        remove_tree(aside)
+    if ours_of(aside) is not None:
+        if out.exists():
+            remove_tree(aside)
+        else:
+            os.rename(aside, out)
     out.parent.mkdir(parents=True, exist_ok=True)
 
 

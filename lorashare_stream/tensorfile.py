@@ -40,8 +40,8 @@ class TensorRecord:
     file: int = 0
 
 
-def read_header(path: Path, file: int = 0) -> tuple[tuple[TensorRecord, ...], bytes]:
-    """The tensors of a safetensors file in file order, and the raw header.
+def read_header(path: Path, file: int = 0) -> tuple[TensorRecord, ...]:
+    """The tensors of a safetensors file, in file order.
 
     Every number in the header is checked against the size of the file before it is used.
 
@@ -71,7 +71,7 @@ def read_header(path: Path, file: int = 0) -> tuple[tuple[TensorRecord, ...], by
         end += record.nbytes
     if end != size:
         raise bad_file(path, "cut short or padded: the header and the file disagree", f"{size} bytes", f"{end} bytes")
-    return tuple(records), raw
+    return tuple(records)
 
 
 def _by_offset(record: TensorRecord) -> tuple[int, int]:
@@ -96,11 +96,20 @@ def _record(path: Path, name: str, entry: Any, data: int, file: int) -> TensorRe
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"duplicate key {shown(next(n for n in names if names.count(n) > 1))!r}")
-    return result
+    twice = repeated(name for name, _ in pairs)
+    if twice is not None:
+        raise ValueError(f"duplicate key {shown(twice)!r}")
+    return dict(pairs)
+
+
+def repeated(names: Iterable[str]) -> str | None:
+    """The first name that comes a second time, if one does."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
 
 
 def bad_file(

@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=300)
     with tempfile.TemporaryDirectory() as scratch:
         paths = make(Path(scratch), parser.parse_args().adapters)
-        records = read_header(paths[0])[0]
+        records = read_header(paths[0])
         block = np.empty((len(paths), R, D), np.float32)
         maps = {p: mmap.mmap(os.open(p, os.O_RDONLY), 0, access=mmap.ACCESS_READ) for p in paths}
 

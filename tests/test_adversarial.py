@@ -429,3 +429,110 @@ def test_unrelated_adapters_are_called_so(tmp_path: Path, capsys: Capture) -> No
     assert call("compress", tmp_path / "a", "-o", tmp_path / "out", "-k", 8, "-q") == 0
     assert "share little" in capsys.readouterr().out
     assert os.path.exists(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", [".out.staging", ".out.replaced"])
+def test_folders_of_the_user_with_names_that_we_need_are_left_alone(
+    tmp_path: Path, collection: list[str], compressed: Compress, name: str
+) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "mine").write_text("x")
+    with pytest.raises(UsageError, match="is taken"):
+        compressed(collection, num_components=4)
+    assert (tmp_path / name / "mine").read_text() == "x"
+
+
+def test_a_default_workspace_that_is_a_link_is_refused_and_a_named_one_is_followed(
+    tmp_path: Path, collection: list[str], compressed: Compress
+) -> None:
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "out.workspace").symlink_to(tmp_path / "scratch")
+    with pytest.raises(UsageError, match="through a link"):
+        compressed(collection, num_components=4)
+    assert list((tmp_path / "scratch").iterdir()) == []
+    compressed(collection, num_components=4, workspace=tmp_path / "out.workspace")
+    assert (tmp_path / "scratch" / "workspace.json").exists()
+
+
+def test_two_runs_with_workspaces_of_their_own_do_not_meet_in_one_output(
+    tmp_path: Path, collection: list[str], compressed: Compress
+) -> None:
+    from lorashare_stream.checkpoint import Staging
+    from lorashare_stream.errors import WorkspaceError
+
+    with Staging.open(tmp_path / "out", "0123"), pytest.raises(WorkspaceError, match="another run is writing"):
+        compressed(collection, num_components=4)
+    compressed(collection, num_components=4)
+
+
+def test_a_pickle_whose_shape_is_larger_than_its_data_is_refused(collection: list[str], compressed: Compress) -> None:
+    import torch
+
+    folder = Path(collection[0])
+    tensors = {k: torch.from_numpy(v) for k, v in load_tensors(folder).items()}
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save(
+        tensors | {"base_model.model.head.weight": torch.ones(1).expand(3, 1 << 42)}, folder / "adapter_model.bin"
+    )
+    with pytest.raises(CollectionError, match="larger than its data"):
+        compressed(collection)
+
+
+def test_a_linked_folder_keeps_the_name_of_the_link(tmp_path: Path) -> None:
+    (folder,) = make_collection(tmp_path / "store", 1)
+    (tmp_path / "customer").symlink_to(folder)
+    (source,) = resolve([tmp_path / "customer"])
+    assert (source.wanted_name, source.id) == ("customer", os.path.realpath(folder))
+
+
+def test_a_plan_knows_the_names_in_a_workspace(tmp_path: Path, capsys: Capture) -> None:
+    first, second = make_collection(tmp_path / "x", 2), make_collection(tmp_path / "y", 1, seed=1)
+    command = ["compress", *first, "-o", tmp_path / "out", "-k", 4, "-q"]
+    assert call(*command) == 0
+    workspace = ["--workspace", tmp_path / "out.workspace"]
+    assert call("plan", *first, *second, *workspace, "-k", 4, "-o", tmp_path / "p.json", "-q") == 0
+    assert call("compress", "--plan", tmp_path / "p.json", "-o", tmp_path / "out", "-q") == 0
+    names = SHAREModel.from_pretrained(tmp_path / "out").adapter_names
+    assert names[:2] == ["a00", "a01"]
+    assert names[2].startswith("a00-")
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("target", ["folder", "nowhere/plan.json"])
+def test_a_plan_that_cannot_be_written_names_the_path_of_the_user(
+    tmp_path: Path, collection: list[str], capsys: Capture, target: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    assert call("plan", *collection, "-o", tmp_path / target) == 1
+    assert str(tmp_path / target) in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_header_with_a_key_twice_is_read_in_linear_time(tmp_path: Path) -> None:
+    from lorashare_stream.tensorfile import repeated
+
+    names = [f"k{i}" for i in range(300_000)]
+    assert repeated(names) is None
+    assert repeated([*names, "k299999"]) == "k299999"
+
+
+def test_layouts_are_shared_whatever_the_metadata(tmp_path: Path) -> None:
+    for i, folder in enumerate(make_collection(tmp_path / "a", 3)):
+        save_file(load_tensors(folder), Path(folder) / "adapter_model.safetensors", metadata={"run": str(i)})
+    entries = plan_for(resolve([tmp_path / "a"]), Settings()).entries
+    assert len({id(e.layout) for e in entries}) == 1
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_collection(tmp_path / "a", 2)
+    original = os.scandir
+
+    def scandir(path: Any) -> Any:
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path)
+
+    (tmp_path / "a" / "locked").mkdir()
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError):
+        resolve([tmp_path / "a"])

@@ -173,13 +173,14 @@ def test_links_in_a_workspace_are_not_followed(
     assert everything(outside) == {"q"}
 
 
-def test_a_staging_folder_that_is_a_link_is_replaced(
+def test_a_staging_folder_that_is_a_link_is_refused(
     tmp_path: Path, collection: list[str], compressed: Compress
 ) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
     (tmp_path / ".out.staging").symlink_to(outside)
-    compressed(collection, num_components=4)
+    with pytest.raises(UsageError, match="is taken"):
+        compressed(collection, num_components=4)
     assert everything(outside) == set()
 
 

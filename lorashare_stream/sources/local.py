@@ -31,7 +31,7 @@ class Source:
     @property
     def wanted_name(self) -> str:
         """The given name, or the folder's."""
-        return self.name if self.name is not None else os.path.basename(self.id)
+        return self.name if self.name is not None else os.path.basename(os.path.abspath(self.path))
 
 
 def resolve(
@@ -137,10 +137,14 @@ def _walk(root: Path) -> Iterator[Source]:
         )
 
 
+def _unreadable(error: OSError) -> None:
+    raise error  # a folder that cannot be read may hold adapters: it is not passed over
+
+
 def _adapters_under(root: Path) -> Iterator[Source]:
     """Adapters at or under `root`. An adapter's own subfolders (its training checkpoints) are not entered."""
     visited: set[str] = set()
-    for folder, below, files in os.walk(root, followlinks=True):
+    for folder, below, files in os.walk(root, onerror=_unreadable, followlinks=True):
         real = os.path.realpath(folder)
         if real in visited:  # a link that leads back up
             below.clear()

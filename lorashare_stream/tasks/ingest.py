@@ -90,5 +90,6 @@ def _extra_is_finite(record: TensorRecord, tensors: TensorReader, digest: Callab
         digest(chunk)
         if record.dtype in FLOATS:
             raw = np.frombuffer(chunk, np.uint8)
-            finite = finite and bool(np.isfinite(widened(raw, record.dtype, (-1,))).all())
+            values = raw.view("<f8") if record.dtype == "F64" else widened(raw, record.dtype, (-1,))
+            finite = finite and bool(np.isfinite(values).all())
     return finite

@@ -83,13 +83,17 @@ def _project_modules(
             v = components[group]
             stored = as_stored(project(v, vectors), job.storage)  # (k, r)
             if not np.isfinite(stored).all():
-                raise AdapterError(
-                    f"loadings beyond the range of {job.storage}", key=group, remedy="Use --dtype float32."
-                )
+                raise _overflow(job.storage, group)
             loadings[group] = narrowed(stored, job.storage)
             hats.append(as_stored(restore(v, stored), job.storage))  # (d, r), as `reconstruct` gives it
+            if not np.isfinite(hats[-1]).all():
+                raise _overflow(job.storage, group)
         errors[module.name] = delta_error(a, b, hats[0].T, hats[1], entry.scale_of[module.name])
     return loadings, errors
+
+
+def _overflow(storage: str, group: str) -> AdapterError:
+    return AdapterError(f"values beyond the range of {storage}", key=group, remedy="Use dtype float32.")
 
 
 def _copy_tensors(out: IO[bytes], verbatim: list[tuple[str, TensorRecord]], tensors: TensorReader) -> None:
@@ -132,7 +136,7 @@ class Components(Mapping[str, NDArray[np.float32]]):
     """The bases of all groups (d, k), memory-mapped; float32 without a copy."""
 
     def __init__(self, path: Path) -> None:
-        records, _ = tensor_records((path,))
+        records = tensor_records((path,))
         self._records = {r.name: r for r in records}
         self._bytes = np.memmap(path, np.uint8, "r")
 
