@@ -102,6 +102,7 @@ class Staging:
 
     def commit(self, out: Path, config: Mapping[str, Any], skipped: list[dict[str, Any]]) -> None:
         """Write what is left, share_config.json last, and rename the folder into place."""
+        (self.root / SKIPPED).unlink(missing_ok=True)  # of an earlier attempt
         if skipped:
             write_json(self.root / SKIPPED, skipped)
         sync_tree(self.root / ADAPTERS)  # once for all, since every adapter can be checked by its digests

@@ -116,6 +116,9 @@ def test_adapters_that_went_missing_or_changed_are_named(tmp_path: Path, collect
     write_adapter(Path(collection[2]), {k: v + 1 for k, v in tensors.items()}, r=4, lora_alpha=8)
     with pytest.raises(AdapterError, match=r"'a02'.*has changed since"):
         go(collection, out)
+    write_adapter(Path(collection[2]), tensors, r=4, lora_alpha=80)
+    with pytest.raises(AdapterError, match=r"'a02'.*adapter_config.json has changed"):
+        go(collection, out)
     write_adapter(Path(collection[2]), tensors, r=4, lora_alpha=8)  # another time stamp, the same content
     go(collection, out)
 

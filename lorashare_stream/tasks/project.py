@@ -55,8 +55,14 @@ def check_unchanged(entry: Entry, receipt: Receipt) -> None:
     Raises:
         AdapterError: if it has changed.
     """
+    if entry.config_digest != receipt.config_digest:
+        raise AdapterError(
+            "its adapter_config.json has changed since the adapter was added to the moments",
+            adapter=entry.name,
+            remedy="Restore it, or compress into another --workspace.",
+        )
     now = [file_fact(path) for path in entry.paths]
-    same = tuple(f.size for f in now) == receipt.sizes and entry.config_digest == receipt.config_digest
+    same = tuple(f.size for f in now) == receipt.sizes
     if same and tuple(f.mtime_ns for f in now) == receipt.mtimes_ns:
         return
     if not same or digest_files(entry.paths) != receipt.digest:
