@@ -45,7 +45,9 @@ def parser() -> argparse.ArgumentParser:
         )
         p.add_argument("--json", action="store_true", help="print one JSON object on stdout, and nothing else")
         loud = p.add_mutually_exclusive_group()
-        loud.add_argument("-q", "--quiet", action="store_true", help="no progress, only warnings and errors")
+        loud.add_argument(
+            "-q", "--quiet", action="store_true", help="no progress and no notes; results, warnings and errors remain"
+        )
         loud.add_argument("-v", "--verbose", action="store_true", help="say more")
         return p
 
@@ -94,7 +96,10 @@ def _add_sources(p: argparse.ArgumentParser) -> None:
     p.add_argument("--workspace", metavar="DIR", help="folder of resumable state (default: OUT.workspace)")
     p.add_argument("--memory", metavar="SIZE", help="what the process may use (default: 4GiB)")
     p.add_argument("--workers", type=int, metavar="N", help="tasks at a time (default: one per core)")
-    p.add_argument("--on-error", help="raise (default), or skip: go on without adapters that cannot be compressed")
+    p.add_argument(
+        "--on-error",
+        help="raise (default), or skip: go on without adapters that cannot be compressed, or are not there",
+    )
     p.add_argument("--device", help="auto (default), cpu or cuda")
     p.add_argument("--dtype", help="of what is stored: auto (default), float32, bfloat16, float16")
     p.add_argument("--config", metavar="FILE.yaml", help="the same settings from a file; flags win")

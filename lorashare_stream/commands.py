@@ -67,11 +67,13 @@ def compress(args: Args) -> int:
     made = planned(chosen, workspace) if "plan" in chosen else make_plan(chosen, workspace)
     made.validate()
     log.debug("%s", plan_text(made))
-    if ours_of(out) is not None:
-        log.info("%s is replaced, once the new checkpoint is whole, unless it is the same", shown(out))
+    before = ours_of(out)
     for note in plan_warnings(made):
         log.warning("%s", note)
     skipped = run_plan(made, out, workspace=named, overwrite=bool(chosen.get("overwrite")), progress=_progress(args))
+    if before is not None:
+        same = (ours_of(out) or {}).get("digest") == before.get("digest")
+        log.info("%s %s", shown(out), "is up to date" if same else "has replaced the checkpoint that was there")
     for note in notes_text(Workspace(workspace).admissions()):
         log.info("%s", note)
     config = read_share_config(out)
@@ -156,11 +158,17 @@ def verify(args: Args) -> int:
     measured = [v.relative_error for v in verdicts if v.relative_error >= 0]
     mean = sum(measured) / len(measured) if measured else None
     rows = [
-        (v.name, _figure(v.relative_error), _figure(v.certified), _figure(v.worst_module_error), v.worst_module or "-")
+        (
+            v.name,
+            _figure(v.relative_error),
+            _figure(v.certified),
+            _figure(v.worst_module_error if v.worst_module else None),
+            v.worst_module or "-",
+        )
         for v in verdicts
     ]
     text = table(rows, ("adapter", "dW error", "certified", "at worst", "in module"))
-    text += f"\nmean dW error {mean:.6f} over {len(measured)} adapters" if mean is not None else ""
+    text += f"\nmean dW error {mean:.6f} over {counted(len(measured), 'adapter')}" if mean is not None else ""
     _print(args, {"mean": mean, "failed": len(bad), "adapters": [asdict(v) for v in verdicts]}, text)
     for problem in dict.fromkeys(v.problem for v in bad):
         names = [v.name for v in bad if v.problem == problem]
@@ -196,5 +204,5 @@ def _progress(args: Args) -> Progress:
 
 def _say_left_out(made: Plan) -> None:
     if made.refused and made.settings.on_error == "skip":
-        print(f"{len(made.refused)} adapters will be left out:", file=sys.stderr)
+        print(f"{counted(len(made.refused), 'adapter')} will be left out:", file=sys.stderr)
         print("\n".join(f"  - {e}" for e in made.refused), file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import shutil
 import tempfile
 import warnings
@@ -13,20 +14,23 @@ from typing import Any
 
 import torch
 
-from .adapterfiles import CONFIG, SAFETENSORS
+from .adapterfiles import CONFIG, PICKLE, SAFETENSORS
 from .comparison import comparison, load_adapter
 from .errors import CheckpointError, UnknownAdapterError, UsageError
 from .executors import DaskClient, Executor
-from .files import atomic_path, write_json
+from .files import atomic_file, write_json
 from .keys import factor_key, split_group_id
 from .names import listed, shown
+from .picklefile import DTYPE_NAMES, raw_bytes
 from .pipeline import compress, plan_for
 from .publishing import copy_checkpoint
-from .reader import CheckpointReader, PerAdapter, Tensors
+from .reader import MARK, CheckpointReader, PerAdapter, Tensors, was_reconstructed
 from .report import summary_text
 from .settings import Settings
 from .shareconfig import SHAREConfig
+from .shareformat import CONFIG as SHARE_CONFIG
 from .sources import resolve
+from .tensorfile import write_safetensors
 
 _said: set[str] = set()
 
@@ -186,8 +190,11 @@ class SHAREModel:
 
         Raises:
             UnknownAdapterError: a KeyError, if there is no such adapter.
+            UsageError: if `output_dir` holds an adapter that was not reconstructed, an original perhaps.
         """
         self._known(adapter_name)
+        if output_dir is not None:
+            _refuse_originals(Path(output_dir))
         tensors: Tensors = {}
         for group, loading in self.all_loadings[adapter_name].items():
             tensors |= self._restored(adapter_name, group, loading)
@@ -263,12 +270,24 @@ class SHAREModel:
             )
 
 
-def _save_adapter(folder: Path, tensors: Tensors, config: Mapping[str, Any]) -> None:
-    from safetensors.torch import save_file
+def _refuse_originals(folder: Path) -> None:
+    """Demand that a reconstruction overwrites nothing but a reconstruction."""
+    if (folder / SHARE_CONFIG).exists():
+        raise UsageError("the folder is a SHARE checkpoint", found=folder, remedy="Choose another one.")
+    for path in (folder / SAFETENSORS, folder / PICKLE):
+        if os.path.lexists(path) and not was_reconstructed(path):
+            raise UsageError(
+                "the folder holds an adapter that was not reconstructed, an original perhaps",
+                found=path,
+                remedy="Choose another folder, or remove it.",
+            )
 
+
+def _save_adapter(folder: Path, tensors: Tensors, config: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_path(folder / SAFETENSORS) as path:
-        save_file(tensors, path, metadata={"format": "pt"})
+    shapes = [(key, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for key, tensor in tensors.items()]
+    with atomic_file(folder / SAFETENSORS) as f:
+        write_safetensors(f, shapes, (raw_bytes(t).data for t in tensors.values()), {"format": "pt", MARK: "yes"})
     write_json(folder / CONFIG, config)
 
 

@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 from .dtypes import ITEMSIZE
 from .tensorfile import CHUNK, TensorRecord, bad_file
 
-_DTYPES = {
+DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.bool: "BOOL",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float8_e8m0fnu: "F8_E8M0",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ", torch.float8_e5m2fnuz: "F8_E5M2FNUZ", torch.complex64: "C64",
+    torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64",
 }  # fmt: skip
 
 
@@ -48,17 +50,23 @@ def load_pickle(path: Path) -> dict[str, torch.Tensor]:
             raise bad_file(
                 path, "a tensor is larger than its data (a view that repeats it)", list(tensor.shape), key=name
             )
-        if tensor.dtype not in _DTYPES:
-            raise bad_file(path, "a dtype that is not known", tensor.dtype, ", ".join(_DTYPES.values()), key=name)
+        if tensor.dtype not in DTYPE_NAMES:
+            raise bad_file(path, "a dtype that is not known", tensor.dtype, ", ".join(DTYPE_NAMES.values()), key=name)
     return loaded
 
 
 def pickle_records(path: Path) -> tuple[TensorRecord, ...]:
     """The tensors of a pickle file; they have no place in it, so every offset is 0."""
     return tuple(
-        TensorRecord(name, dtype := _DTYPES[t.dtype], tuple(t.shape), 0, math.prod(t.shape) * ITEMSIZE[dtype])
+        TensorRecord(name, dtype := DTYPE_NAMES[t.dtype], tuple(t.shape), 0, math.prod(t.shape) * ITEMSIZE[dtype])
         for name, t in load_pickle(path).items()
     )
+
+
+def raw_bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:
+    """The bytes of a tensor, little-endian, row by row."""
+    flat: NDArray[np.uint8] = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return flat
 
 
 class PickleReader:
@@ -69,8 +77,7 @@ class PickleReader:
 
     def raw(self, record: TensorRecord) -> NDArray[np.uint8]:
         """The tensor's bytes, little-endian, as stored."""
-        flat: NDArray[np.uint8] = self._tensors[record.name].detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-        return flat
+        return raw_bytes(self._tensors[record.name])
 
     def chunks(self, record: TensorRecord) -> Iterator[bytes]:
         """The tensor's bytes, a bounded number at a time."""

@@ -24,6 +24,7 @@ from .shareformat import ADAPTERS, COMPONENTS, LOADINGS, META, OURS, VERBATIM
 
 T = TypeVar("T")
 Tensors = dict[str, torch.Tensor]
+MARK = "reconstructed"  # in the metadata of an adapter that was reconstructed, which may be overwritten
 
 
 class PerAdapter(Mapping[str, T]):
@@ -154,6 +155,14 @@ def _open(path: Path) -> Any:
         raise CheckpointError(f"{shown(path.name)} is missing", found=shown(path.parent)) from None
     except (SafetensorError, OSError, json.JSONDecodeError) as e:
         raise CheckpointError(f"{shown(path.name)} cannot be read", found=str(e)) from e
+
+
+def was_reconstructed(path: Path) -> bool:
+    """Whether a weight file is a reconstruction, and no original."""
+    try:
+        return path.suffix == ".safetensors" and MARK in (_open(path).metadata() or {})
+    except CheckpointError:
+        return False
 
 
 def _load(path: Path) -> Tensors:

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from .adapterfiles import open_tensors
+from .adapterfiles import digest_files, open_tensors
 from .catalog import Entry, catalog
 from .errors import StreamError
 from .keys import SIDES, factor_key
 from .model import SHAREModel
+from .picklefile import raw_bytes
 from .reader import Tensors
 from .sources import Source
 from .subspace import DeltaError, delta_error, relative_error
@@ -76,6 +77,9 @@ def _verdict(model: SHAREModel, name: str, source: Source, certified: float | No
     worst = max(errors, key=lambda m: errors[m].relative, default=None)
     if problem is None and certified is not None and not abs(total - certified) <= TOLERANCE:
         problem = f"the checkpoint claims a relative error of {certified:.6f}"
+    digest = model.certified(name).get("sha256")
+    if problem is not None and digest is not None and digest_files(entry.paths) != digest:
+        problem = "its original is not the one that was compressed: the files have changed"
     return Verdict(name, total, certified, worst, errors[worst].relative if worst else 0.0, problem)
 
 
@@ -93,13 +97,10 @@ def _module_errors(entry: Entry, originals: TensorReader, tensors: Tensors) -> I
 
 def _verbatim_fault(entry: Entry, originals: TensorReader, tensors: Tensors) -> str | None:
     """Why what is kept verbatim is not the same, byte for byte; None if it is."""
-    import torch
-
     for key, record in entry.layout.extras:
         if key not in tensors:
             return f"{key} is missing"
-        stored = tensors[key].contiguous().reshape(-1).view(torch.uint8).numpy()
-        if not np.array_equal(stored, originals.raw(record)):
+        if not np.array_equal(raw_bytes(tensors[key]), originals.raw(record)):
             return f"{key} differs from the original"
     extra = tensors.keys() - {key for key, _ in entry.layout.extras}
     unexpected = extra - {factor_key(m.name, side) for m in entry.layout.modules for side in SIDES}

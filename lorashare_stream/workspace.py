@@ -110,7 +110,7 @@ class Workspace:
                 f"the workspace {shown(self.root)} was made with other settings",
                 found=", ".join(f"{k}={shown(found.get(k))}" for k in differing),
                 expected=", ".join(f"{k}={shown(binding.get(k))}" for k in differing),
-                remedy="Choose another --workspace, or delete this one.",
+                remedy="Choose another workspace, and another output, or delete this one.",
             )
 
     def _clean(self) -> None:

@@ -2,7 +2,7 @@
 # Another Python is taken from PYTHON, another place for the environment from VENV.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-VENV=${VENV:-.venv}
+VENV=$(realpath -m "${VENV:-.venv}")
 wanted=$(cat pyproject.toml constraints.txt | cksum)
 if [ "$(cat "$VENV/.made-from" 2>/dev/null)" != "$wanted" ]; then
   python=${PYTHON:-python3}
@@ -10,9 +10,13 @@ if [ "$(cat "$VENV/.made-from" 2>/dev/null)" != "$wanted" ]; then
     echo "Python 3.11 or later is needed; name one: PYTHON=python3.12 $0" >&2
     exit 1
   }
-  echo "setting up $VENV (a minute or two, once)" >&2
+  if [ -e "$VENV" ] && [ ! -e "$VENV/pyvenv.cfg" ]; then
+    echo "$VENV is there, and is no Python environment: remove it, or set VENV" >&2
+    exit 1
+  fi
+  echo "setting up $VENV (some minutes, once)" >&2
   "$python" -m venv --clear "$VENV"
   "$VENV/bin/pip" install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
   echo "$wanted" >"$VENV/.made-from"
 fi
-export PATH="$PWD/$VENV/bin:$PATH" HF_HUB_OFFLINE=1
+export PATH="$VENV/bin:$PATH" HF_HUB_OFFLINE=1

@@ -79,7 +79,12 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT asks transformers for a deprecated name
+    marker = root / ".quickstart"  # only what an earlier quickstart made is removed
+    if root.exists() and any(root.iterdir()) and not marker.exists():
+        parser.error(f"{root} is not empty, and no quickstart made it; name another folder")
     shutil.rmtree(root, ignore_errors=True)
+    root.mkdir(parents=True)
+    marker.touch()
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     themes = list(THEMES)
     pairs = {f"{a}-or-{b}": (a, b) for a, b in zip(themes, themes[1:] + themes[:1], strict=True)}

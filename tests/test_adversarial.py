@@ -536,3 +536,32 @@ def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path: Path, monkeyp
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(PermissionError):
         resolve([tmp_path / "a"])
+
+
+def test_a_reconstruction_overwrites_nothing_but_a_reconstruction(
+    tmp_path: Path, collection: list[str], compressed: Compress, capsys: Capture
+) -> None:
+    out = compressed(collection, num_components=4)
+    before = tree_digest(tmp_path / "adapters")
+    assert call("reconstruct", out, "--all", "-o", tmp_path / "adapters") == 2
+    assert call("reconstruct", out, "--adapter", "a00", "-o", collection[3]) == 2
+    assert call("reconstruct", out, "--adapter", "a00", "-o", out) == 2
+    assert tree_digest(tmp_path / "adapters") == before
+    assert "not reconstructed, an original perhaps" in capsys.readouterr().err
+    share = SHAREModel.from_pretrained(out)
+    with pytest.raises(UsageError, match="an original perhaps"):
+        share.reconstruct("a00", output_dir=collection[0])
+    for _ in range(2):  # over its own earlier output it may write
+        assert call("reconstruct", out, "--all", "-o", tmp_path / "rec", "-q") == 0
+    assert call("verify", out, "-q") == 0
+
+
+def test_what_became_of_the_output_is_said(
+    tmp_path: Path, collection: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    command = ["compress", *collection, "-o", tmp_path / "out"]
+    for k, text in ((4, ""), (4, "is up to date"), (3, "has replaced")):
+        caplog.clear()
+        assert call(*command, "-k", k) == 0
+        assert text in caplog.text
+        assert text or "up to date" not in caplog.text
