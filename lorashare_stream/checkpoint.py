@@ -23,7 +23,7 @@ from typing import Any
 from .adapterfiles import digest_files, tensor_records
 from .errors import WorkspaceError
 from .files import atomic_file, own_folder, read_json, remove_tree, sync_tree, write_json
-from .publishing import publish, staging_folder
+from .publishing import drop, publish, staging_folder
 from .shareformat import ADAPTERS, COMPONENTS, CONFIG, META, OURS, SKIPPED, STAGING
 from .tensorfile import SafetensorsReader, write_safetensors
 
@@ -47,8 +47,7 @@ class Staging:
         try:
             _lock(fd, out)
             if not _is_of(root, digest):
-                for path in root.iterdir():
-                    remove_tree(path)
+                drop(root, keep=True)
                 write_json(root / STAGING, digest)
             own_folder(root / ADAPTERS)
             for path in (*root.glob(".*.tmp"), *(root / ADAPTERS).glob(".*")):  # of a run that was killed

@@ -22,7 +22,7 @@ class Module:
 
     @property
     def rank(self) -> int:
-        """R."""
+        """The rank r."""
         return self.a.shape[0]
 
     def record(self, side: Side) -> TensorRecord:
@@ -30,7 +30,7 @@ class Module:
         return self.a if side == "A" else self.b
 
     def dim(self, side: Side) -> int:
-        """D of one side: d_in for A, d_out for B."""
+        """The length d of the vectors of one side: d_in for A, d_out for B."""
         return self.a.shape[1] if side == "A" else self.b.shape[0]
 
 

@@ -113,11 +113,6 @@ class Plan:
         sizes = [[f.size for f in e.files] for e in self.entries]
         return digest_of([self.binding, s.num_components, s.variance_threshold, self.storage, adapters, sizes])
 
-    @property
-    def modules(self) -> tuple[str, ...]:
-        """Names of all modules, sorted: the tasks of the moment and basis passes."""
-        return tuple(g.module for g in self.groups if g.side == "A")
-
     def step(self, name: str) -> Step:
         """A step by name."""
         return next(s for s in self.steps if s.name == name)

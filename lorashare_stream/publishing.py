@@ -8,7 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from .errors import UsageError
-from .files import atomic_path, remove_tree, sync_folder
+from .files import atomic_path, remove_tree, sync_folder, write_json
 from .shareformat import ADAPTERS, FILES, STAGING, ours_of
 
 
@@ -17,12 +17,27 @@ def staging_folder(out: Path) -> Path:
     return out.parent / f".{out.name}.staging"
 
 
-def _is_staging(path: Path) -> bool:
-    """Whether a folder holds nothing but what staging begins with, or its marker."""
+def drop(folder: Path, keep: bool = False) -> None:
+    """Remove a folder of ours beside an output, or with `keep` all that is in it but the marker.
+
+    It is marked first, and the marker goes last, so that what a kill leaves of it is still known as ours.
+    """
+    if folder.is_symlink() or not folder.exists():
+        return
+    write_json(folder / STAGING, None)
+    for path in folder.iterdir():
+        if path.name != STAGING:
+            remove_tree(path)
+    if not keep:
+        remove_tree(folder)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a folder beside an output is a whole checkpoint, is marked, or holds what staging begins with."""
     if path.is_symlink() or not path.is_dir():
         return False
     names = {p.name for p in path.iterdir() if not p.name.endswith(".tmp")}
-    return STAGING in names or names <= {ADAPTERS}
+    return STAGING in names or names <= {ADAPTERS} or ours_of(path) is not None
 
 
 def publish(staged: Path, out: Path) -> None:
@@ -31,7 +46,7 @@ def publish(staged: Path, out: Path) -> None:
     What a user has put beside the files of the old checkpoint, a README say, is carried over.
     """
     aside = replaced_folder(out)
-    remove_tree(aside)
+    drop(aside)
     if out.exists():
         for stranger in (p for p in out.iterdir() if p.name not in FILES):
             if stranger.is_dir() and not stranger.is_symlink():
@@ -41,7 +56,7 @@ def publish(staged: Path, out: Path) -> None:
         os.rename(out, aside)
     os.rename(staged, out)
     sync_folder(out.parent)
-    remove_tree(aside)
+    drop(aside)
 
 
 def replaced_folder(out: Path) -> Path:
@@ -75,7 +90,7 @@ def check_output(out: Path, *, own: Collection[str], overwrite: bool) -> None:
         UsageError: if `out` holds something else than a checkpoint that may be replaced.
     """
     for path in (replaced_folder(out), staging_folder(out)):
-        if os.path.lexists(path) and ours_of(path) is None and not _is_staging(path):
+        if os.path.lexists(path) and not _is_ours(path):
             raise UsageError("a name that is needed beside the output is taken", found=path, remedy="Move it away.")
     if out.is_symlink():
         raise UsageError("the output is a link", found=out, remedy="Name the folder itself, or a new one.")
@@ -95,13 +110,12 @@ def check_output(out: Path, *, own: Collection[str], overwrite: bool) -> None:
 
 
 def mend_output(out: Path) -> None:
-    """Undo what a crash between two renames left: the old checkpoint takes its place again."""
+    """Undo what a kill between two renames left: the old checkpoint takes its place again, or is removed."""
     aside = replaced_folder(out)
-    if ours_of(aside) is not None:
-        if out.exists():
-            remove_tree(aside)
-        else:
-            os.rename(aside, out)
+    if out.exists():
+        drop(aside)
+    elif ours_of(aside) is not None:
+        os.rename(aside, out)
     out.parent.mkdir(parents=True, exist_ok=True)
 
 
@@ -117,11 +131,14 @@ def copy_checkpoint(source: Path, out: Path) -> None:
         _copy_into(source, out)
         return
     out = output_folder(out)
-    mend_output(out)
     check_output(out, own=(), overwrite=True)
+    mend_output(out)
     staged = staging_folder(out)
-    remove_tree(staged)
-    shutil.copytree(source, staged)
+    drop(staged)
+    staged.mkdir()
+    write_json(staged / STAGING, None)
+    shutil.copytree(source, staged, dirs_exist_ok=True)
+    (staged / STAGING).unlink()
     publish(staged, out)
 
 

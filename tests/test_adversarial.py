@@ -565,3 +565,43 @@ def test_what_became_of_the_output_is_said(
         assert call(*command, "-k", k) == 0
         assert text in caplog.text
         assert text or "up to date" not in caplog.text
+
+
+@pytest.mark.parametrize("which", ["staging", "replaced"])
+@pytest.mark.parametrize("after", range(4))
+def test_killed_while_an_old_checkpoint_or_staging_is_removed(
+    tmp_path: Path, collection: list[str], compressed: Compress, monkeypatch: pytest.MonkeyPatch, which: str, after: int
+) -> None:
+    """What is left of a folder of ours is known as ours, whatever part of it went first."""
+    from lorashare_stream import publishing
+
+    out = compressed(collection, num_components=4)
+    (out / "README.md").write_text("mine")
+    if which == "staging":
+        monkeypatch.setattr("lorashare_stream.checkpoint.publish", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            compressed(collection, num_components=3)
+        monkeypatch.undo()
+        (tmp_path / ".out.staging" / "README.md").write_text("copied")
+    removed = []
+    original, listing = publishing.remove_tree, Path.iterdir
+    first = ("share_config.json", "staging.json")  # what a folder is known by goes first, in the worst of orders
+    monkeypatch.setattr(
+        Path, "iterdir", lambda p: iter(sorted(listing(p), key=lambda q: (q.name not in first, q.name)))
+    )
+
+    def kill(path: Path) -> None:
+        if len(removed) == after:
+            raise KeyboardInterrupt
+        removed.append(path)
+        original(path)
+
+    monkeypatch.setattr(publishing, "remove_tree", kill)
+    with pytest.raises(KeyboardInterrupt):
+        compressed(collection, num_components=2)
+    monkeypatch.undo()
+    compressed(collection, num_components=2)
+    assert not list(tmp_path.glob(".*"))
+    assert (out / "README.md").read_text() == "mine"
+    (out / "README.md").unlink()
+    assert tree_digest(out) == tree_digest(compressed(collection, name="fresh", num_components=2))

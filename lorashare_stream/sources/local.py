@@ -87,13 +87,24 @@ def _expand(name: str | None, text: str) -> Iterator[Source]:
 
 
 def _no_such_source(missing: list[str]) -> MissingSourceError:
-    hub = [text for text in missing if text.count("/") == 1 and not text.startswith((".", "/", "~"))]
+    hub = [text for text in missing if _is_hub_id(text)]
     return MissingSourceError(
         f"no such source: {', '.join(map(repr, map(shown, missing[:8])))}",
         found=f"{len(missing)} that are not there" if len(missing) > 1 else None,
         expected="an adapter folder, a folder of adapter folders, a glob or a manifest",
         remedy=f"If it is a Hub id, download it first: hf download {shown(hub[0])} --local-dir DIR." if hub else None,
     )
+
+
+def _is_hub_id(text: str) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, not in __all__
+
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return "/" in text
 
 
 def _from_glob(pattern: str) -> Iterator[Source]:

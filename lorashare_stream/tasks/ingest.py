@@ -16,6 +16,8 @@ from ..subspace import gram
 from ..tensorfile import SafetensorsReader, TensorReader, TensorRecord
 from ..workspace import Receipt
 
+LARGEST = 1e12  # of a value: the sum of a million squares, times d, still fits a float32 moment
+
 
 def ingest_adapter(entry: Entry) -> Receipt | AdapterError:
     """Read an adapter once, in file order: all values finite? digest; ||dW||^2 of its shared modules.
@@ -58,9 +60,6 @@ def _scan(entry: Entry, tensors: TensorReader) -> tuple[float, tuple[str, ...], 
             grams[module] = own
     whole = digest.hexdigest() if file >= 0 else digest_files(entry.paths)
     return energy, tuple(notes), whole
-
-
-LARGEST = 1e12  # of a value: the sum of a million squares, times d, still fits a float32 moment
 
 
 def _finite(values: NDArray[np.float32], record: TensorRecord) -> NDArray[np.float32]:
