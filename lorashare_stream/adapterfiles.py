@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .errors import AdapterError, MissingFileError
 from .files import read_json
+from .keys import foreign_kind
 from .names import listed, shown
 from .tensorfile import CHUNK, SafetensorsReader, TensorReader, TensorRecord, read_header, repeated
 
 CONFIG = "adapter_config.json"
 SAFETENSORS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+_SHARDS = ("pytorch_model_fsdp", "global_step", "zero_", "bf16_zero_", "fp16_zero_", "mp_rank_")
+MOST_PEEKS = 8  # headers read in a folder without a configuration, to tell what it is
 INDEXES = ("adapter_model.safetensors.index.json", "model.safetensors.index.json")
 
 
@@ -62,16 +65,31 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def foreign_lora(folder: Path, names: Iterable[str]) -> tuple[str, str] | None:
+    """A file of LoRA that PEFT did not save, and its kind, among the files of a folder without a configuration."""
+    files = [n for n in names if n.endswith(".safetensors")]
+    for name in sorted(files)[:MOST_PEEKS]:
+        try:
+            kind = foreign_kind((r.name for r in read_header(folder / name)), configured=False)
+        except (AdapterError, OSError):
+            continue
+        if kind is not None:
+            return name, kind
+    return None
+
+
 def _no_config(folder: Path) -> MissingFileError:
     if not folder.is_dir():
         return MissingFileError("no such folder", found=folder, remedy="Mend its path, or leave it out.")
     entries = sorted(os.listdir(folder))
-    if any(n.startswith("pytorch_lora_weights") for n in entries):
+    foreign = foreign_lora(folder, entries)
+    diffusers = [(n, "diffusers LoRA") for n in entries if n.startswith("pytorch_lora_weights")]
+    for name, kind in [foreign] if foreign else diffusers[:1]:
         return MissingFileError(
-            f"a diffusers LoRA: pytorch_lora_weights without {CONFIG}",
-            remedy="Only PEFT adapters are taken; load it in diffusers and save it with PEFT's save_pretrained.",
+            f"a {kind}: {shown(name)} without {CONFIG}",
+            remedy="Only PEFT adapters are taken: load it where it is used, and save it by PEFT's save_pretrained.",
         )
-    inner = [n for n in entries if (folder / n / CONFIG).is_file()]
+    inner = inner_adapters(folder, entries)
     hint = f" Adapters lie in its subfolders: {listed(inner)}." if inner else ""
     return MissingFileError(
         f"no {CONFIG}",
@@ -79,6 +97,11 @@ def _no_config(folder: Path) -> MissingFileError:
         expected=f"{CONFIG} and {SAFETENSORS}",
         remedy=f"Point to the folder that PEFT's save_pretrained wrote.{hint}",
     )
+
+
+def inner_adapters(folder: Path, names: Iterable[str]) -> tuple[str, ...]:
+    """The immediate subfolders that hold adapters: PEFT saves those that are not named `default` there."""
+    return tuple(n for n in names if (folder / n / CONFIG).is_file())
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
@@ -94,10 +117,16 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     for name in INDEXES:
         if (folder / name).is_file():
             return _shards(folder, name)
-    entries = sorted(os.listdir(folder))
-    raise MissingFileError(
-        "no weights", found=listed(entries), expected=f"{SAFETENSORS} or {PICKLE}", remedy="Save the adapter again."
-    )
+    raise _no_weights(sorted(os.listdir(folder)))
+
+
+def _no_weights(entries: Sequence[str]) -> MissingFileError:
+    remedy = "Save the adapter again."
+    if any(n.endswith(".distcp") or n.startswith(_SHARDS) for n in entries):
+        remedy = "It holds the shards of ZeRO-3 or FSDP: gather the weights, and save the adapter again."
+    elif any(n.startswith("adapter_model") for n in entries):
+        remedy = f"If a file among these has the weights, rename it to {SAFETENSORS}."
+    return MissingFileError("no weights", found=listed(entries), expected=f"{SAFETENSORS} or {PICKLE}", remedy=remedy)
 
 
 def _shards(folder: Path, index: str) -> tuple[Path, ...]:

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
 
 from . import peftconfig
 from .adapterfiles import FileFact, file_fact, read_config, tensor_records, weight_files
+from .agreement import common_base, of_base, of_shape
+from .deltas import Product
 from .errors import AdapterError
-from .keys import SIDES, Side
 from .layout import Layout, read_layout
 from .names import unique_names
+from .settings import Settings
 from .sources import Source
-
-T = TypeVar("T")
+from .tensorfile import TensorRecord
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Entry:
         source_id, folder: where it comes from.
         files: its weight files as they were.
         layout: its tensors.
-        scales: PEFT's factor s of each module, in the order of `layout.modules`.
+        products: how dW comes of the factors of each module, in the order of `layout.modules`.
         base_model: the base model that its configuration names, if it names one.
         config_digest: SHA-256 of its configuration's values.
     """
@@ -41,7 +40,7 @@ class Entry:
     folder: Path
     files: tuple[FileFact, ...]
     layout: Layout
-    scales: tuple[float, ...]
+    products: tuple[Product, ...]
     base_model: str | None
     config_digest: str
 
@@ -51,25 +50,42 @@ class Entry:
         return tuple(f.path for f in self.files)
 
     @cached_property
-    def scale_of(self) -> Mapping[str, float]:
-        """PEFT's factor s by module."""
-        return {m.name: s for m, s in zip(self.layout.modules, self.scales, strict=True)}
+    def product_of(self) -> Mapping[str, Product]:
+        """How dW comes of the factors, by module."""
+        return {m.name: p for m, p in zip(self.layout.modules, self.products, strict=True)}
 
 
 @dataclass(frozen=True)
 class Catalog:
-    """Entries in the order of the sources, and one error for each adapter that was refused."""
+    """What the sources hold.
+
+    Attributes:
+        entries: adapters, in the order of the sources.
+        refused: one error for each adapter that was refused.
+        base_model: what all are taken to be of; empty if nothing names it.
+        inner: name -> subfolders of an adapter's folder that hold adapters too, which are not taken.
+    """
 
     entries: tuple[Entry, ...]
-    refused: tuple[AdapterError, ...] = field(default=())
+    refused: tuple[AdapterError, ...] = ()
+    base_model: str = ""
+    inner: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-def catalog(sources: Sequence[Source], admitted: Mapping[str, str] | None = None) -> Catalog:
+def catalog(
+    sources: Sequence[Source],
+    settings: Settings,
+    *,
+    admitted: Mapping[str, str] | None = None,
+    bound_base: str | None = None,
+) -> Catalog:
     """Read the headers and configurations of all sources.
 
     Args:
         sources: what `sources.resolve` gives.
+        settings: which base models are accepted, and what is kept exact.
         admitted: name -> source id of adapters that a workspace already holds: they keep their names.
+        bound_base: the base model of that workspace.
     """
     entries: list[Entry] = []
     refused: list[AdapterError] = []
@@ -77,17 +93,21 @@ def catalog(sources: Sequence[Source], admitted: Mapping[str, str] | None = None
     names = _names(sources, admitted or {})
     for source, name in zip(sources, names, strict=True):
         try:
-            entries.append(read_entry(source, name, shared))
+            entries.append(read_entry(source, name, shared, settings))
         except AdapterError as e:
             e.adapter = name
             refused.append(e)
         except OSError as e:
             refused.append(AdapterError("cannot be read", adapter=name, found=e.strerror or str(e)))
-    kept, disagreeing = _agreeing(entries)
-    where = dict(zip(names, (str(source.path) for source in sources), strict=True))
-    for error in (*refused, *disagreeing):
-        error.source = where[str(error.adapter)]
-    return Catalog(tuple(kept), (*refused, *disagreeing))
+    base = common_base((e.base_model for e in entries), settings, bound_base)
+    entries, strangers = of_base(entries, base, settings)
+    entries, misshapen = of_shape(entries)
+    refused += [*strangers, *misshapen]
+    by_name = dict(zip(names, sources, strict=True))
+    for error in refused:
+        error.source = str(by_name[str(error.adapter)].path)
+    inner = {name: source.inner for name, source in by_name.items() if source.inner}
+    return Catalog(tuple(entries), tuple(refused), base, inner)
 
 
 def _names(sources: Sequence[Source], admitted: Mapping[str, str]) -> list[str]:
@@ -104,16 +124,17 @@ def _names(sources: Sequence[Source], admitted: Mapping[str, str]) -> list[str]:
 class Interned:
     """Equal parts of many adapters, kept once."""
 
-    layouts: dict[str, Layout] = field(default_factory=dict)
-    scales: dict[tuple[float, ...], tuple[float, ...]] = field(default_factory=dict)
+    layouts: dict[Hashable, Layout] = field(default_factory=dict)
+    products: dict[tuple[Product, ...], tuple[Product, ...]] = field(default_factory=dict)
 
 
-def read_entry(source: Source, name: str, shared: Interned) -> Entry:
+def read_entry(source: Source, name: str, shared: Interned, settings: Settings) -> Entry:
     """One adapter's header and configuration.
 
     Args:
         source, name: the adapter.
         shared: where a thousand equal headers are kept once.
+        settings: what is kept exact.
 
     Raises:
         AdapterError: if it cannot be compressed or kept.
@@ -123,81 +144,23 @@ def read_entry(source: Source, name: str, shared: Interned) -> Entry:
     paths = weight_files(source.path)
     files = tuple(file_fact(p) for p in paths)
     records = tensor_records(paths)
-    digest = hashlib.sha256(repr(records).encode("utf-8", "surrogatepass")).hexdigest()
-    if digest not in shared.layouts:
-        shared.layouts[digest] = read_layout(records, digest)
-    layout = shared.layouts[digest]
-    _check_ranks(layout, config)
-    scales = tuple(peftconfig.scale(config, m.name) for m in layout.modules)
+    exact = peftconfig.other_product(config)
+    if exact is None and not settings.share_initial:
+        exact = peftconfig.initial_part(config)
+    tied = bool(config.get("ensure_weight_tying"))
+    layout = _layout(shared, records, exact, tied)
+    products = peftconfig.products(config, {m.name: m.rank for m in layout.modules})
+    if products is None:
+        layout = _layout(shared, records, "only the base model tells which parameter a pattern means", tied)
+        products = ()
     config_digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    products = shared.products.setdefault(products, products)
     base = peftconfig.base_model(config)
-    return Entry(
-        name, source.id, source.path, files, layout, shared.scales.setdefault(scales, scales), base, config_digest
-    )
+    return Entry(name, source.id, source.path, files, layout, products, base, config_digest)
 
 
-def _check_ranks(layout: Layout, config: Mapping[str, Any]) -> None:
-    """Refuse tensors whose rank is not the configured one: PEFT would not load them."""
-    stacked = bool(config.get("target_parameters"))  # experts in one tensor: E * r rows
-    for module in layout.modules:
-        expected = peftconfig.rank(config, module.name)
-        if module.rank != expected and not (stacked and module.rank % expected == 0):
-            raise AdapterError(
-                "the tensors and adapter_config.json disagree on the rank",
-                key=module.a.name,
-                found=module.rank,
-                expected=f"r = {expected}",
-                remedy="Mend r or rank_pattern, or leave the adapter out.",
-            )
-
-
-def _agreeing(entries: Sequence[Entry]) -> tuple[list[Entry], list[AdapterError]]:
-    """Split off adapters of another base model, or with another d in some group, than most have."""
-    base = _commonest(Counter(e.base_model for e in entries if e.base_model is not None))
-    refused = [_other_base(e, base) for e in entries if e.base_model not in (None, base)]
-    of_base = [e for e in entries if e.base_model in (None, base)]
-    uses = Counter(e.layout.digest for e in of_base)
-    layouts = {e.layout.digest: e.layout for e in of_base}
-    dims: dict[tuple[str, Side], Counter[int]] = {}
-    for digest, layout in layouts.items():
-        for module in layout.modules:
-            for side in SIDES:
-                dims.setdefault((module.name, side), Counter())[module.dim(side)] += uses[digest]
-    common = {group: _commonest(counts) for group, counts in dims.items()}
-    odd_shapes = {digest: _odd_shape(layout, common) for digest, layout in layouts.items()}
-    refused += [_other_shape(e, *odd) for e in of_base if (odd := odd_shapes[e.layout.digest]) is not None]
-    return [e for e in of_base if odd_shapes[e.layout.digest] is None], refused
-
-
-def _commonest(counts: Counter[T]) -> T | None:
-    return min(counts, key=lambda value: (-counts[value], str(value)), default=None)
-
-
-def _odd_shape(layout: Layout, common: Mapping[tuple[str, Side], int | None]) -> tuple[str, int, int | None] | None:
-    for module in layout.modules:
-        for side in SIDES:
-            if module.dim(side) != common[module.name, side]:
-                return module.record(side).name, module.dim(side), common[module.name, side]
-    return None
-
-
-def _other_base(entry: Entry, base: str | None) -> AdapterError:
-    return AdapterError(
-        "made for another base model than most of the collection",
-        adapter=entry.name,
-        key="base_model_name_or_path",
-        found=entry.base_model,
-        expected=base,
-        remedy="Compress the adapters of each base model on their own.",
-    )
-
-
-def _other_shape(entry: Entry, key: str, dim: int, common: int | None) -> AdapterError:
-    return AdapterError(
-        "a shape that differs from the rest of its group",
-        adapter=entry.name,
-        key=key,
-        found=f"d = {dim}",
-        expected=f"d = {common}, as most adapters have",
-        remedy="It belongs to another base model, or to a resized one: leave it out.",
-    )
+def _layout(shared: Interned, records: tuple[TensorRecord, ...], exact: str | None, tied: bool) -> Layout:
+    key = records, exact, tied
+    if key not in shared.layouts:
+        shared.layouts[key] = read_layout(records, exact=exact, tied=tied)
+    return shared.layouts[key]

@@ -102,6 +102,14 @@ def _add_sources(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--device", help="auto (default), cpu or cuda")
     p.add_argument("--dtype", help="of what is stored: auto (default), float32, bfloat16, float16")
+    p.add_argument("--base-model", metavar="ID", help="what the adapters are adapters of (default: what most name)")
+    p.add_argument("--base-alias", nargs="+", metavar="ID", dest="base_aliases", help="other names of the base model")
+    p.add_argument("--any-base", action=argparse.BooleanOptionalAction, help="accept adapters that name any base model")
+    p.add_argument(
+        "--share-initial",
+        action=argparse.BooleanOptionalAction,
+        help="compress adapters whose factors hold a part of the base (PiSSA, OLoRA, ...), else kept exact",
+    )
     p.add_argument("--config", metavar="FILE.yaml", help="the same settings from a file; flags win")
 
 

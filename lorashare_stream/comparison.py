@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from .adapterfiles import open_tensors, tensor_records, weight_files
+from .deltas import DeltaError, Product, delta_error, relative_error
 from .dtypes import FLOATS
 from .errors import MissingSourceError, UsageError
-from .keys import factor_key, parse_key
-from .peftconfig import scale
+from .keys import adapter_names, factor_key, parse_key
+from .peftconfig import products
 from .reader import Tensors
-from .subspace import DeltaError, delta_error, relative_error
 from .tensorfile import float32
 
 
@@ -71,8 +71,8 @@ def delta_errors(
         arrays = [t.float().numpy() for pair in pairs for t in pair if t is not None and t.ndim == 2]
         if len(arrays) == 4:
             a, a_hat, b, b_hat = arrays
-            s = scale(config, module) if "r" in config and "lora_alpha" in config else 1.0
-            errors[module] = delta_error(a, b, a_hat, b_hat, s)
+            known = products(config, {module: len(a)}) if "r" in config and "lora_alpha" in config else None
+            errors[module] = delta_error(a, b, a_hat, b_hat, known[0] if known else Product(1.0))
     return errors
 
 
@@ -85,9 +85,11 @@ def load_adapter(folder: Path) -> Tensors:
     if not folder.is_dir():
         raise MissingSourceError("no such adapter folder", found=folder)
     paths = weight_files(folder)
+    records = tensor_records(paths)
+    named = adapter_names(r.name for r in records)
     with open_tensors(paths) as tensors:
         return {
-            parse_key(r.name).canonical: torch.from_numpy(float32(tensors, r))
-            for r in tensor_records(paths)
+            parse_key(r.name, named[0] if named else None).canonical: torch.from_numpy(float32(tensors, r))
+            for r in records
             if r.dtype in FLOATS
         }

@@ -1,7 +1,9 @@
 """PEFT tensor keys: what is LoRA, what is an extra, what is another kind of file.
 
 A group is (module, side); the side is read from the key, never from the shape. The regular expressions
-were checked against what PEFT 0.21 saves; they are applied to the key without its prefix.
+were checked against what PEFT 0.21 saves. A key comes as PEFT saves it, or as a state dict has it: with the
+adapter's name in it, with prefixes of wrappers, or without PEFT's own prefix. PEFT loads only the first form
+and passes over the others with a warning, so what is written is always of that form.
 """
 
 from __future__ import annotations
@@ -9,24 +11,29 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 Side = Literal["A", "B"]
 SIDES: tuple[Side, Side] = ("A", "B")
 PEFT_PREFIX = "base_model.model."
 
-_WRAPPERS = r"(?:(?:module|_orig_mod|_fsdp_wrapped_module)\.)*"
-_PREFIX = re.compile(rf"^{_WRAPPERS}(?:base_model\.model\.)*{_WRAPPERS}")
-_FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight$")
-# Extras whose keys carry the adapter's name when they were not saved by PEFT itself; PEFT expects them without.
-_NAMED_EXTRAS = (
-    re.compile(r"^(?P<head>.+\.lora_embedding_[AB])(?:\.(?P<adapter>[^.]+))?(?P<tail>)$"),
-    re.compile(r"^(?P<head>.+\.lora_B)(?:\.(?P<adapter>[^.]+))?(?P<tail>\.bias)$"),
-    re.compile(r"^(?P<head>.+\.lora_magnitude_vector)(?:\.(?P<adapter>(?!weight$)[^.]+))?(?:\.weight)?(?P<tail>)$"),
+_PREFIX = re.compile(r"^(?:module\.)*(?:base_model\.model\.)*")
+_WRAPPER = re.compile(r"(?:(?<=\.)|^)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
+_FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
+_MAGNITUDE = re.compile(r"(?<=\.lora_magnitude_vector)\.weight$")
+# Where the name of an adapter stands in a state dict.
+_NAMED = re.compile(
+    r"\.lora_(?:[AB]\.(?P<factor>[^.]+)\.(?:weight|bias)"
+    r"|(?:embedding_[AB]|diag|velora_embed)\.(?P<parameter>[^.]+)"
+    r"|magnitude_vector\.(?P<magnitude>(?!weight$)[^.]+)(?:\.weight)?)$"
 )
 
 _FOREIGN: tuple[tuple[str, re.Pattern[str]], ...] = (
-    ("kohya LoRA", re.compile(r"^lora_(?:unet|te\d?|transformer|prior)_.*\.(?:lora_(?:up|down)\.weight|alpha)$")),
+    (
+        "kohya LoRA",
+        re.compile(r"^lora_(?:unet|te\d?|transformer|prior)_.*\.(?:lora_(?:up|down)\.weight|alpha|dora_scale)$"),
+    ),
     ("diffusers LoRA", re.compile(r"(?:^|[._])(?:lora|lora_linear_layer)\.(?:up|down)\.weight$")),
     ("diffusers LoRA", re.compile(r"to_(?:q|k|v|out)_lora\.(?:up|down)\.weight$")),
     ("AdaLoRA", re.compile(r"\.lora_E(?:\.|$)")),
@@ -39,6 +46,10 @@ _FOREIGN: tuple[tuple[str, re.Pattern[str]], ...] = (
         ),
     ),
 )
+# What diffusers saves by way of PEFT; a GPT-2 adapter without prefix looks alike, so only without a configuration.
+_DIFFUSERS_PEFT = re.compile(
+    r"^(?:unet|transformer|text_encoder(?:_2|_3)?|prior|controlnet)\..*\.(?:lora_[AB]\.weight|alpha)$"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,35 +60,69 @@ class Key:
         canonical: the key as PEFT saves it: prefixed, without an adapter name.
         module: full path of the adapted layer, or None for an extra.
         side: `"A"` or `"B"`, or None for an extra.
-        adapter: the adapter name that the raw key carried, if any.
     """
 
     canonical: str
     module: str | None = None
     side: Side | None = None
-    adapter: str | None = None
 
 
-def parse_key(raw: str) -> Key:
+def parse_key(raw: str, adapter: str | None = None) -> Key:
     """Understand one tensor key.
 
+    Args:
+        raw: as it stands in the file.
+        adapter: the adapter's name that keys of this file carry, as `adapter_names` finds it; a factor's key
+            tells it by itself.
+
     >>> parse_key("base_model.model.h.0.q.lora_A.default.weight")
-    Key(canonical='base_model.model.h.0.q.lora_A.weight', module='h.0.q', side='A', adapter='default')
-    >>> parse_key("score.weight").canonical
+    Key(canonical='base_model.model.h.0.q.lora_A.weight', module='h.0.q', side='A')
+    >>> parse_key("module.score.modules_to_save.mine.weight", "mine").canonical
     'base_model.model.score.weight'
     """
-    bare = _PREFIX.sub("", raw)
+    bare = _without_prefix(raw)
+    name = adapter if adapter is not None else _name_in(bare)
+    if name is not None:
+        bare = _without_name(bare, name)
+    bare = _MAGNITUDE.sub("", bare)
     factor = _FACTOR.match(bare)
-    if factor is not None:
-        module, side = factor["module"], factor["side"]
-        return Key(
-            factor_key(module, "A" if side == "A" else "B"), module, "A" if side == "A" else "B", factor["adapter"]
-        )
-    for pattern in _NAMED_EXTRAS:
-        extra = pattern.match(bare)
-        if extra is not None:
-            return Key(PEFT_PREFIX + extra["head"] + extra["tail"], adapter=extra["adapter"])
-    return Key(PEFT_PREFIX + bare)
+    if factor is None:
+        return Key(PEFT_PREFIX + bare)
+    side: Side = "A" if factor["side"] == "A" else "B"
+    return Key(PEFT_PREFIX + bare, factor["module"], side)
+
+
+def adapter_names(raw_keys: Iterable[str]) -> list[str]:
+    """The names of adapters that keys carry, sorted; none in what PEFT saves.
+
+    >>> adapter_names(["q.lora_A.one.weight", "q.lora_B.weight", "q.lora_diag.two"])
+    ['one', 'two']
+    """
+    return sorted({name for key in raw_keys if ".lora_" in key and (name := _name_in(key)) is not None})
+
+
+def _without_prefix(raw: str) -> str:
+    return _PREFIX.sub("", _WRAPPER.sub("", raw))
+
+
+def _name_in(key: str) -> str | None:
+    match = _NAMED.search(key)
+    return None if match is None else match["factor"] or match["parameter"] or match["magnitude"]
+
+
+def _without_name(bare: str, name: str) -> str:
+    """A key as PEFT saves it (peft.utils.save_and_load): without the adapter's name, and without `modules_to_save`."""
+    bare = _after_marker(name).sub(r"\1", bare)
+    head, marker, rest = bare.partition(f".modules_to_save.{name}.")
+    if not marker:
+        return bare
+    # LoRA on a module that is saved as well: PEFT kept the marker there.
+    return f"{head}.modules_to_save.{rest}" if ".lora_" in f".{rest}" else f"{head}.{rest}"
+
+
+@lru_cache(maxsize=64)
+def _after_marker(name: str) -> re.Pattern[str]:
+    return re.compile(rf"(\.(?:lora_[A-Za-z_]+|trainable_tokens_(?:delta|original)))\.{re.escape(name)}(?=\.|$)")
 
 
 def factor_key(module: str, side: Side) -> str:
@@ -102,14 +147,19 @@ def split_group_id(group: str) -> tuple[str, Side]:
     return module, "A" if side == "A" else "B"
 
 
-def foreign_kind(raw_keys: Iterable[str]) -> str | None:
+def foreign_kind(raw_keys: Iterable[str], *, configured: bool = True) -> str | None:
     """The kind of a file that is not a PEFT LoRA, if its keys tell; None if they do not.
+
+    Args:
+        raw_keys: of the file.
+        configured: whether an adapter_config.json lies beside it; without one, keys of a model of diffusers tell.
 
     >>> foreign_kind(["lora_unet_down_blocks_0.lora_up.weight"])
     'kohya LoRA'
     """
+    kinds = _FOREIGN if configured else (*_FOREIGN, ("diffusers LoRA", _DIFFUSERS_PEFT))
     for key in raw_keys:
-        for kind, pattern in _FOREIGN:
+        for kind, pattern in kinds:
             if pattern.search(key):
                 return kind
     return None

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from .dtypes import FLOATS
 from .errors import AdapterError
-from .keys import SIDES, Key, Side, factor_key, foreign_kind, parse_key
+from .keys import SIDES, Key, Side, adapter_names, factor_key, foreign_kind, parse_key
 from .tensorfile import TensorRecord
+
+KEPT_EXACT = "kept exact: "  # how the note begins of an adapter of which nothing is shared
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +44,13 @@ class Layout:
     Attributes:
         modules: what is compressed.
         extras: (key as PEFT saves it, record) of what is kept verbatim.
-        notes: LoRA tensors among the extras, with the reason why they are not shared.
+        notes: what the user should know: LoRA tensors among the extras, with the reason why they are not shared.
         digest: of all records; equal digests mean equal layouts.
     """
 
     modules: tuple[Module, ...]
     extras: tuple[tuple[str, TensorRecord], ...]
-    notes: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
     digest: str
 
     @cached_property
@@ -73,65 +76,111 @@ class Layout:
         return sum(record.nbytes for _, record in self.extras)
 
 
-def read_layout(records: Sequence[TensorRecord], digest: str) -> Layout:
+def read_layout(records: Sequence[TensorRecord], *, exact: str | None = None, tied: bool = False) -> Layout:
     """Sort an adapter's tensors into shared modules and extras.
+
+    Args:
+        records: of its files.
+        exact: why nothing of it is shared; None if there is no such reason.
+        tied: whether PEFT ties LoRA of the output layer to that of the embedding, which is kept verbatim.
 
     Raises:
         AdapterError: for another kind of file, empty tensors, clashing keys, or several adapters in one file.
     """
     kind = foreign_kind(r.name for r in records)
     if kind is not None:
-        raise AdapterError(f"not a PEFT LoRA: the keys are those of {kind}", key=records[0].name, expected="LORA keys")
+        raise AdapterError(
+            f"not a PEFT LoRA: the keys are those of {kind}",
+            key=records[0].name,
+            expected="LORA keys",
+            remedy="Load it where it was made and save it by PEFT's save_pretrained as LoRA, or leave it out.",
+        )
+    named = adapter_names(r.name for r in records)
+    if len(named) > 1:
+        raise AdapterError("several adapters in one file", found=named, remedy="Save each into a folder of its own.")
+    keyed = _keyed(records, named[0] if named else None)
+    if not any(".lora_" in canonical for canonical in keyed):
+        raise AdapterError(
+            "holds no LoRA tensors",
+            found=sorted(keyed)[:3] or "no tensors",
+            expected="lora_A and lora_B",
+            remedy="Leave it out; if it was trained under ZeRO-3 or FSDP, gather the weights and save it again.",
+        )
+    digest = hashlib.sha256(repr((records, exact, tied)).encode("utf-8", "surrogatepass")).hexdigest()
+    if exact is not None:
+        extras = tuple((canonical, record) for canonical, (_, record) in sorted(keyed.items()))
+        return Layout((), extras, (KEPT_EXACT + exact,), digest)
+    return _paired(keyed, digest, _embeddings(keyed) if tied else frozenset())
+
+
+def _keyed(records: Sequence[TensorRecord], adapter: str | None) -> dict[str, tuple[Key, TensorRecord]]:
     keyed: dict[str, tuple[Key, TensorRecord]] = {}
     for record in records:
-        key = parse_key(record.name)
-        if 0 in record.shape:
+        key = parse_key(record.name, adapter)
+        if 0 in record.shape or (key.module is not None and len(record.shape) < 2):
+            what = "an empty tensor" if 0 in record.shape else "a flattened LoRA tensor"
             raise AdapterError(
-                "an empty tensor: ZeRO-3 or FSDP shards that were not gathered before saving",
+                f"{what}: ZeRO-3 or FSDP shards that were not gathered before saving",
                 key=record.name,
                 found=list(record.shape),
                 remedy="Gather the weights and save the adapter again.",
             )
         if key.canonical in keyed:
+            other = keyed[key.canonical][1].name
             raise AdapterError(
-                "two keys mean the same tensor", key=record.name, found=keyed[key.canonical][1].name, expected="one key"
+                "two keys mean the same tensor",
+                key=record.name,
+                found=other,
+                expected="one key",
+                remedy="Save the adapter again, by PEFT's save_pretrained.",
             )
         keyed[key.canonical] = key, record
-    named = sorted({key.adapter for key, _ in keyed.values() if key.adapter is not None})
-    if len(named) > 1:
-        raise AdapterError("several adapters in one file", found=named, remedy="Save each into a folder of its own.")
-    if not any(".lora_" in canonical for canonical in keyed):
-        raise AdapterError(
-            "holds no LoRA tensors", found=sorted(keyed)[:3] or "no tensors", expected="lora_A and lora_B"
-        )
-    return _paired(keyed, digest)
+    return keyed
 
 
-def _paired(keyed: Mapping[str, tuple[Key, TensorRecord]], digest: str) -> Layout:
+Shapes = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def _embeddings(keyed: Mapping[str, tuple[Key, TensorRecord]]) -> frozenset[Shapes]:
+    """Shapes (A, B) that LoRA of an output layer has if it is that of an embedding, transposed."""
+    end = ".lora_embedding_A"
+    pairs = [(record, keyed.get(name[:-1] + "B")) for name, (_, record) in keyed.items() if name.endswith(end)]
+    return frozenset((b[1].shape[::-1], a.shape[::-1]) for a, b in pairs if b is not None)
+
+
+def _paired(keyed: Mapping[str, tuple[Key, TensorRecord]], digest: str, embeddings: frozenset[Shapes]) -> Layout:
     modules: list[Module] = []
-    notes: list[tuple[str, str]] = []
+    notes: list[str] = []
     names = dict.fromkeys(key.module for key, _ in keyed.values() if key.module is not None)
     for name in sorted(names):
         pair = {side: keyed[factor_key(name, side)][1] for side in SIDES if factor_key(name, side) in keyed}
-        reason = _unshared(pair)
+        reason = _unshared(pair, embeddings)
         if reason is None:
             modules.append(Module(name, pair["A"], pair["B"]))
         else:
-            notes += [(factor_key(name, side), reason) for side in pair]
+            notes += [f"{factor_key(name, side)}: LoRA tensors kept verbatim, {reason}" for side in pair]
     shared = {factor_key(m.name, side) for m in modules for side in SIDES}
     extras = tuple((canonical, record) for canonical, (_, record) in sorted(keyed.items()) if canonical not in shared)
     return Layout(tuple(modules), extras, tuple(notes), digest)
 
 
-def _unshared(pair: Mapping[Side, TensorRecord]) -> str | None:
+def _unshared(pair: Mapping[Side, TensorRecord], embeddings: frozenset[Shapes]) -> str | None:
     """Why a module's factors are kept verbatim, or None if they are shared."""
     if len(pair) < 2:
         return f"lora_{'B' if 'A' in pair else 'A'} is missing"
     a, b = pair["A"], pair["B"]
-    if len(a.shape) != 2 or len(b.shape) != 2:
+    if len(a.shape) != len(b.shape):
+        raise AdapterError(
+            "lora_A and lora_B have different numbers of dimensions, as legacy MergedLinear adapters have",
+            key=b.name,
+            found=f"lora_B {list(b.shape)}, lora_A {list(a.shape)}",
+            expected="two matrices, or two kernels of a convolution",
+            remedy="Convert it with the PEFT release that made it, or leave it out.",
+        )
+    if len(a.shape) != 2:
         return f"{len(a.shape)}-D lora_A and {len(b.shape)}-D lora_B (a convolution)"
     if a.dtype not in FLOATS or b.dtype not in FLOATS:
-        return f"dtype {a.dtype}"
+        return f"dtype {a.dtype if a.dtype not in FLOATS else b.dtype}"
     if a.shape[0] != b.shape[1]:
         raise AdapterError(
             "lora_A and lora_B of a module differ in rank",
@@ -140,4 +189,6 @@ def _unshared(pair: Mapping[Side, TensorRecord]) -> str | None:
             expected=f"lora_A {list(a.shape)}: rank {a.shape[0]}",
             remedy="Save the adapter again, or leave it out.",
         )
+    if (a.shape, b.shape) in embeddings:
+        return "tied to the LoRA of the embedding"
     return None

@@ -4,41 +4,47 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
-from functools import lru_cache
-from re import _constants, _parser  # type: ignore[attr-defined]  # the parse tree of an expression has no public name
+from collections.abc import Collection, Mapping
 from typing import Any
 
+from .deltas import Product
 from .errors import AdapterError
+from .keys import factor_key
 from .names import shown
+from .patterns import check_cost, first_match
 
 Config = Mapping[str, Any]
-_MOST_LOOPS = 4
-_SINGLE = (_constants.LITERAL, _constants.NOT_LITERAL, _constants.ANY, _constants.IN, _constants.CATEGORY)
+
+# What PEFT 0.21 can write as LoRA; the others change the model in another way than by adding a matrix.
+_CONVERTIBLE = {
+    "BONE", "C3A", "DELORA", "FOURIERFT", "GRALORA", "LOHA", "LOKR", "MISS", "PSOFT", "RANDLORA", "TINYLORA", "UNILORA",
+    "VBLORA", "VERA", "WAVEFT",
+}  # fmt: skip
+_INITIAL = re.compile(r"pissa(_niter_\d+)?|olora|corda|lora_ga|loftq", re.IGNORECASE)
+INITIAL_PART = "the factors hold a part of the base model"
+# Variants whose dW is not s B A of the two tensors.
+_OTHER_PRODUCTS = {
+    "kasa_config": "KaSA puts a diagonal between B and A",
+    "use_bdlora": "BD-LoRA's tensors are the blocks of block-diagonal matrices",
+    "use_qalora": "QALoRA's lora_A sees averages of the input",
+    "arrow_config": "an Arrow router chooses among other adapters",
+}
 
 
 def check_lora(config: Config) -> None:
-    """Refuse what is not a plain PEFT LoRA configuration.
+    """Refuse what is not a PEFT LoRA configuration.
 
     Raises:
         AdapterError: naming the peft_type or the field.
     """
     peft_type = config.get("peft_type")
     if peft_type != "LORA":
-        raise AdapterError(
-            f"not a LoRA adapter: peft_type is {shown(repr(peft_type), 60)}"
-            if peft_type
-            else "adapter_config.json has no peft_type",
-            key="peft_type",
-            found=peft_type,
-            expected="LORA",
-            remedy="Leave it out, or convert it with peft.tuners.lora.conversion.save_as_lora where PEFT can.",
-        )
+        raise _other_type(peft_type)
     if config.get("enable_lora"):
         raise AdapterError(
             "a legacy MergedLinear adapter (enable_lora), which current PEFT cannot load",
             key="enable_lora",
-            remedy="Convert it with the PEFT release that made it.",
+            remedy="Convert it with the PEFT release that made it, or leave it out.",
         )
     if not _is_rank(config.get("r")):
         _refuse_field("r", config.get("r"), "a whole number from 1")
@@ -48,6 +54,30 @@ def check_lora(config: Config) -> None:
         pattern = config.get(name) or {}
         if not isinstance(pattern, dict) or not all(holds(value) for value in pattern.values()):
             _refuse_field(name, pattern, "a mapping of module patterns to numbers")
+    parameters = config.get("target_parameters") or []
+    if not isinstance(parameters, list) or not all(isinstance(p, str) for p in parameters):
+        _refuse_field("target_parameters", parameters, "a list of names")
+
+
+def _other_type(peft_type: object) -> AdapterError:
+    if not peft_type:
+        return AdapterError(
+            "adapter_config.json has no peft_type",
+            key="peft_type",
+            found=peft_type,
+            expected="LORA",
+            remedy="It was not saved by PEFT, or is damaged: save it again, or leave it out.",
+        )
+    name = peft_type.upper() if isinstance(peft_type, str) else ""
+    return AdapterError(
+        f"not a LoRA adapter: peft_type is {shown(repr(peft_type), 60)}",
+        key="peft_type",
+        found=peft_type,
+        expected="LORA",
+        remedy="Load it on its base model and convert it with peft.save_as_lora, or leave it out."
+        if name in _CONVERTIBLE
+        else "PEFT cannot convert it to LoRA: leave it out.",
+    )
 
 
 def _is_rank(value: object) -> bool:
@@ -75,73 +105,75 @@ def base_model(config: Config) -> str | None:
     return name if isinstance(name, str) and name else None
 
 
-def rank(config: Config, module: str) -> int:
-    """The rank that PEFT gives `module`: `rank_pattern` where it matches, else `r`."""
-    return int(_patterned(config.get("rank_pattern"), module, config["r"]))
+def initial_part(config: Config) -> str | None:
+    """Why the factors hold a part of the base model beside what was learnt, or None if they do not.
 
-
-def scale(config: Config, module: str) -> float:
-    """PEFT's factor s in dW = s B A of one module: alpha / r, or alpha / sqrt(r) under rsLoRA.
-
-    >>> scale({"r": 8, "lora_alpha": 16, "alpha_pattern": {"q": 32}}, "h.0.q")
-    4.0
+    These initialisations split W into a residual, which becomes the base, and a product of factors, which are then
+    trained. PEFT splits it anew whenever it loads the adapter.
     """
-    alpha = float(_patterned(config.get("alpha_pattern"), module, config["lora_alpha"]))
-    r = rank(config, module)
-    return alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
+    init = config.get("init_lora_weights")
+    if not isinstance(init, str) or not _INITIAL.fullmatch(init):
+        return None
+    return f"{INITIAL_PART} (init_lora_weights {init})"
 
 
-def _patterned(pattern: Mapping[str, float] | None, module: str, default: float) -> float:
-    """The first pattern that matches the end of `module` at a dot (peft.utils.get_pattern_key)."""
-    for key, value in (pattern or {}).items():
-        if _compiled(key).match(module):
-            return value
-    return default
+def other_product(config: Config) -> str | None:
+    """Why dW is not s B A of an adapter's tensors, or None if it is."""
+    return next((reason for name, reason in _OTHER_PRODUCTS.items() if config.get(name)), None)
 
 
-@lru_cache(maxsize=1024)
-def _compiled(key: str) -> re.Pattern[str]:
-    """PEFT's expression for a pattern key, which is foreign: refused if matching it could take forever."""
-    try:
-        tree = _parser.parse(key)
-        compiled = re.compile(rf"(.*\.)?({key})$")
-    except (re.error, RecursionError, OverflowError) as e:
-        raise AdapterError("a module pattern is no regular expression", key=key, found=str(e)) from e
-    loops = _loops(tree)
-    if loops is None or loops > _MOST_LOOPS:
+def products(config: Config, ranks: Mapping[str, int]) -> tuple[Product, ...] | None:
+    """How dW comes of the factors of each module, or None if that depends on more than the adapter tells.
+
+    PEFT's s is alpha / r, or alpha / sqrt(r) under rsLoRA, with the r and alpha of the module's patterns.
+
+    Args:
+        config: an adapter_config.json that `check_lora` lets pass.
+        ranks: the rank that the tensors of each module have.
+
+    Raises:
+        AdapterError: if a rank is not the configured one: PEFT would not load the tensors.
+
+    >>> products({"r": 8, "lora_alpha": 16, "alpha_pattern": {"q": 32}}, {"h.0.q": 8, "h.0.v": 8})
+    (Product(scale=4.0, experts=1), Product(scale=2.0, experts=1))
+    """
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        check_cost(config.get(pattern) or {}, ranks)
+    found = [_product(config, module, rank) for module, rank in ranks.items()]
+    known = tuple(product for product in found if product is not None)
+    return known if len(known) == len(found) else None
+
+
+def _product(config: Config, module: str, rank: int) -> Product | None:
+    names = _pattern_names(config.get("target_parameters") or [], module)
+    ranks = {_patterned(config, "rank_pattern", "r", name) for name in names}
+    alphas = {_patterned(config, "alpha_pattern", "lora_alpha", name) for name in names}
+    if len(ranks) > 1 or len(alphas) > 1:  # which of a module's parameters it is, only the base model tells
+        return None
+    r, alpha = int(ranks.pop()), alphas.pop()
+    if rank != r and (names == [module] or rank % r):
         raise AdapterError(
-            "a module pattern could take forever to match",
-            key=key,
-            expected=f"no loop within a loop, and at most {_MOST_LOOPS} loops",
-            remedy="Write it with fewer wildcards.",
+            "the tensors and adapter_config.json disagree on the rank",
+            key=factor_key(module, "A"),
+            found=rank,
+            expected=f"r = {r}",
+            remedy="Mend r or rank_pattern, or leave the adapter out.",
         )
-    return compiled
+    return Product(alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r, rank // r)
 
 
-def _loops(tree: Iterable[Any]) -> int | None:
-    """How many loops over single characters a parsed expression has; None if it loops over anything more.
+def _pattern_names(parameters: Collection[str], module: str) -> list[str]:
+    """The names under which PEFT looks a module up in patterns: its own, or those of its target parameters."""
+    bare = ".".join(part for part in module.split(".") if part != "base_layer")
+    names = []
+    for parameter in parameters:
+        owner, _, last = parameter.rpartition(".")
+        if f".{bare}".endswith(f".{owner}" if owner else ""):
+            names.append(f"{bare}.{last}")
+    return names if names and all("." in p for p in parameters) else [module, *names]
 
-    Matching backtracks: without loops in loops its cost is the length of the module name to the power of the
-    number of loops, with them it is exponential.
-    """
-    count = 0
-    for operator, argument in tree:
-        if operator in (_constants.MAX_REPEAT, _constants.MIN_REPEAT, _constants.POSSESSIVE_REPEAT):
-            _, most, body = argument
-            if most > 1 and (len(body) != 1 or body[0][0] not in _SINGLE):
-                return None
-            parts = [body] if most <= 1 else []
-            count += most > 1
-        elif operator is _constants.BRANCH:
-            parts = argument[1]
-        elif operator is _constants.SUBPATTERN:
-            parts = [argument[-1]]
-        elif operator in _SINGLE or operator is _constants.AT:
-            parts = []
-        else:  # look-around, back-references, conditionals: not seen in any adapter
-            return None
-        inner = [_loops(part) for part in parts]
-        if None in inner:
-            return None
-        count += sum(n for n in inner if n is not None)
-    return count
+
+def _patterned(config: Config, pattern: str, default: str, name: str) -> float:
+    values: Mapping[str, float] = config.get(pattern) or {}
+    key = first_match(values, name)
+    return values[key] if key is not None else config[default]

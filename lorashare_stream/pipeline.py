@@ -58,9 +58,10 @@ class Run:
 
 
 def plan_for(sources: Sequence[Source], settings: Settings, workspace: Path | None = None) -> Plan:
-    """The plan for some sources; adapters that a workspace already holds keep their names."""
-    admitted = {} if workspace is None else Workspace(workspace).admitted()
-    return make_plan(catalog(sources, admitted), settings)
+    """The plan for some sources; adapters that a workspace already holds keep their names, and it its base model."""
+    work = None if workspace is None else Workspace(workspace)
+    admitted, base = ({}, None) if work is None else (work.admitted(), work.base_model())
+    return make_plan(catalog(sources, settings, admitted=admitted, bound_base=base), settings, base)
 
 
 def default_workspace(out: Path) -> Path:
@@ -193,7 +194,7 @@ def make_job(plan: Plan, work: Workspace, out: Path, device: str) -> Job:
     s = plan.settings
     receipts = tuple(work.receipts())
     adapters = [[r.name, r.digest, r.config_digest] for r in receipts]
-    digest = digest_of([plan.binding, s.num_components, s.variance_threshold, plan.storage, adapters])
+    digest = digest_of([plan.binding, plan.base_model, s.num_components, s.variance_threshold, plan.storage, adapters])
     return Job(
         settings=s,
         storage=plan.storage,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -86,6 +86,9 @@ class Plan:
         groups: all groups, sorted by module, A before B.
         storage: dtype of components and loadings as safetensors names it: F32, BF16 or F16.
         steps: the passes.
+        base_model: the base model that the adapters are taken to be of; empty if nothing names it.
+        inner: name -> subfolders of an adapter's folder that hold adapters too, which are not taken.
+        bound_base: the name of it to which the workspace is bound.
     """
 
     settings: Settings
@@ -94,16 +97,14 @@ class Plan:
     groups: tuple[Group, ...]
     storage: str
     steps: tuple[Step, ...]
-
-    @property
-    def base_model(self) -> str:
-        """The base model that the adapters name; empty if none does."""
-        return next((e.base_model for e in self.entries if e.base_model), "")
+    base_model: str
+    inner: Mapping[str, tuple[str, ...]]
+    bound_base: str
 
     @cached_property
     def binding(self) -> dict[str, Any]:
         """What the numbers of a workspace depend on."""
-        return self.settings.binding() | {"base_model": self.base_model}
+        return self.settings.binding() | {"base_model": self.bound_base}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -111,7 +112,9 @@ class Plan:
         s = self.settings
         adapters = [(e.name, e.source_id, e.layout.digest, e.config_digest) for e in self.entries]
         sizes = [[f.size for f in e.files] for e in self.entries]
-        return digest_of([self.binding, s.num_components, s.variance_threshold, self.storage, adapters, sizes])
+        return digest_of(
+            [self.binding, self.base_model, s.num_components, s.variance_threshold, self.storage, adapters, sizes]
+        )
 
     def step(self, name: str) -> Step:
         """A step by name."""
@@ -179,13 +182,14 @@ def check_enough(count: int, refused: Iterable[AdapterError]) -> None:
         )
 
 
-def make_plan(found: Catalog, settings: Settings) -> Plan:
+def make_plan(found: Catalog, settings: Settings, bound_base: str | None = None) -> Plan:
     """Arithmetic on a catalog: groups, statistics, bytes of every step, tasks at a time."""
+    bound = bound_base if bound_base is not None and bound_base in settings.base_aliases else found.base_model
     groups = _groups(found.entries)
     dtypes = {r.dtype for e in _examples(found.entries) for m in e.layout.modules for r in (m.a, m.b)}
     storage = widest(dtypes) if settings.dtype == "auto" else STORAGE[settings.dtype]
     steps = _steps(found.entries, groups, settings, storage)
-    return Plan(settings, found.entries, found.refused, groups, storage, steps)
+    return Plan(settings, found.entries, found.refused, groups, storage, steps, found.base_model, found.inner, bound)
 
 
 def _examples(entries: Iterable[Entry]) -> list[Entry]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError
+from .layout import KEPT_EXACT
 from .names import bytes_shown, counted, listed, shown
+from .peftconfig import INITIAL_PART
 
 if TYPE_CHECKING:
     from .planning import Plan
@@ -109,6 +112,7 @@ def plan_text(plan: Plan) -> str:
     stacked = sum(g.stacked for g in plan.groups)
     pairs: list[Fact] = [
         ("base model", plan.base_model or "not named"),
+        *[("  also named", text) for text in _other_names(plan)],
         ("adapters", f"{len(plan.entries)}" + (f", and {len(plan.refused)} refused" if plan.refused else "")),
         ("groups", f"{len(plan.groups)}: {stacked} as stacked columns, {len(plan.groups) - stacked} as second moments"),
         ("objective", s.objective + (", centred" if s.center else "")),
@@ -138,6 +142,10 @@ def break_even_range(plan: Plan) -> str:
 
 def plan_warnings(plan: Plan) -> list[str]:
     """What a user should know before the work begins."""
+    return [*_of_sizes(plan), *_of_adapters(plan)]
+
+
+def _of_sizes(plan: Plan) -> list[str]:
     size, s = plan.sizes, plan.settings
     out = []
     if not plan.groups:
@@ -151,10 +159,47 @@ def plan_warnings(plan: Plan) -> list[str]:
                 f"the shared form, {bytes_shown(size['basis'] + size['loadings'])}, is larger than the LoRA tensors, "
                 f"{bytes_shown(size['lora'])}: add adapters, or take k below the break-even"
             )
+    whole = [e.name for e in plan.entries if e.layout.modules and e.layout.extra_bytes > 10 * e.layout.lora_bytes]
+    if whole:
+        extra = sum(e.layout.extra_bytes for e in plan.entries)
+        out.append(
+            f"tensors that are not LoRA are most of {counted(len(whole), 'adapter')} ({listed(whole, 3)}), embeddings "
+            f"or whole layers perhaps; they are kept verbatim, {bytes_shown(extra)} in all"
+        )
+    return out
+
+
+def _of_adapters(plan: Plan) -> list[str]:
+    out = []
     unnamed = sum(e.base_model is None for e in plan.entries)
     if unnamed and plan.base_model:
         out.append(f"no base model is named by {counted(unnamed, 'adapter')}; taken to be {shown(plan.base_model)}")
+    if plan.settings.any_base and (others := _other_names(plan)):
+        out.append(f"adapters that name another base model are accepted unseen: {listed(others)}")
+    for reason, names in _kept_exact(plan).items():
+        out.append(f"{reason}: {counted(len(names), 'adapter')} ({listed(names, 3)})")
+        if INITIAL_PART in reason:
+            out[-1] += "; --share-initial compresses such adapters, at an error relative to that part as well"
+    if plan.inner:
+        where = listed([f"{name}/{sub}" for name, subs in sorted(plan.inner.items()) for sub in subs], 3)
+        out.append(f"adapters in subfolders of adapters are not taken: {where}; name them as sources to take them")
     return out
+
+
+def _other_names(plan: Plan) -> list[str]:
+    """Names of the base model that adapters give beside the one that is taken."""
+    counts = Counter(e.base_model for e in plan.entries if e.base_model not in (None, plan.base_model))
+    return [f"{name} by {counted(n, 'adapter')}" for name, n in sorted(counts.items(), key=str)]
+
+
+def _kept_exact(plan: Plan) -> dict[str, list[str]]:
+    """The reasons why adapters are not shared at all -> their names."""
+    exact: dict[str, list[str]] = {}
+    for entry in plan.entries:
+        for note in entry.layout.notes:
+            if note.startswith(KEPT_EXACT):
+                exact.setdefault(note, []).append(entry.name)
+    return exact
 
 
 def notes_text(receipts: Sequence[Receipt], limit: int = 6) -> list[str]:

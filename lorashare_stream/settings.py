@@ -14,7 +14,7 @@ from .names import listed, parse_bytes, shown
 Objective = Literal["delta", "factors"]
 QUANTUM = 1024  # columns summed at once; part of a workspace's identity, since it decides rounding
 
-_FLAGS = {"num_components": "-k", "variance_threshold": "--variance"}
+_FLAGS = {"num_components": "-k", "variance_threshold": "--variance", "base_aliases": "--base-alias"}
 _CHOICES: dict[str, tuple[str, ...]] = {
     "objective": ("delta", "factors"),
     "moment_dtype": ("float32", "float64"),
@@ -41,6 +41,11 @@ class Settings:
         workers: tasks at a time; None is one per core. Fewer run if memory demands it.
         on_error: `"raise"` stops at bad adapters, `"skip"` goes on without them and lists them.
         device: where moments and bases are computed.
+        base_model: what the adapters are adapters of; None is the name that most of them give.
+        base_aliases: other names of it (mirrors, quantised copies, local paths).
+        any_base: accept adapters that name any base model.
+        share_initial: compress adapters whose factors hold a part of the base model (PiSSA, OLoRA, CorDA, LoRA-GA,
+            LoftQ) like others; else they are kept exact.
     """
 
     num_components: int | Literal["auto"] = 32
@@ -53,6 +58,10 @@ class Settings:
     workers: int | None = None
     on_error: Literal["raise", "skip"] = "raise"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    base_model: str | None = None
+    base_aliases: tuple[str, ...] = ()
+    any_base: bool = False
+    share_initial: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
@@ -61,9 +70,13 @@ class Settings:
         _expect(k == "auto" or (_is_int(k) and int(k) >= 1), "num_components", k, "a whole number from 1, or 'auto'")
         _expect(_is_number(self.variance_threshold), "variance_threshold", self.variance_threshold, "a number")
         _expect(0 < self.variance_threshold <= 1, "variance_threshold", self.variance_threshold, "in (0, 1]")
-        _expect(isinstance(self.center, bool), "center", self.center, "true or false")
         _expect(_is_int(self.memory) and self.memory > 0, "memory", self.memory, "a size such as 4GiB")
         _expect(workers is None or (_is_int(workers) and workers >= 1), "workers", workers, "a whole number from 1")
+        base, aliases = self.base_model, self.base_aliases
+        _expect(base is None or (isinstance(base, str) and bool(base)), "base_model", base, "the name of a model")
+        _expect(all(isinstance(a, str) and a for a in aliases), "base_aliases", aliases, "names of a model")
+        for name in ("center", "any_base", "share_initial"):
+            _expect(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
         if self.center and self.objective == "delta":
             raise UsageError(
                 "center belongs to objective 'factors': under 'delta' a mean depends on the gauge of A and B",
@@ -91,6 +104,9 @@ class Settings:
                 raise UsageError(f"memory: {e}") from e
         if isinstance(clean.get("num_components"), str) and re.fullmatch("[0-9]{1,9}", clean["num_components"]):
             clean["num_components"] = int(clean["num_components"])
+        aliases = clean.get("base_aliases", ())
+        _expect(isinstance(aliases, list | tuple), "base_aliases", aliases, "a list of names")
+        clean["base_aliases"] = tuple(aliases)
         return cls(**clean)
 
     def as_dict(self) -> dict[str, Any]:
@@ -99,7 +115,7 @@ class Settings:
 
     def binding(self) -> dict[str, Any]:
         """The settings on which the numbers in a workspace depend; the others may change between runs."""
-        names = ("objective", "center", "moment_dtype")
+        names = ("objective", "center", "moment_dtype", "share_initial")
         return {name: getattr(self, name) for name in names} | {"quantum": QUANTUM, "blas_threads": 1}
 
 

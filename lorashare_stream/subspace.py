@@ -1,4 +1,4 @@
-"""Bases: fit one to a moment, choose k, project, restore, and say exactly how far off the result is."""
+"""Bases: fit one to a moment, choose k, project, restore."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from .dtypes import as_stored
 from .moments import Array, Moment
 from .solvers import Float64, compressed, leading, prefers_partial, spectrum
 
-_STRIP = 8 << 20  # bytes of a strip in float64
 Solver = Callable[[Moment, int], tuple[Float64, Float64]]
 
 
@@ -123,56 +122,6 @@ def project(components: NDArray[np.float32], vectors: NDArray[np.float32]) -> ND
 def restore(components: NDArray[np.float32], loadings: NDArray[np.float32]) -> NDArray[np.float32]:
     """Oriented vectors V L (d, r)."""
     return components @ loadings
-
-
-@dataclass(frozen=True)
-class DeltaError:
-    """Squared Frobenius norms for one module, float64: of dW - dW^, and of dW."""
-
-    error: float
-    norm: float
-
-    @property
-    def relative(self) -> float:
-        """||dW - dW^|| / ||dW||; 0 where both vanish."""
-        return relative_error(self.error, self.norm)
-
-
-def relative_error(error: float, norm: float) -> float:
-    """sqrt(error / norm) of squared norms; 0 if both are 0, infinite if only the norm is."""
-    if norm > 0:
-        return float(np.sqrt(error / norm))
-    return 0.0 if error <= 0 else float("inf")
-
-
-def delta_norm(a: Array, b: Array, scale: float) -> float:
-    """||s B A||^2 for A (r, d_in), B (d_out, r), by Gram matrices in float64."""
-    return scale**2 * max(float(np.sum(gram(b.T) * gram(a))), 0.0)
-
-
-def delta_error(a: Array, b: Array, a_hat: Array, b_hat: Array, scale: float) -> DeltaError:
-    """Error of dW^ = s B^ A^ against dW = s B A, exact to rounding, never forming dW.
-
-    dW - dW^ = s [B - B^, B^] [A ; A - A^], whose squared norm is a product of two 2r x 2r Gram matrices.
-
-    Args:
-        a, a_hat: (r, d_in). b, b_hat: (d_out, r). scale: PEFT's s of the module.
-    """
-    left = np.concatenate([(b - b_hat).T, b_hat.T])  # (2r, d_out)
-    right = np.concatenate([a, a - a_hat])  # (2r, d_in)
-    error = scale**2 * max(float(np.sum(gram(left) * gram(right))), 0.0)
-    return DeltaError(error, delta_norm(a, b, scale))
-
-
-def gram(rows: Array) -> Float64:
-    """M = W'W (r, r) in float64, for the r vectors of W given as rows (r, d); by strips of bounded size."""
-    r, d = rows.shape
-    out = np.zeros((r, r))
-    strip = max(1, _STRIP // (8 * r))
-    for start in range(0, d, strip):
-        wide = rows[:, start : start + strip].astype(np.float64)
-        out += wide @ wide.T
-    return out
 
 
 def break_even(dim: int, count: int) -> float:

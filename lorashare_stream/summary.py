@@ -108,6 +108,7 @@ def _ours(
         "version": __version__,
         "objective": s.objective,
         "center": s.center,
+        "share_initial": s.share_initial,
         "dtype": plan.storage,
         "bytes": {
             **sizes,

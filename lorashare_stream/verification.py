@@ -10,13 +10,14 @@ import numpy as np
 
 from .adapterfiles import digest_files, open_tensors
 from .catalog import Entry, catalog
+from .deltas import DeltaError, delta_error, relative_error
 from .errors import StreamError
 from .keys import SIDES, factor_key
 from .model import SHAREModel
 from .picklefile import raw_bytes
 from .reader import Tensors
+from .settings import Settings
 from .sources import Source
-from .subspace import DeltaError, delta_error, relative_error
 from .tensorfile import TensorReader, float32
 
 TOLERANCE = 1e-3  # between a certified error and the one that is measured
@@ -65,7 +66,8 @@ def _number(value: object) -> float | None:
 
 
 def _verdict(model: SHAREModel, name: str, source: Source, certified: float | None) -> Verdict:
-    found = catalog([source])
+    share_initial = bool(model.config.ours.get("share_initial"))
+    found = catalog([source], Settings(share_initial=share_initial))
     if found.refused:
         raise found.refused[0]
     entry = found.entries[0]
@@ -92,7 +94,7 @@ def _module_errors(entry: Entry, originals: TensorReader, tensors: Tensors) -> I
                 raise StreamError("a tensor is missing, or has another shape", key=key)
             hats.append(tensors[key].float().numpy())
         a, b = float32(originals, module.a), float32(originals, module.b)
-        yield module, delta_error(a, b, hats[0], hats[1], entry.scale_of[module.name])
+        yield module, delta_error(a, b, hats[0], hats[1], entry.product_of[module.name])
 
 
 def _verbatim_fault(entry: Entry, originals: TensorReader, tensors: Tensors) -> str | None:

@@ -143,6 +143,11 @@ class Workspace:
         """Names and source ids of all admissions."""
         return {r.name: r.source_id for r in self.admissions()}
 
+    def base_model(self) -> str | None:
+        """The base model that it is bound to, if it is there and names one."""
+        name = _read_mapping(self.root / "workspace.json").get("base_model")
+        return name if isinstance(name, str) and name else None
+
     def _journal(self) -> tuple[list[Receipt], int]:
         path = self.root / "journal.jsonl"
         receipts: list[Receipt] = []

@@ -16,10 +16,11 @@ ROOT = Path(lorashare_stream.__file__).parent
 # The rooms, bottom to top: a module imports only from rows above its own, or from earlier in its row.
 ROOMS = {
     "pure": [
-        "version", "names", "errors", "dtypes", "settings", "keys", "peftconfig", "moments", "solvers", "subspace",
+        "version", "names", "errors", "dtypes", "settings", "keys", "moments", "deltas", "patterns", "peftconfig",
+        "solvers", "subspace",
     ],
     "bytes": ["files", "tensorfile", "picklefile", "adapterfiles", "momentstore", "workspace"],
-    "facts": ["sources.manifest", "sources.local", "sources", "layout", "catalog", "planning"],
+    "facts": ["sources.manifest", "sources.local", "sources", "layout", "agreement", "catalog", "planning"],
     "doing": [
         "executors", "devices", "shareformat", "publishing", "checkpoint", "shareconfig",
         "tasks.job", "tasks.ingest", "tasks.accumulate",

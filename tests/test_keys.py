@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorashare_stream.keys import factor_key, foreign_kind, group_id, parse_key, split_group_id
+from lorashare_stream.keys import adapter_names, factor_key, foreign_kind, group_id, parse_key, split_group_id
 
 P = "base_model.model."
 
@@ -20,11 +20,15 @@ P = "base_model.model."
         ("q.lora_A.weight", "q", "A", None),
         (P + "attn.base_layer.out_proj.lora_A.weight", "attn.base_layer.out_proj", "A", None),
         (P + "my_lora_A.block.lora_A.weight", "my_lora_A.block", "A", None),
+        ("module._orig_mod." + P + "h._fsdp_wrapped_module.0.q.lora_A.my_name.weight", "h.0.q", "A", "my_name"),
+        (P + "head.modules_to_save.mine.lora_A.mine.weight", "head.modules_to_save", "A", "mine"),
+        (P + "head.original_module.lora_A.weight", "head.original_module", "A", None),
+        (P + "default.q.lora_A.default.weight", "default.q", "A", "default"),
     ],
 )
 def test_factors(raw: str, module: str, side: str, adapter: str | None) -> None:
     key = parse_key(raw)
-    assert (key.module, key.side, key.adapter) == (module, side, adapter)
+    assert (key.module, key.side, adapter_names([raw])) == (module, side, [adapter] if adapter else [])
     assert key.canonical == f"{P}{module}.lora_{side}.weight"
 
 
@@ -41,12 +45,48 @@ def test_factors(raw: str, module: str, side: str, adapter: str | None) -> None:
         (P + "classifier.modules_to_save.weight", P + "classifier.modules_to_save.weight"),
         ("score.weight", P + "score.weight"),
         (P + "q.lora_diag", P + "q.lora_diag"),
+        (P + "q.lora_diag.default", P + "q.lora_diag"),
+        (P + "q.lora_velora_embed.default", P + "q.lora_velora_embed"),
     ],
 )
 def test_extras_come_back_as_peft_saves_them(raw: str, canonical: str) -> None:
     key = parse_key(raw)
     assert key.module is None
     assert key.canonical == canonical
+
+
+@pytest.mark.parametrize(
+    ("raw", "canonical"),
+    [
+        ("head.modules_to_save.mine.weight", "head.weight"),
+        ("head.modules_to_save.mine.dense.bias", "head.dense.bias"),
+        ("head.modules_to_save.weight", "head.modules_to_save.weight"),
+        ("head.original_module.weight", "head.original_module.weight"),
+        ("emb.token_adapter.trainable_tokens_delta.mine", "emb.token_adapter.trainable_tokens_delta"),
+        ("q.lora_monteclora_sampler.mine.std_prior", "q.lora_monteclora_sampler.std_prior"),
+        ("q.lora_B.mine.bias", "q.lora_B.bias"),
+        ("mine.mine.weight", "mine.mine.weight"),
+    ],
+)
+def test_the_name_that_a_file_carries_goes_where_peft_takes_it_away(raw: str, canonical: str) -> None:
+    assert parse_key(P + raw, "mine").canonical == P + canonical
+
+
+@pytest.mark.filterwarnings("ignore:.*invalid shape")
+def test_the_keys_of_a_state_dict_become_those_that_peft_saves() -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+
+    net = torch.nn.ModuleDict({"q": torch.nn.Linear(8, 8), "head": torch.nn.Linear(8, 8)})
+    for name in ("default", "mine"):
+        for extra in ({}, {"use_dora": True}, {"lora_bias": True}):
+            config = LoraConfig(r=2, target_modules=["q"], modules_to_save=["head"], **extra)  # type: ignore[arg-type]
+            model = get_peft_model(net, config, adapter_name=name)  # type: ignore[arg-type]
+            state, saved = model.state_dict(), set(get_peft_model_state_dict(model, adapter_name=name))
+            assert adapter_names(state) == [name]
+            assert saved == {parse_key(key, name).canonical for key in state} & saved
+            assert len({parse_key(key, name).canonical for key in state}) == len(state)
+            net = model.unload()
 
 
 @given(st.text(min_size=1))
@@ -70,6 +110,12 @@ def test_parsing_is_idempotent(raw: str) -> None:
 )
 def test_foreign_kinds(key: str, kind: str) -> None:
     assert foreign_kind([P + "head.weight", key]) == kind
+
+
+def test_a_diffusers_file_by_way_of_peft_is_told_only_without_a_configuration() -> None:
+    key = "transformer.h.0.attn.lora_A.weight"  # or GPT-2's, without PEFT's prefix
+    assert foreign_kind([key]) is None
+    assert foreign_kind([key], configured=False) == "diffusers LoRA"
 
 
 def test_a_lora_file_is_not_foreign() -> None:

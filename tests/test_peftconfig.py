@@ -6,9 +6,16 @@ from typing import Any
 import pytest
 
 from lorashare_stream.errors import AdapterError
-from lorashare_stream.peftconfig import check_lora, rank, scale
+from lorashare_stream.peftconfig import check_lora, products
 
 BASE: dict[str, Any] = {"peft_type": "LORA", "r": 8, "lora_alpha": 16}
+
+
+def scale(config: dict[str, Any], module: str, rank: int = 8) -> float:
+    found = products(BASE | config, {module: rank})
+    assert found is not None
+    assert found[0].experts == 1
+    return found[0].scale
 
 
 @pytest.mark.parametrize(
@@ -38,8 +45,7 @@ def test_scale_is_what_peft_computes(config: dict[str, Any]) -> None:
     model = get_peft_model(Net(), LoraConfig(r=8, lora_alpha=16, target_modules=["q", "v"], **config))
     for name in "qv":
         layer = model.base_model.model.layers[0][name]
-        assert scale(BASE | config, f"layers.0.{name}") == pytest.approx(layer.scaling["default"])
-        assert rank(BASE | config, f"layers.0.{name}") == layer.r["default"]
+        assert scale(config, f"layers.0.{name}", layer.r["default"]) == pytest.approx(layer.scaling["default"])
 
 
 @pytest.mark.parametrize(
@@ -64,7 +70,7 @@ def test_refusals_name_the_field(change: dict[str, Any], message: str) -> None:
 )
 def test_a_pattern_that_could_take_forever_is_refused(pattern: str) -> None:
     with pytest.raises(AdapterError, match="take forever"):
-        scale(BASE | {"alpha_pattern": {pattern: 1}}, "a" * 60)
+        scale({"alpha_pattern": {pattern: 1}}, "a" * 60)
 
 
 @pytest.mark.parametrize(
@@ -80,9 +86,9 @@ def test_a_pattern_that_could_take_forever_is_refused(pattern: str) -> None:
     ],
 )
 def test_patterns_as_people_write_them_are_taken(pattern: str) -> None:
-    assert scale(BASE | {"alpha_pattern": {pattern: 8}}, "no.match.here") == 2.0
+    assert scale({"alpha_pattern": {pattern: 8}}, "no.match.here") == 2.0
 
 
 def test_a_pattern_that_is_no_expression_is_an_error_of_ours() -> None:
     with pytest.raises(AdapterError, match="no regular expression"):
-        scale(BASE | {"alpha_pattern": {"(": 1}}, "q")
+        scale({"alpha_pattern": {"(": 1}}, "q")

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lorashare_stream.deltas import Product, delta_error, delta_norm, relative_error
 from lorashare_stream.moments import Moment, empty, of_columns, second_of
 from lorashare_stream.solvers import leading
-from lorashare_stream.subspace import break_even, centered, delta_error, delta_norm, fit, relative_error
+from lorashare_stream.subspace import break_even, centered, fit
 
 
 def decaying(seed: int, n: int, d: int, power: float = 1.0) -> np.ndarray:
@@ -118,10 +119,12 @@ def test_the_certified_error_is_that_of_the_product(seed: int, r: int, d_in: int
     rng = np.random.default_rng(seed)
     a, b = rng.standard_normal((r, d_in)), rng.standard_normal((d_out, r))
     a_hat, b_hat = a + 0.1 * rng.standard_normal(a.shape), b * 0.7
-    found = delta_error(a, b, a_hat, b_hat, scale)
+    found = delta_error(a, b, a_hat, b_hat, Product(scale))
     assert found.error == pytest.approx(scale**2 * np.sum((b @ a - b_hat @ a_hat) ** 2), rel=1e-8, abs=1e-10)
     assert (
-        found.norm == pytest.approx(delta_norm(a, b, scale)) == pytest.approx(scale**2 * np.sum((b @ a) ** 2), rel=1e-8)
+        found.norm
+        == pytest.approx(delta_norm(a, b, Product(scale)))
+        == pytest.approx(scale**2 * np.sum((b @ a) ** 2), rel=1e-8)
     )
 
 
@@ -129,8 +132,8 @@ def test_a_nearly_exact_reconstruction_has_a_nearly_vanishing_error() -> None:
     """The identity ||dW||^2 - ||core||^2 would leave 1e-8 of cancellation here, an error of 1e-4."""
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal((4, 50)).astype(np.float32), rng.standard_normal((30, 4)).astype(np.float32)
-    assert delta_error(a, b, a, b, 2.0).relative == 0.0
-    assert delta_error(a, b, np.nextafter(a, 2), b, 2.0).relative < 1e-6
+    assert delta_error(a, b, a, b, Product(2.0)).relative == 0.0
+    assert delta_error(a, b, np.nextafter(a, 2), b, Product(2.0)).relative < 1e-6
 
 
 def test_relative_error_of_nothing() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..adapterfiles import CONFIG, looks_like_adapter
+from ..adapterfiles import CONFIG, foreign_lora, inner_adapters, looks_like_adapter
 from ..errors import MissingSourceError, UsageError
 from ..names import listed, name_fault, shown
 from .manifest import SUFFIXES, read_manifest
@@ -22,11 +22,13 @@ class Source:
         id: what identifies it across runs: for a local folder its real path.
         path: the folder.
         name: the name that the user gave it, or None: its folder's name is taken.
+        inner: its subfolders that hold adapters too, which are not taken.
     """
 
     id: str
     path: Path
     name: str | None = None
+    inner: tuple[str, ...] = ()
 
     @property
     def wanted_name(self) -> str:
@@ -121,13 +123,7 @@ def _from_glob(pattern: str) -> Iterator[Source]:
 
 def _from_manifest(path: Path) -> Iterator[Source]:
     if path.suffix not in SUFFIXES:
-        raise UsageError(
-            f"not a manifest: {shown(path)}",
-            expected=f"a folder, or a file ending in {', '.join(SUFFIXES)}",
-            remedy=f"Name the folder that holds {CONFIG}."
-            if path.suffix in (".safetensors", ".bin", ".json")
-            else None,
-        )
+        raise _no_manifest(path)
     entries = read_manifest(path)
     if not entries:
         raise UsageError(f"manifest {shown(path)} names no adapter")
@@ -135,6 +131,21 @@ def _from_manifest(path: Path) -> Iterator[Source]:
         if os.path.splitext(source)[1] in SUFFIXES:
             raise UsageError(f"manifest {shown(path)} names another manifest", found=source)
         yield from _expand(name, os.path.join(path.parent, source) if source else "")
+
+
+def _no_manifest(path: Path) -> UsageError:
+    foreign = foreign_lora(path.parent, [path.name])
+    if foreign is not None:
+        return UsageError(
+            f"a {foreign[1]}, not a PEFT adapter: {shown(path)}",
+            expected=f"a folder with {CONFIG}",
+            remedy="Load it where it is used, and save it by PEFT's save_pretrained.",
+        )
+    return UsageError(
+        f"not a manifest: {shown(path)}",
+        expected=f"a folder, or a file ending in {', '.join(SUFFIXES)}",
+        remedy=f"Name the folder that holds {CONFIG}." if path.suffix in (".safetensors", ".bin", ".json") else None,
+    )
 
 
 def _walk(root: Path) -> Iterator[Source]:
@@ -153,7 +164,10 @@ def _unreadable(error: OSError) -> None:
 
 
 def _adapters_under(root: Path) -> Iterator[Source]:
-    """Adapters at or under `root`. An adapter's own subfolders (its training checkpoints) are not entered."""
+    """Adapters at or under `root`, and LoRA of other kinds, for the catalog to refuse.
+
+    An adapter's own subfolders are not entered: they are its training checkpoints, or adapters saved with it.
+    """
     visited: set[str] = set()
     for folder, below, files in os.walk(root, onerror=_unreadable, followlinks=True):
         real = os.path.realpath(folder)
@@ -162,6 +176,7 @@ def _adapters_under(root: Path) -> Iterator[Source]:
             continue
         visited.add(real)
         below[:] = sorted(d for d in below if not d.startswith("."))
-        if looks_like_adapter(files):
+        path = Path(folder)
+        if looks_like_adapter(files) or foreign_lora(path, files):
+            yield Source(real, path, inner=inner_adapters(path, below))
             below.clear()
-            yield Source(real, Path(folder))

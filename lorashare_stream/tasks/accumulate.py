@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from .. import momentstore
 from ..adapterfiles import open_tensors
 from ..catalog import Entry
+from ..deltas import Product, gram
 from ..devices import sum_on
 from ..keys import SIDES, Side
 from ..moments import Accumulator, Array, empty, partner_root
 from ..momentstore import DamagedMoment
-from ..subspace import gram
 from ..tensorfile import float32
 from ..workspace import Workspace
 from .job import Job
@@ -46,7 +46,7 @@ def _accumulate(job: Job, name: str) -> None:
             module = entry.layout.by_name[name]
             with open_tensors(entry.paths) as tensors:
                 a, b = float32(tensors, module.a), float32(tensors, module.b)
-            rows = weighted_rows(a, b, entry.scale_of[name], energy, job.settings.objective)
+            rows = weighted_rows(a, b, entry.product_of[name], energy, job.settings.objective)
             for side in SIDES:
                 sums[side].add(rows[side])
         for side in SIDES:
@@ -56,20 +56,31 @@ def _accumulate(job: Job, name: str) -> None:
 
 
 def weighted_rows(
-    a: NDArray[np.float32], b: NDArray[np.float32], scale: float, energy: float, objective: str
+    a: NDArray[np.float32], b: NDArray[np.float32], product: Product, energy: float, objective: str
 ) -> dict[Side, NDArray[np.floating[Any]]]:
-    """The vectors of one module that are summed, as rows (r, d).
+    """The vectors of one module that are summed, as rows (E r, d).
 
     Under `factors` they are A and B' themselves. Under `delta` each side is weighted by the other and by
-    1 / ||dW_i||^2 of the whole adapter: rows of sqrt(w) s (B'B)^(1/2) A and of sqrt(w) s (AA')^(1/2) B'.
+    1 / ||dW_i||^2 of the whole adapter: rows of sqrt(w) s (B'B)^(1/2) A and of sqrt(w) s (AA')^(1/2) B'; of
+    stacked experts, each by its own other side.
 
     Args:
-        a, b: (r, d_in) and (d_out, r). scale: PEFT's s. energy: ||dW_i||^2, above 0 under `delta`.
+        a, b: (E r, d_in) and (d_out, E r). product: how dW comes of them. energy: ||dW_i||^2, above 0 under `delta`.
     """
     if objective == "factors":
         return {"A": a, "B": b.T}
-    factor = scale / np.sqrt(energy)
-    return {"A": _times(partner_root(gram(b.T), factor), a), "B": _times(partner_root(gram(a), factor), b.T)}
+    factor = product.scale / np.sqrt(energy)
+    rows: dict[Side, NDArray[Any]] = {"A": a, "B": b.T}
+    blocks = {side: product.blocks(rows[side], side) for side in SIDES}
+    return {
+        side: np.concatenate(
+            [
+                _times(partner_root(gram(theirs), factor), own)
+                for theirs, own in zip(blocks["B" if side == "A" else "A"], blocks[side], strict=True)
+            ]
+        )
+        for side in SIDES
+    }
 
 
 def _times(root: NDArray[np.float64], rows: NDArray[np.float32]) -> NDArray[np.floating[Any]]:

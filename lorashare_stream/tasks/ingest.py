@@ -12,7 +12,6 @@ from ..adapterfiles import digest_files, open_tensors
 from ..catalog import Entry
 from ..dtypes import FLOATS, widened
 from ..errors import AdapterError
-from ..subspace import gram
 from ..tensorfile import SafetensorsReader, TensorReader, TensorRecord
 from ..workspace import Receipt
 
@@ -39,7 +38,7 @@ def _scan(entry: Entry, tensors: TensorReader) -> tuple[float, tuple[str, ...], 
     digest = hashlib.sha256()
     grams: dict[str, NDArray[np.float64]] = {}
     energy = 0.0
-    notes = [f"{key}: LoRA tensors kept verbatim, {reason}" for key, reason in entry.layout.notes]
+    notes = list(entry.layout.notes)
     file = -1
     for record, module, side in entry.layout.in_file_order:
         if record.file != file and isinstance(tensors, SafetensorsReader):
@@ -52,10 +51,10 @@ def _scan(entry: Entry, tensors: TensorReader) -> tuple[float, tuple[str, ...], 
         raw = tensors.raw(record)
         digest.update(raw.data)
         values = _finite(widened(raw, record.dtype, record.shape), record)
-        own = gram(values if side == "A" else values.T)
+        product = entry.product_of[module]
+        own = product.grams(values if side == "A" else values.T, "A" if side == "A" else "B")
         if module in grams:
-            scale = entry.scale_of[module]
-            energy += scale * scale * max(float(np.sum(grams.pop(module) * own)), 0.0)
+            energy += product.energy(grams.pop(module), own)
         else:
             grams[module] = own
     whole = digest.hexdigest() if file >= 0 else digest_files(entry.paths)

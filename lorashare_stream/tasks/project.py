@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from ..adapterfiles import digest_files, file_fact, open_tensors, read_config, tensor_records
 from ..catalog import Entry
 from ..checkpoint import Staging
+from ..deltas import DeltaError, delta_error, relative_error
 from ..dtypes import as_stored, narrowed, widened
 from ..errors import AdapterError
 from ..keys import SIDES, factor_key, group_id
 from ..layout import Module
 from ..shareformat import COMPONENTS, LOADINGS, META, OURS, VERBATIM
-from ..subspace import DeltaError, delta_error, project, relative_error, restore
+from ..subspace import project, restore
 from ..tensorfile import TensorReader, TensorRecord, float32, write_safetensors
 from ..workspace import Receipt
 from .job import Job
@@ -94,7 +95,7 @@ def _project_modules(
             hats.append(as_stored(restore(v, stored), job.storage))  # (d, r), as `reconstruct` gives it
             if not np.isfinite(hats[-1]).all():
                 raise _overflow(job.storage, group)
-        errors[module.name] = delta_error(a, b, hats[0].T, hats[1], entry.scale_of[module.name])
+        errors[module.name] = delta_error(a, b, hats[0].T, hats[1], entry.product_of[module.name])
     return loadings, errors
 
 
