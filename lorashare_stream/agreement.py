@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol, TypeVar
 
+from .deltas import Product
 from .errors import AdapterError
-from .keys import SIDES, Side
 from .layout import Layout
 from .settings import Settings
 
 T = TypeVar("T")
+Shape = tuple[int, int, int]  # d_in, d_out, and how many experts are stacked, of one module
 
 
 class Described(Protocol):
@@ -32,6 +33,11 @@ class Described(Protocol):
         """Its tensors."""
         ...
 
+    @property
+    def products(self) -> tuple[Product, ...]:
+        """How dW comes of the factors of each module."""
+        ...
+
 
 E = TypeVar("E", bound=Described)
 
@@ -41,7 +47,7 @@ def common_base(named: Iterable[str | None], settings: Settings, bound: str | No
 
     Args:
         named: what each adapter's configuration names.
-        settings: `base_model` decides; else an alias counts as the commonest name among its like.
+        settings: `base_model` decides; else the commonest name that is not said to be an alias.
         bound: the base model that a workspace already has.
     """
     if settings.base_model is not None:
@@ -49,12 +55,8 @@ def common_base(named: Iterable[str | None], settings: Settings, bound: str | No
     if bound:
         return bound
     counts = Counter(name for name in named if name is not None)
-    alike = [name for name in counts if name in settings.base_aliases]
-    if alike:
-        most = _commonest(Counter({name: counts[name] for name in alike}))
-        together = sum(counts[name] for name in alike)
-        counts = Counter({name: n for name, n in counts.items() if name not in alike} | {str(most): together})
-    return _commonest(counts) or ""
+    proper = Counter({name: n for name, n in counts.items() if name not in settings.base_aliases})
+    return _commonest(proper or counts) if counts else ""
 
 
 def of_base(entries: Sequence[E], base: str, settings: Settings) -> tuple[list[E], list[AdapterError]]:
@@ -78,38 +80,41 @@ def of_base(entries: Sequence[E], base: str, settings: Settings) -> tuple[list[E
 
 
 def of_shape(entries: Sequence[E]) -> tuple[list[E], list[AdapterError]]:
-    """Split off adapters with another d in some group than most have."""
-    uses = Counter(e.layout.digest for e in entries)
-    layouts = {e.layout.digest: e.layout for e in entries}
-    dims: dict[tuple[str, Side], Counter[int]] = {}
-    for digest, layout in layouts.items():
-        for module in layout.modules:
-            for side in SIDES:
-                dims.setdefault((module.name, side), Counter())[module.dim(side)] += uses[digest]
-    common = {group: _commonest(counts) for group, counts in dims.items()}
-    odd = {digest: _odd_shape(layout, common) for digest, layout in layouts.items()}
-    refused = [_other_shape(e.name, *found) for e in entries if (found := odd[e.layout.digest]) is not None]
-    return [e for e in entries if odd[e.layout.digest] is None], refused
+    """Split off adapters in which some module has another shape than most have: they mean another layer by its name."""
+    kinds = [(e.layout.digest, tuple(p.experts for p in e.products)) for e in entries]
+    uses = Counter(kinds)
+    layouts = {kind: e.layout for kind, e in zip(kinds, entries, strict=True)}
+    shapes = {kind: _shapes(layout, kind[1]) for kind, layout in layouts.items()}
+    found: dict[str, Counter[Shape]] = {}
+    for kind, of_kind in shapes.items():
+        for module, shape in of_kind.items():
+            found.setdefault(module, Counter())[shape] += uses[kind]
+    common = {module: _commonest(counts) for module, counts in found.items()}
+    odd = {kind: [m for m, shape in of_kind.items() if shape != common[m]] for kind, of_kind in shapes.items()}
+    refused = [
+        _other_shape(entry, odd[kind][0], shapes[kind][odd[kind][0]], common[odd[kind][0]])
+        for kind, entry in zip(kinds, entries, strict=True)
+        if odd[kind]
+    ]
+    return [e for kind, e in zip(kinds, entries, strict=True) if not odd[kind]], refused
 
 
-def _commonest(counts: Counter[T]) -> T | None:
-    return min(counts, key=lambda value: (-counts[value], str(value)), default=None)
+def _shapes(layout: Layout, experts: tuple[int, ...]) -> dict[str, Shape]:
+    return {m.name: (m.dim("A"), m.dim("B"), e) for m, e in zip(layout.modules, experts, strict=True)}
 
 
-def _odd_shape(layout: Layout, common: Mapping[tuple[str, Side], int | None]) -> tuple[str, int, int | None] | None:
-    for module in layout.modules:
-        for side in SIDES:
-            if module.dim(side) != common[module.name, side]:
-                return module.record(side).name, module.dim(side), common[module.name, side]
-    return None
+def _commonest(counts: Counter[T]) -> T:
+    return min(counts, key=lambda value: (-counts[value], str(value)))
 
 
-def _other_shape(name: str, key: str, dim: int, common: int | None) -> AdapterError:
+def _other_shape(entry: Described, module: str, shape: Shape, common: Shape) -> AdapterError:
+    number = next(i for i in range(3) if shape[i] != common[i])
+    what = "stacked experts" if number == 2 else "d"
     return AdapterError(
         "a shape that differs from the rest of its group",
-        adapter=name,
-        key=key,
-        found=f"d = {dim}",
-        expected=f"d = {common}, as most adapters have",
+        adapter=entry.name,
+        key=entry.layout.by_name[module].record("B" if number == 1 else "A").name,
+        found=f"{what} = {shape[number]}",
+        expected=f"{what} = {common[number]}, as most adapters have",
         remedy="It belongs to another base model, or to a resized one: leave it out.",
     )

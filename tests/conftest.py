@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from safetensors.numpy import save_file
 
-from lorashare_stream.pipeline import compress, plan_for
+from lorashare_stream.pipeline import compress, default_workspace, plan_for
 from lorashare_stream.settings import Settings
 from lorashare_stream.sources import resolve
 
@@ -103,7 +103,8 @@ def compressed(tmp_path: Path) -> Callable[..., Path]:
         sources: Any, name: str = "out", executor: Any = None, workspace: Path | None = None, **options: Any
     ) -> Path:
         out = tmp_path / name
-        plan = plan_for(resolve(sources), Settings.from_mapping({"device": "cpu"} | options), workspace)
+        settings = Settings.from_mapping({"device": "cpu"} | options)
+        plan = plan_for(resolve(sources), settings, workspace or default_workspace(out))
         compress(plan, out, executor=executor, workspace=workspace)
         return out
 

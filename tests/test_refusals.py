@@ -1,0 +1,443 @@
+"""What is refused, or kept apart: the kind is named, and the way out; nothing is mixed, nothing passed over."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from safetensors.numpy import load_file, save_file
+
+from lorashare_stream import peftconfig
+from lorashare_stream.errors import CollectionError, UsageError, WorkspaceError
+from lorashare_stream.model import SHAREModel
+from lorashare_stream.pipeline import plan_for
+from lorashare_stream.report import plan_text, plan_warnings
+from lorashare_stream.settings import Settings
+from lorashare_stream.sources import resolve
+from lorashare_stream.verification import originals_of, verify
+
+from .conftest import CONFIG, factor_keys, load_tensors, make_collection, make_tensors, write_adapter
+
+Compress = Callable[..., Path]
+WEIGHTS = "adapter_model.safetensors"
+A, B = factor_keys("layers.0.q")
+OTHERS = sorted(set(peft.PeftType) - {peft.PeftType.LORA}, key=str)
+
+
+def reason(folder: Path, **settings: Any) -> str:
+    """Why the one adapter that is refused is refused."""
+    plan = plan_for(resolve([folder]), Settings(**settings))
+    (error,) = plan.refused
+    return str(error)
+
+
+def spoiled(collection: list[str], **tensors: np.ndarray) -> Path:
+    folder = Path(collection[1])
+    save_file(load_file(folder / WEIGHTS) | tensors, folder / WEIGHTS)
+    return folder.parent
+
+
+# -- other methods ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_every_other_method_is_refused_by_its_name_with_the_way_out(collection: list[str], kind: str) -> None:
+    Path(collection[1], "adapter_config.json").write_text(json.dumps(CONFIG | {"peft_type": peft.PeftType(kind).value}))
+    text = reason(Path(collection[1]))
+    assert f"peft_type is '{peft.PeftType(kind).value}'" in text
+    assert ("save_as_lora" in text) != ("PEFT cannot convert it" in text)
+
+
+def converts(kind: peft.PeftType) -> bool:
+    """Whether the installed PEFT says of some layer of a method that it can be converted to LoRA."""
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING[kind]
+    package = inspect.getmodule(tuner).__name__.rpartition(".")[0]  # type: ignore[union-attr]
+    module = __import__(f"{package}.layer", fromlist=["x"])
+    own = [
+        c
+        for _, c in inspect.getmembers(module, inspect.isclass)
+        if c.__module__ == module.__name__ and "supports_lora_conversion" in vars(c)
+    ]
+    return any("return False" not in inspect.getsource(c.supports_lora_conversion) for c in own)
+
+
+@pytest.mark.parametrize("kind", [k for k in OTHERS if k in PEFT_TYPE_TO_TUNER_MAPPING])
+def test_the_way_out_is_that_of_the_installed_peft(kind: peft.PeftType) -> None:
+    try:
+        expected = converts(kind)
+    except ModuleNotFoundError:  # prompt learning has no layers
+        expected = False
+    assert (kind.value in peftconfig._CONVERTIBLE) == expected
+
+
+@pytest.mark.parametrize("method", ["LoHaConfig", "LoKrConfig", "C3AConfig"])
+def test_the_way_out_leads_out(tmp_path: Path, compressed: Compress, method: str) -> None:
+    options = {"block_size": 4} if method == "C3AConfig" else {"r": 2}
+    outputs = {}
+    for seed in range(2):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential()
+        net.add_module("q", torch.nn.Linear(8, 8))
+        model = peft.get_peft_model(net, getattr(peft, method)(target_modules=["q"], **options))  # type: ignore[arg-type]
+        torch.manual_seed(seed + 1)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(torch.randn(parameter.shape)) if parameter.requires_grad else None
+        model.save_pretrained(str(tmp_path / "other" / f"a{seed}"))
+        peft.save_as_lora(tmp_path / "lora" / f"a{seed}", model, rank=8)
+        outputs[f"a{seed}"] = model(torch.eye(8))
+    with pytest.raises(CollectionError, match="save_as_lora"):
+        compressed([tmp_path / "other"])
+    share = SHAREModel.from_pretrained(compressed([tmp_path / "lora"], num_components=100))
+    for name, out in outputs.items():
+        torch.manual_seed(0)
+        net = torch.nn.Sequential()
+        net.add_module("q", torch.nn.Linear(8, 8))
+        assert torch.allclose(share.apply(net, name)(torch.eye(8)), out, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "method", ["AdaLoraConfig", "LoHaConfig", "IA3Config", "VeraConfig", "OFTConfig", "RandLoraConfig"]
+)
+def test_another_method_is_known_by_its_keys_where_the_configuration_claims_lora(tmp_path: Path, method: str) -> None:
+    net = torch.nn.Sequential()
+    net.add_module("q", torch.nn.Linear(32, 32))
+    options: dict[str, Any] = {"AdaLoraConfig": {"total_step": 10}, "IA3Config": {"feedforward_modules": []}}.get(
+        method, {}
+    )
+    model = peft.get_peft_model(net, getattr(peft, method)(target_modules=["q"], **options))  # type: ignore[arg-type]
+    model.save_pretrained(str(tmp_path / "a"))
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(CONFIG))
+    assert "not a PEFT LoRA: the keys are those of" in reason(tmp_path / "a")
+
+
+# -- other files ------------------------------------------------------------------------------------------------
+
+ONE = np.ones((2, 2), np.float32)
+KOHYA = {"lora_unet_mid.lora_up.weight": ONE, "lora_unet_mid.lora_down.weight": ONE, "lora_unet_mid.alpha": ONE[0]}
+DIFFUSERS = {"unet.mid_block.attn.to_q.lora.up.weight": ONE, "unet.mid_block.attn.to_q.lora.down.weight": ONE}
+BY_PEFT = {"unet.mid_block.attn.to_q.lora_A.weight": ONE, "unet.mid_block.attn.to_q.lora_B.weight": ONE}
+
+
+@pytest.mark.parametrize(
+    ("file", "tensors", "kind"),
+    [
+        ("my_style.safetensors", KOHYA, "kohya LoRA"),
+        ("pytorch_lora_weights.safetensors", DIFFUSERS, "diffusers LoRA"),
+        ("pytorch_lora_weights.safetensors", BY_PEFT, "diffusers LoRA"),
+        ("flux.safetensors", BY_PEFT, "diffusers LoRA"),
+    ],
+)
+def test_files_of_kohya_and_diffusers_are_named_wherever_they_lie(
+    tmp_path: Path, collection: list[str], file: str, tensors: dict[str, np.ndarray], kind: str
+) -> None:
+    folder = tmp_path / "adapters" / "style"
+    folder.mkdir()
+    save_file(tensors, folder / file)
+    for source in (folder, tmp_path / "adapters"):  # itself, and in a tree of adapters, where it is not passed over
+        text = reason(source)
+        assert f"'style': a {kind}: {file} without adapter_config.json" in text
+        assert "save_pretrained" in text
+    with pytest.raises(UsageError, match=f"a {kind}, not a PEFT adapter.*save_pretrained"):
+        resolve([folder / file])
+    (folder / "adapter_config.json").write_text(json.dumps(CONFIG))
+    (folder / file).rename(folder / WEIGHTS)
+    if tensors is not BY_PEFT:  # with a configuration, PEFT takes it for its own, and so do we
+        assert f"the keys are those of {kind}" in reason(folder)
+
+
+def test_a_pickle_of_diffusers_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    torch.save({k: torch.from_numpy(v) for k, v in DIFFUSERS.items()}, tmp_path / "a" / "pytorch_lora_weights.bin")
+    assert "a diffusers LoRA: pytorch_lora_weights.bin" in reason(tmp_path / "a")
+
+
+def test_other_files_of_tensors_are_no_adapters(tmp_path: Path, collection: list[str]) -> None:
+    (tmp_path / "adapters" / "base").mkdir()
+    save_file({"model.layers.0.q.weight": ONE}, tmp_path / "adapters" / "base" / "model.safetensors")
+    (tmp_path / "adapters" / "base" / "broken.safetensors").write_bytes(b"nothing")
+    assert len(resolve([tmp_path / "adapters"])) == len(collection)
+
+
+# -- files that were saved wrongly --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tensors", "parts"),
+    [
+        ({A: np.zeros((0,), np.float32)}, ["empty tensor", "ZeRO-3", "[0]", "Gather"]),
+        ({A: np.ones((160,), np.float32)}, ["flattened", "FSDP", "[160]", "Gather"]),
+        ({B: np.ones((24, 4, 1), np.float32)}, ["MergedLinear", "[24, 4, 1]", "[4, 40]", "Convert it"]),
+        ({A: np.ones((4, 5, 3), np.float32)}, ["different numbers of dimensions", "[4, 5, 3]"]),
+    ],
+)  # fmt: skip
+def test_tensors_that_no_adapter_has(collection: list[str], tensors: dict[str, np.ndarray], parts: list[str]) -> None:
+    text = reason(spoiled(collection, **tensors))
+    assert all(part in text for part in ("'a01'", *parts)), text
+
+
+def test_a_file_without_any_tensor(collection: list[str]) -> None:
+    save_file({}, Path(collection[1]) / WEIGHTS)
+    text = reason(Path(collection[1]))
+    assert all(part in text for part in ("holds no LoRA tensors", "no tensors", "ZeRO-3 or FSDP", "gather"))
+
+
+@pytest.mark.parametrize("left", ["zero_to_fp32.py", "global_step100", "pytorch_model_fsdp_0", "__0_0.distcp"])
+def test_a_folder_with_shards_of_a_trainer_instead_of_weights(collection: list[str], left: str) -> None:
+    (Path(collection[1]) / WEIGHTS).unlink()
+    (Path(collection[1]) / left).mkdir()
+    assert "shards of ZeRO-3 or FSDP: gather" in reason(Path(collection[1]))
+
+
+def test_a_file_with_a_copy_s_name(collection: list[str]) -> None:
+    (Path(collection[1]) / WEIGHTS).rename(Path(collection[1]) / "adapter_model (1).safetensors")
+    text = reason(Path(collection[1]))
+    assert "adapter_model (1).safetensors" in text
+    assert f"rename it to {WEIGHTS}" in text
+
+
+def test_a_dump_of_several_adapters_names_them(collection: list[str]) -> None:
+    folder = Path(collection[1])
+    tensors = load_file(folder / WEIGHTS)
+    save_file({k.replace("_A.", f"_A.{n}.").replace("_B.", f"_B.{n}."): v for k, v in tensors.items() for n in "xy"
+               if "lora" in k}, folder / WEIGHTS)  # fmt: skip
+    text = reason(folder)
+    assert all(part in text for part in ("several adapters in one file", "x", "y", "Save each"))
+
+
+def test_a_legacy_merged_linear_is_known_by_its_configuration(collection: list[str]) -> None:
+    Path(collection[1], "adapter_config.json").write_text(json.dumps(CONFIG | {"enable_lora": [True, False, True]}))
+    text = reason(Path(collection[1]))
+    assert all(part in text for part in ("MergedLinear", "enable_lora", "PEFT release that made it"))
+
+
+# -- groups on which adapters disagree ------------------------------------------------------------------------------
+
+
+def kernels(rng: np.random.Generator, module: str) -> dict[str, np.ndarray]:
+    a, b = factor_keys(module)
+    return {
+        a: rng.standard_normal((4, 40, 3)).astype(np.float32),
+        b: rng.standard_normal((24, 4, 1)).astype(np.float32),
+    }
+
+
+def test_a_convolution_beside_a_linear_layer_of_the_same_name_is_kept_apart(
+    tmp_path: Path, compressed: Compress
+) -> None:
+    folders = make_collection(tmp_path / "adapters", 6)
+    rng = np.random.default_rng(5)
+    for folder in folders[:3]:
+        tensors = load_tensors(folder) | kernels(rng, "layers.0.q")
+        save_file(tensors, Path(folder) / WEIGHTS)
+    share = SHAREModel.from_pretrained(compressed(folders, num_components=4))
+    groups = share.config.ours["groups"]
+    assert groups["layers.0.q:A"] | {"n": 3 * 4, "d": 40} == groups["layers.0.q:A"]  # of the other three alone
+    assert groups["layers.0.v:A"]["n"] == 6 * 4
+    for name, folder in zip(share.adapter_names[:3], folders, strict=False):
+        tensors = load_tensors(folder)
+        found = share.reconstruct(name)
+        assert all(np.array_equal(found[key].numpy(), tensors[key]) for key in (A, B))
+        assert any("a convolution" in note for note in share.certified(name)["notes"])
+
+
+def test_another_d_in_a_group_is_refused_whoever_comes_first(tmp_path: Path) -> None:
+    modules = {"layers.0.q": (40, 24)}
+    rng = np.random.default_rng(0)
+    for name, shape in {"a": (41, 24), "b": (40, 24), "c": (40, 24), "d": (40, 25)}.items():
+        write_adapter(tmp_path / "in" / name, make_tensors(rng, modules | {"layers.0.q": shape}))
+    plan = plan_for(resolve([tmp_path / "in"]), Settings())
+    assert [e.name for e in plan.entries] == ["b", "c"]
+    first, second = map(str, plan.refused)
+    assert all(part in first for part in ("'a'", A, "d = 41", "d = 40, as most"))
+    assert all(part in second for part in ("'d'", B, "d = 25", "d = 24, as most"))
+
+
+def test_stacked_experts_and_a_plain_layer_of_the_same_shape_are_not_mixed(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name in "abc":
+        write_adapter(tmp_path / "in" / name, make_tensors(rng, {"experts": (40, 24)}))
+    stacked = make_tensors(rng, {"experts": (40, 24)}, r=8)
+    write_adapter(tmp_path / "in" / "d", stacked, target_parameters=["experts.up"])
+    text = reason(tmp_path / "in")
+    assert all(part in text for part in ("'d'", "stacked experts = 2", "stacked experts = 1"))
+
+
+def test_a_square_matrix_is_oriented_by_its_key(tmp_path: Path, compressed: Compress) -> None:
+    """r = d: the shapes of A and B are equal, and so are those of the two sides."""
+    folders = make_collection(tmp_path / "adapters", 5, {"layers.0.q": (4, 4)}, r=4)
+    share = SHAREModel.from_pretrained(compressed(folders, num_components=4))
+    for name, folder in zip(share.adapter_names, folders, strict=True):
+        found, tensors = share.reconstruct(name), load_tensors(folder)
+        assert np.allclose(found[B].numpy() @ found[A].numpy(), tensors[B] @ tensors[A], atol=1e-5)
+
+
+# -- the base model has many names ----------------------------------------------------------------------------------
+
+NAMES = ["org/base", "org/base", "org/base", "mirror/base-4bit", "mirror/base-4bit", "/home/me/base", None]
+
+
+@pytest.fixture
+def named(tmp_path: Path) -> Path:
+    for i, (folder, name) in enumerate(zip(make_collection(tmp_path / "in", len(NAMES)), NAMES, strict=True)):
+        Path(folder, "adapter_config.json").write_text(json.dumps(CONFIG | {"base_model_name_or_path": name}))
+        assert folder.endswith(f"a{i:02}")
+    return tmp_path / "in"
+
+
+@pytest.mark.parametrize(
+    ("settings", "base", "refused"),
+    [
+        ({}, "org/base", [3, 4, 5]),
+        ({"base_model": "/home/me/base"}, "/home/me/base", [0, 1, 2, 3, 4]),
+        ({"base_aliases": ("mirror/base-4bit", "/home/me/base")}, "org/base", []),
+        ({"base_model": "org/base", "base_aliases": ("mirror/base-4bit",)}, "org/base", [5]),
+        ({"base_model": "new/base", "base_aliases": ("org/base", "mirror/base-4bit", "/home/me/base")}, "new/base", []),
+        ({"any_base": True}, "org/base", []),
+    ],
+)  # fmt: skip
+def test_one_base_model_goes_by_many_names(
+    named: Path, settings: dict[str, Any], base: str, refused: list[int]
+) -> None:
+    plan = plan_for(resolve([named]), Settings(**settings))
+    assert plan.base_model == base
+    assert [e.adapter for e in plan.refused] == [f"a{i:02}" for i in refused]
+    for error in plan.refused:
+        assert all(part in str(error) for part in ("base_model_name_or_path", base, "--base-alias", "--any-base"))
+    text = plan_text(plan)
+    for name in {e.base_model for e in plan.entries} - {None, base}:
+        assert f"{name} by" in text  # what differs is listed before work
+    assert any("no base model is named by 1 adapter" in w for w in plan_warnings(plan))
+    assert any("accepted unseen" in w for w in plan_warnings(plan)) == ("any_base" in settings)
+
+
+def test_an_alias_is_the_name_only_where_no_other_is(named: Path) -> None:
+    every = tuple(name for name in NAMES if name)
+    plan = plan_for(resolve([named]), Settings(base_aliases=every))
+    assert plan.base_model == "org/base"
+    assert not plan.refused
+
+
+def test_the_checkpoint_has_the_name_and_each_adapter_keeps_its_own(named: Path, compressed: Compress) -> None:
+    share = SHAREModel.from_pretrained(compressed([named], base_model="org/base", any_base=True, num_components=4))
+    assert share.config.base_model_name_or_path == "org/base"
+    configs = [share.adapter_configs[name] for name in share.adapter_names]
+    assert [c["base_model_name_or_path"] for c in configs] == NAMES
+
+
+def test_a_workspace_keeps_its_base_model_when_others_outnumber_it(named: Path, compressed: Compress) -> None:
+    compressed([named / f"a{i:02}" for i in range(3)], num_components=4)
+    many = [named / f"a{i:02}" for i in range(3)]
+    for i in range(5):
+        shutil.copytree(named / "a03", named / f"b{i}")
+        many.append(named / f"b{i}")
+    with pytest.raises(CollectionError, match=r"5 of 8.*\n.*'b0'.*found mirror/base-4bit; expected org/base"):
+        compressed(many, num_components=4)
+    share = SHAREModel.from_pretrained(compressed(many, num_components=4, base_aliases=["mirror/base-4bit"]))
+    assert len(share.adapter_names) == 8
+
+
+def test_the_name_may_change_to_another_of_the_same_model(named: Path, compressed: Compress) -> None:
+    three = [named / f"a{i:02}" for i in range(3)]
+    compressed(three, num_components=4)
+    share = SHAREModel.from_pretrained(
+        compressed(three, num_components=4, base_model="org/base-v2", base_aliases=["org/base"])
+    )
+    assert share.config.base_model_name_or_path == "org/base-v2"
+    with pytest.raises(WorkspaceError, match="base_model=org/base"):
+        compressed(three, num_components=4, base_model="org/another", any_base=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"base_model": ""}, "base_model"),
+        ({"base_model": 3}, "base_model"),
+        ({"base_aliases": "org/base"}, "base_aliases.*--base-alias.*a list"),
+        ({"base_aliases": [None]}, "base_aliases"),
+        ({"any_base": "yes"}, "any_base"),
+        ({"share_initial": 1}, "share_initial"),
+    ],
+)
+def test_settings_that_cannot_be_meant(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Settings.from_mapping(settings)
+
+
+# -- factors that hold a part of the base -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "OLoRA", "corda", "lora_ga", "loftq"])
+def test_what_holds_a_part_of_the_base_is_exact_unless_asked_otherwise(
+    tmp_path: Path, compressed: Compress, init: str
+) -> None:
+    folders = make_collection(tmp_path / "in", 6)
+    Path(folders[2], "adapter_config.json").write_text(json.dumps(CONFIG | {"init_lora_weights": init}))
+    plan = plan_for(resolve(folders), Settings())
+    (warning,) = [w for w in plan_warnings(plan) if "part of the base model" in w]
+    assert all(part in warning for part in (init, "1 adapter (a02)", "--share-initial"))
+    assert all(g.count == 5 * 4 for g in plan.groups)
+
+    share = SHAREModel.from_pretrained(compressed(folders, num_components=4))
+    assert share.config.ours["verbatim_adapters"] == ["a02"]
+    tensors = load_tensors(folders[2])
+    found = share.reconstruct("a02")
+    assert found.keys() == tensors.keys()
+    assert all(np.array_equal(found[k].numpy(), tensors[k]) for k in tensors)
+    assert not any(v.problem for v in verify(share, originals_of(share, resolve(folders))))
+
+    asked = SHAREModel.from_pretrained(compressed(folders, "asked", num_components=4, share_initial=True))
+    assert asked.config.ours["verbatim_adapters"] == []
+    assert asked.certified("a02")["relative_error"] > 0.01
+    assert not any(v.problem for v in verify(asked, originals_of(asked, resolve(folders))))
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal", "mica", None])
+def test_other_initialisations_are_compressed(tmp_path: Path, init: object) -> None:
+    folders = make_collection(tmp_path / "in", 2, init_lora_weights=init)
+    plan = plan_for(resolve(folders), Settings())
+    assert all(len(e.layout.modules) == 3 for e in plan.entries)
+
+
+def test_a_workspace_is_bound_to_what_it_shares(tmp_path: Path, compressed: Compress) -> None:
+    folders = make_collection(tmp_path / "in", 6, init_lora_weights="olora")
+    compressed(folders, num_components=4)
+    with pytest.raises(WorkspaceError, match="share_initial"):
+        compressed(folders, num_components=4, share_initial=True)
+
+
+def test_exact_adapters_alone_make_a_checkpoint_too(tmp_path: Path, compressed: Compress) -> None:
+    folders = make_collection(tmp_path / "in", 2, init_lora_weights="pissa")
+    assert any("everything is kept verbatim" in w for w in plan_warnings(plan_for(resolve(folders), Settings())))
+    share = SHAREModel.from_pretrained(compressed(folders))
+    assert share.reconstruct("a01").keys() == load_tensors(folders[1]).keys()
+
+
+def test_verify_finds_a_changed_byte_in_what_is_exact(tmp_path: Path, compressed: Compress) -> None:
+    folders = make_collection(tmp_path / "in", 3, init_lora_weights="pissa")
+    out = compressed(folders)
+    path = out / "adapters" / "a01" / "classifier_head.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-5] ^= 1
+    path.write_bytes(raw)
+    share = SHAREModel.from_pretrained(out)
+    verdicts = {v.name: v.problem for v in verify(share, originals_of(share, resolve(folders)))}
+    assert "differs from the original" in str(verdicts.pop("a01"))
+    assert set(verdicts.values()) == {None}
+
+
+def test_adapters_that_are_mostly_other_tensors_are_told(tmp_path: Path) -> None:
+    folders = make_collection(tmp_path / "in", 3)
+    vocabulary = {"base_model.model.embed_tokens.weight": np.ones((2000, 40), np.float32)}
+    save_file(load_tensors(folders[0]) | vocabulary, Path(folders[0]) / WEIGHTS)
+    (warning,) = [w for w in plan_warnings(plan_for(resolve(folders), Settings())) if "not LoRA" in w]
+    assert "1 adapter (a00)" in warning
