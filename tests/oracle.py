@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +29,23 @@ def delta(tensors: Tensors, module: str, scale: float) -> np.ndarray:
     return scale * vectors(tensors, module, "B") @ vectors(tensors, module, "A").T
 
 
-def stacked(adapters: list[Tensors], scales: list[float], module: str, side: str, objective: str) -> np.ndarray:
+Scale = float | Callable[[str], float]  # of all modules of an adapter, or by module
+
+
+def stacked(adapters: list[Tensors], scales: Sequence[Scale], module: str, side: str, objective: str) -> np.ndarray:
     """The columns X (d, n) whose second moment a group's basis is fitted to, by the definition of the objective."""
     columns = []
-    for tensors, scale in zip(adapters, scales, strict=True):
+    for tensors, given in zip(adapters, scales, strict=True):
+        scale: Callable[[str], float] = given if callable(given) else lambda _, s=given: s  # type: ignore[misc]
         if f"base_model.model.{module}.lora_A.weight" not in tensors:
             continue
         w = vectors(tensors, module, side)
         if objective == "delta":
             modules = {m for m, _ in groups([tensors])}
-            energy = sum(np.sum(delta(tensors, m, scale) ** 2) for m in modules)
+            energy = sum(np.sum(delta(tensors, m, scale(m)) ** 2) for m in modules)
             partner = vectors(tensors, module, "B" if side == "A" else "A")
             values, q = np.linalg.eigh(partner.T @ partner)
-            w = w @ (q * np.sqrt(values.clip(0))) @ q.T * scale / np.sqrt(energy)
+            w = w @ (q * np.sqrt(values.clip(0))) @ q.T * scale(module) / np.sqrt(energy)
         columns.append(w)
     return np.concatenate(columns, axis=1)
 

@@ -238,3 +238,42 @@ def test_vectors_are_oriented_by_side_not_by_shape(tmp_path: Path, compressed: C
             assert np.allclose(found[key].numpy(), original[key], atol=1e-5)
     assert vectors(load_tensors(folders[0]), "flat", "A").shape == (3, 4)
     assert MODULES
+
+
+def test_each_module_is_weighted_by_its_own_scale(tmp_path: Path, compressed: Compress) -> None:
+    """alpha, rsLoRA, alpha_pattern and rank_pattern, as PEFT multiplies by them."""
+    ranks = {"layers.0.q": 4, "layers.0.v": 2, "layers.1.q": 4}
+    configs: list[dict[str, Any]] = [
+        {"lora_alpha": 4},
+        {"lora_alpha": 64, "use_rslora": True},
+        {"alpha_pattern": {"layers.0.q": 100, "v": 1}},
+        {"alpha_pattern": {r"layers\.1\..*": 0.5}, "use_rslora": True},
+    ]
+    rng, folders, scales = np.random.default_rng(3), [], []
+    for i in range(12):
+        tensors: dict[str, np.ndarray] = {}
+        for module, rank in ranks.items():
+            tensors |= make_tensors(rng, {module: MODULES[module]}, rank)
+        config = {"r": 4, "rank_pattern": {"v": 2}} | configs[i % 4]
+        folders.append(str(write_adapter(tmp_path / "in" / f"a{i:02}", tensors, **config)))
+        scales.append(
+            [
+                lambda m: 4 / ranks[m],
+                lambda m: 64 / ranks[m] ** 0.5,
+                lambda m: {"layers.0.q": 100 / 4, "layers.0.v": 1 / 2}.get(m, 8 / 4),
+                lambda m: (0.5 if m == "layers.1.q" else 8) / ranks[m] ** 0.5,
+            ][i % 4]
+        )
+    share = SHAREModel.from_pretrained(compressed(folders, num_components=5, moment_dtype="float64"))
+    adapters = [load_tensors(f) for f in folders]
+    plain = [2.0] * len(folders)
+    for module, side in groups(adapters):
+        x = stacked(adapters, scales, module, side, "delta")
+        best = np.linalg.svd(x)[0][:, :5]
+        v = share.components[f"{module}:{side}"].double().numpy()
+        assert largest_angle(v, best) < 1e-4
+        unscaled = np.linalg.svd(stacked(adapters, plain, module, side, "delta"))[0][:, :5]
+        assert largest_angle(v, unscaled) > 1e-2  # the scales do matter
+    for name, tensors, scale in zip(share.adapter_names, adapters, scales, strict=True):
+        norm = np.sqrt(sum(np.sum(delta(tensors, m, scale(m)) ** 2) for m in ranks))
+        assert share.certified(name)["delta_norm"] == pytest.approx(norm, rel=1e-5)

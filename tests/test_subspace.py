@@ -11,6 +11,7 @@ from lorashare_stream.deltas import Product, delta_error, delta_norm, relative_e
 from lorashare_stream.moments import Moment, empty, of_columns, second_of
 from lorashare_stream.solvers import leading
 from lorashare_stream.subspace import break_even, centered, fit
+from lorashare_stream.tasks.accumulate import weighted_rows
 
 
 def decaying(seed: int, n: int, d: int, power: float = 1.0) -> np.ndarray:
@@ -126,6 +127,27 @@ def test_the_certified_error_is_that_of_the_product(seed: int, r: int, d_in: int
         == pytest.approx(delta_norm(a, b, Product(scale)))
         == pytest.approx(scale**2 * np.sum((b @ a) ** 2), rel=1e-8)
     )
+
+
+@given(st.integers(0, 1000), st.integers(1, 4), st.integers(1, 3), st.integers(1, 12), st.integers(1, 12))
+def test_stacked_experts_are_multiplied_as_peft_does(seed: int, experts: int, r: int, d_in: int, d_out: int) -> None:
+    rng = np.random.default_rng(seed)
+    a, b = rng.standard_normal((experts * r, d_in)), rng.standard_normal((d_out, r * experts))
+    a_hat, b_hat = a + 0.1 * rng.standard_normal(a.shape), b * 0.7
+
+    def stack(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # ParamWrapper.get_delta_weight
+        by_expert = a.reshape(experts, -1, d_in), b.reshape(d_out, -1, experts)
+        return 2.0 * np.einsum("o r e, e r i -> e o i", by_expert[1], by_expert[0])
+
+    found = delta_error(a, b, a_hat, b_hat, Product(2.0, experts))
+    assert found.error == pytest.approx(np.sum((stack(a, b) - stack(a_hat, b_hat)) ** 2), rel=1e-8, abs=1e-10)
+    assert found.norm == pytest.approx(np.sum(stack(a, b) ** 2), rel=1e-8)
+    rows = weighted_rows(a.astype(np.float32), b.astype(np.float32), Product(2.0, experts), found.norm, "delta")
+    for side, axis in (("A", 2), ("B", 1)):  # each side's moment is that of all dW_e, over ||dW||^2
+        matrices = np.moveaxis(stack(a, b), axis, 0).reshape((d_in, d_out)["AB".index(side)], -1)
+        moment = matrices @ matrices.T / found.norm
+        wide = rows[side].astype(np.float64)  # type: ignore[index]
+        assert np.allclose(wide.T @ wide, moment, atol=1e-4)
 
 
 def test_a_nearly_exact_reconstruction_has_a_nearly_vanishing_error() -> None:
