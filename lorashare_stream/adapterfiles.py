@@ -18,6 +18,7 @@ from .tensorfile import CHUNK, SafetensorsReader, TensorReader, TensorRecord, re
 CONFIG = "adapter_config.json"
 SAFETENSORS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 _SHARDS = ("pytorch_model_fsdp", "global_step", "zero_", "bf16_zero_", "fp16_zero_", "mp_rank_")
+_AGAIN = "Fetch or save the adapter again, or leave it out."
 MOST_PEEKS = 8  # headers read in a folder without a configuration, to tell what it is
 INDEXES = ("adapter_model.safetensors.index.json", "model.safetensors.index.json")
 
@@ -59,9 +60,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = read_json(path, limit=16 << 20)
     except ValueError as e:
-        raise AdapterError(f"{CONFIG} is not valid JSON", found=str(e), remedy="Save the adapter again.") from e
+        raise AdapterError(f"{CONFIG} is not valid JSON", found=str(e), remedy=_AGAIN) from e
     if not isinstance(config, dict):
-        raise AdapterError(f"{CONFIG} is not an object", found=type(config).__name__, expected="an object")
+        raise AdapterError(
+            f"{CONFIG} is not an object", found=type(config).__name__, expected="an object", remedy=_AGAIN
+        )
     return config
 
 
@@ -121,7 +124,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
 
 
 def _no_weights(entries: Sequence[str]) -> MissingFileError:
-    remedy = "Save the adapter again."
+    remedy = _AGAIN
     if any(n.endswith(".distcp") or n.startswith(_SHARDS) for n in entries):
         remedy = "It holds the shards of ZeRO-3 or FSDP: gather the weights, and save the adapter again."
     elif any(n.startswith("adapter_model") for n in entries):
@@ -133,8 +136,10 @@ def _shards(folder: Path, index: str) -> tuple[Path, ...]:
     try:
         content = read_json(folder / index)
         names = sorted(set(content["weight_map"].values()))
+        if not names:
+            raise ValueError("it names no file")
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise AdapterError(f"{index} has no usable weight_map", found=str(e)) from e
+        raise AdapterError(f"{index} has no usable weight_map", found=str(e), remedy=_AGAIN) from e
     for name in names:
         if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
             raise AdapterError(
@@ -145,7 +150,9 @@ def _shards(folder: Path, index: str) -> tuple[Path, ...]:
                 remedy="Do not trust this adapter.",
             )
         if not (folder / name).is_file():
-            raise MissingFileError("a shard is missing", key=index, found=listed(os.listdir(folder)), expected=name)
+            raise MissingFileError(
+                "a shard is missing", key=index, found=listed(os.listdir(folder)), expected=name, remedy=_AGAIN
+            )
     return tuple(folder / name for name in names)
 
 
@@ -162,7 +169,7 @@ def tensor_records(paths: tuple[Path, ...]) -> tuple[TensorRecord, ...]:
     records = tuple(record for number, path in enumerate(paths) for record in read_header(path, number))
     twice = repeated(r.name for r in records)
     if twice is not None:
-        raise AdapterError("two shards hold the same key", key=twice, remedy="Save the adapter again.")
+        raise AdapterError("two shards hold the same key", key=twice, remedy=_AGAIN)
     return records
 
 

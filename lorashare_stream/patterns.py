@@ -53,7 +53,12 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         tree = _parser.parse(pattern)
         compiled = re.compile(rf"(.*\.)?({pattern})$")
     except (re.error, RecursionError, OverflowError) as e:
-        raise AdapterError("a module pattern is no regular expression", key=pattern, found=str(e)) from e
+        raise AdapterError(
+            "a module pattern is no regular expression",
+            key=pattern,
+            found=str(e),
+            remedy="Mend rank_pattern or alpha_pattern, or leave the adapter out.",
+        ) from e
     loops = _loops(tree)
     if loops is None or loops > _MOST_LOOPS:
         raise AdapterError(

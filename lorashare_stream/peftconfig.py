@@ -93,7 +93,7 @@ def _refuse_field(name: str, found: object, expected: str) -> None:
     raise AdapterError(
         f"adapter_config.json has an unusable {name}",
         key=name,
-        found=found,
+        found="nothing" if found is None else found,
         expected=expected,
         remedy="Mend the configuration, or leave the adapter out.",
     )
