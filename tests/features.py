@@ -165,6 +165,17 @@ def lora_ga(model: Any, config: LoraConfig) -> None:
     model.zero_grad()
 
 
+def loftq(
+    weight: torch.Tensor, num_bits: int, reduced_rank: int, num_iter: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Stands in for `peft.utils.loftq_utils.loftq_init`, which needs a GPU: another quantiser, the same split."""
+    step = weight.abs().max() / 2 ** (num_bits - 1)
+    quantised = (weight / step).round() * step
+    u, s, v = torch.linalg.svd(weight - quantised)
+    root = s[:reduced_rank].sqrt()
+    return quantised, root[:, None] * v[:reduced_rank], u[:, :reduced_rank] * root
+
+
 QV: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 BERT: dict[str, Any] = {"r": 4, "target_modules": ["query", "value"], "task_type": "SEQ_CLS"}
 LIN: dict[str, Any] = {"r": 2, "target_modules": ["lin"]}
@@ -289,6 +300,13 @@ FEATURES: dict[str, Feature] = {
         exact=PRINCIPAL,
         prepare=lora_ga,
     ),
+    "loftq": Feature(
+        llama,
+        [qv(init_lora_weights="loftq", loftq_config={"loftq_bits": 4, "loftq_iter": 1})],
+        set(),
+        {"lora_A"},
+        exact=PRINCIPAL,
+    ),
     "eva": Feature(
         llama,
         [qv(init_lora_weights="eva", eva_config=EvaConfig(), rank_pattern={"model.layers.0.self_attn.q_proj": 7})],
@@ -345,7 +363,7 @@ def trained(feature: Feature, options: dict[str, Any], seed: int, folder: Path) 
     model = get_peft_model(prepared(feature, config), config).eval()
     generator = torch.Generator().manual_seed(seed)
     # A base that was split at the start has trained factors near those of the start.
-    near = str(config.init_lora_weights).startswith(("pissa", "olora", "corda", "lora_ga"))
+    near = str(config.init_lora_weights).startswith(("pissa", "olora", "corda", "lora_ga", "loftq"))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:

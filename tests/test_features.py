@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from lorashare_stream.report import plan_warnings
 from lorashare_stream.settings import Settings
 from lorashare_stream.sources import resolve
 
-from .features import FEATURES, QV, Feature, loaded, logits, prepared, trained
+from .features import FEATURES, QV, Feature, loaded, loftq, logits, prepared, trained
 
 Compress = Callable[..., Path]
 WEIGHTS = "adapter_model.safetensors"
@@ -36,6 +37,11 @@ PEFTS_OWN = [  # what PEFT says of adapters that are as they should be
     "ignore:Full backward hook is firing",
     "ignore:`is_gradient_checkpointing` is deprecated",
 ]
+
+
+@pytest.fixture(autouse=True)
+def loftq_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peft.tuners.lora.layer.loftq_init", loftq)
 
 
 def adapters_of(feature: Feature) -> dict[str, dict[str, Any]]:
@@ -266,3 +272,17 @@ def test_named_adapters_lie_in_subfolders(tmp_path: Path, compressed: Compress) 
     for name, truth in truths.items():
         share.reconstruct(name, output_dir=tmp_path / "rec" / name)
         assert torch.allclose(logits(loaded(feature, tmp_path / "rec" / name)), truth, atol=1e-4)
+
+
+# -- the table ---------------------------------------------------------------------------------------------------
+
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "adapters.md"
+
+
+def test_the_table_in_the_docs_names_every_feature_and_every_form_and_tests_that_are_there() -> None:
+    text = DOCS.read_text()
+    named = set(re.findall(r"`\[([^\]]+)\]`", text)) - {"name"}
+    assert named == FEATURES.keys() | FORMS.keys()
+    for file, test in re.findall(r"`tests/(\w+)\.py::(\w+)", text):
+        assert f"\ndef {test}(" in (Path(__file__).parent / f"{file}.py").read_text(), test
+    assert len(re.findall(r"`tests/\w+\.py::\w+", text)) > 15

@@ -408,6 +408,18 @@ def test_other_initialisations_are_compressed(tmp_path: Path, init: object) -> N
     assert all(len(e.layout.modules) == 3 for e in plan.entries)
 
 
+@pytest.mark.parametrize("field", ["kasa_config", "use_bdlora", "use_qalora", "arrow_config"])
+def test_variants_of_another_product_are_kept_exact(tmp_path: Path, compressed: Compress, field: str) -> None:
+    folders = make_collection(tmp_path / "in", 4)
+    odd = make_tensors(np.random.default_rng(1), {"layers.0.q": (20, 24)})  # QALoRA, BD-LoRA: lora_A is narrower
+    write_adapter(Path(folders[1]), odd, **{field: {"nblocks": 2} if field != "use_qalora" else True})
+    for flag in (False, True):
+        share = SHAREModel.from_pretrained(compressed(folders, f"out{flag}", num_components=4, share_initial=flag))
+        assert share.config.ours["verbatim_adapters"] == ["a01"]
+        found = share.reconstruct("a01")
+        assert all(np.array_equal(found[k].numpy(), odd[k]) for k in odd)
+
+
 def test_a_workspace_is_bound_to_what_it_shares(tmp_path: Path, compressed: Compress) -> None:
     folders = make_collection(tmp_path / "in", 6, init_lora_weights="olora")
     compressed(folders, num_components=4)
