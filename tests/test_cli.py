@@ -188,6 +188,50 @@ def test_settings_from_yaml_and_flags_win(tmp_path: Path, collection: list[str],
     assert "unknown setting" in capsys.readouterr().err
 
 
+def test_the_base_model_by_flags_by_yaml_and_by_a_saved_plan(
+    tmp_path: Path, collection: list[str], capsys: Capture, caplog: pytest.LogCaptureFixture
+) -> None:
+    for folder in collection[:2]:
+        config = json.loads(Path(folder, "adapter_config.json").read_text())
+        Path(folder, "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "mirror/tiny"}))
+    out = tmp_path / "out"
+    assert call("compress", *collection, "-o", out, "-k", 4) == 1
+    text = capsys.readouterr().err
+    assert "2 of 8 adapters" in text
+    assert all(part in text for part in ("mirror/tiny", "tiny-base", "--base-alias", "--any-base"))
+    assert not out.exists()
+
+    assert call("plan", *collection, "-k", 4, "-o", tmp_path / "plan.json", "--base-alias", "x", "mirror/tiny") == 0
+    assert "also named  mirror/tiny by 2 adapters" in capsys.readouterr().out
+    assert call("compress", "--plan", tmp_path / "plan.json", "-o", out, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["base_model_name_or_path"] == "tiny-base"
+
+    (tmp_path / "job.yaml").write_text(
+        yaml.safe_dump({"base_model": "org/tiny", "base_aliases": ["mirror/tiny", "tiny-base"]})
+    )
+    assert call("compress", *collection, "-o", out, "-k", 4, "--config", tmp_path / "job.yaml", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["base_model_name_or_path"] == "org/tiny"
+
+    assert call("compress", *collection, "-o", tmp_path / "any", "-k", 4, "--any-base") == 0
+    assert "accepted unseen: mirror/tiny by 2 adapters" in caplog.text
+
+
+def test_what_is_kept_exact_is_told_and_the_flag_shares_it(
+    tmp_path: Path, collection: list[str], capsys: Capture, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = json.loads(Path(collection[0], "adapter_config.json").read_text())
+    Path(collection[0], "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": "pissa"}))
+    assert call("compress", *collection, "-o", tmp_path / "exact", "-k", 4) == 0
+    captured = capsys.readouterr()
+    assert "part of the base model (init_lora_weights pissa): 1 adapter (a00); --share-initial" in caplog.text
+    assert "kept verbatim" in captured.out
+    assert "a00" in captured.out
+    assert call("verify", tmp_path / "exact") == 0
+    assert call("compress", *collection, "-o", tmp_path / "shared", "-k", 4, "--share-initial") == 0
+    assert "kept verbatim" not in capsys.readouterr().out
+    assert call("verify", tmp_path / "shared") == 0
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_example_configuration_is_valid(path: Path) -> None:
     values = yaml.safe_load(path.read_text())
