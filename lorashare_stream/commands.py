@@ -74,7 +74,8 @@ def compress(args: Args) -> int:
     if before is not None:
         same = (ours_of(out) or {}).get("digest") == before.get("digest")
         log.info("%s %s", shown(out), "is up to date" if same else "has replaced the checkpoint that was there")
-    for note in notes_text(Workspace(workspace).admissions()):
+    told = {note for entry in made.entries for note in entry.layout.notes}
+    for note in notes_text(Workspace(workspace).admissions(), told):
         log.info("%s", note)
     config = read_share_config(out)
     used = tree_bytes(workspace)

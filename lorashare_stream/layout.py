@@ -12,8 +12,6 @@ from .errors import AdapterError
 from .keys import SIDES, Key, Side, adapter_names, factor_key, foreign_kind, parse_key
 from .tensorfile import TensorRecord
 
-KEPT_EXACT = "kept exact: "  # how the note begins of an adapter of which nothing is shared
-
 
 @dataclass(frozen=True, slots=True)
 class Module:
@@ -109,7 +107,7 @@ def read_layout(records: Sequence[TensorRecord], *, exact: str | None = None, ti
     digest = hashlib.sha256(repr((records, exact, tied)).encode("utf-8", "surrogatepass")).hexdigest()
     if exact is not None:
         extras = tuple((canonical, record) for canonical, (_, record) in sorted(keyed.items()))
-        return Layout((), extras, (KEPT_EXACT + exact,), digest)
+        return Layout((), extras, (f"kept exact, since {exact}",), digest)
     return _paired(keyed, digest, _embeddings(keyed) if tied else frozenset())
 
 

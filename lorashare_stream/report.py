@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError
-from .layout import KEPT_EXACT
 from .names import bytes_shown, counted, listed, shown
 from .peftconfig import INITIAL_PART
 
@@ -148,9 +147,9 @@ def plan_warnings(plan: Plan) -> list[str]:
 def _of_sizes(plan: Plan) -> list[str]:
     size, s = plan.sizes, plan.settings
     out = []
-    if not plan.groups:
+    if plan.entries and not plan.groups:
         out.append("no LoRA matrix can be shared: everything is kept verbatim")
-    elif s.num_components != "auto":
+    elif plan.groups and s.num_components != "auto":
         clamped = sum(g.components(s) < s.num_components for g in plan.groups)
         if clamped:
             out.append(f"k is clamped to min(d, n) in {clamped} of {len(plan.groups)} groups")
@@ -176,10 +175,9 @@ def _of_adapters(plan: Plan) -> list[str]:
         out.append(f"no base model is named by {counted(unnamed, 'adapter')}; taken to be {shown(plan.base_model)}")
     if plan.settings.any_base and (others := _other_names(plan)):
         out.append(f"adapters that name another base model are accepted unseen: {listed(others)}")
-    for reason, names in _kept_exact(plan).items():
-        out.append(f"{reason}: {counted(len(names), 'adapter')} ({listed(names, 3)})")
-        if INITIAL_PART in reason:
-            out[-1] += "; --share-initial compresses such adapters, at an error relative to that part as well"
+    for line in _by_kind((e.name, note) for e in plan.entries for note in e.layout.notes):
+        hint = "; --share-initial compresses such adapters, at an error relative to that part as well"
+        out.append(line + hint if INITIAL_PART in line else line)
     if plan.inner:
         where = listed([f"{name}/{sub}" for name, subs in sorted(plan.inner.items()) for sub in subs], 3)
         out.append(f"adapters in subfolders of adapters are not taken: {where}; name them as sources to take them")
@@ -192,25 +190,24 @@ def _other_names(plan: Plan) -> list[str]:
     return [f"{name} by {counted(n, 'adapter')}" for name, n in sorted(counts.items(), key=str)]
 
 
-def _kept_exact(plan: Plan) -> dict[str, list[str]]:
-    """The reasons why adapters are not shared at all -> their names."""
-    exact: dict[str, list[str]] = {}
-    for entry in plan.entries:
-        for note in entry.layout.notes:
-            if note.startswith(KEPT_EXACT):
-                exact.setdefault(note, []).append(entry.name)
-    return exact
+def notes_text(receipts: Sequence[Receipt], told: Collection[str] = (), limit: int = 6) -> list[str]:
+    """What ingest noted of adapters, a line for each kind of note.
+
+    Args:
+        receipts: the admissions.
+        told: notes that the plan has shown before.
+        limit: how many lines at most.
+    """
+    lines = _by_kind((receipt.name, note) for receipt in receipts for note in receipt.notes if note not in told)
+    return lines[:limit] + ([f"and {len(lines) - limit} kinds more"] if len(lines) > limit else [])
 
 
-def notes_text(receipts: Sequence[Receipt], limit: int = 6) -> list[str]:
-    """What ingest noted of adapters, a line for each kind of note."""
-    by_kind: dict[str, list[str]] = {}
-    for receipt in receipts:
-        for kind in {note.rpartition(": ")[2] for note in receipt.notes}:
-            by_kind.setdefault(kind, []).append(receipt.name)
-    lines = [
-        f"{kind}: in {counted(len(names), 'adapter')} ({listed(names, 3)})" for kind, names in sorted(by_kind.items())
+def _by_kind(notes: Iterable[tuple[str, str]]) -> list[str]:
+    """Notes of adapters, given with their names, a line for each kind; a note may begin with the key that it is of."""
+    by_kind: dict[str, dict[str, None]] = {}
+    for name, note in notes:
+        by_kind.setdefault(note.rpartition(": ")[2], {})[name] = None
+    return [
+        shown(f"{kind}: in {counted(len(names), 'adapter')} ({listed(names, 3)})")
+        for kind, names in sorted(by_kind.items())
     ]
-    return [shown(line) for line in lines[:limit]] + (
-        [f"and {len(lines) - limit} kinds more"] if len(lines) > limit else []
-    )

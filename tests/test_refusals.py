@@ -384,7 +384,7 @@ def test_what_holds_a_part_of_the_base_is_exact_unless_asked_otherwise(
     Path(folders[2], "adapter_config.json").write_text(json.dumps(CONFIG | {"init_lora_weights": init}))
     plan = plan_for(resolve(folders), Settings())
     (warning,) = [w for w in plan_warnings(plan) if "part of the base model" in w]
-    assert all(part in warning for part in (init, "1 adapter (a02)", "--share-initial"))
+    assert all(part in warning for part in (init, "in 1 adapter (a02)", "--share-initial"))
     assert all(g.count == 5 * 4 for g in plan.groups)
 
     share = SHAREModel.from_pretrained(compressed(folders, num_components=4))
