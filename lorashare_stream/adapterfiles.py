@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from .tensorfile import CHUNK, SafetensorsReader, TensorReader, TensorRecord, re
 
 CONFIG = "adapter_config.json"
 SAFETENSORS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+_SHARD = re.compile(r"(?:adapter_)?model-\d+-of-\d+\.safetensors")
 _SHARDS = ("pytorch_model_fsdp", "global_step", "zero_", "bf16_zero_", "fp16_zero_", "mp_rank_")
 _AGAIN = "Fetch or save the adapter again, or leave it out."
 MOST_PEEKS = 8  # headers read in a folder without a configuration, to tell what it is
@@ -73,11 +75,11 @@ def foreign_lora(folder: Path, names: Iterable[str]) -> tuple[str, str] | None:
     files = [n for n in names if n.endswith(".safetensors")]
     for name in sorted(files)[:MOST_PEEKS]:
         try:
-            kind = foreign_kind((r.name for r in read_header(folder / name)), configured=False)
+            foreign = foreign_kind((r.name for r in read_header(folder / name)), configured=False)
         except (AdapterError, OSError):
             continue
-        if kind is not None:
-            return name, kind
+        if foreign is not None:
+            return name, foreign[0]
     return None
 
 
@@ -134,8 +136,8 @@ def _no_weights(entries: Sequence[str]) -> MissingFileError:
 
 def _shards(folder: Path, index: str) -> tuple[Path, ...]:
     try:
-        content = read_json(folder / index)
-        names = sorted(set(content["weight_map"].values()))
+        where = read_json(folder / index)["weight_map"]
+        names = sorted(set(where.values()))
         if not names:
             raise ValueError("it names no file")
     except (ValueError, KeyError, TypeError, AttributeError) as e:
@@ -149,9 +151,24 @@ def _shards(folder: Path, index: str) -> tuple[Path, ...]:
                 expected="file names in the same folder",
                 remedy="Do not trust this adapter.",
             )
-        if not (folder / name).is_file():
-            raise MissingFileError(
-                "a shard is missing", key=index, found=listed(os.listdir(folder)), expected=name, remedy=_AGAIN
+    there = os.listdir(folder)
+    absent = [n for n in names if n not in there]
+    if absent:
+        raise MissingFileError("a shard is missing", key=index, found=listed(there), expected=absent[0], remedy=_AGAIN)
+    unlisted = sorted(n for n in there if _SHARD.fullmatch(n) and n not in names)
+    if unlisted:
+        raise AdapterError(
+            f"a shard that {index} does not list", key=index, found=unlisted[0], expected=listed(names), remedy=_AGAIN
+        )
+    held = {name: {r.name for r in read_header(folder / name)} for name in names}
+    for key, name in where.items():
+        if key not in held[name]:
+            raise AdapterError(
+                f"{index} and the shards disagree",
+                key=key,
+                found=listed(n for n in names if key in held[n]) or "no shard that has it",
+                expected=name,
+                remedy=_AGAIN,
             )
     return tuple(folder / name for name in names)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol, TypeVar
 
 from .deltas import Product
@@ -79,35 +79,57 @@ def of_base(entries: Sequence[E], base: str, settings: Settings) -> tuple[list[E
     return [e for e in entries if e.name not in gone], refused
 
 
+def other_parameters(entries: Sequence[E]) -> set[str]:
+    """The names of adapters in which some module's name means other parameters than in most.
+
+    PEFT nests the `target_parameters` of a module in each other, so that a key means one parameter if that alone is
+    adapted, and another if two are.
+    """
+    odd, _ = _odd(entries, lambda e: {m.name: p.parameters for m, p in zip(e.layout.modules, e.products, strict=True)})
+    return set(odd)
+
+
 def of_shape(entries: Sequence[E]) -> tuple[list[E], list[AdapterError]]:
     """Split off adapters in which some module has another shape than most have: they mean another layer by its name."""
-    kinds = [(e.layout.digest, tuple(p.experts for p in e.products)) for e in entries]
+    odd, common = _odd(entries, _shapes)
+    refused = [_other_shape(e, odd[e.name], common[odd[e.name]]) for e in entries if e.name in odd]
+    return [e for e in entries if e.name not in odd], refused
+
+
+def _shapes(entry: Described) -> dict[str, Shape]:
+    pairs = zip(entry.layout.modules, entry.products, strict=True)
+    return {m.name: (m.dim("A"), m.dim("B"), p.experts) for m, p in pairs}
+
+
+def _odd(entries: Sequence[E], traits: Callable[[E], dict[str, T]]) -> tuple[dict[str, str], dict[str, T]]:
+    """Adapters in which a trait of some module is not that of most.
+
+    Returns:
+        The first such module by the adapter's name, and what most adapters have by module.
+    """
+    # Equal layouts and products are kept once, so that few have to be looked at.
+    kinds = [(e.layout.digest, id(e.products)) for e in entries]
     uses = Counter(kinds)
-    layouts = {kind: e.layout for kind, e in zip(kinds, entries, strict=True)}
-    shapes = {kind: _shapes(layout, kind[1]) for kind, layout in layouts.items()}
-    found: dict[str, Counter[Shape]] = {}
-    for kind, of_kind in shapes.items():
-        for module, shape in of_kind.items():
-            found.setdefault(module, Counter())[shape] += uses[kind]
-    common = {module: _commonest(counts) for module, counts in found.items()}
-    odd = {kind: [m for m, shape in of_kind.items() if shape != common[m]] for kind, of_kind in shapes.items()}
-    refused = [
-        _other_shape(entry, odd[kind][0], shapes[kind][odd[kind][0]], common[odd[kind][0]])
-        for kind, entry in zip(kinds, entries, strict=True)
-        if odd[kind]
-    ]
-    return [e for kind, e in zip(kinds, entries, strict=True) if not odd[kind]], refused
-
-
-def _shapes(layout: Layout, experts: tuple[int, ...]) -> dict[str, Shape]:
-    return {m.name: (m.dim("A"), m.dim("B"), e) for m, e in zip(layout.modules, experts, strict=True)}
+    found = {kind: traits(entry) for kind, entry in dict(zip(kinds, entries, strict=True)).items()}
+    counts: dict[str, Counter[T]] = {}
+    for kind, of_modules in found.items():
+        for module, trait in of_modules.items():
+            counts.setdefault(module, Counter())[trait] += uses[kind]
+    common = {module: _commonest(of_module) for module, of_module in counts.items()}
+    first = {
+        kind: next((m for m, trait in of_modules.items() if trait != common[m]), None)
+        for kind, of_modules in found.items()
+    }
+    odd = {e.name: first[kind] for kind, e in zip(kinds, entries, strict=True)}
+    return {name: module for name, module in odd.items() if module is not None}, common
 
 
 def _commonest(counts: Counter[T]) -> T:
     return min(counts, key=lambda value: (-counts[value], str(value)))
 
 
-def _other_shape(entry: Described, module: str, shape: Shape, common: Shape) -> AdapterError:
+def _other_shape(entry: Described, module: str, common: Shape) -> AdapterError:
+    shape = _shapes(entry)[module]
     number = next(i for i in range(3) if shape[i] != common[i])
     what = "stacked experts" if number == 2 else "d"
     return AdapterError(

@@ -5,16 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 from . import peftconfig
 from .adapterfiles import FileFact, file_fact, read_config, tensor_records, weight_files
-from .agreement import common_base, of_base, of_shape
+from .agreement import common_base, of_base, of_shape, other_parameters
 from .deltas import Product
 from .errors import AdapterError
-from .layout import Layout, read_layout
+from .layout import Layout, kept_exact, read_layout
 from .names import unique_names
 from .settings import Settings
 from .sources import Source
@@ -98,9 +98,12 @@ def catalog(
             e.adapter = name
             refused.append(e)
         except OSError as e:
-            refused.append(AdapterError("cannot be read", adapter=name, found=e.strerror or str(e)))
+            remedy = "Mend its permissions or its disk, or leave it out."
+            refused.append(AdapterError("cannot be read", adapter=name, found=e.strerror or str(e), remedy=remedy))
     base = common_base((e.base_model for e in entries), settings, bound_base)
     entries, strangers = of_base(entries, base, settings)
+    differing = other_parameters(entries)
+    entries = [_exact(e, shared) if e.name in differing else e for e in entries]
     entries, misshapen = of_shape(entries)
     refused += [*strangers, *misshapen]
     by_name = dict(zip(names, sources, strict=True))
@@ -151,7 +154,7 @@ def read_entry(source: Source, name: str, shared: Interned, settings: Settings) 
     layout = _layout(shared, records, exact, tied)
     products = peftconfig.products(config, {m.name: m.rank for m in layout.modules})
     if products is None:
-        layout = _layout(shared, records, "only the base model tells which parameter a pattern means", tied)
+        layout = _interned(shared, kept_exact(layout, "only the base model tells which parameter a pattern means"))
         products = ()
     config_digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
     products = shared.products.setdefault(products, products)
@@ -164,3 +167,12 @@ def _layout(shared: Interned, records: tuple[TensorRecord, ...], exact: str | No
     if key not in shared.layouts:
         shared.layouts[key] = read_layout(records, exact=exact, tied=tied)
     return shared.layouts[key]
+
+
+def _exact(entry: Entry, shared: Interned) -> Entry:
+    reason = "its target_parameters are others than those of most adapters, and so are the meanings of its keys"
+    return replace(entry, layout=_interned(shared, kept_exact(entry.layout, reason)), products=())
+
+
+def _interned(shared: Interned, layout: Layout) -> Layout:
+    return shared.layouts.setdefault(layout.digest, layout)

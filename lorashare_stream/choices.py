@@ -21,6 +21,7 @@ Args = Mapping[str, Any]
 log = logging.getLogger(__name__)
 _SETTINGS = {f.name for f in fields(Settings)}
 _PLACES: dict[str, type] = {"output": str, "workspace": str, "overwrite": bool, "sources": object}
+_GREEDY = {"names": "--names", "base_aliases": "--base-alias"}
 _DETAILS = ("adapter", "key", "found", "expected", "remedy")
 
 
@@ -56,7 +57,12 @@ def _settings(chosen: Args) -> Settings:
 def _sources(chosen: Args, skipping: bool) -> list[Source]:
     sources = chosen.get("sources")
     if not sources:
-        raise UsageError("no sources", expected="adapter folders, folders of them, globs or manifests")
+        greedy = [flag for name, flag in _GREEDY.items() if name in chosen]
+        raise UsageError(
+            "no sources",
+            expected="adapter folders, folders of them, globs or manifests",
+            remedy=f"Write them first: {listed(greedy)} takes all words that follow." if greedy else None,
+        )
     if not isinstance(sources, list | dict) or not all(isinstance(s, str) for s in _paths(sources)):
         raise UsageError("sources must be a list of paths, or a mapping of names to paths", found=shown(sources))
     if "names" in chosen:

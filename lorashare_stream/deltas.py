@@ -25,10 +25,13 @@ class Product:
     Attributes:
         scale: PEFT's factor s.
         experts: E; 1 for a plain layer.
+        parameters: what PEFT may mean by the module's name, of the parameters that are adapted there; empty for a
+            plain layer.
     """
 
     scale: float
     experts: int = 1
+    parameters: tuple[str, ...] = ()
 
     def blocks(self, rows: Array, side: Side) -> Array:
         """The vectors of each expert, (E, r, d), of all vectors given as rows (E r, d): lora_A, or lora_B'."""

@@ -2,8 +2,9 @@
 
 A group is (module, side); the side is read from the key, never from the shape. The regular expressions
 were checked against what PEFT 0.21 saves. A key comes as PEFT saves it, or as a state dict has it: with the
-adapter's name in it, with prefixes of wrappers, or without PEFT's own prefix. PEFT loads only the first form
-and passes over the others with a warning, so what is written is always of that form.
+adapter's name in it, with names of wrappers, or without PEFT's own prefix. PEFT loads only the first form and
+passes over the others with a warning, so what is written is always of that form. A prefix that comes twice stays:
+PEFT saves that of a base model which has a `base_model.model` of its own.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ Side = Literal["A", "B"]
 SIDES: tuple[Side, Side] = ("A", "B")
 PEFT_PREFIX = "base_model.model."
 
-_PREFIX = re.compile(r"^(?:module\.)*(?:base_model\.model\.)*")
+_PREFIX = re.compile(r"^(?:module\.)*(?:base_model\.model\.)?")
 _WRAPPER = re.compile(r"(?:(?<=\.)|^)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
 _FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
 _MAGNITUDE = re.compile(r"(?<=\.lora_magnitude_vector)\.weight$")
 # Where the name of an adapter stands in a state dict.
 _NAMED = re.compile(
-    r"\.lora_(?:[AB]\.(?P<factor>[^.]+)\.(?:weight|bias)"
-    r"|(?:embedding_[AB]|diag|velora_embed)\.(?P<parameter>[^.]+)"
+    r"(?P<module>^|^.*\.)lora_(?:(?P<side>[AB])\.(?P<factor>[^.]+)\.(?:weight|bias)"
+    r"|(?:embedding_(?P<part>[AB])|diag|velora_embed)\.(?P<parameter>[^.]+)"
     r"|magnitude_vector\.(?P<magnitude>(?!weight$)[^.]+)(?:\.weight)?)$"
 )
 
@@ -72,17 +73,17 @@ def parse_key(raw: str, adapter: str | None = None) -> Key:
 
     Args:
         raw: as it stands in the file.
-        adapter: the adapter's name that keys of this file carry, as `adapter_names` finds it; a factor's key
-            tells it by itself.
+        adapter: the adapter's name that keys of this file carry, as `adapter_names` finds it; empty if they carry
+            none; None if it is not known, and the key itself must tell.
 
     >>> parse_key("base_model.model.h.0.q.lora_A.default.weight")
     Key(canonical='base_model.model.h.0.q.lora_A.weight', module='h.0.q', side='A')
     >>> parse_key("module.score.modules_to_save.mine.weight", "mine").canonical
     'base_model.model.score.weight'
     """
-    bare = _without_prefix(raw)
+    bare = _PREFIX.sub("", _WRAPPER.sub("", raw))
     name = adapter if adapter is not None else _name_in(bare)
-    if name is not None:
+    if name:
         bare = _without_name(bare, name)
     bare = _MAGNITUDE.sub("", bare)
     factor = _FACTOR.match(bare)
@@ -95,19 +96,32 @@ def parse_key(raw: str, adapter: str | None = None) -> Key:
 def adapter_names(raw_keys: Iterable[str]) -> list[str]:
     """The names of adapters that keys carry, sorted; none in what PEFT saves.
 
-    >>> adapter_names(["q.lora_A.one.weight", "q.lora_B.weight", "q.lora_diag.two"])
-    ['one', 'two']
+    A name is one that makes a pair of some module's factors. Where none does, and no factor is without one, all are.
+
+    >>> adapter_names(["q.lora_A.one.weight", "q.lora_B.one.weight", "head.lora_A.x.weight"])
+    ['one']
     """
-    return sorted({name for key in raw_keys if ".lora_" in key and (name := _name_in(key)) is not None})
-
-
-def _without_prefix(raw: str) -> str:
-    return _PREFIX.sub("", _WRAPPER.sub("", raw))
+    named: dict[tuple[str, str], set[str]] = {}
+    unnamed: dict[str, set[str]] = {}
+    for key in raw_keys:
+        match = _NAMED.search(key) if "lora_" in key else None
+        if match is not None and (name := _name_of(match)) is not None:
+            named.setdefault((match["module"], name), set()).add(match["side"] or match["part"] or "")
+        elif (factor := _FACTOR.match(key)) is not None:
+            unnamed.setdefault(f"{factor['module']}.", set()).add(factor["side"])
+    both = set(SIDES)
+    shown = {n for (m, n), sides in named.items() if sides | unnamed.get(m, set()) >= both > unnamed.get(m, set())}
+    return sorted(shown or (set() if unnamed else {name for _, name in named}))
 
 
 def _name_in(key: str) -> str | None:
     match = _NAMED.search(key)
-    return None if match is None else match["factor"] or match["parameter"] or match["magnitude"]
+    return None if match is None else _name_of(match)
+
+
+def _name_of(match: re.Match[str]) -> str | None:
+    name: str = match["factor"] or match["parameter"] or match["magnitude"]
+    return None if name in ("lora_A", "lora_B") else name  # a module may be called so
 
 
 def _without_name(bare: str, name: str) -> str:
@@ -147,19 +161,19 @@ def split_group_id(group: str) -> tuple[str, Side]:
     return module, "A" if side == "A" else "B"
 
 
-def foreign_kind(raw_keys: Iterable[str], *, configured: bool = True) -> str | None:
-    """The kind of a file that is not a PEFT LoRA, if its keys tell; None if they do not.
+def foreign_kind(raw_keys: Iterable[str], *, configured: bool = True) -> tuple[str, str] | None:
+    """The kind of a file that is not a PEFT LoRA, and the key that tells; None if none does.
 
     Args:
         raw_keys: of the file.
         configured: whether an adapter_config.json lies beside it; without one, keys of a model of diffusers tell.
 
     >>> foreign_kind(["lora_unet_down_blocks_0.lora_up.weight"])
-    'kohya LoRA'
+    ('kohya LoRA', 'lora_unet_down_blocks_0.lora_up.weight')
     """
     kinds = _FOREIGN if configured else (*_FOREIGN, ("diffusers LoRA", _DIFFUSERS_PEFT))
     for key in raw_keys:
         for kind, pattern in kinds:
             if pattern.search(key):
-                return kind
+                return kind, key
     return None

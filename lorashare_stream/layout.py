@@ -9,7 +9,7 @@ from functools import cached_property
 
 from .dtypes import FLOATS
 from .errors import AdapterError
-from .keys import SIDES, Key, Side, adapter_names, factor_key, foreign_kind, parse_key
+from .keys import PEFT_PREFIX, SIDES, Key, Side, adapter_names, factor_key, foreign_kind, parse_key
 from .tensorfile import TensorRecord
 
 
@@ -85,18 +85,11 @@ def read_layout(records: Sequence[TensorRecord], *, exact: str | None = None, ti
     Raises:
         AdapterError: for another kind of file, empty tensors, clashing keys, or several adapters in one file.
     """
-    kind = foreign_kind(r.name for r in records)
-    if kind is not None:
-        raise AdapterError(
-            f"not a PEFT LoRA: the keys are those of {kind}",
-            key=records[0].name,
-            expected="LORA keys",
-            remedy="Load it where it was made and save it by PEFT's save_pretrained as LoRA, or leave it out.",
-        )
     named = adapter_names(r.name for r in records)
     if len(named) > 1:
         raise AdapterError("several adapters in one file", found=named, remedy="Save each into a folder of its own.")
-    keyed = _keyed(records, named[0] if named else None)
+    keyed = _keyed(records, named[0] if named else "")
+    _refuse_foreign(records, keyed)
     if not any(".lora_" in canonical for canonical in keyed):
         raise AdapterError(
             "holds no LoRA tensors",
@@ -107,8 +100,47 @@ def read_layout(records: Sequence[TensorRecord], *, exact: str | None = None, ti
     digest = hashlib.sha256(repr((records, exact, tied)).encode("utf-8", "surrogatepass")).hexdigest()
     if exact is not None:
         extras = tuple((canonical, record) for canonical, (_, record) in sorted(keyed.items()))
-        return Layout((), extras, (f"kept exact, since {exact}",), digest)
+        return Layout((), extras, (_exact_note(exact), *_key_notes(keyed)), digest)
     return _paired(keyed, digest, _embeddings(keyed) if tied else frozenset())
+
+
+def kept_exact(layout: Layout, reason: str) -> Layout:
+    """The layout of the same tensors, none of which is shared."""
+    modules = [(factor_key(m.name, side), m.record(side)) for m in layout.modules for side in SIDES]
+    digest = hashlib.sha256(f"{layout.digest} {reason}".encode()).hexdigest()
+    return Layout((), tuple(sorted([*layout.extras, *modules])), (_exact_note(reason), *layout.notes), digest)
+
+
+def _exact_note(reason: str) -> str:
+    return f"kept exact, since {reason}"
+
+
+def _key_notes(keyed: Mapping[str, tuple[Key, TensorRecord]]) -> list[str]:
+    """What the user should know of the form of the keys."""
+    notes = []
+    if any(canonical != record.name for canonical, (_, record) in keyed.items()):
+        notes.append("keys were not as PEFT saves them (an adapter's name, wrappers, no prefix), and come back so")
+    if any(canonical.startswith(2 * PEFT_PREFIX) for canonical in keyed):
+        notes.append(
+            "keys begin with base_model.model. twice, and stay so: PEFT loads them on a base model that has them"
+        )
+    return notes
+
+
+def _refuse_foreign(records: Sequence[TensorRecord], keyed: Mapping[str, tuple[Key, TensorRecord]]) -> None:
+    """Refuse the keys of another kind of file, unless there are proper factors beside: modules have any name."""
+    modules = {key.module for key, _ in keyed.values() if key.module is not None}
+    if any(factor_key(m, "A") in keyed and factor_key(m, "B") in keyed for m in modules):
+        return
+    foreign = foreign_kind(r.name for r in records)
+    if foreign is not None:
+        raise AdapterError(
+            f"not a PEFT LoRA: the keys are those of {foreign[0]}",
+            key=foreign[1],
+            found=f"{len(records)} tensors, no module with lora_A and lora_B",
+            expected="LORA keys",
+            remedy="Load it where it is used and save it by PEFT's save_pretrained as LoRA, or leave it out.",
+        )
 
 
 def _keyed(records: Sequence[TensorRecord], adapter: str | None) -> dict[str, tuple[Key, TensorRecord]]:
@@ -148,7 +180,7 @@ def _embeddings(keyed: Mapping[str, tuple[Key, TensorRecord]]) -> frozenset[Shap
 
 def _paired(keyed: Mapping[str, tuple[Key, TensorRecord]], digest: str, embeddings: frozenset[Shapes]) -> Layout:
     modules: list[Module] = []
-    notes: list[str] = []
+    notes = _key_notes(keyed)
     names = dict.fromkeys(key.module for key, _ in keyed.values() if key.module is not None)
     for name in sorted(names):
         pair = {side: keyed[factor_key(name, side)][1] for side in SIDES if factor_key(name, side) in keyed}

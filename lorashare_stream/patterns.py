@@ -11,21 +11,23 @@ from typing import Any
 
 from .errors import AdapterError
 
-_MOST_LOOPS = 4
-_MOST_STEPS = 10**9  # of a matcher that does some 10**8 a second
+_MOST_STEPS = 3 * 10**8  # of a matcher that does some 10**8 a second
+_MOST_CHARACTERS = 10_000  # of one pattern
+_REPEATS = (_constants.MAX_REPEAT, _constants.MIN_REPEAT, _constants.POSSESSIVE_REPEAT)
 _SINGLE = (_constants.LITERAL, _constants.NOT_LITERAL, _constants.ANY, _constants.IN, _constants.CATEGORY)
+_LITERAL = re.compile(r"[\w.-]*")
 
 
 def first_match(patterns: Iterable[str], name: str) -> str | None:
     """The first pattern that matches the end of `name` at a dot (peft.utils.get_pattern_key)."""
-    return next((pattern for pattern in patterns if _compiled(pattern).match(name)), None)
+    return next((p for p in patterns if name.endswith(_ending(p)) and _compiled(p).match(name)), None)
 
 
 def check_cost(patterns: Collection[str], names: Collection[str]) -> None:
     """Demand that matching all patterns with all names takes seconds at most.
 
-    Matching backtracks: with n loops over single characters, it may try every way to cut the name into n parts,
-    and PEFT puts a loop in front. Loops in loops, which are exponential, are refused by themselves.
+    Matching backtracks. At worst it tries every way to cut the name into as many parts as the pattern has loops
+    over single characters, one more for PEFT's own in front, and with each cut every choice between alternatives.
 
     Raises:
         AdapterError: for a pattern that is no expression, or could take forever; or for too many of them.
@@ -33,25 +35,43 @@ def check_cost(patterns: Collection[str], names: Collection[str]) -> None:
     longest = max(map(len, names), default=0)
     steps = 0
     for pattern in patterns:
-        _compiled(pattern)
-        loops = 1 + (_loops(_parser.parse(pattern)) or 0)
-        one = math.comb(longest + loops, loops) * (1 + len(pattern) // 32)
-        steps += one * len(names)
+        loops, choices = _complexity(pattern)
+        steps += len(names) * math.comb(longest + loops + 1, loops + 1) * choices
         if steps > _MOST_STEPS:
             raise AdapterError(
                 "module patterns that could take forever to match",
                 key=pattern,
-                found=f"{len(patterns)} patterns, {len(names)} modules, names of up to {longest} characters",
-                remedy="Write them with fewer wildcards, or fewer of them.",
+                found=f"{len(patterns)} patterns, {len(names)} names of up to {longest} characters",
+                remedy="Write them with fewer wildcards or alternatives, or fewer of them.",
             )
+
+
+@lru_cache(maxsize=1 << 14)
+def _ending(pattern: str) -> str:
+    """How a name must end that a pattern without special characters matches; a dot is any character."""
+    return pattern.rpartition(".")[2] if _LITERAL.fullmatch(pattern) else ""
 
 
 @lru_cache(maxsize=1 << 14)
 def _compiled(pattern: str) -> re.Pattern[str]:
     """PEFT's expression for a pattern key."""
+    return re.compile(rf"(.*\.)?({pattern})$")
+
+
+@lru_cache(maxsize=1 << 14)
+def _complexity(pattern: str) -> tuple[int, int]:
+    """Loops over single characters, and choices beside them, of a pattern."""
+    if len(pattern) > _MOST_CHARACTERS:
+        raise AdapterError(
+            "a module pattern is too long",
+            key=pattern,
+            found=f"{len(pattern)} characters",
+            expected=f"at most {_MOST_CHARACTERS}",
+            remedy="Write it shorter, or leave the adapter out.",
+        )
     try:
         tree = _parser.parse(pattern)
-        compiled = re.compile(rf"(.*\.)?({pattern})$")
+        re.compile(rf"(.*\.)?({pattern})$")
     except (re.error, RecursionError, OverflowError) as e:
         raise AdapterError(
             "a module pattern is no regular expression",
@@ -59,37 +79,54 @@ def _compiled(pattern: str) -> re.Pattern[str]:
             found=str(e),
             remedy="Mend rank_pattern or alpha_pattern, or leave the adapter out.",
         ) from e
-    loops = _loops(tree)
-    if loops is None or loops > _MOST_LOOPS:
+    found = _counted(tree)
+    if found is None:
         raise AdapterError(
             "a module pattern could take forever to match",
             key=pattern,
-            expected=f"no loop within a loop, and at most {_MOST_LOOPS} loops",
-            remedy="Write it with fewer wildcards.",
+            found="a loop over more than single characters",
+            expected="no loop within a loop",
+            remedy="Write it without, or leave the adapter out.",
         )
-    return compiled
+    return found
 
 
-def _loops(tree: Iterable[Any]) -> int | None:
-    """How many loops over single characters a parsed expression has; None if it loops over anything more."""
-    count = 0
+def _counted(tree: Iterable[Any]) -> tuple[int, int] | None:
+    """Loops and choices of a parsed expression, one after the other; None if it loops over more than characters."""
+    loops, choices = 0, 1
     for operator, argument in tree:
-        if operator in (_constants.MAX_REPEAT, _constants.MIN_REPEAT, _constants.POSSESSIVE_REPEAT):
-            _, most, body = argument
-            if most > 1 and (len(body) != 1 or body[0][0] not in _SINGLE):
+        if operator in _REPEATS:
+            least, most, body = argument
+            found: tuple[int, int] | None
+            if len(body) == 1 and body[0][0] in _SINGLE:
+                found = (0, 1) if least == most else (0, 2) if most == 1 else (1, 1)
+            elif most <= 1:
+                inner = _counted(body)
+                found = None if inner is None else (inner[0], 1 + inner[1])
+            else:
                 return None
-            parts = [body] if most <= 1 else []
-            count += most > 1
-        elif operator is _constants.BRANCH:
-            parts = argument[1]
-        elif operator is _constants.SUBPATTERN:
-            parts = [argument[-1]]
-        elif operator in _SINGLE or operator is _constants.AT:
-            parts = []
-        else:  # look-around, back-references, conditionals: not seen in any adapter
+        else:
+            found = _alternatives(operator, argument)
+        if found is None:
             return None
-        inner = [_loops(part) for part in parts]
-        if None in inner:
-            return None
-        count += sum(n for n in inner if n is not None)
-    return count
+        loops, choices = loops + found[0], choices * found[1]
+    return loops, choices
+
+
+def _alternatives(operator: Any, argument: Any) -> tuple[int, int] | None:
+    """Of one element that is no repeat: a group, a branch, a look-around, a character."""
+    if operator is _constants.BRANCH:
+        parts = argument[1]
+    elif operator is _constants.GROUPREF_EXISTS:
+        parts = [part for part in argument[1:] if part]
+    elif operator in (_constants.SUBPATTERN, _constants.ASSERT, _constants.ASSERT_NOT):
+        parts = [argument[-1]]
+    elif operator is _constants.ATOMIC_GROUP:
+        parts = [argument]
+    else:
+        return 0, 1
+    inner = [_counted(part) for part in parts]
+    known = [found for found in inner if found is not None]
+    if len(known) < len(inner):
+        return None
+    return max((loops for loops, _ in known), default=0), sum(choices for _, choices in known)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from .deltas import Product
@@ -21,7 +21,7 @@ _CONVERTIBLE = {
     "VBLORA", "VERA", "WAVEFT",
 }  # fmt: skip
 _INITIAL = re.compile(r"pissa(_niter_\d+)?|olora|corda|lora_ga|loftq", re.IGNORECASE)
-INITIAL_PART = "the factors hold a part of the base model"
+_MOST_TARGETS = 10**7  # names in target_parameters times modules
 # Variants whose dW is not s B A of the two tensors.
 _OTHER_PRODUCTS = {
     "kasa_config": "KaSA puts a diagonal between B and A",
@@ -114,7 +114,10 @@ def initial_part(config: Config) -> str | None:
     init = config.get("init_lora_weights")
     if not isinstance(init, str) or not _INITIAL.fullmatch(init):
         return None
-    return f"{INITIAL_PART} (init_lora_weights {init})"
+    return (
+        f"its factors hold a part of the base model (init_lora_weights {init}); "
+        "--share-initial compresses such adapters, at an error relative to that part as well"
+    )
 
 
 def other_product(config: Config) -> str | None:
@@ -135,23 +138,45 @@ def products(config: Config, ranks: Mapping[str, int]) -> tuple[Product, ...] | 
         AdapterError: if a rank is not the configured one: PEFT would not load the tensors.
 
     >>> products({"r": 8, "lora_alpha": 16, "alpha_pattern": {"q": 32}}, {"h.0.q": 8, "h.0.v": 8})
-    (Product(scale=4.0, experts=1), Product(scale=2.0, experts=1))
+    (Product(scale=4.0, experts=1, parameters=()), Product(scale=2.0, experts=1, parameters=()))
     """
+    targets: Sequence[str] = config.get("target_parameters") or ()
+    if len(targets) * len(ranks) > _MOST_TARGETS:
+        _refuse_field("target_parameters", f"{len(targets)} names", f"fewer, with {len(ranks)} modules")
+    meant = {module: _meant(targets, module, ranks) for module in ranks}
+    names = {name for own, parameters in meant.values() for name in (own, *parameters) if name is not None}
     for pattern in ("rank_pattern", "alpha_pattern"):
-        check_cost(config.get(pattern) or {}, ranks)
-    found = [_product(config, module, rank) for module, rank in ranks.items()]
+        check_cost(config.get(pattern) or {}, names)
+    found = [_product(config, module, rank, *meant[module]) for module, rank in ranks.items()]
     known = tuple(product for product in found if product is not None)
     return known if len(known) == len(found) else None
 
 
-def _product(config: Config, module: str, rank: int) -> Product | None:
-    names = _pattern_names(config.get("target_parameters") or [], module)
+def _meant(targets: Sequence[str], module: str, modules: Collection[str]) -> tuple[str | None, tuple[str, ...]]:
+    """The names by which PEFT may look a module up in patterns: as a layer, and as parameters of one.
+
+    The output projection within a MultiheadAttention has the settings of the whole. Parameters of one module
+    are nested in each other, in an order that only the base model knows. A target without a dot is a parameter of
+    any module, so the module may be a layer as well.
+    """
+    whole = module.removesuffix(".base_layer.out_proj")
+    if whole != module and whole in modules:
+        return whole, ()
+    bare = ".".join(part for part in module.split(".") if part != "base_layer")
+    owned = [target.rpartition(".") for target in targets]
+    fitting = [(owner, last) for owner, _, last in owned if not owner or f".{bare}".endswith(f".{owner}")]
+    certain = any(owner for owner, _ in fitting)
+    return None if certain else module, tuple(sorted({f"{bare}.{last}" for _, last in fitting}))
+
+
+def _product(config: Config, module: str, rank: int, own: str | None, parameters: tuple[str, ...]) -> Product | None:
+    names = [name for name in (own, *parameters) if name is not None]
     ranks = {_patterned(config, "rank_pattern", "r", name) for name in names}
     alphas = {_patterned(config, "alpha_pattern", "lora_alpha", name) for name in names}
-    if len(ranks) > 1 or len(alphas) > 1:  # which of a module's parameters it is, only the base model tells
+    if len(ranks) > 1 or len(alphas) > 1:  # which of these names it is, only the base model tells
         return None
     r, alpha = int(ranks.pop()), alphas.pop()
-    if rank != r and (names == [module] or rank % r):
+    if rank != r and not (parameters and rank % r == 0):
         raise AdapterError(
             "the tensors and adapter_config.json disagree on the rank",
             key=factor_key(module, "A"),
@@ -159,18 +184,9 @@ def _product(config: Config, module: str, rank: int) -> Product | None:
             expected=f"r = {r}",
             remedy="Mend r or rank_pattern, or leave the adapter out.",
         )
-    return Product(alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r, rank // r)
-
-
-def _pattern_names(parameters: Collection[str], module: str) -> list[str]:
-    """The names under which PEFT looks a module up in patterns: its own, or those of its target parameters."""
-    bare = ".".join(part for part in module.split(".") if part != "base_layer")
-    names = []
-    for parameter in parameters:
-        owner, _, last = parameter.rpartition(".")
-        if f".{bare}".endswith(f".{owner}" if owner else ""):
-            names.append(f"{bare}.{last}")
-    return names if names and all("." in p for p in parameters) else [module, *names]
+    stacked = own is None or rank != r
+    scale = alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
+    return Product(scale, rank // r, parameters if stacked else ())
 
 
 def _patterned(config: Config, pattern: str, default: str, name: str) -> float:

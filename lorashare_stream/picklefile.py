@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from .dtypes import ITEMSIZE
+from .picklecheck import check_pickle
 from .tensorfile import CHUNK, TensorRecord, bad_file
 
 DTYPE_NAMES = {
@@ -30,7 +30,7 @@ def load_pickle(path: Path) -> dict[str, torch.Tensor]:
     Raises:
         AdapterError: if it is no plain dictionary of dense tensors.
     """
-    parts = _archive_parts(path)
+    check_pickle(path)
     try:
         try:
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -38,8 +38,9 @@ def load_pickle(path: Path) -> dict[str, torch.Tensor]:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as e:  # torch raises whatever a damaged archive or a refused object leads to
-        raise bad_file(path, "not a pickle of plain tensors that torch can load safely", _first_fault(e)) from e
+    except Exception as e:  # torch raises whatever a damaged archive leads to
+        fault = str(e).split("\n")[0] or type(e).__name__
+        raise bad_file(path, "not a pickle of plain tensors that torch can load safely", fault) from e
     if not isinstance(loaded, dict):
         raise bad_file(path, "not a dictionary of tensors", type(loaded).__name__, "a dictionary of tensors")
     for name, tensor in loaded.items():
@@ -54,36 +55,7 @@ def load_pickle(path: Path) -> dict[str, torch.Tensor]:
             )
         if tensor.dtype not in DTYPE_NAMES:
             raise bad_file(path, "a dtype that is not known", tensor.dtype, ", ".join(DTYPE_NAMES.values()), key=name)
-        # Mapped, torch reads on beyond the end of a part that is shorter than the tensor says.
-        if parts is not None and tensor.untyped_storage().nbytes() not in parts:
-            raise bad_file(path, "cut short: no part of the archive has the size of its data", key=name)
     return loaded
-
-
-def _first_fault(error: Exception) -> str:
-    """What went wrong, of a message that goes on to advise to load the file unsafely."""
-    text = str(error)
-    lines = text.rpartition("WeightsUnpickler error:")[2].strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
-def _archive_parts(path: Path) -> set[int] | None:
-    """The sizes of the parts of an archive; None for the format before it.
-
-    Raises:
-        AdapterError: if parts are compressed, which torch does not write: a small file may unpack to anything.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            parts = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError):
-        return None  # no archive, or one that torch refuses as well
-    if (
-        any(p.compress_type != zipfile.ZIP_STORED for p in parts)
-        or sum(p.file_size for p in parts) > path.stat().st_size
-    ):
-        raise bad_file(path, "an archive with compressed parts, which torch does not write", expected="stored parts")
-    return {p.file_size for p in parts}
 
 
 def pickle_records(path: Path) -> tuple[TensorRecord, ...]:

@@ -163,11 +163,7 @@ def ingest(run: Run, work: Workspace) -> list[AdapterError]:
     admitted = work.receipts()
     gone = [r.name for r in admitted if r.name not in entries]
     if gone:
-        raise WorkspaceError(
-            "the workspace holds adapters that the sources no longer give, and its moments contain them",
-            found=listed(gone),
-            remedy="Name them again, or compress into another --workspace.",
-        )
+        raise _gone(gone, run.plan.refused)
     for receipt in admitted:
         check_unchanged(entries[receipt.name], receipt)
     known = {r.name for r in admitted}
@@ -187,6 +183,17 @@ def ingest(run: Run, work: Workspace) -> list[AdapterError]:
         )
     check_enough(len(entries) - len(refused), refused)
     return refused
+
+
+def _gone(names: Sequence[str], refused: Sequence[AdapterError]) -> WorkspaceError:
+    now = [error for error in refused if error.adapter in names]
+    return WorkspaceError(
+        "the workspace holds adapters that the sources no longer give, and its moments contain them",
+        found=listed(names),
+        remedy=f"One of them is refused now: {now[0]}"
+        if now
+        else "Name them again, or compress into another --workspace.",
+    )
 
 
 def make_job(plan: Plan, work: Workspace, out: Path, device: str) -> Job:

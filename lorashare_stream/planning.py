@@ -221,7 +221,9 @@ def _steps(entries: tuple[Entry, ...], groups: tuple[Group, ...], s: Settings, s
         (4 * m.rank * (m.dim("A") + m.dim("B")) for e in _examples(entries) for m in e.layout.modules), default=0
     )
     components = sum(4 * g.dim * g.components(s) for g in groups)
-    by_module = {g.module: [h for h in groups if h.module == g.module] for g in groups}
+    by_module: dict[str, list[Group]] = {}
+    for g in groups:
+        by_module.setdefault(g.module, []).append(g)
     sums = max((sum(_sum_bytes(g, s) for g in both) for both in by_module.values()), default=0)
     fits = max((_fit_bytes(g, s) for g in groups), default=0)
     widest_pair = max((sum(8 * g.dim * g.components(s) for g in both) for both in by_module.values()), default=0)

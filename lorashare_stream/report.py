@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError
 from .names import bytes_shown, counted, listed, shown
-from .peftconfig import INITIAL_PART
 
 if TYPE_CHECKING:
     from .planning import Plan
@@ -175,9 +174,7 @@ def _of_adapters(plan: Plan) -> list[str]:
         out.append(f"no base model is named by {counted(unnamed, 'adapter')}; taken to be {shown(plan.base_model)}")
     if plan.settings.any_base and (others := _other_names(plan)):
         out.append(f"adapters that name another base model are accepted unseen: {listed(others)}")
-    for line in _by_kind((e.name, note) for e in plan.entries for note in e.layout.notes):
-        hint = "; --share-initial compresses such adapters, at an error relative to that part as well"
-        out.append(line + hint if INITIAL_PART in line else line)
+    out += _by_kind((e.name, note) for e in plan.entries for note in e.layout.notes)
     if plan.inner:
         where = listed([f"{name}/{sub}" for name, subs in sorted(plan.inner.items()) for sub in subs], 3)
         out.append(f"adapters in subfolders of adapters are not taken: {where}; name them as sources to take them")

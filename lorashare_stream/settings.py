@@ -105,8 +105,8 @@ class Settings:
         if isinstance(clean.get("num_components"), str) and re.fullmatch("[0-9]{1,9}", clean["num_components"]):
             clean["num_components"] = int(clean["num_components"])
         aliases = clean.get("base_aliases", ())
-        _expect(isinstance(aliases, list | tuple), "base_aliases", aliases, "a list of names")
-        clean["base_aliases"] = tuple(aliases)
+        _expect(isinstance(aliases, str | list | tuple), "base_aliases", aliases, "a name, or a list of them")
+        clean["base_aliases"] = (aliases,) if isinstance(aliases, str) else tuple(aliases)
         return cls(**clean)
 
     def as_dict(self) -> dict[str, Any]:

@@ -85,7 +85,11 @@ def _record(path: Path, name: str, entry: Any, data: int, file: int) -> TensorRe
     except (TypeError, KeyError, ValueError) as e:
         raise bad_file(path, "a tensor is not described as safetensors demands", entry, key=name) from e
     if not name.isprintable():
-        raise bad_file(path, "a key with unprintable characters", key=name)
+        raise AdapterError(
+            f"{shown(path.name)}: a key with unprintable characters",
+            key=name,
+            remedy="Give its module a name that can be shown, or leave the adapter out.",
+        )
     if not isinstance(dtype, str) or dtype not in ITEMSIZE:
         raise bad_file(path, "a dtype that is not known", dtype, ", ".join(ITEMSIZE), key=name)
     if not whole or len(shape) > 16 or math.prod(shape) * ITEMSIZE[dtype] != end - start:

@@ -131,6 +131,35 @@ class OtherExperts(nn.Module):
         return self.head(self.block["experts"](self.emb(ids)).relu())  # type: ignore[no-any-return]
 
 
+class Rewarded(nn.Module):
+    """A model within a model, under the very names that PEFT puts before keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base_model = nn.ModuleDict({"model": Small()})
+        self.lin = nn.Linear(3, 2)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.lin(self.base_model["model"](ids).relu())  # type: ignore[no-any-return]
+
+
+class Odd(nn.Module):
+    """Modules whose names look like parts of keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.emb = nn.Embedding(20, 16)
+        self.module = nn.Linear(16, 16)
+        self.lora_A = nn.Linear(16, 16)
+        self.oft_R = nn.Linear(16, 16)
+        self.ia3_l = nn.ModuleDict({"lora_B": nn.Linear(16, 16)})
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.lora_A(self.module(self.emb(ids)).relu())
+        return self.ia3_l["lora_B"](self.oft_R(x.relu()).relu())  # type: ignore[no-any-return]
+
+
 @dataclass(frozen=True)
 class Feature:
     """Adapters that PEFT saves, and what becomes of them.
@@ -209,6 +238,31 @@ FEATURES: dict[str, Feature] = {
         Small, [{"r": 2, "target_modules": ["emb", "lin"]}], {"lin"}, {"lora_embedding_A", "lora_embedding_B"}
     ),
     "multihead-attention": Feature(Small, [{"r": 2, "target_modules": ["attn"]}], {"attn", "out_proj"}),
+    "multihead-attention-with-patterns": Feature(
+        Small,
+        [
+            {"r": 2, "target_modules": ["attn"], "rank_pattern": {"attn": 4}, "alpha_pattern": {"attn": 64}},
+            {"r": 2, "target_modules": ["attn"], "alpha_pattern": {"out_proj": 64}, "use_rslora": True},
+        ],
+        {"attn", "out_proj"},
+    ),
+    "base-within-a-base": Feature(Rewarded, [{"r": 2, "target_modules": ["lin"]}], {"lin"}),
+    "names-like-parts-of-keys": Feature(
+        Odd,
+        [{"r": 2, "target_modules": ["module", "lora_A", "oft_R"], "modules_to_save": ["ia3_l.lora_B"]}],
+        {"module", "lora_A", "oft_R"},
+        {"ia3_l.lora_B.weight"},
+    ),
+    "target-parameters-of-others": Feature(
+        Small,
+        [
+            {"r": 2, "target_modules": ["lin"], "target_parameters": PARAMETERS},
+            {"r": 2, "target_modules": ["lin"], "target_parameters": PARAMETERS},
+            {"r": 2, "target_modules": ["lin"], "target_parameters": PARAMETERS[:1]},
+        ],
+        {"experts", "base_layer", "lin"},
+        {"experts.lora_A"},
+    ),
     "dora": Feature(llama, [qv(use_dora=True)], ATTENTION, {"lora_magnitude_vector"}),
     "dora-on-others": Feature(
         Small,
@@ -376,8 +430,7 @@ def trained(feature: Feature, options: dict[str, Any], seed: int, folder: Path) 
 def prepared(feature: Feature, config: LoraConfig) -> Any:
     torch.manual_seed(7)  # what PEFT draws when it initialises
     base = feature.base()
-    if config.init_lora_weights in ("corda", "lora_ga"):
-        feature.prepare(base, config)
+    feature.prepare(base, config)
     return base
 
 

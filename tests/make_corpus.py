@@ -164,6 +164,21 @@ def pickles() -> Iterator[tuple[str, bytes]]:
             ),
         ),
     )
+
+    def asking(program: bytes) -> bytes:
+        return repacked(raw, lambda n, c: program if n.endswith("data.pkl") else c)
+
+    entry = b"\x80\x02}X\x01\x00\x00\x00q%ss."
+    yield "tensor-by-number", asking(entry % b"ctorch\nTensor\n\x8a\x04\x00\x00\x00\x10\x85R")
+    yield "storage-by-number", asking(entry % b"ctorch\nFloatStorage\n\x8a\x04\x00\x00\x00\x10\x85R")
+    yield "old-memo-huge", b"\x80\x02r\xff\xff\xff\x7f."
+    yield "memo-huge", asking(b"\x80\x02}r\xff\xff\xff\x7f.")
+    yield (
+        "old-tensor-by-number",
+        b"".join([pickle.dumps(0x1950A86A20F9469CFC6C, 2), pickle.dumps(1001, 2), pickle.dumps({}, 2)])
+        + entry % b"ctorch\nTensor\n\x8a\x04\x00\x00\x00\x10\x85R"
+        + pickle.dumps([], 2),
+    )
     yield "storage-missing", repacked(raw, lambda n, c: None if n.endswith("data/0") else c)
     yield "storage-short", repacked(raw, lambda n, c: c[:8] if n.endswith("data/0") else c)
     yield "no-archive-of-torch", repacked(raw, lambda n, c: c if n.endswith("version") else None)
@@ -193,6 +208,9 @@ def configs() -> Iterator[tuple[str, bytes]]:
     yield "pattern-no-expression", changed(alpha_pattern={"(": 1})
     yield "pattern-exponential", changed(alpha_pattern={"(a+)+b": 1})
     yield "pattern-of-wildcards", changed(alpha_pattern={".*.*.*.*.*q": 1})
+    yield "pattern-of-choices", changed(alpha_pattern={"(ab|a|b)" * 30 + "c": 1})
+    yield "pattern-of-optionals", changed(alpha_pattern={"a?" * 34 + "a" * 34 + "b": 1})
+    yield "pattern-very-long", changed(alpha_pattern={"q" * 20_000: 1})
     yield "pattern-deep", changed(alpha_pattern={"(" * 5000 + ")" * 5000: 1})
     yield "pattern-of-many", changed(alpha_pattern={f"m{i}": 1 for i in range(3000)})
     yield "pattern-of-counts", changed(alpha_pattern={"a{1000000000}q": 1})
@@ -223,6 +241,7 @@ def indexes() -> Iterator[tuple[str, bytes]]:
     yield "map-to-itself", b'{"weight_map": {"a": "adapter_model.safetensors.index.json"}}'
     yield "map-with-a-nul", b'{"weight_map": {"a": "x\\u0000.safetensors"}}'
     yield "map-missing-a-file", json.dumps({"weight_map": {A: name, B: "other.safetensors"}}).encode()
+    yield "map-lists-too-little", json.dumps({"weight_map": {A: name}}).encode()
     yield "map-lists-more", json.dumps({"weight_map": {A: name, "more": name}}).encode()
 
 

@@ -19,7 +19,7 @@ ROOMS = {
         "version", "names", "errors", "dtypes", "settings", "keys", "moments", "deltas", "patterns", "peftconfig",
         "solvers", "subspace",
     ],
-    "bytes": ["files", "tensorfile", "picklefile", "adapterfiles", "momentstore", "workspace"],
+    "bytes": ["files", "tensorfile", "picklecheck", "picklefile", "adapterfiles", "momentstore", "workspace"],
     "facts": ["sources.manifest", "sources.local", "sources", "layout", "agreement", "catalog", "planning"],
     "doing": [
         "executors", "devices", "shareformat", "publishing", "checkpoint", "shareconfig",

@@ -288,6 +288,27 @@ def test_shards_are_read_and_one_file_is_written(tmp_path: Path, collection: lis
     assert all(np.allclose(found[k], tensors[k], atol=1e-5) for k in tensors)
 
 
+def test_shards_that_disagree_with_their_index_are_named(collection: list[str], compressed: Compress) -> None:
+    """A layer that the index places in one shard and lies in another would be gone without a word."""
+    folder, tensors = Path(collection[0]), load_tensors(collection[0])
+    (folder / WEIGHTS).unlink()
+    keys = sorted(tensors)
+    first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    save_file({k: tensors[k] for k in keys[:3]}, folder / first)
+    save_file({k: tensors[k] for k in keys[3:]}, folder / second)
+
+    def refused(weight_map: dict[str, str]) -> str:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(CollectionError) as caught:
+            compressed(collection)
+        return str(caught.value)
+
+    text = refused(dict.fromkeys(keys, first))
+    assert all(part in text for part in ("'a00'", "does not list", second, first))
+    text = refused(dict.fromkeys(keys[:4], first) | dict.fromkeys(keys[4:], second))
+    assert all(part in text for part in ("'a00'", keys[3], "disagree", f"found {second}", f"expected {first}"))
+
+
 def test_keys_in_another_form_come_back_in_the_form_that_peft_loads(
     tmp_path: Path, collection: list[str], compressed: Compress
 ) -> None:

@@ -108,8 +108,9 @@ def test_a_feature_of_peft(tmp_path: Path, compressed: Compress, name: str) -> N
 
 
 COARSE = {  # features whose dW is a product of two tensors: what PEFT makes of them is the oracle
-    "linear", "conv1d-of-gpt2", "multihead-attention", "dora", "rslora", "rank-and-alpha-patterns", "layer-replication",
-    "target-parameters", "target-parameters-with-patterns", "eva", "many-in-one-collection",
+    "linear", "conv1d-of-gpt2", "multihead-attention", "multihead-attention-with-patterns", "base-within-a-base",
+    "names-like-parts-of-keys", "target-parameters-of-others", "dora", "rslora", "rank-and-alpha-patterns",
+    "layer-replication", "target-parameters", "target-parameters-with-patterns", "eva", "many-in-one-collection",
 }  # fmt: skip
 
 
@@ -189,7 +190,6 @@ FORMS: dict[str, Callable[[Path, Feature], Any]] = {
     "prefix of DDP": lambda f, _: rewritten(f, lambda k: "module." + k),
     "prefix of torch.compile": lambda f, _: rewritten(f, lambda k: "_orig_mod." + k),
     "names of FSDP within": lambda f, _: rewritten(f, lambda k: k.replace(".layer", "._fsdp_wrapped_module.layer")),
-    "prefix twice": lambda f, _: rewritten(f, lambda k: "base_model.model." + k),
     "no prefix": lambda f, _: rewritten(f, lambda k: k.removeprefix("base_model.model.")),
     "shards with an index": lambda f, _: as_shards(f),
     "pickle": lambda f, _: as_pickle(f),
@@ -227,6 +227,46 @@ def test_a_form_in_which_adapters_lie_about(tmp_path: Path, compressed: Compress
         model = loaded(feature, tmp_path / "rec" / adapter)
         assert torch.allclose(logits(model), truth, atol=1e-4)
         check_landed(model, {k: v for k, v in written.items() if k in saved})
+
+
+def test_a_prefix_that_comes_twice_is_kept_and_told(tmp_path: Path, compressed: Compress) -> None:
+    """PEFT saves it of a base model with such a path (base-within-a-base), and of one that it wrapped twice."""
+    feature = FEATURES["linear"]
+    for seed in range(2):
+        trained(feature, QV, seed, tmp_path / "in" / f"a{seed}")
+        rewritten(tmp_path / "in" / f"a{seed}", lambda k: "base_model.model." + k)
+    share = SHAREModel.from_pretrained(compressed([tmp_path / "in"], num_components=1000))
+    assert share.reconstruct("a0").keys() == load_file(tmp_path / "in" / "a0" / WEIGHTS).keys()
+    assert "base_model.model. twice" in share.certified("a0")["notes"][0]
+
+
+def test_keys_that_are_mended_are_told(tmp_path: Path) -> None:
+    for seed in range(2):
+        trained(FEATURES["linear"], QV, seed, tmp_path / f"a{seed}")
+    rewritten(tmp_path / "a1", lambda k: "_orig_mod." + k)
+    (warning,) = [w for w in plan_warnings(plan_for(resolve([tmp_path]), Settings())) if "as PEFT saves them" in w]
+    assert "in 1 adapter (a1)" in warning
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16, torch.float64])
+def test_adapters_of_any_precision(tmp_path: Path, compressed: Compress, precision: torch.dtype) -> None:
+    feature, truths = FEATURES["linear"], {}
+    for seed in range(2):
+        folder = tmp_path / "in" / f"a{seed}"
+        trained(feature, QV, seed, folder)
+        save_file({k: v.to(precision) for k, v in load_file(folder / WEIGHTS).items()}, folder / WEIGHTS)
+        truths[f"a{seed}"] = logits(loaded(feature, folder))
+    wide = SHAREModel.from_pretrained(compressed([tmp_path / "in"], "wide", num_components=1000, dtype="float32"))
+    own = SHAREModel.from_pretrained(compressed([tmp_path / "in"], "own", num_components=1000))
+    for name, truth in truths.items():
+        wide.reconstruct(name, output_dir=tmp_path / "rec" / name)
+        assert torch.allclose(logits(loaded(feature, tmp_path / "rec" / name)), truth, atol=1e-4)
+        rounding = own.certified(name)["relative_error"]
+        expected = {torch.bfloat16: 4e-3, torch.float16: 5e-4, torch.float64: 1e-6}[precision]
+        assert expected / 4 < rounding < expected * 2 or rounding < 1e-6
+        assert {t.dtype for t in own.reconstruct(name).values()} == {
+            precision if precision != torch.float64 else torch.float32
+        }
 
 
 def test_what_transformers_saves_without_the_prefix_and_in_shards(tmp_path: Path, compressed: Compress) -> None:

@@ -35,13 +35,13 @@ PLACES = {"header": WEIGHTS, "pickle": PICKLE, "config": "adapter_config.json", 
 # What is odd, but not wrong: it is taken, and comes back.
 TAKEN = {
     "header/good", "header/key-with-a-path", "header/key-with-a-colon", "header/key-very-long", "header/key-empty",
-    "header/key-a-marker-alone",
+    "header/key-a-marker-alone", "header/key-of-markers",
     "header/metadata-a-number", "header/integers", "header/booleans-that-are-none", "header/sides-of-two-dtypes",
     "pickle/good", "pickle/good-old", "pickle/transposed",
     "config/good", "config/alpha-zero", "config/base-a-number", "config/init-a-list", "config/byte-order-mark",
-    "config/pattern-of-counts", "config/parameters-empty-text",
+    "config/pattern-of-counts", "config/pattern-of-wildcards", "config/parameters-empty-text",
     "config/tied-without-an-embedding", "config/parameters-of-everything", "config/pattern-of-many",
-    "index/good", "index/map-lists-more",
+    "index/good", "index/map-lists-too-little",
 }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ P = "base_model.model."
         (P + "h.0.attn.c_attn.lora_B.default.weight", "h.0.attn.c_attn", "B", "default"),
         ("module." + P + "q.lora_A.weight", "q", "A", None),
         ("_orig_mod." + P + "q.lora_A.weight", "q", "A", None),
-        (P + P + "q.lora_B.weight", "q", "B", None),
+        (P + P + "q.lora_B.weight", P + "q", "B", None),
         ("q.lora_A.weight", "q", "A", None),
         (P + "attn.base_layer.out_proj.lora_A.weight", "attn.base_layer.out_proj", "A", None),
         (P + "my_lora_A.block.lora_A.weight", "my_lora_A.block", "A", None),
@@ -109,13 +109,31 @@ def test_parsing_is_idempotent(raw: str) -> None:
     ],
 )
 def test_foreign_kinds(key: str, kind: str) -> None:
-    assert foreign_kind([P + "head.weight", key]) == kind
+    assert foreign_kind([P + "head.weight", key]) == (kind, key)
 
 
 def test_a_diffusers_file_by_way_of_peft_is_told_only_without_a_configuration() -> None:
     key = "transformer.h.0.attn.lora_A.weight"  # or GPT-2's, without PEFT's prefix
     assert foreign_kind([key]) is None
-    assert foreign_kind([key], configured=False) == "diffusers LoRA"
+    assert foreign_kind([key], configured=False) == ("diffusers LoRA", key)
+
+
+@pytest.mark.parametrize(
+    ("keys", "names"),
+    [
+        (["q.lora_A.x.weight", "q.lora_B.x.weight"], ["x"]),
+        (["q.lora_A.x.weight", "q.lora_B.weight"], ["x"]),
+        (["q.lora_A.x.weight", "q.lora_B.x.weight", "v.lora_A.y.weight", "v.lora_B.y.weight"], ["x", "y"]),
+        (["q.lora_A.x.weight"], ["x"]),
+        (["e.lora_embedding_A.x", "e.lora_embedding_B.x"], ["x"]),
+        # Modules may be called so, and saved whole.
+        (["q.lora_A.weight", "q.lora_B.weight", "x.lora_A.head.weight"], []),
+        (["x.lora_A.lora_A.weight", "x.lora_A.lora_B.weight"], []),
+        (["x.lora_B.lora_A.x.weight", "x.lora_B.lora_B.x.weight"], ["x"]),
+    ],
+)
+def test_names_of_adapters_are_told_from_names_of_modules(keys: list[str], names: list[str]) -> None:
+    assert adapter_names(keys) == names
 
 
 def test_a_lora_file_is_not_foreign() -> None:

@@ -65,12 +65,51 @@ def test_refusals_name_the_field(change: dict[str, Any], message: str) -> None:
         check_lora(BASE | change)
 
 
+@pytest.mark.parametrize("pattern", ["(a+)+b", "(a|a)*b", "(a|aa)+$", "((a*)*)*", "x{2}(ab){9,}", r"(\w+\.)*q"])
+def test_a_loop_within_a_loop_is_refused(pattern: str) -> None:
+    with pytest.raises(AdapterError, match=r"take forever.*a loop over more than single characters"):
+        scale({"alpha_pattern": {pattern: 1}}, "q")
+
+
 @pytest.mark.parametrize(
-    "pattern", ["(a+)+b", "(a|a)*b", "(a|aa)+$", "a*a*a*a*a*b", "(?=(a+))b", r"(a)\1", "((a*)*)*", "x{2}(ab){9,}"]
+    "pattern",
+    [
+        "a*a*a*a*a*b",
+        "(?=(a*a*a*a*))b",
+        "a?" * 34 + "a" * 34 + "b",
+        "(ab|a|b)" * 30 + "c",
+        "(a)?" * 40,
+        "(?:a{0,9}){1}" * 9,
+    ],
 )
 def test_a_pattern_that_could_take_forever_is_refused(pattern: str) -> None:
+    with pytest.raises(AdapterError, match=r"take forever.*fewer wildcards or alternatives"):
+        scale({"alpha_pattern": {pattern: 1}}, "a" * 200)
+
+
+def test_patterns_and_names_are_bounded_together() -> None:
+    modules = {f"layers.{i}.q": 8 for i in range(20)}
+    many = {f"layers.{i}.x": 1 for i in range(50_000)}  # more than any cache holds
+    assert products(BASE | {"alpha_pattern": many}, modules) is not None
     with pytest.raises(AdapterError, match="take forever"):
-        scale({"alpha_pattern": {pattern: 1}}, "a" * 60)
+        products(BASE | {"alpha_pattern": {f"{i}.*.*.*": 1 for i in range(20_000)}}, modules)
+    with pytest.raises(AdapterError, match="take forever"):
+        products(BASE | {"alpha_pattern": many, "target_parameters": [f"q.w{i}" for i in range(9000)]}, modules)
+    with pytest.raises(AdapterError, match="target_parameters"):
+        products(BASE | {"target_parameters": [f"q.w{i}" for i in range(600_000)]}, modules)
+    with pytest.raises(AdapterError, match="too long"):
+        products(BASE | {"alpha_pattern": {"q" * 20_000: 1}}, modules)
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"layers\.(?!0)\d+\.q", r"layers.(?=1).*", r"(l)ayers.1.q|\1", r"(layers)?(?(1).1.q|x)"]
+)
+def test_look_around_and_references_are_taken_as_peft_takes_them(pattern: str) -> None:
+    from peft.utils.other import get_pattern_key
+
+    for module in ("layers.0.q", "layers.1.q", "x.layers.1.q"):
+        expected = 8 if get_pattern_key([pattern], module) == pattern else 2.0
+        assert scale({"alpha_pattern": {pattern: 64}}, module) == expected
 
 
 @pytest.mark.parametrize(

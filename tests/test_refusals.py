@@ -262,14 +262,36 @@ def test_another_d_in_a_group_is_refused_whoever_comes_first(tmp_path: Path) -> 
     assert all(part in second for part in ("'d'", B, "d = 25", "d = 24, as most"))
 
 
-def test_stacked_experts_and_a_plain_layer_of_the_same_shape_are_not_mixed(tmp_path: Path) -> None:
+def test_stacked_experts_and_a_plain_layer_are_not_mixed(tmp_path: Path, compressed: Compress) -> None:
     rng = np.random.default_rng(0)
     for name in "abc":
         write_adapter(tmp_path / "in" / name, make_tensors(rng, {"experts": (40, 24)}))
     stacked = make_tensors(rng, {"experts": (40, 24)}, r=8)
     write_adapter(tmp_path / "in" / "d", stacked, target_parameters=["experts.up"])
+    share = SHAREModel.from_pretrained(compressed([tmp_path / "in"], num_components=4))
+    assert share.config.ours["groups"]["experts:A"]["n"] == 3 * 4
+    assert share.config.ours["verbatim_adapters"] == ["d"]
+    assert "target_parameters are others" in share.certified("d")["notes"][0]
+
+
+def test_two_parameters_of_one_module_are_not_mixed(tmp_path: Path, compressed: Compress) -> None:
+    """Equal shapes, but `experts.lora_A` is that of the gate in some adapters, and of another parameter in one."""
+    rng = np.random.default_rng(0)
+    for name, parameter in {"a": "gate", "b": "gate", "c": "down", "d": "gate"}.items():
+        tensors = make_tensors(rng, {"experts": (40, 24)}, r=8)
+        write_adapter(tmp_path / "in" / name, tensors, target_parameters=[f"experts.{parameter}"])
+    share = SHAREModel.from_pretrained(compressed([tmp_path / "in"], num_components=4))
+    assert share.config.ours["groups"]["experts:A"]["n"] == 3 * 8
+    assert share.config.ours["verbatim_adapters"] == ["c"]
+
+
+def test_another_number_of_experts_is_another_shape(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name, experts in {"a": 2, "b": 2, "c": 3}.items():
+        tensors = make_tensors(rng, {"experts": (40, 24)}, r=4 * experts)
+        write_adapter(tmp_path / "in" / name, tensors, target_parameters=["experts.up"])
     text = reason(tmp_path / "in")
-    assert all(part in text for part in ("'d'", "stacked experts = 2", "stacked experts = 1"))
+    assert all(part in text for part in ("'c'", "stacked experts = 3", "stacked experts = 2, as most"))
 
 
 def test_a_square_matrix_is_oriented_by_its_key(tmp_path: Path, compressed: Compress) -> None:
@@ -346,6 +368,16 @@ def test_a_workspace_keeps_its_base_model_when_others_outnumber_it(named: Path, 
     assert len(share.adapter_names) == 8
 
 
+def test_adapters_that_are_refused_now_are_said_to_be(named: Path, compressed: Compress) -> None:
+    compressed([named], num_components=4, any_base=True)
+    with pytest.raises(WorkspaceError, match=r"no longer give.*a03.*refused now: .*mirror/base-4bit.*--base-alias"):
+        compressed([named], num_components=4, on_error="skip")
+
+
+def test_one_alias_may_be_a_text() -> None:
+    assert Settings.from_mapping({"base_aliases": "org/base"}).base_aliases == ("org/base",)
+
+
 def test_the_name_may_change_to_another_of_the_same_model(named: Path, compressed: Compress) -> None:
     three = [named / f"a{i:02}" for i in range(3)]
     compressed(three, num_components=4)
@@ -362,7 +394,8 @@ def test_the_name_may_change_to_another_of_the_same_model(named: Path, compresse
     [
         ({"base_model": ""}, "base_model"),
         ({"base_model": 3}, "base_model"),
-        ({"base_aliases": "org/base"}, "base_aliases.*--base-alias.*a list"),
+        ({"base_aliases": {"org/base": 1}}, "base_aliases.*--base-alias.*a list"),
+        ({"base_aliases": None}, "base_aliases.*--base-alias.*a list"),
         ({"base_aliases": [None]}, "base_aliases"),
         ({"any_base": "yes"}, "any_base"),
         ({"share_initial": 1}, "share_initial"),
