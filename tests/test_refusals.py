@@ -294,6 +294,39 @@ def test_another_number_of_experts_is_another_shape(tmp_path: Path) -> None:
     assert all(part in text for part in ("'c'", "stacked experts = 3", "stacked experts = 2, as most"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_factors_of_other_dtypes_are_verbatim_and_told(
+    tmp_path: Path, compressed: Compress, dtype: torch.dtype
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folders = make_collection(tmp_path / "in", 5)
+    tensors = load_file(Path(folders[1]) / WEIGHTS)
+    save_file(tensors | {A: (8 * tensors[A]).to(dtype)}, Path(folders[1]) / WEIGHTS)
+    plan = plan_for(resolve(folders), Settings())
+    assert any("LoRA tensors kept verbatim, dtype" in w and "a01" in w for w in plan_warnings(plan))
+    share = SHAREModel.from_pretrained(compressed(folders, num_components=4))
+    found = share.reconstruct("a01")
+    assert found[A].dtype == dtype
+    assert torch.equal(found[A].float(), (8 * tensors[A]).to(dtype).float())
+    assert torch.equal(found[B], tensors[B])
+    assert share.config.ours["groups"]["layers.0.q:A"]["n"] == 4 * 4
+
+
+@pytest.mark.parametrize("gone", [A, B])
+def test_a_side_without_the_other_is_verbatim_and_told(tmp_path: Path, compressed: Compress, gone: str) -> None:
+    folders = make_collection(tmp_path / "in", 3)
+    tensors = load_tensors(folders[1])
+    del tensors[gone]
+    save_file(tensors, Path(folders[1]) / WEIGHTS)
+    share = SHAREModel.from_pretrained(compressed(folders, num_components=4))
+    found = share.reconstruct("a01")
+    assert found.keys() == tensors.keys()
+    left = B if gone == A else A
+    assert np.array_equal(found[left].numpy(), tensors[left])
+    assert any("is missing" in note for note in share.certified("a01")["notes"])
+
+
 def test_a_square_matrix_is_oriented_by_its_key(tmp_path: Path, compressed: Compress) -> None:
     """r = d: the shapes of A and B are equal, and so are those of the two sides."""
     folders = make_collection(tmp_path / "adapters", 5, {"layers.0.q": (4, 4)}, r=4)
