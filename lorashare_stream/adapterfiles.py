@@ -12,7 +12,7 @@ from typing import Any
 
 from .errors import AdapterError, MissingFileError
 from .files import read_json
-from .keys import foreign_kind
+from .keys import foreign_kind, parse_key
 from .names import listed, shown
 from .tensorfile import CHUNK, SafetensorsReader, TensorReader, TensorRecord, read_header, repeated
 
@@ -21,6 +21,7 @@ SAFETENSORS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 _SHARD = re.compile(r"(?:adapter_)?model-\d+-of-\d+\.safetensors")
 _SHARDS = ("pytorch_model_fsdp", "global_step", "zero_", "bf16_zero_", "fp16_zero_", "mp_rank_")
 _AGAIN = "Fetch or save the adapter again, or leave it out."
+PEFT_TENSORS = "file of PEFT's LoRA tensors"
 MOST_PEEKS = 8  # headers read in a folder without a configuration, to tell what it is
 INDEXES = ("adapter_model.safetensors.index.json", "model.safetensors.index.json")
 
@@ -75,11 +76,14 @@ def foreign_lora(folder: Path, names: Iterable[str]) -> tuple[str, str] | None:
     files = [n for n in names if n.endswith(".safetensors")]
     for name in sorted(files)[:MOST_PEEKS]:
         try:
-            foreign = foreign_kind((r.name for r in read_header(folder / name)), configured=False)
+            keys = [r.name for r in read_header(folder / name)]
         except (AdapterError, OSError):
             continue
+        foreign = foreign_kind(keys, configured=False)
         if foreign is not None:
             return name, foreign[0]
+        if any(parse_key(key).module is not None for key in keys):
+            return name, PEFT_TENSORS
     return None
 
 
@@ -87,21 +91,26 @@ def _no_config(folder: Path) -> MissingFileError:
     if not folder.is_dir():
         return MissingFileError("no such folder", found=folder, remedy="Mend its path, or leave it out.")
     entries = sorted(os.listdir(folder))
-    foreign = foreign_lora(folder, entries)
-    diffusers = [(n, "diffusers LoRA") for n in entries if n.startswith("pytorch_lora_weights")]
-    for name, kind in [foreign] if foreign else diffusers[:1]:
-        return MissingFileError(
-            f"a {kind}: {shown(name)} without {CONFIG}",
-            remedy="Only PEFT adapters are taken: load it where it is used, and save it by PEFT's save_pretrained.",
-        )
+    name, kind = foreign_lora(folder, entries) or (None, None)
+    if kind in (None, PEFT_TENSORS) and any(n.startswith("pytorch_lora_weights") for n in entries):
+        name, kind = next(n for n in entries if n.startswith("pytorch_lora_weights")), "diffusers LoRA"
+    if kind not in (None, PEFT_TENSORS):
+        return MissingFileError(f"a {kind}: {shown(name)} without {CONFIG}", remedy=remedy_for(str(kind)))
     inner = inner_adapters(folder, entries)
     hint = f" Adapters lie in its subfolders: {listed(inner)}." if inner else ""
     return MissingFileError(
         f"no {CONFIG}",
         found=listed(entries) or "nothing",
         expected=f"{CONFIG} and {SAFETENSORS}",
-        remedy=f"Point to the folder that PEFT's save_pretrained wrote.{hint}",
+        remedy=(remedy_for(kind) if kind else "Point to the folder that PEFT's save_pretrained wrote.") + hint,
     )
+
+
+def remedy_for(kind: str) -> str:
+    """What to do with a file that `foreign_lora` has found."""
+    if kind == PEFT_TENSORS:
+        return f"Put its {CONFIG} beside it, and name it {SAFETENSORS}."
+    return "Only PEFT adapters are taken: load it where it is used, and save it by PEFT's save_pretrained."
 
 
 def inner_adapters(folder: Path, names: Iterable[str]) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from . import progress
 from .choices import Args, make_plan, planned, recorded_sources, with_config
-from .errors import StreamError, UsageError
+from .errors import StreamError, UsageError, said_of_all
 from .files import own_folder, tree_bytes, write_json
 from .names import bytes_shown, counted, listed, name_fault, shown
 from .pipeline import Progress, default_workspace, silent
@@ -93,7 +93,7 @@ def compress(args: Args) -> int:
             f"left out {counted(len(skipped), 'adapter')}; the reasons are in {shown(out / 'skipped.json')}:",
             file=sys.stderr,
         )
-        print("\n".join(f"  - {e}" for e in skipped), file=sys.stderr)
+        print("\n".join(said_of_all(skipped)), file=sys.stderr)
     return SKIPPED if skipped else 0
 
 
@@ -156,7 +156,7 @@ def verify(args: Args) -> int:
     )
     verdicts.sort(key=lambda v: (v.problem is None, -v.relative_error if v.relative_error >= 0 else 0, v.name))
     bad = [v for v in verdicts if v.problem is not None]
-    measured = [v.relative_error for v in verdicts if v.relative_error >= 0]
+    measured = [v.relative_error for v in verdicts if v.worst_module is not None]  # not of what is kept exact
     mean = sum(measured) / len(measured) if measured else None
     rows = [
         (
@@ -169,7 +169,7 @@ def verify(args: Args) -> int:
         for v in verdicts
     ]
     text = table(rows, ("adapter", "dW error", "certified", "at worst", "in module"))
-    text += f"\nmean dW error {mean:.6f} over {counted(len(measured), 'adapter')}" if mean is not None else ""
+    text += f"\nmean dW error {mean:.6f} of {counted(len(measured), 'compressed adapter')}" if mean is not None else ""
     _print(args, {"mean": mean, "failed": len(bad), "adapters": [asdict(v) for v in verdicts]}, text)
     for problem in dict.fromkeys(v.problem for v in bad):
         names = [v.name for v in bad if v.problem == problem]
@@ -206,4 +206,4 @@ def _progress(args: Args) -> Progress:
 def _say_left_out(made: Plan) -> None:
     if made.refused and made.settings.on_error == "skip":
         print(f"{counted(len(made.refused), 'adapter')} will be left out:", file=sys.stderr)
-        print("\n".join(f"  - {e}" for e in made.refused), file=sys.stderr)
+        print("\n".join(said_of_all(made.refused)), file=sys.stderr)

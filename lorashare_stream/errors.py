@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 from .names import shown
@@ -44,8 +44,12 @@ class StreamError(Exception):
         return {k: v if isinstance(v, str) else shown(v) for k, v in parts.items() if v is not None}
 
     def __str__(self) -> str:
-        where = [f"{label} {shown(v)!r}" for label, v in (("adapter", self.adapter), ("key", self.key)) if v]
-        text = f"{', '.join(where)}: {self.problem}" if where else self.problem
+        return self.text(f"adapter {shown(self.adapter)!r}" if self.adapter else "")
+
+    def text(self, who: str) -> str:
+        """The message, said of `who`."""
+        where = ", ".join(part for part in (who, f"key {shown(self.key)!r}" if self.key else "") if part)
+        text = f"{where}: {self.problem}" if where else self.problem
         facts = [f"{n} {shown(v)}" for n, v in (("found", self.found), ("expected", self.expected)) if v is not None]
         text += f" ({'; '.join(facts)})" if facts else ""
         return f"{text}. {self.remedy}" if self.remedy else text
@@ -84,13 +88,24 @@ class CollectionError(StreamError, ValueError):
         return _rebuild_collection, (type(self), self.problem, self.problems, self.details())
 
     def __str__(self) -> str:
-        return "\n".join([super().__str__(), *(f"  - {p}" for p in self.problems)])
+        return "\n".join([super().__str__(), *said_of_all(self.problems)])
 
 
 def _rebuild_collection(
     cls: type[CollectionError], problem: str, problems: Sequence[AdapterError], details: dict[str, Any]
 ) -> CollectionError:
     return cls(problem, problems=problems, **details)
+
+
+def said_of_all(problems: Iterable[StreamError]) -> list[str]:
+    """A line for each problem, with the names of all adapters that have it."""
+    lines: dict[str, tuple[StreamError, list[str]]] = {}
+    for problem in problems:
+        lines.setdefault(problem.text(""), (problem, []))[1].append(repr(shown(problem.adapter)))
+    return [
+        "  - " + (str(problem) if len(names) == 1 else problem.text(f"{len(names)} adapters, {', '.join(names)}"))
+        for problem, names in lines.values()
+    ]
 
 
 class MissingFilesError(CollectionError, FileNotFoundError):

@@ -119,7 +119,9 @@ def _key_notes(keyed: Mapping[str, tuple[Key, TensorRecord]]) -> list[str]:
     """What the user should know of the form of the keys."""
     notes = []
     if any(canonical != record.name for canonical, (_, record) in keyed.items()):
-        notes.append("keys were not as PEFT saves them (an adapter's name, wrappers, no prefix), and come back so")
+        notes.append(
+            "keys were not as PEFT saves them (names of adapter or wrappers, no prefix), and are written as it does"
+        )
     if any(canonical.startswith(2 * PEFT_PREFIX) for canonical in keyed):
         notes.append(
             "keys begin with base_model.model. twice, and stay so: PEFT loads them on a base model that has them"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import shutil
 import tempfile
@@ -16,7 +17,7 @@ import torch
 
 from .adapterfiles import CONFIG, PICKLE, SAFETENSORS
 from .comparison import comparison, load_adapter
-from .errors import CheckpointError, UnknownAdapterError, UsageError
+from .errors import CheckpointError, UnknownAdapterError, UsageError, said_of_all
 from .executors import DaskClient, Executor
 from .files import atomic_file, write_json
 from .keys import factor_key, split_group_id
@@ -25,13 +26,14 @@ from .picklefile import DTYPE_NAMES, raw_bytes
 from .pipeline import compress, plan_for
 from .publishing import copy_checkpoint
 from .reader import MARK, CheckpointReader, PerAdapter, Tensors, was_reconstructed
-from .report import summary_text
+from .report import adapter_notes, summary_text
 from .settings import Settings
 from .shareconfig import SHAREConfig
 from .shareformat import CONFIG as SHARE_CONFIG
 from .sources import resolve
 from .tensorfile import write_safetensors
 
+log = logging.getLogger(__name__)
 _said: set[str] = set()
 
 
@@ -118,9 +120,12 @@ class SHAREModel:
             root = Path(workspace) if workspace is not None else None
             found = resolve(adapters, missing_ok=chosen.on_error == "skip")
             plan = plan_for(found, chosen, root or out.parent / f"{out.name}.workspace")
+            for note in adapter_notes(plan):
+                log.warning("%s", note)
             skipped = compress(plan, out, workspace=root, executor=_executor(executor))
             if skipped:
-                warnings.warn(f"left out: {listed(e.adapter for e in skipped)}", UserWarning, stacklevel=2)
+                reasons = "\n".join([f"left out: {listed(e.adapter for e in skipped)}", *said_of_all(skipped)])
+                warnings.warn(reasons, UserWarning, stacklevel=2)
             model = cls.from_pretrained(out)
         except BaseException:
             if temporary is not None:

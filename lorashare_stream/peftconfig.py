@@ -116,7 +116,7 @@ def initial_part(config: Config) -> str | None:
         return None
     return (
         f"its factors hold a part of the base model (init_lora_weights {init}); "
-        "--share-initial compresses such adapters, at an error relative to that part as well"
+        "--share-initial compresses such adapters, into another output, at an error relative to that part as well"
     )
 
 

@@ -179,7 +179,7 @@ def ingest(run: Run, work: Workspace) -> list[AdapterError]:
         raise refusal(
             f"{len(refused)} of {len(entries)} adapters cannot be compressed; the others are ingested",
             refused,
-            "Leave them out, or set on_error to skip to go on without them.",
+            "Leave them out, or go on without them by --on-error skip.",
         )
     check_enough(len(entries) - len(refused), refused)
     return refused

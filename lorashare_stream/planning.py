@@ -152,7 +152,7 @@ class Plan:
             raise refusal(
                 f"{len(self.refused)} of {len(self.refused) + len(self.entries)} adapters cannot be compressed",
                 self.refused,
-                "Leave them out, or set on_error to skip to go on without them.",
+                "Leave them out, or go on without them by --on-error skip.",
             )
         check_enough(len(self.entries), self.refused)
         least = max((s.shared_bytes + s.task_bytes for s in self.steps), default=0)

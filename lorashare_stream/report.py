@@ -83,9 +83,10 @@ def _our_figures(ours: dict[str, Any]) -> list[Fact]:
         low, high = (min(1.0, bound**0.5) for bound in errors["mean_square_bounds"])
         if high > 1e-3:  # below it they are rounding of float32 moments
             pairs.append(("  bounds of its rms", f"{low:.4f} to {high:.4f}, known from the bases"))
-    pairs.append(("worst adapters", listed([f"{w['name']} {w['relative_error']:.4f}" for w in errors["worst"][:3]])))
+    worst = [f"{w['name']} {w['relative_error']:.4f}" for w in errors["worst"][:3]]
+    pairs.append(("worst adapters", listed(worst) or "none is compressed"))
     if ours["verbatim_adapters"]:
-        pairs.append(("kept verbatim", listed(ours["verbatim_adapters"])))
+        pairs.append(("kept exact", f"{len(ours['verbatim_adapters'])}: {listed(ours['verbatim_adapters'])}"))
     if ours["num_skipped"]:
         pairs.append(("left out", f"{ours['num_skipped']}, with reasons in skipped.json"))
     if errors["mean"] > 0.5:
@@ -140,7 +141,7 @@ def break_even_range(plan: Plan) -> str:
 
 def plan_warnings(plan: Plan) -> list[str]:
     """What a user should know before the work begins."""
-    return [*_of_sizes(plan), *_of_adapters(plan)]
+    return [*_of_sizes(plan), *adapter_notes(plan)]
 
 
 def _of_sizes(plan: Plan) -> list[str]:
@@ -167,18 +168,38 @@ def _of_sizes(plan: Plan) -> list[str]:
     return out
 
 
-def _of_adapters(plan: Plan) -> list[str]:
+def adapter_notes(plan: Plan) -> list[str]:
+    """What a user should know of single adapters before the work begins."""
+    s = plan.settings
+    names = Counter(e.base_model for e in plan.entries)
     out = []
-    unnamed = sum(e.base_model is None for e in plan.entries)
+    unnamed = [e.name for e in plan.entries if e.base_model is None]
     if unnamed and plan.base_model:
-        out.append(f"no base model is named by {counted(unnamed, 'adapter')}; taken to be {shown(plan.base_model)}")
-    if plan.settings.any_base and (others := _other_names(plan)):
-        out.append(f"adapters that name another base model are accepted unseen: {listed(others)}")
+        base = shown(plan.base_model)
+        out.append(
+            f"no base model is named by {counted(len(unnamed), 'adapter')} ({listed(unnamed)}); taken to be {base}"
+        )
+    idle = [name for name in ((s.base_model,) if s.base_model else ()) + s.base_aliases if not names[name]]
+    if idle:
+        out.append(f"no adapter names the base model {listed(idle)}: is it written as the adapters write it?")
+    if s.any_base and (others := _other_names(plan)):
+        out.append(f"whatever base model they name, adapters are accepted: {listed(others)}")
+    alone = _alone(plan)
+    if alone:
+        out.append(f"no module is shared with any other adapter by {counted(len(alone), 'adapter')} ({listed(alone)})")
     out += _by_kind((e.name, note) for e in plan.entries for note in e.layout.notes)
     if plan.inner:
         where = listed([f"{name}/{sub}" for name, subs in sorted(plan.inner.items()) for sub in subs], 3)
         out.append(f"adapters in subfolders of adapters are not taken: {where}; name them as sources to take them")
     return out
+
+
+def _alone(plan: Plan) -> list[str]:
+    """Adapters that have groups, but none with another adapter in it."""
+    common = {g.module for g in plan.groups if g.adapters > 1}
+    lonely = {e.layout.digest: e.layout for e in plan.entries}
+    digests = {d for d, layout in lonely.items() if layout.modules and not common & layout.by_name.keys()}
+    return [e.name for e in plan.entries if e.layout.digest in digests]
 
 
 def _other_names(plan: Plan) -> list[str]:

@@ -213,7 +213,7 @@ def test_the_base_model_by_flags_by_yaml_and_by_a_saved_plan(
     assert json.loads(capsys.readouterr().out)["base_model_name_or_path"] == "org/tiny"
 
     assert call("compress", *collection, "-o", tmp_path / "any", "-k", 4, "--any-base") == 0
-    assert "accepted unseen: mirror/tiny by 2 adapters" in caplog.text
+    assert "whatever base model they name, adapters are accepted: mirror/tiny by 2 adapters" in caplog.text
 
 
 def test_what_is_kept_exact_is_told_and_the_flag_shares_it(
@@ -223,13 +223,13 @@ def test_what_is_kept_exact_is_told_and_the_flag_shares_it(
     Path(collection[0], "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": "pissa"}))
     assert call("compress", *collection, "-o", tmp_path / "exact", "-k", 4) == 0
     captured = capsys.readouterr()
-    assert "part of the base model (init_lora_weights pissa); --share-initial compresses such" in caplog.text
+    assert "part of the base model (init_lora_weights pissa); --share-initial compresses such adapters" in caplog.text
     assert "in 1 adapter (a00)" in caplog.text
-    assert "kept verbatim" in captured.out
+    assert "kept exact           1: a00" in captured.out
     assert "a00" in captured.out
     assert call("verify", tmp_path / "exact") == 0
     assert call("compress", *collection, "-o", tmp_path / "shared", "-k", 4, "--share-initial") == 0
-    assert "kept verbatim" not in capsys.readouterr().out
+    assert "kept exact" not in capsys.readouterr().out
     assert call("verify", tmp_path / "shared") == 0
 
 

@@ -161,6 +161,77 @@ def test_a_pickle_of_diffusers_is_named(tmp_path: Path) -> None:
     assert "a diffusers LoRA: pytorch_lora_weights.bin" in reason(tmp_path / "a")
 
 
+def test_a_peft_file_under_another_name_is_not_passed_over(tmp_path: Path, collection: list[str]) -> None:
+    folder = tmp_path / "adapters" / "renamed"
+    folder.mkdir()
+    save_file(load_tensors(collection[0]), folder / "lora_weights.safetensors")
+    text = reason(tmp_path / "adapters")
+    assert all(
+        part in text
+        for part in ("'renamed'", "no adapter_config.json", "lora_weights.safetensors", f"name it {WEIGHTS}")
+    )
+    with pytest.raises(UsageError, match=f"file of PEFT's LoRA tensors.*name it {WEIGHTS}"):
+        resolve([folder / "lora_weights.safetensors"])
+    with pytest.raises(UsageError, match=r"Name its folder: it has the adapter_config\.json"):
+        resolve([Path(collection[0]) / WEIGHTS])
+
+
+def test_adapters_that_share_nothing_are_told(tmp_path: Path) -> None:
+    make_collection(tmp_path / "in", 3)
+    write_adapter(tmp_path / "in" / "stranger", make_tensors(np.random.default_rng(0), {"other.q": (40, 24)}))
+    (warning,) = [
+        w for w in plan_warnings(plan_for(resolve([tmp_path / "in"]), Settings())) if "no module is shared" in w
+    ]
+    assert "1 adapter (stranger)" in warning
+
+
+@pytest.mark.parametrize(
+    ("settings", "idle"),
+    [({"base_model": "nobody's"}, "nobody's"), ({"base_aliases": ("tiny-base", "a/path")}, "a/path")],
+)
+def test_a_name_of_the_base_that_no_adapter_gives_is_told(tmp_path: Path, settings: dict[str, Any], idle: str) -> None:
+    folders = make_collection(tmp_path / "in", 3)
+    plan = plan_for(resolve(folders), Settings(any_base=True, **settings))
+    (warning,) = [w for w in plan_warnings(plan) if "no adapter names" in w]
+    assert f"the base model {idle}:" in warning
+
+
+def test_equal_refusals_are_said_once_with_every_name(collection: list[str]) -> None:
+    for folder in collection[2:6]:
+        Path(folder, "adapter_config.json").write_text(json.dumps(CONFIG | {"base_model_name_or_path": "other"}))
+    Path(collection[6], "adapter_config.json").write_text("{")
+    with pytest.raises(CollectionError) as caught:
+        plan_for(resolve(collection), Settings(base_model="tiny-base")).validate()
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 3
+    assert any(
+        line.startswith("  - 4 adapters, 'a02', 'a03', 'a04', 'a05', key 'base_model_name_or_path': ") for line in lines
+    )
+    assert any(line.startswith("  - adapter 'a06': adapter_config.json is not valid JSON") for line in lines)
+
+
+def test_the_errors_are_those_of_what_is_compressed(tmp_path: Path, compressed: Compress) -> None:
+    folders = make_collection(tmp_path / "in", 6)
+    plain = SHAREModel.from_pretrained(compressed(folders[:4], "plain", num_components=4)).config.ours["errors"]
+    for folder in folders[4:]:
+        Path(folder, "adapter_config.json").write_text(json.dumps(CONFIG | {"init_lora_weights": "pissa"}))
+    mixed = SHAREModel.from_pretrained(compressed(folders, "mixed", num_components=4)).config.ours["errors"]
+    assert mixed == plain
+    assert mixed["adapters"] == 4
+
+
+def test_the_python_interface_tells_what_the_command_line_tells(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folders = make_collection(tmp_path / "in", 4, init_lora_weights="pissa")
+    with caplog.at_level("WARNING", "lorashare_stream"):
+        SHAREModel.from_adapters(folders)
+    assert "part of the base model" in caplog.text
+    Path(folders[3], "adapter_config.json").write_text("{")
+    with pytest.warns(UserWarning, match=r"left out: a03\n.*not valid JSON"):
+        SHAREModel.from_adapters(folders, on_error="skip")
+
+
 def test_other_files_of_tensors_are_no_adapters(tmp_path: Path, collection: list[str]) -> None:
     (tmp_path / "adapters" / "base").mkdir()
     save_file({"model.layers.0.q.weight": ONE}, tmp_path / "adapters" / "base" / "model.safetensors")
@@ -372,7 +443,7 @@ def test_one_base_model_goes_by_many_names(
     for name in {e.base_model for e in plan.entries} - {None, base}:
         assert f"{name} by" in text  # what differs is listed before work
     assert any("no base model is named by 1 adapter" in w for w in plan_warnings(plan))
-    assert any("accepted unseen" in w for w in plan_warnings(plan)) == ("any_base" in settings)
+    assert any("adapters are accepted" in w for w in plan_warnings(plan)) == ("any_base" in settings)
 
 
 def test_an_alias_is_the_name_only_where_no_other_is(named: Path) -> None:
@@ -395,7 +466,7 @@ def test_a_workspace_keeps_its_base_model_when_others_outnumber_it(named: Path, 
     for i in range(5):
         shutil.copytree(named / "a03", named / f"b{i}")
         many.append(named / f"b{i}")
-    with pytest.raises(CollectionError, match=r"5 of 8.*\n.*'b0'.*found mirror/base-4bit; expected org/base"):
+    with pytest.raises(CollectionError, match=r"\n  - 5 adapters, 'b0', 'b1', .*found mirror/base-4bit; expected"):
         compressed(many, num_components=4)
     share = SHAREModel.from_pretrained(compressed(many, num_components=4, base_aliases=["mirror/base-4bit"]))
     assert len(share.adapter_names) == 8

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..adapterfiles import CONFIG, foreign_lora, inner_adapters, looks_like_adapter
+from ..adapterfiles import CONFIG, foreign_lora, inner_adapters, looks_like_adapter, remedy_for
 from ..errors import MissingSourceError, UsageError
 from ..names import listed, name_fault, shown
 from .manifest import SUFFIXES, read_manifest
@@ -139,7 +139,9 @@ def _no_manifest(path: Path) -> UsageError:
         return UsageError(
             f"a {foreign[1]}, not a PEFT adapter: {shown(path)}",
             expected=f"a folder with {CONFIG}",
-            remedy="Load it where it is used, and save it by PEFT's save_pretrained.",
+            remedy=f"Name its folder: it has the {CONFIG}."
+            if (path.parent / CONFIG).is_file()
+            else remedy_for(foreign[1]),
         )
     return UsageError(
         f"not a manifest: {shown(path)}",
