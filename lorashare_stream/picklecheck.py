@@ -15,6 +15,7 @@ import pickletools
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -77,11 +78,17 @@ class _DryRun(pickle.Unpickler):
 
 
 def check_pickle(path: Path) -> None:
-    """Demand that a `.bin` holds a pickle of dense tensors, all of which lie in it.
+    """Demand that a `.bin` holds a pickle of dense tensors, all of which lie in it; once as long as it does not change.
 
     Raises:
         AdapterError: saying what else it would have torch do.
     """
+    stat = path.stat()
+    _check(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=1 << 14)
+def _check(path: Path, size: int, mtime_ns: int) -> None:
     try:
         if zipfile.is_zipfile(path):
             _check_archive(path)
