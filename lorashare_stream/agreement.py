@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Protocol, TypeVar
 
 from .deltas import Product
@@ -79,19 +79,21 @@ def of_base(entries: Sequence[E], base: str, settings: Settings) -> tuple[list[E
     return [e for e in entries if e.name not in gone], refused
 
 
-def other_parameters(entries: Sequence[E]) -> set[str]:
+def other_parameters(entries: Sequence[E], settled: Collection[str]) -> set[str]:
     """The names of adapters in which some module's name means other parameters than in most.
+
+    What `settled` adapters mean, whom a workspace holds already, is not outvoted.
 
     PEFT nests the `target_parameters` of a module in each other, so that a key means one parameter if that alone is
     adapted, and another if two are.
     """
-    odd, _ = _odd(entries, lambda e: {m.name: p.parameters for m, p in zip(e.layout.modules, e.products, strict=True)})
+    odd, _ = _odd(entries, _parameters, settled)
     return set(odd)
 
 
-def of_shape(entries: Sequence[E]) -> tuple[list[E], list[AdapterError]]:
+def of_shape(entries: Sequence[E], settled: Collection[str]) -> tuple[list[E], list[AdapterError]]:
     """Split off adapters in which some module has another shape than most have: they mean another layer by its name."""
-    odd, common = _odd(entries, _shapes)
+    odd, common = _odd(entries, _shapes, settled)
     refused = [_other_shape(e, odd[e.name], common[odd[e.name]]) for e in entries if e.name in odd]
     return [e for e in entries if e.name not in odd], refused
 
@@ -101,8 +103,14 @@ def _shapes(entry: Described) -> dict[str, Shape]:
     return {m.name: (m.dim("A"), m.dim("B"), p.experts) for m, p in pairs}
 
 
-def _odd(entries: Sequence[E], traits: Callable[[E], dict[str, T]]) -> tuple[dict[str, str], dict[str, T]]:
-    """Adapters in which a trait of some module is not that of most.
+def _parameters(entry: Described) -> dict[str, tuple[str, ...]]:
+    return {m.name: p.parameters for m, p in zip(entry.layout.modules, entry.products, strict=True)}
+
+
+def _odd(
+    entries: Sequence[E], traits: Callable[[E], dict[str, T]], settled: Collection[str]
+) -> tuple[dict[str, str], dict[str, T]]:
+    """Adapters in which a trait of some module is not that of most, or of those that are settled.
 
     Returns:
         The first such module by the adapter's name, and what most adapters have by module.
@@ -110,11 +118,12 @@ def _odd(entries: Sequence[E], traits: Callable[[E], dict[str, T]]) -> tuple[dic
     # Equal layouts and products are kept once, so that few have to be looked at.
     kinds = [(e.layout.digest, id(e.products)) for e in entries]
     uses = Counter(kinds)
+    votes = Counter(kind for kind, e in zip(kinds, entries, strict=True) if e.name in settled)
     found = {kind: traits(entry) for kind, entry in dict(zip(kinds, entries, strict=True)).items()}
     counts: dict[str, Counter[T]] = {}
     for kind, of_modules in found.items():
         for module, trait in of_modules.items():
-            counts.setdefault(module, Counter())[trait] += uses[kind]
+            counts.setdefault(module, Counter())[trait] += uses[kind] + votes[kind] * len(entries)
     common = {module: _commonest(of_module) for module, of_module in counts.items()}
     first = {
         kind: next((m for m, trait in of_modules.items() if trait != common[m]), None)

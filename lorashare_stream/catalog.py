@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -77,6 +77,7 @@ def catalog(
     settings: Settings,
     *,
     admitted: Mapping[str, str] | None = None,
+    settled: Collection[str] = (),
     bound_base: str | None = None,
 ) -> Catalog:
     """Read the headers and configurations of all sources.
@@ -85,6 +86,7 @@ def catalog(
         sources: what `sources.resolve` gives.
         settings: which base models are accepted, and what is kept exact.
         admitted: name -> source id of adapters that a workspace already holds: they keep their names.
+        settled: those of them whose tensors it has summed: what their keys mean stays.
         bound_base: the base model of that workspace.
     """
     entries: list[Entry] = []
@@ -102,9 +104,9 @@ def catalog(
             refused.append(AdapterError("cannot be read", adapter=name, found=e.strerror or str(e), remedy=remedy))
     base = common_base((e.base_model for e in entries), settings, bound_base)
     entries, strangers = of_base(entries, base, settings)
-    differing = other_parameters(entries)
+    differing = other_parameters(entries, settled)
     entries = [_exact(e, shared) if e.name in differing else e for e in entries]
-    entries, misshapen = of_shape(entries)
+    entries, misshapen = of_shape(entries, settled)
     refused += [*strangers, *misshapen]
     by_name = dict(zip(names, sources, strict=True))
     for error in refused:

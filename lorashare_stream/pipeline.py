@@ -60,8 +60,15 @@ class Run:
 def plan_for(sources: Sequence[Source], settings: Settings, workspace: Path | None = None) -> Plan:
     """The plan for some sources; adapters that a workspace already holds keep their names, and it its base model."""
     work = None if workspace is None else Workspace(workspace)
-    admitted, base = ({}, None) if work is None else (work.admitted(), work.base_model())
-    return make_plan(catalog(sources, settings, admitted=admitted, bound_base=base), settings, base)
+    receipts, base = ([], None) if work is None else (work.admissions(), work.base_model())
+    found = catalog(
+        sources,
+        settings,
+        admitted={r.name: r.source_id for r in receipts},
+        settled={r.name for r in receipts if not r.exact},
+        bound_base=base,
+    )
+    return make_plan(found, settings, base)
 
 
 def default_workspace(out: Path) -> Path:

@@ -45,6 +45,7 @@ class Receipt:
         energy: sum over its shared modules of ||dW||^2, float64.
         sizes, mtimes_ns: of its weight files; while they stay, so did the digest.
         notes: what the user should know of it.
+        exact: whether nothing of it is shared.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Receipt:
     sizes: tuple[int, ...]
     mtimes_ns: tuple[int, ...]
     notes: tuple[str, ...] = ()
+    exact: bool = False
 
 
 class Workspace:
@@ -138,10 +140,6 @@ class Workspace:
     def admissions(self) -> list[Receipt]:
         """All admissions as they stand; reads only, and needs no lock."""
         return self._journal()[0]
-
-    def admitted(self) -> dict[str, str]:
-        """Names and source ids of all admissions."""
-        return {r.name: r.source_id for r in self.admissions()}
 
     def base_model(self) -> str | None:
         """The base model that it is bound to, if it is there and names one."""

@@ -356,6 +356,20 @@ def test_two_parameters_of_one_module_are_not_mixed(tmp_path: Path, compressed: 
     assert share.config.ours["verbatim_adapters"] == ["c"]
 
 
+def test_what_a_workspace_has_summed_is_not_outvoted_by_what_comes_later(tmp_path: Path, compressed: Compress) -> None:
+    rng = np.random.default_rng(0)
+    parameters = {"a": "gate", "b": "gate", "c": "down", "d": "down", "e": "down", "f": "down", "g": "gate"}
+    for name, parameter in parameters.items():
+        tensors = make_tensors(rng, {"experts": (40, 24)}, r=8)
+        write_adapter(tmp_path / "in" / name, tensors, target_parameters=[f"experts.{parameter}"])
+    for names in ("abc", "abcdef", "abcdefg"):  # the other meaning has the majority from the second run on
+        share = SHAREModel.from_pretrained(compressed([tmp_path / "in" / n for n in names], num_components=4))
+        assert share.config.ours["verbatim_adapters"] == [n for n in names if parameters[n] == "down"]
+        assert share.config.ours["groups"]["experts:A"]["n"] == 8 * sum(parameters[n] == "gate" for n in names)
+    fresh = plan_for(resolve([tmp_path / "in"]), Settings())
+    assert [e.name for e in fresh.entries if e.layout.modules] == ["c", "d", "e", "f"]
+
+
 def test_another_number_of_experts_is_another_shape(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for name, experts in {"a": 2, "b": 2, "c": 3}.items():

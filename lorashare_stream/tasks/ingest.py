@@ -31,7 +31,8 @@ def ingest_adapter(entry: Entry) -> Receipt | AdapterError:
         e.adapter, e.source = entry.name, str(entry.folder)
         return e
     sizes, times = tuple(f.size for f in entry.files), tuple(f.mtime_ns for f in entry.files)
-    return Receipt(entry.name, entry.source_id, digest, entry.config_digest, energy, sizes, times, notes)
+    exact = not entry.layout.modules
+    return Receipt(entry.name, entry.source_id, digest, entry.config_digest, energy, sizes, times, notes, exact)
 
 
 def _scan(entry: Entry, tensors: TensorReader) -> tuple[float, tuple[str, ...], str]:
