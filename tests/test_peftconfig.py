@@ -4,8 +4,11 @@ import math
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lorashare_stream.errors import AdapterError
+from lorashare_stream.patterns import check_cost, first_match
 from lorashare_stream.peftconfig import check_lora, products
 
 BASE: dict[str, Any] = {"peft_type": "LORA", "r": 8, "lora_alpha": 16}
@@ -126,6 +129,44 @@ def test_look_around_and_references_are_taken_as_peft_takes_them(pattern: str) -
 )
 def test_patterns_as_people_write_them_are_taken(pattern: str) -> None:
     assert scale({"alpha_pattern": {pattern: 8}}, "no.match.here") == 2.0
+
+
+BITS = [
+    "q",
+    "v",
+    "a",
+    ".",
+    r"\.",
+    "layers",
+    "0",
+    "1",
+    r"\d",
+    "*",
+    "+",
+    "?",
+    "(",
+    ")",
+    "|",
+    "[01]",
+    "_proj",
+    ".*",
+    "^",
+    "$",
+]
+NAMES = st.lists(st.sampled_from(["layers", "0", "1", "q", "v", "a", "q_proj", "aa"]), min_size=1, max_size=5)
+
+
+@settings(max_examples=400)
+@given(st.lists(st.lists(st.sampled_from(BITS), max_size=7).map("".join), max_size=3), NAMES.map(".".join))
+def test_patterns_match_as_those_of_peft(patterns: list[str], name: str) -> None:
+    from peft.utils.other import get_pattern_key
+
+    try:
+        check_cost(patterns, [name])
+    except AdapterError:
+        return
+    found = first_match(patterns, name)
+    assert (found if found is not None else name) == get_pattern_key(patterns, name)
 
 
 def test_a_pattern_that_is_no_expression_is_an_error_of_ours() -> None:
