@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import lru_cache
 from re import _constants, _parser  # type: ignore[attr-defined]  # the parse tree of an expression has no public name
 from typing import Any
@@ -12,31 +12,31 @@ from typing import Any
 from .errors import AdapterError
 
 _MOST_STEPS = 3 * 10**8  # of a matcher that does some 10**8 a second
+_STEPS_TO_COMPILE = 10**4
 _MOST_CHARACTERS = 10_000  # of one pattern
 _REPEATS = (_constants.MAX_REPEAT, _constants.MIN_REPEAT, _constants.POSSESSIVE_REPEAT)
 _SINGLE = (_constants.LITERAL, _constants.NOT_LITERAL, _constants.ANY, _constants.IN, _constants.CATEGORY)
 _LITERAL = re.compile(r"[\w.-]*")
 
 
-def first_match(patterns: Iterable[str], name: str) -> str | None:
-    """The first pattern that matches the end of `name` at a dot (peft.utils.get_pattern_key)."""
-    return next((p for p in patterns if name.endswith(_ending(p)) and _compiled(p).match(name)), None)
-
-
-def check_cost(patterns: Collection[str], names: Collection[str]) -> None:
-    """Demand that matching all patterns with all names takes seconds at most.
+def matcher(patterns: Collection[str], names: Collection[str]) -> Callable[[str], str | None]:
+    """What finds the first pattern that matches the end of a name at a dot (peft.utils.get_pattern_key), or None.
 
     Matching backtracks. At worst it tries every way to cut the name into as many parts as the pattern has loops
     over single characters, one more for PEFT's own in front, and with each cut every choice between alternatives.
 
+    Args:
+        patterns: of a configuration.
+        names: all that will be looked up.
+
     Raises:
-        AdapterError: for a pattern that is no expression, or could take forever; or for too many of them.
+        AdapterError: for a pattern that is no expression, or if looking all names up could take more than seconds.
     """
     longest = max(map(len, names), default=0)
     steps = 0
     for pattern in patterns:
         loops, choices = _complexity(pattern)
-        steps += len(names) * math.comb(longest + loops + 1, loops + 1) * choices
+        steps += _STEPS_TO_COMPILE + len(names) * math.comb(longest + loops + 1, loops + 1) * choices
         if steps > _MOST_STEPS:
             raise AdapterError(
                 "module patterns that could take forever to match",
@@ -44,9 +44,21 @@ def check_cost(patterns: Collection[str], names: Collection[str]) -> None:
                 found=f"{len(patterns)} patterns, {len(names)} names of up to {longest} characters",
                 remedy="Write them with fewer wildcards or alternatives, or fewer of them.",
             )
+    endings = [(pattern, _ending(pattern)) for pattern in patterns]
+    compiled: dict[str, re.Pattern[str]] = {}
+
+    def first_match(name: str) -> str | None:
+        for pattern, ending in endings:
+            if name.endswith(ending):
+                if pattern not in compiled:
+                    compiled[pattern] = _compiled(pattern)
+                if compiled[pattern].match(name):
+                    return pattern
+        return None
+
+    return first_match
 
 
-@lru_cache(maxsize=1 << 14)
 def _ending(pattern: str) -> str:
     """How a name must end that a pattern without special characters matches; a dot is any character."""
     return pattern.rpartition(".")[2] if _LITERAL.fullmatch(pattern) else ""
@@ -71,7 +83,7 @@ def _complexity(pattern: str) -> tuple[int, int]:
         )
     try:
         tree = _parser.parse(pattern)
-        re.compile(rf"(.*\.)?({pattern})$")
+        _compiled(pattern)
     except (re.error, RecursionError, OverflowError) as e:
         raise AdapterError(
             "a module pattern is no regular expression",
@@ -115,18 +127,20 @@ def _counted(tree: Iterable[Any]) -> tuple[int, int] | None:
 
 def _alternatives(operator: Any, argument: Any) -> tuple[int, int] | None:
     """Of one element that is no repeat: a group, a branch, a look-around, a character."""
+    again = 0  # a look-around reads on without consuming, and so does a back-reference
     if operator is _constants.BRANCH:
         parts = argument[1]
     elif operator is _constants.GROUPREF_EXISTS:
         parts = [part for part in argument[1:] if part]
     elif operator in (_constants.SUBPATTERN, _constants.ASSERT, _constants.ASSERT_NOT):
         parts = [argument[-1]]
+        again = int(operator is not _constants.SUBPATTERN)
     elif operator is _constants.ATOMIC_GROUP:
         parts = [argument]
     else:
-        return 0, 1
+        return int(str(operator).startswith("GROUPREF")), 1
     inner = [_counted(part) for part in parts]
     known = [found for found in inner if found is not None]
     if len(known) < len(inner):
         return None
-    return max((loops for loops, _ in known), default=0), sum(choices for _, choices in known)
+    return again + max((loops for loops, _ in known), default=0), sum(choices for _, choices in known)

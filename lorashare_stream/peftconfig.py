@@ -11,7 +11,7 @@ from .deltas import Product
 from .errors import AdapterError
 from .keys import factor_key
 from .names import shown
-from .patterns import check_cost, first_match
+from .patterns import matcher
 
 Config = Mapping[str, Any]
 
@@ -21,7 +21,8 @@ _CONVERTIBLE = {
     "VBLORA", "VERA", "WAVEFT",
 }  # fmt: skip
 _INITIAL = re.compile(r"pissa(_niter_\d+)?|olora|corda|lora_ga|loftq", re.IGNORECASE)
-_MOST_TARGETS = 10**7  # names in target_parameters times modules
+_MOST_PAIRS = 10**7  # of names in target_parameters and modules
+_MOST_PARAMETERS = 64  # of one module
 # Variants whose dW is not s B A of the two tensors.
 _OTHER_PRODUCTS = {
     "kasa_config": "KaSA puts a diagonal between B and A",
@@ -141,15 +142,37 @@ def products(config: Config, ranks: Mapping[str, int]) -> tuple[Product, ...] | 
     (Product(scale=4.0, experts=1, parameters=()), Product(scale=2.0, experts=1, parameters=()))
     """
     targets: Sequence[str] = config.get("target_parameters") or ()
-    if len(targets) * len(ranks) > _MOST_TARGETS:
+    if len(targets) * len(ranks) > _MOST_PAIRS:
         _refuse_field("target_parameters", f"{len(targets)} names", f"fewer, with {len(ranks)} modules")
-    meant = {module: _meant(targets, module, ranks) for module in ranks}
-    names = {name for own, parameters in meant.values() for name in (own, *parameters) if name is not None}
-    for pattern in ("rank_pattern", "alpha_pattern"):
-        check_cost(config.get(pattern) or {}, names)
-    found = [_product(config, module, rank, *meant[module]) for module, rank in ranks.items()]
+    meant: dict[str, tuple[str | None, tuple[str, ...]]] = {}
+    names: set[str] = set()
+    for module in ranks:
+        own, parameters = meant[module] = _meant(targets, module, ranks)
+        names.update(parameters if own is None else (own, *parameters))
+        if len(parameters) > _MOST_PARAMETERS:
+            _refuse_field("target_parameters", f"{len(parameters)} of one module", f"at most {_MOST_PARAMETERS}")
+    settings = _Settings(config, names)
+    found = [_product(config, settings, module, rank, *meant[module]) for module, rank in ranks.items()]
     known = tuple(product for product in found if product is not None)
     return known if len(known) == len(found) else None
+
+
+class _Settings:
+    """The r and the alpha that PEFT uses for a name."""
+
+    def __init__(self, config: Config, names: Collection[str]) -> None:
+        self._defaults = config["r"], config["lora_alpha"]
+        self._patterns = [config.get(pattern) or {} for pattern in ("rank_pattern", "alpha_pattern")]
+        self._match = [matcher(patterns, names) for patterns in self._patterns]
+
+    def of(self, name: str) -> tuple[int, float]:
+        """(r, alpha): what the first pattern that matches says, else the default."""
+        keys = [match(name) for match in self._match]
+        r, alpha = (
+            default if key is None else patterns[key]
+            for key, patterns, default in zip(keys, self._patterns, self._defaults, strict=True)
+        )
+        return r, alpha
 
 
 def _meant(targets: Sequence[str], module: str, modules: Collection[str]) -> tuple[str | None, tuple[str, ...]]:
@@ -169,13 +192,14 @@ def _meant(targets: Sequence[str], module: str, modules: Collection[str]) -> tup
     return None if certain else module, tuple(sorted({f"{bare}.{last}" for _, last in fitting}))
 
 
-def _product(config: Config, module: str, rank: int, own: str | None, parameters: tuple[str, ...]) -> Product | None:
-    names = [name for name in (own, *parameters) if name is not None]
-    ranks = {_patterned(config, "rank_pattern", "r", name) for name in names}
-    alphas = {_patterned(config, "alpha_pattern", "lora_alpha", name) for name in names}
-    if len(ranks) > 1 or len(alphas) > 1:  # which of these names it is, only the base model tells
+def _product(
+    config: Config, settings: _Settings, module: str, rank: int, own: str | None, parameters: tuple[str, ...]
+) -> Product | None:
+    names = parameters if own is None else (own, *parameters)
+    possible = {settings.of(name) for name in names}
+    if len(possible) > 1:  # which of these names it is, only the base model tells
         return None
-    r, alpha = int(ranks.pop()), alphas.pop()
+    r, alpha = possible.pop()
     if rank != r and not (parameters and rank % r == 0):
         raise AdapterError(
             "the tensors and adapter_config.json disagree on the rank",
@@ -187,9 +211,3 @@ def _product(config: Config, module: str, rank: int, own: str | None, parameters
     stacked = own is None or rank != r
     scale = alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
     return Product(scale, rank // r, parameters if stacked else ())
-
-
-def _patterned(config: Config, pattern: str, default: str, name: str) -> float:
-    values: Mapping[str, float] = config.get(pattern) or {}
-    key = first_match(values, name)
-    return values[key] if key is not None else config[default]
