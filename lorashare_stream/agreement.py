@@ -146,6 +146,6 @@ def _other_shape(entry: Described, module: str, common: Shape) -> AdapterError:
         adapter=entry.name,
         key=entry.layout.by_name[module].record("B" if number == 1 else "A").name,
         found=f"{what} = {shape[number]}",
-        expected=f"{what} = {common[number]}, as most adapters have",
+        expected=f"{what} = {common[number]}, as most adapters have, or those in the workspace",
         remedy="It belongs to another base model, or to a resized one: leave it out.",
     )

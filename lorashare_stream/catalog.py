@@ -78,6 +78,7 @@ def catalog(
     *,
     admitted: Mapping[str, str] | None = None,
     settled: Collection[str] = (),
+    exact: Collection[str] = (),
     bound_base: str | None = None,
 ) -> Catalog:
     """Read the headers and configurations of all sources.
@@ -87,6 +88,7 @@ def catalog(
         settings: which base models are accepted, and what is kept exact.
         admitted: name -> source id of adapters that a workspace already holds: they keep their names.
         settled: those of them whose tensors it has summed: what their keys mean stays.
+        exact: those of which it has summed nothing.
         bound_base: the base model of that workspace.
     """
     entries: list[Entry] = []
@@ -104,7 +106,7 @@ def catalog(
             refused.append(AdapterError("cannot be read", adapter=name, found=e.strerror or str(e), remedy=remedy))
     base = common_base((e.base_model for e in entries), settings, bound_base)
     entries, strangers = of_base(entries, base, settings)
-    differing = other_parameters(entries, settled)
+    differing = other_parameters([e for e in entries if e.name not in exact], settled) | set(exact)
     entries = [_exact(e, shared) if e.name in differing else e for e in entries]
     entries, misshapen = of_shape(entries, settled)
     refused += [*strangers, *misshapen]
@@ -172,7 +174,9 @@ def _layout(shared: Interned, records: tuple[TensorRecord, ...], exact: str | No
 
 
 def _exact(entry: Entry, shared: Interned) -> Entry:
-    reason = "its target_parameters are others than those of most adapters, and so are the meanings of its keys"
+    if not entry.layout.modules:
+        return entry
+    reason = "its target_parameters are others than those of most adapters, or of those that were summed before"
     return replace(entry, layout=_interned(shared, kept_exact(entry.layout, reason)), products=())
 
 

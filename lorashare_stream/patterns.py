@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from functools import lru_cache
 from re import _constants, _parser  # type: ignore[attr-defined]  # the parse tree of an expression has no public name
@@ -12,7 +13,7 @@ from typing import Any
 from .errors import AdapterError
 
 _MOST_STEPS = 3 * 10**8  # of a matcher that does some 10**8 a second
-_STEPS_TO_COMPILE = 10**4
+_STEPS_TO_COMPILE, _STEPS_A_CHARACTER = 10**4, 500
 _MOST_CHARACTERS = 10_000  # of one pattern
 _REPEATS = (_constants.MAX_REPEAT, _constants.MIN_REPEAT, _constants.POSSESSIVE_REPEAT)
 _SINGLE = (_constants.LITERAL, _constants.NOT_LITERAL, _constants.ANY, _constants.IN, _constants.CATEGORY)
@@ -33,10 +34,14 @@ def matcher(patterns: Collection[str], names: Collection[str]) -> Callable[[str]
         AdapterError: for a pattern that is no expression, or if looking all names up could take more than seconds.
     """
     longest = max(map(len, names), default=0)
-    steps = 0
+    steps, ends = 0, Counter(name[-1:] for name in names)
     for pattern in patterns:
         loops, choices = _complexity(pattern)
-        steps += _STEPS_TO_COMPILE + len(names) * math.comb(longest + loops + 1, loops + 1) * choices
+        steps += _STEPS_TO_COMPILE + _STEPS_A_CHARACTER * len(pattern)
+        if _LITERAL.fullmatch(pattern):
+            steps += ends[_ending(pattern)[-1:]] * max(16, longest // 8)
+        else:
+            steps += len(names) * math.comb(longest + loops + 1, loops + 1) * choices
         if steps > _MOST_STEPS:
             raise AdapterError(
                 "module patterns that could take forever to match",

@@ -31,20 +31,38 @@ _TENSORS = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3")
 _PARAMETERS = ("_rebuild_parameter", "_rebuild_parameter_with_state")
 
 
+_PUSHES = {
+    "EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE", "BINUNICODE", "SHORT_BINUNICODE", "BININT", "BININT1", "BININT2",
+    "LONG1", "BINFLOAT", "NEWTRUE", "NEWFALSE", "NONE",
+}  # fmt: skip
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_DEEPEST = 4  # of tuples in tuples: hashing and printing deeper ones may take forever, or more stack than there is
+_GLOBAL = -1
+_MADE = object()  # stands for a tensor, and cannot be changed
+
+
 @dataclass(frozen=True)
 class _Storage:
     """Stands for the bytes of a part of the file."""
 
     key: str
+    count: int
     nbytes: int
 
 
-class _Tensor:
-    """Stands for a tensor on a storage; what else it is made of, torch checks."""
-
-    def __init__(self, storage: object, *rest: object) -> None:
-        if not isinstance(storage, _Storage | _Tensor):
-            raise pickle.UnpicklingError("a tensor that does not lie in the file")
+def _tensor(storage: object, *rest: Any) -> object:
+    """Stands for a tensor, which must lie in its storage: torch would make room for it."""
+    if storage is _MADE:  # a parameter is made of a tensor
+        return _MADE
+    if not isinstance(storage, _Storage):
+        raise pickle.UnpicklingError("a tensor that does not lie in the file")
+    offset, size, stride = rest[:3]
+    numbers = (offset, *size, *stride)
+    if len(size) != len(stride) or not all(type(n) is int and n >= 0 for n in numbers):
+        raise pickle.UnpicklingError("a tensor of impossible shape")
+    if 0 not in size and offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) >= storage.count:
+        raise pickle.UnpicklingError(f"a tensor of shape {list(size)} that is larger than its storage")
+    return _MADE
 
 
 class _DryRun(pickle.Unpickler):
@@ -60,7 +78,7 @@ class _DryRun(pickle.Unpickler):
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if module == "torch._utils" and name in (*_TENSORS, *_PARAMETERS):
-            return _Tensor
+            return _tensor
         if module in ("torch", "torch.storage") and name in _ITEMSIZE:
             return name
         if module == "torch" and name.islower():  # a dtype, as _rebuild_tensor_v3 takes it
@@ -70,10 +88,11 @@ class _DryRun(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> _Storage:
         """The storage that a tensor names: ("storage", kind, key, where it was, how many elements, ...)."""
         kind, storage, key, _, count = pid[:5]
-        if kind != "storage" or type(count) is not int or count < 0:
+        if kind != "storage" or type(key) is not str or type(count) is not int or count < 0:
             raise pickle.UnpicklingError("it names something else than a storage")
-        found = _Storage(str(key), count * _ITEMSIZE[storage])
-        self.storages[found.key] = max(found.nbytes, self.storages.get(found.key, 0))
+        found = _Storage(key, count, count * _ITEMSIZE[storage])
+        if self.storages.setdefault(key, found.nbytes) != found.nbytes:
+            raise pickle.UnpicklingError(f"two sizes of storage {key}")
         return found
 
 
@@ -90,7 +109,9 @@ def check_pickle(path: Path) -> None:
 @lru_cache(maxsize=1 << 14)
 def _check(path: Path, size: int, mtime_ns: int) -> None:
     try:
-        if zipfile.is_zipfile(path):
+        with path.open("rb") as file:
+            archive = file.read(4) == b"PK\x03\x04"  # as torch tells it
+        if archive:
             _check_archive(path)
         else:
             _check_stream(path)
@@ -106,6 +127,8 @@ def _check_archive(path: Path) -> None:
         parts = archive.infolist()
         if any(p.compress_type != zipfile.ZIP_STORED for p in parts):
             raise pickle.UnpicklingError("compressed parts, which torch does not write")
+        if len({p.filename.casefold() for p in parts}) < len(parts):
+            raise pickle.UnpicklingError("an archive with two parts of one name")
         sizes = {p.filename.partition("/")[2]: p.file_size for p in parts}
         main = [p for p in parts if p.filename.partition("/")[2] == "data.pkl"]
         if len(main) != 1:
@@ -120,11 +143,12 @@ def _check_archive(path: Path) -> None:
 
 def _check_stream(path: Path) -> None:
     with path.open("rb") as file:
-        if file.peek(2)[:2] == b"PK":
-            raise pickle.UnpicklingError("an archive that is cut short")
         if _dry_run(file).result != MAGIC:
             raise pickle.UnpicklingError("it is not of torch's format")
         runs = [_dry_run(file) for _ in range(4)]  # version, machine, tensors, the keys of what follows
+        keys = runs[3].result
+        if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(runs[2].storages):
+            raise pickle.UnpicklingError("the storages that follow are not those of the tensors")
         needed, left = sum(runs[2].storages.values()), path.stat().st_size - file.tell()
     if needed > left:
         raise pickle.UnpicklingError(f"{needed} bytes of tensors, of which {left} are there")
@@ -133,10 +157,55 @@ def _check_stream(path: Path) -> None:
 def _dry_run(file: io.BytesIO | io.BufferedReader) -> _DryRun:
     """Run the pickle that begins here, and stand behind it."""
     start = file.tell()
-    for opcode, argument, position in pickletools.genops(file):
-        if opcode.name == "LONG_BINPUT" and int(argument or 0) > (position or 0):  # it makes room by this number
-            raise pickle.UnpicklingError("a memo with a number beyond all that came before")
+    _check_opcodes(file)
     file.seek(start)
     run = _DryRun(file)
     run.result = run.load()
     return run
+
+
+def _check_opcodes(file: IO[bytes]) -> None:
+    """Demand the few opcodes that torch.save writes, shallow tuples, and plain keys; on a stack of depths alone."""
+    stack: list[int | None] = []  # None is a mark
+    memo: dict[int, int | None] = {}
+    for opcode, argument, position in pickletools.genops(file):
+        name = opcode.name
+        if name in _PUSHES:
+            stack.append(0)
+        elif name in ("MARK", "GLOBAL"):
+            stack.append(None if name == "MARK" else _GLOBAL)
+        elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            number = len(memo) if name == "MEMOIZE" else int(argument)  # type: ignore[arg-type]
+            if number > (position or 0):  # the interpreter makes room by this number
+                raise pickle.UnpicklingError("a memo with a number beyond all that came before")
+            memo[number] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[int(argument)])  # type: ignore[arg-type]
+        elif name in ("PROTO", "FRAME", "STOP"):
+            continue
+        else:
+            _step(name, stack)
+
+
+def _step(name: str, stack: list[int | None]) -> None:
+    """One opcode that takes something off the stack."""
+    if name in ("TUPLE", "SETITEMS", "APPENDS"):
+        mark = len(stack) - 1 - stack[::-1].index(None)
+        taken = [depth or 0 for depth in stack[mark + 1 :]]
+        del stack[mark:]
+    elif name in _TUPLES or name in ("SETITEM", "APPEND", "BUILD", "REDUCE", "BINPERSID", "STACK_GLOBAL"):
+        count = _TUPLES.get(name) or {"SETITEM": 2, "REDUCE": 2, "STACK_GLOBAL": 2}.get(name, 1)
+        taken = [depth or 0 for depth in stack[-count:]]
+        del stack[-count:]
+    else:
+        raise pickle.UnpicklingError(f"the opcode {name}, which torch.save does not write")
+    if name in ("SETITEM", "SETITEMS") and any(taken[::2]):
+        raise pickle.UnpicklingError("a key that is no plain value")
+    if name == "BUILD" and stack[-1] == _GLOBAL:
+        raise pickle.UnpicklingError("a change of what it asks for")
+    if name == "TUPLE" or name in _TUPLES:
+        stack.append(1 + max([0, *taken]))
+        if (stack[-1] or 0) > _DEEPEST:
+            raise pickle.UnpicklingError("tuples in tuples, too deep")
+    elif name in ("REDUCE", "BINPERSID", "STACK_GLOBAL"):
+        stack.append(_GLOBAL if name == "STACK_GLOBAL" else 0)

@@ -68,7 +68,9 @@ def pickle_records(path: Path) -> tuple[TensorRecord, ...]:
 
 def raw_bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:
     """The bytes of a tensor, little-endian, row by row."""
-    flat: NDArray[np.uint8] = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    flat: NDArray[np.uint8] = (
+        tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy()
+    )
     return flat
 
 

@@ -66,6 +66,7 @@ def plan_for(sources: Sequence[Source], settings: Settings, workspace: Path | No
         settings,
         admitted={r.name: r.source_id for r in receipts},
         settled={r.name for r in receipts if not r.exact},
+        exact={r.name for r in receipts if r.exact},
         bound_base=base,
     )
     return make_plan(found, settings, base)

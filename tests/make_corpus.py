@@ -172,6 +172,15 @@ def pickles() -> Iterator[tuple[str, bytes]]:
     yield "tensor-by-number", asking(entry % b"ctorch\nTensor\n\x8a\x04\x00\x00\x00\x10\x85R")
     yield "storage-by-number", asking(entry % b"ctorch\nFloatStorage\n\x8a\x04\x00\x00\x00\x10\x85R")
     yield "old-memo-huge", b"\x80\x02r\xff\xff\xff\x7f."
+    yield "tuples-in-tuples", asking(b"\x80\x02})" + b"\x85" * 100_000 + b"K\x01s.")
+    yield "tuples-doubled", asking(b"\x80\x02})" + b"q\x00h\x00\x86" * 60 + b"K\x01s.")
+    yield "memo-in-text", asking(b"\x80\x02Np300000000\n0}.")
+    yield "archive-behind-a-pickle", old + raw
+    yield "archive-behind-an-attack", pickle.dumps({A: bytearray(1 << 10)}, 2) + raw
+    yield "stand-in-changed", asking(b"\x80\x02}ctorch._utils\n_rebuild_tensor_v2\n}X\x01\x00\x00\x00aK\x01sb0.")
+    program = zipfile.ZipFile(io.BytesIO(raw)).read("archive/data.pkl")
+    larger = program.replace(b"K\x02K\x08\x86", b"K\xffK\xff\x86", 1)
+    yield "tensor-larger-than-its-storage", asking(larger)
     yield "memo-huge", asking(b"\x80\x02}r\xff\xff\xff\x7f.")
     yield (
         "old-tensor-by-number",
