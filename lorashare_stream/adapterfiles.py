@@ -19,7 +19,7 @@ from .tensorfile import CHUNK, SafetensorsReader, TensorReader, TensorRecord, re
 CONFIG = "adapter_config.json"
 SAFETENSORS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 _SHARD = re.compile(r"(?:adapter_)?model-\d+-of-\d+\.safetensors")
-_SHARDS = ("pytorch_model_fsdp", "global_step", "zero_", "bf16_zero_", "fp16_zero_", "mp_rank_")
+_OF_TRAINERS = ("pytorch_model_fsdp", "global_step", "zero_", "bf16_zero_", "fp16_zero_", "mp_rank_")
 _AGAIN = "Fetch or save the adapter again, or leave it out."
 PEFT_TENSORS = "file of PEFT's LoRA tensors"
 MOST_PEEKS = 8  # headers read in a folder without a configuration, to tell what it is
@@ -72,9 +72,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def foreign_lora(folder: Path, names: Iterable[str]) -> tuple[str, str] | None:
-    """A file of LoRA that PEFT did not save, and its kind, among the files of a folder without a configuration."""
-    files = [n for n in names if n.endswith(".safetensors")]
-    for name in sorted(files)[:MOST_PEEKS]:
+    """A file of LoRA and its kind, among the files of a folder without a configuration; None if there is none."""
+    names = sorted(names)
+    diffusers = [n for n in names if n.startswith("pytorch_lora_weights")]
+    if diffusers:
+        return diffusers[0], "diffusers LoRA"
+    for name in [n for n in names if n.endswith(".safetensors")][:MOST_PEEKS]:
         try:
             keys = [r.name for r in read_header(folder / name)]
         except (AdapterError, OSError):
@@ -91,18 +94,20 @@ def _no_config(folder: Path) -> MissingFileError:
     if not folder.is_dir():
         return MissingFileError("no such folder", found=folder, remedy="Mend its path, or leave it out.")
     entries = sorted(os.listdir(folder))
-    name, kind = foreign_lora(folder, entries) or (None, None)
-    if kind in (None, PEFT_TENSORS) and any(n.startswith("pytorch_lora_weights") for n in entries):
-        name, kind = next(n for n in entries if n.startswith("pytorch_lora_weights")), "diffusers LoRA"
-    if kind not in (None, PEFT_TENSORS):
-        return MissingFileError(f"a {kind}: {shown(name)} without {CONFIG}", remedy=remedy_for(str(kind)))
+    remedy = "Point to the folder that PEFT's save_pretrained wrote."
+    foreign = foreign_lora(folder, entries)
+    if foreign is not None:
+        name, kind = foreign
+        remedy = remedy_for(kind)
+        if kind != PEFT_TENSORS:
+            return MissingFileError(f"a {kind}: {shown(name)} without {CONFIG}", remedy=remedy)
     inner = inner_adapters(folder, entries)
     hint = f" Adapters lie in its subfolders: {listed(inner)}." if inner else ""
     return MissingFileError(
         f"no {CONFIG}",
         found=listed(entries) or "nothing",
         expected=f"{CONFIG} and {SAFETENSORS}",
-        remedy=(remedy_for(kind) if kind else "Point to the folder that PEFT's save_pretrained wrote.") + hint,
+        remedy=remedy + hint,
     )
 
 
@@ -136,7 +141,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
 
 def _no_weights(entries: Sequence[str]) -> MissingFileError:
     remedy = _AGAIN
-    if any(n.endswith(".distcp") or n.startswith(_SHARDS) for n in entries):
+    if any(n.endswith(".distcp") or n.startswith(_OF_TRAINERS) for n in entries):
         remedy = "It holds the shards of ZeRO-3 or FSDP: gather the weights, and save the adapter again."
     elif any(n.startswith("adapter_model") for n in entries):
         remedy = f"If a file among these has the weights, rename it to {SAFETENSORS}."

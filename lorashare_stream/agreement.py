@@ -4,42 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
-from .deltas import Product
+from .entry import Entry
 from .errors import AdapterError
-from .layout import Layout
 from .settings import Settings
 
 T = TypeVar("T")
 Shape = tuple[int, int, int]  # d_in, d_out, and how many experts are stacked, of one module
-
-
-class Described(Protocol):
-    """What of an adapter decides whether it agrees with others: its name, its base model's name, its tensors."""
-
-    @property
-    def name(self) -> str:
-        """The adapter's name."""
-        ...
-
-    @property
-    def base_model(self) -> str | None:
-        """The base model that its configuration names."""
-        ...
-
-    @property
-    def layout(self) -> Layout:
-        """Its tensors."""
-        ...
-
-    @property
-    def products(self) -> tuple[Product, ...]:
-        """How dW comes of the factors of each module."""
-        ...
-
-
-E = TypeVar("E", bound=Described)
 
 
 def common_base(named: Iterable[str | None], settings: Settings, bound: str | None = None) -> str:
@@ -59,7 +31,7 @@ def common_base(named: Iterable[str | None], settings: Settings, bound: str | No
     return _commonest(proper or counts) if counts else ""
 
 
-def of_base(entries: Sequence[E], base: str, settings: Settings) -> tuple[list[E], list[AdapterError]]:
+def of_base(entries: Sequence[Entry], base: str, settings: Settings) -> tuple[list[Entry], list[AdapterError]]:
     """Split off adapters that name another base model, unless it is an alias or any is accepted."""
     accepted = {None, base, *settings.base_aliases}
     others = [e for e in entries if e.base_model not in accepted and not settings.any_base]
@@ -79,36 +51,35 @@ def of_base(entries: Sequence[E], base: str, settings: Settings) -> tuple[list[E
     return [e for e in entries if e.name not in gone], refused
 
 
-def other_parameters(entries: Sequence[E], settled: Collection[str]) -> set[str]:
+def other_parameters(entries: Sequence[Entry], settled: Collection[str]) -> set[str]:
     """The names of adapters in which some module's name means other parameters than in most.
 
-    What `settled` adapters mean, whom a workspace holds already, is not outvoted.
-
     PEFT nests the `target_parameters` of a module in each other, so that a key means one parameter if that alone is
-    adapted, and another if two are.
+    adapted, and another if two are. Here and in `of_shape`, adapters that are `settled`, since a workspace has summed
+    them, are not outvoted.
     """
     odd, _ = _odd(entries, _parameters, settled)
     return set(odd)
 
 
-def of_shape(entries: Sequence[E], settled: Collection[str]) -> tuple[list[E], list[AdapterError]]:
+def of_shape(entries: Sequence[Entry], settled: Collection[str]) -> tuple[list[Entry], list[AdapterError]]:
     """Split off adapters in which some module has another shape than most have: they mean another layer by its name."""
     odd, common = _odd(entries, _shapes, settled)
     refused = [_other_shape(e, odd[e.name], common[odd[e.name]]) for e in entries if e.name in odd]
     return [e for e in entries if e.name not in odd], refused
 
 
-def _shapes(entry: Described) -> dict[str, Shape]:
+def _shapes(entry: Entry) -> dict[str, Shape]:
     pairs = zip(entry.layout.modules, entry.products, strict=True)
     return {m.name: (m.dim("A"), m.dim("B"), p.experts) for m, p in pairs}
 
 
-def _parameters(entry: Described) -> dict[str, tuple[str, ...]]:
+def _parameters(entry: Entry) -> dict[str, tuple[str, ...]]:
     return {m.name: p.parameters for m, p in zip(entry.layout.modules, entry.products, strict=True)}
 
 
 def _odd(
-    entries: Sequence[E], traits: Callable[[E], dict[str, T]], settled: Collection[str]
+    entries: Sequence[Entry], traits: Callable[[Entry], dict[str, T]], settled: Collection[str]
 ) -> tuple[dict[str, str], dict[str, T]]:
     """Adapters in which a trait of some module is not that of most, or of those that are settled.
 
@@ -137,7 +108,7 @@ def _commonest(counts: Counter[T]) -> T:
     return min(counts, key=lambda value: (-counts[value], str(value)))
 
 
-def _other_shape(entry: Described, module: str, common: Shape) -> AdapterError:
+def _other_shape(entry: Entry, module: str, common: Shape) -> AdapterError:
     shape = _shapes(entry)[module]
     number = next(i for i in range(3) if shape[i] != common[i])
     what = "stacked experts" if number == 2 else "d"

@@ -4,55 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from pathlib import Path
 
 from . import peftconfig
-from .adapterfiles import FileFact, file_fact, read_config, tensor_records, weight_files
+from .adapterfiles import file_fact, read_config, tensor_records, weight_files
 from .agreement import common_base, of_base, of_shape, other_parameters
 from .deltas import Product
+from .entry import Entry
 from .errors import AdapterError
 from .layout import Layout, kept_exact, read_layout
 from .names import unique_names
 from .settings import Settings
 from .sources import Source
 from .tensorfile import TensorRecord
-
-
-@dataclass(frozen=True)
-class Entry:
-    """An adapter that was admitted to the catalog.
-
-    Attributes:
-        name: unique among all, one path component.
-        source_id, folder: where it comes from.
-        files: its weight files as they were.
-        layout: its tensors.
-        products: how dW comes of the factors of each module, in the order of `layout.modules`.
-        base_model: the base model that its configuration names, if it names one.
-        config_digest: SHA-256 of its configuration's values.
-    """
-
-    name: str
-    source_id: str
-    folder: Path
-    files: tuple[FileFact, ...]
-    layout: Layout
-    products: tuple[Product, ...]
-    base_model: str | None
-    config_digest: str
-
-    @property
-    def paths(self) -> tuple[Path, ...]:
-        """Its weight files."""
-        return tuple(f.path for f in self.files)
-
-    @cached_property
-    def product_of(self) -> Mapping[str, Product]:
-        """How dW comes of the factors, by module."""
-        return {m.name: p for m, p in zip(self.layout.modules, self.products, strict=True)}
+from .workspace import Receipt
 
 
 @dataclass(frozen=True)
@@ -76,9 +42,7 @@ def catalog(
     sources: Sequence[Source],
     settings: Settings,
     *,
-    admitted: Mapping[str, str] | None = None,
-    settled: Collection[str] = (),
-    exact: Collection[str] = (),
+    receipts: Sequence[Receipt] = (),
     bound_base: str | None = None,
 ) -> Catalog:
     """Read the headers and configurations of all sources.
@@ -86,15 +50,13 @@ def catalog(
     Args:
         sources: what `sources.resolve` gives.
         settings: which base models are accepted, and what is kept exact.
-        admitted: name -> source id of adapters that a workspace already holds: they keep their names.
-        settled: those of them whose tensors it has summed: what their keys mean stays.
-        exact: those of which it has summed nothing.
+        receipts: admissions of a workspace: they keep their names, and what they mean is not outvoted.
         bound_base: the base model of that workspace.
     """
     entries: list[Entry] = []
     refused: list[AdapterError] = []
     shared = Interned()
-    names = _names(sources, admitted or {})
+    names = _names(sources, {r.name: r.source_id for r in receipts})
     for source, name in zip(sources, names, strict=True):
         try:
             entries.append(read_entry(source, name, shared, settings))
@@ -106,7 +68,9 @@ def catalog(
             refused.append(AdapterError("cannot be read", adapter=name, found=e.strerror or str(e), remedy=remedy))
     base = common_base((e.base_model for e in entries), settings, bound_base)
     entries, strangers = of_base(entries, base, settings)
-    differing = other_parameters([e for e in entries if e.name not in exact], settled) | set(exact)
+    settled = {r.name for r in receipts if not r.exact}
+    exact = {r.name for r in receipts if r.exact}
+    differing = other_parameters([e for e in entries if e.name not in exact], settled) | exact
     entries = [_exact(e, shared) if e.name in differing else e for e in entries]
     entries, misshapen = of_shape(entries, settled)
     refused += [*strangers, *misshapen]
@@ -129,7 +93,7 @@ def _names(sources: Sequence[Source], admitted: Mapping[str, str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Interned:
-    """Equal parts of many adapters, kept once."""
+    """Equal parts of many adapters, kept once; layouts by what they were read from, or by their digest."""
 
     layouts: dict[Hashable, Layout] = field(default_factory=dict)
     products: dict[tuple[Product, ...], tuple[Product, ...]] = field(default_factory=dict)

@@ -14,7 +14,7 @@ from typing import Any
 
 from . import progress
 from .choices import Args, make_plan, planned, recorded_sources, with_config
-from .errors import StreamError, UsageError, said_of_all
+from .errors import StreamError, UsageError, problem_lines
 from .files import own_folder, tree_bytes, write_json
 from .names import bytes_shown, counted, listed, name_fault, shown
 from .pipeline import Progress, default_workspace, silent
@@ -93,7 +93,7 @@ def compress(args: Args) -> int:
             f"left out {counted(len(skipped), 'adapter')}; the reasons are in {shown(out / 'skipped.json')}:",
             file=sys.stderr,
         )
-        print("\n".join(said_of_all(skipped)), file=sys.stderr)
+        print("\n".join(problem_lines(skipped)), file=sys.stderr)
     return SKIPPED if skipped else 0
 
 
@@ -206,4 +206,4 @@ def _progress(args: Args) -> Progress:
 def _say_left_out(made: Plan) -> None:
     if made.refused and made.settings.on_error == "skip":
         print(f"{counted(len(made.refused), 'adapter')} will be left out:", file=sys.stderr)
-        print("\n".join(said_of_all(made.refused)), file=sys.stderr)
+        print("\n".join(problem_lines(made.refused)), file=sys.stderr)

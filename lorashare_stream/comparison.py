@@ -6,14 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from .adapterfiles import open_tensors, tensor_records, weight_files
 from .deltas import DeltaError, Product, delta_error, relative_error
 from .dtypes import FLOATS
 from .errors import MissingSourceError, UsageError
-from .keys import adapter_names, factor_key, parse_key
-from .peftconfig import products
+from .keys import SIDES, adapter_names, factor_key, parse_key
+from .peftconfig import other_product, products
 from .reader import Tensors
 from .tensorfile import float32
 
@@ -63,17 +65,26 @@ def comparison(
 def delta_errors(
     original: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], config: Mapping[str, Any]
 ) -> dict[str, DeltaError]:
-    """Error of dW by module, for all modules of which both sides are 2-D in both; keys may be raw."""
+    """Error of dW by module, for all modules of which both sides are 2-D in both; keys may be raw.
+
+    Empty where dW is not s B A of the tensors, which are then kept as they are.
+    """
+    if other_product(config) is not None:
+        return {}
     parsed = {(k.module, k.side): tensor for key, tensor in original.items() if (k := parse_key(key)).module}
-    errors: dict[str, DeltaError] = {}
+    arrays: dict[str, list[NDArray[np.float32]]] = {}
     for module in sorted({m for m, _ in parsed if m is not None}):
-        pairs = [(parsed.get((module, side)), found.get(factor_key(module, side))) for side in ("A", "B")]
-        arrays = [t.float().numpy() for pair in pairs for t in pair if t is not None and t.ndim == 2]
-        if len(arrays) == 4:
-            a, a_hat, b, b_hat = arrays
-            known = products(config, {module: len(a)}) if "r" in config and "lora_alpha" in config else None
-            errors[module] = delta_error(a, b, a_hat, b_hat, known[0] if known else Product(1.0))
-    return errors
+        pairs = [(parsed.get((module, side)), found.get(factor_key(module, side))) for side in SIDES]
+        matrices = [t.float().numpy() for pair in pairs for t in pair if t is not None and t.ndim == 2]
+        if len(matrices) == 4:
+            arrays[module] = matrices
+    ranks = {module: len(a) for module, (a, *_) in arrays.items()}
+    known = products(config, ranks) if "r" in config and "lora_alpha" in config else None
+    each = known or [Product(1.0)] * len(arrays)  # a common factor changes no relative error
+    return {
+        module: delta_error(a, b, a_hat, b_hat, product)
+        for (module, (a, a_hat, b, b_hat)), product in zip(arrays.items(), each, strict=True)
+    }
 
 
 def load_adapter(folder: Path) -> Tensors:

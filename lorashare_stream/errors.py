@@ -88,7 +88,7 @@ class CollectionError(StreamError, ValueError):
         return _rebuild_collection, (type(self), self.problem, self.problems, self.details())
 
     def __str__(self) -> str:
-        return "\n".join([super().__str__(), *said_of_all(self.problems)])
+        return "\n".join([super().__str__(), *problem_lines(self.problems)])
 
 
 def _rebuild_collection(
@@ -97,7 +97,7 @@ def _rebuild_collection(
     return cls(problem, problems=problems, **details)
 
 
-def said_of_all(problems: Iterable[StreamError]) -> list[str]:
+def problem_lines(problems: Iterable[StreamError]) -> list[str]:
     """A line for each problem, with the names of all adapters that have it."""
     lines: dict[str, tuple[StreamError, list[str]]] = {}
     for problem in problems:

@@ -17,7 +17,7 @@ import torch
 
 from .adapterfiles import CONFIG, PICKLE, SAFETENSORS
 from .comparison import comparison, load_adapter
-from .errors import CheckpointError, UnknownAdapterError, UsageError, said_of_all
+from .errors import CheckpointError, UnknownAdapterError, UsageError, problem_lines
 from .executors import DaskClient, Executor
 from .files import atomic_file, write_json
 from .keys import factor_key, split_group_id
@@ -124,7 +124,7 @@ class SHAREModel:
                 log.warning("%s", note)
             skipped = compress(plan, out, workspace=root, executor=_executor(executor))
             if skipped:
-                reasons = "\n".join([f"left out: {listed(e.adapter for e in skipped)}", *said_of_all(skipped)])
+                reasons = "\n".join([f"left out: {listed(e.adapter for e in skipped)}", *problem_lines(skipped)])
                 warnings.warn(reasons, UserWarning, stacklevel=2)
             model = cls.from_pretrained(out)
         except BaseException:

@@ -151,28 +151,18 @@ def products(config: Config, ranks: Mapping[str, int]) -> tuple[Product, ...] | 
         names.update(parameters if own is None else (own, *parameters))
         if len(parameters) > _MOST_PARAMETERS:
             _refuse_field("target_parameters", f"{len(parameters)} of one module", f"at most {_MOST_PARAMETERS}")
-    settings = _Settings(config, names)
-    found = [_product(config, settings, module, rank, *meant[module]) for module, rank in ranks.items()]
+    configured = _configured(config, names)
+    found = [_product(config, configured, module, rank, *meant[module]) for module, rank in ranks.items()]
     known = tuple(product for product in found if product is not None)
     return known if len(known) == len(found) else None
 
 
-class _Settings:
-    """The r and the alpha that PEFT uses for a name."""
-
-    def __init__(self, config: Config, names: Collection[str]) -> None:
-        self._defaults = config["r"], config["lora_alpha"]
-        self._patterns = [config.get(pattern) or {} for pattern in ("rank_pattern", "alpha_pattern")]
-        self._match = [matcher(patterns, names) for patterns in self._patterns]
-
-    def of(self, name: str) -> tuple[int, float]:
-        """(r, alpha): what the first pattern that matches says, else the default."""
-        keys = [match(name) for match in self._match]
-        r, alpha = (
-            default if key is None else patterns[key]
-            for key, patterns, default in zip(keys, self._patterns, self._defaults, strict=True)
-        )
-        return r, alpha
+def _configured(config: Config, names: Collection[str]) -> dict[str, tuple[int, float]]:
+    """The r and the alpha that PEFT uses for each name: what the first pattern that matches says, else the default."""
+    ranks: Mapping[str | None, int] = {None: config["r"]} | (config.get("rank_pattern") or {})
+    alphas: Mapping[str | None, float] = {None: config["lora_alpha"]} | (config.get("alpha_pattern") or {})
+    rank_of, alpha_of = (matcher([p for p in values if p is not None], names) for values in (ranks, alphas))
+    return {name: (ranks[rank_of(name)], alphas[alpha_of(name)]) for name in names}
 
 
 def _meant(targets: Sequence[str], module: str, modules: Collection[str]) -> tuple[str | None, tuple[str, ...]]:
@@ -193,10 +183,14 @@ def _meant(targets: Sequence[str], module: str, modules: Collection[str]) -> tup
 
 
 def _product(
-    config: Config, settings: _Settings, module: str, rank: int, own: str | None, parameters: tuple[str, ...]
+    config: Config,
+    configured: Mapping[str, tuple[int, float]],
+    module: str,
+    rank: int,
+    own: str | None,
+    parameters: tuple[str, ...],
 ) -> Product | None:
-    names = parameters if own is None else (own, *parameters)
-    possible = {settings.of(name) for name in names}
+    possible = {configured[name] for name in (own, *parameters) if name is not None}
     if len(possible) > 1:  # which of these names it is, only the base model tells
         return None
     r, alpha = possible.pop()

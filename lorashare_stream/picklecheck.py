@@ -29,10 +29,8 @@ _ITEMSIZE = {
 }  # fmt: skip
 _TENSORS = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3")
 _PARAMETERS = ("_rebuild_parameter", "_rebuild_parameter_with_state")
-
-
 _PUSHES = {
-    "EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE", "BINUNICODE", "SHORT_BINUNICODE", "BININT", "BININT1", "BININT2",
+    "EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE", "BINUNICODE", "BININT", "BININT1", "BININT2",
     "LONG1", "BINFLOAT", "NEWTRUE", "NEWFALSE", "NONE",
 }  # fmt: skip
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
@@ -167,23 +165,20 @@ def _dry_run(file: io.BytesIO | io.BufferedReader) -> _DryRun:
 def _check_opcodes(file: IO[bytes]) -> None:
     """Demand the few opcodes that torch.save writes, shallow tuples, and plain keys; on a stack of depths alone."""
     stack: list[int | None] = []  # None is a mark
-    memo: dict[int, int | None] = {}
+    memo: dict[object, int | None] = {}
     for opcode, argument, position in pickletools.genops(file):
         name = opcode.name
         if name in _PUSHES:
             stack.append(0)
         elif name in ("MARK", "GLOBAL"):
             stack.append(None if name == "MARK" else _GLOBAL)
-        elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            number = len(memo) if name == "MEMOIZE" else int(argument)  # type: ignore[arg-type]
-            if number > (position or 0):  # the interpreter makes room by this number
+        elif name in ("BINPUT", "LONG_BINPUT"):
+            if int(str(argument)) > (position or 0):  # the interpreter makes room by this number
                 raise pickle.UnpicklingError("a memo with a number beyond all that came before")
-            memo[number] = stack[-1]
+            memo[argument] = stack[-1]
         elif name in ("BINGET", "LONG_BINGET"):
-            stack.append(memo[int(argument)])  # type: ignore[arg-type]
-        elif name in ("PROTO", "FRAME", "STOP"):
-            continue
-        else:
+            stack.append(memo[argument])
+        elif name not in ("PROTO", "STOP"):
             _step(name, stack)
 
 
@@ -193,8 +188,8 @@ def _step(name: str, stack: list[int | None]) -> None:
         mark = len(stack) - 1 - stack[::-1].index(None)
         taken = [depth or 0 for depth in stack[mark + 1 :]]
         del stack[mark:]
-    elif name in _TUPLES or name in ("SETITEM", "APPEND", "BUILD", "REDUCE", "BINPERSID", "STACK_GLOBAL"):
-        count = _TUPLES.get(name) or {"SETITEM": 2, "REDUCE": 2, "STACK_GLOBAL": 2}.get(name, 1)
+    elif name in _TUPLES or name in ("SETITEM", "APPEND", "BUILD", "REDUCE", "BINPERSID"):
+        count = _TUPLES.get(name) or {"SETITEM": 2, "REDUCE": 2}.get(name, 1)
         taken = [depth or 0 for depth in stack[-count:]]
         del stack[-count:]
     else:
@@ -207,5 +202,5 @@ def _step(name: str, stack: list[int | None]) -> None:
         stack.append(1 + max([0, *taken]))
         if (stack[-1] or 0) > _DEEPEST:
             raise pickle.UnpicklingError("tuples in tuples, too deep")
-    elif name in ("REDUCE", "BINPERSID", "STACK_GLOBAL"):
-        stack.append(_GLOBAL if name == "STACK_GLOBAL" else 0)
+    elif name in ("REDUCE", "BINPERSID"):
+        stack.append(0)

@@ -61,15 +61,7 @@ def plan_for(sources: Sequence[Source], settings: Settings, workspace: Path | No
     """The plan for some sources; adapters that a workspace already holds keep their names, and it its base model."""
     work = None if workspace is None else Workspace(workspace)
     receipts, base = ([], None) if work is None else (work.admissions(), work.base_model())
-    found = catalog(
-        sources,
-        settings,
-        admitted={r.name: r.source_id for r in receipts},
-        settled={r.name for r in receipts if not r.exact},
-        exact={r.name for r in receipts if r.exact},
-        bound_base=base,
-    )
-    return make_plan(found, settings, base)
+    return make_plan(catalog(sources, settings, receipts=receipts, bound_base=base), settings, base)
 
 
 def default_workspace(out: Path) -> Path:

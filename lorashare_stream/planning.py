@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from .catalog import Catalog, Entry
+from .catalog import Catalog
 from .dtypes import ITEMSIZE, STORAGE, widest
+from .entry import Entry
 from .errors import AdapterError, BudgetError, CollectionError, refusal
 from .keys import SIDES, Side, group_id
 from .layout import Module

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from .adapterfiles import digest_files, open_tensors
-from .catalog import Entry, catalog
+from .catalog import catalog
 from .deltas import DeltaError, delta_error, relative_error
+from .entry import Entry
 from .errors import StreamError
 from .keys import SIDES, factor_key
 from .model import SHAREModel

@@ -36,7 +36,7 @@ def stacked(adapters: list[Tensors], scales: Sequence[Scale], module: str, side:
     """The columns X (d, n) whose second moment a group's basis is fitted to, by the definition of the objective."""
     columns = []
     for tensors, given in zip(adapters, scales, strict=True):
-        scale: Callable[[str], float] = given if callable(given) else lambda _, s=given: s  # type: ignore[misc]
+        scale: Callable[[str], float] = given if callable(given) else lambda _, s=given: s
         if f"base_model.model.{module}.lora_A.weight" not in tensors:
             continue
         w = vectors(tensors, module, side)

@@ -404,7 +404,7 @@ def test_comparing_with_the_wrong_original(tmp_path: Path, collection: list[str]
     with pytest.raises(FileNotFoundError, match="no such adapter folder"):
         share.reconstruction_error("a00", original_path="nowhere")
     with pytest.raises(UsageError, match="original_path"):
-        share.reconstruction_error("a00", collection[0])  # type: ignore[arg-type]
+        share.reconstruction_error("a00", collection[0])
     assert repr(share) == "SHAREModel(8 adapters of 'tiny-base', k=4)"
     assert issubclass(CheckpointError, StreamError)
 

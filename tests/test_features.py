@@ -103,6 +103,7 @@ def test_a_feature_of_peft(tmp_path: Path, compressed: Compress, name: str) -> N
         assert json.loads((written / "adapter_config.json").read_text()) == json.loads(
             (original / "adapter_config.json").read_text()
         )
+        assert share.reconstruction_error(adapter, original_path=str(original))["delta_relative"] < 1e-5
         theirs.reconstruct(adapter, output_dir=str(tmp_path / "theirs" / adapter))
         check_same(feature, tmp_path / "theirs" / adapter, tmp_path / adapter, truth)
 
@@ -139,6 +140,8 @@ def test_the_certified_error_is_that_of_the_matrices_that_peft_adds(
         assert certified["relative_error"] > 0.01
         assert certified["relative_error"] == pytest.approx((error / norm) ** 0.5, rel=1e-3)
         assert certified["delta_norm"] == pytest.approx(norm**0.5, rel=1e-3)
+        given = share.reconstruction_error(adapter, original_path=str(tmp_path / adapter))
+        assert given["delta_relative"] == pytest.approx(certified["relative_error"], rel=1e-3)
 
 
 # -- forms in which the same adapter lies about ----------------------------------------------------------------

@@ -35,7 +35,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 def run(root: Path, sources: object, executor: Executor | None = None, **options: object) -> Path:
     shutil.rmtree(root, ignore_errors=True)
-    plan = plan_for(resolve(sources), Settings.from_mapping({"device": "cpu", "num_components": 5} | options))  # type: ignore[arg-type]
+    plan = plan_for(resolve(sources), Settings.from_mapping({"device": "cpu", "num_components": 5} | options))
     compress(plan, root / "out", executor=executor)
     return root / "out"
 

@@ -80,8 +80,8 @@ def test_the_keys_of_a_state_dict_become_those_that_peft_saves() -> None:
     net = torch.nn.ModuleDict({"q": torch.nn.Linear(8, 8), "head": torch.nn.Linear(8, 8)})
     for name in ("default", "mine"):
         for extra in ({}, {"use_dora": True}, {"lora_bias": True}):
-            config = LoraConfig(r=2, target_modules=["q"], modules_to_save=["head"], **extra)  # type: ignore[arg-type]
-            model = get_peft_model(net, config, adapter_name=name)  # type: ignore[arg-type]
+            config = LoraConfig(r=2, target_modules=["q"], modules_to_save=["head"], **extra)
+            model = get_peft_model(net, config, adapter_name=name)
             state, saved = model.state_dict(), set(get_peft_model_state_dict(model, adapter_name=name))
             assert adapter_names(state) == [name]
             assert saved == {parse_key(key, name).canonical for key in state} & saved

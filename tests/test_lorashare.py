@@ -103,8 +103,8 @@ def test_arguments_without_effect_say_so_once(collection: list[str], argument: d
 
     model._said.clear()
     with pytest.warns(UserWarning, match="has no effect"):
-        SHAREModel.from_adapters(collection, 3, **argument)  # type: ignore[arg-type]
-    SHAREModel.from_adapters(collection, 3, **argument)  # type: ignore[arg-type]  # warnings are errors here
+        SHAREModel.from_adapters(collection, 3, **argument)
+    SHAREModel.from_adapters(collection, 3, **argument)  # warnings are errors here
 
 
 def test_a_temporary_checkpoint_goes_with_its_object(collection: list[str]) -> None:

@@ -60,7 +60,7 @@ def test_every_other_method_is_refused_by_its_name_with_the_way_out(collection: 
 def converts(kind: peft.PeftType) -> bool:
     """Whether the installed PEFT says of some layer of a method that it can be converted to LoRA."""
     tuner = PEFT_TYPE_TO_TUNER_MAPPING[kind]
-    package = inspect.getmodule(tuner).__name__.rpartition(".")[0]  # type: ignore[union-attr]
+    package = inspect.getmodule(tuner).__name__.rpartition(".")[0]
     module = __import__(f"{package}.layer", fromlist=["x"])
     own = [
         c
@@ -87,7 +87,7 @@ def test_the_way_out_leads_out(tmp_path: Path, compressed: Compress, method: str
         torch.manual_seed(0)
         net = torch.nn.Sequential()
         net.add_module("q", torch.nn.Linear(8, 8))
-        model = peft.get_peft_model(net, getattr(peft, method)(target_modules=["q"], **options))  # type: ignore[arg-type]
+        model = peft.get_peft_model(net, getattr(peft, method)(target_modules=["q"], **options))
         torch.manual_seed(seed + 1)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -114,7 +114,7 @@ def test_another_method_is_known_by_its_keys_where_the_configuration_claims_lora
     options: dict[str, Any] = {"AdaLoraConfig": {"total_step": 10}, "IA3Config": {"feedforward_modules": []}}.get(
         method, {}
     )
-    model = peft.get_peft_model(net, getattr(peft, method)(target_modules=["q"], **options))  # type: ignore[arg-type]
+    model = peft.get_peft_model(net, getattr(peft, method)(target_modules=["q"], **options))
     model.save_pretrained(str(tmp_path / "a"))
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(CONFIG))
     assert "not a PEFT LoRA: the keys are those of" in reason(tmp_path / "a")

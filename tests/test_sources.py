@@ -12,7 +12,7 @@ from .conftest import make_collection
 
 
 def names(sources: object) -> list[str]:
-    return [s.wanted_name for s in resolve(sources)]  # type: ignore[arg-type]
+    return [s.wanted_name for s in resolve(sources)]
 
 
 def test_folders_folders_of_folders_globs_and_manifests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,7 +146,7 @@ def test_stacked_experts_are_multiplied_as_peft_does(seed: int, experts: int, r:
     for side, axis in (("A", 2), ("B", 1)):  # each side's moment is that of all dW_e, over ||dW||^2
         matrices = np.moveaxis(stack(a, b), axis, 0).reshape((d_in, d_out)["AB".index(side)], -1)
         moment = matrices @ matrices.T / found.norm
-        wide = rows[side].astype(np.float64)  # type: ignore[index]
+        wide = rows[side].astype(np.float64)
         assert np.allclose(wide.T @ wide, moment, atol=1e-4)
 
 

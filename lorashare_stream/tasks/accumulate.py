@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from .. import momentstore
 from ..adapterfiles import open_tensors
-from ..catalog import Entry
 from ..deltas import Product, gram
 from ..devices import sum_on
+from ..entry import Entry
 from ..keys import SIDES, Side
 from ..moments import Accumulator, Array, empty, partner_root
 from ..momentstore import DamagedMoment

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..adapterfiles import digest_files, open_tensors
-from ..catalog import Entry
 from ..dtypes import FLOATS, widened
+from ..entry import Entry
 from ..errors import AdapterError
 from ..tensorfile import SafetensorsReader, TensorReader, TensorRecord
 from ..workspace import Receipt

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapterfiles import digest_files
-from ..catalog import Entry
+from ..entry import Entry
 from ..files import read_json
 from ..names import slug
 from ..publishing import staging_folder

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..adapterfiles import digest_files, file_fact, open_tensors, read_config, tensor_records
-from ..catalog import Entry
 from ..checkpoint import Staging
 from ..deltas import DeltaError, delta_error, relative_error
 from ..dtypes import as_stored, narrowed, widened
+from ..entry import Entry
 from ..errors import AdapterError
 from ..keys import SIDES, factor_key, group_id
 from ..layout import Module
