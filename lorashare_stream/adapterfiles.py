@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,11 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{CONFIG} is not an object", found=type(config).__name__, expected="an object", remedy=_AGAIN
         )
     return config
+
+
+def digest_config(config: Mapping[str, Any]) -> str:
+    """SHA-256 of the values of a configuration, however they are written."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def foreign_lora(folder: Path, names: Iterable[str]) -> tuple[str, str] | None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from .entry import Entry
 from .errors import AdapterError
+from .journal import ModuleShape, Shapes
 from .settings import Settings
 
 T = TypeVar("T")
@@ -51,53 +52,53 @@ def of_base(entries: Sequence[Entry], base: str, settings: Settings) -> tuple[li
     return [e for e in entries if e.name not in gone], refused
 
 
-def other_parameters(entries: Sequence[Entry], settled: Collection[str]) -> set[str]:
+def other_parameters(entries: Sequence[Entry], known: Shapes) -> set[str]:
     """The names of adapters in which some module's name means other parameters than in most.
 
     PEFT nests the `target_parameters` of a module in each other, so that a key means one parameter if that alone is
-    adapted, and another if two are. Here and in `of_shape`, adapters that are `settled`, since a workspace has summed
-    them, are not outvoted.
+    adapted, and another if two are. Here and in `of_shape`, what is `known` of a workspace's modules is not outvoted.
     """
-    odd, _ = _odd(entries, _parameters, settled)
+    odd, _ = _odd(entries, _parameters, known)
     return set(odd)
 
 
-def of_shape(entries: Sequence[Entry], settled: Collection[str]) -> tuple[list[Entry], list[AdapterError]]:
+def of_shape(entries: Sequence[Entry], known: Shapes) -> tuple[list[Entry], list[AdapterError]]:
     """Split off adapters in which some module has another shape than most have: they mean another layer by its name."""
-    odd, common = _odd(entries, _shapes, settled)
+    odd, common = _odd(entries, _shape, known)
     refused = [_other_shape(e, odd[e.name], common[odd[e.name]]) for e in entries if e.name in odd]
     return [e for e in entries if e.name not in odd], refused
 
 
-def _shapes(entry: Entry) -> dict[str, Shape]:
-    pairs = zip(entry.layout.modules, entry.products, strict=True)
-    return {m.name: (m.dim("A"), m.dim("B"), p.experts) for m, p in pairs}
+def _shape(shape: ModuleShape) -> Shape:
+    return shape.d_in, shape.d_out, shape.experts
 
 
-def _parameters(entry: Entry) -> dict[str, tuple[str, ...]]:
-    return {m.name: p.parameters for m, p in zip(entry.layout.modules, entry.products, strict=True)}
+def _parameters(shape: ModuleShape) -> tuple[str, ...]:
+    return shape.parameters
 
 
 def _odd(
-    entries: Sequence[Entry], traits: Callable[[Entry], dict[str, T]], settled: Collection[str]
+    entries: Sequence[Entry], trait: Callable[[ModuleShape], T], known: Shapes
 ) -> tuple[dict[str, str], dict[str, T]]:
-    """Adapters in which a trait of some module is not that of most, or of those that are settled.
+    """Adapters in which a trait of some module is not the known one, or that of most.
 
     Returns:
-        The first such module by the adapter's name, and what most adapters have by module.
+        The first such module by the adapter's name, and what an adapter must have by module.
     """
     # Equal layouts and products are kept once, so that few have to be looked at.
     kinds = [(e.layout.digest, id(e.products)) for e in entries]
     uses = Counter(kinds)
-    votes = Counter(kind for kind, e in zip(kinds, entries, strict=True) if e.name in settled)
-    found = {kind: traits(entry) for kind, entry in dict(zip(kinds, entries, strict=True)).items()}
+    found = {
+        kind: {module: trait(shape) for module, shape in entry.shapes.items()}
+        for kind, entry in dict(zip(kinds, entries, strict=True)).items()
+    }
     counts: dict[str, Counter[T]] = {}
     for kind, of_modules in found.items():
-        for module, trait in of_modules.items():
-            counts.setdefault(module, Counter())[trait] += uses[kind] + votes[kind] * len(entries)
-    common = {module: _commonest(of_module) for module, of_module in counts.items()}
+        for module, value in of_modules.items():
+            counts.setdefault(module, Counter())[value] += uses[kind]
+    common = {m: trait(known[m]) if m in known else _commonest(of_module) for m, of_module in counts.items()}
     first = {
-        kind: next((m for m, trait in of_modules.items() if trait != common[m]), None)
+        kind: next((m for m, value in of_modules.items() if value != common[m]), None)
         for kind, of_modules in found.items()
     }
     odd = {e.name: first[kind] for kind, e in zip(kinds, entries, strict=True)}
@@ -109,7 +110,7 @@ def _commonest(counts: Counter[T]) -> T:
 
 
 def _other_shape(entry: Entry, module: str, common: Shape) -> AdapterError:
-    shape = _shapes(entry)[module]
+    shape = _shape(entry.shapes[module])
     number = next(i for i in range(3) if shape[i] != common[i])
     what = "stacked experts" if number == 2 else "d"
     return AdapterError(

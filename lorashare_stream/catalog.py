@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import errno
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 from . import peftconfig
-from .adapterfiles import file_fact, read_config, tensor_records, weight_files
+from .adapterfiles import digest_config, file_fact, read_config, tensor_records, weight_files
 from .agreement import common_base, of_base, of_shape, other_parameters
 from .deltas import Product
 from .entry import Entry
 from .errors import AdapterError
+from .journal import Receipt, Shapes
 from .layout import Layout, kept_exact, read_layout
 from .names import unique_names
 from .settings import Settings
 from .sources import Source
 from .tensorfile import TensorRecord
-from .workspace import Receipt
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ def catalog(
     settings: Settings,
     *,
     receipts: Sequence[Receipt] = (),
+    known: Shapes = MappingProxyType({}),
     bound_base: str | None = None,
 ) -> Catalog:
     """Read the headers and configurations of all sources.
@@ -50,7 +51,8 @@ def catalog(
     Args:
         sources: what `sources.resolve` gives.
         settings: which base models are accepted, and what is kept exact.
-        receipts: admissions of a workspace: they keep their names, and what they mean is not outvoted.
+        receipts: admissions of a workspace: they keep their names.
+        known: shapes of the modules in that workspace.
         bound_base: the base model of that workspace.
     """
     entries: list[Entry] = []
@@ -64,15 +66,16 @@ def catalog(
             e.adapter = name
             refused.append(e)
         except OSError as e:
+            if e.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):  # of this machine, not of this adapter
+                raise
             remedy = "Mend its permissions or its disk, or leave it out."
             refused.append(AdapterError("cannot be read", adapter=name, found=e.strerror or str(e), remedy=remedy))
     base = common_base((e.base_model for e in entries), settings, bound_base)
     entries, strangers = of_base(entries, base, settings)
-    settled = {r.name for r in receipts if not r.exact}
     exact = {r.name for r in receipts if r.exact}
-    differing = other_parameters([e for e in entries if e.name not in exact], settled) | exact
+    differing = other_parameters([e for e in entries if e.name not in exact], known) | exact
     entries = [_exact(e, shared) if e.name in differing else e for e in entries]
-    entries, misshapen = of_shape(entries, settled)
+    entries, misshapen = of_shape(entries, known)
     refused += [*strangers, *misshapen]
     by_name = dict(zip(names, sources, strict=True))
     for error in refused:
@@ -124,10 +127,20 @@ def read_entry(source: Source, name: str, shared: Interned, settings: Settings) 
     if products is None:
         layout = _interned(shared, kept_exact(layout, "only the base model tells which parameter a pattern means"))
         products = ()
-    config_digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
     products = shared.products.setdefault(products, products)
     base = peftconfig.base_model(config)
-    return Entry(name, source.id, source.path, files, layout, products, base, config_digest)
+    return Entry(name, source.id, source.path, files, layout, products, base, digest_config(config))
+
+
+def read_entries(sources: Sequence[Source], settings: Settings) -> dict[str, Entry]:
+    """The adapters that can be read, by source id, whatever they have in common."""
+    shared, entries = Interned(), {}
+    for source in sources:
+        try:
+            entries[source.id] = read_entry(source, source.wanted_name, shared, settings)
+        except (AdapterError, OSError):
+            continue
+    return entries
 
 
 def _layout(shared: Interned, records: tuple[TensorRecord, ...], exact: str | None, tied: bool) -> Layout:

@@ -5,6 +5,7 @@
     adapters/<name>/loadings.safetensors  module:side -> V'W (k, r)
     adapters/<name>/classifier_head.safetensors   tensors kept verbatim, under their PEFT keys
     adapters/<name>/adapter_meta.json     original_config, source, certified error, digest of the basis
+    eigenvalues.safetensors               module:side -> (k,) of its moment
     skipped.json                          adapters that were left out, with reasons; only if there are some
 
 lorashare 0.1.3 refuses unknown fields of share_config.json, so everything of ours is in
@@ -20,12 +21,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .adapterfiles import digest_files, tensor_records
-from .errors import WorkspaceError
-from .files import atomic_file, own_folder, read_json, remove_tree, sync_tree, write_json
-from .publishing import drop, publish, staging_folder
-from .shareformat import ADAPTERS, COMPONENTS, CONFIG, META, OURS, SKIPPED, STAGING
-from .tensorfile import SafetensorsReader, write_safetensors
+import numpy as np
+
+from .adapterfiles import digest_config, digest_files
+from .errors import LockedError
+from .files import atomic_file, own_folder, read_json, remove_tree, sync, sync_tree, write_json
+from .journal import Receipt
+from .publishing import drop, mend_output, publish, replaced_folder, staging_folder
+from .shareformat import (
+    ADAPTERS,
+    COMPONENTS,
+    CONFIG,
+    LOADINGS,
+    META,
+    OURS,
+    SKIPPED,
+    SPECTRUM,
+    STAGING,
+    VERBATIM,
+    ours_of,
+)
+from .tensorfile import write_safetensors
 
 
 class Staging:
@@ -40,7 +56,7 @@ class Staging:
         """Go on with the staged checkpoint of this digest, or begin it; the staged one of another is dropped.
 
         Raises:
-            WorkspaceError: if another run is writing the same output.
+            LockedError: if another run is writing the same output.
         """
         root = own_folder(staging_folder(out))
         fd = os.open(root, os.O_RDONLY)
@@ -48,7 +64,9 @@ class Staging:
             _lock(fd, out)
             if not _is_of(root, digest):
                 drop(root, keep=True)
+            if _marker(root) != digest:
                 write_json(root / STAGING, digest)
+                sync(root.parent)
             own_folder(root / ADAPTERS)
             for path in (*root.glob(".*.tmp"), *(root / ADAPTERS).glob(".*")):  # of a run that was killed
                 remove_tree(path)
@@ -57,30 +75,35 @@ class Staging:
             os.close(fd)
 
     def write_components(
-        self, bases: Sequence[Path], shapes: Mapping[str, tuple[int, int]], dtype: str, digest: str
+        self,
+        components: Iterable[bytes | memoryview],
+        shapes: Mapping[str, tuple[int, int]],
+        dtype: str,
+        basis_digest: str,
     ) -> None:
         """Stream all bases into shared_components.safetensors.
 
         Args:
-            bases: files with the components `A` and `B` of one module each.
-            shapes: group id -> (d, k), in the order of the files, A before B.
+            components: of the groups, as stored, in the order of `shapes`.
+            shapes: group id -> (d, k).
             dtype: as safetensors names it.
-            digest: of the basis, stored in the header.
+            basis_digest: stored in the header.
         """
-        metadata = {"format": "pt", "basis_digest": digest}
+        metadata = {"format": "pt", "basis_digest": basis_digest}
         with atomic_file(self.root / COMPONENTS) as f:
-            write_safetensors(f, ((g, dtype, shape) for g, shape in shapes.items()), _raw_tensors(bases), metadata)
+            write_safetensors(f, ((g, dtype, shape) for g, shape in shapes.items()), components, metadata)
 
-    def done(self, name: str) -> bool:
-        """Whether an adapter is written, whole; what is not is removed. A power cut may leave names without content."""
-        folder = self.root / ADAPTERS / name
-        try:
-            digests = read_json(folder / META)[OURS]["files"]
-            whole = not folder.is_symlink() and all(
-                digest_files([folder / file]) == digest for file, digest in digests.items()
-            )
-        except (OSError, ValueError, KeyError, TypeError):
-            whole = False
+    def write_spectrum(self, eigenvalues: Mapping[str, Sequence[float]]) -> None:
+        """Write the eigenvalues of every group (k,): what a smaller k would explain."""
+        arrays = {group: np.asarray(values, "<f8") for group, values in eigenvalues.items()}
+        with atomic_file(self.root / SPECTRUM) as f:
+            shapes = [(group, "F64", array.shape) for group, array in arrays.items()]
+            write_safetensors(f, shapes, (array.data.cast("B") for array in arrays.values()), {"format": "pt"})
+
+    def done(self, receipt: Receipt, basis_digest: str) -> bool:
+        """Whether an adapter is written, whole, and of these components; what is not is removed."""
+        folder = self.root / ADAPTERS / receipt.name
+        whole = not folder.is_symlink() and is_whole(folder, receipt, basis_digest)
         if not whole:
             remove_tree(folder)
         return whole
@@ -94,40 +117,137 @@ class Staging:
         yield folder
         os.rename(folder, self.root / ADAPTERS / name)
 
-    def metas(self, names: Iterable[str]) -> Iterator[dict[str, Any]]:
-        """What is recorded of each adapter."""
+    def sync(self, names: Iterable[str]) -> None:
+        """Make adapters durable."""
         for name in names:
-            yield read_json(self.root / ADAPTERS / name / META)
+            sync_tree(self.root / ADAPTERS / name)
+        sync(self.root / ADAPTERS)
 
     def commit(self, out: Path, config: Mapping[str, Any], skipped: list[dict[str, Any]]) -> None:
         """Write what is left, share_config.json last, and rename the folder into place."""
-        (self.root / SKIPPED).unlink(missing_ok=True)  # of an earlier attempt
-        if skipped:
-            write_json(self.root / SKIPPED, skipped)
-        sync_tree(self.root / ADAPTERS)  # once for all, since every adapter can be checked by its digests
+        write_skipped(self.root, skipped)
         write_json(self.root / CONFIG, config)
         (self.root / STAGING).unlink()
+        sync(self.root)
         publish(self.root, out)
+
+    def clear(self) -> None:
+        """Remove the folder: all that was in it is published."""
+        drop(self.root)
+
+    def join(self, out: Path, names: Iterable[str]) -> None:
+        """Rename adapters, which are durable, into a checkpoint; its configuration does not name them yet."""
+        for name in names:
+            if (self.root / ADAPTERS / name).exists():  # else it was renamed before
+                self.take_out(out, [name])
+                os.rename(self.root / ADAPTERS / name, out / ADAPTERS / name)
+        sync(out / ADAPTERS)
+
+    def take_out(self, out: Path, names: Iterable[str]) -> None:
+        """Remove adapters, which its configuration does not name, from a checkpoint: each is gone by one rename."""
+        for name in names:
+            aside = self.root / ADAPTERS / f".{name}.removed"
+            remove_tree(aside)
+            if os.path.lexists(out / ADAPTERS / name):
+                os.rename(out / ADAPTERS / name, aside)
+                remove_tree(aside)
+        sync(out / ADAPTERS)
+
+
+def is_whole(folder: Path, receipt: Receipt, basis_digest: str) -> bool:
+    """Whether the folder of an adapter in a checkpoint is whole, by its digests, and that of an admission.
+
+    A power cut may leave names without content.
+
+    Args:
+        folder: of the adapter.
+        receipt: its admission.
+        basis_digest: of the components to which it must belong.
+    """
+    try:
+        meta = read_json(folder / META)
+        ours = meta[OURS]
+        return (
+            ours["sha256"] == receipt.digest
+            and digest_config(meta["original_config"]) == receipt.config_digest
+            and ours["basis_digest"] == basis_digest
+            and all(digest_files([folder / file]) == digest for file, digest in ours["files"].items())
+        )
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        return False
+
+
+def receipt_in(meta: Mapping[str, Any]) -> Receipt:
+    """What of an admission a checkpoint of ours records: enough to know the adapter again."""
+    ours, config = meta[OURS], digest_config(meta["original_config"])
+    return Receipt(meta["adapter_name"], ours["source_id"], ours["sha256"], config, 0.0, (), (), "")
+
+
+def mend(out: Path) -> None:
+    """Undo what a kill between two renames left, unless a run is between them now.
+
+    Raises:
+        LockedError: if it is.
+    """
+    staging = staging_folder(out)
+    if not (replaced_folder(out).exists() and staging.exists()):
+        mend_output(out)
+        return
+    fd = os.open(staging, os.O_RDONLY)
+    try:
+        _lock(fd, out)
+        mend_output(out)
+    finally:
+        os.close(fd)
+
+
+def write_skipped(root: Path, skipped: list[dict[str, Any]]) -> None:
+    """Write which adapters were left out of a checkpoint; nothing if none was."""
+    (root / SKIPPED).unlink(missing_ok=True)
+    if skipped:
+        write_json(root / SKIPPED, skipped)
+
+
+def metas_of(root: Path, names: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """What a checkpoint of ours, staged or published, records of each adapter."""
+    for name in names:
+        yield read_json(root / ADAPTERS / name / META)
+
+
+def sizes_of(root: Path, names: Iterable[str]) -> dict[str, int]:
+    """Bytes on disk of a checkpoint, by part, of its adapters those that are named."""
+    sizes = {"basis": _size(root / COMPONENTS), "loadings": 0, "verbatim": 0, "metadata": _size(root / SPECTRUM)}
+    for name in names:
+        for part, file in (("loadings", LOADINGS), ("verbatim", VERBATIM), ("metadata", META)):
+            sizes[part] += _size(root / ADAPTERS / name / file)
+    return sizes
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _lock(fd: int, out: Path) -> None:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise WorkspaceError(
+        raise LockedError(
             "another run is writing the same output", found=out, remedy="Wait for it, or choose another output."
         ) from None
 
 
 def _is_of(root: Path, digest: str) -> bool:
+    """Whether what is staged is that of this digest: by its marker, or, once it is whole, by its configuration."""
+    if (root / STAGING).exists():
+        return bool(_marker(root) == digest)
+    return (ours_of(root) or {}).get("digest") == digest
+
+
+def _marker(root: Path) -> Any:
     try:
-        return bool(read_json(root / STAGING) == digest)
-    except (OSError, ValueError):
-        return False
-
-
-def _raw_tensors(paths: Iterable[Path]) -> Iterator[bytes]:
-    for path in paths:
-        with SafetensorsReader((path,)) as reader:
-            for record in tensor_records((path,)):
-                yield from reader.chunks(record)
+        return read_json(root / STAGING)
+    except (FileNotFoundError, ValueError):
+        return None

@@ -54,7 +54,13 @@ def _settings(chosen: Args) -> Settings:
     return Settings.from_mapping({k: v for k, v in chosen.items() if k in _SETTINGS})
 
 
-def _sources(chosen: Args, skipping: bool) -> list[Source]:
+def named_sources(chosen: Args, skipping: bool) -> list[Source]:
+    """The adapters that sources and `--names` mean.
+
+    Args:
+        chosen: the arguments.
+        skipping: whether those that are not there are given all the same, for the catalog to refuse.
+    """
     sources = chosen.get("sources")
     if not sources:
         greedy = [flag for name, flag in _GREEDY.items() if name in chosen]
@@ -84,7 +90,7 @@ def make_plan(chosen: Args, workspace: Path | None = None) -> Plan:
     settings = _settings(chosen)
     if "variance_threshold" in chosen and settings.num_components != "auto":
         log.warning("variance has no effect without -k auto")
-    return plan_for(_sources(chosen, settings.on_error == "skip"), settings, workspace)
+    return plan_for(named_sources(chosen, settings.on_error == "skip"), settings, workspace)
 
 
 def planned(chosen: Args, workspace: Path) -> Plan:
@@ -109,17 +115,6 @@ def planned(chosen: Args, workspace: Path) -> Plan:
             remedy="Make it again by lorashare-stream plan.",
         )
     return replace(made, refused=(*refused, *made.refused))
-
-
-def recorded_sources(workspace: Path) -> list[Source]:
-    """The sources of the last plan of a workspace; matched by their ids, not by the names given to them."""
-    try:
-        saved = [_saved_source(a) for a in read_json(workspace / "plan.json")["adapters"]]
-    except (ValueError, KeyError, TypeError) as e:
-        raise UsageError(
-            "the workspace's plan is damaged", found=str(e), remedy="Name the originals by --sources."
-        ) from e
-    return [replace(source, name=None) for source in saved]
 
 
 def _saved_source(adapter: Mapping[str, Any]) -> Source:

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import shlex
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from . import progress
-from .choices import Args, make_plan, planned, recorded_sources, with_config
-from .errors import StreamError, UsageError, problem_lines
+from .choices import Args, make_plan, planned, with_config
+from .errors import StreamError, UsageError
 from .files import own_folder, tree_bytes, write_json
+from .means import recalled
 from .names import bytes_shown, counted, listed, name_fault, shown
-from .pipeline import Progress, default_workspace, silent
+from .output import print_result, progress_of, say_left_out, say_what_will_be_left_out
 from .pipeline import compress as run_plan
+from .pipeline import default_workspace
 from .planning import Plan, plan_as_json
 from .report import facts, notes_text, plan_text, plan_warnings, summary_text, table
-from .shareconfig import read_share_config
+from .shareconfig import SHAREConfig, read_share_config
 from .shareformat import ours_of
 from .sources import resolve
 from .workspace import Workspace, skipped_as_json
@@ -37,8 +35,8 @@ def plan(args: Args) -> int:
     if "output" in args:
         write_json(Path(args["output"]), plan_as_json(made))
     fault = _fault(made)
-    _print(args, plan_as_json(made) | ({"error": fault.problem} if fault else {}), plan_text(made))
-    _say_left_out(made)
+    print_result(args, plan_as_json(made) | ({"error": fault.problem} if fault else {}), plan_text(made))
+    say_what_will_be_left_out(made)
     if fault is not None:
         print(f"lorashare-stream: {fault}", file=sys.stderr)
         return fault.exit_code
@@ -70,12 +68,20 @@ def compress(args: Args) -> int:
     before = ours_of(out)
     for note in plan_warnings(made):
         log.warning("%s", note)
-    skipped = run_plan(made, out, workspace=named, overwrite=bool(chosen.get("overwrite")), progress=_progress(args))
+    outcome = run_plan(
+        made,
+        out,
+        workspace=named,
+        overwrite=bool(chosen.get("overwrite")),
+        take_lock=bool(chosen.get("take_lock")),
+        progress=progress_of(args),
+    )
+    skipped = outcome.skipped
     if before is not None:
         same = (ours_of(out) or {}).get("digest") == before.get("digest")
         log.info("%s %s", shown(out), "is up to date" if same else "has replaced the checkpoint that was there")
     told = {note for entry in made.entries for note in entry.layout.notes}
-    for note in notes_text(Workspace(workspace).admissions(), told):
+    for note in notes_text(Workspace(workspace).journal().receipts, told):
         log.info("%s", note)
     config = read_share_config(out)
     used = tree_bytes(workspace)
@@ -83,28 +89,25 @@ def compress(args: Args) -> int:
         "checkpoint": str(out),
         "workspace": str(workspace),
         "workspace_bytes": used,
+        "method": outcome.method,
         "skipped": skipped_as_json(skipped),
-        **_info(config),
+        **info_of(config),
     }
     drop = f"{bytes_shown(used)}, kept for growing and refitting; drop it by: rm -r {shlex.quote(shown(workspace))}"
-    _print(args, result, f"{summary_text(config)}\n{facts([('workspace', drop)])}")
-    if skipped:
-        print(
-            f"left out {counted(len(skipped), 'adapter')}; the reasons are in {shown(out / 'skipped.json')}:",
-            file=sys.stderr,
-        )
-        print("\n".join(problem_lines(skipped)), file=sys.stderr)
+    print_result(args, result, f"{summary_text(config)}\n{facts([('workspace', drop)])}")
+    say_left_out(skipped, out)
     return SKIPPED if skipped else 0
 
 
 def info(args: Args) -> int:
     """`info`: what a checkpoint says of itself."""
     config = read_share_config(Path(args["checkpoint"]))
-    _print(args, _info(config), summary_text(config))
+    print_result(args, info_of(config), summary_text(config))
     return 0
 
 
-def _info(config: Any) -> dict[str, Any]:
+def info_of(config: SHAREConfig) -> dict[str, Any]:
+    """What `info` tells, as plain values."""
     stats = {k: v for k, v in config.compression_stats.items() if k != "lorashare_stream"}
     ours = {k: v for k, v in config.ours.items() if k != "groups"}
     return {**{k: v for k, v in config.to_dict().items() if k != "compression_stats"}, **stats, **ours}
@@ -126,9 +129,9 @@ def reconstruct(args: Args) -> int:
         raise UsageError("the output is no folder", found=out, remedy="Choose another.")
     out.mkdir(parents=True, exist_ok=True)
     folders = {name: own_folder(out / name) if len(names) > 1 else out for name in names}
-    for name in _progress(args)("reconstruct", len(names), iter(names)):
+    for name in progress_of(args)("reconstruct", len(names), iter(names)):
         model.reconstruct(name, output_dir=folders[name])
-    _print(
+    print_result(
         args,
         {"reconstructed": {n: str(f) for n, f in folders.items()}},
         f"{counted(len(names), 'adapter')} in {shown(out)}",
@@ -147,12 +150,12 @@ def verify(args: Args) -> int:
     beside = default_workspace(root.absolute())
     if "sources" in args:
         sources = resolve(args["sources"])
-    elif (beside / "plan.json").exists():
-        sources = recorded_sources(beside)
+    elif Workspace(beside).exists():
+        sources = [replace(source, name=None) for source in recalled(beside)]  # matched by their ids
     else:
         raise UsageError("no originals to compare with", found=f"no {shown(beside)}", remedy="Name them by --sources.")
     verdicts = list(
-        _progress(args)("verify", len(model.adapter_names), verdicts_of(model, originals_of(model, sources)))
+        progress_of(args)("verify", len(model.adapter_names), verdicts_of(model, originals_of(model, sources)))
     )
     verdicts.sort(key=lambda v: (v.problem is None, -v.relative_error if v.relative_error >= 0 else 0, v.name))
     bad = [v for v in verdicts if v.problem is not None]
@@ -170,7 +173,7 @@ def verify(args: Args) -> int:
     ]
     text = table(rows, ("adapter", "dW error", "certified", "at worst", "in module"))
     text += f"\nmean dW error {mean:.6f} of {counted(len(measured), 'compressed adapter')}" if mean is not None else ""
-    _print(args, {"mean": mean, "failed": len(bad), "adapters": [asdict(v) for v in verdicts]}, text)
+    print_result(args, {"mean": mean, "failed": len(bad), "adapters": [asdict(v) for v in verdicts]}, text)
     for problem in dict.fromkeys(v.problem for v in bad):
         names = [v.name for v in bad if v.problem == problem]
         print(f"FAILED {listed(names)}: {shown(problem, 2000)}", file=sys.stderr)
@@ -179,31 +182,3 @@ def verify(args: Args) -> int:
 
 def _figure(value: float | None) -> str:
     return "-" if value is None or value != value else f"{value:.6f}"
-
-
-# -- output ------------------------------------------------------------------------------------------
-
-
-def _print(args: Args, value: Mapping[str, Any], text: str) -> None:
-    print(json.dumps(_finite(value)) if "json" in args else text)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has neither NaN nor infinity: what could not be measured is null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {k: _finite(v) for k, v in value.items()}
-    return [_finite(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-def _progress(args: Args) -> Progress:
-    if "quiet" in args:
-        return silent
-    return progress.bars if sys.stderr.isatty() else progress.lines
-
-
-def _say_left_out(made: Plan) -> None:
-    if made.refused and made.settings.on_error == "skip":
-        print(f"{counted(len(made.refused), 'adapter')} will be left out:", file=sys.stderr)
-        print("\n".join(problem_lines(made.refused)), file=sys.stderr)

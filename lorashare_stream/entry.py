@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 from .adapterfiles import FileFact
 from .deltas import Product
+from .journal import ModuleShape
 from .layout import Layout
 
 
@@ -40,7 +39,14 @@ class Entry:
         """Its weight files."""
         return tuple(f.path for f in self.files)
 
-    @cached_property
-    def product_of(self) -> Mapping[str, Product]:
-        """How dW comes of the factors, by module."""
-        return {m.name: p for m, p in zip(self.layout.modules, self.products, strict=True)}
+    def product(self, module: str) -> Product:
+        """How dW of a module comes of its factors."""
+        return self.products[self.layout.position[module]]
+
+    @property
+    def shapes(self) -> dict[str, ModuleShape]:
+        """The shapes of its shared modules."""
+        return {
+            m.name: ModuleShape(m.rank, m.dim("A"), m.dim("B"), p.experts, p.parameters)
+            for m, p in zip(self.layout.modules, self.products, strict=True)
+        }

@@ -126,6 +126,12 @@ class WorkspaceError(StreamError):
     """A workspace that is locked, damaged, or belongs to other numbers."""
 
 
+class LockedError(WorkspaceError):
+    """A workspace or an output that another run holds."""
+
+    exit_code = 75  # when that run has ended, a rerun helps
+
+
 class CheckpointError(StreamError, ValueError):
     """A folder that is not a whole SHARE checkpoint, or one that was replaced while it was open."""
 

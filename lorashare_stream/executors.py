@@ -37,12 +37,12 @@ class Threads:
     """Threads of this process. BLAS, hashing and reading release the interpreter's lock."""
 
     def map(self, fn: Callable[[T], R], tasks: Iterable[T], at_once: int) -> Iterator[R]:
-        """See `Executor.map`. After an exception, tasks that run are waited for, others are dropped."""
-        if at_once <= 1:
-            yield from Serial().map(fn, tasks)
-            return
-        with ThreadPoolExecutor(at_once, thread_name_prefix="lorashare-stream") as pool:
-            yield from _in_order(pool.submit, fn, tasks, 2 * at_once)
+        """See `Executor.map`. After an exception, tasks that run are waited for, others are dropped.
+
+        A single task at a time has a thread of its own too: the main one is free for signals.
+        """
+        with ThreadPoolExecutor(max(1, at_once), thread_name_prefix="lorashare-stream") as pool:
+            yield from _in_order(pool.submit, fn, tasks, 2 * max(1, at_once))
 
 
 class DaskClient:

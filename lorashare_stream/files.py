@@ -7,13 +7,26 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from .errors import UsageError
-from .names import shown
+from .names import digest_of, shown
+
+_SEAL = "checksum"
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give errors of the machine the name of what was written: those of `write` and `fsync` have none."""
+    try:
+        yield
+    except OSError as e:
+        if e.filename is None and e.errno is not None:
+            e.filename = str(path)
+        raise
 
 
 @contextmanager
@@ -30,16 +43,17 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except OSError as e:
         raise OSError(e.errno, e.strerror, str(path)) from e  # the name that the user knows
     try:
-        yield temporary
-        os.fsync(fd)
-        os.replace(temporary, path)
+        with naming(path):
+            yield temporary
+            os.fsync(fd)
+            os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):
             temporary.unlink()
         raise
     finally:
         os.close(fd)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 @contextmanager
@@ -55,25 +69,26 @@ def write_json(path: Path, value: Any) -> None:
         f.write(json.dumps(value, indent=2).encode())
 
 
-def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable."""
+def sync(path: str | Path) -> None:
+    """Make the content of a file, or the names in a folder, durable."""
     fd = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(fd)
+        with naming(Path(path)):
+            os.fsync(fd)
     finally:
         os.close(fd)
 
 
 def sync_tree(root: Path) -> None:
     """Make every file and folder under `root` durable (Zarr itself does not sync)."""
-    for folder, _, names in os.walk(root):
+    for folder, _, names in os.walk(root, onerror=_raised):
         for name in names:
-            fd = os.open(os.path.join(folder, name), os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-        sync_folder(Path(folder))
+            sync(os.path.join(folder, name))
+        sync(folder)
+
+
+def _raised(error: OSError) -> None:
+    raise error  # what cannot be listed is not synced
 
 
 def own_folder(path: Path) -> Path:
@@ -116,7 +131,7 @@ def refuse_links(root: Path, depth: int) -> None:
 
 
 def tree_bytes(root: Path) -> int:
-    """Bytes of all files under `root`."""
+    """Bytes of all files under `root`; 0 if it is not there."""
     return sum(os.lstat(os.path.join(folder, name)).st_size for folder, _, names in os.walk(root) for name in names)
 
 
@@ -128,12 +143,12 @@ def remove_tree(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def free_bytes(path: Path) -> int:
-    """Free bytes on the disk that holds, or will hold, `path`."""
+def free_bytes(path: Path) -> tuple[int, int]:
+    """The number of the disk that holds, or will hold, `path`, and its free bytes."""
     existing = path.absolute()
     while not existing.exists():
         existing = existing.parent
-    return shutil.disk_usage(existing).free
+    return existing.stat().st_dev, shutil.disk_usage(existing).free
 
 
 def read_json(path: Path, limit: int = 64 << 20) -> Any:
@@ -148,3 +163,29 @@ def read_json(path: Path, limit: int = 64 << 20) -> Any:
         return json.loads(path.read_bytes())
     except RecursionError as e:
         raise ValueError(f"{shown(path.name)} is nested too deeply") from e
+
+
+def write_sealed(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON object with a checksum of its own, atomically."""
+    write_json(path, sealed(values))
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """A sealed JSON object; empty if there is none, or a bit of it is not what was written."""
+    try:
+        return unsealed(read_json(path)) or {}
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with a checksum."""
+    return {**values, _SEAL: digest_of(values)}
+
+
+def unsealed(found: Any) -> dict[str, Any] | None:
+    """The object that was sealed; None if it is not what was written."""
+    if not isinstance(found, dict):
+        return None
+    values = {k: v for k, v in found.items() if k != _SEAL}
+    return values if found.get(_SEAL) == digest_of(values) else None

@@ -57,6 +57,11 @@ class Layout:
         return {m.name: m for m in self.modules}
 
     @cached_property
+    def position(self) -> dict[str, int]:
+        """Where each module is in `modules`."""
+        return {m.name: i for i, m in enumerate(self.modules)}
+
+    @cached_property
     def in_file_order(self) -> tuple[tuple[TensorRecord, str | None, Side | None], ...]:
         """All tensors as they lie in the files, with module and side of those that are shared."""
         shared = [(m.record(side), m.name, side) for m in self.modules for side in SIDES]

@@ -122,7 +122,7 @@ class SHAREModel:
             plan = plan_for(found, chosen, root or out.parent / f"{out.name}.workspace")
             for note in adapter_notes(plan):
                 log.warning("%s", note)
-            skipped = compress(plan, out, workspace=root, executor=_executor(executor))
+            skipped = compress(plan, out, workspace=root, executor=_executor(executor)).skipped
             if skipped:
                 reasons = "\n".join([f"left out: {listed(e.adapter for e in skipped)}", *problem_lines(skipped)])
                 warnings.warn(reasons, UserWarning, stacklevel=2)

@@ -1,8 +1,8 @@
 """Moments on disk: Zarr arrays, uncompressed (they are incompressible), with a checksum on every chunk.
 
 A side of a module is a folder with the arrays `second` (d, d) or `columns` (n, d), and `sum` (d,).
-Zarr reads a missing chunk as zeros, so a moment is only believed if every chunk is there and its trace is
-the energy that was noted when it was written.
+Zarr reads a missing chunk as zeros, and believes the metadata whatever they say; so a moment is only believed if the
+metadata are those that were written, every chunk is there, and its trace is the energy that was noted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import zarr
 from zarr.codecs import Crc32cCodec
 
 from .errors import WorkspaceError
+from .files import naming
 from .moments import Array, Moment
+from .names import digest_of
 
 _TILE = 1024  # rows and columns of a chunk of S; 4 MiB in float32
 
@@ -28,15 +30,16 @@ class DamagedMoment(WorkspaceError):
 def create(path: Path, shape: tuple[int, ...], dtype: str) -> zarr.Array[Any]:
     """A new array of checksummed chunks; zero chunks are written too, so that a missing one is a fault."""
     chunks = tuple(max(1, min(n, _TILE)) for n in shape)
-    return zarr.create_array(
-        str(path),
-        shape=shape,
-        dtype=dtype,
-        chunks=chunks,
-        compressors=[Crc32cCodec()],
-        fill_value=0,
-        config={"write_empty_chunks": True},
-    )
+    with naming(path):
+        return zarr.create_array(
+            str(path),
+            shape=shape,
+            dtype=dtype,
+            chunks=chunks,
+            compressors=[Crc32cCodec()],
+            fill_value=0,
+            config={"write_empty_chunks": True},
+        )
 
 
 def write_tiles(array: zarr.Array[Any], rows: Array, first: int = 0) -> None:
@@ -45,15 +48,32 @@ def write_tiles(array: zarr.Array[Any], rows: Array, first: int = 0) -> None:
     for i in range(0, len(rows), height):
         for j in range(0, rows.shape[1], width):
             tile = rows[i : i + height, j : j + width]
-            array[first + i : first + i + len(tile), j : j + width] = np.ascontiguousarray(tile)
+            with naming(Path(str(array.store_path).removeprefix("file://"))):
+                array[first + i : first + i + len(tile), j : j + width] = np.ascontiguousarray(tile)
 
 
 def save(folder: Path, moment: Moment) -> dict[str, Any]:
-    """Write what of a moment is in memory, and return the facts by which `load` believes it."""
-    if moment.second is not None:
+    """Write a moment, whose columns may be written already, and return the facts by which `load` believes it."""
+    if moment.columns is not None:
+        write_tiles(create(folder / "columns", moment.columns.shape, moment.columns.dtype.name), moment.columns)
+    elif moment.second is not None:
         write_tiles(create(folder / "second", moment.second.shape, moment.second.dtype.name), moment.second)
-    create(folder / "sum", moment.sum.shape, "float64")[:] = moment.sum
-    return {"count": moment.count, "energy": moment.energy, "stacked": moment.second is None, "dim": moment.dim}
+    sums = create(folder / "sum", moment.sum.shape, "float64")
+    with naming(folder / "sum"):
+        sums[:] = moment.sum
+    form = "columns" if moment.second is None else "second"
+    return {
+        "count": moment.count,
+        "energy": moment.energy,
+        "form": form,
+        "dim": moment.dim,
+        "metadata": _metadata(folder, form),
+    }
+
+
+def _metadata(folder: Path, form: str) -> str:
+    """Digest of what tells Zarr how to read the arrays of a moment."""
+    return digest_of([(folder / name / "zarr.json").read_text() for name in (form, "sum")])
 
 
 def load(folder: Path, facts: Mapping[str, Any]) -> Moment:
@@ -63,11 +83,15 @@ def load(folder: Path, facts: Mapping[str, Any]) -> Moment:
         DamagedMoment: if a chunk is missing, fails its checksum, or the trace is not what it was.
     """
     try:
+        if _metadata(folder, facts["form"]) != facts["metadata"]:
+            raise ValueError("the metadata of an array have changed")
         total = _read(folder / "sum")
-        form = _read(folder / ("columns" if facts["stacked"] else "second"))
-    except Exception as e:  # Zarr's codecs raise ValueError, stores FileNotFoundError, metadata others still
+        form = _read(folder / facts["form"])
+    except Exception as e:  # Zarr's codecs raise ValueError, and others still
+        if isinstance(e, OSError) and not isinstance(e, FileNotFoundError):
+            raise  # of the machine: what cannot be read now may be whole
         raise DamagedMoment("a moment is damaged", found=f"{type(e).__name__}: {e}") from e
-    stacked = bool(facts["stacked"])
+    stacked = facts["form"] == "columns"
     trace = float(np.einsum("ij,ij->", form, form, dtype=np.float64)) if stacked else float(np.trace(form, dtype=float))
     energy, count = float(facts["energy"]), int(facts["count"])
     vanishing = form.size * float(np.finfo(form.dtype).tiny)  # squares below it became zero

@@ -7,11 +7,13 @@ is written, and they are never printed raw: a name can hold control characters o
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import reprlib
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 MAX_NAME_BYTES = 200  # of UTF-8; file systems stop at 255, and staged files add a prefix and a suffix
 _FORBIDDEN = frozenset('/\\:*?"<>|')  # also what Windows and FAT refuse, so a checkpoint can be copied there
@@ -127,6 +129,11 @@ def slug(text: str) -> str:
     """A readable, unique, safe path component for any string: what is legible of it, and its digest."""
     legible = re.sub(r"[^A-Za-z0-9_.-]+", "_", text)[-80:].lstrip(".")
     return f"{legible}-{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:12]}"
+
+
+def digest_of(value: Any) -> str:
+    """The first 16 hex digits of the SHA-256 of a plain value, as JSON has it."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def counted(count: int, thing: str) -> str:

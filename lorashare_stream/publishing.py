@@ -8,7 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from .errors import UsageError
-from .files import atomic_path, remove_tree, sync_folder, write_json
+from .files import atomic_path, remove_tree, sync, write_json
 from .shareformat import ADAPTERS, FILES, STAGING, ours_of
 
 
@@ -55,7 +55,7 @@ def publish(staged: Path, out: Path) -> None:
                 shutil.copy2(stranger, staged / stranger.name, follow_symlinks=False)
         os.rename(out, aside)
     os.rename(staged, out)
-    sync_folder(out.parent)
+    sync(out.parent)
     drop(aside)
 
 

@@ -10,9 +10,9 @@ from .errors import CheckpointError
 from .names import bytes_shown, counted, listed, shown
 
 if TYPE_CHECKING:
+    from .journal import Receipt
     from .planning import Plan
     from .shareconfig import SHAREConfig
-    from .workspace import Receipt
 
 Fact = tuple[str, object]
 PARTS = ("basis", "loadings", "verbatim", "metadata")

@@ -44,6 +44,8 @@ class Settings:
         base_model: what the adapters are adapters of; None is the name that most of them give.
         base_aliases: other names of it (mirrors, quantised copies, local paths).
         any_base: accept adapters that name any base model.
+        discard_moments: free the moments of a group when its basis is fitted: less disk, but growing with a new basis
+            or taking out an adapter then reads all sources again.
         share_initial: compress adapters whose factors hold a part of the base model (PiSSA, OLoRA, CorDA, LoRA-GA,
             LoftQ) like others; else they are kept exact.
     """
@@ -62,6 +64,7 @@ class Settings:
     base_aliases: tuple[str, ...] = ()
     any_base: bool = False
     share_initial: bool = False
+    discard_moments: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
@@ -75,7 +78,7 @@ class Settings:
         base, aliases = self.base_model, self.base_aliases
         _expect(base is None or (isinstance(base, str) and bool(base)), "base_model", base, "the name of a model")
         _expect(all(isinstance(a, str) and a for a in aliases), "base_aliases", aliases, "names of a model")
-        for name in ("center", "any_base", "share_initial"):
+        for name in ("center", "any_base", "share_initial", "discard_moments"):
             _expect(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
         if self.center and self.objective == "delta":
             raise UsageError(
@@ -112,6 +115,11 @@ class Settings:
     def as_dict(self) -> dict[str, Any]:
         """All settings as plain values."""
         return dataclasses.asdict(self)
+
+    def chosen(self) -> dict[str, Any]:
+        """The settings on which a checkpoint depends, as they were asked for: it records them."""
+        others = ("memory", "workers", "on_error", "device", "discard_moments")
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in self.as_dict().items() if k not in others}
 
     def binding(self) -> dict[str, Any]:
         """The settings on which the numbers in a workspace depend; the others may change between runs."""

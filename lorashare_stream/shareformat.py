@@ -10,9 +10,10 @@ from .files import read_json
 CONFIG, COMPONENTS, ADAPTERS = "share_config.json", "shared_components.safetensors", "adapters"
 LOADINGS, VERBATIM, META = "loadings.safetensors", "classifier_head.safetensors", "adapter_meta.json"
 SKIPPED = "skipped.json"
+SPECTRUM = "eigenvalues.safetensors"  # module:side -> (k,) float64, of the moments, descending
 STAGING = "staging.json"  # in a checkpoint that is not whole yet: the digest of what it will be
 OURS = "lorashare_stream"  # the key of what is ours, in compression_stats and in adapter_meta.json
-FILES = (COMPONENTS, ADAPTERS, SKIPPED, CONFIG)  # all that a checkpoint is made of, the configuration last
+FILES = (COMPONENTS, SPECTRUM, ADAPTERS, SKIPPED, CONFIG)  # all that a checkpoint is made of, the configuration last
 
 
 def ours_of(out: Path) -> dict[str, Any] | None:

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from .keys import SIDES, group_id
-from .planning import Plan
+from .errors import CheckpointError
+from .keys import SIDES, split_group_id
+from .shareconfig import SHAREConfig
 from .shareformat import OURS
-from .tasks import Job
 from .version import __version__
 
 Facts = Mapping[str, Any]
+_BASIS = ("d", "k", "energy", "explained")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,31 +46,88 @@ def figures_of(meta: Facts) -> Figures:
     )
 
 
+@dataclass(frozen=True)
+class Head:
+    """What a checkpoint is of, beside its adapters.
+
+    Attributes:
+        base_model: as the configuration names it.
+        settings: those on which the result depends, as they were asked for.
+        dtype: of components and loadings as safetensors names it.
+        choice: digest of settings, dtype and base model.
+        basis_digest: of the components.
+        bases: group -> d, k, energy of its moment, share of it that is explained.
+        projected: adapters that were added since the bases were fitted, and are not in them.
+        removed: adapters that were taken out since, and are still in them.
+    """
+
+    base_model: str
+    settings: Facts
+    dtype: str
+    choice: str
+    basis_digest: str
+    bases: Mapping[str, Facts]
+    projected: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+
+
+def head_of(config: SHAREConfig) -> Head:
+    """The head of a checkpoint of ours.
+
+    Raises:
+        CheckpointError: if this package did not write it.
+    """
+    ours = config.ours
+    try:
+        return Head(
+            config.base_model_name_or_path,
+            dict(ours["settings"]),
+            str(ours["dtype"]),
+            str(ours["choice"]),
+            str(ours["basis_digest"]),
+            {group: {k: facts[k] for k in _BASIS} for group, facts in ours["groups"].items()},
+            tuple(ours["projected"]),
+            tuple(ours["removed"]),
+        )
+    except (KeyError, TypeError, AttributeError) as e:
+        raise CheckpointError(
+            "the checkpoint was not written by this version of lorashare-stream, and cannot be changed",
+            found=f"no {e}",
+            remedy="Compress its sources again.",
+        ) from e
+
+
+def counts_of(config: SHAREConfig) -> dict[str, int]:
+    """Group -> n, the vectors of all adapters of a checkpoint of ours."""
+    return {group: int(facts["n"]) for group, facts in config.ours["groups"].items()}
+
+
 def share_config(
-    plan: Plan,
+    head: Head,
     adapters: Sequence[Figures],
-    bases: Mapping[str, Facts],
+    counts: Mapping[str, int],
     *,
-    job: Job,
+    digest: str,
     sizes: Mapping[str, int],
     skipped: int,
 ) -> dict[str, Any]:
     """The content of share_config.json.
 
     Args:
-        plan: of the run.
+        head: what it is of.
         adapters: figures of every adapter, in order.
-        bases: module -> facts of its two bases.
-        job: its digests.
+        counts: group -> n, the vectors of these adapters.
+        digest: of all that decides the result.
         sizes: bytes on disk of `basis`, `loadings`, `verbatim` and `metadata`.
         skipped: how many adapters were left out.
     """
-    groups = {group_id(m, side): bases[m][side] for m in sorted(bases) for side in SIDES if side in bases[m]}
+    groups = {group: {**facts, "n": counts.get(group, 0)} for group, facts in sorted(head.bases.items())}
     explained = {group: facts["explained"] for group, facts in groups.items()}
     shared = sum(f["k"] * f["d"] for f in groups.values())
     loadings = sum(f["k"] * f["n"] for f in groups.values())
     original = sum(f["d"] * f["n"] for f in groups.values())
     values = list(explained.values()) or [1.0]
+    modules = sorted({split_group_id(group)[0] for group in groups})
     stats = {
         "original_total_params": original,
         "compressed_total_params": shared + loadings,
@@ -79,46 +137,50 @@ def share_config(
         "mean_explained_variance": float(np.mean(values)),
         "min_explained_variance": min(values),
         "per_layer_explained_variance": explained,
-        OURS: _ours(plan, adapters, groups, sizes)
-        | {"digest": job.digest, "basis_digest": job.basis_digest, "num_skipped": skipped},
+        OURS: _ours(head, adapters, groups, sizes) | {"digest": digest, "num_skipped": skipped},
     }
     return {
         "share_version": "0.1.0",
         "num_components": max((f["k"] for f in groups.values()), default=0),
-        "component_selection": "auto" if plan.settings.num_components == "auto" else "fixed",
-        "variance_threshold": plan.settings.variance_threshold,
-        "base_model_name_or_path": plan.base_model,
-        "target_modules": sorted({m.rpartition(".")[2] for m in bases}),
+        "component_selection": "auto" if head.settings["num_components"] == "auto" else "fixed",
+        "variance_threshold": head.settings["variance_threshold"],
+        "base_model_name_or_path": head.base_model,
+        "target_modules": sorted({m.rpartition(".")[2] for m in modules}),
         "lora_rank": _commonest([a.rank for a in adapters]),
         "lora_alpha": _commonest([a.alpha for a in adapters]),
         "adapter_names": [a.name for a in adapters],
         "num_adapters": len(adapters),
-        "layer_keys": sorted(bases),
+        "layer_keys": modules,
         "compression_stats": stats,
     }
 
 
 def _ours(
-    plan: Plan, adapters: Sequence[Figures], groups: Mapping[str, Facts], sizes: Mapping[str, int]
+    head: Head, adapters: Sequence[Figures], groups: Mapping[str, Facts], sizes: Mapping[str, int]
 ) -> dict[str, Any]:
-    s = plan.settings
+    s = head.settings
     lora = sum(a.lora_bytes for a in adapters if a.shared)
     shared = sizes["basis"] + sizes["loadings"]
     return {
         "version": __version__,
-        "objective": s.objective,
-        "center": s.center,
-        "share_initial": s.share_initial,
-        "dtype": plan.storage,
+        "objective": s["objective"],
+        "center": s["center"],
+        "share_initial": s["share_initial"],
+        "dtype": head.dtype,
+        "settings": dict(s),
+        "choice": head.choice,
+        "basis_digest": head.basis_digest,
         "bytes": {
             **sizes,
             "originals": sum(a.source_bytes for a in adapters),
             "lora": lora,
             "lora_ratio": lora / shared if lora else 1.0,
         },
-        "errors": _errors(adapters) | _bound(groups, s.objective),
+        "errors": _errors(adapters) | ({} if head.projected else _bound(groups, s["objective"])),
         "verbatim_adapters": [a.name for a in adapters if not a.shared],
-        "groups": {g: {k: f[k] for k in ("d", "n", "k", "energy", "explained")} for g, f in groups.items()},
+        "projected": list(head.projected),
+        "removed": list(head.removed),
+        "groups": {g: {k: f[k] for k in ("n", *_BASIS)} for g, f in groups.items()},
     }
 
 

@@ -95,7 +95,7 @@ def _module_errors(entry: Entry, originals: TensorReader, tensors: Tensors) -> I
                 raise StreamError("a tensor is missing, or has another shape", key=key)
             hats.append(tensors[key].float().numpy())
         a, b = float32(originals, module.a), float32(originals, module.b)
-        yield module, delta_error(a, b, hats[0], hats[1], entry.product_of[module.name])
+        yield module, delta_error(a, b, hats[0], hats[1], entry.product(module.name))
 
 
 def _verbatim_fault(entry: Entry, originals: TensorReader, tensors: Tensors) -> str | None:

@@ -1,62 +1,50 @@
 """The folder of resumable state: what is admitted, what is summed, what is fitted.
 
-    workspace.json            what its numbers depend on (objective, centring, quantum, base model, ...)
-    lock                      held by one process at a time
+    workspace.json            what its numbers depend on (objective, centring, quantum, base model, ...); kept twice
+    lock                      who holds it: one process at a time
     plan.json                 the last plan
-    journal.jsonl             admissions, in order, append-only: name, source, digest, energy of dW
+    journal.jsonl             which adapters were admitted and taken out, in order, append-only
+    shapes/<digest>.json      the shared modules of adapters: rank, d, stacked experts
     skipped.json              adapters that the last run left out, with the reason
-    moments/<module>.json     marker: which generation holds how many admissions
+    moments/<module>.json     marker: which generation holds how many entries of the journal
     moments/<module>/<n>/A|B  Zarr arrays of that generation
     bases/<digest>/<module>   components and facts of a basis, for one choice of k and dtype
 
 A marker is written after the data it vouches for is on disk, and only by a rename. So whatever is killed,
-a group is either done or it is done again.
+a group is either done or it is done again. All but the arrays, which Zarr guards, is sealed by a checksum.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import json
+import logging
 import os
-import platform
-import time
-from collections.abc import Iterable, Iterator, Mapping
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from .errors import StreamError, WorkspaceError
-from .files import own_folder, read_json, refuse_links, remove_tree, sync_folder, sync_tree, tree_bytes, write_json
-from .names import shown, slug
+from .files import (
+    own_folder,
+    read_sealed,
+    refuse_links,
+    remove_tree,
+    sync,
+    sync_tree,
+    tree_bytes,
+    write_json,
+    write_sealed,
+)
+from .journal import Journal, ModuleShape, Receipt, Removal, Shapes, append, read_journal
+from .keys import SIDES
+from .locks import held
+from .names import counted, shown, slug
 
-FORMAT = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Receipt:
-    """What ingest found out about one adapter: an entry of the journal.
-
-    Attributes:
-        name, source_id: the adapter.
-        digest: SHA-256 of its weight files.
-        config_digest: of its configuration's values.
-        energy: sum over its shared modules of ||dW||^2, float64.
-        sizes, mtimes_ns: of its weight files; while they stay, so did the digest.
-        notes: what the user should know of it.
-        exact: whether nothing of it is shared.
-    """
-
-    name: str
-    source_id: str
-    digest: str
-    config_digest: str
-    energy: float
-    sizes: tuple[int, ...]
-    mtimes_ns: tuple[int, ...]
-    notes: tuple[str, ...] = ()
-    exact: bool = False
+FORMAT = 2
+_COPIES = ("workspace.json", "workspace.copy.json")
+_FOLDERS = ("moments", "bases", "shapes")
+log = logging.getLogger(__name__)
 
 
 class Workspace:
@@ -64,116 +52,149 @@ class Workspace:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.moments = root / "moments"
-        self.bases = root / "bases"
+        self.moments, self.bases, self.shapes = (root / name for name in _FOLDERS)
+        self.check_held: Callable[[], None] = lambda: None
 
     @classmethod
     @contextmanager
-    def open(cls, root: Path, binding: Mapping[str, Any]) -> Iterator[Workspace]:
+    def open(cls, root: Path, binding: Mapping[str, Any] | None, *, take_lock: bool = False) -> Iterator[Workspace]:
         """Open or make a workspace, locked until the end of the block.
 
         Args:
             root: its folder.
-            binding: what its numbers depend on; it must be what the workspace was made with.
+            binding: what its numbers depend on; it must be what the workspace was made with. None asks for nothing.
+            take_lock: take over the lock of another host that still seems to be alive.
 
         Raises:
-            WorkspaceError: if another process holds it, or it was made with other settings.
+            LockedError: if another process holds it.
+            WorkspaceError: if it was made with other settings.
         """
-        inside = {p.name for p in root.iterdir()} if root.exists() else set()
-        if inside - {"lock", "moments", "bases"} and "workspace.json" not in inside:
+        inside = {p.name for p in root.iterdir() if p.suffix != ".tmp"} if root.exists() else set()
+        if inside - {"lock", *_FOLDERS} and not inside & {*_COPIES}:
             raise WorkspaceError(
                 "the folder is no workspace, and not empty", found=root, remedy="Choose another --workspace."
             )
         root.mkdir(parents=True, exist_ok=True)
         refuse_links(root, depth=3)
         work = cls(root)
-        with _locked(root / "lock"):
-            for folder in (work.moments, work.bases):
-                own_folder(folder)
-            work._bind(dict(binding) | {"format": FORMAT})
+        with held(root / "lock", take=take_lock) as work.check_held:
+            for name in _FOLDERS:
+                own_folder(root / name)
+            work._bind(work._binding() if binding is None else {**binding, "format": FORMAT})
             work._clean()
+            sync(root.parent)
             yield work
 
+    def exists(self) -> bool:
+        """Whether there is a workspace."""
+        return any((self.root / name).exists() for name in _COPIES)
+
     def _bind(self, binding: dict[str, Any]) -> None:
-        path = self.root / "workspace.json"
-        if not path.exists():
-            write_json(path, binding)
-            return
-        found = _read_mapping(path)
-        if not found:
+        found = self._binding()
+        if not found and self.exists():
             raise WorkspaceError(
                 f"the workspace {shown(self.root)} is damaged",
-                found="workspace.json",
+                found=" and ".join(_COPIES),
                 remedy="Delete it, or choose another.",
             )
         differing = sorted(k for k in binding.keys() | found.keys() if binding.get(k) != found.get(k))
-        if differing:
+        if found and differing:
             raise WorkspaceError(
                 f"the workspace {shown(self.root)} was made with other settings",
                 found=", ".join(f"{k}={shown(found.get(k))}" for k in differing),
                 expected=", ".join(f"{k}={shown(binding.get(k))}" for k in differing),
                 remedy="Choose another workspace, and another output, or delete this one.",
             )
+        for name in _COPIES:
+            if read_sealed(self.root / name) != binding:
+                write_sealed(self.root / name, binding)
+
+    def _binding(self) -> dict[str, Any]:
+        """What it is bound to; empty if it is new, or both copies are damaged."""
+        return next((found for name in _COPIES if (found := read_sealed(self.root / name))), {})
 
     def _clean(self) -> None:
         """Remove what dead runs left: generations without a marker, and temporary files."""
-        for folder in (self.root, self.moments, *self.bases.iterdir()):
+        for folder in (self.root, self.moments, self.shapes, *self.bases.iterdir()):
             for path in folder.glob(".*.tmp"):
                 path.unlink()
         for path in self.moments.iterdir():
             if path.is_dir():
                 marker = _read_marker(self.moments / f"{path.name}.json")
                 for generation in path.iterdir():
-                    if marker is None or generation.name != str(marker["generation"]):
+                    if marker is None or generation.name != marker["generation"]:
                         remove_tree(generation)
 
     # -- journal -------------------------------------------------------------------------------------
 
-    def receipts(self) -> list[Receipt]:
-        """All admissions, in order. What a crash tore off at the end is cut: it was never vouched for."""
-        receipts, whole = self._journal()
-        path = self.root / "journal.jsonl"
-        if path.exists() and path.stat().st_size != whole:
-            os.truncate(path, whole)
-        return receipts
+    @property
+    def _journal(self) -> Path:
+        return self.root / "journal.jsonl"
 
-    def admissions(self) -> list[Receipt]:
-        """All admissions as they stand; reads only, and needs no lock."""
-        return self._journal()[0]
+    def journal(self) -> Journal:
+        """The journal as it stands; reads only, and needs no lock."""
+        return read_journal(self._journal)[0]
+
+    def mended_journal(self) -> Journal:
+        """The journal, cut where it is torn: what a crash tore off at the end was never vouched for."""
+        journal, whole = read_journal(self._journal)
+        size = self._journal.stat().st_size if self._journal.exists() else 0
+        if size != whole:
+            rest = self._journal.read_bytes()[whole:].splitlines()
+            if len(rest) > 1:
+                lost = counted(len(rest), "entry").replace("entrys", "entries")
+                log.warning("the journal is damaged, %s will be made again: %s", lost, shown(self._journal))
+            os.truncate(self._journal, whole)
+        return journal
 
     def base_model(self) -> str | None:
         """The base model that it is bound to, if it is there and names one."""
-        name = _read_mapping(self.root / "workspace.json").get("base_model")
+        name = self._binding().get("base_model")
         return name if isinstance(name, str) and name else None
 
-    def _journal(self) -> tuple[list[Receipt], int]:
-        path = self.root / "journal.jsonl"
-        receipts: list[Receipt] = []
-        whole = 0
-        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
-            try:
-                receipts.append(_receipt(json.loads(line)))
-            except (ValueError, TypeError, KeyError):
-                break
-            if not line.endswith(b"\n"):
-                receipts.pop()
-                break
-            whole += len(line)
-        return receipts, whole
-
-    def admit(self, receipt: Receipt, *, durable: bool) -> None:
+    def admit(self, receipt: Receipt, shapes: Shapes, *, durable: bool) -> None:
         """Append an admission; `durable` ones survive a power cut, with all before them."""
-        with (self.root / "journal.jsonl").open("ab") as f:
-            f.write(json.dumps(asdict(receipt)).encode() + b"\n")
-            f.flush()
-            if durable:
-                os.fsync(f.fileno())
+        self.check_held()
+        self.keep_shapes(receipt, shapes)
+        append(self._journal, [receipt], durable=durable)
+
+    def keep_shapes(self, receipt: Receipt, shapes: Shapes) -> None:
+        """Note the shared modules of an adapter, unless they are."""
+        path = self.shapes / f"{receipt.shapes}.json"
+        if not read_sealed(path):
+            write_sealed(path, {"modules": shapes})
+
+    def shapes_of(self, journal: Journal) -> dict[str, Shapes]:
+        """The shared modules of all admissions, by the digest that these have of them.
+
+        Raises:
+            WorkspaceError: if one is not there, whole.
+        """
+        digests = dict.fromkeys(e.shapes for e in journal.entries if isinstance(e, Receipt))
+        return {digest: self._shapes(digest) for digest in digests}
+
+    def _shapes(self, digest: str) -> Shapes:
+        path = self.shapes / f"{digest}.json"
+        found = read_sealed(path).get("modules")
+        if found is None:
+            raise WorkspaceError(
+                "the workspace is damaged",
+                found=f"{shown(path)} is missing, or is not what was written",
+                remedy="Compress all its adapters again from their sources, which mends it; or delete the workspace.",
+            )
+        return {
+            name: ModuleShape(rank, d_in, d_out, experts, tuple(parameters))
+            for name, (rank, d_in, d_out, experts, parameters) in found.items()
+        }
+
+    def take_out(self, removals: Iterable[Removal]) -> None:
+        """Append removals, durable."""
+        self.check_held()
+        append(self._journal, removals, durable=True)
 
     def sync_journal(self) -> None:
         """Make all admissions durable."""
-        with (self.root / "journal.jsonl").open("ab") as f:
-            os.fsync(f.fileno())
-        sync_folder(self.root)
+        append(self._journal, (), durable=True)
 
     def skip(self, left_out: list[dict[str, Any]]) -> None:
         """Note which adapters this run leaves out, and why."""
@@ -185,31 +206,49 @@ class Workspace:
         """What is summed of a module: `generation`, `entries` of the journal, facts of sides `A` and `B`."""
         return _read_marker(self.moments / f"{slug(module)}.json")
 
-    def generation(self, module: str, number: int) -> Path:
+    def modules(self) -> set[str]:
+        """The modules that have moments."""
+        return {str(marker["module"]) for path in self.moments.glob("*.json") if (marker := _read_marker(path))}
+
+    def mark(self, module: str, marker: Mapping[str, Any]) -> None:
+        """Replace the marker of a module's moments, which are on disk."""
+        self.check_held()
+        write_sealed(self.moments / f"{slug(module)}.json", marker)
+
+    def generation(self, module: str, name: str) -> Path:
         """The folder of one generation of a module's moments."""
-        return self.moments / slug(module) / str(number)
+        return self.moments / slug(module) / name
 
     @contextmanager
     def new_generation(self, module: str) -> Iterator[tuple[Path, dict[str, Any]]]:
-        """A fresh folder for a module's moments, and its marker to fill in; published at the end of the block."""
+        """A fresh folder for a module's moments, and its marker to fill in; published at the end of the block.
+
+        Its name is used once, so that neither a task that outlived its run nor a basis of other moments can be
+        mistaken for one of this generation.
+        """
         old = self.marker(module)
-        number = 0 if old is None else int(old["generation"]) + 1
-        folder = self.generation(module, number)
-        remove_tree(folder)
+        name = uuid.uuid4().hex
+        folder = self.generation(module, name)
         folder.mkdir(parents=True)
-        marker: dict[str, Any] = {"module": module, "generation": number}
+        marker: dict[str, Any] = {"module": module, "generation": name}
         yield folder, marker
         sync_tree(folder)
-        sync_folder(folder.parent)
-        sync_folder(self.moments)
-        write_json(self.moments / f"{slug(module)}.json", marker)
+        sync(folder.parent)
+        sync(self.moments)
+        self.mark(module, marker)
         if old is not None:
-            remove_tree(self.generation(module, number - 1))
+            remove_tree(self.generation(module, old["generation"]))
 
     def discard(self, module: str) -> None:
-        """Forget a module's moments: they are summed again."""
+        """Remove a module's moments; what is fitted to them stays."""
         (self.moments / f"{slug(module)}.json").unlink(missing_ok=True)
         remove_tree(self.moments / slug(module))
+
+    def forget(self, module: str) -> None:
+        """Remove a module's moments and bases: they are computed anew."""
+        for path in self.bases.glob(f"*/{slug(module)}.json"):
+            path.unlink()
+        self.discard(module)
 
     # -- bases and outputs ---------------------------------------------------------------------------
 
@@ -222,15 +261,15 @@ class Workspace:
 
     def published(self, out: Path) -> list[str]:
         """Digests of the bases that this workspace has published at `out`."""
-        digests = _read_mapping(self.root / "published.json").get(str(out.absolute()), [])
+        digests = read_sealed(self.root / "published.json").get(str(out.absolute()), [])
         return digests if isinstance(digests, list) else []
 
     def publishing(self, out: Path, basis_digest: str) -> None:
         """Note, before it happens, that a checkpoint is published; what was there before stays ours as well."""
         path = self.root / "published.json"
-        outputs = _read_mapping(path)
+        outputs = read_sealed(path)
         outputs[str(out.absolute())] = [*self.published(out)[-1:], basis_digest]
-        write_json(path, outputs)
+        write_sealed(path, outputs)
 
     def bytes(self) -> int:
         """Bytes on disk."""
@@ -244,49 +283,6 @@ def skipped_as_json(errors: Iterable[StreamError]) -> list[dict[str, Any]]:
 
 
 def _read_marker(path: Path) -> dict[str, Any] | None:
-    """A marker; None if there is none, or it was changed by something else than us: the module is summed again."""
-    marker = _read_mapping(path)
-    whole = all(isinstance(marker.get(name), int) for name in ("generation", "entries"))
-    return marker if whole and all(isinstance(marker.get(side), dict) for side in ("A", "B")) else None
-
-
-def _read_mapping(path: Path) -> dict[str, Any]:
-    """A JSON object; empty if there is none, or what is there is none."""
-    try:
-        value = read_json(path)
-    except (FileNotFoundError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _receipt(values: dict[str, Any]) -> Receipt:
-    for name in ("sizes", "mtimes_ns", "notes"):
-        values[name] = tuple(values[name])
-    return Receipt(**values)
-
-
-def digest_of(value: Any) -> str:
-    """The first 16 hex digits of the SHA-256 of a plain value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock file; the kernel lets go of it when the process dies, however it dies."""
-    with path.open("a+") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            f.seek(0)
-            raise WorkspaceError(
-                f"another run holds the workspace {shown(path.parent)}",
-                found=f.read() or "a process that has just started",
-                remedy="Wait for it, or choose another --workspace.",
-            ) from None
-        f.truncate(0)
-        f.write(f"host {platform.node()}, pid {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S %z')}")
-        f.flush()
-        try:
-            yield
-        finally:
-            f.truncate(0)
+    """A marker; None if there is none, or it is not what was written: the module is summed again."""
+    marker = read_sealed(path)
+    return marker if marker.keys() >= {"generation", "entries", "admitted", *SIDES} else None

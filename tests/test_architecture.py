@@ -19,15 +19,24 @@ ROOMS = {
         "version", "names", "errors", "dtypes", "settings", "keys", "moments", "deltas", "patterns", "peftconfig",
         "solvers", "subspace",
     ],
-    "bytes": ["files", "tensorfile", "picklecheck", "picklefile", "adapterfiles", "momentstore", "workspace"],
-    "facts": ["sources.manifest", "sources.local", "sources", "layout", "entry", "agreement", "catalog", "planning"],
+    "bytes": [
+        "files", "tensorfile", "picklecheck", "picklefile", "adapterfiles", "momentstore", "locks", "journal",
+        "workspace",
+    ],
+    "facts": [
+        "sources.manifest", "sources.local", "sources", "layout", "entry", "agreement", "catalog", "budget",
+        "planning",
+    ],
     "doing": [
-        "executors", "devices", "shareformat", "publishing", "checkpoint", "shareconfig",
-        "tasks.job", "tasks.ingest", "tasks.accumulate",
+        "executors", "devices", "running", "shareformat", "publishing", "checkpoint", "shareconfig",
+        "tasks.job", "tasks.ingest", "tasks.accumulate", "tasks.clean",
         "tasks.fit", "tasks.project", "tasks", "summary", "reader",
     ],
-    "story": ["pipeline", "report", "comparison", "model", "verification"],
-    "shell": ["progress", "choices", "commands", "cli", "__main__", "__init__"],
+    "story": [
+        "stages", "growing", "pipeline", "means", "adding", "shrinking", "slicing", "refitting", "report", "comparison",
+        "model", "verification",
+    ],
+    "shell": ["progress", "choices", "output", "edits", "commands", "cli", "__main__", "__init__"],
 }  # fmt: skip
 ORDER = [module for room in ROOMS.values() for module in room]
 HEAVY = {"peft", "transformers"}

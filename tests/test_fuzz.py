@@ -57,7 +57,7 @@ def swallow(root: Path, bad: Path) -> list[AdapterError]:
     """Compress two good adapters and one that may not be; read everything back; give what was refused."""
     folders = {"one": adapter(root / "one"), "two": adapter(root / "two"), "bad": bad}
     plan = plan_for(resolve(folders), Settings(on_error="skip", device="cpu", num_components=2))
-    refused = compress(plan, root / "out", executor=Serial())
+    refused = compress(plan, root / "out", executor=Serial()).skipped
     share = SHAREModel.from_pretrained(root / "out")
     for name in share.adapter_names:
         assert share.reconstruct(name, output_dir=root / "rec" / name)

@@ -28,7 +28,7 @@ Compress = Callable[..., Path]
 def go(sources: list[str], out: Path, progress: Any = pipeline.silent, **options: Any) -> list[AdapterError]:
     settings = Settings.from_mapping({"device": "cpu", "num_components": 5} | options)
     workspace = pipeline.default_workspace(out)
-    return compress(plan_for(resolve(sources), settings, workspace), out, executor=Serial(), progress=progress)
+    return compress(plan_for(resolve(sources), settings, workspace), out, executor=Serial(), progress=progress).skipped
 
 
 class Kill(BaseException):

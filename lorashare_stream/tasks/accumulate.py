@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from ..deltas import Product, gram
 from ..devices import sum_on
 from ..entry import Entry
 from ..keys import SIDES, Side
-from ..moments import Accumulator, Array, empty, partner_root
+from ..moments import Accumulator, Array, empty, of_columns, partner_root
 from ..momentstore import DamagedMoment
 from ..tensorfile import float32
 from ..workspace import Workspace
@@ -23,11 +23,11 @@ from .job import Job
 
 
 def accumulate_module(job: Job, name: str) -> None:
-    """Add every admission that a module's moments lack, in the order of the journal; both sides at once."""
+    """Bring a module's moments up to the journal: what they lack is added, in its order; both sides at once."""
     try:
         _accumulate(job, name)
     except DamagedMoment:  # what was summed before is no longer what was written: sum it again
-        Workspace(job.workspace).discard(name)
+        Workspace(job.workspace).forget(name)
         _accumulate(job, name)
 
 
@@ -36,23 +36,40 @@ def _accumulate(job: Job, name: str) -> None:
     old = work.marker(name)
     if old is not None and not job.continues(old):
         raise DamagedMoment("a moment holds other adapters than the journal")
-    fresh = job.receipts[0 if old is None else old["entries"] :]
-    parts = [(job.entries[r.name], r.energy) for r in fresh if job.shares(r.name)]
-    parts = [(entry, energy) for entry, energy in parts if name in entry.layout.by_name]
+    held = {} if old is None else job.holders(name, old["entries"])
+    now = job.holders(name, len(job.journal.entries))
+    added = [(job.entry(r.name), r.energy) for i, r in now.items() if i not in held]
+    gone = [i for i in held if i not in now]
+    seen = {"entries": len(job.journal.entries), "admitted": job.journal.digest(len(job.journal.entries))}
+    if old is not None and not added and not (gone and any(old[side]["form"] == "columns" for side in SIDES)):
+        removed: dict[str, Any] = {side: {**old[side], "removed": _removed(old, side, gone)} for side in SIDES}
+        work.mark(name, {**old, **seen, **removed})  # the arrays stay
+        return
     with work.new_generation(name) as (folder, marker):
-        before = None if old is None else (work.generation(name, old["generation"]), old)
-        sums = {side: _begin(job, name, side, folder / side, parts, before) for side in SIDES}
-        for entry, energy in parts:
-            module = entry.layout.by_name[name]
-            with open_tensors(entry.paths) as tensors:
-                a, b = float32(tensors, module.a), float32(tensors, module.b)
-            rows = weighted_rows(a, b, entry.product_of[name], energy, job.settings.objective)
+        sums = {side: _begin(job, name, side, folder / side, added, old, gone) for side in SIDES}
+        for entry, energy in added:
+            rows = rows_of(entry, name, energy, job.settings.objective)
             for side in SIDES:
                 sums[side].add(rows[side])
         for side in SIDES:
-            marker[side] = momentstore.save(folder / side, sums[side].finish())
-        marker["entries"] = len(job.receipts)
-        marker["admitted"] = job.admitted(len(job.receipts))
+            facts = momentstore.save(folder / side, sums[side].finish())
+            marker[side] = facts | {"removed": _removed(old, side, gone)}
+        marker |= seen
+
+
+def _removed(marker: Mapping[str, Any] | None, side: Side, gone: Sequence[int]) -> list[int]:
+    """Admissions that were taken out, and whose vectors stay in a sum; stacked columns are taken out themselves."""
+    if marker is None or marker[side]["form"] == "columns":
+        return []
+    return [*marker[side]["removed"], *gone]
+
+
+def rows_of(entry: Entry, name: str, energy: float, objective: str) -> dict[Side, NDArray[np.floating[Any]]]:
+    """The vectors of one adapter that are summed in a module, read from its files."""
+    module = entry.layout.by_name[name]
+    with open_tensors(entry.paths) as tensors:
+        a, b = float32(tensors, module.a), float32(tensors, module.b)
+    return weighted_rows(a, b, entry.product(name), energy, objective)
 
 
 def weighted_rows(
@@ -94,25 +111,37 @@ def _begin(
     name: str,
     side: Side,
     folder: Path,
-    parts: list[tuple[Entry, float]],
-    before: tuple[Path, Mapping[str, Any]] | None,
+    added: Sequence[tuple[Entry, float]],
+    marker: Mapping[str, Any] | None,
+    gone: Sequence[int],
 ) -> Accumulator:
     """An accumulator that holds what was summed before, in the smaller of the two forms for all there will be."""
     dtype = job.settings.moment_dtype
-    old = None if before is None else momentstore.load(before[0] / side, before[1][side])
-    dim = old.dim if old is not None else next(_dims(job, name, side))
-    count = sum(entry.layout.by_name[name].rank for entry, _ in parts) + (0 if old is None else old.count)
-    old = empty(dim, dtype, stacked=True) if old is None else old
-    if count > dim or old.second is not None:
+    if marker is None:
+        old = empty(_dim(job, name, side), dtype, stacked=True)
+    else:
+        old = momentstore.load(Workspace(job.workspace).generation(name, marker["generation"]) / side, marker[side])
+        if gone and old.columns is not None:
+            old = of_columns(old.columns[_rows_that_stay(job, name, marker["entries"], gone)])
+    count = sum(entry.layout.by_name[name].rank for entry, _ in added) + old.count
+    if count > old.dim or old.second is not None:
         return Accumulator(old, sum_on(job.device, old))
-    array = momentstore.create(folder / "columns", (count, dim), dtype)
+    array = momentstore.create(folder / "columns", (count, old.dim), dtype)
     assert old.columns is not None
     momentstore.write_tiles(array, old.columns)
     return Accumulator(old, _Rows(array, old.count))
 
 
-def _dims(job: Job, name: str, side: Side) -> Iterator[int]:
-    return (e.layout.by_name[name].dim(side) for e in job.entries.values() if name in e.layout.by_name)
+def _rows_that_stay(job: Job, name: str, entries: int, gone: Sequence[int]) -> NDArray[np.bool_]:
+    """Which stacked columns are not those of adapters that were taken out; they lie in the order of admission."""
+    held = job.holders(name, entries)
+    return np.repeat([i not in gone for i in held], [job.rank(r, name) for r in held.values()])
+
+
+def _dim(job: Job, name: str, side: Side) -> int:
+    """The length d of the vectors of one side, on which all adapters agree."""
+    shape = next(shapes[name] for shapes in job.shapes.values() if name in shapes)
+    return shape.d_in if side == "A" else shape.d_out
 
 
 class _Rows:

@@ -11,7 +11,7 @@ from .. import momentstore
 from ..adapterfiles import digest_files
 from ..devices import solver_on
 from ..dtypes import narrowed
-from ..files import atomic_file, write_json
+from ..files import atomic_file, write_sealed
 from ..keys import SIDES, Side
 from ..momentstore import DamagedMoment
 from ..subspace import fit
@@ -24,21 +24,29 @@ from .job import Job
 def fit_module(job: Job, name: str) -> None:
     """Fit the bases of a module's two groups and write them, rounded to the storage dtype."""
     try:
-        sides = _fit_sides(job, name)
+        sides, origin = _fit_sides(job, name)
     except DamagedMoment:  # found by its checksum: only this module is summed again
-        Workspace(job.workspace).discard(name)
+        Workspace(job.workspace).forget(name)
         accumulate_module(job, name)
-        sides = _fit_sides(job, name)
+        sides, origin = _fit_sides(job, name)
     path = job.basis_file(name)
     arrays = {side: narrowed(components, job.storage) for side, (components, _) in sides.items()}
     with atomic_file(path) as f:
         shapes = [(side, job.storage, array.shape) for side, array in arrays.items()]
         write_safetensors(f, shapes, (array.data.cast("B") for array in arrays.values()))
     facts: dict[str, Any] = {side: facts for side, (_, facts) in sides.items()}
-    write_json(job.facts_file(name), facts | {"module": name, "digest": digest_files([path])})
+    write_sealed(job.facts_file(name), facts | origin | {"module": name, "digest": digest_files([path])})
 
 
-def _fit_sides(job: Job, name: str) -> dict[Side, tuple[NDArray[np.float32], dict[str, Any]]]:
+def settle_module(job: Job, name: str) -> None:
+    """Sum a module, fit it, and free its moments, so that never more than those in work take disk."""
+    accumulate_module(job, name)
+    fit_module(job, name)
+    Workspace(job.workspace).discard(name)
+
+
+def _fit_sides(job: Job, name: str) -> tuple[dict[Side, tuple[NDArray[np.float32], dict[str, Any]]], dict[str, Any]]:
+    """Components and facts by side; and which moments they are of, with the names of removed adapters in these."""
     work, s = Workspace(job.workspace), job.settings
     marker = work.marker(name)
     if marker is None or not job.holds_all(marker):
@@ -60,4 +68,4 @@ def _fit_sides(job: Job, name: str) -> dict[Side, tuple[NDArray[np.float32], dic
         d, k = basis.components.shape
         facts = {"d": d, "n": count, "k": k, "energy": basis.energy, "explained": basis.explained}
         sides[side] = basis.components, facts | {"eigenvalues": basis.eigenvalues.tolist()}
-    return sides
+    return sides, {"generation": marker["generation"], "removed": job.removed_in(marker)}

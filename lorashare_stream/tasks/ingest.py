@@ -12,8 +12,9 @@ from ..adapterfiles import digest_files, open_tensors
 from ..dtypes import FLOATS, widened
 from ..entry import Entry
 from ..errors import AdapterError
+from ..journal import Receipt
+from ..names import digest_of
 from ..tensorfile import SafetensorsReader, TensorReader, TensorRecord
-from ..workspace import Receipt
 
 LARGEST = 1e12  # of a value: the sum of a million squares, times d, still fits a float32 moment
 
@@ -32,7 +33,8 @@ def ingest_adapter(entry: Entry) -> Receipt | AdapterError:
         return e
     sizes, times = tuple(f.size for f in entry.files), tuple(f.mtime_ns for f in entry.files)
     exact = not entry.layout.modules
-    return Receipt(entry.name, entry.source_id, digest, entry.config_digest, energy, sizes, times, notes, exact)
+    shapes = digest_of(entry.shapes)
+    return Receipt(entry.name, entry.source_id, digest, entry.config_digest, energy, sizes, times, shapes, notes, exact)
 
 
 def _scan(entry: Entry, tensors: TensorReader) -> tuple[float, tuple[str, ...], str]:
@@ -52,7 +54,7 @@ def _scan(entry: Entry, tensors: TensorReader) -> tuple[float, tuple[str, ...], 
         raw = tensors.raw(record)
         digest.update(raw.data)
         values = _finite(widened(raw, record.dtype, record.shape), record)
-        product = entry.product_of[module]
+        product = entry.product(module)
         own = product.grams(values if side == "A" else values.T, "A" if side == "A" else "B")
         if module in grams:
             energy += product.energy(grams.pop(module), own)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,11 +11,14 @@ from typing import Any
 
 from ..adapterfiles import digest_files
 from ..entry import Entry
-from ..files import read_json
+from ..errors import MissingFileError
+from ..files import read_sealed
+from ..journal import Journal, Receipt, Shapes
+from ..keys import SIDES, group_id
 from ..names import slug
 from ..publishing import staging_folder
 from ..settings import Settings
-from ..workspace import Receipt, digest_of
+from ..shareformat import COMPONENTS
 
 
 @dataclass(frozen=True)
@@ -24,57 +28,102 @@ class Job:
     Attributes:
         settings: of the run.
         storage: dtype of components and loadings as safetensors names it.
-        entries: adapters by name.
-        receipts: admissions, in order.
+        entries: adapters by name; those of the journal whose source is gone are not among them.
+        journal: admissions and removals.
+        shapes: shared modules of adapters, by the digest that their receipts have.
         workspace, bases, out: folders, absolute.
         device: where sums and fits are computed.
+        choice: digest of all but the adapters that decides the result.
         digest: of all that decides the result.
         basis_digest: of the components, once they are written.
+        grows: whether adapters are projected on the components that `out` has already.
     """
 
     settings: Settings
     storage: str
     entries: Mapping[str, Entry]
-    receipts: tuple[Receipt, ...]
+    journal: Journal
+    shapes: Mapping[str, Shapes]
     workspace: Path
     bases: Path
     out: Path
     device: str
+    choice: str
     digest: str
     basis_digest: str = ""
+    grows: bool = False
 
     @cached_property
     def receipt_of(self) -> Mapping[str, Receipt]:
         """Admissions by name."""
-        return {r.name: r for r in self.receipts}
+        return {r.name: r for r in self.journal.receipts}
 
-    def shares(self, name: str) -> bool:
+    def entry(self, name: str) -> Entry:
+        """An adapter whose values are needed.
+
+        Raises:
+            MissingFileError: if its source is gone.
+        """
+        if name not in self.entries:
+            raise MissingFileError(
+                "its source is gone, and its values are needed again",
+                adapter=name,
+                found=self.receipt_of[name].source_id,
+                remedy="Restore it; or take the adapter out by lorashare-stream remove.",
+            )
+        return self.entries[name]
+
+    def shares(self, receipt: Receipt) -> bool:
         """Whether an adapter takes part in bases; under `delta`, one whose dW vanishes is kept verbatim."""
-        return self.settings.objective == "factors" or self.receipt_of[name].energy > 0
+        return self.settings.objective == "factors" or receipt.energy > 0
 
-    def admitted(self, count: int) -> str:
-        """Digest of the first `count` admissions: what a moment that holds them is a moment of."""
-        if count not in self._prefixes:
-            self._prefixes[count] = digest_of([[r.name, r.digest] for r in self.receipts[:count]])
-        return self._prefixes[count]
+    def rank(self, receipt: Receipt, module: str) -> int:
+        """How many vectors an adapter has in a module; 0 if it has none there that are shared."""
+        shape = self.shapes[receipt.shapes].get(module) if self.shares(receipt) else None
+        return 0 if shape is None else shape.rank
+
+    def holders(self, module: str, count: int) -> dict[int, Receipt]:
+        """The admissions whose vectors a moment of `module` has once it has seen `count` entries, by number."""
+        return {i: r for i, r in self.journal.active_after(count).items() if self.rank(r, module)}
 
     @cached_property
-    def _prefixes(self) -> dict[int, str]:
-        return {}
+    def modules(self) -> list[str]:
+        """Modules of the admitted adapters, sorted."""
+        return sorted({m for digest in {r.shapes for r in self.journal.receipts} for m in self.shapes[digest]})
+
+    @cached_property
+    def counts(self) -> dict[str, int]:
+        """Group -> n, the vectors of the admitted adapters that take part in bases."""
+        uses = Counter(r.shapes for r in self.journal.receipts if self.shares(r))
+        counts: Counter[str] = Counter()
+        for digest, times in uses.items():
+            for module, shape in self.shapes[digest].items():
+                counts.update({group_id(module, side): shape.rank * times for side in SIDES})
+        return dict(counts)
 
     def holds_all(self, marker: Mapping[str, Any] | None) -> bool:
-        """Whether a module's moments, by their marker, hold every admission and nothing else."""
-        return marker is not None and marker["entries"] == len(self.receipts) and self.continues(marker)
+        """Whether a module's moments, by their marker, have seen every entry and nothing else."""
+        return marker is not None and marker["entries"] == len(self.journal.entries) and self.continues(marker)
 
     def continues(self, marker: Mapping[str, Any]) -> bool:
-        """Whether the admissions go on from those that a module's moments hold."""
+        """Whether the journal goes on from the entries that a module's moments have seen."""
         count: int = marker["entries"]
-        return count <= len(self.receipts) and marker["admitted"] == self.admitted(count)
+        return count <= len(self.journal.entries) and marker["admitted"] == self.journal.digest(count)
+
+    def removed_in(self, marker: Mapping[str, Any]) -> list[str]:
+        """The names of adapters that were taken out, and whose vectors a module's moments still hold."""
+        numbers = {i for side in SIDES for i in marker[side]["removed"]}
+        return sorted({self.journal.entries[i].name for i in numbers})
 
     @cached_property
     def staging(self) -> Path:
         """The folder of the staged checkpoint."""
         return staging_folder(self.out)
+
+    @property
+    def components(self) -> Path:
+        """The file of the components that adapters are projected on."""
+        return (self.out if self.grows else self.staging) / COMPONENTS
 
     def basis_file(self, module: str) -> Path:
         """Where a module's components are kept."""
@@ -84,10 +133,14 @@ class Job:
         """Where the facts of a module's bases are kept: written after the components, with their digest."""
         return self.bases / f"{slug(module)}.json"
 
-    def has_basis(self, module: str) -> bool:
-        """Whether a module's basis is there, whole."""
+    def has_basis(self, module: str, marker: Mapping[str, Any] | None) -> bool:
+        """Whether a module's basis is there, whole, and that of its moments, unless these were discarded."""
+        facts = read_sealed(self.facts_file(module))
         try:
-            digest: str = read_json(self.facts_file(module))["digest"]
-            return digest_files([self.basis_file(module)]) == digest
-        except (OSError, ValueError, KeyError, TypeError):
+            return (
+                bool(facts)
+                and (marker is None or (self.holds_all(marker) and facts["generation"] == marker["generation"]))
+                and digest_files([self.basis_file(module)]) == facts["digest"]
+            )
+        except FileNotFoundError:
             return False

@@ -17,23 +17,28 @@ from ..deltas import DeltaError, delta_error, relative_error
 from ..dtypes import as_stored, narrowed, widened
 from ..entry import Entry
 from ..errors import AdapterError
+from ..files import naming
+from ..journal import Receipt
 from ..keys import SIDES, factor_key, group_id
 from ..layout import Module
-from ..shareformat import COMPONENTS, LOADINGS, META, OURS, VERBATIM
+from ..shareformat import LOADINGS, META, OURS, VERBATIM
 from ..subspace import project, restore
 from ..tensorfile import TensorReader, TensorRecord, float32, write_safetensors
-from ..workspace import Receipt
 from .job import Job
 
 
 def project_adapter(job: Job, name: str) -> None:
     """Write one adapter of the checkpoint: loadings, what is verbatim, and the error of what was stored."""
-    entry = job.entries[name]
+    entry = job.entry(name)
     receipt = job.receipt_of[name]
     check_unchanged(entry, receipt)
-    modules = entry.layout.modules if job.shares(name) else ()
+    modules = entry.layout.modules if job.shares(receipt) else ()
     try:
-        with open_tensors(entry.paths) as tensors, Staging(job.staging).adapter(name) as folder:
+        with (
+            open_tensors(entry.paths) as tensors,
+            Staging(job.staging).adapter(name) as folder,
+            naming(folder),
+        ):
             loadings, errors = _project_modules(job, entry, modules, tensors)
             with (folder / LOADINGS).open("wb") as f:
                 shapes = [(group, job.storage, array.shape) for group, array in loadings.items()]
@@ -79,7 +84,7 @@ def check_unchanged(entry: Entry, receipt: Receipt) -> None:
 def _project_modules(
     job: Job, entry: Entry, modules: tuple[Module, ...], tensors: TensorReader
 ) -> tuple[dict[str, NDArray[Any]], dict[str, DeltaError]]:
-    components = components_of(job.staging / COMPONENTS, job.basis_digest)
+    components = components_of(job.components, job.basis_digest)
     loadings: dict[str, NDArray[Any]] = {}
     errors: dict[str, DeltaError] = {}
     for module in modules:
@@ -95,7 +100,7 @@ def _project_modules(
             hats.append(as_stored(restore(v, stored), job.storage))  # (d, r), as `reconstruct` gives it
             if not np.isfinite(hats[-1]).all():
                 raise _overflow(job.storage, group)
-        errors[module.name] = delta_error(a, b, hats[0].T, hats[1], entry.product_of[module.name])
+        errors[module.name] = delta_error(a, b, hats[0].T, hats[1], entry.product(module.name))
     return loadings, errors
 
 

@@ -1,0 +1,114 @@
+"""The commands that change a checkpoint: `add`, `remove`, `refit`."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from . import adding, refitting, shrinking
+from .choices import Args, named_sources
+from .errors import StreamError
+from .means import Means
+from .names import counted, listed, shown
+from .output import print_result, progress_of, say_left_out
+from .report import facts, summary_text
+from .settings import Settings
+from .shareconfig import read_share_config
+from .shrinking import Removed
+from .workspace import skipped_as_json
+
+COMMANDS = {"add", "remove", "refit"}
+SKIPPED = 3  # exit code: done, but adapters were left out
+log = logging.getLogger(__name__)
+
+
+def _means(args: Args) -> Means:
+    own = {f.name for f in fields(Settings)} - {"num_components"}
+    return Means(
+        workspace=Path(args["workspace"]) if "workspace" in args else None,
+        changes={k: v for k, v in args.items() if k in own},
+        take_lock="take_lock" in args,
+        progress=progress_of(args),
+    )
+
+
+def add(args: Args) -> int:
+    """`add`: adapters into a checkpoint."""
+    out = Path(args["checkpoint"])
+    before = set(read_share_config(out).adapter_names)
+    sources = named_sources(args, skipping=args.get("on_error") == "skip")
+    outcome = adding.add(out, sources, _means(args))
+    config = read_share_config(out)
+    tried = list(outcome.kept.items())[:20]
+    added = [name for name in config.adapter_names if name not in before]
+    text = {
+        "current": "nothing to add: the checkpoint has these adapters",
+        "projection": f"added {listed(added)} on the bases that were there",
+        "recompute": f"added {listed(added)}; bases were fitted again, and all adapters projected on them",
+    }[outcome.method]
+    kept = [(name, f"keeps {share:.4f} of its dW energy on the bases that were there") for name, share in tried]
+    result: dict[str, Any] = {"added": added, "method": outcome.method, "kept": outcome.kept}
+    result["skipped"] = skipped_as_json(outcome.skipped)
+    print_result(args, result, "\n".join([text, *([facts(kept)] if kept else [])]))
+    say_left_out(outcome.skipped, out)
+    return SKIPPED if outcome.skipped else 0
+
+
+def remove(args: Args) -> int:
+    """`remove`: adapters out of a checkpoint; fails if their trace was to go, and could not."""
+    out = Path(args["checkpoint"])
+    done = shrinking.remove(out, args["adapters"], _means(args), refit="refit" in args)
+    left = [name for name in done.names if name in done.in_bases or name in (done.in_moments or {})]
+    result = {
+        "removed": list(done.names),
+        "in_bases": list(done.in_bases),
+        "in_moments": done.in_moments,
+        "absent": list(done.absent),
+    }
+    print_result(args, result, "\n".join([f"took out {listed(done.names)}", *_traces(done, "refit" in args)]))
+    if "refit" in args and left:
+        raise StreamError(
+            "adapters were taken out, but their trace could not be",
+            found=listed(left),
+            remedy=f"Restore the sources of {listed(done.absent) or 'the other adapters'}, and remove them again by "
+            "the same command.",
+        )
+    return 0
+
+
+def _traces(done: Removed, refit: bool) -> list[str]:
+    """Where what was taken out is left, in words."""
+    lines = []
+    if done.in_bases:
+        lines.append(f"the bases were fitted to {listed(done.in_bases)} too, and still contain their trace")
+    if done.in_moments:
+        most = [f"{name} ({counted(n, 'module')})" for name, n in sorted(done.in_moments.items())]
+        lines.append(f"the moments in the workspace still contain {listed(most)}")
+    if done.in_moments is None:
+        lines.append("there is no workspace: moments kept elsewhere still contain them")
+    if not done.in_bases and not done.in_moments:
+        lines.append("neither the bases nor the moments that are here contain them")
+    elif not refit:
+        lines.append("remove --refit computes moments and bases anew from the sources of the others")
+    return lines
+
+
+def refit(args: Args) -> int:
+    """`refit`: another k, or bases anew."""
+    means, k = _means(args), args.get("num_components")
+    if k is not None:
+        k = Settings.from_mapping({"num_components": k}).num_components
+    out = Path(args["output"])
+    method = refitting.refit(Path(args["place"]), k, out, means, overwrite="overwrite" in args)
+    config = read_share_config(out)
+    note = {
+        "sliced": "cut from what was stored; errors follow from those of the larger k, and are not measured",
+        "recompute": "bases fitted, and all adapters projected from their sources",
+        "current": "nothing to do",
+    }[method]
+    log.info("%s: %s", shown(out), note)
+    result: dict[str, Any] = {"checkpoint": str(out), "method": method, "k": config.num_components}
+    print_result(args, result, summary_text(config))
+    return 0

@@ -1,0 +1,169 @@
+"""Growing: adapters that the bases of a checkpoint hold well enough are projected on them, at the cost of one each."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import Staging, is_whole, metas_of, sizes_of, write_skipped
+from .errors import AdapterError, CollectionError
+from .files import write_json
+from .journal import Receipt
+from .keys import SIDES, group_id
+from .names import counted, digest_of, listed
+from .running import Run
+from .shareconfig import SHAREConfig, read_share_config
+from .shareformat import ADAPTERS, CONFIG, META, OURS, ours_of
+from .stages import digest_of_job, project
+from .summary import Head, figures_of, head_of, share_config
+from .tasks import Job
+
+log = logging.getLogger(__name__)
+
+
+def growable(job: Job, out: Path, own: Sequence[str]) -> SHAREConfig | None:
+    """The configuration of the checkpoint at `out`, if it is this workspace's, and only lacks adapters of the job.
+
+    Args:
+        job: of the run.
+        out: the checkpoint's folder.
+        own: digests of the bases that the workspace published there.
+    """
+    ours = ours_of(out) or {}
+    if ours.get("choice") != job.choice or ours.get("basis_digest") not in own:
+        return None
+    config = read_share_config(out)
+    held = [job.receipt_of[name] for name in config.adapter_names if name in job.receipt_of]
+    whole = all((out / ADAPTERS / name / META).is_file() for name in config.adapter_names)
+    return config if whole and digest_of_job(job.choice, held) == ours["digest"] else None
+
+
+def grow(
+    run: Run,
+    job: Job,
+    out: Path,
+    config: SHAREConfig,
+    left_out: list[dict[str, Any]],
+    counts: Mapping[str, int] | None = None,
+) -> tuple[bool, dict[str, float]]:
+    """Project the adapters that a checkpoint lacks on its bases, and publish them if all are held well enough.
+
+    Each is published by one rename of its folder, then all by the configuration, which names them.
+
+    Args:
+        run, job: of the adapters that there will be.
+        out, config: the checkpoint.
+        left_out: adapters that were left out.
+        counts: group -> n of the adapters that there will be, if the job does not know them all.
+
+    Returns:
+        Whether they were published; and the share of its dW energy that each keeps.
+    """
+    head = head_of(config)
+    named = set(config.adapter_names)
+    fresh = [r for r in job.journal.receipts if r.name not in named]
+    outside = [r.name for r in fresh if not _is_covered(head, job, r)]
+    if outside:
+        log.info("%s modules for which there is no basis: bases are fitted again", _have(outside))
+        return False, dict.fromkeys(outside, 0.0)
+    job = replace(job, basis_digest=head.basis_digest, grows=True)
+    with Staging.open(out, digest_of(["growing", job.digest, head.basis_digest])) as staging:
+        there = {r.name for r in fresh if is_whole(out / ADAPTERS / r.name, r, head.basis_digest)}
+        waiting = [r for r in fresh if r.name not in there]
+        project(run, job, staging, [r for r in waiting if not staging.done(r, head.basis_digest)])
+        metas = {m["adapter_name"]: m for m in metas_of(staging.root, [r.name for r in waiting])}
+        metas |= {m["adapter_name"]: m for m in metas_of(out, there)}
+        kept = {name: 1 - meta[OURS]["relative_error"] ** 2 for name, meta in metas.items()}
+        if not _enough(kept, job.settings.variance_threshold):
+            return False, kept
+        staging.join(out, [r.name for r in waiting])
+        shared = [r.name for r in fresh if metas[r.name][OURS]["worst_module"] is not None]
+        head = replace(head, projected=(*head.projected, *shared))
+        write_skipped(out, left_out)
+        rewrite(out, head, [r.name for r in job.journal.receipts], counts or job.counts, job.digest, len(left_out))
+        staging.clear()
+    return True, kept
+
+
+def _is_covered(head: Head, job: Job, receipt: Receipt) -> bool:
+    """Whether there is a basis for every module of an adapter."""
+    shapes = job.shapes[receipt.shapes] if job.shares(receipt) else {}
+    for module, shape in shapes.items():
+        for side, d in zip(SIDES, (shape.d_in, shape.d_out), strict=True):
+            basis = head.bases.get(group_id(module, side))
+            if basis is None:
+                return False
+            if basis["d"] != d:
+                raise AdapterError(
+                    "a shape that differs from the checkpoint's",
+                    adapter=receipt.name,
+                    key=group_id(module, side),
+                    found=f"d = {d}",
+                    expected=f"d = {basis['d']}",
+                    remedy="It belongs to another base model, or to a resized one: leave it out.",
+                )
+    return True
+
+
+def _enough(kept: Mapping[str, float], threshold: float) -> bool:
+    poor = {name: share for name, share in kept.items() if share < threshold}
+    if poor:
+        least = min(poor, key=lambda name: (poor[name], name))
+        log.info(
+            "the bases keep less than %.4g of the dW energy of %s (%.4f of %s): bases are fitted again",
+            threshold, counted(len(poor), "new adapter"), poor[least], listed([least]),
+        )  # fmt: skip
+    elif kept:
+        log.info(
+            "%s projected on the bases that are there, which keep %.4f of the dW energy or more; fit the bases to "
+            "all by lorashare-stream refit", _were([*kept]), min(kept.values()),
+        )  # fmt: skip
+    return not poor
+
+
+def _were(names: Sequence[str]) -> str:
+    return f"{counted(len(names), 'adapter')} ({listed(names, 3)}) {'was' if len(names) == 1 else 'were'}"
+
+
+def _have(names: Sequence[str]) -> str:
+    return f"{counted(len(names), 'new adapter')} ({listed(names, 3)}) {'has' if len(names) == 1 else 'have'}"
+
+
+def rewrite(out: Path, head: Head, names: Sequence[str], counts: Mapping[str, int], digest: str, skipped: int) -> None:
+    """Replace the configuration of a checkpoint, which its adapters have changed under."""
+    figures = [figures_of(meta) for meta in metas_of(out, names)]
+    config = share_config(head, figures, counts, digest=digest, sizes=sizes_of(out, names), skipped=skipped)
+    write_json(out / CONFIG, config)
+
+
+def check_sources(job: Job, absent: Sequence[AdapterError], kept: Mapping[str, float], threshold: float) -> None:
+    """Demand the sources of all adapters, which are projected anew when bases are fitted again.
+
+    Raises:
+        CollectionError: naming those that are gone, and what is possible without them.
+    """
+    gone = [e for e in absent if e.adapter in job.receipt_of]
+    if not gone:
+        return
+    raise CollectionError(
+        "bases must be fitted again, and every adapter projected anew, but sources are gone; what is lossy already "
+        "is not compressed a second time",
+        problems=gone,
+        remedy="Restore them, or take them out by lorashare-stream remove." + offer(kept, threshold),
+    )
+
+
+def offer(kept: Mapping[str, float], threshold: float) -> str:
+    """What can be had of new adapters without fitting bases anew, and at what loss."""
+    poor = {name: share for name, share in kept.items() if share < threshold}
+    if not poor or min(poor.values()) <= 0:
+        return ""
+    least = min(poor.values())
+    shares = listed(f"{name} {share:.4f}" for name, share in sorted(poor.items(), key=lambda item: item[1]))
+    return (
+        f" Or accept what the bases that are there keep of the dW energy ({shares}; a relative error of "
+        f"{(1 - least) ** 0.5:.3f} at most), by --variance {max(least - 1e-4, 1e-6):.4g}."
+    )

@@ -1,0 +1,85 @@
+"""With what a checkpoint is changed: its workspace, its settings, its sources."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import mend
+from .errors import WorkspaceError
+from .executors import Executor, Threads
+from .pipeline import Outcome, compress, default_workspace
+from .planning import Plan
+from .publishing import output_folder
+from .running import Progress, Run, silent
+from .settings import Settings
+from .shareconfig import SHAREConfig, read_share_config
+from .sources import Source
+from .summary import head_of
+from .workspace import Workspace
+
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+@dataclass(frozen=True)
+class Means:
+    """With what a checkpoint is changed.
+
+    Attributes:
+        workspace: of the checkpoint; the one beside it, if there is one, if None.
+        changes: settings that are not those that the checkpoint records: memory, workers, device, ...
+        executor: maps the tasks; threads if None.
+        take_lock: take over the lock of another host that still seems to be alive.
+        progress: passes the results of every step on as they come.
+    """
+
+    workspace: Path | None = None
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    executor: Executor | None = None
+    take_lock: bool = False
+    progress: Progress = silent
+
+    def root_of(self, out: Path) -> Path | None:
+        """The workspace of a checkpoint, if there is one."""
+        root = self.workspace or default_workspace(out)
+        if Workspace(root).exists():
+            return root
+        if self.workspace is not None:
+            raise WorkspaceError("no workspace", found=root, remedy="Name the one that the checkpoint was made with.")
+        return None
+
+    def run(self, plan: Plan) -> Run:
+        """How the tasks of a plan are mapped."""
+        return Run(plan, self.executor or Threads(), self.progress)
+
+    def settings(self, config: SHAREConfig) -> Settings:
+        """Those with which a checkpoint was made, but for the changes."""
+        base = config.base_model_name_or_path or None
+        made = {**head_of(config).settings, "base_model": base, "dtype": _DTYPES[config.ours["dtype"]]}
+        return Settings.from_mapping({**made, **self.changes})
+
+    def compress(self, plan: Plan, out: Path, root: Path, **options: Any) -> Outcome:
+        """Run a plan."""
+        return compress(
+            plan,
+            out,
+            workspace=root,
+            executor=self.executor,
+            take_lock=self.take_lock,
+            progress=self.progress,
+            **options,
+        )
+
+
+def recalled(workspace: Path) -> list[Source]:
+    """The adapters of a workspace, from where they came from."""
+    return [Source(r.source_id, Path(r.source_id), r.name) for r in Workspace(workspace).journal().receipts]
+
+
+def opened(folder: Path) -> tuple[Path, SHAREConfig]:
+    """A checkpoint that is to be changed, mended if a run was killed while it was replaced."""
+    out = output_folder(folder)
+    mend(out)
+    return out, read_share_config(out)

@@ -1,0 +1,93 @@
+"""Another k from what was computed before."""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+from .checkpoint import mend
+from .errors import WorkspaceError
+from .executors import Threads
+from .files import read_json
+from .means import Means, opened, recalled
+from .pipeline import plan_for
+from .publishing import check_output, output_folder
+from .settings import Settings
+from .shareconfig import SHAREConfig
+from .shareformat import ours_of
+from .slicing import cut_of, slice_checkpoint
+from .summary import head_of
+from .workspace import Workspace
+
+
+def refit(
+    place: Path, num_components: int | Literal["auto"] | None, out: Path, means: Means, *, overwrite: bool = False
+) -> str:
+    """Another k from the same moments, or the same k for all that was added and taken out since.
+
+    A smaller k than the checkpoint has is cut from what it stores, without sources or workspace. Else bases are fitted
+    to the moments, and all adapters are projected from their sources, which are read once.
+
+    Args:
+        place: a checkpoint of ours, or a workspace.
+        num_components: k, or `"auto"`; None is the one that there is.
+        out: the new checkpoint's folder; it may be `place`.
+        means: with what.
+        overwrite: replace a checkpoint of another run at `out`.
+
+    Returns:
+        `sliced`, `recompute` or `current`.
+    """
+    changes = {} if num_components is None else {"num_components": num_components}
+    if Workspace(place).exists():
+        root, settings = place, Settings.from_mapping({**_last_settings(place), **means.changes, **changes})
+    else:
+        place, config = opened(place)
+        if isinstance(num_components, int) and num_components < config.num_components:
+            return _slice(place, config, num_components, out, means, overwrite)
+        if place == output_folder(out) and _is_so(config, num_components):
+            return "current"
+        found = means.root_of(place)
+        if found is None:
+            raise WorkspaceError(
+                "only a smaller k can be cut from a checkpoint without its workspace",
+                found=f"k = {config.num_components}",
+                remedy="Name the workspace by --workspace, or compress the sources again.",
+            )
+        root, settings = found, means.settings(config)
+        settings = Settings.from_mapping({**settings.as_dict(), **changes})
+    held = recalled(root)
+    plan = plan_for(held, settings, root, recalled=[str(s.name) for s in held])
+    return means.compress(plan, out, root, refit=True, overwrite=overwrite).method
+
+
+def _last_settings(workspace: Path) -> dict[str, Any]:
+    try:
+        return dict(read_json(workspace / "plan.json")["settings"])
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise WorkspaceError(
+            "the workspace's plan is damaged", found=str(e), remedy="Name the checkpoint instead of the workspace."
+        ) from e
+
+
+def _is_so(config: SHAREConfig, num_components: int | str | None) -> bool:
+    """Whether a checkpoint has this k, as it was asked for, and bases that are fitted to its adapters and no others."""
+    head = head_of(config)
+    return num_components == head.settings["num_components"] and not head.projected and not head.removed
+
+
+def _slice(place: Path, config: SHAREConfig, k: int, out: Path, means: Means, overwrite: bool) -> str:
+    out = output_folder(out)
+    mend(out)
+    cut = cut_of(place, config, k, out)
+    if (ours_of(out) or {}).get("digest") == cut.digest:
+        return "current"
+    check_output(out, own=[cut.source_digest] if out == place else [], overwrite=overwrite)
+    workers, root = means.settings(config).workers or os.cpu_count() or 1, means.root_of(place)
+    with nullcontext() if root is None else Workspace.open(root, None, take_lock=means.take_lock) as work:
+        if work is not None:
+            work.publishing(out, cut.head.basis_digest)
+        slice_checkpoint(cut, means.executor or Threads(), workers, means.progress)
+    return "sliced"

@@ -1,0 +1,189 @@
+"""Shrinking: adapters are taken out of a checkpoint, of the moments, and, as far as can be, of the bases."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from threadpoolctl import threadpool_limits
+
+from .catalog import read_entries
+from .checkpoint import Staging, metas_of, receipt_in
+from .devices import resolve_device
+from .entry import Entry
+from .errors import AdapterError, UnknownAdapterError, UsageError
+from .files import write_json
+from .growing import rewrite
+from .journal import Journal, Receipt, Removal
+from .means import Means, opened, recalled
+from .names import digest_of, listed, shown
+from .pipeline import plan_for, recompute
+from .planning import Plan, plan_as_json
+from .running import Run
+from .shareconfig import SHAREConfig, read_share_config
+from .shareformat import ADAPTERS, LOADINGS, skipped_of
+from .sources import Source
+from .stages import catch_up, digest_of_job, forget_unused, make_job
+from .summary import counts_of, head_of
+from .tasks import Job, check_unchanged, clean_module
+from .tensorfile import read_header
+from .workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Removed:
+    """What is left of adapters that were taken out.
+
+    Attributes:
+        names: the adapters.
+        in_bases: all that were ever taken out whose vectors the bases of the checkpoint were fitted to.
+        in_moments: name -> in how many modules sums still hold its vectors; None if there is no workspace.
+        absent: adapters that stay, without whose sources, which are gone, bases cannot be fitted anew.
+    """
+
+    names: tuple[str, ...]
+    in_bases: tuple[str, ...]
+    in_moments: Mapping[str, int] | None = None
+    absent: tuple[str, ...] = ()
+
+
+def remove(checkpoint: Path, names: Sequence[str], means: Means, *, refit: bool = False) -> Removed:
+    """Take adapters out of a checkpoint: their files and their stacked columns go.
+
+    Sums and bases still contain what they added, unless they are computed anew.
+
+    Args:
+        checkpoint: one of ours.
+        names: of the adapters.
+        means: with what.
+        refit: free the moments of them, fit the bases anew and project the others anew, where their sources allow it.
+
+    Raises:
+        UnknownAdapterError: if there is, and was, no such adapter.
+        UsageError: if no adapter would stay.
+    """
+    out, config = opened(checkpoint)
+    root = means.root_of(out)
+    journal = Journal() if root is None else Workspace(root).journal()
+    _check_names(out, config, journal, names)
+    if root is None:
+        shrink(out, config, names)
+        return Removed(tuple(names), tuple(read_share_config(out).ours["removed"]))
+    held = [s for s in recalled(root) if s.name not in names]
+    plan = plan_for(held, means.settings(config), root, recalled=[str(s.name) for s in held])
+    device = resolve_device(plan.settings.device)
+    with (
+        threadpool_limits(1, user_api="blas"),
+        Workspace.open(root, plan.binding, take_lock=means.take_lock) as work,
+    ):
+        take_out(work, names)
+        plan = _of_unchanged(plan, work.journal())
+        write_json(work.root / "plan.json", plan_as_json(plan))
+        run, job = means.run(plan), make_job(plan, work, out, device)
+        catch_up(run, job)
+        forget_unused(job)
+        shrink(out, config, names)
+        if refit:
+            clean(run, job, read_entries(_removed_sources(job.journal), plan.settings))
+            config = read_share_config(out)
+            if config.ours["removed"] and not plan.absent:
+                recompute(run, job, work, out, skipped_of(out))
+        absent = tuple(str(e.adapter) for e in plan.absent)
+        return Removed(tuple(names), tuple(read_share_config(out).ours["removed"]), traces(job), absent)
+
+
+def _check_names(out: Path, config: SHAREConfig, journal: Journal, names: Sequence[str]) -> None:
+    active = {*config.adapter_names, *(r.name for r in journal.receipts)}
+    before = {e.name for e in journal.entries if isinstance(e, Removal)}
+    for name in names:
+        if name not in active | before and not (out / ADAPTERS / name).is_dir():
+            near = difflib.get_close_matches(str(name), sorted(active), n=5, cutoff=0.5) or sorted(active)[:5]
+            raise UnknownAdapterError(f"no adapter named {shown(name)!r} to take out", remedy=f"Near: {listed(near)}.")
+    if not set(config.adapter_names) - set(names):
+        raise UsageError("no adapter would stay", remedy="To remove the whole checkpoint, delete its folder.")
+
+
+def _of_unchanged(plan: Plan, journal: Journal) -> Plan:
+    """The plan, in which adapters whose sources have changed count as absent."""
+    receipts = {r.name: r for r in journal.receipts}
+    changed: list[AdapterError] = []
+    for entry in plan.entries:
+        try:
+            check_unchanged(entry, receipts[entry.name])
+        except AdapterError as e:
+            changed.append(e)
+    names = {e.adapter for e in changed}
+    entries = tuple(e for e in plan.entries if e.name not in names)
+    return replace(plan, entries=entries, absent=(*plan.absent, *changed))
+
+
+def _removed_sources(journal: Journal) -> list[Source]:
+    removed = [journal.entries[e.admission] for e in journal.entries if isinstance(e, Removal)]
+    return [Source(r.source_id, Path(r.source_id), r.name) for r in removed if isinstance(r, Receipt)]
+
+
+def shrink(out: Path, config: SHAREConfig, names: Sequence[str]) -> None:
+    """Take adapters out of a checkpoint: its configuration names them no longer, then their folders go.
+
+    Args:
+        out, config: the checkpoint.
+        names: of adapters that it names, or did before this was interrupted.
+    """
+    head, gone, counts = head_of(config), set(names), counts_of(config)
+    for loadings in (out / ADAPTERS / name / LOADINGS for name in config.adapter_names if name in gone):
+        for record in read_header(loadings):
+            counts[record.name] -= record.shape[1]  # of (k, r)
+    outside = {*config.ours["verbatim_adapters"], *head.projected}
+    head = replace(
+        head,
+        projected=tuple(n for n in head.projected if n not in gone),
+        removed=tuple(sorted({*head.removed, *(n for n in config.adapter_names if n in gone - outside)})),
+    )
+    stay = [n for n in config.adapter_names if n not in gone]
+    digest = digest_of_job(head.choice, [receipt_in(meta) for meta in metas_of(out, stay)])
+    with Staging.open(out, digest_of(["shrinking", digest])) as staging:
+        rewrite(out, head, stay, counts, digest, int(config.ours["num_skipped"]))
+        staging.take_out(out, names)
+        staging.clear()
+
+
+def take_out(work: Workspace, names: Sequence[str]) -> None:
+    """Note in the journal that adapters are taken out, unless they are."""
+    active = work.mended_journal().active
+    work.take_out([Removal(r.name, i) for i, r in active.items() if r.name in names])
+
+
+def traces(job: Job) -> dict[str, int]:
+    """Adapters that were taken out -> in how many modules moments still hold their vectors."""
+    work = Workspace(job.workspace)
+    found: dict[str, int] = {}
+    for module in work.modules():
+        marker = work.marker(module)
+        for name in job.removed_in(marker) if marker is not None else ():
+            found[name] = found.get(name, 0) + 1
+    return found
+
+
+def clean(run: Run, job: Job, entries: Mapping[str, Entry]) -> None:
+    """Free the moments of the vectors of adapters that were taken out, where that can be done.
+
+    Args:
+        run, job: of the adapters that stay.
+        entries: adapters that can be read, by source id.
+    """
+    removed = {e.admission: job.journal.entries[e.admission] for e in job.journal.entries if isinstance(e, Removal)}
+    gone = {i: entries[r.source_id] for i, r in removed.items() if isinstance(r, Receipt) and r.source_id in entries}
+    gone = {i: entry for i, entry in gone.items() if _is_unchanged(entry, removed[i])}
+    run.all("accumulate", partial(clean_module, job, gone), sorted(Workspace(job.workspace).modules()))
+
+
+def _is_unchanged(entry: Entry, receipt: Receipt | Removal) -> bool:
+    try:
+        assert isinstance(receipt, Receipt)
+        check_unchanged(entry, receipt)
+    except (AdapterError, OSError):
+        return False
+    return True
