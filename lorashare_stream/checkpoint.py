@@ -40,6 +40,7 @@ from .shareformat import (
     STAGING,
     VERBATIM,
     ours_of,
+    skipped_of,
 )
 from .tensorfile import write_safetensors
 
@@ -143,6 +144,18 @@ class Staging:
                 os.rename(self.root / ADAPTERS / name, out / ADAPTERS / name)
         sync(out / ADAPTERS)
 
+    def replace(self, out: Path, config: Mapping[str, Any], skipped: list[dict[str, Any]]) -> None:
+        """Replace the configuration of a checkpoint, written here first: no half-written file is ever among its own."""
+        if skipped != skipped_of(out):
+            write_skipped(self.root, skipped)
+            if skipped:
+                os.replace(self.root / SKIPPED, out / SKIPPED)
+            else:
+                (out / SKIPPED).unlink()
+        write_json(self.root / CONFIG, config)
+        os.replace(self.root / CONFIG, out / CONFIG)
+        sync(out)
+
     def take_out(self, out: Path, names: Iterable[str]) -> None:
         """Remove adapters, which its configuration does not name, from a checkpoint: each is gone by one rename."""
         for name in names:
@@ -199,6 +212,16 @@ def mend(out: Path) -> None:
         mend_output(out)
     finally:
         os.close(fd)
+
+
+def sweep(out: Path, digest: str) -> None:
+    """Remove what is left beside a checkpoint of a change that was published: what is staged under this digest."""
+    staging = staging_folder(out)
+    if not staging.is_dir():
+        return
+    if not os.listdir(staging) or ((staging / STAGING).exists() and _marker(staging) in (None, digest)):
+        with Staging.open(out, digest) as staged:
+            staged.clear()
 
 
 def write_skipped(root: Path, skipped: list[dict[str, Any]]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from . import adding, refitting, shrinking
 from .choices import Args, named_sources
 from .errors import StreamError
-from .means import Means
+from .means import Means, opened
 from .names import counted, listed, shown
 from .output import print_result, progress_of, say_left_out
 from .report import facts, summary_text
@@ -36,8 +36,8 @@ def _means(args: Args) -> Means:
 
 def add(args: Args) -> int:
     """`add`: adapters into a checkpoint."""
-    out = Path(args["checkpoint"])
-    before = set(read_share_config(out).adapter_names)
+    out, config = opened(Path(args["checkpoint"]))
+    before = set(config.adapter_names)
     sources = named_sources(args, skipping=args.get("on_error") == "skip")
     outcome = adding.add(out, sources, _means(args))
     config = read_share_config(out)

@@ -80,10 +80,11 @@ def sync(path: str | Path) -> None:
 
 
 def sync_tree(root: Path) -> None:
-    """Make every file and folder under `root` durable (Zarr itself does not sync)."""
+    """Make every file and folder under `root` durable (Zarr itself does not sync); a link is its folder's."""
     for folder, _, names in os.walk(root, onerror=_raised):
-        for name in names:
-            sync(os.path.join(folder, name))
+        for path in (os.path.join(folder, name) for name in names):
+            if not os.path.islink(path):
+                sync(path)
         sync(folder)
 
 

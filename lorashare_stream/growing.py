@@ -8,15 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import Staging, is_whole, metas_of, sizes_of, write_skipped
+from .checkpoint import Staging, is_whole, metas_of, sizes_of
 from .errors import AdapterError, CollectionError
-from .files import write_json
 from .journal import Receipt
 from .keys import SIDES, group_id
 from .names import counted, digest_of, listed
 from .running import Run
 from .shareconfig import SHAREConfig, read_share_config
-from .shareformat import ADAPTERS, CONFIG, META, OURS, ours_of
+from .shareformat import ADAPTERS, META, OURS, ours_of
 from .stages import digest_of_job, project
 from .summary import Head, figures_of, head_of, share_config
 from .tasks import Job
@@ -70,7 +69,7 @@ def grow(
         log.info("%s modules for which there is no basis: bases are fitted again", _have(outside))
         return False, dict.fromkeys(outside, 0.0)
     job = replace(job, basis_digest=head.basis_digest, grows=True)
-    with Staging.open(out, digest_of(["growing", job.digest, head.basis_digest])) as staging:
+    with Staging.open(out, staged_digest(job.digest, head.basis_digest)) as staging:
         there = {r.name for r in fresh if is_whole(out / ADAPTERS / r.name, r, head.basis_digest)}
         waiting = [r for r in fresh if r.name not in there]
         project(run, job, staging, [r for r in waiting if not staging.done(r, head.basis_digest)])
@@ -82,10 +81,15 @@ def grow(
         staging.join(out, [r.name for r in waiting])
         shared = [r.name for r in fresh if metas[r.name][OURS]["worst_module"] is not None]
         head = replace(head, projected=(*head.projected, *shared))
-        write_skipped(out, left_out)
-        rewrite(out, head, [r.name for r in job.journal.receipts], counts or job.counts, job.digest, len(left_out))
+        names = [r.name for r in job.journal.receipts]
+        staging.replace(out, changed(out, head, names, counts or job.counts, job.digest, len(left_out)), left_out)
         staging.clear()
     return True, kept
+
+
+def staged_digest(digest: str, basis_digest: object) -> str:
+    """Under which adapters are staged that are projected on a basis to make a checkpoint of this digest."""
+    return digest_of(["growing", digest, basis_digest])
 
 
 def _is_covered(head: Head, job: Job, receipt: Receipt) -> bool:
@@ -132,11 +136,12 @@ def _have(names: Sequence[str]) -> str:
     return f"{counted(len(names), 'new adapter')} ({listed(names, 3)}) {'has' if len(names) == 1 else 'have'}"
 
 
-def rewrite(out: Path, head: Head, names: Sequence[str], counts: Mapping[str, int], digest: str, skipped: int) -> None:
-    """Replace the configuration of a checkpoint, which its adapters have changed under."""
+def changed(
+    out: Path, head: Head, names: Sequence[str], counts: Mapping[str, int], digest: str, skipped: int
+) -> dict[str, Any]:
+    """The configuration of a checkpoint whose adapters are others than it says."""
     figures = [figures_of(meta) for meta in metas_of(out, names)]
-    config = share_config(head, figures, counts, digest=digest, sizes=sizes_of(out, names), skipped=skipped)
-    write_json(out / CONFIG, config)
+    return share_config(head, figures, counts, digest=digest, sizes=sizes_of(out, names), skipped=skipped)
 
 
 def check_sources(job: Job, absent: Sequence[AdapterError], kept: Mapping[str, float], threshold: float) -> None:

@@ -10,12 +10,12 @@ from typing import Any, Literal
 from threadpoolctl import threadpool_limits
 
 from .catalog import catalog
-from .checkpoint import Staging, mend, metas_of, sizes_of
+from .checkpoint import Staging, mend, metas_of, sizes_of, sweep
 from .devices import resolve_device
 from .errors import AdapterError, WorkspaceError
 from .executors import Executor, Threads
 from .files import own_path, write_json
-from .growing import check_sources, grow, growable
+from .growing import check_sources, grow, growable, staged_digest
 from .journal import Journal, ModuleShape
 from .names import digest_of
 from .planning import Plan, make_plan, plan_as_json
@@ -126,6 +126,7 @@ def compress(
         job = make_job(plan, work, out, device)
         if not refit and is_current(job, out, left_out):
             catch_up(run, job)
+            sweep(out, staged_digest(job.digest, (ours_of(out) or {}).get("basis_digest")))
             return Outcome(skipped, "current")
 
         kept: dict[str, float] = {}

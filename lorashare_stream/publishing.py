@@ -8,7 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from .errors import UsageError
-from .files import atomic_path, remove_tree, sync, write_json
+from .files import atomic_path, remove_tree, sync, sync_tree, write_json
 from .shareformat import ADAPTERS, FILES, STAGING, ours_of
 
 
@@ -49,10 +49,15 @@ def publish(staged: Path, out: Path) -> None:
     drop(aside)
     if out.exists():
         for stranger in (p for p in out.iterdir() if p.name not in FILES):
+            copy = staged / stranger.name
             if stranger.is_dir() and not stranger.is_symlink():
-                shutil.copytree(stranger, staged / stranger.name, symlinks=True, dirs_exist_ok=True)
+                shutil.copytree(stranger, copy, symlinks=True, dirs_exist_ok=True)
+                sync_tree(copy)
             else:
-                shutil.copy2(stranger, staged / stranger.name, follow_symlinks=False)
+                shutil.copy2(stranger, copy, follow_symlinks=False)
+                if not copy.is_symlink():
+                    sync(copy)
+        sync(staged)
         os.rename(out, aside)
     os.rename(staged, out)
     sync(out.parent)

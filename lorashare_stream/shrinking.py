@@ -16,7 +16,7 @@ from .devices import resolve_device
 from .entry import Entry
 from .errors import AdapterError, UnknownAdapterError, UsageError
 from .files import write_json
-from .growing import rewrite
+from .growing import changed
 from .journal import Journal, Receipt, Removal
 from .means import Means, opened, recalled
 from .names import digest_of, listed, shown
@@ -142,10 +142,11 @@ def shrink(out: Path, config: SHAREConfig, names: Sequence[str]) -> None:
         projected=tuple(n for n in head.projected if n not in gone),
         removed=tuple(sorted({*head.removed, *(n for n in config.adapter_names if n in gone - outside)})),
     )
+    left_out = skipped_of(out)
     stay = [n for n in config.adapter_names if n not in gone]
     digest = digest_of_job(head.choice, [receipt_in(meta) for meta in metas_of(out, stay)])
     with Staging.open(out, digest_of(["shrinking", digest])) as staging:
-        rewrite(out, head, stay, counts, digest, int(config.ours["num_skipped"]))
+        staging.replace(out, changed(out, head, stay, counts, digest, len(left_out)), left_out)
         staging.take_out(out, names)
         staging.clear()
 
