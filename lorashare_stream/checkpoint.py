@@ -25,7 +25,7 @@ import numpy as np
 
 from .adapterfiles import digest_config, digest_files
 from .errors import LockedError
-from .files import atomic_file, own_folder, read_json, remove_tree, sync, sync_tree, write_json
+from .files import atomic_file, own_folder, read_json, remove_tree, sync, sync_tree, unsealed, write_json
 from .journal import Receipt
 from .publishing import drop, mend_output, publish, replaced_folder, staging_folder
 from .shareformat import (
@@ -181,7 +181,8 @@ def is_whole(folder: Path, receipt: Receipt, basis_digest: str) -> bool:
         meta = read_json(folder / META)
         ours = meta[OURS]
         return (
-            ours["sha256"] == receipt.digest
+            unsealed(meta) is not None
+            and ours["sha256"] == receipt.digest
             and digest_config(meta["original_config"]) == receipt.config_digest
             and ours["basis_digest"] == basis_digest
             and all(digest_files([folder / file]) == digest for file, digest in ours["files"].items())

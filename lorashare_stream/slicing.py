@@ -27,7 +27,7 @@ from .deltas import DeltaError, delta_error
 from .dtypes import ITEMSIZE, as_stored, narrowed
 from .errors import CheckpointError
 from .executors import Executor
-from .files import naming
+from .files import naming, sealed, unsealed
 from .keys import SIDES, group_id, split_group_id
 from .names import digest_of
 from .peftconfig import products
@@ -143,7 +143,9 @@ def slice_adapter(cut: Cut, staging: Staging, name: str) -> None:
         lost = _lost(cut, stored, kept, meta["original_config"])
         ours = _sliced_facts(meta[OURS], lost, cut.head.basis_digest)
         ours["files"] = {file: digest_files([folder / file]) for file in ours["files"]}
-        (folder / META).write_text(json.dumps({**meta, OURS: ours}, indent=2), encoding="utf-8")
+        (folder / META).write_text(
+            json.dumps(sealed({**(unsealed(meta) or meta), OURS: ours}), indent=2), encoding="utf-8"
+        )
 
 
 def _lost(

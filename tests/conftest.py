@@ -141,6 +141,13 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         _skipped_on_real_data.append(report.nodeid)
 
 
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    for report in terminalreporter.stats.get("passed", []):
+        for name, value in report.user_properties:
+            if name == "told":
+                terminalreporter.write_line(f"{report.nodeid.rpartition('::')[2]}: {value}")
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if _skipped_on_real_data and os.environ.get(REQUIRE_REAL):
         print(f"\n{REQUIRE_REAL} is set, and tests on real data were skipped: {_skipped_on_real_data}")

@@ -325,6 +325,14 @@ def tree(root: Path) -> dict[str, bytes]:
 def torn(out: Path) -> str | None:
     """Why what a reader finds is half a checkpoint; None if it is whole, or none."""
     try:
+        return torn_part(out)
+    except (OSError, ValueError, KeyError) as e:
+        return f"{type(e).__name__}: {e}"
+
+
+def torn_part(out: Path) -> str | None:
+    """See `torn`."""
+    try:
         config = json.loads((out / "share_config.json").read_bytes())
     except FileNotFoundError:
         return f"no configuration in {sorted(os.listdir(out))}" if out.exists() and os.listdir(out) else None

@@ -17,7 +17,7 @@ from ..deltas import DeltaError, delta_error, relative_error
 from ..dtypes import as_stored, narrowed, widened
 from ..entry import Entry
 from ..errors import AdapterError
-from ..files import naming
+from ..files import naming, sealed
 from ..journal import Receipt
 from ..keys import SIDES, factor_key, group_id
 from ..layout import Module
@@ -141,7 +141,7 @@ def _write_meta(
         "original_adapter_path": str(entry.folder.absolute()),
         OURS: ours,
     }
-    (folder / META).write_text(json.dumps(meta, indent=2), encoding="utf-8")
+    (folder / META).write_text(json.dumps(sealed(meta), indent=2), encoding="utf-8")
 
 
 class Components(Mapping[str, NDArray[np.float32]]):

@@ -1,0 +1,169 @@
+"""Whatever stops a run, and whenever: the same command again gives the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorashare_stream import pipeline, tasks
+from lorashare_stream.errors import UsageError
+from lorashare_stream.executors import Serial
+from lorashare_stream.pipeline import compress, default_workspace, plan_for
+from lorashare_stream.settings import Settings
+from lorashare_stream.sources import resolve
+
+from .conftest import make_collection, tree_digest
+
+TOP = Path(__file__).resolve().parents[1]
+SHM = Path("/dev/shm")
+
+# Every fault at every call of `compress`, new and in place of another; the commands that change a checkpoint at every
+# call too, with the faults that are harshest to them. `python -m tests.crash` does any other pair.
+FAULTS = [
+    *[(scenario, mode) for scenario in ("compress", "replace") for mode in ("kill", "full", "power", "names")],
+    ("project", "kill"), ("project", "power"), ("recompute", "kill"), ("remove", "kill"), ("remove", "power"),
+    ("remove-refit", "kill"), ("slice", "kill"), ("slice", "power"), ("discard", "kill"),
+]  # fmt: skip
+
+
+@pytest.fixture
+def quick(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory, where there is one: a thousand runs sync a hundred times each."""
+    folder = Path(tempfile.mkdtemp(dir=SHM if os.access(SHM, os.W_OK) else tmp_path))
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="calls are counted by /proc")
+@pytest.mark.parametrize(("scenario", "mode"), FAULTS)
+def test_a_fault_at_every_call_that_changes_the_disk(
+    quick: Path, scenario: str, mode: str, record_property: Callable[[str, object], None]
+) -> None:
+    command = [sys.executable, "-m", "tests.crash", str(quick), scenario, mode]
+    done = subprocess.run(
+        command, cwd=TOP, capture_output=True, text=True, env=os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = json.loads(done.stdout)
+    assert told["tried"] == told["calls"] > 90
+    record_property("told", f"{told['calls']} calls, a fault at each")
+
+
+def test_killed_at_random_times(tmp_path: Path, quick: Path, record_property: Callable[[str, object], None]) -> None:
+    make_collection(tmp_path / "adapters", 60, {f"layers.{i}.q": (128, 96) for i in range(6)})
+
+    def start(out: str, k: int) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "lorashare_stream", "compress", tmp_path / "adapters", "-o", quick / out]
+        return subprocess.Popen(
+            [*map(str, command), "-k", str(k), "-q", "--device", "cpu"], stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    whole: dict[int, dict[str, str]] = {}
+    for k in (4, 6):
+        begun = time.monotonic()
+        process = start(f"whole{k}", k)
+        assert process.communicate()[1] == ""
+        longest = time.monotonic() - begun
+        whole[k] = tree_digest(quick / f"whole{k}")
+    chance, kills, finished = random.Random(), 0, 0
+    while kills < 30 or not finished:
+        k = chance.choice((4, 6))  # so that what is staged, and what is published, is replaced by another
+        process = start("out", k)
+        try:
+            _, said = process.communicate(timeout=chance.uniform(0.2, 1.1) * longest)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills += 1
+            continue
+        finished += 1
+        assert process.returncode == 0, said
+        assert tree_digest(quick / "out") == whole[k]
+    process = start("out", 4)
+    assert process.communicate()[1] == ""
+    assert tree_digest(quick / "out") == whole[4]
+    assert not list(quick.rglob(".*"))
+    record_property("told", f"{kills} kills, {finished} runs came to their end between")
+
+
+def go(sources: list[str], out: Path, **options: Any) -> None:
+    settings = Settings.from_mapping({"device": "cpu"} | options)
+    compress(plan_for(resolve(sources), settings, default_workspace(out)), out, executor=Serial())
+
+
+def flips(path: Path) -> Iterator[bytes]:
+    """The content of a file with one bit flipped: near its ends and in the middle."""
+    content = path.read_bytes()
+    for position in sorted({0, len(content) // 3, len(content) // 2, max(0, len(content) - 2)}):
+        for bit in (1, 16):
+            yield content[:position] + bytes([content[position] ^ bit]) + content[position + 1 :]
+
+
+def test_a_bit_flipped_anywhere_in_the_workspace_is_found_and_only_its_group_is_computed_again(
+    tmp_path: Path, quick: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collection = make_collection(tmp_path / "adapters", 4, {"q": (20, 70), "v": (20, 9)})  # sums, and columns
+    go(collection, quick / "out", num_components=4)
+    go(collection, quick / "fresh", num_components=3)
+    expected = tree_digest(quick / "fresh")
+    summed: list[str] = []
+    original = tasks.accumulate._accumulate
+    monkeypatch.setattr(
+        "lorashare_stream.tasks.accumulate._accumulate", lambda j, m: (summed.append(m), original(j, m))
+    )
+    kept = quick / "kept"
+    shutil.copytree(quick / "out.workspace", kept)
+    shutil.copytree(quick / "out", quick / "before")
+    for path in sorted(p for p in kept.rglob("*") if p.is_file() and p.stat().st_size):
+        name = path.relative_to(kept)
+        for content in flips(path):
+            for folder, source in (("out.workspace", kept), ("out", quick / "before")):
+                shutil.rmtree(quick / folder)
+                shutil.copytree(source, quick / folder)
+            (quick / "out.workspace" / name).write_bytes(content)
+            summed.clear()
+            if name == Path("published.json"):
+                with pytest.raises(UsageError, match="another run"):
+                    go(collection, quick / "out", num_components=3)
+                continue
+            go(collection, quick / "out", num_components=3)
+            assert tree_digest(quick / "out") == expected, name
+            damaged = {str(name)[8:9]} if name.parts[0] == "moments" else set()
+            assert set(summed) == damaged, name
+
+
+def test_a_bit_flipped_in_what_is_staged_is_found(tmp_path: Path, quick: Path) -> None:
+    collection = make_collection(tmp_path / "adapters", 3, {"q": (20, 9)})
+    go(collection, quick / "fresh", num_components=3)
+
+    def stop(step: str, total: int, results: Iterator[Any]) -> Iterator[Any]:
+        yield from results
+        if step == "project":
+            raise KeyboardInterrupt
+
+    settings, out = Settings(num_components=3, device="cpu"), quick / "out"
+    with pytest.raises(KeyboardInterrupt):
+        compress(plan_for(resolve(collection), settings), out, executor=Serial(), progress=stop)
+    kept = quick / "kept"
+    shutil.copytree(quick / ".out.staging", kept)
+    for path in sorted(p for p in kept.rglob("*") if p.is_file()):
+        for content in flips(path):
+            shutil.rmtree(quick / ".out.staging", ignore_errors=True)
+            shutil.rmtree(out, ignore_errors=True)
+            shutil.copytree(kept, quick / ".out.staging")
+            (quick / ".out.staging" / path.relative_to(kept)).write_bytes(content)
+            go(collection, out, num_components=3)
+            assert tree_digest(out) == tree_digest(quick / "fresh"), path
+    assert pipeline.default_workspace(out).exists()
