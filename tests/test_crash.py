@@ -91,9 +91,10 @@ def test_killed_at_random_times(tmp_path: Path, quick: Path, record_property: Ca
         finished += 1
         assert process.returncode == 0, said
         assert tree_digest(quick / "out") == whole[k]
-    process = start("out", 4)
-    assert process.communicate()[1] == ""
-    assert tree_digest(quick / "out") == whole[4]
+    for k in (6, 4):  # one of them has something to do
+        process = start("out", k)
+        assert process.communicate()[1] == ""
+        assert tree_digest(quick / "out") == whole[k]
     assert not list(quick.rglob(".*"))
     record_property("told", f"{kills} kills, {finished} runs came to their end between")
 
