@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from threadpoolctl import threadpool_limits
 
 from .catalog import catalog
 from .checkpoint import metas_of, receipt_in
-from .errors import AdapterError, WorkspaceError, refusal
+from .errors import AdapterError, UsageError, WorkspaceError, refusal
 from .growing import grow, offer
 from .journal import Journal, Receipt
 from .means import Means, opened, recalled
@@ -18,16 +19,16 @@ from .names import listed
 from .pipeline import Outcome, plan_for
 from .planning import make_plan
 from .settings import Settings
-from .shareconfig import SHAREConfig
+from .shareconfig import SHAREConfig, read_share_config
 from .shareformat import skipped_of
-from .sources import Source
+from .sources import Source, resolve
 from .stages import digest_of_job
 from .summary import counts_of, head_of
 from .tasks import Job, ingest_adapter
 from .workspace import skipped_as_json
 
 
-def add(checkpoint: Path, sources: Sequence[Source], means: Means) -> Outcome:
+def add(checkpoint: Path, sources: Sequence[Source], means: Means, *, refit: bool = False) -> Outcome:
     """Add adapters to a checkpoint: project them on its bases if these keep enough of each, else fit bases anew.
 
     Without a workspace, adapters can only be projected.
@@ -36,6 +37,7 @@ def add(checkpoint: Path, sources: Sequence[Source], means: Means) -> Outcome:
         checkpoint: one of ours.
         sources: the adapters; those that it has are passed over.
         means: with `variance_threshold` among the changes, the share of dW energy that must be kept.
+        refit: fit bases anew in any case, for which the workspace is needed.
 
     Raises:
         CollectionError: if bases must be fitted anew, and cannot: it says what the bases that are there keep.
@@ -43,11 +45,35 @@ def add(checkpoint: Path, sources: Sequence[Source], means: Means) -> Outcome:
     out, config = opened(checkpoint)
     settings, root = means.settings(config), means.root_of(out)
     if root is None:
+        if refit:
+            raise WorkspaceError("no workspace to fit bases anew from", remedy="Compress the sources again.")
         return _add_by_projection(out, config, sources, settings, means)
     held = recalled(root)
     fresh = _fresh(sources, {s.id: str(s.name) for s in held})
     names = [str(s.name) for s in held]
-    return means.compress(plan_for([*held, *fresh], settings, root, recalled=names), out, root)
+    plan = plan_for([*held, *fresh], settings, root, recalled=names)
+    return means.compress(plan, out, root, refit=refit and bool(fresh))
+
+
+def add_one(checkpoint: Path, adapter: str | Mapping[str, str], means: Means, *, refit: bool) -> dict[str, Any]:
+    """Add one adapter, as lorashare's `add_adapter` does.
+
+    Args:
+        checkpoint: one of ours.
+        adapter: its folder, or its name and its folder.
+        means, refit: as for `add`.
+
+    Returns:
+        `method` (`"projection"` or `"recompute"`), `adapter_name`; and `min_explained_variance` and
+        `mean_explained_variance`, both the share of its dW energy that the bases that were there keep.
+    """
+    before = set(read_share_config(checkpoint).adapter_names)
+    outcome = add(checkpoint, resolve(adapter if isinstance(adapter, Mapping) else [adapter]), means, refit=refit)
+    added = [name for name in read_share_config(checkpoint).adapter_names if name not in before]
+    if len(added) != 1:
+        raise UsageError("one adapter was to be added", found=listed(added) or "it is there already")
+    kept = dict.fromkeys(("min_explained_variance", "mean_explained_variance"), min(outcome.kept.values(), default=0.0))
+    return {"method": outcome.method, "adapter_name": added[0]} | (kept if outcome.kept else {})
 
 
 def _fresh(sources: Sequence[Source], held: Mapping[str, str]) -> list[Source]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
-from .names import shown
+from .names import listed, shown
 
 
 class StreamError(Exception):
@@ -142,6 +143,13 @@ class MissingCheckpointError(CheckpointError, FileNotFoundError):
 
 class UnknownAdapterError(StreamError, KeyError):
     """No adapter of that name in the checkpoint (also a KeyError, as in lorashare)."""
+
+
+def unknown_adapter(name: str, names: Iterable[str]) -> UnknownAdapterError:
+    """The error for a name that is not among others, with those that are near."""
+    known = list(names)
+    near = difflib.get_close_matches(str(name), known, n=5, cutoff=0.5) or known[:5]
+    return UnknownAdapterError(f"no adapter named {shown(name)!r} among {len(known)}", remedy=f"Near: {listed(near)}.")
 
 
 class Stopped(StreamError):

@@ -61,6 +61,11 @@ class DaskClient:
         yield from _in_order(lambda f, t: self._client.submit(f, t, pure=False, retries=2), one_thread, tasks, at_once)
 
 
+def executor_of(given: Any) -> Executor | None:
+    """A `distributed.Client`, or what is an executor already."""
+    return DaskClient(given) if hasattr(given, "submit") and hasattr(given, "scheduler") else given
+
+
 def _with_one_blas_thread(fn: Callable[[T], R], task: T) -> R:
     """The thread count of BLAS decides the last bits; `pipeline.compress` sets it in its own process only."""
     with threadpool_limits(1, user_api="blas"):

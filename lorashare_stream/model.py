@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
-import os
 import shutil
 import tempfile
 import warnings
@@ -15,23 +13,21 @@ from typing import Any
 
 import torch
 
-from .adapterfiles import CONFIG, PICKLE, SAFETENSORS
+from .adding import add_one
 from .comparison import comparison, load_adapter
-from .errors import CheckpointError, UnknownAdapterError, UsageError, problem_lines
-from .executors import DaskClient, Executor
-from .files import atomic_file, write_json
-from .keys import factor_key, split_group_id
+from .errors import CheckpointError, UsageError, problem_lines, unknown_adapter
+from .executors import executor_of
+from .means import Means
 from .names import listed, shown
-from .picklefile import DTYPE_NAMES, raw_bytes
 from .pipeline import compress, plan_for
 from .publishing import copy_checkpoint
-from .reader import MARK, CheckpointReader, PerAdapter, Tensors, was_reconstructed
+from .reader import CheckpointReader, PerAdapter, Tensors
 from .report import adapter_notes, summary_text
+from .restoring import refuse_originals, restored, save_adapter
 from .settings import Settings
 from .shareconfig import SHAREConfig
-from .shareformat import CONFIG as SHARE_CONFIG
+from .shrinking import remove
 from .sources import resolve
-from .tensorfile import write_safetensors
 
 log = logging.getLogger(__name__)
 _said: set[str] = set()
@@ -122,7 +118,7 @@ class SHAREModel:
             plan = plan_for(found, chosen, root or out.parent / f"{out.name}.workspace")
             for note in adapter_notes(plan):
                 log.warning("%s", note)
-            skipped = compress(plan, out, workspace=root, executor=_executor(executor)).skipped
+            skipped = compress(plan, out, workspace=root, executor=executor_of(executor)).skipped
             if skipped:
                 reasons = "\n".join([f"left out: {listed(e.adapter for e in skipped)}", *problem_lines(skipped)])
                 warnings.warn(reasons, UserWarning, stacklevel=2)
@@ -143,18 +139,19 @@ class SHAREModel:
             CheckpointError: if `path` is no whole SHARE checkpoint.
         """
         reader = CheckpointReader(Path(path))
-        names = reader.names
-        model = cls(
-            reader.config,
-            reader.components,
-            PerAdapter(names, reader.loadings),
-            PerAdapter(names, reader.adapter_config),
-            PerAdapter(names, reader.verbatim),
-            reader.sources,
-        )
-        model._root = reader.root
-        model._reader = reader
+        model = cls(reader.config, reader.components, {}, {})
+        model._read_by(reader)
         return model
+
+    def _read_by(self, reader: CheckpointReader) -> None:
+        """Take everything from a checkpoint, when it is asked for."""
+        names = reader.names
+        self.config, self.components = reader.config, reader.components
+        self.all_loadings = PerAdapter(names, reader.loadings)
+        self.adapter_configs = PerAdapter(names, reader.adapter_config)
+        self.all_classifier_heads = PerAdapter(names, reader.verbatim)
+        self.adapter_sources = reader.sources
+        self._root, self._reader = reader.root, reader
 
     _reader: CheckpointReader | None = None
 
@@ -177,11 +174,57 @@ class SHAREModel:
 
     def save_pretrained(self, output_dir: str | Path) -> None:
         """Copy the checkpoint to a folder; a checkpoint that is there is replaced."""
+        copy_checkpoint(self._folder(), Path(output_dir))
+
+    def add_adapter(
+        self,
+        adapter: str,
+        name: str | None = None,
+        variance_threshold: float | None = None,
+        device: str | None = None,
+        force_recompute: bool = False,
+    ) -> dict[str, Any]:
+        """Add an adapter, on disk: on the bases that are there if they hold it well enough, else on new ones.
+
+        Args:
+            adapter: its folder.
+            name: else its folder's.
+            variance_threshold: share of its dW energy that the bases must keep; None is that of the checkpoint.
+            device, force_recompute: where to compute; whether to fit the bases anew in any case.
+
+        Returns:
+            As `adding.add_one`.
+
+        Raises:
+            ValueError: if it is there already, or is none that can be added.
+        """
+        if name is not None and name in self.all_loadings:
+            raise UsageError(f"there is an adapter named {shown(name)!r} already", remedy="Give it another name.")
+        changes = {"device": str(device or "auto"), "variance_threshold": variance_threshold}
+        means = Means(changes={k: v for k, v in changes.items() if v is not None})
+        root = self._folder()
+        result = add_one(root, adapter if name is None else {name: adapter}, means, refit=force_recompute)
+        self._read_by(CheckpointReader(root))
+        return result
+
+    def remove_adapter(self, adapter_name: str) -> None:
+        """Take an adapter out, on disk. Bases and moments still contain its trace: see `lorashare-stream remove`.
+
+        Raises:
+            UnknownAdapterError: a KeyError, if there is no such adapter.
+            UsageError: a ValueError, if it is the last one.
+        """
+        self._known(adapter_name)
+        root = self._folder()
+        remove(root, [adapter_name], Means())
+        self._read_by(CheckpointReader(root))
+
+    def _folder(self) -> Path:
         if self._root is None:
             raise CheckpointError(
                 "this model was not read from a checkpoint", remedy="Build it by from_adapters or from_pretrained."
             )
-        copy_checkpoint(self._root, Path(output_dir))
+        return self._root
 
     def reconstruct(self, adapter_name: str, output_dir: str | Path | None = None) -> Tensors:
         """One adapter's tensors: V L for what is shared, and what is kept verbatim.
@@ -199,35 +242,20 @@ class SHAREModel:
         """
         self._known(adapter_name)
         if output_dir is not None:
-            _refuse_originals(Path(output_dir))
+            refuse_originals(Path(output_dir))
         tensors: Tensors = {}
         for group, loading in self.all_loadings[adapter_name].items():
-            tensors |= self._restored(adapter_name, group, loading)
+            tensors |= restored(adapter_name, group, self.components, loading)
         tensors.update(self.all_classifier_heads.get(adapter_name, {}))
         if output_dir is not None:
             config = self.adapter_configs[adapter_name]
             if not config:
                 raise CheckpointError("its adapter_config.json was not kept", adapter=adapter_name)
-            _save_adapter(Path(output_dir), tensors, config)
+            save_adapter(Path(output_dir), tensors, config)
         return tensors
 
-    def _restored(self, name: str, group: str, loading: torch.Tensor) -> Tensors:
-        try:
-            module, side = split_group_id(group)
-            v = self.components[group]
-            if v.ndim != 2 or loading.ndim != 2 or v.shape[1] != loading.shape[0]:
-                raise ValueError(f"components {list(v.shape)}, loadings {list(loading.shape)}")
-        except (ValueError, KeyError) as e:
-            raise CheckpointError("loadings that fit no components", adapter=name, key=group, found=str(e)) from e
-        vectors = (v.float() @ loading.float()).to(v.dtype)  # (d, r)
-        return {factor_key(module, side): (vectors.T if side == "A" else vectors).contiguous()}
-
     def apply(self, base_model: Any, adapter_name: str) -> Any:
-        """Load one adapter on a base model.
-
-        Returns:
-            A `peft.PeftModel`.
-        """
+        """Load one adapter on a base model: a `peft.PeftModel`."""
         from peft import PeftModel
 
         with tempfile.TemporaryDirectory() as folder:
@@ -269,32 +297,4 @@ class SHAREModel:
 
     def _known(self, name: str) -> None:
         if name not in self.all_loadings:
-            near = difflib.get_close_matches(str(name), self.adapter_names, n=5, cutoff=0.5) or self.adapter_names[:5]
-            raise UnknownAdapterError(
-                f"no adapter named {shown(name)!r} among {len(self.all_loadings)}", remedy=f"Near: {listed(near)}."
-            )
-
-
-def _refuse_originals(folder: Path) -> None:
-    """Demand that a reconstruction overwrites nothing but a reconstruction."""
-    if (folder / SHARE_CONFIG).exists():
-        raise UsageError("the folder is a SHARE checkpoint", found=folder, remedy="Choose another one.")
-    for path in (folder / SAFETENSORS, folder / PICKLE):
-        if os.path.lexists(path) and not was_reconstructed(path):
-            raise UsageError(
-                "the folder holds an adapter that was not reconstructed, an original perhaps",
-                found=path,
-                remedy="Choose another folder, or remove it.",
-            )
-
-
-def _save_adapter(folder: Path, tensors: Tensors, config: Mapping[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    shapes = [(key, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for key, tensor in tensors.items()]
-    with atomic_file(folder / SAFETENSORS) as f:
-        write_safetensors(f, shapes, (raw_bytes(t).data for t in tensors.values()), {"format": "pt", MARK: "yes"})
-    write_json(folder / CONFIG, config)
-
-
-def _executor(given: Any) -> Executor | None:
-    return DaskClient(given) if hasattr(given, "submit") and hasattr(given, "scheduler") else given
+            raise unknown_adapter(name, self.adapter_names)

@@ -116,6 +116,7 @@ def compress(
     check_disk(plan, root, out, adds=out.exists())
     check_output(out, own=Workspace(root).published(out), overwrite=overwrite)  # before a workspace is made for it
     with threadpool_limits(1, user_api="blas"), Workspace.open(root, plan.binding, take_lock=take_lock) as work:
+        run = replace(run, check=work.check_held)
         mend(out)
         check_output(out, own=work.published(out), overwrite=overwrite)
         write_json(work.root / "plan.json", plan_as_json(plan))

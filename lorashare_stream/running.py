@@ -21,16 +21,19 @@ def silent(step: str, total: int, results: Iterator[T]) -> Iterator[T]:
 
 @dataclass(frozen=True)
 class Run:
-    """How the tasks of a plan are mapped."""
+    """How the tasks of a plan are mapped; `check` raises if the workspace is no longer held."""
 
     plan: Plan
     executor: Executor
     progress: Progress
+    check: Callable[[], None] = lambda: None
 
     def map(self, step: str, fn: Callable[[T], R], tasks: Sequence[T]) -> Iterator[R]:
         """Results in the order of the tasks, as many at a time as the plan allows for this step."""
         results = self.executor.map(fn, tasks, self.plan.step(step).concurrency)
-        yield from self.progress(step, len(tasks), results)
+        for result in self.progress(step, len(tasks), results):
+            self.check()
+            yield result
 
     def all(self, step: str, fn: Callable[[T], Any], tasks: Sequence[T]) -> None:
         """Do all tasks, for what they leave on disk."""

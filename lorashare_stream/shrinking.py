@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,12 +13,12 @@ from .catalog import read_entries
 from .checkpoint import Staging, metas_of, receipt_in
 from .devices import resolve_device
 from .entry import Entry
-from .errors import AdapterError, UnknownAdapterError, UsageError
+from .errors import AdapterError, UsageError, unknown_adapter
 from .files import write_json
 from .growing import changed
 from .journal import Journal, Receipt, Removal
 from .means import Means, opened, recalled
-from .names import digest_of, listed, shown
+from .names import digest_of
 from .pipeline import plan_for, recompute
 from .planning import Plan, plan_as_json
 from .running import Run
@@ -82,7 +81,7 @@ def remove(checkpoint: Path, names: Sequence[str], means: Means, *, refit: bool 
         take_out(work, names)
         plan = _of_unchanged(plan, work.journal())
         write_json(work.root / "plan.json", plan_as_json(plan))
-        run, job = means.run(plan), make_job(plan, work, out, device)
+        run, job = replace(means.run(plan), check=work.check_held), make_job(plan, work, out, device)
         catch_up(run, job)
         forget_unused(job)
         shrink(out, config, names)
@@ -100,8 +99,7 @@ def _check_names(out: Path, config: SHAREConfig, journal: Journal, names: Sequen
     before = {e.name for e in journal.entries if isinstance(e, Removal)}
     for name in names:
         if name not in active | before and not (out / ADAPTERS / name).is_dir():
-            near = difflib.get_close_matches(str(name), sorted(active), n=5, cutoff=0.5) or sorted(active)[:5]
-            raise UnknownAdapterError(f"no adapter named {shown(name)!r} to take out", remedy=f"Near: {listed(near)}.")
+            raise unknown_adapter(name, sorted(active))
     if not set(config.adapter_names) - set(names):
         raise UsageError("no adapter would stay", remedy="To remove the whole checkpoint, delete its folder.")
 

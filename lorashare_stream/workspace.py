@@ -266,6 +266,7 @@ class Workspace:
 
     def publishing(self, out: Path, basis_digest: str) -> None:
         """Note, before it happens, that a checkpoint is published; what was there before stays ours as well."""
+        self.check_held()
         path = self.root / "published.json"
         outputs = read_sealed(path)
         outputs[str(out.absolute())] = [*self.published(out)[-1:], basis_digest]

@@ -34,7 +34,7 @@ ROOMS = {
     ],
     "story": [
         "stages", "growing", "pipeline", "means", "adding", "shrinking", "slicing", "refitting", "report", "comparison",
-        "model", "verification",
+        "restoring", "model", "verification",
     ],
     "shell": ["progress", "choices", "output", "edits", "commands", "cli", "__main__", "__init__"],
 }  # fmt: skip

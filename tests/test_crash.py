@@ -82,7 +82,7 @@ def test_killed_at_random_times(tmp_path: Path, quick: Path, record_property: Ca
         k = chance.choice((4, 6))  # so that what is staged, and what is published, is replaced by another
         process = start("out", k)
         try:
-            _, said = process.communicate(timeout=chance.uniform(0.2, 1.1) * longest)
+            _, said = process.communicate(timeout=chance.uniform(0.3, 0.95) * longest)
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
