@@ -87,6 +87,12 @@ def _our_figures(ours: dict[str, Any]) -> list[Fact]:
     pairs.append(("worst adapters", listed(worst) or "none is compressed"))
     if ours["verbatim_adapters"]:
         pairs.append(("kept exact", f"{len(ours['verbatim_adapters'])}: {listed(ours['verbatim_adapters'])}"))
+    if ours["projected"]:
+        pairs.append(
+            ("added since", f"{len(ours['projected'])}, on bases not fitted to them: {listed(ours['projected'])}")
+        )
+    if ours["removed"]:
+        pairs.append(("removed", f"{len(ours['removed'])}, and still in the bases: {listed(ours['removed'])}"))
     if ours["num_skipped"]:
         pairs.append(("left out", f"{ours['num_skipped']}, with reasons in skipped.json"))
     if errors["mean"] > 0.5:

@@ -117,8 +117,8 @@ class Settings:
         return dataclasses.asdict(self)
 
     def chosen(self) -> dict[str, Any]:
-        """The settings on which a checkpoint depends, as they were asked for: it records them."""
-        others = ("memory", "workers", "on_error", "device", "discard_moments")
+        """The settings on which a checkpoint depends, but for base model and dtype, which it tells: it records them."""
+        others = ("memory", "workers", "on_error", "device", "discard_moments", "base_model", "dtype")
         return {k: list(v) if isinstance(v, tuple) else v for k, v in self.as_dict().items() if k not in others}
 
     def binding(self) -> dict[str, Any]:

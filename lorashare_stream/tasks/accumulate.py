@@ -128,6 +128,10 @@ def _begin(
         return Accumulator(old, sum_on(job.device, old))
     array = momentstore.create(folder / "columns", (count, old.dim), dtype)
     assert old.columns is not None
+    if gone:  # as if they had never been there, to the last bit of what is summed of the others
+        columns = Accumulator(empty(old.dim, dtype, stacked=True), _Rows(array, 0))
+        columns.add(old.columns)
+        return columns
     momentstore.write_tiles(array, old.columns)
     return Accumulator(old, _Rows(array, old.count))
 

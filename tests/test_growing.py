@@ -1,0 +1,288 @@
+"""Adapters are added: on the bases that are there where these hold them well, else on bases fitted to all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lorashare
+import numpy as np
+import pytest
+import torch
+
+from lorashare_stream.adding import add
+from lorashare_stream.cli import main
+from lorashare_stream.errors import AdapterError, CheckpointError, CollectionError, WorkspaceError
+from lorashare_stream.means import Means
+from lorashare_stream.model import SHAREModel
+from lorashare_stream.pipeline import Outcome, compress, default_workspace, plan_for
+from lorashare_stream.settings import Settings
+from lorashare_stream.sources import resolve
+from lorashare_stream.verification import originals_of, verify
+from lorashare_stream.workspace import Workspace
+
+from .conftest import MODULES, load_tensors, make_collection, make_tensors, tree_digest, write_adapter
+
+Capture = pytest.CaptureFixture[str]
+ANY = Means(changes={"variance_threshold": 1e-6})
+ALL = Means(changes={"variance_threshold": 1.0})
+
+
+def go(sources: list[str], out: Path, **options: Any) -> Outcome:
+    settings = Settings.from_mapping({"device": "cpu", "num_components": 6} | options)
+    return compress(plan_for(resolve(sources), settings, default_workspace(out)), out)
+
+
+def check_certified(out: Path, sources: list[str]) -> None:
+    share = SHAREModel.from_pretrained(out)
+    verdicts = list(verify(share, originals_of(share, resolve(sources))))
+    assert len(verdicts) == len(sources)
+    assert [v.problem for v in verdicts] == [None] * len(verdicts)
+
+
+@pytest.fixture
+def strangers(tmp_path: Path) -> list[str]:
+    """Adapters of which the bases of the others hold little."""
+    rng = np.random.default_rng(7)
+    folders = []
+    for i in range(2):
+        tensors = make_tensors(rng, MODULES)
+        noise = {k: rng.standard_normal(v.shape).astype(np.float32) for k, v in tensors.items()}
+        folders.append(str(write_adapter(tmp_path / "strangers" / f"s{i}", noise)))
+    return folders
+
+
+@pytest.mark.parametrize("way", ["add", "compress"])
+def test_what_the_bases_hold_well_is_projected_and_nothing_else_changes(
+    tmp_path: Path, collection: list[str], way: str
+) -> None:
+    out, fresh = tmp_path / "out", make_collection(tmp_path / "more", 3, seed=1)
+    go(collection, out)
+    before = tree_digest(out)
+    named = {f"m{i}": path for i, path in enumerate(fresh)}
+    if way == "add":
+        outcome = add(out, resolve(named), Means())
+    else:
+        settings = Settings(device="cpu", num_components=6)
+        outcome = compress(plan_for([*resolve(collection), *resolve(named)], settings, default_workspace(out)), out)
+    assert outcome.method == "projection"
+    assert outcome.kept.keys() == set(named)
+    after = tree_digest(out)
+    assert {k: v for k, v in after.items() if k in before and k != "share_config.json"} == {
+        k: v for k, v in before.items() if k != "share_config.json"
+    }
+    assert {k.split("/")[1] for k in after.keys() - before.keys()} == set(named)
+    share = SHAREModel.from_pretrained(out)
+    assert share.adapter_names == [*(f"a{i:02}" for i in range(8)), *named]
+    assert share.config.num_adapters == 11
+    assert share.config.ours["projected"] == list(named)
+    for name, path in named.items():
+        kept = 1 - share.certified(name)["relative_error"] ** 2
+        assert kept == pytest.approx(outcome.kept[name])
+        assert kept >= share.config.variance_threshold
+        assert share.config.ours["groups"]["layers.0.q:A"]["n"] == 44
+        theirs = lorashare.SHAREModel.from_pretrained(out).reconstruct(name)
+        ours = share.reconstruct(name)
+        assert theirs.keys() == ours.keys() == load_tensors(path).keys()
+        assert all(torch.allclose(theirs[k], ours[k], atol=1e-6) for k in ours)
+    check_certified(out, [*collection, *fresh])
+
+
+def test_added_again_or_nothing_new_is_no_change(tmp_path: Path, collection: list[str]) -> None:
+    out, fresh = tmp_path / "out", make_collection(tmp_path / "more", 2, seed=1)
+    go(collection, out)
+    assert add(out, resolve(collection[2:4]), Means()).method == "current"
+    assert add(out, resolve(fresh), Means()).method == "projection"
+    before = tree_digest(out)
+    assert add(out, resolve([*fresh, *collection]), Means()).method == "current"
+    assert go([*collection, *fresh], out).method == "current"
+    assert tree_digest(out) == before
+
+
+def test_what_the_bases_do_not_hold_is_fitted_with_all_as_from_scratch(
+    tmp_path: Path, collection: list[str], strangers: list[str]
+) -> None:
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    go(collection, out)
+    outcome = add(out, resolve(strangers), Means())
+    assert outcome.method == "recompute"
+    assert all(share < 0.95 for share in outcome.kept.values())
+    go([*collection, *strangers], whole)
+    a, b = SHAREModel.from_pretrained(out), SHAREModel.from_pretrained(whole)
+    assert a.adapter_names == b.adapter_names
+    assert a.config.ours["projected"] == []
+    for group, explained in b.config.compression_stats["per_layer_explained_variance"].items():
+        assert a.config.compression_stats["per_layer_explained_variance"][group] == pytest.approx(explained, abs=1e-6)
+        assert a.config.ours["groups"][group]["energy"] == pytest.approx(
+            b.config.ours["groups"][group]["energy"], rel=1e-6
+        )
+    check_certified(out, [*collection, *strangers])
+
+
+def test_moments_take_new_adapters_in_either_way(tmp_path: Path, collection: list[str]) -> None:
+    out, whole, fresh = tmp_path / "out", tmp_path / "whole", make_collection(tmp_path / "more", 3, seed=1)
+    go(collection, out)
+    add(out, resolve({f"m{i}": p for i, p in enumerate(fresh)}), ANY)
+    work = Workspace(default_workspace(out))
+    assert {work.marker(m)["entries"] for m in work.modules()} == {11}
+    settings = Settings(device="cpu", num_components=6)
+    sources = [*resolve(collection), *resolve({f"m{i}": p for i, p in enumerate(fresh)})]
+    outcome = compress(plan_for(sources, settings, default_workspace(out)), out, refit=True)  # no moment pass
+    assert outcome.method == "recompute"
+    compress(plan_for(sources, settings, default_workspace(whole)), whole)
+    for share in (SHAREModel.from_pretrained(out), SHAREModel.from_pretrained(whole)):
+        assert share.config.ours["projected"] == []
+    a, b = (SHAREModel.from_pretrained(p).config.ours["groups"] for p in (out, whole))
+    assert all(a[g]["explained"] == pytest.approx(b[g]["explained"], abs=1e-6) for g in b)
+
+
+def test_gone_sources_stop_a_refit_and_the_loss_of_doing_without_is_told(
+    tmp_path: Path, collection: list[str], strangers: list[str]
+) -> None:
+    out = tmp_path / "out"
+    go(collection, out)
+    before = tree_digest(out)
+    shutil.rmtree(collection[3])
+    with pytest.raises(CollectionError, match=r"sources are gone; what is lossy already is not compressed") as caught:
+        add(out, resolve(strangers), Means())
+    assert "'a03'" in str(caught.value)
+    assert tree_digest(out) == before
+    threshold = float(str(caught.value).split("--variance ")[1].split()[0].rstrip("."))
+    outcome = add(out, resolve(strangers), Means(changes={"variance_threshold": threshold}))
+    assert outcome.method == "projection"
+    assert f"s0 {outcome.kept['s0']:.4f}" in str(caught.value)
+    share = SHAREModel.from_pretrained(out)
+    assert share.certified("s0")["relative_error"] == pytest.approx((1 - outcome.kept["s0"]) ** 0.5)
+
+
+def test_a_projection_needs_no_source_but_that_of_the_new_adapter(tmp_path: Path, collection: list[str]) -> None:
+    out, fresh = tmp_path / "out", make_collection(tmp_path / "more", 1, seed=1)
+    go(collection, out)
+    for folder in collection:
+        shutil.rmtree(folder)
+    assert add(out, resolve({"new": fresh[0]}), Means()).method == "projection"
+    assert SHAREModel.from_pretrained(out).adapter_names[-1] == "new"
+
+
+def test_new_modules_need_new_bases(tmp_path: Path, collection: list[str]) -> None:
+    out = tmp_path / "out"
+    go(collection, out)
+    wider = make_collection(tmp_path / "more", 1, {**MODULES, "layers.9.q": (40, 24)}, seed=1)
+    outcome = add(out, resolve({"wide": wider[0]}), ANY)
+    assert (outcome.method, outcome.kept) == ("recompute", {"wide": 0.0})
+    assert "layers.9.q:A" in SHAREModel.from_pretrained(out).components
+    shutil.rmtree(collection[0])
+    wider = make_collection(tmp_path / "yet", 1, {"layers.8.q": (40, 24)}, seed=1)
+    with pytest.raises(CollectionError, match="sources are gone") as caught:
+        add(out, resolve({"wider": wider[0]}), ANY)
+    assert "--variance" not in str(caught.value)  # no share of it can be had without a basis
+
+
+def test_shapes_in_the_workspace_bind_when_its_sources_are_gone(tmp_path: Path, collection: list[str]) -> None:
+    out = tmp_path / "out"
+    go(collection, out)
+    for folder in collection:
+        shutil.rmtree(folder)
+    other = make_collection(tmp_path / "more", 3, {"layers.0.q": (48, 24)}, seed=1)
+    with pytest.raises(CollectionError, match=r"d = 48; expected d = 40"):
+        add(out, resolve(other), Means())
+
+
+def test_without_a_workspace_adapters_can_be_projected_only(
+    tmp_path: Path, collection: list[str], strangers: list[str]
+) -> None:
+    out, with_it, fresh = tmp_path / "out", tmp_path / "with", make_collection(tmp_path / "more", 2, seed=1)
+    for place in (out, with_it):
+        go(collection, place)
+    shutil.rmtree(default_workspace(out))
+    named = {f"m{i}": path for i, path in enumerate(fresh)}
+    assert add(out, resolve(named), Means()).method == "projection"
+    assert add(with_it, resolve(named), Means()).method == "projection"
+    assert tree_digest(out) == tree_digest(with_it)
+    assert add(out, resolve(named), Means()).method == "current"
+    with pytest.raises(WorkspaceError, match=r"no workspace with the moments .*s0, s1.*--workspace.*--variance 0"):
+        add(out, resolve(strangers), Means())
+    other = make_collection(tmp_path / "other", 1, {"layers.0.q": (48, 24)}, seed=1)
+    with pytest.raises(AdapterError, match=r"'o'.*found d = 48; expected d = 40"):
+        add(out, resolve({"o": other[0]}), Means())
+    with pytest.raises(WorkspaceError, match="no workspace"):
+        add(out, resolve(strangers), Means(workspace=tmp_path / "nowhere"))
+
+
+def test_a_vanishing_adapter_is_kept_exact(tmp_path: Path, collection: list[str]) -> None:
+    out = tmp_path / "out"
+    go(collection, out)
+    zero = {k: v * 0 if "lora_B" in k else v for k, v in load_tensors(collection[0]).items()}
+    write_adapter(tmp_path / "zero", zero)
+    outcome = add(out, resolve([str(tmp_path / "zero")]), ALL)
+    assert (outcome.method, outcome.kept) == ("projection", {"zero": 1.0})
+    share = SHAREModel.from_pretrained(out)
+    assert share.config.ours["projected"] == []
+    assert all(np.array_equal(share.reconstruct("zero")[k].numpy(), v) for k, v in zero.items())
+
+
+def test_a_changed_old_source_is_named(tmp_path: Path, collection: list[str], strangers: list[str]) -> None:
+    out = tmp_path / "out"
+    go(collection, out)
+    write_adapter(Path(collection[1]), {k: v + 1 for k, v in load_tensors(collection[1]).items()}, lora_alpha=8)
+    with pytest.raises(AdapterError, match=r"'a01'.*has changed since"):
+        add(out, resolve(strangers), Means())
+
+
+def test_only_a_checkpoint_of_ours_grows(tmp_path: Path, collection: list[str], strangers: list[str]) -> None:
+    lorashare.SHAREModel.from_adapters(collection, num_components=4).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(CheckpointError, match="not written by this version of lorashare-stream"):
+        add(tmp_path / "theirs", resolve(strangers), Means())
+
+
+def test_the_command(
+    tmp_path: Path, collection: list[str], strangers: list[str], capsys: Capture, caplog: pytest.LogCaptureFixture
+) -> None:
+    out, fresh = tmp_path / "out", make_collection(tmp_path / "more", 1, seed=1)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        code = main([*map(str, arguments)])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    assert call("compress", *collection, "-o", out, "-k", 6, "-q")[0] == 0
+    code, said, _ = call("add", out, fresh[0], "--names", "new")
+    assert code == 0
+    assert said.startswith("added new on the bases that were there\nnew  keeps 0.9")
+    assert "1 adapter (new) was projected on the bases that are there" in caplog.text
+    code, said, _ = call("add", out, *strangers, "--json", "-q")
+    result = json.loads(said)
+    assert (code, result["method"], result["added"]) == (0, "recompute", ["s0", "s1"])
+    assert call("add", out, fresh[0], "--names", "new", "-q")[1].startswith("nothing to add")
+    bad = write_adapter(tmp_path / "bad", {k: v * np.nan for k, v in load_tensors(collection[0]).items()})
+    code, said, told = call("add", out, bad, "-q")
+    assert code == 1
+    assert "'bad'" in told
+    code, said, told = call("add", out, bad, "--on-error", "skip", "-q")
+    assert (code, SHAREModel.from_pretrained(out).config.num_adapters) == (3, 11)
+    assert "left out 1 adapter" in told
+    assert call("add", tmp_path / "nowhere", fresh[0])[0] == 1
+
+
+def test_from_python_as_lorashare_does(tmp_path: Path, collection: list[str], strangers: list[str]) -> None:
+    fresh = make_collection(tmp_path / "more", 2, seed=1)
+    share = SHAREModel.from_adapters(collection, num_components=6, device="cpu")
+    first = share.add_adapter(fresh[0], name="new")
+    assert (first["method"], first["adapter_name"]) == ("projection", "new")
+    assert first["min_explained_variance"] == first["mean_explained_variance"] > 0.95
+    assert share.add_adapter(strangers[0])["method"] == "recompute"
+    assert share.add_adapter(fresh[1], name="newer", force_recompute=True) == {
+        "method": "recompute", "adapter_name": "newer",
+    }  # fmt: skip
+    assert share.adapter_names[-3:] == ["new", "s0", "newer"]
+    assert share.reconstruct("newer").keys() == load_tensors(fresh[1]).keys()
+    with pytest.raises(ValueError, match="already"):
+        share.add_adapter(fresh[1], name="new")
+    with pytest.raises(ValueError, match="there already"):
+        share.add_adapter(strangers[0])
+    share.remove_adapter("new")
+    assert "new" not in share.adapter_names
+    with pytest.raises(KeyError):
+        share.remove_adapter("new")

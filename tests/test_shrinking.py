@@ -1,0 +1,274 @@
+"""Adapters are taken out: what of them goes, what stays and is said, and what computing anew takes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lorashare
+import numpy as np
+import pytest
+import zarr
+
+from lorashare_stream.adding import add
+from lorashare_stream.cli import main
+from lorashare_stream.errors import UnknownAdapterError, UsageError, WorkspaceError
+from lorashare_stream.means import Means
+from lorashare_stream.model import SHAREModel
+from lorashare_stream.pipeline import Outcome, compress, default_workspace, plan_for
+from lorashare_stream.settings import Settings
+from lorashare_stream.shrinking import remove
+from lorashare_stream.sources import resolve
+from lorashare_stream.tasks import clean as cleaning
+from lorashare_stream.verification import originals_of, verify
+from lorashare_stream.workspace import Workspace
+
+from .conftest import load_tensors, make_collection, tree_digest, write_adapter
+
+Capture = pytest.CaptureFixture[str]
+SUMS = {"q": (20, 24), "v": (20, 12)}  # d is less than n = 32: second moments
+COLUMNS = {"q": (40, 50), "v": (70, 60)}  # n is less than d: stacked columns
+
+
+def go(sources: list[str], out: Path, **options: Any) -> Outcome:
+    settings = Settings.from_mapping({"device": "cpu", "num_components": 6} | options)
+    return compress(plan_for(resolve(sources), settings, default_workspace(out)), out)
+
+
+def markers(out: Path) -> dict[str, dict[str, Any]]:
+    work = Workspace(default_workspace(out))
+    return {module: work.marker(module) for module in sorted(work.modules())}
+
+
+def array(out: Path, module: str, side: str, form: str) -> np.ndarray:
+    marker = markers(out)[module]
+    folder = Workspace(default_workspace(out)).generation(module, marker["generation"])
+    return np.asarray(zarr.open_array(str(folder / side / form), mode="r")[:])
+
+
+def measured(out: Path, sources: list[str]) -> None:
+    share = SHAREModel.from_pretrained(out)
+    verdicts = list(verify(share, originals_of(share, resolve(sources))))
+    assert [v.problem for v in verdicts] == [None] * len(sources)
+
+
+def test_its_files_go_and_sums_still_contain_it_and_say_so(tmp_path: Path) -> None:
+    collection, out = make_collection(tmp_path / "adapters", 8, SUMS), tmp_path / "out"
+    go(collection, out)
+    before = tree_digest(out)
+    done = remove(out, ["a03", "a05"], Means())
+    assert done.in_bases == ("a03", "a05")
+    assert done.in_moments == {"a03": 2, "a05": 2}
+    after = tree_digest(out)
+    gone = {k for k in before if k.startswith(("adapters/a03/", "adapters/a05/"))}
+    assert before.keys() - after.keys() == gone
+    assert not (out / "adapters" / "a03").exists()
+    assert {k for k in after if after[k] != before[k]} == {"share_config.json"}
+    share = SHAREModel.from_pretrained(out)
+    assert share.config.num_adapters == 6
+    assert share.config.ours["removed"] == ["a03", "a05"]
+    assert share.config.ours["groups"]["q:A"]["n"] == 24
+    assert lorashare.SHAREModel.from_pretrained(out).adapter_names == share.adapter_names
+    measured(out, [p for p in collection if p[-3:] not in ("a03", "a05")])
+    assert remove(out, ["a03", "a05"], Means()) == done  # again: nothing to do, and the same is said
+    assert tree_digest(out) == after
+
+
+def test_its_stacked_columns_go(tmp_path: Path) -> None:
+    collection, out = make_collection(tmp_path / "adapters", 8, COLUMNS), tmp_path / "out"
+    rest = [p for p in collection if not p.endswith("a03")]
+    go(collection, out)
+    go(rest, tmp_path / "rest")
+    done = remove(out, ["a03"], Means())
+    assert (done.in_bases, done.in_moments) == (("a03",), {})
+    for module in COLUMNS:
+        for side in "AB":
+            assert np.array_equal(
+                array(out, module, side, "columns"), array(tmp_path / "rest", module, side, "columns")
+            )
+    assert not [p for p in default_workspace(out).rglob("*") if p.is_dir() and p.name in before_generations(out)]
+    assert compress_again(rest, out) == "current"  # the bases stay until they are fitted anew
+    assert go_refit(rest, out).method == "recompute"
+    assert tree_digest(out) == tree_digest(tmp_path / "rest")
+
+
+def before_generations(out: Path) -> set[str]:
+    """Generations that are on disk and not the marked ones."""
+    moments = default_workspace(out) / "moments"
+    marked = {marker["generation"] for marker in markers(out).values()}
+    return {p.name for p in moments.glob("*/*") if p.is_dir()} - marked
+
+
+def compress_again(sources: list[str], out: Path) -> str:
+    return go(sources, out).method
+
+
+def go_refit(sources: list[str], out: Path) -> Outcome:
+    plan = plan_for(resolve(sources), Settings(device="cpu", num_components=6), default_workspace(out))
+    return compress(plan, out, refit=True)
+
+
+@pytest.mark.parametrize("modules", [SUMS, COLUMNS], ids=["sums", "columns"])
+@pytest.mark.parametrize("source", ["there", "gone"])
+def test_computed_anew_it_is_as_if_it_had_never_been_there(
+    tmp_path: Path, modules: dict[str, tuple[int, int]], source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collection, out = make_collection(tmp_path / "adapters", 8, modules), tmp_path / "out"
+    rest = [p for p in collection if not p.endswith("a03")]
+    go(collection, out)
+    go(rest, tmp_path / "rest")
+    if source == "gone":  # so that its vectors cannot be taken away from a sum: the others are summed anew
+        shutil.rmtree(collection[3])
+    done = remove(out, ["a03"], Means(), refit=True)
+    assert (done.in_bases, done.in_moments, done.absent) == ((), {}, ())
+    if source == "gone" or modules is COLUMNS:
+        assert tree_digest(out) == tree_digest(tmp_path / "rest")
+    a, b = (SHAREModel.from_pretrained(p).config for p in (out, tmp_path / "rest"))
+    for group, facts in b.ours["groups"].items():
+        assert a.ours["groups"][group]["explained"] == pytest.approx(facts["explained"], abs=1e-6)
+        assert a.ours["groups"][group]["energy"] == pytest.approx(facts["energy"], rel=1e-6)
+    measured(out, rest)
+    assert go(rest, out).method == "current"
+
+
+def test_a_dominant_one_is_not_taken_away_but_the_others_are_summed_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collection, out = make_collection(tmp_path / "adapters", 8, SUMS), tmp_path / "out"
+    huge = {k: v * np.float32(100) for k, v in load_tensors(collection[3]).items()}
+    write_adapter(Path(collection[3]), huge, r=4, lora_alpha=8)
+    rest = [p for p in collection if not p.endswith("a03")]
+    go(collection, out, objective="factors")  # not weighted: its trace is 10,000 times that of another
+    go(rest, tmp_path / "rest", objective="factors")
+    taken: list[int] = []
+    original = cleaning.downdate
+    monkeypatch.setattr(cleaning, "downdate", lambda a, b: (taken.append(1), original(a, b))[1])
+    done = remove(out, ["a03"], Means(), refit=True)
+    assert (done.in_bases, done.in_moments) == ((), {})
+    assert taken  # it was tried, and not used
+    assert tree_digest(out) == tree_digest(tmp_path / "rest")
+
+
+def test_where_neither_can_be_done_it_is_named(tmp_path: Path, capsys: Capture) -> None:
+    collection, out = make_collection(tmp_path / "adapters", 8, SUMS), tmp_path / "out"
+    go(collection, out)
+    for gone in (3, 6):
+        shutil.rmtree(collection[gone])
+    done = remove(out, ["a03"], Means(), refit=True)
+    assert done.in_bases == ("a03",)
+    assert done.in_moments == {"a03": 2}
+    assert done.absent == ("a06",)
+    share = SHAREModel.from_pretrained(out)
+    assert share.config.ours["removed"] == ["a03"]
+    share.summary()
+    assert "1, and still in the bases: a03" in capsys.readouterr().out
+
+
+def test_moments_are_cleaned_even_if_the_bases_cannot_be(tmp_path: Path) -> None:
+    collection, out = make_collection(tmp_path / "adapters", 8, SUMS), tmp_path / "out"
+    go(collection, out)
+    shutil.rmtree(collection[6])  # of one that stays; a03 itself can be read, and is taken away
+    done = remove(out, ["a03"], Means(), refit=True)
+    assert (done.in_bases, done.in_moments, done.absent) == (("a03",), {}, ("a06",))
+
+
+def test_a_trace_in_the_moments_is_told_of_every_basis_that_is_fitted_to_them(tmp_path: Path) -> None:
+    collection, out = make_collection(tmp_path / "adapters", 8, SUMS), tmp_path / "out"
+    rest = [p for p in collection if not p.endswith("a03")]
+    go(collection, out)
+    remove(out, ["a03"], Means())
+    go(rest, out, num_components=4)  # another k from the same moments
+    assert SHAREModel.from_pretrained(out).config.ours["removed"] == ["a03"]
+    remove(out, ["a03"], Means(), refit=True)
+    assert SHAREModel.from_pretrained(out).config.ours["removed"] == []
+    go(rest, tmp_path / "rest", num_components=4)
+    a, b = (SHAREModel.from_pretrained(p).config.ours["groups"] for p in (out, tmp_path / "rest"))
+    assert all(a[g]["explained"] == pytest.approx(b[g]["explained"], abs=1e-6) for g in b)
+
+
+def test_one_that_was_only_projected_leaves_no_trace_in_the_bases(tmp_path: Path, collection: list[str]) -> None:
+    out = tmp_path / "out"
+    go(collection, out)
+    before = tree_digest(out)
+    fresh = make_collection(tmp_path / "more", 1, seed=1)
+    assert add(out, resolve({"new": fresh[0]}), Means()).method == "projection"
+    done = remove(out, ["new"], Means())
+    assert done.in_bases == ()
+    assert tree_digest(out) == before
+    assert add(out, resolve({"new": fresh[0]}), Means()).method == "projection"  # and may come back
+
+
+def test_added_again_after_it_was_taken_out_it_is_there_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    collection, out = make_collection(tmp_path / "adapters", 8, COLUMNS), tmp_path / "out"
+    go(collection, out)
+    remove(out, ["a03"], Means())
+    go_refit(collection, out)
+    assert "taken out before, and added again since their sources are named: a03" in caplog.text
+    share = SHAREModel.from_pretrained(out)
+    assert share.adapter_names[-1] == "a03"
+    assert {f["count"] for m in markers(out).values() for f in (m["A"], m["B"])} == {32}
+    measured(out, collection)
+
+
+def test_without_a_workspace_the_checkpoint_alone_is_changed(tmp_path: Path) -> None:
+    collection, out = make_collection(tmp_path / "adapters", 8, SUMS), tmp_path / "out"
+    go(collection, out)
+    shutil.copytree(out, tmp_path / "copy")
+    done = remove(tmp_path / "copy", ["a03"], Means())
+    assert (done.in_bases, done.in_moments) == (("a03",), None)
+    remove(out, ["a03"], Means())
+    assert tree_digest(tmp_path / "copy") == tree_digest(out)
+
+
+def test_names_that_are_not_there_and_the_last_adapter(tmp_path: Path, collection: list[str]) -> None:
+    out = tmp_path / "out"
+    go(collection, out)
+    before = tree_digest(out)
+    with pytest.raises(UnknownAdapterError, match=r"'a99'.*Near: a0"):
+        remove(out, ["a01", "a99"], Means())
+    with pytest.raises(UsageError, match="no adapter would stay"):
+        remove(out, [f"a{i:02}" for i in range(8)], Means())
+    with pytest.raises(WorkspaceError, match="no workspace"):
+        remove(out, ["a01"], Means(workspace=tmp_path / "nowhere"))
+    assert tree_digest(out) == before
+    remove(out, [f"a{i:02}" for i in range(1, 8)], Means(), refit=True)
+    assert SHAREModel.from_pretrained(out).adapter_names == ["a00"]
+    measured(out, collection[:1])
+
+
+def test_a_module_that_nobody_has_any_more_is_forgotten(tmp_path: Path) -> None:
+    collection = make_collection(tmp_path / "adapters", 4, SUMS)
+    extra = make_collection(tmp_path / "more", 1, {**SUMS, "k": (20, 12)}, seed=1)
+    out = tmp_path / "out"
+    go([*collection, extra[0]], out)
+    (name,) = {n for n in SHAREModel.from_pretrained(out).adapter_names if n.startswith("a00-")} - {
+        SHAREModel.from_pretrained(out).adapter_names[0]
+    }
+    assert "k" in markers(out)
+    remove(out, [name], Means(), refit=True)
+    assert "k" not in markers(out)
+    assert "k:A" not in SHAREModel.from_pretrained(out).components
+
+
+def test_the_command(tmp_path: Path, capsys: Capture) -> None:
+    collection, out = make_collection(tmp_path / "adapters", 8, SUMS), tmp_path / "out"
+    go(collection, out)
+    assert main(["remove", str(out), "a03", "-q"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("took out a03\nthe bases were fitted to a03 too, and still contain their trace")
+    assert "the moments in the workspace still contain a03 (2 modules)" in said
+    assert "--refit" in said
+    assert main(["remove", str(out), "a03", "--refit", "--json", "-q"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "removed": ["a03"], "in_bases": [], "in_moments": {}, "absent": [],
+    }  # fmt: skip
+    for gone in (1, 2):
+        shutil.rmtree(collection[gone])
+    assert main(["remove", str(out), "a01", "--refit", "-q"]) == 1
+    captured = capsys.readouterr()
+    assert "took out a01" in captured.out
+    assert "their trace could not be (found a01). Restore the sources of a02" in captured.err
+    assert main(["info", str(out)]) == 0
+    assert "a01" in capsys.readouterr().out
