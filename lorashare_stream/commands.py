@@ -78,8 +78,8 @@ def compress(args: Args) -> int:
     )
     skipped = outcome.skipped
     if before is not None:
-        same = (ours_of(out) or {}).get("digest") == before.get("digest")
-        log.info("%s %s", shown(out), "is up to date" if same else "has replaced the checkpoint that was there")
+        what = {"current": "is up to date", "projection": "has grown", "recompute": "has replaced what was there"}
+        log.info("%s %s", shown(out), what[outcome.method])
     told = {note for entry in made.entries for note in entry.layout.notes}
     for note in notes_text(Workspace(workspace).journal().receipts, told):
         log.info("%s", note)

@@ -123,6 +123,12 @@ class BudgetError(StreamError, ValueError):
     """The plan does not fit the memory or the disk that it may use."""
 
 
+class DiskError(BudgetError):
+    """A disk without room for what a run will write."""
+
+    exit_code = 75  # when there is room, a rerun helps
+
+
 class WorkspaceError(StreamError):
     """A workspace that is locked, damaged, or belongs to other numbers."""
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from .adapterfiles import open_tensors, tensor_records
 from .checkpoint import Staging
-from .errors import AdapterError, BudgetError, WorkspaceError, refusal
+from .errors import AdapterError, DiskError, WorkspaceError, refusal
 from .files import free_bytes, read_sealed, tree_bytes
 from .journal import Receipt, Removal
 from .keys import SIDES, group_id
@@ -43,7 +43,7 @@ def check_disk(plan: Plan, workspace: Path, out: Path, *, adds: bool = False) ->
         adds: whether adapters may be added to the checkpoint that is there, which takes less.
 
     Raises:
-        BudgetError: with what is free and what is needed.
+        DiskError: with what is free and what is needed.
     """
     needs = [(workspace, plan.sizes["moments"] + plan.sizes["basis"])]
     needs += [] if adds else [(staging_folder(out), plan.sizes["checkpoint"])]
@@ -54,7 +54,7 @@ def check_disk(plan: Plan, workspace: Path, out: Path, *, adds: bool = False) ->
         needed[disk] = needed.get(disk, 0) + max(0, size - tree_bytes(folder))
     for disk, size in needed.items():
         if size > free[disk]:
-            raise BudgetError(
+            raise DiskError(
                 "not enough disk for the workspace and the checkpoint",
                 found=f"{bytes_shown(free[disk])} free",
                 expected=f"about {bytes_shown(size)} more",

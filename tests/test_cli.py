@@ -334,6 +334,28 @@ def test_faults_of_the_machine_are_one_sentence(
     assert call(*command) == 0
 
 
+@pytest.mark.parametrize("limit", ["NOFILE", "FSIZE"])
+def test_limits_of_the_process_are_one_sentence_and_nothing_is_lost(
+    tmp_path: Path, collection: list[str], limit: str
+) -> None:
+    command = [sys.executable, "-m", "lorashare_stream", "compress", *collection, "-q", "--device", "cpu", "-k", "4"]
+    code = f"""
+import resource, sys
+from lorashare_stream import commands, cli
+resource.setrlimit(resource.RLIMIT_{limit}, ({9 if limit == "NOFILE" else 6000},) * 2)
+sys.exit(cli.main({[*command[3:], "-o", str(tmp_path / "out")]!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == (1 if limit == "NOFILE" else 75), done.stderr
+    (line,) = done.stderr.splitlines()
+    assert ("Too many open files" if limit == "NOFILE" else "File too large") in line
+    assert "kept" in line
+    assert (tmp_path / "out.workspace" / "journal.jsonl").exists()
+    for out in ("out", "whole"):
+        subprocess.run([*command, "-o", tmp_path / out], check=True, capture_output=True)
+    assert tree_digest(tmp_path / "out") == tree_digest(tmp_path / "whole")
+
+
 class Child:
     """The real command in a process of its own."""
 
