@@ -43,13 +43,13 @@ def add(checkpoint: Path, sources: Sequence[Source], means: Means, *, refit: boo
         CollectionError: if bases must be fitted anew, and cannot: it says what the bases that are there keep.
     """
     out, config = opened(checkpoint)
-    settings, root = means.settings(config), means.root_of(out)
+    settings, root = means.settings(config), means.root_of(out, config)
     if root is None:
         if refit:
             raise WorkspaceError("no workspace to fit bases anew from", remedy="Compress the sources again.")
         return _add_by_projection(out, config, sources, settings, means)
     held = recalled(root)
-    fresh = _fresh(sources, {s.id: str(s.name) for s in held})
+    fresh = _fresh(sources, [(s.id, s.name) for s in held])
     names = [str(s.name) for s in held]
     plan = plan_for([*held, *fresh], settings, root, recalled=names)
     return means.compress(plan, out, root, refit=refit and bool(fresh))
@@ -76,16 +76,17 @@ def add_one(checkpoint: Path, adapter: str | Mapping[str, str], means: Means, *,
     return {"method": outcome.method, "adapter_name": added[0]} | (kept if outcome.kept else {})
 
 
-def _fresh(sources: Sequence[Source], held: Mapping[str, str]) -> list[Source]:
-    """The sources that are not there yet; one under another name is another adapter."""
-    return [s for s in sources if s.id not in held or s.name not in (None, held[s.id])]
+def _fresh(sources: Sequence[Source], held: Sequence[tuple[str, str | None]]) -> list[Source]:
+    """The sources that are not there yet, by id; one under another name is another adapter."""
+    ids = {source_id for source_id, _ in held}
+    return [s for s in sources if s.id not in ids or (s.name is not None and (s.id, s.name) not in held)]
 
 
 def _add_by_projection(
     out: Path, config: SHAREConfig, sources: Sequence[Source], settings: Settings, means: Means
 ) -> Outcome:
     there = [receipt_in(meta) for meta in metas_of(out, config.adapter_names)]
-    fresh = _fresh(sources, {r.source_id: r.name for r in there})
+    fresh = _fresh(sources, [(r.source_id, r.name) for r in there])
     if not fresh:
         return Outcome([], "current")
     plan = make_plan(catalog(fresh, settings, receipts=there), settings, grows=True)

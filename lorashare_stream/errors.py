@@ -78,6 +78,10 @@ class MissingFileError(AdapterError, FileNotFoundError):
     """A file that an adapter must have is not there (also a FileNotFoundError, as in lorashare)."""
 
 
+class GoneError(MissingFileError):
+    """The source of an adapter in a workspace is gone, and its values are needed again."""
+
+
 class CollectionError(StreamError, ValueError):
     """Several problems at once: everything that could be found before heavy work, named together."""
 

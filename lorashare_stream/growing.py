@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,13 @@ from .tasks import Job
 log = logging.getLogger(__name__)
 
 
-def growable(job: Job, out: Path, own: Sequence[str]) -> SHAREConfig | None:
+def growable(job: Job, out: Path, own: Collection[str]) -> SHAREConfig | None:
     """The configuration of the checkpoint at `out`, if it is this workspace's, and only lacks adapters of the job.
 
     Args:
         job: of the run.
         out: the checkpoint's folder.
-        own: digests of the bases that the workspace published there.
+        own: digests of the bases that the workspace has published.
     """
     ours = ours_of(out) or {}
     if ours.get("choice") != job.choice or ours.get("basis_digest") not in own:

@@ -41,14 +41,24 @@ class Means:
     take_lock: bool = False
     progress: Progress = silent
 
-    def root_of(self, out: Path) -> Path | None:
-        """The workspace of a checkpoint, if there is one."""
+    def root_of(self, out: Path, config: SHAREConfig) -> Path | None:
+        """The workspace of a checkpoint, if there is one.
+
+        Raises:
+            WorkspaceError: if the one that is named, or lies beside it, is not that of the checkpoint.
+        """
         root = self.workspace or default_workspace(out)
-        if Workspace(root).exists():
-            return root
-        if self.workspace is not None:
-            raise WorkspaceError("no workspace", found=root, remedy="Name the one that the checkpoint was made with.")
-        return None
+        if not Workspace(root).exists():
+            if self.workspace is not None:
+                raise WorkspaceError("no workspace", found=root, remedy="Name the one of the checkpoint.")
+            return None
+        if head_of(config).basis_digest not in Workspace(root).published():
+            raise WorkspaceError(
+                "the workspace is not the one that the checkpoint was made with",
+                found=root,
+                remedy="Name the right one by --workspace; without any, move this one away.",
+            )
+        return root
 
     def run(self, plan: Plan) -> Run:
         """How the tasks of a plan are mapped."""

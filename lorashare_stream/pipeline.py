@@ -114,11 +114,11 @@ def compress(
     device = resolve_device(plan.settings.device)
     root = workspace or own_path(default_workspace(out))
     check_disk(plan, root, out, adds=out.exists())
-    check_output(out, own=Workspace(root).published(out), overwrite=overwrite)  # before a workspace is made for it
+    check_output(out, own=Workspace(root).published(), overwrite=overwrite)  # before a workspace is made for it
     with threadpool_limits(1, user_api="blas"), Workspace.open(root, plan.binding, take_lock=take_lock) as work:
         run = replace(run, check=work.check_held)
         mend(out)
-        check_output(out, own=work.published(out), overwrite=overwrite)
+        check_output(out, own=work.published(), overwrite=overwrite)
         write_json(work.root / "plan.json", plan_as_json(plan))
 
         skipped = [*plan.refused, *ingest(run, work)]
@@ -131,7 +131,7 @@ def compress(
             return Outcome(skipped, "current")
 
         kept: dict[str, float] = {}
-        there = None if refit else growable(job, out, work.published(out))
+        there = None if refit else growable(job, out, work.published())
         if there is not None:
             catch_up(run, job)
             published, kept = grow(run, job, out, there, left_out)
@@ -166,7 +166,7 @@ def recompute(
             sizes=sizes_of(staging.root, names),
             skipped=len(left_out),
         )
-        work.publishing(out, job.basis_digest)
+        work.publishing(out, job.basis_digest, ours.get("basis_digest"))
         staging.commit(out, config, left_out)
     return "recompute"
 

@@ -88,7 +88,7 @@ def check_output(out: Path, *, own: Collection[str], overwrite: bool) -> None:
 
     Args:
         out: the output folder.
-        own: digests of the bases that this workspace published there.
+        own: digests of the bases that this workspace has published.
         overwrite: whether another checkpoint may be replaced.
 
     Raises:

@@ -49,7 +49,7 @@ def refit(
             return _slice(place, config, num_components, out, means, overwrite)
         if place == output_folder(out) and _is_so(config, num_components):
             return "current"
-        found = means.root_of(place)
+        found = means.root_of(place, config)
         if found is None:
             raise WorkspaceError(
                 "only a smaller k can be cut from a checkpoint without its workspace",
@@ -85,9 +85,9 @@ def _slice(place: Path, config: SHAREConfig, k: int, out: Path, means: Means, ov
     if (ours_of(out) or {}).get("digest") == cut.digest:
         return "current"
     check_output(out, own=[cut.source_digest] if out == place else [], overwrite=overwrite)
-    workers, root = means.settings(config).workers or os.cpu_count() or 1, means.root_of(place)
+    workers, root = means.settings(config).workers or os.cpu_count() or 1, means.root_of(place, config)
     with nullcontext() if root is None else Workspace.open(root, None, take_lock=means.take_lock) as work:
         if work is not None:
-            work.publishing(out, cut.head.basis_digest)
+            work.publishing(out, cut.head.basis_digest, (ours_of(out) or {}).get("basis_digest"))
         slice_checkpoint(cut, means.executor or Threads(), workers, means.progress)
     return "sliced"

@@ -65,7 +65,7 @@ def remove(checkpoint: Path, names: Sequence[str], means: Means, *, refit: bool 
         UsageError: if no adapter would stay.
     """
     out, config = opened(checkpoint)
-    root = means.root_of(out)
+    root = means.root_of(out, config)
     journal = Journal() if root is None else Workspace(root).journal()
     _check_names(out, config, journal, names)
     if root is None:

@@ -10,11 +10,11 @@ from typing import Any
 
 from .adapterfiles import open_tensors, tensor_records
 from .checkpoint import Staging
-from .errors import AdapterError, DiskError, WorkspaceError, refusal
+from .errors import AdapterError, DiskError, GoneError, WorkspaceError, refusal
 from .files import free_bytes, read_sealed, tree_bytes
 from .journal import Receipt, Removal
 from .keys import SIDES, group_id
-from .names import bytes_shown, digest_of, listed
+from .names import bytes_shown, digest_of, listed, shown
 from .planning import Plan, check_enough
 from .publishing import staging_folder
 from .running import Run
@@ -162,12 +162,23 @@ def forget_unused(job: Job) -> None:
 
 
 def catch_up(run: Run, job: Job) -> None:
-    """Bring the moments that are there up to the journal; those that were discarded stay so."""
+    """Bring the moments that are there up to the journal; those that were discarded stay so.
+
+    Those that are found to be damaged, and cannot be summed again since sources are gone, are discarded.
+    """
     work = Workspace(job.workspace)
     markers = {m: work.marker(m) for m in job.modules}
     stale = [m for m, marker in markers.items() if marker is not None and not job.holds_all(marker)]
     if stale:
-        run.all("accumulate", partial(accumulate_module, job), stale)
+        run.all("accumulate", partial(_accumulate_or_forget, job), stale)
+
+
+def _accumulate_or_forget(job: Job, module: str) -> None:
+    try:
+        accumulate_module(job, module)
+    except GoneError as e:
+        Workspace(job.workspace).forget(module)
+        log.warning("the moments of %s are damaged, and are dropped: %s", shown(module), e)
 
 
 def write_bases(staging: Staging, job: Job, bases: Mapping[str, Mapping[str, Any]]) -> None:

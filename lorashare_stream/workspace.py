@@ -259,17 +259,17 @@ class Workspace:
                 remove_tree(path)
         return own_folder(self.bases / digest)
 
-    def published(self, out: Path) -> list[str]:
-        """Digests of the bases that this workspace has published at `out`."""
-        digests = read_sealed(self.root / "published.json").get(str(out.absolute()), [])
-        return digests if isinstance(digests, list) else []
+    def published(self) -> set[str]:
+        """Digests of the bases that this workspace has published; checkpoints may have been moved since."""
+        outputs = read_sealed(self.root / "published.json")
+        return {digest for digests in outputs.values() for digest in digests}
 
-    def publishing(self, out: Path, basis_digest: str) -> None:
-        """Note, before it happens, that a checkpoint is published; what was there before stays ours as well."""
+    def publishing(self, out: Path, basis_digest: str, there: object = None) -> None:
+        """Note, before it happens, that a checkpoint is published; one of ours that is `there` stays ours till then."""
         self.check_held()
         path = self.root / "published.json"
         outputs = read_sealed(path)
-        outputs[str(out.absolute())] = [*self.published(out)[-1:], basis_digest]
+        outputs[str(out.absolute())] = [*({there} & self.published()), basis_digest]
         write_sealed(path, outputs)
 
     def bytes(self) -> int:

@@ -218,6 +218,23 @@ def test_a_reader_of_a_replaced_checkpoint_gets_an_error_not_a_wrong_adapter(
         SHAREModel.from_pretrained(out)
 
 
+def test_runs_that_never_came_to_publish_do_not_make_the_output_a_strangers(
+    tmp_path: Path, collection: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    go(collection, out)
+
+    def killed(*arguments: Any) -> None:
+        raise Kill
+
+    for k in (2, 3, 4):
+        with monkeypatch.context() as patch, pytest.raises(Kill):
+            patch.setattr("lorashare_stream.checkpoint.publish", killed)
+            go(collection, out, num_components=k)
+    go(collection, out, num_components=6)
+    assert SHAREModel.from_pretrained(out).config.num_components == 6
+
+
 def test_a_crash_between_the_two_renames_is_mended(tmp_path: Path, collection: list[str]) -> None:
     out = tmp_path / "out"
     go(collection, out)

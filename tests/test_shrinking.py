@@ -238,6 +238,34 @@ def test_names_that_are_not_there_and_the_last_adapter(tmp_path: Path, collectio
     measured(out, collection[:1])
 
 
+def test_damaged_sums_without_sources_do_not_stop_a_removal(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    collection, out = make_collection(tmp_path / "adapters", 8, COLUMNS), tmp_path / "out"
+    go(collection, out)
+    (chunk,) = default_workspace(out).glob("moments/q-*/*/A/columns/c/0/0")
+    chunk.write_bytes(b"torn")
+    for folder in collection:
+        shutil.rmtree(folder)
+    done = remove(out, ["a03"], Means())
+    assert (done.in_bases, done.in_moments) == (("a03",), {})
+    assert "the moments of q are damaged, and are dropped" in caplog.text
+    assert list(markers(out)) == ["v"]
+
+
+def test_a_checkpoint_that_was_moved_with_its_workspace_is_changed_as_before(tmp_path: Path) -> None:
+    collection, out = make_collection(tmp_path / "adapters", 8, SUMS), tmp_path / "out"
+    go(collection, out)
+    (tmp_path / "to").mkdir()
+    moved = Path(shutil.move(out, tmp_path / "to"))
+    shutil.move(default_workspace(out), tmp_path / "to")
+    fresh = make_collection(tmp_path / "more", 1, SUMS, seed=1)
+    assert add(moved, resolve({"new": fresh[0]}), Means()).method == "projection"
+    assert add(moved, resolve({"again": fresh[0]}), Means(changes={"variance_threshold": 1.0})).method == "recompute"
+    assert remove(moved, ["a03"], Means(), refit=True).in_bases == ()
+    go(collection, tmp_path / "other")
+    with pytest.raises(WorkspaceError, match="not the one that the checkpoint was made with"):
+        add(moved, resolve({"x": fresh[0]}), Means(workspace=default_workspace(tmp_path / "other")))
+
+
 def test_a_module_that_nobody_has_any_more_is_forgotten(tmp_path: Path) -> None:
     collection = make_collection(tmp_path / "adapters", 4, SUMS)
     extra = make_collection(tmp_path / "more", 1, {**SUMS, "k": (20, 12)}, seed=1)

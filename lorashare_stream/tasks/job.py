@@ -11,7 +11,7 @@ from typing import Any
 
 from ..adapterfiles import digest_files
 from ..entry import Entry
-from ..errors import MissingFileError
+from ..errors import GoneError
 from ..files import read_sealed
 from ..journal import Journal, Receipt, Shapes
 from ..keys import SIDES, group_id
@@ -62,10 +62,10 @@ class Job:
         """An adapter whose values are needed.
 
         Raises:
-            MissingFileError: if its source is gone.
+            GoneError: if its source is gone.
         """
         if name not in self.entries:
-            raise MissingFileError(
+            raise GoneError(
                 "its source is gone, and its values are needed again",
                 adapter=name,
                 found=self.receipt_of[name].source_id,
