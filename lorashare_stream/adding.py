@@ -10,9 +10,9 @@ from typing import Any
 from threadpoolctl import threadpool_limits
 
 from .catalog import catalog
-from .checkpoint import metas_of, receipt_in
+from .checkpoint import metas_of, receipt_in, sweep
 from .errors import AdapterError, UsageError, WorkspaceError, refusal
-from .growing import grow, offer
+from .growing import grow, offer, staged_digest
 from .journal import Journal, Receipt
 from .means import Means, opened, recalled
 from .names import listed
@@ -88,6 +88,7 @@ def _add_by_projection(
     there = [receipt_in(meta) for meta in metas_of(out, config.adapter_names)]
     fresh = _fresh(sources, [(r.source_id, r.name) for r in there])
     if not fresh:
+        sweep(out, staged_digest(config.ours["digest"], config.ours["basis_digest"]))
         return Outcome([], "current")
     plan = make_plan(catalog(fresh, settings, receipts=there), settings, grows=True)
     plan.validate()

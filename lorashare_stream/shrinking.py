@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from .files import write_json
 from .growing import changed
 from .journal import Journal, Receipt, Removal
 from .means import Means, opened, recalled
-from .names import digest_of
+from .names import digest_of, is_component
 from .pipeline import plan_for, recompute
 from .planning import Plan, plan_as_json
 from .running import Run
@@ -98,7 +99,7 @@ def _check_names(out: Path, config: SHAREConfig, journal: Journal, names: Sequen
     active = {*config.adapter_names, *(r.name for r in journal.receipts)}
     before = {e.name for e in journal.entries if isinstance(e, Removal)}
     for name in names:
-        if name not in active | before and not (out / ADAPTERS / name).is_dir():
+        if name not in active | before and not (is_component(name) and (out / ADAPTERS / name).is_dir()):
             raise unknown_adapter(name, sorted(active))
     if not set(config.adapter_names) - set(names):
         raise UsageError("no adapter would stay", remedy="To remove the whole checkpoint, delete its folder.")
@@ -130,10 +131,8 @@ def shrink(out: Path, config: SHAREConfig, names: Sequence[str]) -> None:
         out, config: the checkpoint.
         names: of adapters that it names, or did before this was interrupted.
     """
-    head, gone, counts = head_of(config), set(names), counts_of(config)
-    for loadings in (out / ADAPTERS / name / LOADINGS for name in config.adapter_names if name in gone):
-        for record in read_header(loadings):
-            counts[record.name] -= record.shape[1]  # of (k, r)
+    head, gone = head_of(config), set(names)
+    counts = _counts_without(out, config, gone)
     outside = {*config.ours["verbatim_adapters"], *head.projected}
     head = replace(
         head,
@@ -147,6 +146,22 @@ def shrink(out: Path, config: SHAREConfig, names: Sequence[str]) -> None:
         staging.replace(out, changed(out, head, stay, counts, digest, len(left_out)), left_out)
         staging.take_out(out, names)
         staging.clear()
+
+
+def _counts_without(out: Path, config: SHAREConfig, gone: Collection[str]) -> dict[str, int]:
+    """Group -> n of the adapters that stay: less those that go, or, if one of these is damaged, counted anew."""
+
+    def vectors(names: Iterable[str]) -> Counter[str]:
+        found: Counter[str] = Counter()
+        for name in names:
+            found.update({r.name: r.shape[1] for r in read_header(out / ADAPTERS / name / LOADINGS)})  # of (k, r)
+        return found
+
+    try:
+        less = vectors(name for name in config.adapter_names if name in gone)
+    except (AdapterError, OSError):
+        return dict(vectors(name for name in config.adapter_names if name not in gone))
+    return {group: n - less[group] for group, n in counts_of(config).items()}
 
 
 def take_out(work: Workspace, names: Sequence[str]) -> None:

@@ -228,6 +228,9 @@ def test_names_that_are_not_there_and_the_last_adapter(tmp_path: Path, collectio
     before = tree_digest(out)
     with pytest.raises(UnknownAdapterError, match=r"'a99'.*Near: a0"):
         remove(out, ["a01", "a99"], Means())
+    for name in ("../adapters", "..", "", "a01/../a02"):
+        with pytest.raises(UnknownAdapterError):
+            remove(out, [name], Means())
     with pytest.raises(UsageError, match="no adapter would stay"):
         remove(out, [f"a{i:02}" for i in range(8)], Means())
     with pytest.raises(WorkspaceError, match="no workspace"):
@@ -264,6 +267,15 @@ def test_a_checkpoint_that_was_moved_with_its_workspace_is_changed_as_before(tmp
     go(collection, tmp_path / "other")
     with pytest.raises(WorkspaceError, match="not the one that the checkpoint was made with"):
         add(moved, resolve({"x": fresh[0]}), Means(workspace=default_workspace(tmp_path / "other")))
+
+
+def test_an_adapter_whose_files_are_damaged_can_be_taken_out(tmp_path: Path) -> None:
+    collection, out = make_collection(tmp_path / "adapters", 8, SUMS), tmp_path / "out"
+    go(collection, out)
+    (out / "adapters" / "a03" / "loadings.safetensors").write_bytes(b"torn")
+    remove(out, ["a03"], Means())
+    assert SHAREModel.from_pretrained(out).config.ours["groups"]["q:A"]["n"] == 28
+    measured(out, [p for p in collection if not p.endswith("a03")])
 
 
 def test_a_module_that_nobody_has_any_more_is_forgotten(tmp_path: Path) -> None:
