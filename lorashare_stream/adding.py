@@ -9,18 +9,19 @@ from typing import Any
 
 from threadpoolctl import threadpool_limits
 
-from .catalog import catalog
+from .adapterfiles import digest_files
+from .catalog import catalog, read_entries
 from .checkpoint import metas_of, receipt_in, sweep
 from .errors import AdapterError, UsageError, WorkspaceError, refusal
 from .growing import grow, offer, staged_digest
 from .journal import Journal, Receipt
-from .means import Means, opened, recalled
-from .names import listed
+from .means import Means, check_same, opened, recalled
+from .names import folded, listed, shown
 from .pipeline import Outcome, plan_for
 from .planning import make_plan
 from .settings import Settings
 from .shareconfig import SHAREConfig, read_share_config
-from .shareformat import skipped_of
+from .shareformat import OURS, skipped_of
 from .sources import Source, resolve
 from .stages import digest_of_job
 from .summary import counts_of, head_of
@@ -36,7 +37,7 @@ def add(checkpoint: Path, sources: Sequence[Source], means: Means, *, refit: boo
     Args:
         checkpoint: one of ours.
         sources: the adapters; those that it has are passed over.
-        means: with `variance_threshold` among the changes, the share of dW energy that must be kept.
+        means: with what, and what share of dW energy must be kept.
         refit: fit bases anew in any case, for which the workspace is needed.
 
     Raises:
@@ -44,15 +45,18 @@ def add(checkpoint: Path, sources: Sequence[Source], means: Means, *, refit: boo
     """
     out, config = opened(checkpoint)
     settings, root = means.settings(config), means.root_of(out, config)
+    _check_names(config, out, sources)
     if root is None:
         if refit:
             raise WorkspaceError("no workspace to fit bases anew from", remedy="Compress the sources again.")
         return _add_by_projection(out, config, sources, settings, means)
+    check_same(config, root, adding={s.id for s in sources})
     held = recalled(root)
     fresh = _fresh(sources, [(s.id, s.name) for s in held])
     names = [str(s.name) for s in held]
     plan = plan_for([*held, *fresh], settings, root, recalled=names)
-    return means.compress(plan, out, root, refit=refit and bool(fresh))
+    before = [e for e in skipped_of(out) if e.get("adapter") not in {x.name for x in plan.entries}]
+    return means.compress(plan, out, root, refit=refit and bool(fresh), accept=means.accept, also_left_out=before)
 
 
 def add_one(checkpoint: Path, adapter: str | Mapping[str, str], means: Means, *, refit: bool) -> dict[str, Any]:
@@ -67,13 +71,40 @@ def add_one(checkpoint: Path, adapter: str | Mapping[str, str], means: Means, *,
         `method` (`"projection"` or `"recompute"`), `adapter_name`; and `min_explained_variance` and
         `mean_explained_variance`, both the share of its dW energy that the bases that were there keep.
     """
+    sources = resolve(adapter if isinstance(adapter, Mapping) else [adapter])
+    if len(sources) != 1:
+        raise UsageError("one adapter can be added at a time", found=listed(s.wanted_name for s in sources))
     before = set(read_share_config(checkpoint).adapter_names)
-    outcome = add(checkpoint, resolve(adapter if isinstance(adapter, Mapping) else [adapter]), means, refit=refit)
+    outcome = add(checkpoint, sources, means, refit=refit)
     added = [name for name in read_share_config(checkpoint).adapter_names if name not in before]
-    if len(added) != 1:
-        raise UsageError("one adapter was to be added", found=listed(added) or "it is there already")
+    if not added:
+        raise UsageError("the checkpoint has this adapter already", found=sources[0].path)
     kept = dict.fromkeys(("min_explained_variance", "mean_explained_variance"), min(outcome.kept.values(), default=0.0))
     return {"method": outcome.method, "adapter_name": added[0]} | (kept if outcome.kept else {})
+
+
+def _check_names(config: SHAREConfig, out: Path, sources: Sequence[Source]) -> None:
+    """Refuse a name that the user gives, and another adapter has."""
+    taken = {folded(name): name for name in config.adapter_names}
+    for source in sources:
+        name = None if source.name is None else taken.get(folded(source.name))
+        if name is not None and next(metas_of(out, [name]))[OURS]["source_id"] != source.id:
+            raise UsageError(
+                f"there is an adapter named {shown(name)!r} already", found=source.path, remedy="Give another name."
+            )
+
+
+def _check_unchanged(there: Sequence[Receipt], sources: Sequence[Source], settings: Settings) -> None:
+    """Refuse sources that are in the checkpoint, and have changed since."""
+    known = {r.source_id: r for r in there}
+    for source_id, entry in read_entries([s for s in sources if s.id in known], settings).items():
+        receipt = known[source_id]
+        if entry.config_digest != receipt.config_digest or digest_files(entry.paths) != receipt.digest:
+            raise AdapterError(
+                "the adapter has changed since it was compressed",
+                adapter=receipt.name,
+                remedy="Take it out by lorashare-stream remove, then add it again.",
+            )
 
 
 def _fresh(sources: Sequence[Source], held: Sequence[tuple[str, str | None]]) -> list[Source]:
@@ -87,6 +118,8 @@ def _add_by_projection(
 ) -> Outcome:
     there = [receipt_in(meta) for meta in metas_of(out, config.adapter_names)]
     fresh = _fresh(sources, [(r.source_id, r.name) for r in there])
+    _check_unchanged(there, sources, settings)
+    threshold = config.variance_threshold if means.accept is None else means.accept
     if not fresh:
         sweep(out, staged_digest(config.ours["digest"], config.ours["basis_digest"]))
         return Outcome([], "current")
@@ -119,12 +152,11 @@ def _add_by_projection(
     for group, n in replace(job, journal=Journal(admitted)).counts.items():
         counts[group] = counts.get(group, 0) + n
     with threadpool_limits(1, user_api="blas"):
-        published, kept = grow(run, job, out, config, [*skipped_of(out), *skipped_as_json(refused)], counts)
+        published, kept = grow(run, job, out, config, [*skipped_of(out), *skipped_as_json(refused)], threshold, counts)
     if not published:
         raise WorkspaceError(
             "bases must be fitted anew for these adapters, and there is no workspace with the moments",
-            found=listed(name for name, share in kept.items() if share < settings.variance_threshold),
-            remedy="Name it by --workspace, or compress all sources into a new checkpoint."
-            + offer(kept, settings.variance_threshold),
+            found=listed(name for name, share in kept.items() if share < threshold),
+            remedy="Name it by --workspace, or compress all sources into a new checkpoint." + offer(kept, threshold),
         )
     return Outcome(refused, "projection", kept)

@@ -89,7 +89,7 @@ def make_plan(chosen: Args, workspace: Path | None = None) -> Plan:
     """The plan for what was chosen."""
     settings = _settings(chosen)
     if "variance_threshold" in chosen and settings.num_components != "auto":
-        log.warning("variance has no effect without -k auto")
+        log.info("without -k auto, variance only decides whether adapters that are added need new bases")
     return plan_for(named_sources(chosen, settings.on_error == "skip"), settings, workspace)
 
 

@@ -80,7 +80,7 @@ def _add_edits(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
     p.add_argument("sources", nargs="+", metavar="SOURCE", help="as for compress")
     p.add_argument("--names", nargs="+", metavar="NAME", help="names of the sources, which are then adapter folders")
     p.add_argument(
-        "--variance", type=float, metavar="T", dest="variance_threshold",
+        "--variance", type=float, metavar="T", dest="accept",
         help="share of an adapter's dW energy that the bases must keep, else all are fitted again (0.95)",
     )  # fmt: skip
     _add_on_error(p)
@@ -88,7 +88,7 @@ def _add_edits(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
     _add_means(p)
     p = command("remove", "Take adapters out of a checkpoint, and say where their trace is left.")
     p.add_argument("checkpoint")
-    p.add_argument("adapters", nargs="+", metavar="NAME")
+    p.add_argument("adapters", nargs="*", metavar="NAME", help="none is for --refit of what was taken out before")
     p.add_argument("--refit", action="store_true", help="compute moments and bases anew without them")
     _add_means(p)
     p = command("refit", "Another k from the same moments; or bases for all that was added and taken out since.")

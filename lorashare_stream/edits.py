@@ -29,6 +29,7 @@ def _means(args: Args) -> Means:
     return Means(
         workspace=Path(args["workspace"]) if "workspace" in args else None,
         changes={k: v for k, v in args.items() if k in own},
+        accept=args.get("accept"),
         take_lock="take_lock" in args,
         progress=progress_of(args),
     )
@@ -45,7 +46,7 @@ def add(args: Args) -> int:
     added = [name for name in config.adapter_names if name not in before]
     text = {
         "current": "nothing to add: the checkpoint has these adapters",
-        "projection": f"added {listed(added)} on the bases that were there",
+        "projection": f"added {listed(added)} on the bases that were there" if added else "nothing to add",
         "recompute": f"added {listed(added)}; bases were fitted again, and all adapters projected on them",
     }[outcome.method]
     kept = [(name, f"keeps {share:.4f} of its dW energy on the bases that were there") for name, share in tried]
@@ -59,15 +60,18 @@ def add(args: Args) -> int:
 def remove(args: Args) -> int:
     """`remove`: adapters out of a checkpoint; fails if their trace was to go, and could not."""
     out = Path(args["checkpoint"])
-    done = shrinking.remove(out, args["adapters"], _means(args), refit="refit" in args)
-    left = [name for name in done.names if name in done.in_bases or name in (done.in_moments or {})]
+    names = list(dict.fromkeys(args["adapters"]))
+    done = shrinking.remove(out, names, _means(args), refit="refit" in args)
+    left = sorted({*done.in_bases, *(done.in_moments or {})})
     result = {
         "removed": list(done.names),
         "in_bases": list(done.in_bases),
         "in_moments": done.in_moments,
         "absent": list(done.absent),
     }
-    print_result(args, result, "\n".join([f"took out {listed(done.names)}", *_traces(done, "refit" in args)]))
+    print_result(
+        args, result, "\n".join([f"took out {listed(done.names) or 'nothing more'}", *_traces(done, "refit" in args)])
+    )
     if "refit" in args and left:
         raise StreamError(
             "adapters were taken out, but their trace could not be",
@@ -90,7 +94,7 @@ def _traces(done: Removed, refit: bool) -> list[str]:
         lines.append("there is no workspace: moments kept elsewhere still contain them")
     if not done.in_bases and not done.in_moments:
         lines.append("neither the bases nor the moments that are here contain them")
-    elif not refit:
+    elif not refit and done.in_moments is not None:
         lines.append("remove --refit computes moments and bases anew from the sources of the others")
     return lines
 

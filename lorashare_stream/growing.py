@@ -46,6 +46,7 @@ def grow(
     out: Path,
     config: SHAREConfig,
     left_out: list[dict[str, Any]],
+    threshold: float,
     counts: Mapping[str, int] | None = None,
 ) -> tuple[bool, dict[str, float]]:
     """Project the adapters that a checkpoint lacks on its bases, and publish them if all are held well enough.
@@ -56,6 +57,7 @@ def grow(
         run, job: of the adapters that there will be.
         out, config: the checkpoint.
         left_out: adapters that were left out.
+        threshold: share of its dW energy that the bases must keep of each.
         counts: group -> n of the adapters that there will be, if the job does not know them all.
 
     Returns:
@@ -76,7 +78,7 @@ def grow(
         metas = {m["adapter_name"]: m for m in metas_of(staging.root, [r.name for r in waiting])}
         metas |= {m["adapter_name"]: m for m in metas_of(out, there)}
         kept = {name: 1 - meta[OURS]["relative_error"] ** 2 for name, meta in metas.items()}
-        if not _enough(kept, job.settings.variance_threshold):
+        if not _enough(kept, threshold):
             return False, kept
         staging.join(out, [r.name for r in waiting])
         shared = [r.name for r in fresh if metas[r.name][OURS]["worst_module"] is not None]
@@ -157,7 +159,9 @@ def check_sources(job: Job, absent: Sequence[AdapterError], kept: Mapping[str, f
         "bases must be fitted again, and every adapter projected anew, but sources are gone; what is lossy already "
         "is not compressed a second time",
         problems=gone,
-        remedy="Restore them, or take them out by lorashare-stream remove." + offer(kept, threshold),
+        remedy="Restore them, or take them out by lorashare-stream remove."
+        + offer(kept, threshold)
+        + (f" To give up, take out {listed(kept)}, which the workspace has by now." if kept else ""),
     )
 
 

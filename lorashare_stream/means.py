@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from .checkpoint import mend
 from .errors import WorkspaceError
 from .executors import Executor, Threads
+from .names import listed
 from .pipeline import Outcome, compress, default_workspace
 from .planning import Plan
 from .publishing import output_folder
@@ -30,6 +32,8 @@ class Means:
     Attributes:
         workspace: of the checkpoint; the one beside it, if there is one, if None.
         changes: settings that are not those that the checkpoint records: memory, workers, device, ...
+        accept: share of its dW energy that the bases that are there must keep of an adapter that is added; the
+            checkpoint's `variance_threshold` if None.
         executor: maps the tasks; threads if None.
         take_lock: take over the lock of another host that still seems to be alive.
         progress: passes the results of every step on as they come.
@@ -37,6 +41,7 @@ class Means:
 
     workspace: Path | None = None
     changes: Mapping[str, Any] = field(default_factory=dict)
+    accept: float | None = None
     executor: Executor | None = None
     take_lock: bool = False
     progress: Progress = silent
@@ -83,6 +88,39 @@ class Means:
         )
 
 
+def check_same(
+    config: SHAREConfig, workspace: Path, *, adding: Collection[str] = (), removing: Collection[str] = ()
+) -> None:
+    """Demand that a checkpoint and its workspace have the same adapters, since bases are fitted to the workspace's.
+
+    Args:
+        config: of the checkpoint.
+        workspace: its folder.
+        adding: source ids of adapters that are being added, and may have come into one of the two.
+        removing: names of adapters that are being taken out.
+
+    Raises:
+        WorkspaceError: naming those that one has and the other has not.
+    """
+    receipts = Workspace(workspace).journal().receipts
+    there, active = set(config.adapter_names) - set(removing), {r.name for r in receipts} - set(removing)
+    waiting = [r.name for r in receipts if r.name in active - there and r.source_id not in adding]
+    if waiting:
+        raise WorkspaceError(
+            "the workspace has adapters that the checkpoint has not",
+            found=listed(waiting),
+            remedy="They were added by a run that did not come to its end, or taken out of the checkpoint without its "
+            "workspace: add them again by their sources, or take them out by lorashare-stream remove.",
+        )
+    if there - active:
+        raise WorkspaceError(
+            "the checkpoint has adapters that the workspace has not",
+            found=listed(sorted(there - active)),
+            remedy="They were added without it, or taken out of another checkpoint of it: take them out by "
+            "lorashare-stream remove, or compress all sources again.",
+        )
+
+
 def recalled(workspace: Path) -> list[Source]:
     """The adapters of a workspace, from where they came from."""
     return [Source(r.source_id, Path(r.source_id), r.name) for r in Workspace(workspace).journal().receipts]
@@ -90,6 +128,6 @@ def recalled(workspace: Path) -> list[Source]:
 
 def opened(folder: Path) -> tuple[Path, SHAREConfig]:
     """A checkpoint that is to be changed, mended if a run was killed while it was replaced."""
-    out = output_folder(folder)
+    out = output_folder(Path(os.path.realpath(folder)))  # the workspace lies beside what a link leads to
     mend(out)
     return out, read_share_config(out)

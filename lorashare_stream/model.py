@@ -200,8 +200,7 @@ class SHAREModel:
         """
         if name is not None and name in self.all_loadings:
             raise UsageError(f"there is an adapter named {shown(name)!r} already", remedy="Give it another name.")
-        changes = {"device": str(device or "auto"), "variance_threshold": variance_threshold}
-        means = Means(changes={k: v for k, v in changes.items() if v is not None})
+        means = Means(changes={"device": str(device or "auto")}, accept=variance_threshold)
         root = self._folder()
         result = add_one(root, adapter if name is None else {name: adapter}, means, refit=force_recompute)
         self._read_by(CheckpointReader(root))

@@ -87,6 +87,8 @@ def compress(
     executor: Executor | None = None,
     overwrite: bool = False,
     refit: bool = False,
+    accept: float | None = None,
+    also_left_out: Sequence[dict[str, Any]] = (),
     take_lock: bool = False,
     progress: Progress = silent,
 ) -> Outcome:
@@ -99,6 +101,9 @@ def compress(
         executor: maps the tasks; threads if None.
         overwrite: replace a checkpoint of another run at `out`.
         refit: fit the bases to all adapters, even if those that are there hold new ones well enough.
+        accept: share of its dW energy that the bases that are there must keep of each new adapter, else all bases are
+            fitted again; the settings' `variance_threshold` if None.
+        also_left_out: adapters that were left out of the checkpoint before, and are not in the plan.
         take_lock: take over the lock of another host that still seems to be alive.
         progress: passes the results of every step on as they come.
 
@@ -122,7 +127,7 @@ def compress(
         write_json(work.root / "plan.json", plan_as_json(plan))
 
         skipped = [*plan.refused, *ingest(run, work)]
-        left_out = skipped_as_json(skipped)
+        left_out = [*also_left_out, *skipped_as_json(skipped)]
         work.skip(left_out)
         job = make_job(plan, work, out, device)
         if not refit and is_current(job, out, left_out):
@@ -131,13 +136,14 @@ def compress(
             return Outcome(skipped, "current")
 
         kept: dict[str, float] = {}
+        enough = plan.settings.variance_threshold if accept is None else accept
         there = None if refit else growable(job, out, work.published())
         if there is not None:
             catch_up(run, job)
-            published, kept = grow(run, job, out, there, left_out)
+            published, kept = grow(run, job, out, there, left_out, enough)
             if published:
                 return Outcome(skipped, "projection", kept)
-        check_sources(job, plan.absent, kept, plan.settings.variance_threshold)
+        check_sources(job, plan.absent, kept, enough)
         method = recompute(run, job, work, out, left_out)
     return Outcome(skipped, method, kept)
 

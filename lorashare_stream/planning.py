@@ -57,9 +57,8 @@ class Plan:
     @cached_property
     def choice(self) -> str:
         """Digest of all but the adapters that decides the checkpoint."""
-        k = self.settings.num_components
-        threshold = self.settings.variance_threshold if k == "auto" else None
-        return digest_of([self.binding, self.base_model, k, threshold, self.storage])
+        s = self.settings
+        return choice_of(self.binding, self.base_model, s.num_components, s.variance_threshold, self.storage)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -127,6 +126,11 @@ class Plan:
                 expected=f"at least {bytes_shown(least)} ({least} bytes)",
                 remedy=f"Use --memory {-(-least >> 20) + 1}MiB or more.",
             )
+
+
+def choice_of(binding: Mapping[str, Any], base_model: str, k: int | str, threshold: float, storage: str) -> str:
+    """Digest of all but the adapters that decides a checkpoint."""
+    return digest_of([binding, base_model, k, threshold if k == "auto" else None, storage])
 
 
 def check_enough(count: int, refused: Iterable[AdapterError], fewest: int) -> None:

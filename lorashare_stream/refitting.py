@@ -11,7 +11,7 @@ from .checkpoint import mend
 from .errors import WorkspaceError
 from .executors import Threads
 from .files import read_json
-from .means import Means, opened, recalled
+from .means import Means, check_same, opened, recalled
 from .pipeline import plan_for
 from .publishing import check_output, output_folder
 from .settings import Settings
@@ -45,10 +45,13 @@ def refit(
         root, settings = place, Settings.from_mapping({**_last_settings(place), **means.changes, **changes})
     else:
         place, config = opened(place)
-        if isinstance(num_components, int) and num_components < config.num_components:
-            return _slice(place, config, num_components, out, means, overwrite)
-        if place == output_folder(out) and _is_so(config, num_components):
+        settings = Settings.from_mapping({**means.settings(config).as_dict(), **changes})
+        in_place, same = place == output_folder(out), _is_so(config, settings)
+        if in_place and same:
             return "current"
+        k = settings.num_components
+        if isinstance(k, int) and (k < config.num_components or (same and not in_place)):
+            return _slice(place, config, k, out, means, overwrite)
         found = means.root_of(place, config)
         if found is None:
             raise WorkspaceError(
@@ -56,8 +59,8 @@ def refit(
                 found=f"k = {config.num_components}",
                 remedy="Name the workspace by --workspace, or compress the sources again.",
             )
-        root, settings = found, means.settings(config)
-        settings = Settings.from_mapping({**settings.as_dict(), **changes})
+        check_same(config, found)
+        root = found
     held = recalled(root)
     plan = plan_for(held, settings, root, recalled=[str(s.name) for s in held])
     return means.compress(plan, out, root, refit=True, overwrite=overwrite).method
@@ -72,22 +75,27 @@ def _last_settings(workspace: Path) -> dict[str, Any]:
         ) from e
 
 
-def _is_so(config: SHAREConfig, num_components: int | str | None) -> bool:
+def _is_so(config: SHAREConfig, settings: Settings) -> bool:
     """Whether a checkpoint has this k, as it was asked for, and bases that are fitted to its adapters and no others."""
-    head = head_of(config)
-    return num_components == head.settings["num_components"] and not head.projected and not head.removed
+    head, k = head_of(config), settings.num_components
+    same = k == head.settings["num_components"]
+    same = same and (k != "auto" or settings.variance_threshold == head.settings["variance_threshold"])
+    return same and not head.projected and not head.removed
 
 
 def _slice(place: Path, config: SHAREConfig, k: int, out: Path, means: Means, overwrite: bool) -> str:
     out = output_folder(out)
     mend(out)
     cut = cut_of(place, config, k, out)
-    if (ours_of(out) or {}).get("digest") == cut.digest:
+    ours = ours_of(out) or {}
+    if (ours.get("digest"), ours.get("basis_digest")) == (cut.digest, cut.head.basis_digest):
         return "current"
-    check_output(out, own=[cut.source_digest] if out == place else [], overwrite=overwrite)
-    workers, root = means.settings(config).workers or os.cpu_count() or 1, means.root_of(place, config)
+    root = means.root_of(place, config)
+    own = {cut.source_digest} if out == place else set() if root is None else Workspace(root).published()
+    check_output(out, own=own, overwrite=overwrite)
+    workers = means.settings(config).workers or os.cpu_count() or 1
     with nullcontext() if root is None else Workspace.open(root, None, take_lock=means.take_lock) as work:
         if work is not None:
-            work.publishing(out, cut.head.basis_digest, (ours_of(out) or {}).get("basis_digest"))
+            work.publishing(out, cut.head.basis_digest, ours.get("basis_digest"))
         slice_checkpoint(cut, means.executor or Threads(), workers, means.progress)
     return "sliced"

@@ -79,6 +79,8 @@ def _our_figures(ours: dict[str, Any]) -> list[Fact]:
         ("LoRA bytes", f"{bytes_shown(size['lora'])}, {_times(size['lora_ratio'])}"),
         ("relative dW error", ", ".join(f"{name} {errors[name]:.4f}" for name in ("mean", "median", "p95", "max"))),
     ]
+    if ours.get("cut_from"):
+        pairs.append(("  cut", f"from k = {ours['cut_from']}: these errors follow from its, and are not measured"))
     if "mean_square_bounds" in errors:
         low, high = (min(1.0, bound**0.5) for bound in errors["mean_square_bounds"])
         if high > 1e-3:  # below it they are rounding of float32 moments
@@ -92,7 +94,8 @@ def _our_figures(ours: dict[str, Any]) -> list[Fact]:
             ("added since", f"{len(ours['projected'])}, on bases not fitted to them: {listed(ours['projected'])}")
         )
     if ours["removed"]:
-        pairs.append(("removed", f"{len(ours['removed'])}, and still in the bases: {listed(ours['removed'])}"))
+        removed = f"{len(ours['removed'])}, still in the bases (remove --refit frees them): {listed(ours['removed'])}"
+        pairs.append(("removed", removed))
     if ours["num_skipped"]:
         pairs.append(("left out", f"{ours['num_skipped']}, with reasons in skipped.json"))
     if errors["mean"] > 0.5:

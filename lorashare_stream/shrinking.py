@@ -14,11 +14,11 @@ from .catalog import read_entries
 from .checkpoint import Staging, metas_of, receipt_in
 from .devices import resolve_device
 from .entry import Entry
-from .errors import AdapterError, UsageError, unknown_adapter
-from .files import write_json
+from .errors import AdapterError, UsageError, WorkspaceError, unknown_adapter
+from .files import read_sealed, write_json
 from .growing import changed
 from .journal import Journal, Receipt, Removal
-from .means import Means, opened, recalled
+from .means import Means, check_same, opened, recalled
 from .names import digest_of, is_component
 from .pipeline import plan_for, recompute
 from .planning import Plan, plan_as_json
@@ -68,10 +68,17 @@ def remove(checkpoint: Path, names: Sequence[str], means: Means, *, refit: bool 
     out, config = opened(checkpoint)
     root = means.root_of(out, config)
     journal = Journal() if root is None else Workspace(root).journal()
-    _check_names(out, config, journal, names)
+    _check_names(out, config, journal, names, refit)
+    if root is None and refit:
+        raise WorkspaceError(
+            "no workspace to compute anything anew from",
+            remedy="Name it by --workspace; or leave --refit off, and compress the sources of the others again.",
+        )
     if root is None:
         shrink(out, config, names)
         return Removed(tuple(names), tuple(read_share_config(out).ours["removed"]))
+    if refit:
+        check_same(config, root, removing=names)
     held = [s for s in recalled(root) if s.name not in names]
     plan = plan_for(held, means.settings(config), root, recalled=[str(s.name) for s in held])
     device = resolve_device(plan.settings.device)
@@ -83,9 +90,9 @@ def remove(checkpoint: Path, names: Sequence[str], means: Means, *, refit: bool 
         plan = _of_unchanged(plan, work.journal())
         write_json(work.root / "plan.json", plan_as_json(plan))
         run, job = replace(means.run(plan), check=work.check_held), make_job(plan, work, out, device)
+        shrink(out, config, names)
         catch_up(run, job)
         forget_unused(job)
-        shrink(out, config, names)
         if refit:
             clean(run, job, read_entries(_removed_sources(job.journal), plan.settings))
             config = read_share_config(out)
@@ -95,9 +102,11 @@ def remove(checkpoint: Path, names: Sequence[str], means: Means, *, refit: bool 
         return Removed(tuple(names), tuple(read_share_config(out).ours["removed"]), traces(job), absent)
 
 
-def _check_names(out: Path, config: SHAREConfig, journal: Journal, names: Sequence[str]) -> None:
+def _check_names(out: Path, config: SHAREConfig, journal: Journal, names: Sequence[str], refit: bool) -> None:
+    if not names and not refit:
+        raise UsageError("no adapter is named", remedy="Name those to take out, or give --refit.")
     active = {*config.adapter_names, *(r.name for r in journal.receipts)}
-    before = {e.name for e in journal.entries if isinstance(e, Removal)}
+    before = {e.name for e in journal.entries if isinstance(e, Removal)} | {*config.ours["removed"]}
     for name in names:
         if name not in active | before and not (is_component(name) and (out / ADAPTERS / name).is_dir()):
             raise unknown_adapter(name, sorted(active))
@@ -188,10 +197,19 @@ def clean(run: Run, job: Job, entries: Mapping[str, Entry]) -> None:
         run, job: of the adapters that stay.
         entries: adapters that can be read, by source id.
     """
+    for module in _fitted_to_removed(job):
+        Workspace(job.workspace).forget(module)
     removed = {e.admission: job.journal.entries[e.admission] for e in job.journal.entries if isinstance(e, Removal)}
     gone = {i: entries[r.source_id] for i, r in removed.items() if isinstance(r, Receipt) and r.source_id in entries}
     gone = {i: entry for i, entry in gone.items() if _is_unchanged(entry, removed[i])}
     run.all("accumulate", partial(clean_module, job, gone), sorted(Workspace(job.workspace).modules()))
+
+
+def _fitted_to_removed(job: Job) -> list[str]:
+    """Modules whose bases were fitted to moments with removed adapters in them, that were discarded since."""
+    work = Workspace(job.workspace)
+    bases = {module: read_sealed(job.facts_file(module)) for module in job.modules if work.marker(module) is None}
+    return [module for module, facts in bases.items() if facts.get("removed")]
 
 
 def _is_unchanged(entry: Entry, receipt: Receipt | Removal) -> bool:

@@ -31,9 +31,11 @@ from .files import naming, sealed, unsealed
 from .keys import SIDES, group_id, split_group_id
 from .names import digest_of
 from .peftconfig import products
+from .planning import choice_of
 from .running import Progress, silent
 from .shareconfig import SHAREConfig, read_share_config
 from .shareformat import ADAPTERS, COMPONENTS, LOADINGS, META, OURS, SPECTRUM, VERBATIM, skipped_of
+from .stages import digest_of_job
 from .subspace import restore
 from .summary import Head, counts_of, figures_of, head_of, share_config
 from .tasks.project import components_of
@@ -60,8 +62,8 @@ class Cut:
 
 def cut_of(source: Path, config: SHAREConfig, num_components: int, out: Path) -> Cut:
     """What slicing a checkpoint of ours comes to, before it is done."""
-    head = _sliced_head(head_of(config), num_components, _spectrum(source))
-    digest = digest_of([head.choice, config.ours["digest"]])
+    head = _sliced_head(head_of(config), num_components, _spectrum(source), config.num_components)
+    digest = digest_of_job(head.choice, [receipt_in(meta) for meta in metas_of(source, config.adapter_names)])
     return Cut(source, out, head, digest, str(config.ours["basis_digest"]))
 
 
@@ -75,7 +77,7 @@ def slice_checkpoint(cut: Cut, executor: Executor, workers: int, progress: Progr
     """
     config = read_share_config(cut.source)
     names, left_out = config.adapter_names, skipped_of(cut.source)
-    with Staging.open(cut.out, cut.digest) as staging:
+    with Staging.open(cut.out, digest_of([cut.digest, cut.head.basis_digest])) as staging:
         _write_bases(cut, staging)
         receipts = [receipt_in(meta) for meta in metas_of(cut.source, names)]
         todo = [r.name for r in receipts if not staging.done(r, cut.head.basis_digest)]
@@ -88,7 +90,7 @@ def slice_checkpoint(cut: Cut, executor: Executor, workers: int, progress: Progr
         staging.commit(cut.out, new, left_out)
 
 
-def _sliced_head(head: Head, k: int, spectrum: dict[str, NDArray[np.float64]]) -> Head:
+def _sliced_head(head: Head, k: int, spectrum: dict[str, NDArray[np.float64]], cut_from: int) -> Head:
     bases: dict[str, dict[str, Any]] = {}
     for group, facts in head.bases.items():
         lost = float(spectrum[group][k:].sum()) / facts["energy"] if facts["energy"] > 0 else 0.0
@@ -96,9 +98,10 @@ def _sliced_head(head: Head, k: int, spectrum: dict[str, NDArray[np.float64]]) -
     return replace(
         head,
         settings={**head.settings, "num_components": k},
-        choice=digest_of(["sliced", head.choice, k]),
+        choice=choice_of(head.binding, head.base_model, k, 0.0, head.dtype),
         basis_digest=digest_of(["sliced", head.basis_digest, k]),
         bases=bases,
+        cut_from=cut_from,
     )
 
 

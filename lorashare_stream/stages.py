@@ -177,7 +177,8 @@ def _accumulate_or_forget(job: Job, module: str) -> None:
     try:
         accumulate_module(job, module)
     except GoneError as e:
-        Workspace(job.workspace).forget(module)
+        if Workspace(job.workspace).marker(module) is not None:
+            raise  # it is whole, and a new adapter is gone before it was added
         log.warning("the moments of %s are damaged, and are dropped: %s", shown(module), e)
 
 
@@ -218,6 +219,7 @@ def head_of_job(plan: Plan, job: Job, bases: Mapping[str, Mapping[str, Any]]) ->
         plan.settings.chosen(),
         plan.storage,
         plan.choice,
+        plan.binding,
         job.basis_digest,
         {group: {k: facts[k] for k in ("d", "k", "energy", "explained")} for group, facts in groups.items()},
         removed=tuple(removed),

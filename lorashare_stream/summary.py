@@ -55,20 +55,24 @@ class Head:
         settings: those on which the result depends, as they were asked for.
         dtype: of components and loadings as safetensors names it.
         choice: digest of settings, dtype and base model.
+        binding: what the numbers of its workspace depend on.
         basis_digest: of the components.
         bases: group -> d, k, energy of its moment, share of it that is explained.
         projected: adapters that were added since the bases were fitted, and are not in them.
         removed: adapters that were taken out since, and are still in them.
+        cut_from: the k from which a smaller one was cut; errors then are not measured.
     """
 
     base_model: str
     settings: Facts
     dtype: str
     choice: str
+    binding: Facts
     basis_digest: str
     bases: Mapping[str, Facts]
     projected: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
+    cut_from: int | None = None
 
 
 def head_of(config: SHAREConfig) -> Head:
@@ -84,10 +88,12 @@ def head_of(config: SHAREConfig) -> Head:
             dict(ours["settings"]),
             str(ours["dtype"]),
             str(ours["choice"]),
+            dict(ours["binding"]),
             str(ours["basis_digest"]),
             {group: {k: facts[k] for k in _BASIS} for group, facts in ours["groups"].items()},
             tuple(ours["projected"]),
             tuple(ours["removed"]),
+            ours["cut_from"],
         )
     except (KeyError, TypeError, AttributeError) as e:
         raise CheckpointError(
@@ -169,6 +175,8 @@ def _ours(
         "dtype": head.dtype,
         "settings": dict(s),
         "choice": head.choice,
+        "binding": dict(head.binding),
+        "cut_from": head.cut_from,
         "basis_digest": head.basis_digest,
         "bytes": {
             **sizes,

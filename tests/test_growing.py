@@ -14,11 +14,13 @@ import torch
 
 from lorashare_stream.adding import add
 from lorashare_stream.cli import main
-from lorashare_stream.errors import AdapterError, CheckpointError, CollectionError, WorkspaceError
+from lorashare_stream.errors import AdapterError, CheckpointError, CollectionError, UsageError, WorkspaceError
 from lorashare_stream.means import Means
 from lorashare_stream.model import SHAREModel
 from lorashare_stream.pipeline import Outcome, compress, default_workspace, plan_for
+from lorashare_stream.refitting import refit
 from lorashare_stream.settings import Settings
+from lorashare_stream.shrinking import remove
 from lorashare_stream.sources import resolve
 from lorashare_stream.verification import originals_of, verify
 from lorashare_stream.workspace import Workspace
@@ -26,8 +28,8 @@ from lorashare_stream.workspace import Workspace
 from .conftest import MODULES, load_tensors, make_collection, make_tensors, tree_digest, write_adapter
 
 Capture = pytest.CaptureFixture[str]
-ANY = Means(changes={"variance_threshold": 1e-6})
-ALL = Means(changes={"variance_threshold": 1.0})
+ANY = Means(accept=1e-6)
+ALL = Means(accept=1.0)
 
 
 def go(sources: list[str], out: Path, **options: Any) -> Outcome:
@@ -150,7 +152,7 @@ def test_gone_sources_stop_a_refit_and_the_loss_of_doing_without_is_told(
     assert "'a03'" in str(caught.value)
     assert tree_digest(out) == before
     threshold = float(str(caught.value).split("--variance ")[1].split()[0].rstrip("."))
-    outcome = add(out, resolve(strangers), Means(changes={"variance_threshold": threshold}))
+    outcome = add(out, resolve(strangers), Means(accept=threshold))
     assert outcome.method == "projection"
     assert f"s0 {outcome.kept['s0']:.4f}" in str(caught.value)
     share = SHAREModel.from_pretrained(out)
@@ -237,6 +239,128 @@ def test_only_a_checkpoint_of_ours_grows(tmp_path: Path, collection: list[str], 
         add(tmp_path / "theirs", resolve(strangers), Means())
 
 
+def test_a_removal_without_the_workspace_is_not_undone_by_an_addition_with_it(
+    tmp_path: Path, collection: list[str]
+) -> None:
+    out, elsewhere, fresh = tmp_path / "out", tmp_path / "W", make_collection(tmp_path / "more", 1, seed=1)
+    settings = Settings(device="cpu", num_components=6)
+    compress(plan_for(resolve(collection), settings), out, workspace=elsewhere)
+    remove(out, ["a03"], Means())
+    with pytest.raises(WorkspaceError, match=r"workspace has adapters that the checkpoint has not.*a03"):
+        add(out, resolve({"new": fresh[0]}), Means(workspace=elsewhere))
+    with pytest.raises(WorkspaceError, match="a03"):
+        refit(out, None, out, Means(workspace=elsewhere))
+    with pytest.raises(WorkspaceError, match="a03"):
+        remove(out, ["a04"], Means(workspace=elsewhere), refit=True)
+    assert remove(out, ["a03"], Means(workspace=elsewhere)).in_bases == ("a03",)
+    assert add(out, resolve({"new": fresh[0]}), Means(workspace=elsewhere)).method == "projection"
+    assert "a03" not in SHAREModel.from_pretrained(out).adapter_names
+
+
+def test_an_addition_without_the_workspace_is_not_lost_with_it(tmp_path: Path, collection: list[str]) -> None:
+    out, elsewhere, fresh = tmp_path / "out", tmp_path / "W", make_collection(tmp_path / "more", 2, seed=1)
+    compress(plan_for(resolve(collection), Settings(device="cpu", num_components=6)), out, workspace=elsewhere)
+    add(out, resolve({"m0": fresh[0]}), Means())
+    for change in (
+        lambda: add(out, resolve({"m1": fresh[1]}), Means(workspace=elsewhere)),
+        lambda: remove(out, ["a03"], Means(workspace=elsewhere), refit=True),
+        lambda: refit(out, 8, tmp_path / "larger", Means(workspace=elsewhere)),
+    ):
+        with pytest.raises(WorkspaceError, match=r"checkpoint has adapters that the workspace has not.*m0"):
+            change()
+    assert SHAREModel.from_pretrained(out).config.num_adapters == 9
+
+
+def test_an_addition_that_failed_waits_for_its_end_and_is_not_published_by_another(
+    tmp_path: Path, collection: list[str], strangers: list[str]
+) -> None:
+    out, fresh = tmp_path / "out", make_collection(tmp_path / "more", 1, seed=1)
+    go(collection, out)
+    shutil.move(collection[3], tmp_path / "away")
+    with pytest.raises(CollectionError, match=r"take out s0, which the workspace has by now"):
+        add(out, resolve(strangers[:1]), Means())
+    shutil.move(tmp_path / "away", collection[3])
+    for change in (
+        lambda: add(out, resolve({"m": fresh[0]}), Means()),
+        lambda: refit(out, 8, tmp_path / "larger", Means()),
+        lambda: remove(out, ["a00"], Means(), refit=True),
+    ):
+        with pytest.raises(WorkspaceError, match=r"workspace has adapters that the checkpoint has not.*s0"):
+            change()
+    remove(out, ["s0"], Means(), refit=True)
+    assert add(out, resolve({"m": fresh[0]}), Means()).method == "projection"
+
+
+def test_what_must_be_kept_is_asked_for_once_and_not_recorded(
+    tmp_path: Path, collection: list[str], strangers: list[str]
+) -> None:
+    out, fresh = tmp_path / "out", make_collection(tmp_path / "more", 2, seed=1)
+    go(collection, out, num_components="auto")
+    k = SHAREModel.from_pretrained(out).config.num_components
+    assert add(out, resolve({"m0": fresh[0]}), Means(accept=0.3)).method == "projection"
+    assert add(out, resolve(strangers[:1]), Means(accept=1.0)).method == "recompute"
+    config = SHAREModel.from_pretrained(out).config
+    assert config.variance_threshold == config.ours["settings"]["variance_threshold"] == 0.95
+    assert config.num_components >= k
+    assert add(out, resolve({"m1": fresh[1]}), Means(accept=1e-6)).method == "projection"
+
+
+def test_adapters_of_one_source_and_names_that_are_taken(tmp_path: Path, collection: list[str]) -> None:
+    for workspace in (True, False):
+        out = tmp_path / f"out{workspace}"
+        go(collection, out)
+        if not workspace:
+            shutil.rmtree(default_workspace(out))
+        assert add(out, resolve({"twin": collection[0]}), ANY).method == "projection"
+        assert add(out, resolve({"a00": collection[0], "twin": collection[0]}), ANY).method == "current"
+        with pytest.raises(UsageError, match="an adapter named 'a00' already"):
+            add(out, resolve({"a00": collection[1]}), ANY)
+        assert SHAREModel.from_pretrained(out).config.num_adapters == 9
+
+
+def test_a_changed_adapter_is_named_without_a_workspace_too(tmp_path: Path, collection: list[str]) -> None:
+    out = tmp_path / "out"
+    go(collection, out)
+    shutil.rmtree(default_workspace(out))
+    write_adapter(Path(collection[1]), {k: v + 1 for k, v in load_tensors(collection[1]).items()}, r=4, lora_alpha=8)
+    with pytest.raises(AdapterError, match=r"'a01'.*has changed since it was compressed.*remove, then add it again"):
+        add(out, resolve(collection[:2]), Means())
+
+
+def test_adapters_that_were_left_out_stay_listed(tmp_path: Path, collection: list[str]) -> None:
+    out, fresh = tmp_path / "out", make_collection(tmp_path / "more", 1, seed=1)
+    bad = write_adapter(tmp_path / "bad", {k: v * np.nan for k, v in load_tensors(collection[0]).items()})
+    go([*collection, str(bad)], out, on_error="skip")
+    assert add(out, resolve(collection[:1]), Means()).method == "current"
+    add(out, resolve({"new": fresh[0]}), Means())
+    assert [e["adapter"] for e in json.loads((out / "skipped.json").read_text())] == ["bad"]
+    assert SHAREModel.from_pretrained(out).config.ours["num_skipped"] == 1
+
+
+def test_a_cut_checkpoint_grows_like_any_other(tmp_path: Path, collection: list[str]) -> None:
+    out, fresh = tmp_path / "out", make_collection(tmp_path / "more", 1, seed=1)
+    go(collection, out, num_components=8)
+    assert refit(out, 6, out, Means()) == "sliced"
+    shutil.rmtree(collection[0])
+    assert add(out, resolve({"new": fresh[0]}), Means()).method == "projection"
+
+
+def test_a_link_to_a_checkpoint_leads_to_its_workspace(tmp_path: Path, collection: list[str]) -> None:
+    go(collection, tmp_path / "out")
+    (tmp_path / "current").symlink_to(tmp_path / "out")
+    done = remove(tmp_path / "current", ["a03"], Means())
+    assert done.in_moments is not None
+    assert "a03" not in {r.name for r in Workspace(default_workspace(tmp_path / "out")).journal().receipts}
+
+
+def test_several_at_once_are_refused_before_anything_is_done(tmp_path: Path, collection: list[str]) -> None:
+    make_collection(tmp_path / "more", 3, seed=1)
+    share = SHAREModel.from_adapters(collection, num_components=6, device="cpu")
+    with pytest.raises(ValueError, match="one adapter can be added at a time"):
+        share.add_adapter(str(tmp_path / "more"))
+    assert share.config.num_adapters == len(SHAREModel.from_pretrained(share._root).adapter_names) == 8
+
+
 def test_the_command(
     tmp_path: Path, collection: list[str], strangers: list[str], capsys: Capture, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -280,7 +404,7 @@ def test_from_python_as_lorashare_does(tmp_path: Path, collection: list[str], st
     assert share.reconstruct("newer").keys() == load_tensors(fresh[1]).keys()
     with pytest.raises(ValueError, match="already"):
         share.add_adapter(fresh[1], name="new")
-    with pytest.raises(ValueError, match="there already"):
+    with pytest.raises(ValueError, match="has this adapter already"):
         share.add_adapter(strangers[0])
     share.remove_adapter("new")
     assert "new" not in share.adapter_names

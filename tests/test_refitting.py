@@ -21,6 +21,7 @@ from lorashare_stream.model import SHAREModel
 from lorashare_stream.pipeline import Outcome, compress, default_workspace, plan_for
 from lorashare_stream.refitting import refit
 from lorashare_stream.settings import Settings
+from lorashare_stream.shrinking import remove
 from lorashare_stream.sources import resolve
 from lorashare_stream.verification import originals_of, verify
 
@@ -149,6 +150,38 @@ def test_what_cannot_be_done_is_said(tmp_path: Path, collection: list[str]) -> N
         refit(out, 8, tmp_path / "larger", Means())
     with pytest.raises(FileNotFoundError):
         refit(tmp_path / "nowhere", 8, tmp_path / "larger", Means())
+
+
+def test_a_cut_of_what_has_changed_is_made_anew(tmp_path: Path, collection: list[str]) -> None:
+    out, small = tmp_path / "out", tmp_path / "small"
+    go(collection, out)
+    remove(out, ["a03"], Means())
+    assert refit(out, 3, small, Means()) == "sliced"
+    assert SHAREModel.from_pretrained(small).config.ours["removed"] == ["a03"]
+    remove(out, ["a03"], Means(), refit=True)
+    assert refit(out, 3, small, Means()) == "sliced"  # it is this workspace's own, and is replaced
+    assert SHAREModel.from_pretrained(small).config.ours["removed"] == []
+    assert refit(out, 3, small, Means()) == "current"
+
+
+def test_another_share_that_auto_keeps_is_another_k(tmp_path: Path, collection: list[str]) -> None:
+    out = tmp_path / "out"
+    go(collection, out, num_components="auto", variance_threshold=0.8)
+    before = SHAREModel.from_pretrained(out).config.num_components
+    assert refit(out, "auto", out, Means(changes={"variance_threshold": 0.8})) == "current"
+    assert refit(out, "auto", out, Means(changes={"variance_threshold": 0.99})) == "recompute"
+    assert SHAREModel.from_pretrained(out).config.num_components > before
+
+
+def test_a_trace_in_discarded_moments_goes_too(tmp_path: Path) -> None:
+    collection, out = make_collection(tmp_path / "adapters", 8, {"q": (20, 12)}), tmp_path / "out"
+    go(collection, out)
+    remove(out, ["a03"], Means())
+    refit(out, 7, out, Means(changes={"discard_moments": True}))
+    assert SHAREModel.from_pretrained(out).config.ours["removed"] == ["a03"]
+    assert remove(out, [], Means(), refit=True).in_bases == ()
+    go([p for p in collection if not p.endswith("a03")], tmp_path / "rest", num_components=7)
+    assert tree_digest(out) == tree_digest(tmp_path / "rest")
 
 
 def test_moments_are_freed_group_by_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,7 +163,7 @@ def test_where_neither_can_be_done_it_is_named(tmp_path: Path, capsys: Capture) 
     share = SHAREModel.from_pretrained(out)
     assert share.config.ours["removed"] == ["a03"]
     share.summary()
-    assert "1, and still in the bases: a03" in capsys.readouterr().out
+    assert "1, still in the bases (remove --refit frees them): a03" in capsys.readouterr().out
 
 
 def test_moments_are_cleaned_even_if_the_bases_cannot_be(tmp_path: Path) -> None:
@@ -220,6 +220,23 @@ def test_without_a_workspace_the_checkpoint_alone_is_changed(tmp_path: Path) -> 
     assert (done.in_bases, done.in_moments) == (("a03",), None)
     remove(out, ["a03"], Means())
     assert tree_digest(tmp_path / "copy") == tree_digest(out)
+    before = tree_digest(out)
+    with pytest.raises(WorkspaceError, match="no workspace to compute anything anew from"):
+        remove(tmp_path / "copy", ["a04"], Means(), refit=True)
+    assert tree_digest(tmp_path / "copy") == before
+    assert remove(tmp_path / "copy", ["a03"], Means()).in_bases == ("a03",)  # again
+    with pytest.raises(UsageError, match="no adapter is named"):
+        remove(out, [], Means())
+
+
+def test_a_checkpoint_is_not_changed_by_a_workspace_that_is_not_its_own(tmp_path: Path) -> None:
+    collection, out = make_collection(tmp_path / "adapters", 4, SUMS), tmp_path / "out"
+    go(collection, out)
+    go(make_collection(tmp_path / "others", 4, SUMS, seed=1), tmp_path / "other")
+    before = tree_digest(out)
+    with pytest.raises(WorkspaceError, match="not the one that the checkpoint was made with"):
+        remove(out, ["a03"], Means(workspace=default_workspace(tmp_path / "other")), refit=True)
+    assert tree_digest(out) == before
 
 
 def test_names_that_are_not_there_and_the_last_adapter(tmp_path: Path, collection: list[str]) -> None:
@@ -262,7 +279,7 @@ def test_a_checkpoint_that_was_moved_with_its_workspace_is_changed_as_before(tmp
     shutil.move(default_workspace(out), tmp_path / "to")
     fresh = make_collection(tmp_path / "more", 1, SUMS, seed=1)
     assert add(moved, resolve({"new": fresh[0]}), Means()).method == "projection"
-    assert add(moved, resolve({"again": fresh[0]}), Means(changes={"variance_threshold": 1.0})).method == "recompute"
+    assert add(moved, resolve({"again": fresh[0]}), Means(accept=1.0)).method == "recompute"
     assert remove(moved, ["a03"], Means(), refit=True).in_bases == ()
     go(collection, tmp_path / "other")
     with pytest.raises(WorkspaceError, match="not the one that the checkpoint was made with"):

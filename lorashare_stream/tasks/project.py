@@ -65,7 +65,7 @@ def check_unchanged(entry: Entry, receipt: Receipt) -> None:
         raise AdapterError(
             "its adapter_config.json has changed since the adapter was added to the moments",
             adapter=entry.name,
-            remedy="Restore it, or compress into another --workspace.",
+            remedy="Restore it; or take it out by lorashare-stream remove, and add it again.",
         )
     now = [file_fact(path) for path in entry.paths]
     same = tuple(f.size for f in now) == receipt.sizes
@@ -77,7 +77,7 @@ def check_unchanged(entry: Entry, receipt: Receipt) -> None:
             adapter=entry.name,
             found=", ".join(f"{f.size} bytes" for f in now),
             expected=f"the files with SHA-256 {receipt.digest}",
-            remedy="Restore it, or compress into another --workspace.",
+            remedy="Restore it; or take it out by lorashare-stream remove, and add it again.",
         )
 
 
