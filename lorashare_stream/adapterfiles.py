@@ -42,6 +42,25 @@ def file_fact(path: Path) -> FileFact:
     return FileFact(path, stat.st_size, stat.st_mtime_ns)
 
 
+def check_still(files: Iterable[FileFact]) -> None:
+    """Demand that files that were read are those of the plan; asked afterwards, it holds of what was read before.
+
+    Raises:
+        AdapterError: if one has changed.
+    """
+    for fact in files:
+        try:
+            same = file_fact(fact.path) == fact
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise AdapterError(
+                "the adapter was changed while the run was reading it",
+                found=fact.path,
+                remedy="Let nothing write to it, restore what was added, and run the same command again.",
+            )
+
+
 def looks_like_adapter(names: Iterable[str]) -> bool:
     """Whether a folder with these file names is meant as an adapter, whole or broken."""
     return any(

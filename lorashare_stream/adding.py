@@ -12,8 +12,8 @@ from threadpoolctl import threadpool_limits
 from .adapterfiles import digest_files
 from .catalog import catalog, read_entries
 from .checkpoint import metas_of, receipt_in, sweep
-from .errors import AdapterError, UsageError, WorkspaceError, refusal
-from .growing import grow, offer, staged_digest
+from .errors import AdapterError, CheckpointError, UsageError, WorkspaceError, refusal, skipped_as_json
+from .growing import demand_unchanged, grow, offer, staged_digest
 from .journal import Journal, Receipt
 from .means import Means, check_same, opened, recalled
 from .names import folded, listed, shown
@@ -26,7 +26,6 @@ from .sources import Source, resolve
 from .stages import digest_of_job
 from .summary import counts_of, head_of
 from .tasks import Job, ingest_adapter
-from .workspace import skipped_as_json
 
 
 def add(checkpoint: Path, sources: Sequence[Source], means: Means, *, refit: bool = False) -> Outcome:
@@ -50,13 +49,15 @@ def add(checkpoint: Path, sources: Sequence[Source], means: Means, *, refit: boo
         if refit:
             raise WorkspaceError("no workspace to fit bases anew from", remedy="Compress the sources again.")
         return _add_by_projection(out, config, sources, settings, means)
-    check_same(config, root, adding={s.id for s in sources})
+    check_same(out, config, root, adding={s.id for s in sources})
     held = recalled(root)
     fresh = _fresh(sources, [(s.id, s.name) for s in held])
     names = [str(s.name) for s in held]
     plan = plan_for([*held, *fresh], settings, root, recalled=names)
     before = [e for e in skipped_of(out) if e.get("adapter") not in {x.name for x in plan.entries}]
-    return means.compress(plan, out, root, refit=refit and bool(fresh), accept=means.accept, also_left_out=before)
+    return means.compress(
+        plan, out, root, refit=refit and bool(fresh), accept=means.accept, there=config, also_left_out=before
+    )
 
 
 def add_one(checkpoint: Path, adapter: str | Mapping[str, str], means: Means, *, refit: bool) -> dict[str, Any]:
@@ -116,7 +117,11 @@ def _fresh(sources: Sequence[Source], held: Sequence[tuple[str, str | None]]) ->
 def _add_by_projection(
     out: Path, config: SHAREConfig, sources: Sequence[Source], settings: Settings, means: Means
 ) -> Outcome:
-    there = [receipt_in(meta) for meta in metas_of(out, config.adapter_names)]
+    try:
+        there = [receipt_in(meta) for meta in metas_of(out, config.adapter_names)]
+    except CheckpointError:
+        demand_unchanged(out, config)  # else another run is taking the adapter out
+        raise
     fresh = _fresh(sources, [(r.source_id, r.name) for r in there])
     _check_unchanged(there, sources, settings)
     threshold = config.variance_threshold if means.accept is None else means.accept

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from .adapterfiles import digest_config, digest_files
-from .errors import LockedError
+from .errors import CheckpointError, LockedError
 from .files import atomic_file, own_folder, read_json, remove_tree, sync, sync_tree, unsealed, write_json
 from .journal import Receipt
 from .publishing import drop, mend_output, publish, replaced_folder, staging_folder
@@ -233,9 +233,26 @@ def write_skipped(root: Path, skipped: list[dict[str, Any]]) -> None:
 
 
 def metas_of(root: Path, names: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """What a checkpoint of ours, staged or published, records of each adapter."""
+    """What a checkpoint of ours, staged or published, records of each adapter.
+
+    Raises:
+        CheckpointError: if it is not what was written.
+    """
     for name in names:
-        yield read_json(root / ADAPTERS / name / META)
+        try:
+            meta = read_json(root / ADAPTERS / name / META)
+        except (FileNotFoundError, ValueError) as e:
+            meta, why = None, str(e)
+        else:
+            why = "it is not what was written"
+        if unsealed(meta) is None:
+            raise CheckpointError(
+                f"{META} is damaged",
+                adapter=name,
+                found=why,
+                remedy="Take the adapter out by lorashare-stream remove, and add it again; or compress all again.",
+            )
+        yield meta
 
 
 def sizes_of(root: Path, names: Iterable[str]) -> dict[str, int]:

@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from types import FrameType
 from typing import Any, NoReturn
@@ -180,9 +181,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code."""
     try:
         return _run(argv)
-    except BrokenPipeError:  # the reader of our output has gone
+    except BrokenPipeError:  # the reader of our output has gone, before the work was done perhaps
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+        return Stopped.exit_code
 
 
 def _run(argv: list[str] | None) -> int:
@@ -220,9 +222,13 @@ def _stop(args: dict[str, Any], number: int, frame: FrameType | None) -> NoRetur
     """End the process at once, as a kill would: what is on disk is whole, and a task may run for minutes yet."""
     name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
     error = Stopped(f"stopped by {name}", remedy="What is done is kept: run the same command again, and it goes on.")
-    if args.get("json"):
-        os.write(1, f"{_as_json(error, Stopped.exit_code)}\n".encode())
-    os.write(2, f"\nlorashare-stream: {error}\n".encode())
+    with suppress(OSError):  # a reader that has gone
+        if args.get("json"):
+            os.write(1, f"{_as_json(error, Stopped.exit_code)}\n".encode())
+        os.write(2, f"\nlorashare-stream: {error}\n".encode())
+    locks = sys.modules.get("lorashare_stream.locks")  # not loaded, it holds none
+    if locks is not None:
+        locks.let_go()
     os._exit(Stopped.exit_code)
 
 

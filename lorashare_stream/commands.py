@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .choices import Args, make_plan, planned, with_config
-from .errors import StreamError, UsageError
+from .errors import StreamError, UsageError, skipped_as_json
 from .files import own_folder, tree_bytes, write_json
 from .means import recalled
 from .names import bytes_shown, counted, listed, name_fault, shown
@@ -22,7 +22,7 @@ from .report import facts, notes_text, plan_text, plan_warnings, summary_text, t
 from .shareconfig import SHAREConfig, read_share_config
 from .shareformat import ours_of
 from .sources import resolve
-from .workspace import Workspace, skipped_as_json
+from .workspace import Workspace
 
 log = logging.getLogger(__name__)
 SKIPPED = 3  # exit code: done, but adapters were left out

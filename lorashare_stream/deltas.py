@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .keys import Side
-from .moments import Array
+from .lapack import Array
 
 Float64 = NDArray[np.float64]
 _STRIP = 8 << 20  # bytes of a strip in float64

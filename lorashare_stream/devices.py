@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .errors import UsageError
-from .moments import Array, HostSum, Moment, Sum
+from .lapack import Array
+from .moments import HostSum, Moment, Sum
 from .solvers import Float64, leading, polished
 
 if TYPE_CHECKING:

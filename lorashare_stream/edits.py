@@ -9,7 +9,7 @@ from typing import Any
 
 from . import adding, refitting, shrinking
 from .choices import Args, named_sources
-from .errors import StreamError
+from .errors import StreamError, skipped_as_json
 from .means import Means, opened
 from .names import counted, listed, shown
 from .output import print_result, progress_of, say_left_out
@@ -17,7 +17,6 @@ from .report import facts, summary_text
 from .settings import Settings
 from .shareconfig import read_share_config
 from .shrinking import Removed
-from .workspace import skipped_as_json
 
 COMMANDS = {"add", "remove", "refit"}
 SKIPPED = 3  # exit code: done, but adapters were left out

@@ -113,6 +113,12 @@ def problem_lines(problems: Iterable[StreamError]) -> list[str]:
     ]
 
 
+def skipped_as_json(errors: Iterable[StreamError]) -> list[dict[str, Any]]:
+    """Adapters that were left out, as plain values: name, reason, and the parts of the reason."""
+    listing = [{"reason": str(e), "problem": e.problem, **e.details(), "source": e.source} for e in errors]
+    return [{k: v for k, v in item.items() if v is not None} for item in listing]
+
+
 class MissingFilesError(CollectionError, FileNotFoundError):
     """Several adapters, each of which lacks a file (also a FileNotFoundError, as in lorashare)."""
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import Staging, is_whole, metas_of, sizes_of
-from .errors import AdapterError, CollectionError
+from .errors import AdapterError, CollectionError, LockedError
 from .journal import Receipt
 from .keys import SIDES, group_id
 from .names import counted, digest_of, listed
 from .running import Run
 from .shareconfig import SHAREConfig, read_share_config
-from .shareformat import ADAPTERS, META, OURS, ours_of
+from .shareformat import ADAPTERS, COMPONENTS, META, OURS, ours_of
 from .stages import digest_of_job, project
 from .summary import Head, figures_of, head_of, share_config
 from .tasks import Job
@@ -36,8 +36,9 @@ def growable(job: Job, out: Path, own: Collection[str]) -> SHAREConfig | None:
         return None
     config = read_share_config(out)
     held = [job.receipt_of[name] for name in config.adapter_names if name in job.receipt_of]
-    whole = all((out / ADAPTERS / name / META).is_file() for name in config.adapter_names)
-    return config if whole and digest_of_job(job.choice, held) == ours["digest"] else None
+    files = [out / COMPONENTS, *(out / ADAPTERS / name / META for name in config.adapter_names)]
+    same = digest_of_job(job.choice, held) == ours["digest"]
+    return config if same and all(file.is_file() for file in files) else None
 
 
 def grow(
@@ -72,6 +73,7 @@ def grow(
         return False, dict.fromkeys(outside, 0.0)
     job = replace(job, basis_digest=head.basis_digest, grows=True)
     with Staging.open(out, staged_digest(job.digest, head.basis_digest)) as staging:
+        demand_unchanged(out, config)
         there = {r.name for r in fresh if is_whole(out / ADAPTERS / r.name, r, head.basis_digest)}
         waiting = [r for r in fresh if r.name not in there]
         project(run, job, staging, [r for r in waiting if not staging.done(r, head.basis_digest)])
@@ -87,6 +89,18 @@ def grow(
         staging.replace(out, changed(out, head, names, counts or job.counts, job.digest, len(left_out)), left_out)
         staging.clear()
     return True, kept
+
+
+def demand_unchanged(out: Path, config: SHAREConfig) -> None:
+    """Demand that a checkpoint is as it was when it was read, before there was a lock.
+
+    Raises:
+        LockedError: if another run has changed it since.
+    """
+    if read_share_config(out) != config:
+        raise LockedError(
+            "another run has changed the checkpoint meanwhile", found=out, remedy="Run the same command again."
+        )
 
 
 def staged_digest(digest: str, basis_digest: object) -> str:

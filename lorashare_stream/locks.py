@@ -23,7 +23,7 @@ from typing import IO
 
 import psutil
 
-from .errors import LockedError, WorkspaceError
+from .errors import LockedError
 from .files import naming
 from .names import shown
 
@@ -63,6 +63,9 @@ class Holder:
             return True
 
 
+_held: dict[Path, tuple[IO[str], Holder]] = {}  # by this process
+
+
 @contextmanager
 def held(path: Path, *, take: bool = False) -> Iterator[Callable[[], None]]:
     """Hold the lock file at `path` until the end of the block.
@@ -92,7 +95,7 @@ def held(path: Path, *, take: bool = False) -> Iterator[Callable[[], None]]:
 
         def check() -> None:
             if not _is_mine(path, mine):
-                raise WorkspaceError(
+                raise LockedError(
                     f"the lock of {shown(path.parent)} was taken over",
                     found=_holder(path) or "no holder",
                     expected=f"pid {mine.pid} on {mine.host}",
@@ -100,14 +103,26 @@ def held(path: Path, *, take: bool = False) -> Iterator[Callable[[], None]]:
                 )
 
         check()
+        _held[path] = file, mine
         threading.Thread(target=_beat, args=(path, mine, done), name="heartbeat", daemon=True).start()
         yield check
     finally:
         done.set()
-        if _is_mine(path, mine):
-            with suppress(OSError):
-                file.truncate(0)
+        _held.pop(path, None)
+        _let_go(path, file, mine)
         file.close()
+
+
+def let_go() -> None:
+    """Let go of all locks of this process, which is about to end: another host need not wait for its silence."""
+    for path, (file, mine) in list(_held.items()):
+        _let_go(path, file, mine)
+
+
+def _let_go(path: Path, file: IO[str], mine: Holder) -> None:
+    if _is_mine(path, mine):
+        with suppress(OSError):
+            file.truncate(0)
 
 
 def _locked(path: Path, take: bool) -> IO[str]:
@@ -172,8 +187,9 @@ def _holder(path: Path) -> Holder | None:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         holder = Holder(**values)
-        return holder if isinstance(holder.pid, int) and isinstance(holder.started, float) else None
-    except (FileNotFoundError, ValueError, TypeError):
+        whole = isinstance(holder.pid, int) and holder.pid > 0 and isinstance(holder.started, float)
+        return holder if whole and isinstance(holder.host, str) else None
+    except (FileNotFoundError, ValueError, TypeError, RecursionError):
         return None
 
 

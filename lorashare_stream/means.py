@@ -11,6 +11,7 @@ from typing import Any
 from .checkpoint import mend
 from .errors import WorkspaceError
 from .executors import Executor, Threads
+from .growing import demand_unchanged
 from .names import listed
 from .pipeline import Outcome, compress, default_workspace
 from .planning import Plan
@@ -89,12 +90,12 @@ class Means:
 
 
 def check_same(
-    config: SHAREConfig, workspace: Path, *, adding: Collection[str] = (), removing: Collection[str] = ()
+    out: Path, config: SHAREConfig, workspace: Path, *, adding: Collection[str] = (), removing: Collection[str] = ()
 ) -> None:
     """Demand that a checkpoint and its workspace have the same adapters, since bases are fitted to the workspace's.
 
     Args:
-        config: of the checkpoint.
+        out, config: the checkpoint.
         workspace: its folder.
         adding: source ids of adapters that are being added, and may have come into one of the two.
         removing: names of adapters that are being taken out.
@@ -105,6 +106,8 @@ def check_same(
     receipts = Workspace(workspace).journal().receipts
     there, active = set(config.adapter_names) - set(removing), {r.name for r in receipts} - set(removing)
     waiting = [r.name for r in receipts if r.name in active - there and r.source_id not in adding]
+    if waiting or there - active:
+        demand_unchanged(out, config)  # else another run is between the two
     if waiting:
         raise WorkspaceError(
             "the workspace has adapters that the checkpoint has not",

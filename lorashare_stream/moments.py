@@ -14,17 +14,14 @@ commutative up to rounding; adding vectors in blocks of any size gives the same 
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import cython_blas
 
+from .lapack import Array, add_block
 from .settings import QUANTUM
-
-Array = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)
@@ -94,40 +91,6 @@ def second_of(moment: Moment) -> Array:
         return moment.second
     assert moment.columns is not None
     return moment.columns.T @ moment.columns
-
-
-def add_block(second: Array, rows: Array) -> None:
-    """S += X X' in place, lower triangle only: BLAS syrk, half the flops of a product.
-
-    Args:
-        second: S (d, d), column-major, float32 or float64.
-        rows: X' (m, d), row-major, of the same dtype.
-    """
-    if not second.flags.f_contiguous or not rows.flags.c_contiguous or second.dtype != rows.dtype:
-        raise ValueError("syrk needs column-major S and row-major X' of one dtype")
-    double = second.dtype == np.float64
-    real = ctypes.c_double if double else ctypes.c_float
-    n, k = ctypes.c_int(second.shape[0]), ctypes.c_int(rows.shape[0])
-    one = real(1.0)
-    (_DSYRK if double else _SSYRK)(
-        b"L", b"N", ctypes.byref(n), ctypes.byref(k), ctypes.byref(one),
-        rows.ctypes.data, ctypes.byref(n), ctypes.byref(one), second.ctypes.data, ctypes.byref(n),
-    )  # fmt: skip
-
-
-def _blas(name: str) -> Any:
-    """A BLAS routine of scipy's as a ctypes function, which, unlike scipy's own wrapper, releases the GIL."""
-    capsule = dict[str, Any](cython_blas.__pyx_capi__)[name]
-    api = ctypes.pythonapi
-    api.PyCapsule_GetName.restype, api.PyCapsule_GetName.argtypes = ctypes.c_char_p, [ctypes.py_object]
-    api.PyCapsule_GetPointer.restype = ctypes.c_void_p
-    api.PyCapsule_GetPointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
-    pointer = api.PyCapsule_GetPointer(capsule, api.PyCapsule_GetName(capsule))
-    p, c = ctypes.c_void_p, ctypes.c_char_p
-    return ctypes.CFUNCTYPE(None, c, c, p, p, p, p, p, p, p, p)(pointer)
-
-
-_SSYRK, _DSYRK = _blas("ssyrk"), _blas("dsyrk")
 
 
 def mirror(second: Array, tile: int = 512) -> None:

@@ -17,7 +17,8 @@ from zarr.codecs import Crc32cCodec
 
 from .errors import WorkspaceError
 from .files import naming
-from .moments import Array, Moment
+from .lapack import Array
+from .moments import Moment
 from .names import digest_of
 
 _TILE = 1024  # rows and columns of a chunk of S; 4 MiB in float32

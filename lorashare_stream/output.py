@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,10 @@ from .running import Progress, silent
 
 def print_result(args: Args, value: Mapping[str, Any], text: str) -> None:
     """The result of a command, as it was asked for."""
-    print(json.dumps(finite(value)) if "json" in args else text)
+    try:
+        print(json.dumps(finite(value)) if "json" in args else text, flush=True)
+    except BrokenPipeError:  # the reader has gone; the work is done
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def finite(value: Any) -> Any:

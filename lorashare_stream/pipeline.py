@@ -12,22 +12,23 @@ from threadpoolctl import threadpool_limits
 from .catalog import catalog
 from .checkpoint import Staging, mend, metas_of, sizes_of, sweep
 from .devices import resolve_device
-from .errors import AdapterError, WorkspaceError
+from .errors import AdapterError, WorkspaceError, skipped_as_json
 from .executors import Executor, Threads
-from .files import own_path, write_json
-from .growing import check_sources, grow, growable, staged_digest
+from .files import own_path, write_sealed
+from .growing import check_sources, demand_unchanged, grow, growable, staged_digest
 from .journal import Journal, ModuleShape
 from .names import digest_of
 from .planning import Plan, make_plan, plan_as_json
 from .publishing import check_output, output_folder
 from .running import Progress, Run, silent
 from .settings import Settings
-from .shareformat import ADAPTERS, META, ours_of, skipped_of
+from .shareconfig import SHAREConfig
+from .shareformat import ADAPTERS, COMPONENTS, LOADINGS, META, ours_of, skipped_of
 from .sources import Source
 from .stages import catch_up, check_disk, head_of_job, ingest, make_job, project, settle, write_bases
 from .summary import figures_of, share_config
 from .tasks import Job
-from .workspace import Workspace, skipped_as_json
+from .workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,13 @@ def plan_for(
     work = Workspace(workspace)
     journal, base = work.journal(), work.base_model()
     found = catalog(sources, settings, receipts=journal.receipts, known=_known(work, journal), bound_base=base)
-    return make_plan(found, settings, base, grows=bool(journal.entries), recalled=recalled)
+    made = make_plan(found, settings, base, grows=bool(journal.entries), recalled=recalled)
+    return replace(made, journal=journal.digest(len(journal.entries)))
 
 
 def _known(work: Workspace, journal: Journal) -> dict[str, ModuleShape]:
     try:
-        found = work.shapes_of(journal)
+        found = work.shapes_of(journal, {})
     except WorkspaceError:  # damaged: the sources tell, and the run mends it
         return {}
     return {module: shape for receipt in journal.receipts for module, shape in found[receipt.shapes].items()}
@@ -88,6 +90,7 @@ def compress(
     overwrite: bool = False,
     refit: bool = False,
     accept: float | None = None,
+    there: SHAREConfig | None = None,
     also_left_out: Sequence[dict[str, Any]] = (),
     take_lock: bool = False,
     progress: Progress = silent,
@@ -103,6 +106,7 @@ def compress(
         refit: fit the bases to all adapters, even if those that are there hold new ones well enough.
         accept: share of its dW energy that the bases that are there must keep of each new adapter, else all bases are
             fitted again; the settings' `variance_threshold` if None.
+        there: configuration of the checkpoint at `out` as it was when the plan was made.
         also_left_out: adapters that were left out of the checkpoint before, and are not in the plan.
         take_lock: take over the lock of another host that still seems to be alive.
         progress: passes the results of every step on as they come.
@@ -124,7 +128,9 @@ def compress(
         run = replace(run, check=work.check_held)
         mend(out)
         check_output(out, own=work.published(), overwrite=overwrite)
-        write_json(work.root / "plan.json", plan_as_json(plan))
+        if there is not None:
+            demand_unchanged(out, there)
+        write_sealed(work.root / "plan.json", plan_as_json(plan))
 
         skipped = [*plan.refused, *ingest(run, work)]
         left_out = [*also_left_out, *skipped_as_json(skipped)]
@@ -137,19 +143,19 @@ def compress(
 
         kept: dict[str, float] = {}
         enough = plan.settings.variance_threshold if accept is None else accept
-        there = None if refit else growable(job, out, work.published())
-        if there is not None:
+        held = None if refit else growable(job, out, work.published())
+        if held is not None:
             catch_up(run, job)
-            published, kept = grow(run, job, out, there, left_out, enough)
+            published, kept = grow(run, job, out, held, left_out, enough)
             if published:
                 return Outcome(skipped, "projection", kept)
         check_sources(job, plan.absent, kept, enough)
-        method = recompute(run, job, work, out, left_out)
+        method = recompute(run, job, work, out, left_out, overwrite=overwrite)
     return Outcome(skipped, method, kept)
 
 
 def recompute(
-    run: Run, job: Job, work: Workspace, out: Path, left_out: list[dict[str, Any]]
+    run: Run, job: Job, work: Workspace, out: Path, left_out: list[dict[str, Any]], *, overwrite: bool = False
 ) -> Literal["current", "recompute"]:
     """Bring the moments up to the journal, fit all bases, project all adapters, and publish; or see that all is so."""
     check_disk(run.plan, work.root, out)
@@ -160,6 +166,7 @@ def recompute(
         return "current"
     receipts = job.journal.receipts
     with Staging.open(out, job.digest) as staging:
+        check_output(out, own=work.published(), overwrite=overwrite)  # now that nobody else can publish there
         write_bases(staging, job, bases)
         project(run, job, staging, [r for r in receipts if not staging.done(r, job.basis_digest)])
 
@@ -180,4 +187,5 @@ def recompute(
 def is_current(job: Job, out: Path, left_out: list[dict[str, Any]]) -> bool:
     """Whether the checkpoint at `out` is what this job would write, and no adapter of it is gone."""
     same = (ours_of(out) or {}).get("digest") == job.digest and skipped_of(out) == left_out
-    return same and all((out / ADAPTERS / receipt.name / META).is_file() for receipt in job.journal.receipts)
+    files = [(out / COMPONENTS), *(out / ADAPTERS / r.name / f for r in job.journal.receipts for f in (LOADINGS, META))]
+    return same and all(file.is_file() for file in files)

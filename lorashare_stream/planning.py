@@ -11,12 +11,11 @@ from .budget import Group, Step, examples, groups_of, steps_of
 from .catalog import Catalog
 from .dtypes import ITEMSIZE, STORAGE, widest
 from .entry import Entry
-from .errors import AdapterError, BudgetError, CollectionError, refusal
+from .errors import AdapterError, BudgetError, CollectionError, refusal, skipped_as_json
 from .keys import group_id
 from .names import bytes_shown, digest_of
 from .settings import Settings
 from .subspace import break_even
-from .workspace import skipped_as_json
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,7 @@ class Plan:
         inner: name -> subfolders of an adapter's folder that hold adapters too, which are not taken.
         bound_base: the name of it to which the workspace is bound.
         grows: whether there may be moments already, to which is added.
+        journal: digest of the workspace's journal when the plan was made; None if no workspace was looked at.
     """
 
     settings: Settings
@@ -48,6 +48,7 @@ class Plan:
     inner: Mapping[str, tuple[str, ...]]
     bound_base: str
     grows: bool
+    journal: str | None = None
 
     @cached_property
     def binding(self) -> dict[str, Any]:

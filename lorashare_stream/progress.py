@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import TypeVar
 
 from .names import counted
@@ -44,7 +45,8 @@ def lines(step: str, total: int, results: Iterator[T]) -> Iterator[T]:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    with suppress(BrokenPipeError):  # who reads it has gone; the work goes on
+        print(text, file=sys.stderr, flush=True)
 
 
 def _clock(seconds: float) -> str:

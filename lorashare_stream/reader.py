@@ -127,13 +127,16 @@ class CheckpointReader:
 
     def loadings(self, name: str) -> Tensors:
         """Group id -> loadings (k, r) of one adapter."""
-        self.meta(name)
-        return _load(self.root / ADAPTERS / name / LOADINGS)
+        loadings = _load(self.root / ADAPTERS / name / LOADINGS)
+        self.meta(name)  # after: what was read before it is of the basis that it names, or of one before that
+        return loadings
 
     def verbatim(self, name: str) -> Tensors:
         """PEFT key -> tensor, of what is kept verbatim of one adapter."""
         path = self.root / ADAPTERS / name / VERBATIM
-        return _load(path) if path.exists() else {}
+        tensors = _load(path) if path.exists() else {}
+        self.meta(name)
+        return tensors
 
     def adapter_config(self, name: str) -> dict[str, Any]:
         """The adapter_config.json that one adapter came with."""

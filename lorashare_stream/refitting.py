@@ -10,7 +10,7 @@ from typing import Any, Literal
 from .checkpoint import mend
 from .errors import WorkspaceError
 from .executors import Threads
-from .files import read_json
+from .files import read_sealed
 from .means import Means, check_same, opened, recalled
 from .pipeline import plan_for
 from .publishing import check_output, output_folder
@@ -47,7 +47,7 @@ def refit(
         place, config = opened(place)
         settings = Settings.from_mapping({**means.settings(config).as_dict(), **changes})
         in_place, same = place == output_folder(out), _is_so(config, settings)
-        if in_place and same:
+        if in_place and (same or (num_components is not None and _is_cut_to(config, num_components))):
             return "current"
         k = settings.num_components
         if isinstance(k, int) and (k < config.num_components or (same and not in_place)):
@@ -59,7 +59,7 @@ def refit(
                 found=f"k = {config.num_components}",
                 remedy="Name the workspace by --workspace, or compress the sources again.",
             )
-        check_same(config, found)
+        check_same(place, config, found)
         root = found
     held = recalled(root)
     plan = plan_for(held, settings, root, recalled=[str(s.name) for s in held])
@@ -67,12 +67,14 @@ def refit(
 
 
 def _last_settings(workspace: Path) -> dict[str, Any]:
-    try:
-        return dict(read_json(workspace / "plan.json")["settings"])
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    settings = read_sealed(workspace / "plan.json").get("settings")
+    if settings is None:
         raise WorkspaceError(
-            "the workspace's plan is damaged", found=str(e), remedy="Name the checkpoint instead of the workspace."
-        ) from e
+            "the workspace's plan is damaged, or not there",
+            found=workspace,
+            remedy="Name the checkpoint instead of the workspace.",
+        )
+    return dict(settings)
 
 
 def _is_so(config: SHAREConfig, settings: Settings) -> bool:
@@ -81,6 +83,12 @@ def _is_so(config: SHAREConfig, settings: Settings) -> bool:
     same = k == head.settings["num_components"]
     same = same and (k != "auto" or settings.variance_threshold == head.settings["variance_threshold"])
     return same and not head.projected and not head.removed
+
+
+def _is_cut_to(config: SHAREConfig, num_components: int | str) -> bool:
+    """Whether a checkpoint was cut to this k: the same command has done its work."""
+    head = head_of(config)
+    return head.cut_from is not None and head.settings["num_components"] == num_components
 
 
 def _slice(place: Path, config: SHAREConfig, k: int, out: Path, means: Means, overwrite: bool) -> str:

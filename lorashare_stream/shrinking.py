@@ -15,8 +15,8 @@ from .checkpoint import Staging, metas_of, receipt_in
 from .devices import resolve_device
 from .entry import Entry
 from .errors import AdapterError, UsageError, WorkspaceError, unknown_adapter
-from .files import read_sealed, write_json
-from .growing import changed
+from .files import read_sealed, write_sealed
+from .growing import changed, demand_unchanged
 from .journal import Journal, Receipt, Removal
 from .means import Means, check_same, opened, recalled
 from .names import digest_of, is_component
@@ -26,7 +26,7 @@ from .running import Run
 from .shareconfig import SHAREConfig, read_share_config
 from .shareformat import ADAPTERS, LOADINGS, skipped_of
 from .sources import Source
-from .stages import catch_up, digest_of_job, forget_unused, make_job
+from .stages import catch_up, digest_of_job, forget_unused, journal_of_plan, make_job
 from .summary import counts_of, head_of
 from .tasks import Job, check_unchanged, clean_module
 from .tensorfile import read_header
@@ -78,7 +78,7 @@ def remove(checkpoint: Path, names: Sequence[str], means: Means, *, refit: bool 
         shrink(out, config, names)
         return Removed(tuple(names), tuple(read_share_config(out).ours["removed"]))
     if refit:
-        check_same(config, root, removing=names)
+        check_same(out, config, root, removing=names)
     held = [s for s in recalled(root) if s.name not in names]
     plan = plan_for(held, means.settings(config), root, recalled=[str(s.name) for s in held])
     device = resolve_device(plan.settings.device)
@@ -86,9 +86,10 @@ def remove(checkpoint: Path, names: Sequence[str], means: Means, *, refit: bool 
         threadpool_limits(1, user_api="blas"),
         Workspace.open(root, plan.binding, take_lock=means.take_lock) as work,
     ):
-        take_out(work, names)
+        demand_unchanged(out, config)
+        take_out(work, journal_of_plan(plan, work), names)
         plan = _of_unchanged(plan, work.journal())
-        write_json(work.root / "plan.json", plan_as_json(plan))
+        write_sealed(work.root / "plan.json", plan_as_json(plan))
         run, job = replace(means.run(plan), check=work.check_held), make_job(plan, work, out, device)
         shrink(out, config, names)
         catch_up(run, job)
@@ -152,6 +153,7 @@ def shrink(out: Path, config: SHAREConfig, names: Sequence[str]) -> None:
     stay = [n for n in config.adapter_names if n not in gone]
     digest = digest_of_job(head.choice, [receipt_in(meta) for meta in metas_of(out, stay)])
     with Staging.open(out, digest_of(["shrinking", digest])) as staging:
+        demand_unchanged(out, config)
         staging.replace(out, changed(out, head, stay, counts, digest, len(left_out)), left_out)
         staging.take_out(out, names)
         staging.clear()
@@ -173,10 +175,9 @@ def _counts_without(out: Path, config: SHAREConfig, gone: Collection[str]) -> di
     return {group: n - less[group] for group, n in counts_of(config).items()}
 
 
-def take_out(work: Workspace, names: Sequence[str]) -> None:
+def take_out(work: Workspace, journal: Journal, names: Sequence[str]) -> None:
     """Note in the journal that adapters are taken out, unless they are."""
-    active = work.mended_journal().active
-    work.take_out([Removal(r.name, i) for i, r in active.items() if r.name in names])
+    work.take_out([Removal(r.name, i) for i, r in journal.active.items() if r.name in names])
 
 
 def traces(job: Job) -> dict[str, int]:

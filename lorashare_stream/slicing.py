@@ -133,6 +133,13 @@ def slice_adapter(cut: Cut, staging: Staging, name: str) -> None:
     """Write the first rows of an adapter's loadings, and what that loses."""
     origin = cut.source / ADAPTERS / name
     meta = next(metas_of(cut.source, [name]))
+    for file, digest in meta[OURS]["files"].items():
+        if digest_files([origin / file]) != digest:
+            raise CheckpointError(
+                f"{file} is damaged",
+                adapter=name,
+                remedy="Take the adapter out by lorashare-stream remove, and add it again; or compress all again.",
+            )
     paths = (origin / LOADINGS,)
     with staging.adapter(name) as folder, naming(folder), open_tensors(paths) as tensors:
         stored = {r.name: float32(tensors, r) for r in tensor_records(paths)}

@@ -6,7 +6,7 @@
 |                  |          |                                             | of 1e-2 is off by 1e-4                   |
 | second (d, d)    | 16k <= d | ARPACK (`eigsh`) in the moment's dtype      | faster the smaller k is against d; the   |
 |                  |          |                                             | energy equals LAPACK's to 1e-11          |
-| second (d, d)    | else     | LAPACK (`eigh`, subset) in float64          | one reduction serves all k               |
+| second (d, d)    | else     | LAPACK (`dsyevr`) in float64                | one reduction serves all k               |
 
 `scripts/bench_solvers.py` measures the choice between the last two. Every result is polished in float64:
 one QR makes the columns orthonormal to 1e-12 whatever the solver did, and a Rayleigh-Ritz rotation sorts them.
@@ -14,14 +14,12 @@ one QR makes the columns orthonormal to 1e-12 whatever the solver did, and a Ray
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import scipy.linalg
 from numpy.typing import NDArray
 from scipy.sparse.linalg import ArpackError, eigsh
 
-from .moments import Array, Moment, add_block, mirror
+from .lapack import Array, add_block, largest_eigenpairs
+from .moments import Moment, mirror
 
 Float64 = NDArray[np.float64]
 SEED = 0
@@ -48,7 +46,7 @@ def spectrum(moment: Moment) -> Float64:
     """All eigenvalues that can differ from zero, min(d, n) of them or d, descending, float64."""
     matrix = moment.second if moment.columns is None else _gram(moment.columns)
     assert matrix is not None
-    values = scipy.linalg.eigvalsh(matrix.astype(np.float64, order="F"), overwrite_a=True)
+    values, _ = largest_eigenpairs(matrix.astype(np.float64, order="F"), len(matrix), vectors=False)
     return np.asarray(values[::-1], np.float64)
 
 
@@ -93,10 +91,8 @@ def _by_second(second: Array, k: int) -> Float64:
 
 def _eigh(matrix: Array, k: int) -> Float64:
     """Eigenvectors of the k largest eigenvalues, descending, by LAPACK in float64."""
-    d = len(matrix)
-    whole: dict[str, Any] = {} if k == d else {"subset_by_index": [d - k, d - 1]}
-    _, vectors = scipy.linalg.eigh(matrix.astype(np.float64, order="F"), overwrite_a=True, **whole)
-    found: Float64 = vectors[:, ::-1]
+    _, vectors = largest_eigenpairs(matrix.astype(np.float64, order="F"), k)
+    found: Float64 = np.asarray(vectors[:, ::-1], np.float64)
     return found
 
 

@@ -10,9 +10,10 @@ from typing import Any
 
 from .adapterfiles import open_tensors, tensor_records
 from .checkpoint import Staging
-from .errors import AdapterError, DiskError, GoneError, WorkspaceError, refusal
+from .entry import Entry
+from .errors import AdapterError, DiskError, GoneError, LockedError, WorkspaceError, refusal
 from .files import free_bytes, read_sealed, tree_bytes
-from .journal import Receipt, Removal
+from .journal import Journal, Receipt, Removal, Shapes
 from .keys import SIDES, group_id
 from .names import bytes_shown, digest_of, listed, shown
 from .planning import Plan, check_enough
@@ -70,17 +71,13 @@ def ingest(run: Run, work: Workspace) -> list[AdapterError]:
         Those whose values show that they must not touch a moment.
     """
     entries = {e.name: e for e in run.plan.entries}
-    journal = work.mended_journal()
+    journal = journal_of_plan(run.plan, work)
     absent = {e.adapter for e in run.plan.absent}
     gone = [r.name for r in journal.receipts if r.name not in entries and r.name not in absent]
     if gone:
         raise _gone(gone, run.plan.refused)
-    noted: set[str] = set()
     for receipt in (r for r in journal.receipts if r.name in entries):
         check_unchanged(entries[receipt.name], receipt)
-        if receipt.shapes not in noted:
-            work.keep_shapes(receipt, entries[receipt.name].shapes)
-            noted.add(receipt.shapes)
     known = {r.name for r in journal.receipts}
     fresh = [e for e in run.plan.entries if e.name not in known]
     again = {e.name for e in journal.entries if isinstance(e, Removal)} & {e.name for e in fresh}
@@ -103,6 +100,20 @@ def ingest(run: Run, work: Workspace) -> list[AdapterError]:
     return refused
 
 
+def journal_of_plan(plan: Plan, work: Workspace) -> Journal:
+    """The journal, mended, of a workspace that is held now, and was not when the plan was made.
+
+    Raises:
+        LockedError: if another run has changed it since.
+    """
+    journal = work.mended_journal()
+    if plan.journal not in (None, journal.digest(len(journal.entries))):
+        raise LockedError(
+            "another run has changed the workspace meanwhile", found=work.root, remedy="Run the same command again."
+        )
+    return journal
+
+
 def _gone(names: Sequence[str], refused: Sequence[AdapterError]) -> WorkspaceError:
     now = [error for error in refused if error.adapter in names]
     return WorkspaceError(
@@ -116,14 +127,14 @@ def _gone(names: Sequence[str], refused: Sequence[AdapterError]) -> WorkspaceErr
 
 def make_job(plan: Plan, work: Workspace, out: Path, device: str) -> Job:
     """What the tasks need to know, after ingest."""
-    journal = work.journal()
+    journal, entries = work.journal(), {e.name: e for e in plan.entries}
     digest = digest_of_job(plan.choice, journal.receipts)
     return Job(
         settings=plan.settings,
         storage=plan.storage,
-        entries={e.name: e for e in plan.entries},
+        entries=entries,
         journal=journal,
-        shapes=work.shapes_of(journal),
+        shapes=work.shapes_of(journal, _shapes(journal, entries)),
         workspace=work.root.absolute(),
         bases=work.bases_for(digest).absolute(),
         out=out.absolute(),
@@ -131,6 +142,12 @@ def make_job(plan: Plan, work: Workspace, out: Path, device: str) -> Job:
         choice=plan.choice,
         digest=digest,
     )
+
+
+def _shapes(journal: Journal, entries: Mapping[str, Entry]) -> dict[str, Shapes]:
+    """Shapes of the modules of one adapter of each kind, of those that can be read."""
+    kinds = {r.shapes: r.name for r in journal.receipts if r.name in entries}
+    return {name: entries[name].shapes for name in kinds.values()}
 
 
 def digest_of_job(choice: str, receipts: Sequence[Receipt]) -> str:

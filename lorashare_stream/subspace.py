@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .dtypes import as_stored
-from .moments import Array, Moment
+from .lapack import Array
+from .moments import Moment
 from .solvers import Float64, compressed, leading, prefers_partial, spectrum
 
 Solver = Callable[[Moment, int], tuple[Float64, Float64]]

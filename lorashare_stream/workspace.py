@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import StreamError, WorkspaceError
+from .errors import WorkspaceError
 from .files import (
     own_folder,
     read_sealed,
@@ -32,14 +32,13 @@ from .files import (
     remove_tree,
     sync,
     sync_tree,
-    tree_bytes,
     write_json,
     write_sealed,
 )
 from .journal import Journal, ModuleShape, Receipt, Removal, Shapes, append, read_journal
 from .keys import SIDES
 from .locks import held
-from .names import counted, shown, slug
+from .names import shown, slug
 
 FORMAT = 2
 _COPIES = ("workspace.json", "workspace.copy.json")
@@ -140,10 +139,12 @@ class Workspace:
         journal, whole = read_journal(self._journal)
         size = self._journal.stat().st_size if self._journal.exists() else 0
         if size != whole:
-            rest = self._journal.read_bytes()[whole:].splitlines()
-            if len(rest) > 1:
-                lost = counted(len(rest), "entry").replace("entrys", "entries")
-                log.warning("the journal is damaged, %s will be made again: %s", lost, shown(self._journal))
+            lost = self._journal.read_bytes()[whole:].count(b"\n")
+            if lost:  # a whole line is not torn by a crash
+                log.warning(
+                    "the journal is damaged, and cut: its last %d entries are lost, and made again from the sources "
+                    "that are named: %s", lost, shown(self._journal),
+                )  # fmt: skip
             os.truncate(self._journal, whole)
         return journal
 
@@ -164,37 +165,54 @@ class Workspace:
         if not read_sealed(path):
             write_sealed(path, {"modules": shapes})
 
-    def shapes_of(self, journal: Journal) -> dict[str, Shapes]:
+    def shapes_of(self, journal: Journal, known: Mapping[str, Shapes]) -> dict[str, Shapes]:
         """The shared modules of all admissions, by the digest that these have of them.
 
-        Raises:
-            WorkspaceError: if one is not there, whole.
-        """
-        digests = dict.fromkeys(e.shapes for e in journal.entries if isinstance(e, Receipt))
-        return {digest: self._shapes(digest) for digest in digests}
+        Those of adapters that were taken out may be missing: their moments are summed again.
 
-    def _shapes(self, digest: str) -> Shapes:
-        path = self.shapes / f"{digest}.json"
-        found = read_sealed(path).get("modules")
+        Args:
+            journal: the admissions.
+            known: adapters that can be read -> shapes of their modules.
+
+        Raises:
+            WorkspaceError: if those of another adapter are not there, whole.
+        """
+        found: dict[str, Shapes] = {}
+        for receipt in journal.receipts:
+            if receipt.shapes not in found and receipt.name in known:
+                self.keep_shapes(receipt, known[receipt.name])
+                found[receipt.shapes] = known[receipt.name]
+        for entry in journal.entries:
+            if isinstance(entry, Receipt) and entry.shapes not in found:
+                shapes = self._shapes(entry.shapes)
+                if shapes is not None:
+                    found[entry.shapes] = shapes
+                elif entry in journal.receipts:
+                    raise WorkspaceError(
+                        "the workspace is damaged",
+                        adapter=entry.name,
+                        found=f"shapes/{entry.shapes}.json is missing, or is not what was written",
+                        remedy="Restore its source, from which it is mended; or take it out (lorashare-stream remove).",
+                    )
+        return found
+
+    def _shapes(self, digest: str) -> Shapes | None:
+        found = read_sealed(self.shapes / f"{digest}.json").get("modules")
         if found is None:
-            raise WorkspaceError(
-                "the workspace is damaged",
-                found=f"{shown(path)} is missing, or is not what was written",
-                remedy="Compress all its adapters again from their sources, which mends it; or delete the workspace.",
-            )
+            return None
         return {
             name: ModuleShape(rank, d_in, d_out, experts, tuple(parameters))
             for name, (rank, d_in, d_out, experts, parameters) in found.items()
         }
 
+    def sync_journal(self) -> None:
+        """Make all admissions durable."""
+        append(self._journal, (), durable=True)
+
     def take_out(self, removals: Iterable[Removal]) -> None:
         """Append removals, durable."""
         self.check_held()
         append(self._journal, removals, durable=True)
-
-    def sync_journal(self) -> None:
-        """Make all admissions durable."""
-        append(self._journal, (), durable=True)
 
     def skip(self, left_out: list[dict[str, Any]]) -> None:
         """Note which adapters this run leaves out, and why."""
@@ -204,7 +222,8 @@ class Workspace:
 
     def marker(self, module: str) -> dict[str, Any] | None:
         """What is summed of a module: `generation`, `entries` of the journal, facts of sides `A` and `B`."""
-        return _read_marker(self.moments / f"{slug(module)}.json")
+        marker = _read_marker(self.moments / f"{slug(module)}.json")
+        return marker if marker is not None and marker["module"] == module else None
 
     def modules(self) -> set[str]:
         """The modules that have moments."""
@@ -272,18 +291,8 @@ class Workspace:
         outputs[str(out.absolute())] = [*({there} & self.published()), basis_digest]
         write_sealed(path, outputs)
 
-    def bytes(self) -> int:
-        """Bytes on disk."""
-        return tree_bytes(self.root)
-
-
-def skipped_as_json(errors: Iterable[StreamError]) -> list[dict[str, Any]]:
-    """Adapters that were left out, as plain values: name, reason, and the parts of the reason."""
-    listing = [{"reason": str(e), "problem": e.problem, **e.details(), "source": e.source} for e in errors]
-    return [{k: v for k, v in item.items() if v is not None} for item in listing]
-
 
 def _read_marker(path: Path) -> dict[str, Any] | None:
     """A marker; None if there is none, or it is not what was written: the module is summed again."""
     marker = read_sealed(path)
-    return marker if marker.keys() >= {"generation", "entries", "admitted", *SIDES} else None
+    return marker if marker.keys() >= {"module", "generation", "entries", "admitted", *SIDES} else None

@@ -16,8 +16,8 @@ ROOT = Path(lorashare_stream.__file__).parent
 # The rooms, bottom to top: a module imports only from rows above its own, or from earlier in its row.
 ROOMS = {
     "pure": [
-        "version", "names", "errors", "dtypes", "settings", "keys", "moments", "deltas", "patterns", "peftconfig",
-        "solvers", "subspace",
+        "version", "names", "errors", "dtypes", "settings", "keys", "lapack", "moments", "deltas", "patterns",
+        "peftconfig", "solvers", "subspace",
     ],
     "bytes": [
         "files", "tensorfile", "picklecheck", "picklefile", "adapterfiles", "momentstore", "locks", "journal",

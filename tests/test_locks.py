@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -17,13 +18,19 @@ import psutil
 import pytest
 
 from lorashare_stream import locks
+from lorashare_stream.adding import add
 from lorashare_stream.cli import main
-from lorashare_stream.errors import LockedError, WorkspaceError
+from lorashare_stream.errors import LockedError, UsageError, WorkspaceError
 from lorashare_stream.locks import SILENCE, held
-from lorashare_stream.pipeline import compress, plan_for
+from lorashare_stream.means import Means
+from lorashare_stream.pipeline import compress, default_workspace, plan_for
 from lorashare_stream.settings import Settings
+from lorashare_stream.shareconfig import read_share_config
+from lorashare_stream.shrinking import remove
 from lorashare_stream.sources import resolve
 from lorashare_stream.workspace import Workspace
+
+from .conftest import make_collection
 
 Capture = pytest.CaptureFixture[str]
 
@@ -158,3 +165,71 @@ def test_the_second_run_of_the_command_exits_with_75(tmp_path: Path, collection:
     assert main(arguments) == 75
     assert "host elsewhere" in capsys.readouterr().err
     assert main([*arguments, "--take-lock"]) == 0
+
+
+@pytest.mark.parametrize("with_workspace", [True, False])
+@pytest.mark.parametrize("mine", ["add", "remove"])
+def test_what_another_run_has_changed_meanwhile_is_not_undone(
+    tmp_path: Path, collection: list[str], monkeypatch: pytest.MonkeyPatch, mine: str, with_workspace: bool
+) -> None:
+    """A command reads, and then takes the lock: what was changed between is asked for again, under the lock."""
+    out, fresh = tmp_path / "out", make_collection(tmp_path / "more", 1, seed=1)
+    compress(plan_for(resolve(collection), Settings(num_components=5, device="cpu")), out)
+    if not with_workspace:
+        shutil.rmtree(default_workspace(out))
+    means = Means(accept=1e-6)
+
+    def change(what: str) -> None:
+        if what == "add":
+            add(out, resolve({"new": fresh[0]}), means)
+        else:
+            remove(out, ["a01"], means)
+
+    real = Means.root_of
+
+    def another_run_comes_first(self: Means, *arguments: Any) -> Path | None:
+        monkeypatch.setattr(Means, "root_of", real)
+        change("remove" if mine == "add" else "add")
+        return real(self, *arguments)
+
+    monkeypatch.setattr(Means, "root_of", another_run_comes_first)
+    with pytest.raises(LockedError, match=r"another run has changed the (checkpoint|workspace) meanwhile"):
+        change(mine)
+    change(mine)
+    assert read_share_config(out).adapter_names == ["a00", *(f"a{i:02}" for i in range(2, 8)), "new"]
+
+
+def test_an_output_that_another_run_has_published_meanwhile_is_not_replaced(
+    tmp_path: Path, collection: list[str]
+) -> None:
+    other = make_collection(tmp_path / "others", 3, seed=1)
+    settings = Settings(num_components=3, device="cpu")
+
+    def publish(step: str, total: int, results: Iterator[Any]) -> Iterator[Any]:
+        yield from results
+        if step == "fit":
+            compress(plan_for(resolve(other), settings), tmp_path / "out", workspace=tmp_path / "w2")
+
+    plan = plan_for(resolve(collection), settings)
+    with pytest.raises(UsageError, match="another run"):
+        compress(plan, tmp_path / "out", workspace=tmp_path / "w1", progress=publish)
+    assert read_share_config(tmp_path / "out").num_adapters == 3
+
+
+def test_a_stopped_process_lets_go_of_its_locks(tmp_path: Path) -> None:
+    code = f"""
+from lorashare_stream import locks
+with locks.held(locks.Path({str(tmp_path / "lock")!r})):
+    locks.let_go()
+    print(open({str(tmp_path / "lock")!r}).read() == "")
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "True\n"
+
+
+@pytest.mark.parametrize("junk", ['{"pid": -5}', "[" * 100_000, "null", '{"host": 3}', "\0"])
+def test_junk_in_a_lock_is_nobody(tmp_path: Path, junk: str) -> None:
+    values = json.loads(holder())
+    text = json.dumps(values | json.loads(junk)) if junk.startswith("{") else junk
+    (tmp_path / "lock").write_text(text)
+    with held(tmp_path / "lock") as check:
+        check()

@@ -10,12 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import momentstore
-from ..adapterfiles import open_tensors
+from ..adapterfiles import check_still, open_tensors
 from ..deltas import Product, gram
 from ..devices import sum_on
 from ..entry import Entry
+from ..errors import AdapterError
 from ..keys import SIDES, Side
-from ..moments import Accumulator, Array, empty, of_columns, partner_root
+from ..lapack import Array
+from ..moments import Accumulator, empty, of_columns, partner_root
 from ..momentstore import DamagedMoment
 from ..tensorfile import float32
 from ..workspace import Workspace
@@ -36,6 +38,8 @@ def _accumulate(job: Job, name: str) -> None:
     old = work.marker(name)
     if old is not None and not job.continues(old):
         raise DamagedMoment("a moment holds other adapters than the journal")
+    if old is not None and not job.knows(old["entries"]):
+        raise DamagedMoment("it is lost what an adapter has brought into a moment that was taken out since")
     held = {} if old is None else job.holders(name, old["entries"])
     now = job.holders(name, len(job.journal.entries))
     added = [(job.entry(r.name), r.energy) for i, r in now.items() if i not in held]
@@ -69,6 +73,11 @@ def rows_of(entry: Entry, name: str, energy: float, objective: str) -> dict[Side
     module = entry.layout.by_name[name]
     with open_tensors(entry.paths) as tensors:
         a, b = float32(tensors, module.a), float32(tensors, module.b)
+    try:
+        check_still(entry.files)
+    except AdapterError as e:
+        e.adapter = entry.name
+        raise
     return weighted_rows(a, b, entry.product(name), energy, objective)
 
 

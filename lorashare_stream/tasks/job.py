@@ -79,7 +79,7 @@ class Job:
 
     def rank(self, receipt: Receipt, module: str) -> int:
         """How many vectors an adapter has in a module; 0 if it has none there that are shared."""
-        shape = self.shapes[receipt.shapes].get(module) if self.shares(receipt) else None
+        shape = self.shapes.get(receipt.shapes, {}).get(module) if self.shares(receipt) else None
         return 0 if shape is None else shape.rank
 
     def holders(self, module: str, count: int) -> dict[int, Receipt]:
@@ -100,6 +100,10 @@ class Job:
             for module, shape in self.shapes[digest].items():
                 counts.update({group_id(module, side): shape.rank * times for side in SIDES})
         return dict(counts)
+
+    def knows(self, count: int) -> bool:
+        """Whether it is known what the first `count` entries have brought into moments."""
+        return all(r.shapes in self.shapes for r in self.journal.active_after(count).values())
 
     def holds_all(self, marker: Mapping[str, Any] | None) -> bool:
         """Whether a module's moments, by their marker, have seen every entry and nothing else."""
@@ -139,6 +143,7 @@ class Job:
         try:
             return (
                 bool(facts)
+                and facts["module"] == module
                 and (marker is None or (self.holds_all(marker) and facts["generation"] == marker["generation"]))
                 and digest_files([self.basis_file(module)]) == facts["digest"]
             )

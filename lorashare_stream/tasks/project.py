@@ -11,7 +11,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..adapterfiles import digest_files, file_fact, open_tensors, read_config, tensor_records
+from ..adapterfiles import check_still, digest_files, file_fact, open_tensors, read_config, tensor_records
 from ..checkpoint import Staging
 from ..deltas import DeltaError, delta_error, relative_error
 from ..dtypes import as_stored, narrowed, widened
@@ -49,6 +49,7 @@ def project_adapter(job: Job, name: str) -> None:
             if verbatim:
                 with (folder / VERBATIM).open("wb") as f:
                     _copy_tensors(f, verbatim, tensors)
+            check_still(entry.files)
             _write_meta(job, entry, receipt, folder, errors, [key for key, _ in verbatim])
     except AdapterError as e:
         e.adapter = name
