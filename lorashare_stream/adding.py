@@ -114,14 +114,19 @@ def _fresh(sources: Sequence[Source], held: Sequence[tuple[str, str | None]]) ->
     return [s for s in sources if s.id not in ids or (s.name is not None and (s.id, s.name) not in held)]
 
 
-def _add_by_projection(
-    out: Path, config: SHAREConfig, sources: Sequence[Source], settings: Settings, means: Means
-) -> Outcome:
+def _receipts_in(out: Path, config: SHAREConfig) -> list[Receipt]:
+    """What a checkpoint records of its adapters."""
     try:
-        there = [receipt_in(meta) for meta in metas_of(out, config.adapter_names)]
+        return [receipt_in(meta) for meta in metas_of(out, config.adapter_names)]
     except CheckpointError:
         demand_unchanged(out, config)  # else another run is taking the adapter out
         raise
+
+
+def _add_by_projection(
+    out: Path, config: SHAREConfig, sources: Sequence[Source], settings: Settings, means: Means
+) -> Outcome:
+    there = _receipts_in(out, config)
     fresh = _fresh(sources, [(r.source_id, r.name) for r in there])
     _check_unchanged(there, sources, settings)
     threshold = config.variance_threshold if means.accept is None else means.accept

@@ -191,6 +191,12 @@ def is_whole(folder: Path, receipt: Receipt, basis_digest: str) -> bool:
         return False
 
 
+def has_files(root: Path, names: Iterable[str]) -> bool:
+    """Whether the files of a checkpoint with these adapters are there; it is not looked into them."""
+    files = [root / ADAPTERS / name / file for name in names for file in (LOADINGS, META)]
+    return all(file.is_file() for file in (root / COMPONENTS, *files))
+
+
 def receipt_in(meta: Mapping[str, Any]) -> Receipt:
     """What of an admission a checkpoint of ours records: enough to know the adapter again."""
     ours, config = meta[OURS], digest_config(meta["original_config"])

@@ -8,14 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import Staging, is_whole, metas_of, sizes_of
+from .checkpoint import Staging, has_files, is_whole, metas_of, sizes_of
 from .errors import AdapterError, CollectionError, LockedError
 from .journal import Receipt
 from .keys import SIDES, group_id
 from .names import counted, digest_of, listed
 from .running import Run
 from .shareconfig import SHAREConfig, read_share_config
-from .shareformat import ADAPTERS, COMPONENTS, META, OURS, ours_of
+from .shareformat import ADAPTERS, OURS, ours_of
 from .stages import digest_of_job, project
 from .summary import Head, figures_of, head_of, share_config
 from .tasks import Job
@@ -36,9 +36,8 @@ def growable(job: Job, out: Path, own: Collection[str]) -> SHAREConfig | None:
         return None
     config = read_share_config(out)
     held = [job.receipt_of[name] for name in config.adapter_names if name in job.receipt_of]
-    files = [out / COMPONENTS, *(out / ADAPTERS / name / META for name in config.adapter_names)]
     same = digest_of_job(job.choice, held) == ours["digest"]
-    return config if same and all(file.is_file() for file in files) else None
+    return config if same and has_files(out, config.adapter_names) else None
 
 
 def grow(

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from threadpoolctl import threadpool_limits
 
 from .catalog import catalog
-from .checkpoint import Staging, mend, metas_of, sizes_of, sweep
+from .checkpoint import Staging, has_files, mend, metas_of, sizes_of, sweep
 from .devices import resolve_device
 from .errors import AdapterError, WorkspaceError, skipped_as_json
 from .executors import Executor, Threads
@@ -23,7 +23,7 @@ from .publishing import check_output, output_folder
 from .running import Progress, Run, silent
 from .settings import Settings
 from .shareconfig import SHAREConfig
-from .shareformat import ADAPTERS, COMPONENTS, LOADINGS, META, ours_of, skipped_of
+from .shareformat import ours_of, skipped_of
 from .sources import Source
 from .stages import catch_up, check_disk, head_of_job, ingest, make_job, project, settle, write_bases
 from .summary import figures_of, share_config
@@ -187,5 +187,4 @@ def recompute(
 def is_current(job: Job, out: Path, left_out: list[dict[str, Any]]) -> bool:
     """Whether the checkpoint at `out` is what this job would write, and no adapter of it is gone."""
     same = (ours_of(out) or {}).get("digest") == job.digest and skipped_of(out) == left_out
-    files = [(out / COMPONENTS), *(out / ADAPTERS / r.name / f for r in job.journal.receipts for f in (LOADINGS, META))]
-    return same and all(file.is_file() for file in files)
+    return same and has_files(out, [r.name for r in job.journal.receipts])

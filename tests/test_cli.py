@@ -408,6 +408,30 @@ def test_a_closed_pipe_is_no_error(tmp_path: Path, collection: list[str]) -> Non
     assert done.stderr == ""
 
 
+def test_a_log_that_nobody_reads_does_not_stop_the_work(tmp_path: Path, slow: list[object]) -> None:
+    command = [sys.executable, "-m", "lorashare_stream", "compress", *map(str, slow)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stderr.close()
+        assert process.stdout.read().startswith(b"base model")
+    assert process.returncode == 0
+    assert (tmp_path / "out" / "share_config.json").exists()
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_signal_is_told_by_the_exit_code_even_if_nobody_reads(
+    tmp_path: Path, slow: list[object], stream: str
+) -> None:
+    command = [sys.executable, "-m", "lorashare_stream", "compress", *map(str, slow), "-q", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        getattr(process, stream).close()
+        journal = tmp_path / "out.workspace" / "journal.jsonl"
+        while not (journal.exists() and journal.stat().st_size) and process.poll() is None:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait() == 75
+    assert (tmp_path / "out.workspace" / "lock").read_text() == ""
+
+
 def test_progress_lines_tell_rate_and_time_left(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 1000, 10))
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))

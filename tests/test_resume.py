@@ -11,12 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from lorashare_stream import pipeline, tasks
+from lorashare_stream import pipeline, reader, tasks
+from lorashare_stream.adding import add
 from lorashare_stream.errors import AdapterError, StreamError, UsageError, WorkspaceError
 from lorashare_stream.executors import Serial
+from lorashare_stream.means import Means
 from lorashare_stream.model import SHAREModel
 from lorashare_stream.pipeline import compress, plan_for
+from lorashare_stream.refitting import refit
 from lorashare_stream.settings import Settings
+from lorashare_stream.shrinking import remove
 from lorashare_stream.sources import resolve
 from lorashare_stream.workspace import Workspace
 
@@ -242,4 +246,151 @@ def test_a_crash_between_the_two_renames_is_mended(tmp_path: Path, collection: l
     before = tree_digest(out)
     out.rename(tmp_path / ".out.replaced")
     go(collection, out)
+    assert tree_digest(out) == before
+
+
+def flip_line(journal: Path, number: int) -> None:
+    lines = journal.read_bytes().splitlines(keepends=True)
+    lines[number] = lines[number].replace(b'"name"', b'"nbme"')
+    journal.write_bytes(b"".join(lines))
+
+
+@pytest.mark.parametrize("damage", ["a line", "all", "gone"])
+def test_a_damaged_journal_never_makes_a_checkpoint_smaller(
+    tmp_path: Path, collection: list[str], damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    out, fresh = tmp_path / "out", make_collection(tmp_path / "more", 1, seed=1)
+    go(collection, out)
+    before = tree_digest(out)
+    journal = pipeline.default_workspace(out) / "journal.jsonl"
+    if damage == "a line":
+        flip_line(journal, 2)
+    else:
+        journal.write_bytes(b"")
+    if damage == "gone":
+        journal.unlink()
+    for change in (
+        lambda: add(out, resolve({"new": fresh[0]}), Means()),
+        lambda: remove(out, ["a00"], Means(), refit=True),
+        lambda: refit(out, 8, out, Means()),
+    ):
+        with pytest.raises(WorkspaceError, match=r"checkpoint has adapters that the workspace has not.*a07"):
+            change()
+    assert tree_digest(out) == before
+    go(collection, out, num_components=3)  # from the sources all is made again
+    assert ("the journal is damaged" in caplog.text) == (damage == "a line")
+    go(collection, tmp_path / "fresh", num_components=3)
+    assert tree_digest(out) == tree_digest(tmp_path / "fresh")
+    assert add(out, resolve({"new": fresh[0]}), Means(accept=1e-6)).method == "projection"
+
+
+def test_a_damaged_tombstone_brings_nobody_back(tmp_path: Path, collection: list[str]) -> None:
+    out, fresh = tmp_path / "out", make_collection(tmp_path / "more", 1, seed=1)
+    go(collection, out)
+    remove(out, ["a01"], Means(), refit=True)
+    flip_line(pipeline.default_workspace(out) / "journal.jsonl", -1)
+    with pytest.raises(WorkspaceError, match=r"workspace has adapters that the checkpoint has not.*a01"):
+        add(out, resolve({"new": fresh[0]}), Means())
+    assert "a01" not in SHAREModel.from_pretrained(out).adapter_names
+
+
+def test_an_adapter_that_changes_during_a_run_does_not_reach_the_moments(tmp_path: Path, collection: list[str]) -> None:
+    go(collection, tmp_path / "whole")
+    weights = Path(collection[2]) / "adapter_model.safetensors"
+    original = weights.read_bytes()
+
+    def change(step: str, total: int, results: Iterator[Any]) -> Iterator[Any]:
+        if step == "accumulate":
+            weights.write_bytes(original[:-4] + b"abcd")
+        yield from results
+
+    with pytest.raises(AdapterError, match=r"'a02': the adapter was changed while the run was reading it"):
+        go(collection, tmp_path / "out", change)
+    weights.write_bytes(original)
+    go(collection, tmp_path / "out")
+    assert tree_digest(tmp_path / "out") == tree_digest(tmp_path / "whole")
+
+
+def test_moments_that_changed_places_are_not_taken_for_each_other(tmp_path: Path) -> None:
+    collection, out = make_collection(tmp_path / "adapters", 8, {"q": (20, 30), "v": (20, 30)}), tmp_path / "out"
+    go(collection, out)
+    moments = pipeline.default_workspace(out) / "moments"
+    q, v = sorted(p for p in moments.iterdir() if p.is_dir())
+    for suffix in ("", ".json"):
+        a, b = q.with_name(q.name + suffix), v.with_name(v.name + suffix)
+        a.rename(moments / "aside")
+        b.rename(a)
+        (moments / "aside").rename(b)
+    go(collection, out, num_components=3)
+    go(collection, tmp_path / "fresh", num_components=3)
+    assert tree_digest(out) == tree_digest(tmp_path / "fresh")
+
+
+def test_shapes_of_an_adapter_that_was_taken_out_are_not_needed(tmp_path: Path) -> None:
+    collection, out = make_collection(tmp_path / "adapters", 8, {"q": (40, 50)}), tmp_path / "out"
+    (big,) = make_collection(tmp_path / "big", 1, {"q": (40, 50)}, r=8)
+    settings = Settings(num_components=5, device="cpu")
+    compress(plan_for([*resolve(collection), *resolve({"big": big})], settings), out)
+    before = set((pipeline.default_workspace(out) / "shapes").iterdir())
+    remove(out, ["big"], Means())
+    for path in before:
+        path.write_text("{}")
+    go(collection, out, num_components=3)
+    go(collection, tmp_path / "fresh", num_components=3)
+    a, b = (SHAREModel.from_pretrained(p).config.ours["groups"] for p in (out, tmp_path / "fresh"))
+    assert all(a[g]["explained"] == pytest.approx(b[g]["explained"], abs=1e-6) for g in b)
+    (path,) = set((pipeline.default_workspace(out) / "shapes").iterdir()) - {p for p in before if p.read_text() == "{}"}
+    path.write_text("{}")
+    for folder in collection:
+        shutil.rmtree(folder)
+    with pytest.raises(WorkspaceError, match=r"'a00': the workspace is damaged"):
+        add(out, resolve({"big": big}), Means())
+
+
+def test_a_reader_that_is_overtaken_between_two_files_gets_an_error(
+    tmp_path: Path, collection: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    go(collection, out)
+    share = SHAREModel.from_pretrained(out)
+    real = reader._load
+
+    def overtaken(path: Path) -> Any:
+        monkeypatch.setattr(reader, "_load", real)
+        go(collection, out, num_components=3)
+        return real(path)
+
+    monkeypatch.setattr(reader, "_load", overtaken)
+    with pytest.raises(StreamError, match="was replaced, open it again"):
+        share.all_loadings["a00"]
+
+
+def test_a_checkpoint_that_lost_a_file_is_not_up_to_date(tmp_path: Path, collection: list[str]) -> None:
+    out = tmp_path / "out"
+    go(collection, out)
+    before = tree_digest(out)
+    for lost in ("shared_components.safetensors", "adapters/a03/loadings.safetensors"):
+        (out / lost).unlink()
+        go(collection, out)
+        assert tree_digest(out) == before
+    (out / "adapters" / "a03" / "adapter_meta.json").write_text("{}")
+    for change in (
+        lambda: remove(out, ["a00"], Means()),
+        lambda: refit(out, 2, tmp_path / "small", Means()),
+    ):
+        with pytest.raises(StreamError, match=r"'a03': adapter_meta.json is damaged"):
+            change()
+    remove(out, ["a03"], Means())
+    (out / "adapters" / "a04" / "loadings.safetensors").write_bytes(b"torn")
+    with pytest.raises(StreamError, match=r"'a04': loadings.safetensors is damaged"):
+        refit(out, 2, tmp_path / "small", Means())
+
+
+def test_cutting_in_place_again_changes_nothing(tmp_path: Path, collection: list[str]) -> None:
+    out, fresh = tmp_path / "out", make_collection(tmp_path / "more", 1, seed=1)
+    go(collection, out)
+    add(out, resolve({"new": fresh[0]}), Means(accept=1e-6))
+    assert refit(out, 2, out, Means()) == "sliced"
+    before = tree_digest(out)
+    assert refit(out, 2, out, Means()) == "current"
     assert tree_digest(out) == before
