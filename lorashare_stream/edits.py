@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -71,14 +72,15 @@ def remove(args: Args) -> int:
     print_result(
         args, result, "\n".join([f"took out {listed(done.names) or 'nothing more'}", *_traces(done, "refit" in args)])
     )
-    if "refit" in args and left:
-        raise StreamError(
-            "adapters were taken out, but their trace could not be",
-            found=listed(left),
-            remedy=f"Restore the sources of {listed(done.absent) or 'the other adapters'}, and remove them again by "
-            "the same command.",
-        )
-    return 0
+    if "refit" not in args or not left:
+        return 0
+    fault = StreamError(
+        "adapters were taken out, but their trace could not be",
+        found=listed(left),
+        remedy=f"Restore the sources of {listed(done.absent) or 'the other adapters'}, and run the same command again.",
+    )
+    print(f"lorashare-stream: {fault}", file=sys.stderr)
+    return fault.exit_code
 
 
 def _traces(done: Removed, refit: bool) -> list[str]:

@@ -327,5 +327,7 @@ def test_the_command(tmp_path: Path, capsys: Capture) -> None:
     captured = capsys.readouterr()
     assert "took out a01" in captured.out
     assert "their trace could not be (found a01). Restore the sources of a02" in captured.err
+    assert main(["remove", str(out), "a01", "--refit", "-q", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["absent"] == ["a02"]
     assert main(["info", str(out)]) == 0
     assert "a01" in capsys.readouterr().out
