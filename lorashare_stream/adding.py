@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from threadpoolctl import threadpool_limits
 
 from .adapterfiles import digest_files
 from .catalog import catalog, read_entries
-from .checkpoint import metas_of, receipt_in, sweep
+from .checkpoint import sweep
 from .errors import AdapterError, CheckpointError, UsageError, WorkspaceError, refusal, skipped_as_json
 from .growing import demand_unchanged, grow, offer, staged_digest
 from .journal import Journal, Receipt
@@ -19,6 +20,7 @@ from .means import Means, check_same, opened, recalled
 from .names import folded, listed, shown
 from .pipeline import Outcome, plan_for
 from .planning import make_plan
+from .records import metas_of, receipt_in
 from .settings import Settings
 from .shareconfig import SHAREConfig, read_share_config
 from .shareformat import OURS, skipped_of
@@ -26,6 +28,8 @@ from .sources import Source, resolve
 from .stages import digest_of_job
 from .summary import counts_of, head_of
 from .tasks import Job, ingest_adapter
+
+log = logging.getLogger(__name__)
 
 
 def add(checkpoint: Path, sources: Sequence[Source], means: Means, *, refit: bool = False) -> Outcome:
@@ -126,6 +130,7 @@ def _receipts_in(out: Path, config: SHAREConfig) -> list[Receipt]:
 def _add_by_projection(
     out: Path, config: SHAREConfig, sources: Sequence[Source], settings: Settings, means: Means
 ) -> Outcome:
+    log.info("no workspace is named, nor beside the checkpoint: adapters are projected on its bases only")
     there = _receipts_in(out, config)
     fresh = _fresh(sources, [(r.source_id, r.name) for r in there])
     _check_unchanged(there, sources, settings)

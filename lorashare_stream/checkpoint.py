@@ -23,22 +23,18 @@ from typing import Any
 
 import numpy as np
 
-from .adapterfiles import digest_config, digest_files
-from .errors import CheckpointError, LockedError
-from .files import atomic_file, own_folder, read_json, remove_tree, sync, sync_tree, unsealed, write_json
+from .errors import LockedError
+from .files import atomic_file, own_folder, read_json, remove_tree, sync, sync_tree, write_json
 from .journal import Receipt
 from .publishing import drop, mend_output, publish, replaced_folder, staging_folder
+from .records import is_whole
 from .shareformat import (
     ADAPTERS,
     COMPONENTS,
     CONFIG,
-    LOADINGS,
-    META,
-    OURS,
     SKIPPED,
     SPECTRUM,
     STAGING,
-    VERBATIM,
     ours_of,
     skipped_of,
 )
@@ -167,42 +163,6 @@ class Staging:
         sync(out / ADAPTERS)
 
 
-def is_whole(folder: Path, receipt: Receipt, basis_digest: str) -> bool:
-    """Whether the folder of an adapter in a checkpoint is whole, by its digests, and that of an admission.
-
-    A power cut may leave names without content.
-
-    Args:
-        folder: of the adapter.
-        receipt: its admission.
-        basis_digest: of the components to which it must belong.
-    """
-    try:
-        meta = read_json(folder / META)
-        ours = meta[OURS]
-        return (
-            unsealed(meta) is not None
-            and ours["sha256"] == receipt.digest
-            and digest_config(meta["original_config"]) == receipt.config_digest
-            and ours["basis_digest"] == basis_digest
-            and all(digest_files([folder / file]) == digest for file, digest in ours["files"].items())
-        )
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
-        return False
-
-
-def has_files(root: Path, names: Iterable[str]) -> bool:
-    """Whether the files of a checkpoint with these adapters are there; it is not looked into them."""
-    files = [root / ADAPTERS / name / file for name in names for file in (LOADINGS, META)]
-    return all(file.is_file() for file in (root / COMPONENTS, *files))
-
-
-def receipt_in(meta: Mapping[str, Any]) -> Receipt:
-    """What of an admission a checkpoint of ours records: enough to know the adapter again."""
-    ours, config = meta[OURS], digest_config(meta["original_config"])
-    return Receipt(meta["adapter_name"], ours["source_id"], ours["sha256"], config, 0.0, (), (), "")
-
-
 def mend(out: Path) -> None:
     """Undo what a kill between two renames left, unless a run is between them now.
 
@@ -236,45 +196,6 @@ def write_skipped(root: Path, skipped: list[dict[str, Any]]) -> None:
     (root / SKIPPED).unlink(missing_ok=True)
     if skipped:
         write_json(root / SKIPPED, skipped)
-
-
-def metas_of(root: Path, names: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """What a checkpoint of ours, staged or published, records of each adapter.
-
-    Raises:
-        CheckpointError: if it is not what was written.
-    """
-    for name in names:
-        try:
-            meta = read_json(root / ADAPTERS / name / META)
-        except (FileNotFoundError, ValueError) as e:
-            meta, why = None, str(e)
-        else:
-            why = "it is not what was written"
-        if unsealed(meta) is None:
-            raise CheckpointError(
-                f"{META} is damaged",
-                adapter=name,
-                found=why,
-                remedy="Take the adapter out by lorashare-stream remove, and add it again; or compress all again.",
-            )
-        yield meta
-
-
-def sizes_of(root: Path, names: Iterable[str]) -> dict[str, int]:
-    """Bytes on disk of a checkpoint, by part, of its adapters those that are named."""
-    sizes = {"basis": _size(root / COMPONENTS), "loadings": 0, "verbatim": 0, "metadata": _size(root / SPECTRUM)}
-    for name in names:
-        for part, file in (("loadings", LOADINGS), ("verbatim", VERBATIM), ("metadata", META)):
-            sizes[part] += _size(root / ADAPTERS / name / file)
-    return sizes
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
 
 
 def _lock(fd: int, out: Path) -> None:

@@ -60,7 +60,7 @@ def add(args: Args) -> int:
 def remove(args: Args) -> int:
     """`remove`: adapters out of a checkpoint; fails if their trace was to go, and could not."""
     out = Path(args["checkpoint"])
-    names = list(dict.fromkeys(args["adapters"]))
+    names = list(dict.fromkeys(args.get("adapters", ())))
     done = shrinking.remove(out, names, _means(args), refit="refit" in args)
     left = sorted({*done.in_bases, *(done.in_moments or {})})
     result = {
@@ -77,7 +77,7 @@ def remove(args: Args) -> int:
     fault = StreamError(
         "adapters were taken out, but their trace could not be",
         found=listed(left),
-        remedy=f"Restore the sources of {listed(done.absent) or 'the other adapters'}, and run the same command again.",
+        remedy=f"Restore the sources of {listed(done.absent) or 'others'}, or take them out too, and run it again.",
     )
     print(f"lorashare-stream: {fault}", file=sys.stderr)
     return fault.exit_code
@@ -114,6 +114,8 @@ def refit(args: Args) -> int:
         "current": "nothing to do",
     }[method]
     log.info("%s: %s", shown(out), note)
+    if config.ours["removed"]:
+        log.warning("removed adapters are in the moments, and so in the bases, until remove --refit frees them")
     result: dict[str, Any] = {"checkpoint": str(out), "method": method, "k": config.num_components}
     print_result(args, result, summary_text(config))
     return 0

@@ -8,11 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import Staging, has_files, is_whole, metas_of, sizes_of
-from .errors import AdapterError, CollectionError, LockedError
+from .checkpoint import Staging
+from .errors import AdapterError, CollectionError, LockedError, WorkspaceError
 from .journal import Receipt
 from .keys import SIDES, group_id
 from .names import counted, digest_of, listed
+from .records import has_files, is_whole, metas_of, sizes_of
 from .running import Run
 from .shareconfig import SHAREConfig, read_share_config
 from .shareformat import ADAPTERS, OURS, ours_of
@@ -132,13 +133,13 @@ def _enough(kept: Mapping[str, float], threshold: float) -> bool:
     if poor:
         least = min(poor, key=lambda name: (poor[name], name))
         log.info(
-            "the bases keep less than %.4g of the dW energy of %s (%.4f of %s): bases are fitted again",
+            "the bases keep less than %.6g of the dW energy of %s (%.4f of %s): bases are fitted again",
             threshold, counted(len(poor), "new adapter"), poor[least], listed([least]),
         )  # fmt: skip
     elif kept:
         log.info(
             "%s projected on the bases that are there, which keep %.4f of the dW energy or more; fit the bases to "
-            "all by lorashare-stream refit", _were([*kept]), min(kept.values()),
+            "all by lorashare-stream refit CHECKPOINT -o CHECKPOINT", _were([*kept]), min(kept.values()),
         )  # fmt: skip
     return not poor
 
@@ -159,6 +160,24 @@ def changed(
     return share_config(head, figures, counts, digest=digest, sizes=sizes_of(out, names), skipped=skipped)
 
 
+def check_kept(job: Job, out: Path) -> None:
+    """Demand that a run does not lose adapters of the checkpoint at `out`: a damaged journal may have lost them.
+
+    Raises:
+        WorkspaceError: naming those that the workspace neither has nor has taken out.
+    """
+    if "settings" not in (ours_of(out) or {}):
+        return  # none, or not ours to lose
+    known = {entry.name for entry in job.journal.entries}
+    lost = [name for name in read_share_config(out).adapter_names if name not in known]
+    if lost:
+        raise WorkspaceError(
+            "the checkpoint has adapters that the workspace has not, and the sources do not give",
+            found=listed(lost),
+            remedy="Name their sources too; or replace the checkpoint without them, by --overwrite.",
+        )
+
+
 def check_sources(job: Job, absent: Sequence[AdapterError], kept: Mapping[str, float], threshold: float) -> None:
     """Demand the sources of all adapters, which are projected anew when bases are fitted again.
 
@@ -174,7 +193,7 @@ def check_sources(job: Job, absent: Sequence[AdapterError], kept: Mapping[str, f
         problems=gone,
         remedy="Restore them, or take them out by lorashare-stream remove."
         + offer(kept, threshold)
-        + (f" To give up, take out {listed(kept)}, which the workspace has by now." if kept else ""),
+        + (f" To give up, take out {listed(kept)}, which the workspace has by now (remove --refit)." if kept else ""),
     )
 
 

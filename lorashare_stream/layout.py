@@ -129,7 +129,7 @@ def _key_notes(keyed: Mapping[str, tuple[Key, TensorRecord]]) -> list[str]:
         )
     if any(canonical.startswith(2 * PEFT_PREFIX) for canonical in keyed):
         notes.append(
-            "keys begin with base_model.model. twice, and stay so: PEFT loads them on a base model that has them"
+            "keys begin with base_model.model. twice, and stay so, since PEFT loads them on a base model that has them"
         )
     return notes
 

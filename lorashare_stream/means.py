@@ -112,15 +112,15 @@ def check_same(
         raise WorkspaceError(
             "the workspace has adapters that the checkpoint has not",
             found=listed(waiting),
-            remedy="They were added by a run that did not come to its end, or taken out of the checkpoint without its "
-            "workspace: add them again by their sources, or take them out by lorashare-stream remove.",
+            remedy="They were added by a run that did not come to its end, or to another checkpoint of it, or taken "
+            "out of this one without it: add them again by their sources, or take them out by lorashare-stream remove.",
         )
     if there - active:
         raise WorkspaceError(
             "the checkpoint has adapters that the workspace has not",
             found=listed(sorted(there - active)),
-            remedy="They were added without it, or taken out of another checkpoint of it: take them out by "
-            "lorashare-stream remove, or compress all sources again.",
+            remedy="Its journal was damaged, or they were added without it, or taken out of another checkpoint of it: "
+            "compress the sources of all again, which mends it, or take them out by lorashare-stream remove.",
         )
 
 

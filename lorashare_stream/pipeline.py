@@ -10,16 +10,17 @@ from typing import Any, Literal
 from threadpoolctl import threadpool_limits
 
 from .catalog import catalog
-from .checkpoint import Staging, has_files, mend, metas_of, sizes_of, sweep
+from .checkpoint import Staging, mend, sweep
 from .devices import resolve_device
 from .errors import AdapterError, WorkspaceError, skipped_as_json
 from .executors import Executor, Threads
 from .files import own_path, write_sealed
-from .growing import check_sources, demand_unchanged, grow, growable, staged_digest
+from .growing import check_kept, check_sources, demand_unchanged, grow, growable, staged_digest
 from .journal import Journal, ModuleShape
 from .names import digest_of
 from .planning import Plan, make_plan, plan_as_json
 from .publishing import check_output, output_folder
+from .records import has_files, metas_of, sizes_of
 from .running import Progress, Run, silent
 from .settings import Settings
 from .shareconfig import SHAREConfig
@@ -136,6 +137,8 @@ def compress(
         left_out = [*also_left_out, *skipped_as_json(skipped)]
         work.skip(left_out)
         job = make_job(plan, work, out, device)
+        if not overwrite:
+            check_kept(job, out)
         if not refit and is_current(job, out, left_out):
             catch_up(run, job)
             sweep(out, staged_digest(job.digest, (ours_of(out) or {}).get("basis_digest")))

@@ -11,7 +11,7 @@ from pathlib import Path
 from threadpoolctl import threadpool_limits
 
 from .catalog import read_entries
-from .checkpoint import Staging, metas_of, receipt_in
+from .checkpoint import Staging
 from .devices import resolve_device
 from .entry import Entry
 from .errors import AdapterError, UsageError, WorkspaceError, unknown_adapter
@@ -22,6 +22,7 @@ from .means import Means, check_same, opened, recalled
 from .names import digest_of, is_component
 from .pipeline import plan_for, recompute
 from .planning import Plan, plan_as_json
+from .records import metas_of, receipt_in
 from .running import Run
 from .shareconfig import SHAREConfig, read_share_config
 from .shareformat import ADAPTERS, LOADINGS, skipped_of

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .adapterfiles import digest_files, open_tensors, tensor_records
-from .checkpoint import Staging, metas_of, receipt_in, sizes_of
+from .checkpoint import Staging
 from .deltas import DeltaError, delta_error
 from .dtypes import ITEMSIZE, as_stored, narrowed
 from .errors import CheckpointError
@@ -32,6 +32,7 @@ from .keys import SIDES, group_id, split_group_id
 from .names import digest_of
 from .peftconfig import products
 from .planning import choice_of
+from .records import REPAIR, metas_of, receipt_in, sizes_of
 from .running import Progress, silent
 from .shareconfig import SHAREConfig, read_share_config
 from .shareformat import ADAPTERS, COMPONENTS, LOADINGS, META, OURS, SPECTRUM, VERBATIM, skipped_of
@@ -135,11 +136,7 @@ def slice_adapter(cut: Cut, staging: Staging, name: str) -> None:
     meta = next(metas_of(cut.source, [name]))
     for file, digest in meta[OURS]["files"].items():
         if digest_files([origin / file]) != digest:
-            raise CheckpointError(
-                f"{file} is damaged",
-                adapter=name,
-                remedy="Take the adapter out by lorashare-stream remove, and add it again; or compress all again.",
-            )
+            raise CheckpointError(f"{file} is damaged", adapter=name, remedy=REPAIR)
     paths = (origin / LOADINGS,)
     with staging.adapter(name) as folder, naming(folder), open_tensors(paths) as tensors:
         stored = {r.name: float32(tensors, r) for r in tensor_records(paths)}

@@ -356,9 +356,9 @@ def kept_promises(root: Path) -> int:
 def broken_promise(root: Path) -> str | None:
     """What is vouched for, by a marker or a configuration, and is not there, whole."""
     from lorashare_stream import momentstore
-    from lorashare_stream.checkpoint import is_whole, metas_of, receipt_in
     from lorashare_stream.files import read_sealed
     from lorashare_stream.momentstore import DamagedMoment
+    from lorashare_stream.records import is_whole, metas_of, receipt_in
     from lorashare_stream.workspace import Workspace
 
     work, out = Workspace(root / "out.workspace"), root / "out"

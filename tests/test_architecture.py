@@ -28,7 +28,7 @@ ROOMS = {
         "planning",
     ],
     "doing": [
-        "executors", "devices", "running", "shareformat", "publishing", "checkpoint", "shareconfig",
+        "executors", "devices", "running", "shareformat", "records", "publishing", "checkpoint", "shareconfig",
         "tasks.job", "tasks.ingest", "tasks.accumulate", "tasks.clean",
         "tasks.fit", "tasks.project", "tasks", "summary", "reader",
     ],

@@ -284,6 +284,20 @@ def test_a_damaged_journal_never_makes_a_checkpoint_smaller(
     assert add(out, resolve({"new": fresh[0]}), Means(accept=1e-6)).method == "projection"
 
 
+def test_a_damaged_journal_and_fewer_sources_do_not_make_a_checkpoint_smaller(
+    tmp_path: Path, collection: list[str]
+) -> None:
+    out = tmp_path / "out"
+    go(collection, out)
+    before = tree_digest(out)
+    flip_line(pipeline.default_workspace(out) / "journal.jsonl", 5)
+    with pytest.raises(WorkspaceError, match=r"has not, and the sources do not give .*a06, a07"):
+        go(collection[:6], out)
+    assert tree_digest(out) == before
+    go(collection, out)
+    assert tree_digest(out) == before
+
+
 def test_a_damaged_tombstone_brings_nobody_back(tmp_path: Path, collection: list[str]) -> None:
     out, fresh = tmp_path / "out", make_collection(tmp_path / "more", 1, seed=1)
     go(collection, out)

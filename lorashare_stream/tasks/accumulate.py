@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,16 +20,20 @@ from ..keys import SIDES, Side
 from ..lapack import Array
 from ..moments import Accumulator, empty, of_columns, partner_root
 from ..momentstore import DamagedMoment
+from ..names import shown
 from ..tensorfile import float32
 from ..workspace import Workspace
 from .job import Job
+
+log = logging.getLogger(__name__)
 
 
 def accumulate_module(job: Job, name: str) -> None:
     """Bring a module's moments up to the journal: what they lack is added, in its order; both sides at once."""
     try:
         _accumulate(job, name)
-    except DamagedMoment:  # what was summed before is no longer what was written: sum it again
+    except DamagedMoment as e:  # what was summed before is no longer what was written: sum it again
+        log.warning("the moments of %s are summed again: %s", shown(name), e)
         Workspace(job.workspace).forget(name)
         _accumulate(job, name)
 

@@ -1,0 +1,90 @@
+"""What a checkpoint of ours records of its adapters, read without torch, and whether it is true."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from .adapterfiles import digest_config, digest_files
+from .errors import CheckpointError
+from .files import read_json, unsealed
+from .journal import Receipt
+from .shareformat import ADAPTERS, COMPONENTS, LOADINGS, META, OURS, SPECTRUM, VERBATIM
+
+REPAIR = "Take the adapter out (lorashare-stream remove) and add it again; or delete the checkpoint and compress again."
+
+
+def is_whole(folder: Path, receipt: Receipt, basis_digest: str) -> bool:
+    """Whether the folder of an adapter in a checkpoint is whole, by its digests, and that of an admission.
+
+    A power cut may leave names without content.
+
+    Args:
+        folder: of the adapter.
+        receipt: its admission.
+        basis_digest: of the components to which it must belong.
+    """
+    try:
+        meta = read_json(folder / META)
+        ours = meta[OURS]
+        return (
+            unsealed(meta) is not None
+            and ours["sha256"] == receipt.digest
+            and digest_config(meta["original_config"]) == receipt.config_digest
+            and ours["basis_digest"] == basis_digest
+            and all(digest_files([folder / file]) == digest for file, digest in ours["files"].items())
+        )
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        return False
+
+
+def has_files(root: Path, names: Iterable[str]) -> bool:
+    """Whether the files of a checkpoint with these adapters are there; it is not looked into them."""
+    files = [root / ADAPTERS / name / file for name in names for file in (LOADINGS, META)]
+    return all(file.is_file() for file in (root / COMPONENTS, *files))
+
+
+def receipt_in(meta: Mapping[str, Any]) -> Receipt:
+    """What of an admission a checkpoint of ours records: enough to know the adapter again."""
+    ours, config = meta[OURS], digest_config(meta["original_config"])
+    return Receipt(meta["adapter_name"], ours["source_id"], ours["sha256"], config, 0.0, (), (), "")
+
+
+def metas_of(root: Path, names: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """What a checkpoint of ours, staged or published, records of each adapter.
+
+    Raises:
+        CheckpointError: if it is not what was written.
+    """
+    for name in names:
+        try:
+            meta = read_json(root / ADAPTERS / name / META)
+        except (FileNotFoundError, ValueError) as e:
+            meta, why = None, str(e)
+        else:
+            why = "it is not what was written"
+        if unsealed(meta) is None:
+            raise CheckpointError(
+                f"{META} is damaged",
+                adapter=name,
+                found=why,
+                remedy=REPAIR,
+            )
+        yield meta
+
+
+def sizes_of(root: Path, names: Iterable[str]) -> dict[str, int]:
+    """Bytes on disk of a checkpoint, by part, of its adapters those that are named."""
+    sizes = {"basis": _size(root / COMPONENTS), "loadings": 0, "verbatim": 0, "metadata": _size(root / SPECTRUM)}
+    for name in names:
+        for part, file in (("loadings", LOADINGS), ("verbatim", VERBATIM), ("metadata", META)):
+            sizes[part] += _size(root / ADAPTERS / name / file)
+    return sizes
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
