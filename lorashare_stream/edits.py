@@ -11,12 +11,14 @@ from typing import Any
 from . import adding, refitting, shrinking
 from .choices import Args, named_sources
 from .errors import StreamError, skipped_as_json
+from .files import tree_bytes
 from .means import Means, opened
-from .names import counted, listed, shown
+from .names import bytes_shown, counted, listed, shown
 from .output import print_result, progress_of, say_left_out
 from .report import facts, summary_text
 from .settings import Settings
 from .shareconfig import read_share_config
+from .shareformat import ADAPTERS
 from .shrinking import Removed
 
 COMMANDS = {"add", "remove", "refit"}
@@ -44,9 +46,10 @@ def add(args: Args) -> int:
     config = read_share_config(out)
     tried = list(outcome.kept.items())[:20]
     added = [name for name in config.adapter_names if name not in before]
+    cost = bytes_shown(sum(tree_bytes(out / ADAPTERS / name) for name in added))
     text = {
         "current": "nothing to add: the checkpoint has these adapters",
-        "projection": f"added {listed(added)} on the bases that were there" if added else "nothing to add",
+        "projection": f"added {listed(added)} on the bases that were there, for {cost}" if added else "nothing to add",
         "recompute": f"added {listed(added)}; bases were fitted again, and all adapters projected on them",
     }[outcome.method]
     kept = [(name, f"keeps {share:.4f} of its dW energy on the bases that were there") for name, share in tried]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -374,7 +375,7 @@ def test_the_command(
     assert call("compress", *collection, "-o", out, "-k", 6, "-q")[0] == 0
     code, said, _ = call("add", out, fresh[0], "--names", "new")
     assert code == 0
-    assert said.startswith("added new on the bases that were there\nnew  keeps 0.9")
+    assert re.match(r"added new on the bases that were there, for [\d.]+ KiB\nnew  keeps 0\.9", said)
     assert "1 adapter (new) was projected on the bases that are there" in caplog.text
     code, said, _ = call("add", out, *strangers, "--json", "-q")
     result = json.loads(said)
