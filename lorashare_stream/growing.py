@@ -13,7 +13,7 @@ from .errors import AdapterError, CollectionError, LockedError, WorkspaceError
 from .journal import Receipt
 from .keys import SIDES, group_id
 from .names import counted, digest_of, listed
-from .records import has_files, is_whole, metas_of, sizes_of
+from .records import check_components, has_files, is_whole, metas_of, sizes_of
 from .running import Run
 from .shareconfig import SHAREConfig, read_share_config
 from .shareformat import ADAPTERS, OURS, ours_of
@@ -74,6 +74,7 @@ def grow(
     job = replace(job, basis_digest=head.basis_digest, grows=True)
     with Staging.open(out, staged_digest(job.digest, head.basis_digest)) as staging:
         demand_unchanged(out, config)
+        check_components(out, head.components)
         there = {r.name for r in fresh if is_whole(out / ADAPTERS / r.name, r, head.basis_digest)}
         waiting = [r for r in fresh if r.name not in there]
         project(run, job, staging, [r for r in waiting if not staging.done(r, head.basis_digest)])

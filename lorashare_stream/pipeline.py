@@ -175,7 +175,7 @@ def recompute(
 
         names = [r.name for r in receipts]
         config = share_config(
-            head_of_job(run.plan, job, bases),
+            head_of_job(run.plan, job, bases, staging),
             [figures_of(meta) for meta in metas_of(staging.root, names)],
             job.counts,
             digest=job.digest,

@@ -39,6 +39,20 @@ def is_whole(folder: Path, receipt: Receipt, basis_digest: str) -> bool:
         return False
 
 
+def check_components(root: Path, sha256: str) -> None:
+    """Demand that the components of a checkpoint are what was written.
+
+    Raises:
+        CheckpointError: if they are not.
+    """
+    if digest_files([root / COMPONENTS]) != sha256:
+        raise CheckpointError(
+            f"{COMPONENTS} is damaged",
+            found=root,
+            remedy="Delete the checkpoint, not its workspace, and compress again; or fetch it again.",
+        )
+
+
 def has_files(root: Path, names: Iterable[str]) -> bool:
     """Whether the files of a checkpoint with these adapters are there; it is not looked into them."""
     files = [root / ADAPTERS / name / file for name in names for file in (LOADINGS, META)]

@@ -32,7 +32,7 @@ from .keys import SIDES, group_id, split_group_id
 from .names import digest_of
 from .peftconfig import products
 from .planning import choice_of
-from .records import REPAIR, metas_of, receipt_in, sizes_of
+from .records import REPAIR, check_components, metas_of, receipt_in, sizes_of
 from .running import Progress, silent
 from .shareconfig import SHAREConfig, read_share_config
 from .shareformat import ADAPTERS, COMPONENTS, LOADINGS, META, OURS, SPECTRUM, VERBATIM, skipped_of
@@ -78,8 +78,10 @@ def slice_checkpoint(cut: Cut, executor: Executor, workers: int, progress: Progr
     """
     config = read_share_config(cut.source)
     names, left_out = config.adapter_names, skipped_of(cut.source)
+    check_components(cut.source, cut.head.components)
     with Staging.open(cut.out, digest_of([cut.digest, cut.head.basis_digest])) as staging:
         _write_bases(cut, staging)
+        head = replace(cut.head, components=digest_files([staging.root / COMPONENTS]))
         receipts = [receipt_in(meta) for meta in metas_of(cut.source, names)]
         todo = [r.name for r in receipts if not staging.done(r, cut.head.basis_digest)]
         for _ in progress("project", len(todo), executor.map(partial(slice_adapter, cut, staging), todo, workers)):
@@ -87,7 +89,7 @@ def slice_checkpoint(cut: Cut, executor: Executor, workers: int, progress: Progr
         staging.sync(names)
         figures = [figures_of(meta) for meta in metas_of(staging.root, names)]
         sizes = sizes_of(staging.root, names)
-        new = share_config(cut.head, figures, counts_of(config), digest=cut.digest, sizes=sizes, skipped=len(left_out))
+        new = share_config(head, figures, counts_of(config), digest=cut.digest, sizes=sizes, skipped=len(left_out))
         staging.commit(cut.out, new, left_out)
 
 

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .adapterfiles import open_tensors, tensor_records
+from .adapterfiles import digest_files, open_tensors, tensor_records
 from .checkpoint import Staging
 from .entry import Entry
 from .errors import AdapterError, DiskError, GoneError, LockedError, WorkspaceError, refusal
@@ -19,6 +19,7 @@ from .names import bytes_shown, digest_of, listed, shown
 from .planning import Plan, check_enough
 from .publishing import staging_folder
 from .running import Run
+from .shareformat import COMPONENTS
 from .summary import Head
 from .tasks import (
     Job,
@@ -227,8 +228,8 @@ def project(run: Run, job: Job, staging: Staging, receipts: Sequence[Receipt]) -
     staging.sync(done)
 
 
-def head_of_job(plan: Plan, job: Job, bases: Mapping[str, Mapping[str, Any]]) -> Head:
-    """What the checkpoint of a job is of."""
+def head_of_job(plan: Plan, job: Job, bases: Mapping[str, Mapping[str, Any]], staging: Staging) -> Head:
+    """What the checkpoint of a job is of, whose bases are staged."""
     groups = {group_id(m, side): facts[side] for m, facts in bases.items() for side in SIDES if side in facts}
     removed = sorted({name for facts in bases.values() for name in facts["removed"]})
     return Head(
@@ -238,6 +239,7 @@ def head_of_job(plan: Plan, job: Job, bases: Mapping[str, Mapping[str, Any]]) ->
         plan.choice,
         plan.binding,
         job.basis_digest,
+        digest_files([staging.root / COMPONENTS]),
         {group: {k: facts[k] for k in ("d", "k", "energy", "explained")} for group, facts in groups.items()},
         removed=tuple(removed),
     )

@@ -56,7 +56,8 @@ class Head:
         dtype: of components and loadings as safetensors names it.
         choice: digest of settings, dtype and base model.
         binding: what the numbers of its workspace depend on.
-        basis_digest: of the components.
+        basis_digest: of the components; which basis they are.
+        components: SHA-256 of their file; whether they are whole.
         bases: group -> d, k, energy of its moment, share of it that is explained.
         projected: adapters that were added since the bases were fitted, and are not in them.
         removed: adapters that were taken out since, and are still in them.
@@ -69,6 +70,7 @@ class Head:
     choice: str
     binding: Facts
     basis_digest: str
+    components: str
     bases: Mapping[str, Facts]
     projected: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
@@ -90,6 +92,7 @@ def head_of(config: SHAREConfig) -> Head:
             str(ours["choice"]),
             dict(ours["binding"]),
             str(ours["basis_digest"]),
+            str(ours["components"]),
             {group: {k: facts[k] for k in _BASIS} for group, facts in ours["groups"].items()},
             tuple(ours["projected"]),
             tuple(ours["removed"]),
@@ -178,6 +181,7 @@ def _ours(
         "binding": dict(head.binding),
         "cut_from": head.cut_from,
         "basis_digest": head.basis_digest,
+        "components": head.components,
         "bytes": {
             **sizes,
             "originals": sum(a.source_bytes for a in adapters),

@@ -400,6 +400,24 @@ def test_a_checkpoint_that_lost_a_file_is_not_up_to_date(tmp_path: Path, collect
         refit(out, 2, tmp_path / "small", Means())
 
 
+def test_damaged_components_are_not_projected_on(tmp_path: Path, collection: list[str]) -> None:
+    out, fresh = tmp_path / "out", make_collection(tmp_path / "more", 1, seed=1)
+    go(collection, out)
+    before = tree_digest(out)
+    content = bytearray((out / "shared_components.safetensors").read_bytes())
+    content[-3] ^= 1
+    (out / "shared_components.safetensors").write_bytes(content)
+    message = r"shared_components.safetensors is damaged.*Delete the checkpoint, not"
+    with pytest.raises(StreamError, match=message):
+        refit(out, 2, tmp_path / "small", Means())
+    shutil.copytree(out, tmp_path / "damaged")
+    with pytest.raises(StreamError, match=message):
+        add(tmp_path / "damaged", resolve({"new": fresh[0]}), Means(accept=1e-6))
+    shutil.rmtree(out)
+    go(collection, out)  # from the workspace
+    assert tree_digest(out) == before
+
+
 def test_cutting_in_place_again_changes_nothing(tmp_path: Path, collection: list[str]) -> None:
     out, fresh = tmp_path / "out", make_collection(tmp_path / "more", 1, seed=1)
     go(collection, out)
