@@ -164,7 +164,12 @@ class Components(Mapping[str, NDArray[np.float32]]):
         return len(self._records)
 
 
-@lru_cache(maxsize=1)
 def components_of(path: Path, digest: str) -> Components:
     """The components at `path`, mapped once in a process; `digest` tells one basis from the next."""
+    file = path.stat()  # another file of the same basis may have taken the place of one that was damaged
+    return _mapped(path, digest, file.st_ino, file.st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _mapped(path: Path, digest: str, inode: int, mtime_ns: int) -> Components:
     return Components(path)
