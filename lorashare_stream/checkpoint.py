@@ -38,7 +38,7 @@ from .shareformat import (
     ours_of,
     skipped_of,
 )
-from .tensorfile import write_safetensors
+from .tensorfile import write_arrays, write_safetensors
 
 
 class Staging:
@@ -94,8 +94,7 @@ class Staging:
         """Write the eigenvalues of every group (k,): what a smaller k would explain."""
         arrays = {group: np.asarray(values, "<f8") for group, values in eigenvalues.items()}
         with atomic_file(self.root / SPECTRUM) as f:
-            shapes = [(group, "F64", array.shape) for group, array in arrays.items()]
-            write_safetensors(f, shapes, (array.data.cast("B") for array in arrays.values()), {"format": "pt"})
+            write_arrays(f, arrays, "F64", {"format": "pt"})
 
     def done(self, receipt: Receipt, basis_digest: str) -> bool:
         """Whether an adapter is written, whole, and of these components; what is not is removed."""

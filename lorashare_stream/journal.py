@@ -83,7 +83,7 @@ class Journal:
 
     entries: tuple[Receipt | Removal, ...] = ()
 
-    @cached_property
+    @property
     def active(self) -> dict[int, Receipt]:
         """Admissions that were not taken out, by number."""
         return self.active_after(len(self.entries))
@@ -94,10 +94,16 @@ class Journal:
         return tuple(self.active.values())
 
     def active_after(self, count: int) -> dict[int, Receipt]:
-        """Admissions that the first `count` entries leave, by number."""
-        entries = self.entries[:count]
-        gone = {e.admission for e in entries if isinstance(e, Removal)}
-        return {i: e for i, e in enumerate(entries) if isinstance(e, Receipt) and i not in gone}
+        """Admissions that the first `count` entries leave, by number; kept, since every module asks for the same."""
+        if count not in self._active:
+            entries = self.entries[:count]
+            gone = {e.admission for e in entries if isinstance(e, Removal)}
+            self._active[count] = {i: e for i, e in enumerate(entries) if isinstance(e, Receipt) and i not in gone}
+        return self._active[count]
+
+    @cached_property
+    def _active(self) -> dict[int, dict[int, Receipt]]:
+        return {}
 
     def digest(self, count: int) -> str:
         """Digest of the first `count` entries: what moments that have seen them are moments of."""

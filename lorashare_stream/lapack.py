@@ -56,6 +56,9 @@ def largest_eigenpairs(matrix: NDArray[np.float64], k: int, *, vectors: bool = T
         k: how many, from 1.
         vectors: whether eigenvectors are wanted; if not, (n, 0) are given.
 
+    Returns:
+        values (k,) ascending, and vectors (n, k), column-major, both float64.
+
     Raises:
         numpy.linalg.LinAlgError: if LAPACK fails.
     """

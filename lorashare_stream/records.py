@@ -79,12 +79,7 @@ def metas_of(root: Path, names: Iterable[str]) -> Iterator[dict[str, Any]]:
         else:
             why = "it is not what was written"
         if unsealed(meta) is None:
-            raise CheckpointError(
-                f"{META} is damaged",
-                adapter=name,
-                found=why,
-                remedy=REPAIR,
-            )
+            raise CheckpointError(f"{META} is damaged", adapter=name, found=why, remedy=REPAIR)
         yield meta
 
 

@@ -40,7 +40,7 @@ from .stages import digest_of_job
 from .subspace import restore
 from .summary import Head, counts_of, figures_of, head_of, share_config
 from .tasks.project import components_of
-from .tensorfile import float32, write_safetensors
+from .tensorfile import float32, write_arrays
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,7 @@ def slice_adapter(cut: Cut, staging: Staging, name: str) -> None:
         kept = {group: array[: cut.head.bases[group]["k"]] for group, array in stored.items()}
         with (folder / LOADINGS).open("wb") as f:
             arrays = {group: narrowed(array, cut.head.dtype) for group, array in kept.items()}
-            shapes = [(group, cut.head.dtype, array.shape) for group, array in arrays.items()]
-            write_safetensors(f, shapes, (array.data.cast("B") for array in arrays.values()), {"format": "pt"})
+            write_arrays(f, arrays, cut.head.dtype, {"format": "pt"})
         if (origin / VERBATIM).exists():
             shutil.copyfile(origin / VERBATIM, folder / VERBATIM)
         lost = _lost(cut, stored, kept, meta["original_config"])

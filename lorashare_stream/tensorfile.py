@@ -198,6 +198,21 @@ class SafetensorsReader:
             os.close(self._fds.popitem()[1])
 
 
+def write_arrays(
+    out: IO[bytes], arrays: Mapping[str, NDArray[Any]], dtype: str, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write arrays, C-contiguous and as they are stored, as a safetensors file.
+
+    Args:
+        out: an open file.
+        arrays: by key, in file order.
+        dtype: of all of them, as safetensors names it.
+        metadata: the `__metadata__` of the header.
+    """
+    shapes = [(key, dtype, array.shape) for key, array in arrays.items()]
+    write_safetensors(out, shapes, (array.data.cast("B") for array in arrays.values()), metadata)
+
+
 def write_safetensors(
     out: IO[bytes],
     tensors: Iterable[tuple[str, str, tuple[int, ...]]],

@@ -15,7 +15,7 @@ from ..files import atomic_file, write_sealed
 from ..keys import SIDES, Side
 from ..momentstore import DamagedMoment
 from ..subspace import fit
-from ..tensorfile import write_safetensors
+from ..tensorfile import write_arrays
 from ..workspace import Workspace
 from .accumulate import accumulate_module
 from .job import Job
@@ -30,10 +30,11 @@ def fit_module(job: Job, name: str) -> None:
         accumulate_module(job, name)
         sides, origin = _fit_sides(job, name)
     path = job.basis_file(name)
-    arrays = {side: narrowed(components, job.storage) for side, (components, _) in sides.items()}
+    arrays: dict[str, NDArray[Any]] = {
+        side: narrowed(components, job.storage) for side, (components, _) in sides.items()
+    }
     with atomic_file(path) as f:
-        shapes = [(side, job.storage, array.shape) for side, array in arrays.items()]
-        write_safetensors(f, shapes, (array.data.cast("B") for array in arrays.values()))
+        write_arrays(f, arrays, job.storage)
     facts: dict[str, Any] = {side: facts for side, (_, facts) in sides.items()}
     write_sealed(job.facts_file(name), facts | origin | {"module": name, "digest": digest_files([path])})
 

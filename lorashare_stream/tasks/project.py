@@ -23,7 +23,7 @@ from ..keys import SIDES, factor_key, group_id
 from ..layout import Module
 from ..shareformat import LOADINGS, META, OURS, VERBATIM
 from ..subspace import project, restore
-from ..tensorfile import TensorReader, TensorRecord, float32, write_safetensors
+from ..tensorfile import TensorReader, TensorRecord, float32, write_arrays, write_safetensors
 from .job import Job
 
 
@@ -41,8 +41,7 @@ def project_adapter(job: Job, name: str) -> None:
         ):
             loadings, errors = _project_modules(job, entry, modules, tensors)
             with (folder / LOADINGS).open("wb") as f:
-                shapes = [(group, job.storage, array.shape) for group, array in loadings.items()]
-                write_safetensors(f, shapes, (array.data.cast("B") for array in loadings.values()), {"format": "pt"})
+                write_arrays(f, loadings, job.storage, {"format": "pt"})
             verbatim = list(entry.layout.extras)
             if not modules:
                 verbatim += [(factor_key(m.name, side), m.record(side)) for m in entry.layout.modules for side in SIDES]
