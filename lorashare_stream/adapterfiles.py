@@ -19,7 +19,7 @@ from .tensorfile import CHUNK, SafetensorsReader, TensorReader, TensorRecord, re
 
 CONFIG = "adapter_config.json"
 SAFETENSORS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
-_SHARD = re.compile(r"(?:adapter_)?model-\d+-of-\d+\.safetensors")
+SHARD = re.compile(r"(?:adapter_)?model-\d+-of-\d+\.safetensors")
 _OF_TRAINERS = ("pytorch_model_fsdp", "global_step", "zero_", "bf16_zero_", "fp16_zero_", "mp_rank_")
 _AGAIN = "Fetch or save the adapter again, or leave it out."
 PEFT_TENSORS = "file of PEFT's LoRA tensors"
@@ -115,6 +115,21 @@ def foreign_lora(folder: Path, names: Iterable[str]) -> tuple[str, str] | None:
     return None
 
 
+def config_text(folder: Path) -> str:
+    """The adapter_config.json of a folder, as JSON has it; errors as of `read_config`."""
+    return json.dumps(read_config(folder), separators=(",", ":"))
+
+
+def missing_config(names: Sequence[str]) -> MissingFileError:
+    """The error for a listing without a configuration."""
+    return MissingFileError(
+        f"no {CONFIG}",
+        found=listed(names) or "nothing",
+        expected=f"{CONFIG} and {SAFETENSORS}",
+        remedy="Point to what PEFT's save_pretrained wrote, by org/name//subfolder if it is in one.",
+    )
+
+
 def _no_config(folder: Path) -> MissingFileError:
     if not folder.is_dir():
         return MissingFileError("no such folder", found=folder, remedy="Mend its path, or leave it out.")
@@ -161,10 +176,11 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     for name in INDEXES:
         if (folder / name).is_file():
             return _shards(folder, name)
-    raise _no_weights(sorted(os.listdir(folder)))
+    raise missing_weights(sorted(os.listdir(folder)))
 
 
-def _no_weights(entries: Sequence[str]) -> MissingFileError:
+def missing_weights(entries: Sequence[str]) -> MissingFileError:
+    """The error for a listing without weights."""
     remedy = _AGAIN
     if any(n.endswith(".distcp") or n.startswith(_OF_TRAINERS) for n in entries):
         remedy = "It holds the shards of ZeRO-3 or FSDP: gather the weights, and save the adapter again."
@@ -194,7 +210,7 @@ def _shards(folder: Path, index: str) -> tuple[Path, ...]:
     absent = [n for n in names if n not in there]
     if absent:
         raise MissingFileError("a shard is missing", key=index, found=listed(there), expected=absent[0], remedy=_AGAIN)
-    unlisted = sorted(n for n in there if _SHARD.fullmatch(n) and n not in names)
+    unlisted = sorted(n for n in there if SHARD.fullmatch(n) and n not in names)
     if unlisted:
         raise AdapterError(
             f"a shard that {index} does not list", key=index, found=unlisted[0], expected=listed(names), remedy=_AGAIN

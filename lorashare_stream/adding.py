@@ -11,7 +11,7 @@ from typing import Any
 from threadpoolctl import threadpool_limits
 
 from .adapterfiles import digest_files
-from .catalog import catalog, read_entries
+from .catalog import Surveyed, catalog, read_entries
 from .checkpoint import sweep
 from .errors import AdapterError, CheckpointError, UsageError, WorkspaceError, refusal, skipped_as_json
 from .growing import demand_unchanged, grow, offer, staged_digest
@@ -21,13 +21,15 @@ from .names import folded, listed, shown
 from .pipeline import Outcome, plan_for
 from .planning import make_plan
 from .records import metas_of, receipt_in
+from .remote import fetching_for, looked_up, loose_id
+from .running import Run
 from .settings import Settings
 from .shareconfig import SHAREConfig, read_share_config
 from .shareformat import OURS, skipped_of
 from .sources import Source, resolve
-from .stages import digest_of_job
+from .stages import digest_of_job, ingested
 from .summary import counts_of, head_of
-from .tasks import Job, ingest_adapter
+from .tasks import Job
 
 log = logging.getLogger(__name__)
 
@@ -48,16 +50,19 @@ def add(checkpoint: Path, sources: Sequence[Source], means: Means, *, refit: boo
     """
     out, config = opened(checkpoint)
     settings, root = means.settings(config), means.root_of(out, config)
+    loose = any(s.hub is not None and not s.hub.pinned for s in sources)
+    pins = _pins_in(out, config) if loose else None
+    sources, surveyed = looked_up(sources, settings, root, pins=pins, progress=means.progress)
     _check_names(config, out, sources)
     if root is None:
         if refit:
             raise WorkspaceError("no workspace to fit bases anew from", remedy="Compress the sources again.")
-        return _add_by_projection(out, config, sources, settings, means)
+        return _add_by_projection(out, config, sources, surveyed, settings, means)
     check_same(out, config, root, adding={s.id for s in sources})
     held = recalled(root)
     fresh = _fresh(sources, [(s.id, s.name) for s in held])
     names = [str(s.name) for s in held]
-    plan = plan_for([*held, *fresh], settings, root, recalled=names)
+    plan = plan_for([*held, *fresh], settings, root, recalled=names, progress=means.progress)
     before = [e for e in skipped_of(out) if e.get("adapter") not in {x.name for x in plan.entries}]
     return means.compress(
         plan, out, root, refit=refit and bool(fresh), accept=means.accept, there=config, also_left_out=before
@@ -102,6 +107,7 @@ def _check_names(config: SHAREConfig, out: Path, sources: Sequence[Source]) -> N
 def _check_unchanged(there: Sequence[Receipt], sources: Sequence[Source], settings: Settings) -> None:
     """Refuse sources that are in the checkpoint, and have changed since."""
     known = {r.source_id: r for r in there}
+    sources = [s for s in sources if s.hub is None]  # what is pinned does not change
     for source_id, entry in read_entries([s for s in sources if s.id in known], settings).items():
         receipt = known[source_id]
         if entry.config_digest != receipt.config_digest or digest_files(entry.paths) != receipt.digest:
@@ -118,6 +124,12 @@ def _fresh(sources: Sequence[Source], held: Sequence[tuple[str, str | None]]) ->
     return [s for s in sources if s.id not in ids or (s.name is not None and (s.id, s.name) not in held)]
 
 
+def _pins_in(out: Path, config: SHAREConfig) -> dict[str, str]:
+    """What ids of the Hub mean that a checkpoint has adapters of."""
+    ids = [str(meta[OURS]["source_id"]) for meta in metas_of(out, config.adapter_names)]
+    return {loose_id(source_id): source_id for source_id in reversed(ids)}
+
+
 def _receipts_in(out: Path, config: SHAREConfig) -> list[Receipt]:
     """What a checkpoint records of its adapters."""
     try:
@@ -128,20 +140,30 @@ def _receipts_in(out: Path, config: SHAREConfig) -> list[Receipt]:
 
 
 def _add_by_projection(
-    out: Path, config: SHAREConfig, sources: Sequence[Source], settings: Settings, means: Means
+    out: Path,
+    config: SHAREConfig,
+    sources: Sequence[Source],
+    surveyed: Surveyed,
+    settings: Settings,
+    means: Means,
 ) -> Outcome:
     log.info("no workspace is named, nor beside the checkpoint: adapters are projected on its bases only")
     there = _receipts_in(out, config)
     fresh = _fresh(sources, [(r.source_id, r.name) for r in there])
     _check_unchanged(there, sources, settings)
-    threshold = config.variance_threshold if means.accept is None else means.accept
     if not fresh:
         sweep(out, staged_digest(config.ours["digest"], config.ours["basis_digest"]))
         return Outcome([], "current")
-    plan = make_plan(catalog(fresh, settings, receipts=there), settings, grows=True)
+    plan = make_plan(catalog(fresh, settings, receipts=there, surveyed=surveyed), settings, grows=True)
     plan.validate()
-    run = means.run(plan)
-    receipts = list(run.map("ingest", ingest_adapter, plan.entries))
+    with fetching_for(settings, None) as fetcher:
+        return _projected(out, config, there, means.run(plan, fetcher), means)
+
+
+def _projected(out: Path, config: SHAREConfig, there: Sequence[Receipt], run: Run, means: Means) -> Outcome:
+    plan, settings = run.plan, run.plan.settings
+    threshold = config.variance_threshold if means.accept is None else means.accept
+    receipts = list(ingested(run, plan.entries))
     refused = [*plan.refused, *(r for r in receipts if isinstance(r, AdapterError))]
     if refused and settings.on_error == "raise":
         raise refusal(f"{len(refused)} adapters cannot be added", refused, "Leave them out, or use --on-error skip.")

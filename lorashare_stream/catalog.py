@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import errno
+import json
 from collections.abc import Hashable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from . import peftconfig
-from .adapterfiles import digest_config, file_fact, read_config, tensor_records, weight_files
+from .adapterfiles import FileFact, digest_config, file_fact, read_config, tensor_records, weight_files
 from .agreement import common_base, of_base, of_shape, other_parameters
 from .deltas import Product
-from .entry import Entry
+from .entry import Entry, Origin
 from .errors import AdapterError
 from .journal import Receipt, Shapes
-from .layout import Layout, kept_exact, read_layout
+from .layout import NOTHING, Layout, kept_exact, read_layout
+from .ledger import Known
 from .names import unique_names
 from .settings import Settings
 from .sources import Source
 from .tensorfile import TensorRecord
+
+Surveyed = Mapping[str, Known | AdapterError]  # by source id: what is known of adapters of the Hub
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,7 @@ def catalog(
     receipts: Sequence[Receipt] = (),
     known: Shapes = MappingProxyType({}),
     bound_base: str | None = None,
+    surveyed: Surveyed = MappingProxyType({}),
 ) -> Catalog:
     """Read the headers and configurations of all sources.
 
@@ -54,6 +62,7 @@ def catalog(
         receipts: admissions of a workspace: they keep their names.
         known: shapes of the modules in that workspace.
         bound_base: the base model of that workspace.
+        surveyed: what is known of adapters of the Hub, by source id.
     """
     entries: list[Entry] = []
     refused: list[AdapterError] = []
@@ -61,7 +70,7 @@ def catalog(
     names = _names(sources, {r.name: r.source_id for r in receipts})
     for source, name in zip(sources, names, strict=True):
         try:
-            entries.append(read_entry(source, name, shared, settings))
+            entries.append(read_entry(source, name, shared, settings, surveyed))
         except AdapterError as e:
             e.adapter = name
             refused.append(e)
@@ -79,7 +88,7 @@ def catalog(
     refused += [*strangers, *misshapen]
     by_name = dict(zip(names, sources, strict=True))
     for error in refused:
-        error.source = str(by_name[str(error.adapter)].path)
+        error.source = by_name[str(error.adapter)].where
     inner = {name: source.inner for name, source in by_name.items() if source.inner}
     return Catalog(tuple(entries), tuple(refused), base, inner)
 
@@ -102,22 +111,58 @@ class Interned:
     products: dict[tuple[Product, ...], tuple[Product, ...]] = field(default_factory=dict)
 
 
-def read_entry(source: Source, name: str, shared: Interned, settings: Settings) -> Entry:
+def read_entry(source: Source, name: str, shared: Interned, settings: Settings, surveyed: Surveyed) -> Entry:
     """One adapter's header and configuration.
 
     Args:
         source, name: the adapter.
         shared: where a thousand equal headers are kept once.
         settings: what is kept exact.
+        surveyed: what is known of adapters of the Hub.
 
     Raises:
         AdapterError: if it cannot be compressed or kept.
     """
+    if source.hub is not None:
+        return _surveyed_entry(source, name, shared, settings, surveyed[source.id])
     config = read_config(source.path)
-    peftconfig.check_lora(config)
+    peftconfig.check_lora(config)  # before anything else that is wrong with another kind of adapter
     paths = weight_files(source.path)
     files = tuple(file_fact(p) for p in paths)
-    records = tensor_records(paths)
+    return _entry(
+        Entry(name, source.id, source.path, files, NOTHING, (), None, ""),
+        config,
+        tensor_records(paths),
+        shared,
+        settings,
+    )
+
+
+def _surveyed_entry(
+    source: Source, name: str, shared: Interned, settings: Settings, known: Known | AdapterError
+) -> Entry:
+    """An adapter of the Hub, of which header and configuration were read, or the header alone."""
+    if isinstance(known, AdapterError):
+        raise copy(known)
+    assert source.hub is not None
+    listing = known.listing if known.listing.files else source.listing
+    files = tuple(FileFact(Path(file), size, 0) for file, size in known.files)
+    origin = Origin(source.hub, str(source.path), listing, known.digest, known.config, known.refused)
+    bare = Entry(name, source.id, Path(source.id), files, NOTHING, (), None, "", origin, fetched=False)
+    if known.config is not None:
+        return _entry(bare, json.loads(known.config), known.records, shared, settings)
+    # A plan that is not run takes it for plain LoRA of the base that the Hub says.
+    layout = _layout(shared, known.records, None, tied=False)
+    products = (Product(1.0),) * len(layout.modules)
+    return replace(
+        bare, layout=layout, products=shared.products.setdefault(products, products), base_model=listing.base_model
+    )
+
+
+def _entry(
+    bare: Entry, config: Mapping[str, Any], records: tuple[TensorRecord, ...], shared: Interned, settings: Settings
+) -> Entry:
+    peftconfig.check_lora(config)
     exact = peftconfig.other_product(config)
     if exact is None and not settings.share_initial:
         exact = peftconfig.initial_part(config)
@@ -129,15 +174,17 @@ def read_entry(source: Source, name: str, shared: Interned, settings: Settings) 
         products = ()
     products = shared.products.setdefault(products, products)
     base = peftconfig.base_model(config)
-    return Entry(name, source.id, source.path, files, layout, products, base, digest_config(config))
+    return replace(bare, layout=layout, products=products, base_model=base, config_digest=digest_config(config))
 
 
-def read_entries(sources: Sequence[Source], settings: Settings) -> dict[str, Entry]:
+def read_entries(
+    sources: Sequence[Source], settings: Settings, surveyed: Surveyed = MappingProxyType({})
+) -> dict[str, Entry]:
     """The adapters that can be read, by source id, whatever they have in common."""
     shared, entries = Interned(), {}
     for source in sources:
         try:
-            entries[source.id] = read_entry(source, source.wanted_name, shared, settings)
+            entries[source.id] = read_entry(source, source.wanted_name, shared, settings, surveyed)
         except (AdapterError, OSError):
             continue
     return entries

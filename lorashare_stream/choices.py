@@ -10,9 +10,11 @@ from typing import Any
 
 from .errors import AdapterError, UsageError
 from .files import read_json
+from .hubid import parse_hub_id
 from .names import listed, name_fault, shown
 from .pipeline import plan_for
 from .planning import Plan
+from .running import Progress, silent
 from .settings import Settings
 from .sources import Source, resolve
 from .sources.manifest import read_yaml
@@ -66,7 +68,7 @@ def named_sources(chosen: Args, skipping: bool) -> list[Source]:
         greedy = [flag for name, flag in _GREEDY.items() if name in chosen]
         raise UsageError(
             "no sources",
-            expected="adapter folders, folders of them, globs or manifests",
+            expected="adapter folders, folders of them, globs, manifests or Hub ids",
             remedy=f"Write them first: {listed(greedy)} takes all words that follow." if greedy else None,
         )
     if not isinstance(sources, list | dict) or not all(isinstance(s, str) for s in _paths(sources)):
@@ -85,32 +87,32 @@ def _paths(sources: list[Any] | dict[Any, Any]) -> list[Any]:
     return list(sources.values()) if isinstance(sources, dict) else sources
 
 
-def make_plan(chosen: Args, workspace: Path | None = None) -> Plan:
+def make_plan(chosen: Args, workspace: Path | None = None, *, runs: bool = True, progress: Progress = silent) -> Plan:
     """The plan for what was chosen."""
     settings = _settings(chosen)
     if "variance_threshold" in chosen and settings.num_components != "auto":
         log.info("without -k auto, variance only decides whether adapters that are added need new bases")
-    return plan_for(named_sources(chosen, settings.on_error == "skip"), settings, workspace)
+    sources = named_sources(chosen, settings.on_error == "skip")
+    return plan_for(sources, settings, workspace, runs=runs, progress=progress)
 
 
-def planned(chosen: Args, workspace: Path) -> Plan:
+def planned(chosen: Args, workspace: Path, progress: Progress = silent) -> Plan:
     """The plan of a file, made again from the sources that it names, and equal to it."""
     if "sources" in chosen:
         raise UsageError("both sources and --plan", remedy="The plan names its sources.")
     try:
         saved = read_json(Path(chosen["plan"]))
         sources = [_saved_source(a) for a in saved["adapters"]]
-        settings, fingerprint = dict(saved["settings"]), saved["fingerprint"]
+        settings, fingerprint, presumed = dict(saved["settings"]), saved["fingerprint"], bool(saved.get("presumed"))
         refused = [AdapterError(**{k: str(r[k]) for k in ("problem", *_DETAILS) if k in r}) for r in saved["refused"]]
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise UsageError(f"{shown(chosen['plan'])} is not a plan", found=f"{type(e).__name__}: {e}") from e
-    made = plan_for(
-        sources, Settings.from_mapping(settings | {k: v for k, v in chosen.items() if k in _SETTINGS}), workspace
-    )
-    if made.fingerprint != fingerprint and not made.refused:
+    settings |= {k: v for k, v in chosen.items() if k in _SETTINGS}
+    made = plan_for(sources, Settings.from_mapping(settings), workspace, progress=progress)
+    if made.fingerprint_as(presumed=presumed) != fingerprint and not made.refused:
         raise UsageError(
             "the plan no longer holds: adapters or settings have changed since it was made",
-            found=made.fingerprint,
+            found=made.fingerprint_as(presumed=presumed),
             expected=fingerprint,
             remedy="Make it again by lorashare-stream plan.",
         )
@@ -118,7 +120,10 @@ def planned(chosen: Args, workspace: Path) -> Plan:
 
 
 def _saved_source(adapter: Mapping[str, Any]) -> Source:
-    name, path, source_id = adapter["name"], adapter["path"], adapter["source_id"]
+    name, path, source_id = adapter["name"], adapter.get("path", adapter.get("asked")), adapter["source_id"]
     if not all(isinstance(text, str) for text in (name, path, source_id)) or "\0" in path or name_fault(name):
         raise ValueError(f"an adapter is not described as a plan does: {shown(adapter)}")
-    return Source(source_id, Path(path), name)
+    hub = None if "path" in adapter else parse_hub_id(source_id)
+    if "asked" in adapter and (hub is None or not hub.pinned):
+        raise ValueError(f"an adapter of the Hub is not pinned: {shown(adapter)}")
+    return Source(source_id, Path(path), name, hub=hub)

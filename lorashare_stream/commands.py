@@ -12,16 +12,19 @@ from typing import Any
 from .choices import Args, make_plan, planned, with_config
 from .errors import StreamError, UsageError, skipped_as_json
 from .files import own_folder, tree_bytes, write_json
+from .hub import Hub
 from .means import recalled
 from .names import bytes_shown, counted, listed, name_fault, shown
 from .output import print_result, progress_of, say_left_out, say_what_will_be_left_out
 from .pipeline import compress as run_plan
 from .pipeline import default_workspace
 from .planning import Plan, plan_as_json
+from .publishing import check_output, output_folder
 from .report import facts, notes_text, plan_text, plan_warnings, summary_text, table
 from .shareconfig import SHAREConfig, read_share_config
 from .shareformat import ours_of
 from .sources import resolve
+from .sources.pins import pinned
 from .workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -31,7 +34,8 @@ SKIPPED = 3  # exit code: done, but adapters were left out
 def plan(args: Args) -> int:
     """`plan`: print it, write it, and fail for what it already shows to be impossible."""
     chosen = with_config(args)
-    made = make_plan(chosen, Path(chosen["workspace"]) if "workspace" in chosen else None)
+    workspace = Path(chosen["workspace"]) if "workspace" in chosen else None
+    made = make_plan(chosen, workspace, runs=False, progress=progress_of(args))
     if "output" in args:
         write_json(Path(args["output"]), plan_as_json(made))
     fault = _fault(made)
@@ -54,15 +58,14 @@ def _fault(made: Plan) -> StreamError | None:
 def compress(args: Args) -> int:
     """`compress`: run a plan, then print what came of it."""
     chosen = with_config(args)
-    for flag in ("layer_by_layer", "chunk_size"):
-        if flag in chosen:
-            log.warning("--%s has no effect: adapters are always streamed", flag.replace("_", "-"))
-    if "output" not in chosen:
-        raise UsageError("no output", expected="-o OUT", remedy="Name the checkpoint's folder.")
-    out = Path(chosen["output"])
-    named = Path(chosen["workspace"]) if "workspace" in chosen else None
+    out, named = _places(chosen)
     workspace = named or default_workspace(out)
-    made = planned(chosen, workspace) if "plan" in chosen else make_plan(chosen, workspace)
+    overwrite = bool(chosen.get("overwrite"))
+    check_output(
+        output_folder(out), own=Workspace(workspace).published(), overwrite=overwrite
+    )  # before the Hub is asked
+    make = planned if "plan" in chosen else make_plan
+    made = make(chosen, workspace, progress=progress_of(args))
     made.validate()
     log.debug("%s", plan_text(made))
     before = ours_of(out)
@@ -72,7 +75,7 @@ def compress(args: Args) -> int:
         made,
         out,
         workspace=named,
-        overwrite=bool(chosen.get("overwrite")),
+        overwrite=overwrite,
         take_lock=bool(chosen.get("take_lock")),
         progress=progress_of(args),
     )
@@ -97,6 +100,16 @@ def compress(args: Args) -> int:
     print_result(args, result, f"{summary_text(config)}\n{facts([('workspace', drop)])}")
     say_left_out(skipped, out)
     return SKIPPED if skipped else 0
+
+
+def _places(chosen: Args) -> tuple[Path, Path | None]:
+    """The output, and the workspace if one is named."""
+    for flag in ("layer_by_layer", "chunk_size"):
+        if flag in chosen:
+            log.warning("--%s has no effect: adapters are always streamed", flag.replace("_", "-"))
+    if "output" not in chosen:
+        raise UsageError("no output", expected="-o OUT", remedy="Name the checkpoint's folder.")
+    return Path(chosen["output"]), Path(chosen["workspace"]) if "workspace" in chosen else None
 
 
 def info(args: Args) -> int:
@@ -142,21 +155,21 @@ def reconstruct(args: Args) -> int:
 def verify(args: Args) -> int:
     """`verify`: measured errors, worst first; fails if one is not as certified, or an original is missing."""
     from .model import SHAREModel
-    from .verification import originals_of
+    from .verification import originals_of, pins_in
     from .verification import verify as verdicts_of
 
     root = Path(args["checkpoint"])
     model = SHAREModel.from_pretrained(root)
     beside = default_workspace(root.absolute())
+    offline = bool(args.get("offline"))
     if "sources" in args:
-        sources = resolve(args["sources"])
+        sources = pinned(resolve(args["sources"]), lambda: Hub(offline=offline), pins_in(model))
     elif Workspace(beside).exists():
         sources = [replace(source, name=None) for source in recalled(beside)]  # matched by their ids
     else:
         raise UsageError("no originals to compare with", found=f"no {shown(beside)}", remedy="Name them by --sources.")
-    verdicts = list(
-        progress_of(args)("verify", len(model.adapter_names), verdicts_of(model, originals_of(model, sources)))
-    )
+    found = verdicts_of(model, originals_of(model, sources), workspace=beside, offline=offline)
+    verdicts = list(progress_of(args)("verify", len(model.adapter_names), found))
     verdicts.sort(key=lambda v: (v.problem is None, -v.relative_error if v.relative_error >= 0 else 0, v.name))
     bad = [v for v in verdicts if v.problem is not None]
     measured = [v.relative_error for v in verdicts if v.worst_module is not None]  # not of what is kept exact

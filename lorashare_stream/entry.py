@@ -7,8 +7,32 @@ from pathlib import Path
 
 from .adapterfiles import FileFact
 from .deltas import Product
+from .errors import ValuesError
+from .hubid import HubId
 from .journal import ModuleShape
 from .layout import Layout
+from .sources import Listing
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where on the Hub an adapter comes from, and what it must be when it is fetched.
+
+    Attributes:
+        hub: its pinned id.
+        asked: the id as it was given.
+        listing: what the Hub says of it.
+        records: digest of its tensor records.
+        config: its adapter_config.json, as JSON has it; None if it was not read.
+        refused: why its values must not touch a moment, if that is known from before.
+    """
+
+    hub: HubId
+    asked: str
+    listing: Listing
+    records: str
+    config: str | None
+    refused: ValuesError | None = None
 
 
 @dataclass(frozen=True)
@@ -17,12 +41,14 @@ class Entry:
 
     Attributes:
         name: unique among all, one path component.
-        source_id, folder: where it comes from.
-        files: its weight files as they were.
+        source_id, folder: where it comes from; the folder of what is not fetched is no folder yet.
+        files: its weight files as they were; of what is not fetched, names and sizes.
         layout: its tensors.
         products: how dW comes of the factors of each module, in the order of `layout.modules`.
         base_model: the base model that its configuration names, if it names one.
         config_digest: SHA-256 of its configuration's values.
+        origin: where on the Hub it comes from.
+        fetched: whether its files are on this machine.
     """
 
     name: str
@@ -33,6 +59,18 @@ class Entry:
     products: tuple[Product, ...]
     base_model: str | None
     config_digest: str
+    origin: Origin | None = None
+    fetched: bool = True
+
+    @property
+    def where(self) -> str:
+        """What is shown of where it comes from."""
+        return self.source_id if self.origin is not None else str(self.folder)
+
+    @property
+    def hub_bytes(self) -> int:
+        """Bytes that are fetched from the Hub for it."""
+        return 0 if self.origin is None else sum(f.size for f in self.files)
 
     @property
     def paths(self) -> tuple[Path, ...]:

@@ -74,6 +74,10 @@ class AdapterError(StreamError, ValueError):
     """One adapter that cannot be compressed: `--on-error skip` goes on without it."""
 
 
+class ValuesError(AdapterError):
+    """Values that must not touch a moment: of a pinned adapter, for ever."""
+
+
 class MissingFileError(AdapterError, FileNotFoundError):
     """A file that an adapter must have is not there (also a FileNotFoundError, as in lorashare)."""
 
@@ -170,5 +174,11 @@ def unknown_adapter(name: str, names: Iterable[str]) -> UnknownAdapterError:
 
 class Stopped(StreamError):
     """The run was stopped by a signal or by the machine; the same command goes on where it was."""
+
+    exit_code = 75
+
+
+class UnreachableError(StreamError, ConnectionError):
+    """The Hub did not answer for as long as a run waits; the same command goes on where it was."""
 
     exit_code = 75

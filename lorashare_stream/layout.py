@@ -79,6 +79,9 @@ class Layout:
         return sum(record.nbytes for _, record in self.extras)
 
 
+NOTHING = Layout((), (), (), "")
+
+
 def read_layout(records: Sequence[TensorRecord], *, exact: str | None = None, tied: bool = False) -> Layout:
     """Sort an adapter's tensors into shared modules and extras.
 

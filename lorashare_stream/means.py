@@ -11,11 +11,13 @@ from typing import Any
 from .checkpoint import mend
 from .errors import WorkspaceError
 from .executors import Executor, Threads
+from .fetching import Fetcher
 from .growing import demand_unchanged
 from .names import listed
 from .pipeline import Outcome, compress, default_workspace
 from .planning import Plan
 from .publishing import output_folder
+from .remote import source_of
 from .running import Progress, Run, silent
 from .settings import Settings
 from .shareconfig import SHAREConfig, read_share_config
@@ -66,9 +68,9 @@ class Means:
             )
         return root
 
-    def run(self, plan: Plan) -> Run:
+    def run(self, plan: Plan, fetcher: Fetcher) -> Run:
         """How the tasks of a plan are mapped."""
-        return Run(plan, self.executor or Threads(), self.progress)
+        return Run(plan, self.executor or Threads(), self.progress, fetcher)
 
     def settings(self, config: SHAREConfig) -> Settings:
         """Those with which a checkpoint was made, but for the changes."""
@@ -126,7 +128,7 @@ def check_same(
 
 def recalled(workspace: Path) -> list[Source]:
     """The adapters of a workspace, from where they came from."""
-    return [Source(r.source_id, Path(r.source_id), r.name) for r in Workspace(workspace).journal().receipts]
+    return [source_of(r.source_id, r.name) for r in Workspace(workspace).journal().receipts]
 
 
 def opened(folder: Path) -> tuple[Path, SHAREConfig]:

@@ -15,17 +15,17 @@ import torch
 
 from .adding import add_one
 from .comparison import comparison, load_adapter
-from .errors import CheckpointError, UsageError, problem_lines, unknown_adapter
+from .errors import CheckpointError, UsageError, problem_lines
 from .executors import executor_of
+from .hubreader import Folder
 from .means import Means
 from .names import listed, shown
+from .opened import Opened
 from .pipeline import compress, plan_for
-from .publishing import copy_checkpoint
-from .reader import CheckpointReader, PerAdapter, Tensors
+from .reader import CheckpointReader, Tensors
 from .report import adapter_notes, summary_text
 from .restoring import refuse_originals, restored, save_adapter
 from .settings import Settings
-from .shareconfig import SHAREConfig
 from .shrinking import remove
 from .sources import resolve
 
@@ -33,36 +33,8 @@ log = logging.getLogger(__name__)
 _said: set[str] = set()
 
 
-class SHAREModel:
-    """Many LoRA adapters of one base model as loadings on shared bases.
-
-    Attributes:
-        config: the fields of share_config.json.
-        components: group id `module:side` -> V (d, k).
-        all_loadings: name -> {group id: loadings (k, r)}.
-        adapter_configs: name -> the adapter_config.json that it came with.
-        all_classifier_heads: name -> {PEFT key: tensor}, what is kept verbatim.
-        adapter_sources: name -> where it came from.
-
-    Opened by `from_pretrained`, all but `config` are lazy: nothing of an adapter is read before it is asked for.
-    """
-
-    def __init__(
-        self,
-        config: SHAREConfig,
-        components: Mapping[str, torch.Tensor],
-        all_loadings: Mapping[str, Tensors],
-        adapter_configs: Mapping[str, dict[str, Any]],
-        all_classifier_heads: Mapping[str, Tensors] | None = None,
-        adapter_sources: Mapping[str, str] | None = None,
-    ) -> None:
-        self.config = config
-        self.components = components
-        self.all_loadings = all_loadings
-        self.adapter_configs = adapter_configs
-        self.all_classifier_heads: Mapping[str, Tensors] = all_classifier_heads or {}
-        self.adapter_sources: Mapping[str, str] = adapter_sources or {}
-        self._root: Path | None = None
+class SHAREModel(Opened):
+    """Many LoRA adapters of one base model as loadings on shared bases: what `Opened` has, and what is done with it."""
 
     @classmethod
     def from_adapters(
@@ -131,51 +103,6 @@ class SHAREModel:
             weakref.finalize(model, shutil.rmtree, temporary, ignore_errors=True)
         return model
 
-    @classmethod
-    def from_pretrained(cls, path: str | Path) -> SHAREModel:
-        """Open a checkpoint, of ours or of lorashare.
-
-        Raises:
-            CheckpointError: if `path` is no whole SHARE checkpoint.
-        """
-        reader = CheckpointReader(Path(path))
-        model = cls(reader.config, reader.components, {}, {})
-        model._read_by(reader)
-        return model
-
-    def _read_by(self, reader: CheckpointReader) -> None:
-        """Take everything from a checkpoint, when it is asked for."""
-        names = reader.names
-        self.config, self.components = reader.config, reader.components
-        self.all_loadings = PerAdapter(names, reader.loadings)
-        self.adapter_configs = PerAdapter(names, reader.adapter_config)
-        self.all_classifier_heads = PerAdapter(names, reader.verbatim)
-        self.adapter_sources = reader.sources
-        self._root, self._reader = reader.root, reader
-
-    _reader: CheckpointReader | None = None
-
-    def __repr__(self) -> str:
-        base, k = shown(self.config.base_model_name_or_path), self.config.num_components
-        return f"SHAREModel({len(self.all_loadings)} adapters of {base!r}, k={k})"
-
-    @property
-    def adapter_names(self) -> list[str]:
-        """Names of all adapters."""
-        return list(self.all_loadings)
-
-    def certified(self, adapter_name: str) -> dict[str, Any]:
-        """What compression recorded of one adapter: `relative_error`, `worst_module`, `verbatim`, `notes`, ...
-
-        Empty for a checkpoint that lorashare wrote.
-        """
-        self._known(adapter_name)
-        return {} if self._reader is None else dict(self._reader.meta(adapter_name).get("lorashare_stream", {}))
-
-    def save_pretrained(self, output_dir: str | Path) -> None:
-        """Copy the checkpoint to a folder; a checkpoint that is there is replaced."""
-        copy_checkpoint(self._folder(), Path(output_dir))
-
     def add_adapter(
         self,
         adapter: str,
@@ -203,7 +130,7 @@ class SHAREModel:
         means = Means(changes={"device": str(device or "auto")}, accept=variance_threshold)
         root = self._folder()
         result = add_one(root, adapter if name is None else {name: adapter}, means, refit=force_recompute)
-        self._read_by(CheckpointReader(root))
+        self._read_by(CheckpointReader(Folder(root)))
         return result
 
     def remove_adapter(self, adapter_name: str) -> None:
@@ -216,14 +143,7 @@ class SHAREModel:
         self._known(adapter_name)
         root = self._folder()
         remove(root, [adapter_name], Means())
-        self._read_by(CheckpointReader(root))
-
-    def _folder(self) -> Path:
-        if self._root is None:
-            raise CheckpointError(
-                "this model was not read from a checkpoint", remedy="Build it by from_adapters or from_pretrained."
-            )
-        return self._root
+        self._read_by(CheckpointReader(Folder(root)))
 
     def reconstruct(self, adapter_name: str, output_dir: str | Path | None = None) -> Tensors:
         """One adapter's tensors: V L for what is shared, and what is kept verbatim.
@@ -293,7 +213,3 @@ class SHAREModel:
             original_weights = {k: v for k, v in load_adapter(Path(str(original_path))).items() if ".lora_" in k}
         config = self.adapter_configs.get(adapter_name, {})
         return comparison(original_weights, self.reconstruct(adapter_name), config, adapter_name)
-
-    def _known(self, name: str) -> None:
-        if name not in self.all_loadings:
-            raise unknown_adapter(name, self.adapter_names)

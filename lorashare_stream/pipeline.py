@@ -21,13 +21,15 @@ from .names import digest_of
 from .planning import Plan, make_plan, plan_as_json
 from .publishing import check_output, output_folder
 from .records import has_files, metas_of, sizes_of
+from .remote import fetching_for, looked_up
 from .running import Progress, Run, silent
 from .settings import Settings
 from .shareconfig import SHAREConfig
 from .shareformat import ours_of, skipped_of
 from .sources import Source
-from .stages import catch_up, check_disk, head_of_job, ingest, make_job, project, settle, write_bases
+from .stages import check_disk, head_of_job, ingest, make_job, project, write_bases
 from .summary import figures_of, share_config
+from .summing import catch_up, settle
 from .tasks import Job
 from .workspace import Workspace
 
@@ -49,22 +51,45 @@ class Outcome:
 
 
 def plan_for(
-    sources: Sequence[Source], settings: Settings, workspace: Path | None = None, *, recalled: Iterable[str] = ()
+    sources: Sequence[Source],
+    settings: Settings,
+    workspace: Path | None = None,
+    *,
+    recalled: Iterable[str] = (),
+    runs: bool = True,
+    progress: Progress = silent,
 ) -> Plan:
-    """The plan for some sources.
+    """The plan for some sources; revisions on the Hub are pinned by it, and stay so.
 
     Args:
         sources: of the adapters.
         settings: of the run.
-        workspace: adapters that it holds keep their names, and it its base model and the shapes of its modules.
+        workspace: adapters that it holds keep their names and revisions, and it its base model and the shapes of its
+            modules; what is read on the Hub is kept in it.
         recalled: names of its adapters whose sources nobody has named: what needs no values of theirs is done
             without them if they are gone.
+        runs: whether the plan is to be run; else configurations on the Hub are not read, and nothing is written.
+        progress: passes what is read on the Hub on as it comes.
+
+    Raises:
+        UnreachableError: if the Hub does not answer.
     """
     if workspace is None:
-        return make_plan(catalog(sources, settings), settings)
+        sources, surveyed = looked_up(sources, settings, configs=runs, progress=progress)
+        return make_plan(catalog(sources, settings, surveyed=surveyed), settings)
     work = Workspace(workspace)
     journal, base = work.journal(), work.base_model()
-    found = catalog(sources, settings, receipts=journal.receipts, known=_known(work, journal), bound_base=base)
+    sources, surveyed = looked_up(
+        sources, settings, workspace, configs=runs, writes=runs or work.exists(), progress=progress
+    )
+    found = catalog(
+        sources,
+        settings,
+        receipts=journal.receipts,
+        known=_known(work, journal),
+        bound_base=base,
+        surveyed=surveyed,
+    )
     made = make_plan(found, settings, base, grows=bool(journal.entries), recalled=recalled)
     return replace(made, journal=journal.digest(len(journal.entries)))
 
@@ -120,20 +145,23 @@ def compress(
     """
     plan.validate()
     out = output_folder(out)
-    run = Run(plan, executor or Threads(), progress)
     device = resolve_device(plan.settings.device)
     root = workspace or own_path(default_workspace(out))
     check_disk(plan, root, out, adds=out.exists())
     check_output(out, own=Workspace(root).published(), overwrite=overwrite)  # before a workspace is made for it
-    with threadpool_limits(1, user_api="blas"), Workspace.open(root, plan.binding, take_lock=take_lock) as work:
-        run = replace(run, check=work.check_held)
+    with (
+        threadpool_limits(1, user_api="blas"),
+        Workspace.open(root, plan.binding, take_lock=take_lock) as work,
+        fetching_for(plan.settings, root) as fetcher,
+    ):
+        run = Run(plan, executor or Threads(), progress, fetcher, work.check_held)
         mend(out)
         check_output(out, own=work.published(), overwrite=overwrite)
         if there is not None:
             demand_unchanged(out, there)
         write_sealed(work.root / "plan.json", plan_as_json(plan))
 
-        skipped = [*plan.refused, *ingest(run, work)]
+        skipped = [*plan.refused, *ingest(run, work, out, device)]
         left_out = [*also_left_out, *skipped_as_json(skipped)]
         work.skip(left_out)
         job = make_job(plan, work, out, device)

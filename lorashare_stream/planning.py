@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from .budget import Group, Step, examples, groups_of, steps_of
 from .catalog import Catalog
@@ -16,6 +16,8 @@ from .keys import group_id
 from .names import bytes_shown, digest_of
 from .settings import Settings
 from .subspace import break_even
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,50 @@ class Plan:
     @cached_property
     def fingerprint(self) -> str:
         """Digest of all that decides the checkpoint: settings that change numbers, and the adapters."""
-        adapters = [(e.name, e.source_id, e.layout.digest, e.config_digest) for e in self.entries]
-        return digest_of([self.choice, adapters, [[f.size for f in e.files] for e in self.entries]])
+        return self.fingerprint_as(presumed=self.presumed)
+
+    @cached_property
+    def presumed(self) -> bool:
+        """Whether configurations on the Hub were not read, so that the base model is what is asked for or listed."""
+        return any(e.origin is not None and e.origin.config is None for e in self.entries)
+
+    def fingerprint_as(self, *, presumed: bool) -> str:
+        """The fingerprint that this plan would have if its configurations were, or were not, read."""
+        s = self.settings
+        asked = [s.binding(), s.base_model, s.num_components, s.variance_threshold, s.dtype]
+        # What is pinned says by its id what its configuration is, which a plan need not have read.
+        adapters = [
+            (e.name, e.source_id, *((e.origin.records,) if e.origin else (e.layout.digest, e.config_digest)))
+            for e in self.entries
+        ]
+        sizes = [[f.size for f in e.files] for e in self.entries]
+        return digest_of([asked if presumed else self.choice, adapters, sizes])
+
+    @cached_property
+    def batches(self) -> tuple[tuple[Entry, ...], ...]:
+        """The adapters in the order in which they are admitted, cut where the disk budget would be exceeded.
+
+        All in one if they fit, or there is no budget; else half of it is for those that are fetched meanwhile.
+        """
+        budget = self.settings.disk_budget
+        if budget is None or sum(e.hub_bytes for e in self.entries) <= budget:
+            return (self.entries,)
+        return tuple(tuple(batch) for batch in cut(self.entries, [e.hub_bytes for e in self.entries], budget // 2))
+
+    @cached_property
+    def _last_batch(self) -> frozenset[str]:
+        return frozenset(e.name for e in self.batches[-1])
+
+    def fetches(self, entry: Entry) -> int:
+        """How often an adapter is fetched at most: for the moments, and, unless it still is there, for projection.
+
+        Pickle and shards are fetched once more when the plan is made, having no header that could be asked for.
+        """
+        if entry.origin is None:
+            return 0
+        headless = len(entry.files) > 1 or entry.files[0].path.suffix == ".bin"
+        again = len(self.batches) > 1 and entry.name not in self._last_batch
+        return 1 + again + (headless and self.settings.disk_budget is not None)
 
     @property
     def fewest(self) -> int:
@@ -118,6 +162,7 @@ class Plan:
                 "Leave them out, or go on without them by --on-error skip.",
             )
         check_enough(len(self.entries) + len(self.absent), self.refused, self.fewest)
+        self._check_disk_budget()
         least = max((s.shared_bytes + s.task_bytes for s in self.steps), default=0)
         if least > self.settings.memory:
             step = max(self.steps, key=lambda s: s.shared_bytes + s.task_bytes)
@@ -127,6 +172,33 @@ class Plan:
                 expected=f"at least {bytes_shown(least)} ({least} bytes)",
                 remedy=f"Use --memory {-(-least >> 20) + 1}MiB or more.",
             )
+
+    def _check_disk_budget(self) -> None:
+        budget, largest = self.settings.disk_budget, max((e.hub_bytes for e in self.entries), default=0)
+        if budget is not None and len(self.batches) > 1 and 2 * largest > budget:
+            raise BudgetError(
+                "the disk budget cannot hold two of the largest adapter, one being fetched while one is added",
+                found=bytes_shown(budget),
+                expected=f"at least {bytes_shown(2 * largest)} ({2 * largest} bytes)",
+                remedy=f"Use --disk-budget {-(-2 * largest >> 20)}MiB or more; ten times as much is faster.",
+            )
+
+
+def cut(items: Sequence[T], sizes: Sequence[int], limit: int) -> list[list[T]]:
+    """Items in order, in lists whose sizes sum to `limit` at most, where an item alone does not exceed it.
+
+    >>> cut("abcd", [2, 2, 3, 1], 4)
+    [['a', 'b'], ['c', 'd']]
+    """
+    lists: list[list[T]] = []
+    held = limit
+    for item, size in zip(items, sizes, strict=True):
+        if held + size > limit or not lists:
+            lists.append([])
+            held = 0
+        lists[-1].append(item)
+        held += size
+    return lists
 
 
 def choice_of(binding: Mapping[str, Any], base_model: str, k: int | str, threshold: float, storage: str) -> str:
@@ -184,6 +256,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
     s = plan.settings
     return {
         "fingerprint": plan.fingerprint,
+        "presumed": plan.presumed,
         "settings": s.as_dict(),
         "base_model": plan.base_model,
         "storage_dtype": plan.storage,
@@ -202,9 +275,15 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
             }
             for g in plan.groups
         ],
-        "adapters": [
-            {"name": e.name, "path": str(e.folder.absolute()), "source_id": e.source_id} for e in plan.entries
-        ],
+        "batches": len(plan.batches),
+        "adapters": [_entry_as_json(plan, e) for e in plan.entries],
         "refused": skipped_as_json(plan.refused),
         "absent": skipped_as_json(plan.absent),
     }  # fmt: skip
+
+
+def _entry_as_json(plan: Plan, e: Entry) -> dict[str, Any]:
+    if e.origin is None:
+        return {"name": e.name, "path": str(e.folder.absolute()), "source_id": e.source_id}
+    size, fetches = e.hub_bytes, plan.fetches(e)
+    return {"name": e.name, "asked": e.origin.asked, "source_id": e.source_id, "bytes": size, "fetches": fetches}

@@ -13,6 +13,7 @@ from .names import counted
 T = TypeVar("T")
 EVERY = 15.0  # seconds between lines
 _UNITS = {
+    "look": "adapter",
     "ingest": "adapter",
     "accumulate": "module",
     "fit": "module",

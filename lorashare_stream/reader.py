@@ -1,14 +1,16 @@
 """The SHARE checkpoint, read: configuration and components at open, an adapter when it is asked for.
 
-Checkpoints that lorashare wrote are read as well. In one of ours, components and every adapter carry the
-digest of the basis that they belong to, so that two bases are never mixed.
+It lies in a folder or on the Hub. Checkpoints that lorashare wrote are read as well. In one of ours, components and
+every adapter carry the digest of the basis that they belong to, so that two bases are never mixed.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,9 +20,10 @@ from safetensors import SafetensorError, safe_open
 
 from .errors import CheckpointError
 from .files import read_json
+from .hubreader import Folder, Place
 from .names import is_component, listed, shown
 from .shareconfig import read_share_config
-from .shareformat import ADAPTERS, COMPONENTS, LOADINGS, META, OURS, VERBATIM
+from .shareformat import ADAPTERS, COMPONENTS, CONFIG, LOADINGS, META, OURS, SKIPPED, SPECTRUM, VERBATIM
 
 T = TypeVar("T")
 Tensors = dict[str, torch.Tensor]
@@ -70,55 +73,69 @@ class CheckpointReader:
     """An open checkpoint.
 
     Args:
-        root: its folder.
+        place: where it lies.
 
     Raises:
         CheckpointError: if it is not a whole SHARE checkpoint.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.config = read_share_config(root)
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self.config = read_share_config(place.root)
         self.names = self._adapter_names()
-        self.components = Components(root / COMPONENTS)
+        self.components = Components(self._file(COMPONENTS))
         self._check_digest(self.components.digest, COMPONENTS)
 
     def _adapter_names(self) -> dict[str, None]:
-        try:
-            with os.scandir(self.root / ADAPTERS) as entries:
-                folders = {e.name for e in entries if e.is_dir() and not e.name.startswith(".")}
-        except FileNotFoundError:
-            folders = set()
-        names = self.config.adapter_names or sorted(folders)
-        unsafe = [name for name in names if not is_component(name)]
+        there = self.place.adapters()
+        names = self.config.adapter_names or sorted(there or ())
+        unsafe = [name for name in names if not _is_folder_name(name)]
         if unsafe:
             raise CheckpointError(
                 "adapter names that are no path components",
                 found=listed(unsafe),
                 remedy="Do not trust this checkpoint.",
             )
-        missing = [name for name in names if name not in folders]
+        missing = [name for name in names if there is not None and name not in there]
         if missing:
             raise CheckpointError("adapters are missing", found=listed(missing), remedy="Fetch the checkpoint again.")
+        if not names and there is None:
+            raise CheckpointError(f"{CONFIG} names no adapters", found=self.place)
         return dict.fromkeys(names)
+
+    def _file(self, relative: str) -> Path:
+        """A file that must be there."""
+        path = self._optional(relative)
+        if path is None:
+            raise CheckpointError(f"{shown(relative)} is missing", found=self.place)
+        return path
+
+    def _optional(self, relative: str) -> Path | None:
+        try:
+            return self.place.file(relative)
+        except CheckpointError:  # a FileNotFoundError too, where nobody knows whether there is such a file
+            raise
+        except FileNotFoundError:
+            return None
 
     def _check_digest(self, found: str | None, file: str) -> None:
         expected = self.config.ours.get("basis_digest")
         if None not in (expected, found) and found != expected:  # lorashare, saving ours again, drops the digests
             raise CheckpointError(
-                f"{shown(file)} belongs to another basis: the checkpoint was replaced, open it again",
+                f"{shown(file)} belongs to another basis: {self.place.mixed}",
                 found=found,
                 expected=expected,
             )
 
     def meta(self, name: str) -> dict[str, Any]:
         """adapter_meta.json of one adapter."""
-        path = self.root / ADAPTERS / name / META
+        relative = f"{ADAPTERS}/{name}/{META}"
+        path = self._file(relative) if self.config.ours else self._optional(relative)  # lorashare does without
+        if path is None:
+            return {}
         try:
             meta = read_json(path)
-        except FileNotFoundError:
-            return {}
-        except ValueError as e:
+        except (ValueError, FileNotFoundError) as e:
             raise CheckpointError(f"{META} cannot be read", adapter=name, found=str(e)) from e
         if not isinstance(meta, dict) or not isinstance(meta.get(OURS, {}), dict):
             raise CheckpointError(f"{META} is not what it should be", adapter=name, found=meta, expected="an object")
@@ -127,16 +144,53 @@ class CheckpointReader:
 
     def loadings(self, name: str) -> Tensors:
         """Group id -> loadings (k, r) of one adapter."""
-        loadings = _load(self.root / ADAPTERS / name / LOADINGS)
+        loadings = _load(self._file(f"{ADAPTERS}/{name}/{LOADINGS}"))
         self.meta(name)  # after: what was read before it is of the basis that it names, or of one before that
         return loadings
 
     def verbatim(self, name: str) -> Tensors:
         """PEFT key -> tensor, of what is kept verbatim of one adapter."""
-        path = self.root / ADAPTERS / name / VERBATIM
-        tensors = _load(path) if path.exists() else {}
+        path = self._verbatim_file(name)
+        tensors = {} if path is None else _load(path)
         self.meta(name)
         return tensors
+
+    def _verbatim_file(self, name: str) -> Path | None:
+        recorded = self.meta(name).get(OURS, {}).get("verbatim")
+        if recorded == []:
+            return None  # not asked for: it would be a request
+        relative = f"{ADAPTERS}/{name}/{VERBATIM}"
+        return self._file(relative) if recorded else self._optional(relative)  # lorashare does not say
+
+    @contextmanager
+    def folder(self) -> Iterator[Path]:
+        """A folder with the whole checkpoint: its own, or one with links to the files of one on the Hub.
+
+        The cache's folder would not do: it holds what anybody has fetched of the repository, and not surely all.
+        """
+        if isinstance(self.place, Folder):
+            yield self.place.root
+            return
+        self.place.fetch()
+        with tempfile.TemporaryDirectory(prefix="lorashare-stream-") as folder:
+            for relative, path in self._files().items():
+                os.makedirs(os.path.dirname(os.path.join(folder, relative)), exist_ok=True)
+                os.symlink(path, os.path.join(folder, relative))
+            yield Path(folder)
+
+    def _files(self) -> dict[str, Path]:
+        """All files of the checkpoint: relative path -> where it is."""
+        found: dict[str, Path | None] = {}
+        for name in self.names:
+            inner = f"{ADAPTERS}/{name}"
+            found[f"{inner}/{VERBATIM}"] = self._verbatim_file(name)
+            found |= {
+                f"{inner}/{LOADINGS}": self._file(f"{inner}/{LOADINGS}"),
+                f"{inner}/{META}": self._optional(f"{inner}/{META}"),
+            }
+        found |= {COMPONENTS: self._file(COMPONENTS), CONFIG: self._file(CONFIG)}
+        found |= {relative: self._optional(relative) for relative in (SPECTRUM, SKIPPED)}
+        return {relative: path for relative, path in found.items() if path is not None}
 
     def adapter_config(self, name: str) -> dict[str, Any]:
         """The adapter_config.json that one adapter came with."""
@@ -149,6 +203,14 @@ class CheckpointReader:
     def sources(self) -> PerAdapter[str]:
         """Where each adapter came from, as it was recorded: shown, never followed."""
         return PerAdapter(self.names, lambda name: str(self.meta(name).get("original_adapter_path", "")))
+
+
+def _is_folder_name(name: object) -> bool:
+    """Whether a foreign name can be that of a folder here."""
+    try:
+        return is_component(name) and len(os.fsencode(str(name))) <= 255
+    except UnicodeEncodeError:
+        return False
 
 
 def _open(path: Path) -> Any:

@@ -62,7 +62,7 @@ def refit(
         check_same(place, config, found)
         root = found
     held = recalled(root)
-    plan = plan_for(held, settings, root, recalled=[str(s.name) for s in held])
+    plan = plan_for(held, settings, root, recalled=[str(s.name) for s in held], progress=means.progress)
     return means.compress(plan, out, root, refit=True, overwrite=overwrite).method
 
 

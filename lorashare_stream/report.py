@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .shareconfig import SHAREConfig
 
 Fact = tuple[str, object]
+_OFTEN = {1: "once", 2: "twice"}
 PARTS = ("basis", "loadings", "verbatim", "metadata")
 
 
@@ -126,6 +127,7 @@ def plan_text(plan: Plan) -> str:
         ("objective", s.objective + (", centred" if s.center else "")),
         ("components k", f"auto, to {s.variance_threshold:.4g} of the energy" if auto else s.num_components),
         ("originals", f"{bytes_shown(size['originals'])}, of which LoRA {bytes_shown(size['lora'])}"),
+        *_of_the_hub(plan),
         ("workspace", f"{bytes_shown(size['moments'] + size['basis'])} on disk"),
         ("checkpoint", f"{'up to ' if auto else ''}about {bytes_shown(size['checkpoint'])} ({plan.storage})"),
         *[(f"  {part}", bytes_shown(size[part])) for part in ("basis", "loadings", "verbatim")],
@@ -137,6 +139,19 @@ def plan_text(plan: Plan) -> str:
     ]
     notes = [f"note: {text}" for text in plan_warnings(plan)]
     return "\n".join([facts(pairs), "", table(steps, ("step", "tasks", "reads", "at a time", "peak memory")), *notes])
+
+
+def _of_the_hub(plan: Plan) -> list[Fact]:
+    """How much is fetched, and how often."""
+    remote = [e for e in plan.entries if e.origin is not None]
+    if not remote:
+        return []
+    total = bytes_shown(sum(e.hub_bytes for e in remote))
+    times = Counter(plan.fetches(e) for e in remote)
+    often = listed(f"{n} {_OFTEN.get(count, f'{count} times')} at most" for count, n in sorted(times.items()))
+    batches = f"in {len(plan.batches)} batches: " if len(plan.batches) > 1 else ""
+    kept = "" if plan.settings.disk_budget is not None else ", and kept in the Hub's cache"
+    return [("from the Hub", f"{counted(len(remote), 'adapter')}, {total}; fetched {batches}{often}{kept}")]
 
 
 def break_even_range(plan: Plan) -> str:
@@ -180,8 +195,11 @@ def _of_sizes(plan: Plan) -> list[str]:
 def adapter_notes(plan: Plan) -> list[str]:
     """What a user should know of single adapters before the work begins."""
     s = plan.settings
+    presumed = sum(e.origin is not None and e.origin.config is None for e in plan.entries)
     names = Counter(e.base_model for e in plan.entries)
     out = []
+    if presumed:
+        out.append(f"configurations on the Hub are read when the plan is run: those of {counted(presumed, 'adapter')}")
     unnamed = [e.name for e in plan.entries if e.base_model is None]
     if unnamed and plan.base_model:
         base = shown(plan.base_model)

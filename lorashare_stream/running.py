@@ -1,12 +1,16 @@
-"""A plan, an executor and who watches: how tasks are mapped."""
+"""A plan, an executor, who fetches and who watches: how tasks are mapped."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from .executors import Executor
+from .entry import Entry
+from .errors import AdapterError, refusal
+from .executors import Executor, nothing
+from .fetching import Fetcher
 from .planning import Plan
 
 T = TypeVar("T")
@@ -26,16 +30,63 @@ class Run:
     plan: Plan
     executor: Executor
     progress: Progress
+    fetcher: Fetcher
     check: Callable[[], None] = lambda: None
 
-    def map(self, step: str, fn: Callable[[T], R], tasks: Sequence[T]) -> Iterator[R]:
+    def map(
+        self,
+        step: str,
+        fn: Callable[[T], R],
+        tasks: Iterable[T],
+        total: int,
+        after: Callable[[T], object] = nothing,
+    ) -> Iterator[R]:
         """Results in the order of the tasks, as many at a time as the plan allows for this step."""
-        results = self.executor.map(fn, tasks, self.plan.step(step).concurrency)
-        for result in self.progress(step, len(tasks), results):
+        results = self.executor.map(fn, tasks, self.plan.step(step).concurrency, after)
+        for result in self.progress(step, total, results):
             self.check()
             yield result
 
     def all(self, step: str, fn: Callable[[T], Any], tasks: Sequence[T]) -> None:
         """Do all tasks, for what they leave on disk."""
-        for _ in self.map(step, fn, tasks):
+        for _ in self.map(step, fn, tasks, len(tasks)):
             pass
+
+    def arriving(self, entries: Sequence[Entry], lost: list[AdapterError]) -> Iterator[Entry]:
+        """Adapters as they come to this machine; why some cannot be had goes into `lost`."""
+        for result in self.fetcher.arriving(entries):
+            if isinstance(result, AdapterError):
+                lost.append(result)
+            else:
+                yield result
+
+    def release(self, entry: Entry) -> None:
+        """Say that the files of an adapter are not needed for now."""
+        self.fetcher.release([entry.name])
+
+    @contextmanager
+    def at_hand(self, entries: Sequence[Entry]) -> Iterator[dict[str, Entry]]:
+        """Adapters by name, all of them on this machine till the end of the block.
+
+        Raises:
+            CollectionError: naming those that the Hub has no more.
+        """
+        lost: list[AdapterError] = []
+        here = {entry.name: entry for entry in self.arriving(entries, lost)}
+        check_none_lost(lost)
+        yield here
+        self.fetcher.release(here)
+
+
+def check_none_lost(lost: Sequence[AdapterError]) -> None:
+    """Demand adapters whose values are needed again.
+
+    Raises:
+        CollectionError: naming those that the Hub has no more.
+    """
+    if lost:
+        raise refusal(
+            f"{len(lost)} adapters are in the moments, their values are needed again, and the Hub does not give them",
+            lost,
+            "Take them out by lorashare-stream remove, or wait until it does, and run the same command again.",
+        )

@@ -40,6 +40,9 @@ class Settings:
         memory: bytes that the whole process may use.
         workers: tasks at a time; None is one per core. Fewer run if memory demands it.
         on_error: `"raise"` stops at bad adapters, `"skip"` goes on without them and lists them.
+        disk_budget: bytes on this disk for adapters of the Hub, which are fetched in batches, and again when they are
+            projected; None keeps them in the Hub's cache.
+        offline: never ask the Hub: what is in its cache must do.
         device: where moments and bases are computed.
         base_model: what the adapters are adapters of; None is the name that most of them give.
         base_aliases: other names of it (mirrors, quantised copies, local paths).
@@ -59,6 +62,8 @@ class Settings:
     memory: int = field(default=4 << 30)
     workers: int | None = None
     on_error: Literal["raise", "skip"] = "raise"
+    disk_budget: int | None = None
+    offline: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     base_model: str | None = None
     base_aliases: tuple[str, ...] = ()
@@ -75,10 +80,12 @@ class Settings:
         _expect(0 < self.variance_threshold <= 1, "variance_threshold", self.variance_threshold, "in (0, 1]")
         _expect(_is_int(self.memory) and self.memory > 0, "memory", self.memory, "a size such as 4GiB")
         _expect(workers is None or (_is_int(workers) and workers >= 1), "workers", workers, "a whole number from 1")
+        disk = self.disk_budget
+        _expect(disk is None or (_is_int(disk) and disk > 0), "disk_budget", disk, "a size such as 50GiB")
         base, aliases = self.base_model, self.base_aliases
         _expect(base is None or (isinstance(base, str) and bool(base)), "base_model", base, "the name of a model")
         _expect(all(isinstance(a, str) and a for a in aliases), "base_aliases", aliases, "names of a model")
-        for name in ("center", "any_base", "share_initial", "discard_moments"):
+        for name in ("center", "any_base", "share_initial", "discard_moments", "offline"):
             _expect(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
         if self.center and self.objective == "delta":
             raise UsageError(
@@ -100,11 +107,12 @@ class Settings:
         if unknown:
             raise UsageError("unknown setting", found=listed(unknown), expected=listed(sorted(known), 20))
         clean = dict(values)
-        if isinstance(clean.get("memory"), str):
-            try:
-                clean["memory"] = parse_bytes(clean["memory"])
-            except ValueError as e:
-                raise UsageError(f"memory: {e}") from e
+        for name in ("memory", "disk_budget"):
+            if isinstance(clean.get(name), str):
+                try:
+                    clean[name] = parse_bytes(clean[name])
+                except ValueError as e:
+                    raise UsageError(f"{name}: {e}") from e
         if isinstance(clean.get("num_components"), str) and re.fullmatch("[0-9]{1,9}", clean["num_components"]):
             clean["num_components"] = int(clean["num_components"])
         aliases = clean.get("base_aliases", ())
@@ -118,7 +126,8 @@ class Settings:
 
     def chosen(self) -> dict[str, Any]:
         """The settings on which a checkpoint depends, but for base model and dtype, which it tells: it records them."""
-        others = ("memory", "workers", "on_error", "device", "discard_moments", "base_model", "dtype")
+        others = {"memory", "workers", "on_error", "device", "discard_moments", "base_model", "dtype"}
+        others |= {"disk_budget", "offline"}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in self.as_dict().items() if k not in others}
 
     def binding(self) -> dict[str, Any]:

@@ -23,12 +23,13 @@ from .names import digest_of, is_component
 from .pipeline import plan_for, recompute
 from .planning import Plan, plan_as_json
 from .records import metas_of, receipt_in
+from .remote import fetching_for, looked_up, source_of
 from .running import Run
 from .shareconfig import SHAREConfig, read_share_config
 from .shareformat import ADAPTERS, LOADINGS, skipped_of
-from .sources import Source
-from .stages import catch_up, digest_of_job, forget_unused, journal_of_plan, make_job
+from .stages import digest_of_job, journal_of_plan, make_job
 from .summary import counts_of, head_of
+from .summing import catch_up, forget_unused
 from .tasks import Job, check_unchanged, clean_module
 from .tensorfile import read_header
 from .workspace import Workspace
@@ -81,22 +82,24 @@ def remove(checkpoint: Path, names: Sequence[str], means: Means, *, refit: bool 
     if refit:
         check_same(out, config, root, removing=names)
     held = [s for s in recalled(root) if s.name not in names]
-    plan = plan_for(held, means.settings(config), root, recalled=[str(s.name) for s in held])
+    names_held = [str(s.name) for s in held]
+    plan = plan_for(held, means.settings(config), root, recalled=names_held, progress=means.progress)
     device = resolve_device(plan.settings.device)
     with (
         threadpool_limits(1, user_api="blas"),
         Workspace.open(root, plan.binding, take_lock=means.take_lock) as work,
+        fetching_for(plan.settings, root) as fetcher,
     ):
         demand_unchanged(out, config)
         take_out(work, journal_of_plan(plan, work), names)
         plan = _of_unchanged(plan, work.journal())
         write_sealed(work.root / "plan.json", plan_as_json(plan))
-        run, job = replace(means.run(plan), check=work.check_held), make_job(plan, work, out, device)
+        run, job = replace(means.run(plan, fetcher), check=work.check_held), make_job(plan, work, out, device)
         shrink(out, config, names)
         catch_up(run, job)
         forget_unused(job)
         if refit:
-            clean(run, job, read_entries(_removed_sources(job.journal), plan.settings))
+            clean(run, job, _removed_entries(job, root))
             config = read_share_config(out)
             if config.ours["removed"] and not plan.absent:
                 recompute(run, job, work, out, skipped_of(out))
@@ -130,9 +133,12 @@ def _of_unchanged(plan: Plan, journal: Journal) -> Plan:
     return replace(plan, entries=entries, absent=(*plan.absent, *changed))
 
 
-def _removed_sources(journal: Journal) -> list[Source]:
-    removed = [journal.entries[e.admission] for e in journal.entries if isinstance(e, Removal)]
-    return [Source(r.source_id, Path(r.source_id), r.name) for r in removed if isinstance(r, Receipt)]
+def _removed_entries(job: Job, workspace: Path) -> dict[str, Entry]:
+    """Adapters that were taken out and can be read, or fetched, by source id."""
+    removed = [job.journal.entries[e.admission] for e in job.journal.entries if isinstance(e, Removal)]
+    sources = [source_of(r.source_id, r.name) for r in removed if isinstance(r, Receipt)]
+    found, surveyed = looked_up(sources, job.settings, workspace)
+    return read_entries(found, job.settings, surveyed)
 
 
 def shrink(out: Path, config: SHAREConfig, names: Sequence[str]) -> None:
@@ -204,7 +210,11 @@ def clean(run: Run, job: Job, entries: Mapping[str, Entry]) -> None:
     removed = {e.admission: job.journal.entries[e.admission] for e in job.journal.entries if isinstance(e, Removal)}
     gone = {i: entries[r.source_id] for i, r in removed.items() if isinstance(r, Receipt) and r.source_id in entries}
     gone = {i: entry for i, entry in gone.items() if _is_unchanged(entry, removed[i])}
+    lost: list[AdapterError] = []
+    here = {e.source_id: e for e in run.arriving(list(gone.values()), lost)}  # sums keep what cannot be had
+    gone = {i: here[entry.source_id] for i, entry in gone.items() if entry.source_id in here}
     run.all("accumulate", partial(clean_module, job, gone), sorted(Workspace(job.workspace).modules()))
+    run.fetcher.release(e.name for e in here.values())
 
 
 def _fitted_to_removed(job: Job) -> list[str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,26 +13,25 @@ from typing import Any
 from .adapterfiles import digest_files, open_tensors, tensor_records
 from .checkpoint import Staging
 from .entry import Entry
-from .errors import AdapterError, DiskError, GoneError, LockedError, WorkspaceError, refusal
-from .files import free_bytes, read_sealed, tree_bytes
+from .errors import AdapterError, DiskError, LockedError, ValuesError, WorkspaceError, refusal
+from .files import free_bytes, tree_bytes
 from .journal import Journal, Receipt, Removal, Shapes
 from .keys import SIDES, group_id
-from .names import bytes_shown, digest_of, listed, shown
+from .ledger import note_refusal
+from .names import bytes_shown, digest_of, listed
 from .planning import Plan, check_enough
 from .publishing import staging_folder
-from .running import Run
+from .running import Run, check_none_lost
 from .shareformat import COMPONENTS
 from .summary import Head
+from .summing import sum_batch
 from .tasks import (
     Job,
-    accumulate_module,
     check_unchanged,
-    fit_module,
     ingest_adapter,
     project_adapter,
-    settle_module,
 )
-from .workspace import Workspace
+from .workspace import FACTS, Workspace
 
 SYNC_EVERY = 64  # admissions, or adapters of the checkpoint, that are made durable at once
 log = logging.getLogger(__name__)
@@ -65,40 +66,90 @@ def check_disk(plan: Plan, workspace: Path, out: Path, *, adds: bool = False) ->
             )
 
 
-def ingest(run: Run, work: Workspace) -> list[AdapterError]:
+def ingest(run: Run, work: Workspace, out: Path, device: str) -> list[AdapterError]:
     """Admit every adapter of the plan that is not yet in the journal, in the order of the plan.
+
+    If a disk budget does not hold them all, the adapters of a batch are added to the moments before the next comes.
 
     Returns:
         Those whose values show that they must not touch a moment.
     """
-    entries = {e.name: e for e in run.plan.entries}
-    journal = journal_of_plan(run.plan, work)
-    absent = {e.adapter for e in run.plan.absent}
-    gone = [r.name for r in journal.receipts if r.name not in entries and r.name not in absent]
-    if gone:
-        raise _gone(gone, run.plan.refused)
-    for receipt in (r for r in journal.receipts if r.name in entries):
-        check_unchanged(entries[receipt.name], receipt)
-    known = {r.name for r in journal.receipts}
-    fresh = [e for e in run.plan.entries if e.name not in known]
-    again = {e.name for e in journal.entries if isinstance(e, Removal)} & {e.name for e in fresh}
+    plan, before = run.plan, _check_journal(run.plan, work)
+    fresh = [[e for e in batch if e.name not in before] for batch in plan.batches]
+    again = {e.name for e in work.journal().entries if isinstance(e, Removal)} & {e.name for b in fresh for e in b}
     if again:
         log.warning("taken out before, and added again since their sources are named: %s", listed(sorted(again)))
     refused: list[AdapterError] = []
-    for count, (entry, result) in enumerate(zip(fresh, run.map("ingest", ingest_adapter, fresh), strict=True), 1):
-        if isinstance(result, Receipt):
-            work.admit(result, entry.shapes, durable=count % SYNC_EVERY == 0 or count == len(fresh))
-        else:
-            refused.append(result)
-    work.sync_journal()
-    if refused and run.plan.settings.on_error == "raise":
+    for number, (batch, after) in enumerate(zip(fresh, [*fresh[1:], []], strict=True)):
+        refused += admit(run, work, batch)
+        if len(plan.batches) > 1:
+            names = {e.name for e in plan.batches[number]}
+            sum_batch(run, make_job(plan, work, out, device, begins=True), names, _unrefused(after))
+        run.fetcher.release(e.name for e in batch)
+    if refused and plan.settings.on_error == "raise":
         raise refusal(
-            f"{len(refused)} of {len(entries)} adapters cannot be compressed; the others are ingested",
+            f"{len(refused)} of {len(plan.entries)} adapters cannot be compressed; the others are ingested",
             refused,
             "Leave them out, or go on without them by --on-error skip.",
         )
-    check_enough(len(entries) + len(absent) - len(refused), refused, run.plan.fewest)
+    check_enough(len(plan.entries) + len(plan.absent) - len(refused), refused, plan.fewest)
     return refused
+
+
+def _check_journal(plan: Plan, work: Workspace) -> set[str]:
+    """The names of admitted adapters, all of which the plan must have, unchanged."""
+    entries = {e.name: e for e in plan.entries}
+    journal = journal_of_plan(plan, work)
+    absent = {e.adapter for e in plan.absent}
+    gone = [r.name for r in journal.receipts if r.name not in entries and r.name not in absent]
+    if gone:
+        raise _gone(gone, plan.refused)
+    for receipt in (r for r in journal.receipts if r.name in entries):
+        check_unchanged(entries[receipt.name], receipt)
+    return {r.name for r in journal.receipts}
+
+
+def admit(run: Run, work: Workspace, entries: Sequence[Entry]) -> list[AdapterError]:
+    """Ingest adapters, as they come, and admit them in order; those that cannot be are given."""
+    refused: list[AdapterError] = []
+    shapes = {e.name: e.shapes for e in entries}
+    remote = {e.name: e.source_id for e in entries if e.origin is not None and e.origin.refused is None}
+    for count, result in enumerate(ingested(run, entries), 1):
+        if isinstance(result, Receipt):
+            work.admit(result, shapes[result.name], durable=count % SYNC_EVERY == 0 or count == len(entries))
+            continue
+        refused.append(result)
+        if isinstance(result, ValuesError) and result.adapter in remote:  # it is not fetched for that again
+            note_refusal(work.root / FACTS, remote[result.adapter], result)
+    work.sync_journal()
+    return refused
+
+
+def ingested(run: Run, entries: Sequence[Entry]) -> Iterator[Receipt | AdapterError]:
+    """What ingest finds of adapters, in their order, though they may come in another one."""
+    done: dict[str, Receipt | AdapterError] = {}
+    waiting = deque(e.name for e in entries)
+    lost = [e for entry in entries if (e := _refused_before(entry)) is not None]
+    fresh = _unrefused(entries)
+    for name, result in run.map("ingest", ingest_adapter, run.arriving(fresh, lost), len(fresh)):
+        done |= {name: result} | {str(e.adapter): e for e in lost}
+        while waiting and waiting[0] in done:
+            yield done.pop(waiting.popleft())
+    done |= {str(e.adapter): e for e in lost}
+    yield from (done[name] for name in waiting)
+
+
+def _unrefused(entries: Sequence[Entry]) -> list[Entry]:
+    return [e for e in entries if e.origin is None or e.origin.refused is None]
+
+
+def _refused_before(entry: Entry) -> AdapterError | None:
+    """Why the values of a pinned adapter must not touch a moment, if it was fetched for that before."""
+    if entry.origin is None or entry.origin.refused is None:
+        return None
+    error = copy(entry.origin.refused)
+    error.adapter, error.source = entry.name, entry.where
+    return error
 
 
 def journal_of_plan(plan: Plan, work: Workspace) -> Journal:
@@ -126,8 +177,8 @@ def _gone(names: Sequence[str], refused: Sequence[AdapterError]) -> WorkspaceErr
     )
 
 
-def make_job(plan: Plan, work: Workspace, out: Path, device: str) -> Job:
-    """What the tasks need to know, after ingest."""
+def make_job(plan: Plan, work: Workspace, out: Path, device: str, *, begins: bool = False) -> Job:
+    """What the tasks need to know, after ingest; `begins` is before all are ingested, when no basis can be fitted."""
     journal, entries = work.journal(), {e.name: e for e in plan.entries}
     digest = digest_of_job(plan.choice, journal.receipts)
     return Job(
@@ -137,7 +188,7 @@ def make_job(plan: Plan, work: Workspace, out: Path, device: str) -> Job:
         journal=journal,
         shapes=work.shapes_of(journal, _shapes(journal, entries)),
         workspace=work.root.absolute(),
-        bases=work.bases_for(digest).absolute(),
+        bases=work.bases.absolute() if begins else work.bases_for(digest).absolute(),
         out=out.absolute(),
         device=device,
         choice=plan.choice,
@@ -154,50 +205,6 @@ def _shapes(journal: Journal, entries: Mapping[str, Entry]) -> dict[str, Shapes]
 def digest_of_job(choice: str, receipts: Sequence[Receipt]) -> str:
     """Digest of all that decides a checkpoint: settings and adapters."""
     return digest_of([choice, [[r.name, r.digest, r.config_digest] for r in receipts]])
-
-
-def settle(run: Run, job: Job) -> dict[str, dict[str, Any]]:
-    """Bring the moments up to the journal and fit what is not fitted; the facts of all bases, by module."""
-    work = Workspace(job.workspace)
-    forget_unused(job)
-    markers = {m: work.marker(m) for m in job.modules}
-    todo = [m for m in job.modules if not job.has_basis(m, markers[m])]
-    if job.settings.discard_moments:
-        run.all("accumulate", partial(settle_module, job), todo)
-        for module in job.modules:
-            work.discard(module)
-    else:
-        run.all("accumulate", partial(accumulate_module, job), [m for m in todo if not job.holds_all(markers[m])])
-        run.all("fit", partial(fit_module, job), todo)
-    return {m: read_sealed(job.facts_file(m)) for m in job.modules}
-
-
-def forget_unused(job: Job) -> None:
-    """Remove the moments of modules that no adapter has any more."""
-    work = Workspace(job.workspace)
-    for module in work.modules() - set(job.modules):
-        work.forget(module)
-
-
-def catch_up(run: Run, job: Job) -> None:
-    """Bring the moments that are there up to the journal; those that were discarded stay so.
-
-    Those that are found to be damaged, and cannot be summed again since sources are gone, are discarded.
-    """
-    work = Workspace(job.workspace)
-    markers = {m: work.marker(m) for m in job.modules}
-    stale = [m for m, marker in markers.items() if marker is not None and not job.holds_all(marker)]
-    if stale:
-        run.all("accumulate", partial(_accumulate_or_forget, job), stale)
-
-
-def _accumulate_or_forget(job: Job, module: str) -> None:
-    try:
-        accumulate_module(job, module)
-    except GoneError as e:
-        if Workspace(job.workspace).marker(module) is not None:
-            raise  # it is whole, and a new adapter is gone before it was added
-        log.warning("the moments of %s are damaged, and are dropped: %s", shown(module), e)
 
 
 def write_bases(staging: Staging, job: Job, bases: Mapping[str, Mapping[str, Any]]) -> None:
@@ -217,15 +224,23 @@ def _raw_tensors(paths: Iterable[Path]) -> Iterator[bytes]:
 
 
 def project(run: Run, job: Job, staging: Staging, receipts: Sequence[Receipt]) -> None:
-    """Project adapters into the staged checkpoint, and make them durable, some at a time."""
-    names = [receipt.name for receipt in receipts]
+    """Project adapters into the staged checkpoint, as they come, and make them durable, some at a time.
+
+    Raises:
+        CollectionError: at the end, naming those that the Hub has no more.
+    """
+    entries = [job.entry(receipt.name) for receipt in receipts]
+    run.fetcher.only(entries)
     done: list[str] = []
-    for name, _ in zip(names, run.map("project", partial(project_adapter, job), names), strict=True):
+    lost: list[AdapterError] = []
+    arriving = run.arriving(entries, lost)
+    for name in run.map("project", partial(project_adapter, job), arriving, len(entries), run.release):
         done.append(name)
         if len(done) == SYNC_EVERY:
             staging.sync(done)
             done.clear()
     staging.sync(done)
+    check_none_lost(lost)
 
 
 def head_of_job(plan: Plan, job: Job, bases: Mapping[str, Mapping[str, Any]], staging: Staging) -> Head:

@@ -51,11 +51,13 @@ def read_header(path: Path, file: int = 0) -> tuple[TensorRecord, ...]:
     size = path.stat().st_size
     with path.open("rb") as f:
         prefix = f.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if length > min(size - 8, MAX_HEADER) or not length:
-            wanted = f"8 bytes and a header of {length or 'some'} bytes"
-            raise bad_file(path, "not a safetensors file, or cut short", f"{size} bytes", wanted)
-        raw = f.read(length)
+        return parse_header(prefix + f.read(_header_length(path, prefix, size)), size, path, file)
+
+
+def parse_header(head: bytes, size: int, path: Path, file: int = 0) -> tuple[TensorRecord, ...]:
+    """The tensors of a safetensors file of `size` bytes, from its first bytes; `path` is its name in errors."""
+    length = _header_length(path, head[:8], size)
+    raw = head[8 : 8 + length]
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as e:
@@ -72,6 +74,14 @@ def read_header(path: Path, file: int = 0) -> tuple[TensorRecord, ...]:
     if end != size:
         raise bad_file(path, "cut short or padded: the header and the file disagree", f"{size} bytes", f"{end} bytes")
     return tuple(records)
+
+
+def _header_length(path: Path, prefix: bytes, size: int) -> int:
+    length: int = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+    if length > min(size - 8, MAX_HEADER) or not length:
+        wanted = f"8 bytes and a header of {length or 'some'} bytes"
+        raise bad_file(path, "not a safetensors file, or cut short", f"{size} bytes", wanted)
+    return length
 
 
 def _by_offset(record: TensorRecord) -> tuple[int, int]:

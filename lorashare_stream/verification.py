@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .adapterfiles import digest_files, open_tensors
-from .catalog import catalog
+from .catalog import Interned, catalog, read_entry
 from .deltas import DeltaError, delta_error, relative_error
 from .entry import Entry
-from .errors import StreamError
+from .errors import AdapterError, StreamError
+from .fetching import AT_ONCE, fetching
 from .keys import SIDES, factor_key
 from .model import SHAREModel
 from .picklefile import raw_bytes
 from .reader import Tensors
+from .remote import looked_up, loose_id
 from .settings import Settings
 from .sources import Source
 from .tensorfile import TensorReader, float32
@@ -45,34 +50,77 @@ class Verdict:
     problem: str | None = None
 
 
-def verify(model: SHAREModel, originals: Mapping[str, Source]) -> Iterator[Verdict]:
-    """Compare every adapter of a checkpoint with its original, one at a time.
+def verify(
+    model: SHAREModel, originals: Mapping[str, Source], *, workspace: Path | None = None, offline: bool = False
+) -> Iterator[Verdict]:
+    """Compare every adapter of a checkpoint with its original, one at a time; those of the Hub as they come.
 
     Args:
         model: the checkpoint.
         originals: name -> where the original lies.
+        workspace: what was read on the Hub for it before is not asked again.
+        offline: never ask the Hub.
     """
+    settings = Settings(share_initial=bool(model.config.ours.get("share_initial")), disk_budget=1, offline=offline)
+    remote = {name: source for name, source in originals.items() if source.hub is not None}
     for name in model.adapter_names:
-        certified: float | None = None
+        if name not in remote:
+            source = originals.get(name)
+            yield _judged(model, name, partial(_local, source, settings))
+    if not remote:
+        return
+    _, surveyed = looked_up(list(remote.values()), settings, workspace, writes=False)
+    entries: list[Entry] = []
+    for name, source in remote.items():
         try:
-            certified = _number(model.certified(name).get("relative_error"))
-            if name not in originals:
-                raise StreamError("its original is not among the sources")
-            yield _verdict(model, name, originals[name], certified)
-        except (StreamError, OSError) as e:
-            yield Verdict(name, float("nan"), certified, problem=str(e))
+            entries.append(read_entry(source, name, Interned(), settings, surveyed))
+        except AdapterError as e:
+            yield _judged(model, name, partial(_raised, e))
+    # Into a folder of its own: the cache is not filled with what is read once.
+    room = 2 * AT_ONCE * max((e.hub_bytes for e in entries), default=0)
+    with (
+        tempfile.TemporaryDirectory(prefix="lorashare-stream-") as folder,
+        fetching(offline, Path(folder), room) as fetcher,
+    ):
+        for result in fetcher.arriving(entries):
+            if isinstance(result, AdapterError):
+                yield _judged(model, str(result.adapter), partial(_raised, result))
+                continue
+            yield _judged(model, result.name, partial(_same, result))
+            fetcher.release([result.name])
+
+
+def _local(source: Source | None, settings: Settings) -> Entry:
+    if source is None:
+        raise StreamError("its original is not among the sources")
+    found = catalog([source], settings)
+    if found.refused:
+        raise found.refused[0]
+    return found.entries[0]
+
+
+def _raised(error: AdapterError) -> Entry:
+    raise error
+
+
+def _same(entry: Entry) -> Entry:
+    return entry
+
+
+def _judged(model: SHAREModel, name: str, original: Callable[[], Entry]) -> Verdict:
+    certified: float | None = None
+    try:
+        certified = _number(model.certified(name).get("relative_error"))
+        return _verdict(model, name, original(), certified)
+    except (StreamError, OSError) as e:
+        return Verdict(name, float("nan"), certified, problem=str(e))
 
 
 def _number(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def _verdict(model: SHAREModel, name: str, source: Source, certified: float | None) -> Verdict:
-    share_initial = bool(model.config.ours.get("share_initial"))
-    found = catalog([source], Settings(share_initial=share_initial))
-    if found.refused:
-        raise found.refused[0]
-    entry = found.entries[0]
+def _verdict(model: SHAREModel, name: str, entry: Entry, certified: float | None) -> Verdict:
     tensors = model.reconstruct(name)
     with open_tensors(entry.paths) as originals:
         errors = {m.name: e for m, e in _module_errors(entry, originals, tensors)}
@@ -110,6 +158,12 @@ def _verbatim_fault(entry: Entry, originals: TensorReader, tensors: Tensors) -> 
     extra = tensors.keys() - {key for key, _ in entry.layout.extras}
     unexpected = extra - {factor_key(m.name, side) for m in entry.layout.modules for side in SIDES}
     return f"unexpected tensors: {sorted(unexpected)[:3]}" if unexpected else None
+
+
+def pins_in(model: SHAREModel) -> dict[str, str]:
+    """What ids of the Hub without a revision mean in a checkpoint: the adapters of it that have them."""
+    ids = [str(model.certified(name).get("source_id")) for name in reversed(model.adapter_names)]
+    return {loose_id(source_id): source_id for source_id in ids}
 
 
 def originals_of(model: SHAREModel, sources: list[Source]) -> dict[str, Source]:

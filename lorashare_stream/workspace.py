@@ -9,6 +9,8 @@
     moments/<module>.json     marker: which generation holds how many entries of the journal
     moments/<module>/<n>/A|B  Zarr arrays of that generation
     bases/<digest>/<module>   components and facts of a basis, for one choice of k and dtype
+    hub/facts.jsonl           headers and configurations of adapters of the Hub
+    hub/files/<adapter>       their files, under a disk budget, while they are needed
 
 A marker is written after the data it vouches for is on disk, and only by a rename. So whatever is killed,
 a group is either done or it is done again. All but the arrays, which Zarr guards, is sealed by a checksum.
@@ -27,6 +29,7 @@ from typing import Any
 from .errors import WorkspaceError
 from .files import (
     own_folder,
+    read_json,
     read_sealed,
     refuse_links,
     remove_tree,
@@ -35,14 +38,17 @@ from .files import (
     write_json,
     write_sealed,
 )
-from .journal import Journal, ModuleShape, Receipt, Removal, Shapes, append, read_journal
+from .journal import Journal, Receipt, Removal, Shapes, append, read_journal
 from .keys import SIDES
 from .locks import held
 from .names import shown, slug
+from .shapes import keep_shapes, shapes_of
 
 FORMAT = 2
 _COPIES = ("workspace.json", "workspace.copy.json")
 _FOLDERS = ("moments", "bases", "shapes")
+HUB = "hub"  # what is known of adapters of the Hub, and under a disk budget their files
+FACTS, FILES = f"{HUB}/facts.jsonl", f"{HUB}/files"
 log = logging.getLogger(__name__)
 
 
@@ -69,7 +75,7 @@ class Workspace:
             WorkspaceError: if it was made with other settings.
         """
         inside = {p.name for p in root.iterdir() if p.suffix != ".tmp"} if root.exists() else set()
-        if inside - {"lock", *_FOLDERS} and not inside & {*_COPIES}:
+        if inside - {"lock", HUB, *_FOLDERS} and not inside & {*_COPIES}:
             raise WorkspaceError(
                 "the folder is no workspace, and not empty", found=root, remedy="Choose another --workspace."
             )
@@ -156,54 +162,12 @@ class Workspace:
     def admit(self, receipt: Receipt, shapes: Shapes, *, durable: bool) -> None:
         """Append an admission; `durable` ones survive a power cut, with all before them."""
         self.check_held()
-        self.keep_shapes(receipt, shapes)
+        keep_shapes(self.shapes, receipt, shapes)
         append(self._journal, [receipt], durable=durable)
 
-    def keep_shapes(self, receipt: Receipt, shapes: Shapes) -> None:
-        """Note the shared modules of an adapter, unless they are."""
-        path = self.shapes / f"{receipt.shapes}.json"
-        if not read_sealed(path):
-            write_sealed(path, {"modules": shapes})
-
     def shapes_of(self, journal: Journal, known: Mapping[str, Shapes]) -> dict[str, Shapes]:
-        """The shared modules of all admissions, by the digest that these have of them.
-
-        Those of adapters that were taken out may be missing: their moments are summed again.
-
-        Args:
-            journal: the admissions.
-            known: adapters that can be read -> shapes of their modules.
-
-        Raises:
-            WorkspaceError: if those of another adapter are not there, whole.
-        """
-        found: dict[str, Shapes] = {}
-        for receipt in journal.receipts:
-            if receipt.shapes not in found and receipt.name in known:
-                self.keep_shapes(receipt, known[receipt.name])
-                found[receipt.shapes] = known[receipt.name]
-        for entry in journal.entries:
-            if isinstance(entry, Receipt) and entry.shapes not in found:
-                shapes = self._shapes(entry.shapes)
-                if shapes is not None:
-                    found[entry.shapes] = shapes
-                elif entry in journal.receipts:
-                    raise WorkspaceError(
-                        "the workspace is damaged",
-                        adapter=entry.name,
-                        found=f"shapes/{entry.shapes}.json is missing, or is not what was written",
-                        remedy="Restore its source, from which it is mended; or take it out (lorashare-stream remove).",
-                    )
-        return found
-
-    def _shapes(self, digest: str) -> Shapes | None:
-        found = read_sealed(self.shapes / f"{digest}.json").get("modules")
-        if found is None:
-            return None
-        return {
-            name: ModuleShape(rank, d_in, d_out, experts, tuple(parameters))
-            for name, (rank, d_in, d_out, experts, parameters) in found.items()
-        }
+        """The shared modules of all admissions; as `shapes.shapes_of`."""
+        return shapes_of(self.shapes, journal, known)
 
     def sync_journal(self) -> None:
         """Make all admissions durable."""
@@ -217,6 +181,13 @@ class Workspace:
     def skip(self, left_out: list[dict[str, Any]]) -> None:
         """Note which adapters this run leaves out, and why."""
         write_json(self.root / "skipped.json", left_out)
+
+    def skipped(self) -> set[str]:
+        """The names of adapters that the last run left out."""
+        try:
+            return {str(item["adapter"]) for item in read_json(self.root / "skipped.json")}
+        except (OSError, ValueError, KeyError, TypeError):
+            return set()
 
     # -- moments -------------------------------------------------------------------------------------
 
@@ -268,6 +239,10 @@ class Workspace:
         for path in self.bases.glob(f"*/{slug(module)}.json"):
             path.unlink()
         self.discard(module)
+
+    def has_fitted(self, module: str) -> bool:
+        """Whether there is a basis of a module: its moments, if they are not there, were discarded."""
+        return any(self.bases.glob(f"*/{slug(module)}.json"))
 
     # -- bases and outputs ---------------------------------------------------------------------------
 

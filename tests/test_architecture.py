@@ -16,27 +16,30 @@ ROOT = Path(lorashare_stream.__file__).parent
 # The rooms, bottom to top: a module imports only from rows above its own, or from earlier in its row.
 ROOMS = {
     "pure": [
-        "version", "names", "errors", "dtypes", "settings", "keys", "lapack", "moments", "deltas", "patterns",
+        "version", "names", "hubid", "errors", "dtypes", "settings", "keys", "lapack", "moments", "deltas", "patterns",
         "peftconfig", "solvers", "subspace",
     ],
     "bytes": [
         "files", "tensorfile", "picklecheck", "picklefile", "adapterfiles", "momentstore", "locks", "journal",
-        "workspace",
+        "shapes", "workspace", "huberrors", "hub",
     ],
     "facts": [
-        "sources.manifest", "sources.local", "sources", "layout", "entry", "agreement", "catalog", "budget",
-        "planning",
+        "sources.source", "sources.manifest", "sources.local", "sources", "sources.pins", "layout", "entry",
+        "agreement", "ledger", "survey", "catalog", "budget", "planning",
     ],
     "doing": [
-        "executors", "devices", "running", "shareformat", "records", "publishing", "checkpoint", "shareconfig",
-        "tasks.job", "tasks.ingest", "tasks.accumulate", "tasks.clean",
-        "tasks.fit", "tasks.project", "tasks", "summary", "reader",
+        "executors", "devices", "fetching", "running", "remote", "shareformat", "records", "publishing", "checkpoint",
+        "shareconfig", "hubreader", "tasks.job", "tasks.ingest", "tasks.accumulate", "tasks.clean", "tasks.fit",
+        "tasks.project", "tasks", "summary", "reader",
     ],
     "story": [
-        "stages", "growing", "pipeline", "means", "adding", "shrinking", "slicing", "refitting", "report", "comparison",
-        "restoring", "model", "verification",
+        "summing", "stages", "growing", "pipeline", "discovery", "means", "adding", "shrinking", "slicing", "refitting",
+        "report", "comparison", "restoring", "scrubbing", "modelcard", "pusherrors", "pushfiles", "pushtarget",
+        "pushing", "opened", "model", "verification",
     ],
-    "shell": ["progress", "choices", "output", "edits", "commands", "cli", "__main__", "__init__"],
+    "shell": [
+        "progress", "choices", "output", "edits", "hubcommands", "commands", "arguments", "cli", "__main__", "__init__",
+    ],
 }  # fmt: skip
 ORDER = [module for room in ROOMS.values() for module in room]
 HEAVY = {"peft", "transformers"}

@@ -1,5 +1,6 @@
-"""Where adapters come from: folders, globs and manifests, resolved to named adapters."""
+"""Where adapters come from: folders, globs, manifests and the Hub, resolved to named adapters."""
 
-from .local import Source, resolve
+from .local import resolve
+from .source import Listing, Source, unique
 
-__all__ = ["Source", "resolve"]
+__all__ = ["Listing", "Source", "resolve", "unique"]

@@ -1,39 +1,18 @@
-"""Folders, folders of folders, globs and manifests on disk."""
+"""Folders, folders of folders, globs, manifests, and ids of the Hub, of which nothing is asked here."""
 
 from __future__ import annotations
 
 import glob
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from ..adapterfiles import CONFIG, foreign_lora, inner_adapters, looks_like_adapter, remedy_for
 from ..errors import MissingSourceError, UsageError
+from ..hubid import parse_hub_id
 from ..names import listed, name_fault, shown
 from .manifest import SUFFIXES, read_manifest
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where an adapter comes from.
-
-    Attributes:
-        id: what identifies it across runs: for a local folder its real path.
-        path: the folder.
-        name: the name that the user gave it, or None: its folder's name is taken.
-        inner: its subfolders that hold adapters too, which are not taken.
-    """
-
-    id: str
-    path: Path
-    name: str | None = None
-    inner: tuple[str, ...] = ()
-
-    @property
-    def wanted_name(self) -> str:
-        """The given name, or the folder's."""
-        return self.name if self.name is not None else os.path.basename(os.path.abspath(self.path))
+from .source import Listing, Source, unique
 
 
 def resolve(
@@ -42,27 +21,22 @@ def resolve(
     """All adapters that `sources` mean, in a fixed order, no folder twice.
 
     Args:
-        sources: adapter folders, folders that contain some at any depth, globs, manifests; or
-            a mapping from names to adapter folders.
+        sources: adapter folders, folders that contain some at any depth, globs, manifests, ids of the Hub; or
+            a mapping from names to adapter folders and ids. A path that is there is never taken for an id.
         missing_ok: whether a folder that is not there is given all the same, for the catalog to refuse.
 
     Raises:
         MissingSourceError: naming all that are not there.
         UsageError: for a source that holds no adapter, or a name that cannot be one.
     """
-    found: dict[tuple[str, str | None], Source] = {}
     if isinstance(sources, str | os.PathLike):
         raise UsageError("sources must be a list or a mapping of names to paths", found=sources)
     named = sources.items() if isinstance(sources, Mapping) else ((None, source) for source in sources)
-    for name, source in named:
-        for one in _expand(name, os.fspath(source)):
-            found.setdefault((one.id, one.name), one)
-    missing = [os.fspath(source.path) for source in found.values() if not source.path.is_dir()]
+    found = unique(one for name, source in named for one in _expand(name, os.fspath(source)))
+    missing = [os.fspath(source.path) for source in found if source.hub is None and not source.path.is_dir()]
     if missing and not missing_ok:
         raise _no_such_source(missing)
-    given = {source.id for source in found.values() if source.name is not None}
-    # A folder that has been given a name is not taken a second time under its own.
-    return [source for source in found.values() if source.name is not None or source.id not in given]
+    return found
 
 
 def _expand(name: str | None, text: str) -> Iterator[Source]:
@@ -77,7 +51,7 @@ def _expand(name: str | None, text: str) -> Iterator[Source]:
                 expected="one path component",
                 remedy="Choose another name.",
             )
-        yield Source(os.path.realpath(text), path, name)
+        yield _one(text, name)
     elif path.is_dir():
         yield from _walk(path)
     elif path.is_file():
@@ -85,28 +59,24 @@ def _expand(name: str | None, text: str) -> Iterator[Source]:
     elif glob.has_magic(text):
         yield from _from_glob(text)
     else:
-        yield Source(os.path.realpath(text), path)  # not there: `resolve` or the catalog says so
+        yield _one(text, None)
+
+
+def _one(text: str, name: str | None, listing: Listing | None = None) -> Source:
+    """A folder, or an id of the Hub; if it is neither, `resolve` or the catalog says so."""
+    path = Path(text)
+    hub = None if path.exists() else parse_hub_id(text)
+    if hub is None:
+        return Source(os.path.realpath(text), path, name)
+    return Source(str(hub), path, name, hub=hub, listing=listing or Listing())
 
 
 def _no_such_source(missing: list[str]) -> MissingSourceError:
-    hub = [text for text in missing if _is_hub_id(text)]
     return MissingSourceError(
         f"no such source: {', '.join(map(repr, map(shown, missing[:8])))}",
         found=f"{len(missing)} that are not there" if len(missing) > 1 else None,
-        expected="an adapter folder, a folder of adapter folders, a glob or a manifest",
-        remedy=f"If it is a Hub id, download it first: hf download {shown(hub[0])} --local-dir DIR." if hub else None,
+        expected="an adapter folder, a folder of adapter folders, a glob, a manifest, or a Hub id org/name",
     )
-
-
-def _is_hub_id(text: str) -> bool:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, not in __all__
-
-    try:
-        validate_repo_id(text)
-    except HFValidationError:
-        return False
-    return "/" in text
 
 
 def _from_glob(pattern: str) -> Iterator[Source]:
@@ -127,10 +97,14 @@ def _from_manifest(path: Path) -> Iterator[Source]:
     entries = read_manifest(path)
     if not entries:
         raise UsageError(f"manifest {shown(path)} names no adapter")
-    for name, source in entries:
-        if os.path.splitext(source)[1] in SUFFIXES:
+    for name, source, listing in entries:
+        beside = os.path.join(path.parent, source) if source else ""
+        if listing is not None or (parse_hub_id(source) is not None and not os.path.exists(beside)):
+            yield _one(source, name, listing)
+        elif os.path.splitext(source)[1] in SUFFIXES:
             raise UsageError(f"manifest {shown(path)} names another manifest", found=source)
-        yield from _expand(name, os.path.join(path.parent, source) if source else "")
+        else:
+            yield from _expand(name, beside)
 
 
 def _no_manifest(path: Path) -> UsageError:

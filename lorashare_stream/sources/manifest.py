@@ -7,16 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..names import listed, shown
+from ..hubid import HubId, parse_hub_id
+from ..names import listed, name_fault, shown
+from .source import Listing
 
 SUFFIXES = (".txt", ".jsonl", ".yaml", ".yml")
+_OF_THE_HUB = {"revision", "subfolder", "files", "base_model", "gated", "private", "license"}
+_TOLD = {"size", "downloads", "likes", "last_modified"}  # for people: nothing depends on it
+Item = tuple[str | None, str, Listing | None]  # name, source, and what the Hub's listing said of it
 
 
-def read_manifest(path: Path) -> list[tuple[str | None, str]]:
-    """The (name or None, source) entries of a manifest; relative paths are relative to its folder.
+def read_manifest(path: Path) -> list[Item]:
+    """The entries of a manifest; relative paths are relative to its folder.
 
     `.txt` has a source a line, `#` starts a comment line; `.jsonl` an object a line with `path` and
-    perhaps `name`; `.yaml` a list of such objects or of plain sources.
+    perhaps `name`, or with `repo`, `revision` and what else `discover` writes; `.yaml` a list of such objects or of
+    plain sources.
 
     Raises:
         UsageError: naming the entry that is wrong.
@@ -67,16 +73,34 @@ def read_yaml(path: Path) -> Any:
         raise UsageError(f"{shown(path)} is not YAML of plain values", found=" ".join(str(e).split())) from e
 
 
-def _entry(path: Path, number: int, entry: Any) -> tuple[str | None, str]:
+def _entry(path: Path, number: int, entry: Any) -> Item:
     where = f"manifest {shown(path)}, entry {number}"
     if isinstance(entry, str):
-        return None, entry
-    if not isinstance(entry, dict) or not isinstance(entry.get("path"), str):
-        raise UsageError(f"{where}: not a source", found=entry, expected="an object with path and perhaps name")
-    unknown = sorted(shown(k) for k in entry if k not in ("name", "path"))
+        return None, entry, None
+    of_the_hub = isinstance(entry, dict) and "repo" in entry
+    if not of_the_hub and (not isinstance(entry, dict) or not isinstance(entry.get("path"), str)):
+        raise UsageError(
+            f"{where}: not a source", found=entry, expected="an object with path, or with repo, and perhaps name"
+        )
+    known = {"repo", *_OF_THE_HUB, *_TOLD} if of_the_hub else {"path"}
+    unknown = sorted(shown(k) for k in entry if k not in known | {"name"})
     if unknown:
-        raise UsageError(f"{where}: unknown field", found=listed(unknown), expected="name, path")
+        raise UsageError(
+            f"{where}: unknown field", found=listed(unknown), expected=listed(["name", *sorted(known)], 20)
+        )
     name = entry.get("name")
     if name is not None and not isinstance(name, str):
         raise UsageError(f"{where}: name is not text", found=name)
-    return name, entry["path"]
+    return _of_hub(where, name, entry) if of_the_hub else (name, entry["path"], None)
+
+
+def _of_hub(where: str, name: str | None, entry: dict[str, Any]) -> Item:
+    text = {k: entry.get(k) or "" for k in ("repo", "revision", "subfolder", "base_model", "license")}
+    files = entry.get("files") or []
+    usable = all(isinstance(v, str) for v in text.values()) and isinstance(files, list)
+    usable = usable and all(isinstance(f, str) and name_fault(f) is None for f in files if f != ".gitattributes")
+    hub = HubId(text["repo"], text["revision"], text["subfolder"]) if usable else None
+    if hub is None or parse_hub_id(str(hub)) != hub:
+        raise UsageError(f"{where}: not an adapter of the Hub", found=entry, expected="repo, revision, files as text")
+    gated, private = bool(entry.get("gated")), bool(entry.get("private"))
+    return name, str(hub), Listing(tuple(files), text["base_model"] or None, gated, private, text["license"] or None)

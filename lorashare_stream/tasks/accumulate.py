@@ -29,13 +29,16 @@ log = logging.getLogger(__name__)
 
 
 def accumulate_module(job: Job, name: str) -> None:
-    """Bring a module's moments up to the journal: what they lack is added, in its order; both sides at once."""
+    """Bring a module's moments up to the journal: what they lack is added, in its order; both sides at once.
+
+    Where what was summed before is no longer what was written, the module is forgotten, for `stages.sum_up` to begin
+    it again; all that it holds must be at hand then.
+    """
     try:
         _accumulate(job, name)
-    except DamagedMoment as e:  # what was summed before is no longer what was written: sum it again
+    except DamagedMoment as e:
         log.warning("the moments of %s are summed again: %s", shown(name), e)
         Workspace(job.workspace).forget(name)
-        _accumulate(job, name)
 
 
 def _accumulate(job: Job, name: str) -> None:
@@ -45,11 +48,16 @@ def _accumulate(job: Job, name: str) -> None:
         raise DamagedMoment("a moment holds other adapters than the journal")
     if old is not None and not job.knows(old["entries"]):
         raise DamagedMoment("it is lost what an adapter has brought into a moment that was taken out since")
-    held = {} if old is None else job.holders(name, old["entries"])
+    held = job.held(name, old)
     now = job.holders(name, len(job.journal.entries))
-    added = [(job.entry(r.name), r.energy) for i, r in now.items() if i not in held]
+    never = [i for i in now if i not in held and (i in job.later or (old is not None and i < old["entries"]))]
+    added = [(job.entry(r.name), r.energy) for i, r in now.items() if i not in held and i not in never]
     gone = [i for i in held if i not in now]
-    seen = {"entries": len(job.journal.entries), "admitted": job.journal.digest(len(job.journal.entries))}
+    seen = {
+        "entries": len(job.journal.entries),
+        "admitted": job.journal.digest(len(job.journal.entries)),
+        "never": never,
+    }
     if old is not None and not added and not (gone and any(old[side]["form"] == "columns" for side in SIDES)):
         removed: dict[str, Any] = {side: {**old[side], "removed": _removed(old, side, gone)} for side in SIDES}
         work.mark(name, {**old, **seen, **removed})  # the arrays stay
@@ -136,7 +144,7 @@ def _begin(
     else:
         old = momentstore.load(Workspace(job.workspace).generation(name, marker["generation"]) / side, marker[side])
         if gone and old.columns is not None:
-            old = of_columns(old.columns[_rows_that_stay(job, name, marker["entries"], gone)])
+            old = of_columns(old.columns[_rows_that_stay(job, name, marker, gone)])
     count = sum(entry.layout.by_name[name].rank for entry, _ in added) + old.count
     if count > old.dim or old.second is not None:
         return Accumulator(old, sum_on(job.device, old))
@@ -150,9 +158,9 @@ def _begin(
     return Accumulator(old, _Rows(array, old.count))
 
 
-def _rows_that_stay(job: Job, name: str, entries: int, gone: Sequence[int]) -> NDArray[np.bool_]:
+def _rows_that_stay(job: Job, name: str, marker: Mapping[str, Any], gone: Sequence[int]) -> NDArray[np.bool_]:
     """Which stacked columns are not those of adapters that were taken out; they lie in the order of admission."""
-    held = job.holders(name, entries)
+    held = job.held(name, marker)
     return np.repeat([i not in gone for i in held], [job.rank(r, name) for r in held.values()])
 
 

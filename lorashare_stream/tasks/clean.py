@@ -40,7 +40,7 @@ def clean_module(job: Job, gone: Mapping[int, Entry], name: str) -> None:
         with work.new_generation(name) as (folder, fresh):
             for side in SIDES:
                 fresh[side] = momentstore.save(folder / side, cleaned[side]) | {"removed": []}
-            fresh |= {k: marker[k] for k in ("entries", "admitted")}
+            fresh |= {k: marker[k] for k in ("entries", "admitted", "never") if k in marker}
     elif all(r.name in job.entries for r in job.holders(name, len(job.journal.entries)).values()):
         work.forget(name)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -14,21 +15,27 @@ from ..dtypes import narrowed
 from ..files import atomic_file, write_sealed
 from ..keys import SIDES, Side
 from ..momentstore import DamagedMoment
+from ..names import shown
 from ..subspace import fit
 from ..tensorfile import write_arrays
 from ..workspace import Workspace
 from .accumulate import accumulate_module
 from .job import Job
 
+log = logging.getLogger(__name__)
+
 
 def fit_module(job: Job, name: str) -> None:
-    """Fit the bases of a module's two groups and write them, rounded to the storage dtype."""
+    """Fit the bases of a module's two groups and write them, rounded to the storage dtype.
+
+    A module whose moments are found to be damaged is forgotten, for `stages.settle` to begin it again.
+    """
     try:
         sides, origin = _fit_sides(job, name)
-    except DamagedMoment:  # found by its checksum: only this module is summed again
+    except DamagedMoment as e:  # found by its checksum: only this module is summed again
+        log.warning("the moments of %s are summed again: %s", shown(name), e)
         Workspace(job.workspace).forget(name)
-        accumulate_module(job, name)
-        sides, origin = _fit_sides(job, name)
+        return
     path = job.basis_file(name)
     arrays: dict[str, NDArray[Any]] = {
         side: narrowed(components, job.storage) for side, (components, _) in sides.items()

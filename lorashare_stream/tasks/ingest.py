@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ..adapterfiles import digest_files, open_tensors
 from ..dtypes import FLOATS, widened
 from ..entry import Entry
-from ..errors import AdapterError
+from ..errors import AdapterError, ValuesError
 from ..journal import Receipt
 from ..names import digest_of
 from ..tensorfile import SafetensorsReader, TensorReader, TensorRecord
@@ -19,22 +19,23 @@ from ..tensorfile import SafetensorsReader, TensorReader, TensorRecord
 LARGEST = 1e12  # of a value: the sum of a million squares, times d, still fits a float32 moment
 
 
-def ingest_adapter(entry: Entry) -> Receipt | AdapterError:
+def ingest_adapter(entry: Entry) -> tuple[str, Receipt | AdapterError]:
     """Read an adapter once, in file order: all values finite? digest; ||dW||^2 of its shared modules.
 
     Returns:
-        The receipt; or why the adapter must not touch a moment.
+        Its name, and the receipt; or why the adapter must not touch a moment.
     """
     try:
         with open_tensors(entry.paths) as tensors:
             energy, notes, digest = _scan(entry, tensors)
     except AdapterError as e:
-        e.adapter, e.source = entry.name, str(entry.folder)
-        return e
+        e.adapter, e.source = entry.name, entry.where
+        return entry.name, e
     sizes, times = tuple(f.size for f in entry.files), tuple(f.mtime_ns for f in entry.files)
     exact = not entry.layout.modules
     shapes = digest_of(entry.shapes)
-    return Receipt(entry.name, entry.source_id, digest, entry.config_digest, energy, sizes, times, shapes, notes, exact)
+    of_config, source = entry.config_digest, entry.source_id
+    return entry.name, Receipt(entry.name, source, digest, of_config, energy, sizes, times, shapes, notes, exact)
 
 
 def _scan(entry: Entry, tensors: TensorReader) -> tuple[float, tuple[str, ...], str]:
@@ -67,7 +68,7 @@ def _scan(entry: Entry, tensors: TensorReader) -> tuple[float, tuple[str, ...], 
 def _finite(values: NDArray[np.float32], record: TensorRecord) -> NDArray[np.float32]:
     if not np.isfinite(values).all():
         bad = np.argwhere(~np.isfinite(values))
-        raise AdapterError(
+        raise ValuesError(
             "values that are not finite in float32",
             key=record.name,
             found=f"{values[tuple(bad[0])]} at {bad[0].tolist()}, {len(bad)} in all",
@@ -75,7 +76,7 @@ def _finite(values: NDArray[np.float32], record: TensorRecord) -> NDArray[np.flo
             remedy="Its training diverged, or the file is damaged: leave it out.",
         )
     if values.max(initial=0.0) > LARGEST or values.min(initial=0.0) < -LARGEST:
-        raise AdapterError(
+        raise ValuesError(
             "values larger than a moment can hold",
             key=record.name,
             found=f"{np.abs(values).max():.3g}",

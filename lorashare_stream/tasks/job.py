@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ..names import slug
 from ..publishing import staging_folder
 from ..settings import Settings
 from ..shareformat import COMPONENTS
+from ..workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Job:
         digest: of all that decides the result.
         basis_digest: of the components, once they are written.
         grows: whether adapters are projected on the components that `out` has already.
+        later: admissions in this part of a journal that are taken out in the rest of it: they are not summed any more.
     """
 
     settings: Settings
@@ -52,6 +54,14 @@ class Job:
     digest: str
     basis_digest: str = ""
     grows: bool = False
+    later: frozenset[int] = frozenset()
+
+    def up_to(self, count: int) -> Job:
+        """The job of the first `count` entries of the journal."""
+        if count == len(self.journal.entries):
+            return self
+        part = Journal(self.journal.entries[:count])
+        return replace(self, journal=part, later=frozenset(part.active.keys() - self.journal.active.keys()))
 
     @cached_property
     def receipt_of(self) -> Mapping[str, Receipt]:
@@ -85,6 +95,48 @@ class Job:
     def holders(self, module: str, count: int) -> dict[int, Receipt]:
         """The admissions whose vectors a moment of `module` has once it has seen `count` entries, by number."""
         return {i: r for i, r in self.journal.active_after(count).items() if self.rank(r, module)}
+
+    def lacks(self, module: str, marker: Mapping[str, Any] | None) -> bool:
+        """Whether a module's moments, by their marker, are to be brought up to these entries."""
+        end = len(self.journal.entries)
+        if marker is None:
+            return bool(self.holders(module, end).keys() - self.later)
+        count: int = marker["entries"]
+        return count < end or (count == end and not self.continues(marker))
+
+    def unfetched(self, modules: Sequence[str]) -> list[Entry]:
+        """The adapters of the Hub whose values modules lack, and which may not be on this machine."""
+        if all(e.fetched for e in self.entries.values()):
+            return []
+        work = Workspace(self.workspace)
+        after: dict[int, list[str]] = {}  # how much modules have seen -> these
+        for module in modules:
+            marker = work.marker(module)
+            if not self.lacks(module, marker):
+                continue
+            seen = 0 if marker is None or not self.continues(marker) else marker["entries"]
+            after.setdefault(seen, []).append(module)
+        lacking: set[str] = set()
+        for seen, some in after.items():
+            kinds = {kind for kind, shapes in self.shapes.items() if any(m in shapes for m in some)}
+            receipts = [r for i, r in self.journal.active.items() if i >= seen and i not in self.later]
+            lacking |= {r.name for r in receipts if r.shapes in kinds and self.shares(r)}
+        return [e for name, e in self.entries.items() if name in lacking and not e.fetched]
+
+    def with_files(self, here: Mapping[str, Entry]) -> Job:
+        """The job with adapters that were fetched."""
+        return replace(self, entries={**self.entries, **here}) if here else self
+
+    def hub_bytes(self, name: str) -> int:
+        """Bytes that are fetched for an adapter."""
+        return self.entries[name].hub_bytes if name in self.entries else 0
+
+    def held(self, module: str, marker: Mapping[str, Any] | None) -> dict[int, Receipt]:
+        """The admissions whose vectors a module's moments hold, by number, those taken out since included."""
+        if marker is None:
+            return {}
+        never = set(marker.get("never", ()))  # taken out before they were summed
+        return {i: r for i, r in self.holders(module, marker["entries"]).items() if i not in never}
 
     @cached_property
     def modules(self) -> list[str]:

@@ -27,9 +27,13 @@ from ..tensorfile import TensorReader, TensorRecord, float32, write_arrays, writ
 from .job import Job
 
 
-def project_adapter(job: Job, name: str) -> None:
-    """Write one adapter of the checkpoint: loadings, what is verbatim, and the error of what was stored."""
-    entry = job.entry(name)
+def project_adapter(job: Job, entry: Entry) -> str:
+    """Write one adapter of the checkpoint: loadings, what is verbatim, and the error of what was stored.
+
+    Returns:
+        Its name.
+    """
+    name = entry.name
     receipt = job.receipt_of[name]
     check_unchanged(entry, receipt)
     modules = entry.layout.modules if job.shares(receipt) else ()
@@ -53,6 +57,7 @@ def project_adapter(job: Job, name: str) -> None:
     except AdapterError as e:
         e.adapter = name
         raise
+    return name
 
 
 def check_unchanged(entry: Entry, receipt: Receipt) -> None:
@@ -67,6 +72,8 @@ def check_unchanged(entry: Entry, receipt: Receipt) -> None:
             adapter=entry.name,
             remedy="Restore it; or take it out by lorashare-stream remove, and add it again.",
         )
+    if not entry.fetched:  # it is pinned: what is fetched is compared then
+        return
     now = [file_fact(path) for path in entry.paths]
     same = tuple(f.size for f in now) == receipt.sizes
     if same and tuple(f.mtime_ns for f in now) == receipt.mtimes_ns:
@@ -135,10 +142,17 @@ def _write_meta(
         "notes": list(receipt.notes),
         "files": {name: digest_files([folder / name]) for name in files},
     }
+    origin = entry.origin
+    if origin is not None:
+        hub, told = origin.hub, origin.listing
+        ours["hub"] = {
+            "repo": hub.repo, "revision": hub.revision, "subfolder": hub.subfolder,
+            "gated": told.gated, "private": told.private, "license": told.license,
+        }  # fmt: skip
     meta = {
         "adapter_name": entry.name,
-        "original_config": read_config(entry.folder),
-        "original_adapter_path": str(entry.folder.absolute()),
+        "original_config": read_config(entry.folder) if origin is None else json.loads(str(origin.config)),
+        "original_adapter_path": str(entry.folder.absolute()) if origin is None else entry.source_id,
         OURS: ours,
     }
     (folder / META).write_text(json.dumps(sealed(meta), indent=2), encoding="utf-8")

@@ -1,0 +1,80 @@
+"""The Hub side of a plan: revisions pinned, headers and configurations read, files fetched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import cache
+from pathlib import Path
+
+from .errors import AdapterError
+from .fetching import Fetcher, fetching
+from .files import read_sealed
+from .hub import Hub
+from .hubid import parse_hub_id
+from .ledger import Known, Ledger
+from .running import Progress, silent
+from .settings import Settings
+from .sources import Source
+from .sources.pins import pinned
+from .survey import survey
+from .workspace import FACTS, FILES, Workspace
+
+
+def looked_up(
+    sources: Sequence[Source],
+    settings: Settings,
+    workspace: Path | None = None,
+    *,
+    configs: bool = True,
+    writes: bool = True,
+    pins: Mapping[str, str] | None = None,
+    progress: Progress = silent,
+) -> tuple[list[Source], Mapping[str, Known | AdapterError]]:
+    """The sources, pinned, and what is known of those of the Hub, by source id.
+
+    Args:
+        sources: what `resolve` gives.
+        settings: of the run.
+        workspace: what was pinned and read for it before is not asked again.
+        configs: whether configurations are read too.
+        writes: whether what is read is kept in the workspace.
+        pins: what ids mean that were pinned elsewhere.
+        progress: passes the results on as they come.
+    """
+    if all(s.hub is None for s in sources):
+        return list(sources), {}
+    hub = cache(lambda: Hub(offline=settings.offline))
+    path = None if workspace is None else workspace / FACTS
+    ledger = Ledger(path, writes=writes)
+    found = pinned(sources, hub, {**(pins or {}), **({} if workspace is None else pins_of(workspace))})
+    return found, survey(found, hub, ledger, settings, configs=configs, progress=progress)
+
+
+def pins_of(workspace: Path) -> dict[str, str]:
+    """Ids of the Hub as they were given to a workspace -> as they were pinned for it."""
+    adapters = read_sealed(workspace / "plan.json").get("adapters", [])
+    refused = Workspace(workspace).skipped()  # they may be mended on the Hub
+    pins = {str(a["asked"]): str(a["source_id"]) for a in adapters if "asked" in a and a["name"] not in refused}
+    for receipt in Workspace(workspace).journal().receipts:
+        pins.setdefault(loose_id(receipt.source_id), receipt.source_id)
+    return pins
+
+
+def loose_id(source_id: str) -> str:
+    """A source id without its revision; that of a folder is itself."""
+    hub = None if source_id.startswith("/") else parse_hub_id(source_id)
+    return source_id if hub is None else str(type(hub)(hub.repo, "", hub.subfolder))
+
+
+def source_of(source_id: str, name: str | None) -> Source:
+    """The source that a journal or a checkpoint names: a folder, or a pinned adapter of the Hub."""
+    hub = None if source_id.startswith("/") else parse_hub_id(source_id)
+    return Source(source_id, Path(source_id), name, hub=hub)
+
+
+def fetching_for(settings: Settings, workspace: Path | None) -> AbstractContextManager[Fetcher]:
+    """A fetcher: into the workspace under a disk budget, else into the Hub's cache."""
+    private = settings.disk_budget is not None and workspace is not None
+    folder = workspace / FILES if private and workspace is not None else None
+    return fetching(settings.offline, folder, settings.disk_budget)

@@ -1,0 +1,118 @@
+"""What ids of the Hub mean now, and from then on: a revision is looked up once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any, TypeVar
+
+from ..adapterfiles import CONFIG
+from ..errors import AdapterError
+from ..hub import Hub
+from ..hubid import HubId, parse_hub_id
+from .source import Listing, Source, unique
+
+T = TypeVar("T")
+R = TypeVar("R")
+AT_ONCE = 8  # requests in flight
+
+
+def pinned(sources: Sequence[Source], hub: Callable[[], Hub], known: Mapping[str, str] | None = None) -> list[Source]:
+    """The sources, each adapter of the Hub at the commit that its revision names now; no adapter twice.
+
+    Args:
+        sources: what `resolve` gives.
+        hub: the client, made when it is needed.
+        known: ids that were pinned before -> the pinned ids, which they stay.
+    """
+    known = known or {}
+    recalled = [_recall(source, known.get(source.id)) for source in sources]
+    loose = [s for s in recalled if s.hub is not None and not s.hub.pinned]
+    if not loose:
+        return unique(recalled)
+    client = hub()
+    fresh = dict(zip((s.id for s in loose), in_parallel(lambda s: _pin(s, client), loose, client), strict=True))
+    found = []
+    for source in recalled:
+        result = fresh.get(source.id)
+        found.append(
+            source if result is None else replace(source, fault=result) if isinstance(result, AdapterError)
+            else replace(source, id=result.id, hub=result.hub, listing=result.listing)
+        )  # fmt: skip
+    return unique(found)
+
+
+def _recall(source: Source, before: str | None) -> Source:
+    hub = parse_hub_id(before) if before and source.hub is not None else None
+    return source if hub is None else replace(source, id=str(hub), hub=hub)
+
+
+def _pin(source: Source, client: Hub) -> Source:
+    assert source.hub is not None
+    if client.offline:
+        found = client.cached(source.hub, CONFIG) or client.cached(HubId(source.hub.repo, source.hub.revision), CONFIG)
+        parts = () if found is None else found.parts
+        sha = next((after for before, after in pairwise(parts) if before == "snapshots"), None)
+        listing = source.listing
+    else:
+        info = client.info(source.hub)
+        sha, listing = info.sha, listing_of(info, source.hub.subfolder)
+    if sha is None:
+        client.info(source.hub)  # offline: says so
+    hub = replace(source.hub, revision=str(sha))
+    if not hub.pinned:
+        raise AdapterError("the Hub names no commit", found=sha, expected="40 hex digits", remedy="Leave it out.")
+    return replace(source, id=str(hub), hub=hub, listing=listing)
+
+
+def listing_of(info: Any, subfolder: str = "") -> Listing:
+    """What a `ModelInfo` says of an adapter."""
+    below = f"{subfolder}/" if subfolder else ""
+    paths = [s.rfilename.removeprefix(below) for s in info.siblings or () if s.rfilename.startswith(below)]
+    card = info.card_data
+    tags = [str(tag) for tag in info.tags or ()]
+    return Listing(
+        tuple(path for path in paths if "/" not in path),
+        _peft(info).get("base_model_name_or_path") or _first(getattr(card, "base_model", None)),
+        bool(info.gated),
+        bool(info.private),
+        _first(getattr(card, "license", None)) or next((t[8:] for t in tags if t.startswith("license:")), None),
+    )
+
+
+def peft_type_of(info: Any) -> str | None:
+    """The kind of adapter that the Hub has read from the configuration, if it has."""
+    found = _peft(info).get("peft_type")
+    return found if isinstance(found, str) else None
+
+
+def _peft(info: Any) -> dict[str, Any]:
+    config = info.config if isinstance(info.config, dict) else {}
+    found = config.get("peft")
+    return found if isinstance(found, dict) else {}
+
+
+def _first(value: Any) -> str | None:
+    value = value[0] if isinstance(value, list) and value else value
+    return value if isinstance(value, str) and value else None
+
+
+def in_parallel(call: Callable[[T], R], items: Iterable[T], client: Hub) -> Iterator[R | AdapterError]:
+    """The results of requests, in order, some at a time; what concerns one adapter alone is a result too."""
+
+    def one(item: T) -> R | AdapterError:
+        try:
+            return call(item)
+        except AdapterError as e:
+            return e
+
+    pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="hub")
+    try:
+        yield from pool.map(one, items)
+    except BaseException:
+        client.stopped.set()  # nobody waits on for an answer
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)

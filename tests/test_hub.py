@@ -1,0 +1,753 @@
+"""Adapters of the Hub: the real client against a Hub on loopback."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from lorashare_stream import hub as hub_module
+from lorashare_stream.cli import main
+from lorashare_stream.errors import (
+    AdapterError,
+    BudgetError,
+    CollectionError,
+    MissingFileError,
+    StreamError,
+    UnreachableError,
+    UsageError,
+)
+from lorashare_stream.hub import Hub
+from lorashare_stream.hubid import HubId, parse_hub_id
+from lorashare_stream.model import SHAREModel
+from lorashare_stream.pipeline import compress, default_workspace, plan_for
+from lorashare_stream.settings import Settings
+from lorashare_stream.sources import resolve
+
+from .conftest import CONFIG, factor_keys, load_tensors, make_collection, tree_digest, write_adapter
+from .fakehub import ALICE, FakeHub, patched
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def files_of(folder: str | Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    monkeypatch.setattr(hub_module, "FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(hub_module, "_said_at", [0.0])
+    with FakeHub() as fake:
+        patched(monkeypatch, fake, tmp_path / "home", ALICE)
+        yield fake
+
+
+@pytest.fixture
+def pins(hub: FakeHub, collection: list[str]) -> list[str]:
+    """Pinned ids of eight adapters."""
+    return [
+        f"org/{Path(f).name}@{hub.add(f'org/{Path(f).name}', files_of(f), base_model='tiny-base')}" for f in collection
+    ]
+
+
+def plan(sources: Any, out: Path | None = None, **settings: Any) -> Any:
+    chosen = Settings.from_mapping({"device": "cpu", "num_components": 4} | settings)
+    return plan_for(resolve(sources, missing_ok=True), chosen, None if out is None else default_workspace(out))
+
+
+def go(sources: Any, out: Path, **settings: Any) -> Any:
+    return compress(plan(sources, out, **settings), out)
+
+
+def content(out: Path) -> dict[str, str]:
+    """What a checkpoint has but for where its adapters came from."""
+    return {k: v for k, v in tree_digest(out).items() if k.endswith(".safetensors")}
+
+
+# -- ids and sources ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("org/name", HubId("org/name")),
+        ("hf://org/name", HubId("org/name")),
+        ("org/name@main", HubId("org/name", "main")),
+        ("org/name@refs/pr/1", HubId("org/name", "refs/pr/1")),
+        ("org/name//sub", HubId("org/name", "", "sub")),
+        ("org/na.me-1@v1.0//a b/c/", HubId("org/na.me-1", "v1.0", "a b/c")),
+        *[(text, None) for text in (
+            "name", "", "/org/name", "../name", "a/b/c", "org/na--me", "org/na..me", "org/-name", "org/name@",
+            "org/name@a@b",
+            "org/name@../x", "org/name//../x", "org/name//a//b", "org/name//a/./b", "org/na me", "org/name@x\ny",
+            "org/name//a\x1bb", "org/" + "x" * 96, "C:/x/y", "./org/name", "org/name//a\\b", "~/x",
+        )],
+    ],
+)  # fmt: skip
+def test_what_is_a_hub_id(text: str, expected: HubId | None) -> None:
+    found = parse_hub_id(text)
+    assert found == expected
+    if found is not None:
+        assert parse_hub_id(str(found)) == found
+
+
+def test_names_are_one_component_and_tell_the_repository() -> None:
+    assert HubId("org/name", "x" * 40).name == "org--name"
+    assert HubId("org/name", "", "a/b").name == "org--name--a--b"
+
+
+def test_sources_of_the_hub_and_local_ones_are_mixed_freely(
+    tmp_path: Path, hub: FakeHub, collection: list[str], pins: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add("org/many", {f"deep/er/{k}": v for k, v in files_of(collection[0]).items()})
+    monkeypatch.chdir(tmp_path)
+    write_adapter(tmp_path / "org" / "here", load_tensors(collection[1]), lora_alpha=8)
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "m.txt").write_text("../adapters/a05\norg/a06\n")
+    repo, sha = pins[7].split("@")
+    (tmp_path / "lists" / "m.jsonl").write_text(
+        json.dumps({"repo": repo, "revision": sha, "name": "mine"}) + "\n" + json.dumps({"path": "org/a04"}) + "\n"
+    )
+    (tmp_path / "lists" / "m.yaml").write_text(f"- {pins[3]}\n- name: sub\n  repo: org/many\n  subfolder: deep/er\n")
+    sources = [collection[0], pins[1], "org/a02@main", "org/here", "lists/m.txt", "lists/m.jsonl", "lists/m.yaml"]
+    made = plan([*sources, "org/a02", "hf://org/a06"])
+    named = {e.name: e.source_id for e in made.entries}
+    at = dict(pin.split("@") for pin in pins)
+    assert named == {
+        "a00": os.path.realpath(collection[0]),
+        "org--a01": pins[1],
+        "org--a02": pins[2],
+        "here": str(tmp_path / "org" / "here"),  # a folder that is there is never an id
+        "a05": os.path.realpath(collection[5]),
+        "org--a06": pins[6],
+        "mine": f"org/a07@{at['org/a07']}",
+        "org--a04": pins[4],
+        "org--a03": pins[3],
+        "sub": f"org/many@{hub.repos['org/many'].refs['main']}//deep/er",
+    }
+    assert not made.refused
+
+
+def test_from_adapters_takes_ids_and_names_for_them(tmp_path: Path, hub: FakeHub, pins: list[str]) -> None:
+    share = SHAREModel.from_adapters(
+        {"one": pins[0], "two": "org/a01"}, num_components=4, device="cpu", output_dir=tmp_path / "out"
+    )
+    assert share.adapter_names == ["one", "two"]
+    assert share.adapter_sources["two"] == pins[1]
+    assert share.certified("two")["hub"] == {
+        "repo": "org/a01", "revision": pins[1][8:], "subfolder": "", "gated": False, "private": False, "license": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"repo": "no id", "revision": "main"}, "not an adapter of the Hub"),
+        ({"repo": "org/a", "files": ["../x"]}, "not an adapter of the Hub"),
+        ({"repo": "org/a", "subfolder": "../x"}, "not an adapter of the Hub"),
+        ({"repo": "org/a", "colour": 1}, "unknown field.*colour"),
+        ({"repo": "org/a", "revision": 3}, "not an adapter of the Hub"),
+        ({"repo": ["org/a"]}, "not an adapter of the Hub"),
+    ],
+)
+def test_manifest_entries_that_cannot_be_meant(tmp_path: Path, line: dict[str, Any], message: str) -> None:
+    (tmp_path / "m.jsonl").write_text(json.dumps(line))
+    with pytest.raises(UsageError, match=f"entry 1: {message}"):
+        resolve([tmp_path / "m.jsonl"])
+
+
+# -- requests -------------------------------------------------------------------------------------------
+
+
+def test_a_pinned_manifest_takes_one_ranged_request_to_plan_and_four_to_fetch(
+    tmp_path: Path, hub: FakeHub, pins: list[str], collection: list[str]
+) -> None:
+    plan_for(resolve(pins), Settings(), runs=False)
+    assert [(r.kind, r.range is not None) for r in hub.requests] == [("resolve", True)] * 8
+    hub.requests.clear()
+    out = tmp_path / "out"
+    go(pins, out)
+    for i in range(8):
+        assert hub.count(repo=f"org/a{i:02}") == 5
+        assert hub.count(repo=f"org/a{i:02}", method="GET", file=WEIGHTS) == 2  # the header, and all of it
+    assert hub.count("resolve") == len(hub.requests)
+    hub.requests.clear()
+    assert go(pins, out).method == "current"
+    assert go(pins, out, num_components=3).method == "recompute"
+    assert not hub.requests  # all is in the cache, and what was read in the workspace
+    local = tmp_path / "local"
+    go({f"org--{Path(f).name}": f for f in collection}, local, num_components=3)
+    assert content(out) == content(local)
+
+
+def test_revisions_are_pinned_once(tmp_path: Path, hub: FakeHub, pins: list[str], collection: list[str]) -> None:
+    out, names = tmp_path / "out", [pin.split("@")[0] for pin in pins]
+    go(names[:7], out)
+    assert hub.count("info") == 7
+    for name in names:
+        hub.update(name, {WEIGHTS: files_of(collection[0])[WEIGHTS], "other": b"x"})
+    hub.requests.clear()
+    assert go(names[:7], out).method == "current"
+    assert not hub.requests
+    go(names, out)  # the eighth is looked up; the others stay what they were
+    assert hub.count("info") == 1
+    share = SHAREModel.from_pretrained(out)
+    expected = [*pins[:7], f"org/a07@{hub.repos['org/a07'].refs['main']}"]
+    assert [share.certified(n)["source_id"] for n in share.adapter_names] == expected
+    go([*names[:7], f"org/a07@{hub.repos['org/a07'].refs['main']}"], out)
+    assert main(["verify", str(out), "--sources", *names, "--json"]) == 0  # as they were pinned, not as they are now
+
+
+def test_long_headers_and_servers_without_ranges(
+    tmp_path: Path, hub: FakeHub, pins: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_module, "FIRST_BYTES", 100)
+    first = plan(pins)
+    assert hub.count(file=WEIGHTS, method="GET") == 16
+    hub.fault(kind="resolve", file=WEIGHTS, ignore_range=True, times=None)
+    again = plan(pins)
+    assert [e.layout for e in again.entries] == [e.layout for e in first.entries]
+    assert [e.files for e in again.entries] == [e.files for e in first.entries]
+
+
+def test_pickle_and_shards_and_subfolders(tmp_path: Path, hub: FakeHub, collection: list[str]) -> None:
+    tensors = [load_tensors(f) for f in collection[:3]]
+    config = files_of(collection[0])["adapter_config.json"]
+    torch.save({k: torch.from_numpy(v) for k, v in tensors[0].items()}, tmp_path / "x.bin")
+    hub.add("org/pickle", {"adapter_config.json": config, "adapter_model.bin": (tmp_path / "x.bin").read_bytes()})
+    keys = sorted(tensors[1])
+    shards, where = {}, {}
+    for n, part in enumerate((keys[:3], keys[3:]), 1):
+        name = f"adapter_model-0000{n}-of-00002.safetensors"
+        save_file({k: tensors[1][k] for k in part}, tmp_path / name)
+        shards[name] = (tmp_path / name).read_bytes()
+        where |= dict.fromkeys(part, name)
+    index = json.dumps({"weight_map": where}).encode()
+    hub.add("org/shards", {"adapter_config.json": config, "adapter_model.safetensors.index.json": index, **shards})
+    hub.add("org/sub", {f"one/{k}": v for k, v in files_of(collection[2]).items()} | {"one/notes.txt": b"x"})
+    local = tmp_path / "local"
+    go(dict(zip("xyz", collection, strict=False)), local)
+    for number, settings in enumerate(({}, {"disk_budget": 1 << 20})):
+        out = tmp_path / str(number)
+        go({"x": "org/pickle", "y": "org/shards", "z": "org/sub//one"}, out, **settings)
+        assert content(out)["shared_components.safetensors"] == content(local)["shared_components.safetensors"]
+
+
+# -- what is permanent ----------------------------------------------------------------------------------
+
+
+def spoiled(hub: FakeHub, collection: list[str]) -> dict[str, str]:
+    """Ids of adapters that cannot be had or compressed, and what is said of each."""
+    good = files_of(collection[0])
+    config = json.loads(good["adapter_config.json"])
+    hub.add("org/gated", good, gated="manual")
+    hub.add("org/private", good, private=True)
+    hub.add("org/ia3", {**good, "adapter_config.json": json.dumps({**config, "peft_type": "IA3"}).encode()})
+    hub.add("org/empty", {"README.md": b"x"})
+    hub.add("org/bare", {"adapter_config.json": good["adapter_config.json"]})
+    hub.add("org/alone", {WEIGHTS: good[WEIGHTS]})
+    hub.add("org/cut", {**good, WEIGHTS: good[WEIGHTS][:-10]})
+    hub.add(
+        "org/other", {**good, "adapter_config.json": json.dumps({**config, "base_model_name_or_path": "b"}).encode()}
+    )
+    hub.add("org/text", {**good, WEIGHTS: b"not found"})
+    hub.add("org/broken", {**good, "adapter_config.json": b"{"})
+    return {
+        "org/gated": "gated", "org/private": "no such repository", "org/nothing": "no such repository",
+        "org/ia3": "peft_type is 'IA3'", "org/empty": "no adapter_config.json", "org/bare": "no weights",
+        "org/alone": "no adapter_config.json", "org/cut": "cut short", "org/other": "another base model",
+        "org/text": "not a safetensors file", "org/broken": "not valid JSON", "org/a00@nowhere": "no such revision",
+        "org/a00//nowhere": "no adapter_config.json", f"org/a00@{'0' * 40}": "no such revision",
+    }  # fmt: skip
+
+
+def test_what_cannot_be_had_is_refused_alone_at_once_with_reason(
+    tmp_path: Path, hub: FakeHub, collection: list[str], pins: list[str]
+) -> None:
+    bad = spoiled(hub, collection)
+    with pytest.raises(CollectionError) as e:
+        go([*pins, *bad], tmp_path / "out")
+    for source, reason in bad.items():
+        name = parse_hub_id(source).name
+        assert any(name in str(p) and reason in str(p) for p in e.value.problems), (source, e.value.problems)
+    assert len(e.value.problems) == len(bad)
+    assert hub.count(repo="org/gated", method="GET") <= 2  # info, and one try; never again
+    outcome = go([*pins, *bad], tmp_path / "out", on_error="skip")
+    assert len(outcome.skipped) == len(bad)
+    assert SHAREModel.from_pretrained(tmp_path / "out").config.num_adapters == 8
+    skipped = json.loads((tmp_path / "out" / "skipped.json").read_text())
+    assert {item["source"].split("@")[0].split("//")[0] for item in skipped} == {
+        k.split("@")[0].split("//")[0] for k in bad
+    }
+    hub.users[ALICE] |= {"org/gated", "org/private"}  # access was given: the same command takes them
+    outcome = go([*pins, *bad], tmp_path / "out", on_error="skip")
+    assert len(outcome.skipped) == len(bad) - 2
+    share = SHAREModel.from_pretrained(tmp_path / "out")
+    assert share.certified("org--gated")["hub"]["gated"]
+    assert share.certified("org--private")["hub"]["private"]
+
+
+def test_values_are_looked_at_before_they_touch_a_moment(tmp_path: Path, hub: FakeHub, pins: list[str]) -> None:
+    tensors = load_tensors(tmp_path / "adapters" / "a00")
+    tensors[factor_keys("layers.0.q")[0]][0, 0] = np.nan
+    hub.add("org/nan", files_of(write_adapter(tmp_path / "nan", tensors, lora_alpha=8)))
+    with pytest.raises(CollectionError, match=r"org--nan.*not finite"):
+        go([*pins, "org/nan"], tmp_path / "out")
+    assert len(go([*pins, "org/nan"], tmp_path / "out", on_error="skip").skipped) == 1
+    hub.update("org/nan", {WEIGHTS: files_of(tmp_path / "adapters" / "a00")[WEIGHTS]})
+    assert not go([*pins, "org/nan"], tmp_path / "out").skipped  # it was not pinned by being refused
+
+
+def test_a_file_that_is_not_the_one_that_was_planned(tmp_path: Path, hub: FakeHub, pins: list[str]) -> None:
+    made = plan(pins, tmp_path / "out")
+    sha = pins[0].split("@")[1]
+    hub.repos["org/a00"].commits[sha][WEIGHTS] = files_of(tmp_path / "adapters" / "a01")[WEIGHTS] + b"0"
+    with pytest.raises(CollectionError, match=r"org--a00.*not what was planned"):
+        compress(made, tmp_path / "out")
+
+
+def test_a_token_that_is_not_accepted_is_no_matter_of_an_adapter(
+    tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add("org/x", {"a": b""})
+    hub.fault(kind="info", status=401, headers={"X-Error-Message": "Invalid credentials in Authorization header"})
+    with pytest.raises(StreamError, match="does not accept the token") as e:
+        Hub().info(HubId("org/x"))
+    assert not isinstance(e.value, AdapterError)
+
+
+# -- what may pass --------------------------------------------------------------------------------------
+
+SOON = {"RateLimit": '"resolvers";r=0;t=0'}
+AFTER = (datetime.now(UTC) + timedelta(seconds=1)).strftime("%a, %d %b %Y %H:%M:%S GMT")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"kind": "info", "status": 429, "headers": SOON},
+        {"kind": "info", "status": 429, "headers": {"Retry-After": "0"}},
+        {"kind": "info", "status": 503, "headers": {"Retry-After": AFTER}},
+        {"kind": "info", "status": 500, "times": 3},
+        {"kind": "info", "drop": True, "times": 3},
+        {"kind": "resolve", "method": "GET", "status": 429, "headers": SOON, "times": 3},
+        {"kind": "resolve", "method": "GET", "status": 503, "times": 4},
+        {"kind": "resolve", "method": "HEAD", "status": 503, "times": 1},
+        {"kind": "resolve", "method": "HEAD", "drop": True, "times": 2},
+        {"kind": "resolve", "method": "GET", "drop": True, "times": 3},
+        {"kind": "resolve", "method": "GET", "file": WEIGHTS, "cut_after": 700, "times": 3},
+        {"kind": "resolve", "method": "GET", "file": WEIGHTS, "cut_after": 700, "reset": False, "times": 1},
+        {"kind": "resolve", "delay": 0.3, "times": 8},
+    ],
+    ids=lambda f: " ".join(f"{k}={v}" for k, v in f.items() if k != "headers"),
+)  # fmt: skip
+def test_what_may_pass_is_waited_out(
+    tmp_path: Path, hub: FakeHub, pins: list[str], collection: list[str], fault: dict[str, Any]
+) -> None:
+    hub.fault(**fault)
+    go([pin.split("@")[0] for pin in pins[:3]], tmp_path / "out")
+    go({f"org--a{i:02}": collection[i] for i in range(3)}, tmp_path / "local")
+    assert content(tmp_path / "out") == content(tmp_path / "local")
+
+
+def test_an_outage_is_survived_and_said_once(
+    tmp_path: Path, hub: FakeHub, pins: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    made = plan(pins, tmp_path / "out")
+    with hub.outage():
+        ends = threading.Timer(1.0, lambda: setattr(hub, "_down", False))
+        ends.start()
+        compress(made, tmp_path / "out")
+        ends.join()
+    assert sum("waiting" in r.getMessage() for r in caplog.records if r.name == "lorashare_stream.hub") == 1
+
+
+def test_an_outage_without_end_stops_the_run_and_keeps_what_is_done(
+    tmp_path: Path, hub: FakeHub, pins: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_module, "PATIENCE", 0.3)
+    out, made = tmp_path / "out", None
+    made = plan(pins, out)
+    hub.fault(kind="resolve", method="GET", repo="org/a05", drop=True, times=None)
+    with pytest.raises(UnreachableError, match="cannot be reached") as e:
+        compress(made, out)
+    assert e.value.exit_code == 75
+    hub.clear_faults()
+    hub.requests.clear()
+    go(pins, out)
+    assert 1 <= hub.count(method="GET", file=WEIGHTS) < 8  # the header was kept, and what was fetched
+    assert hub.count(repo="org/a05", method="GET") == 1
+    assert main(["compress", "org/unheard", "-o", str(tmp_path / "x")]) == 1
+
+
+def test_the_command_says_75_when_the_hub_is_gone(
+    tmp_path: Path, hub: FakeHub, pins: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(hub_module, "PATIENCE", 0.1)
+    with hub.outage():
+        assert main(["compress", *pins, "-o", str(tmp_path / "out")]) == 75
+    assert "run the same command again" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+# -- the disk budget ------------------------------------------------------------------------------------
+
+
+class Gauge:
+    """The most bytes of adapters that lay in a folder at a time, as the Hub served them."""
+
+    def __init__(self, hub: FakeHub, folder: Path) -> None:
+        self.folder, self.most = folder, 0
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self.watch, daemon=True)
+        self.thread.start()
+
+    def watch(self) -> None:
+        while not self.stop.wait(0.001):
+            try:
+                sizes = [p.stat().st_size for p in self.folder.rglob("adapter_model*") if ".cache" not in p.parts]
+            except FileNotFoundError:  # one was evicted meanwhile
+                continue
+            self.most = max(self.most, sum(sizes))
+
+    def end(self) -> int:
+        self.stop.set()
+        self.thread.join()
+        return self.most
+
+
+def test_a_disk_budget_is_kept_and_the_plan_says_how_often_each_is_fetched(
+    tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = make_collection(tmp_path / "many", 30)
+    pins = [f"org/x{i}@{hub.add(f'org/x{i}', files_of(f), base_model='tiny-base')}" for i, f in enumerate(folders)]
+    size = Path(folders[0], WEIGHTS).stat().st_size
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    made = plan(pins, out, disk_budget=8 * size)
+    assert [len(b) for b in made.batches] == [4] * 7 + [2]
+    hub.requests.clear()
+    gauge = Gauge(hub, default_workspace(out) / "hub")
+    compress(made, out)
+    assert size < gauge.end() <= 8 * size
+    fetched = {e.source_id: hub.count(repo=e.origin.hub.repo, method="GET", file=WEIGHTS) for e in made.entries}
+    for entry in made.entries:
+        assert 1 <= fetched[entry.source_id] <= made.fetches(entry) <= 2
+        assert hub.count(repo=entry.origin.hub.repo) <= 4 * made.fetches(entry)
+    assert sum(fetched.values()) < 60  # those of the last batch are not fetched again
+    assert not list((default_workspace(out) / "hub").rglob(WEIGHTS))
+    assert not list((tmp_path / "home").rglob(WEIGHTS))  # nor into the user's cache
+    go(pins, whole)
+    a, b = SHAREModel.from_pretrained(out), SHAREModel.from_pretrained(whole)
+    assert a.adapter_names == b.adapter_names
+    for group, facts in a.config.ours["groups"].items():
+        assert facts["n"] == b.config.ours["groups"][group]["n"] == 120
+        assert facts["energy"] == pytest.approx(b.config.ours["groups"][group]["energy"], rel=1e-5)
+        va, vb = a.components[group].double(), b.components[group].double()
+        assert torch.linalg.matrix_norm(va - vb @ (vb.T @ va), 2) < 1e-3
+    hub.requests.clear()
+    assert go(pins, out, disk_budget=8 * size).method == "current"
+    assert not hub.requests
+
+
+def test_what_the_users_cache_has_is_used_and_never_removed(tmp_path: Path, hub: FakeHub, pins: list[str]) -> None:
+    go(pins[:4], tmp_path / "first")
+    before = tree_digest(tmp_path / "home")
+    hub.requests.clear()
+    go(pins, tmp_path / "out", disk_budget=10_000)
+    assert hub.count(repo="org/a0[0-3]") == 0
+    assert tree_digest(tmp_path / "home") == before
+
+
+def test_a_budget_that_cannot_do_is_said_with_the_one_that_can(tmp_path: Path, hub: FakeHub, pins: list[str]) -> None:
+    with pytest.raises(BudgetError, match=r"two of the largest adapter.*--disk-budget 1MiB"):
+        go(pins, tmp_path / "out", disk_budget=5000)
+
+
+@pytest.mark.parametrize("step", ["ingest", "accumulate", "fit", "project"])
+@pytest.mark.parametrize("after", [0, 5])
+@pytest.mark.parametrize("nan", [False, True])
+def test_stopped_in_any_batch_it_gives_the_same_bytes_and_fetches_no_more_than_planned(
+    tmp_path: Path, hub: FakeHub, step: str, after: int, nan: bool
+) -> None:
+    folders = make_collection(tmp_path / "many", 12)
+    if nan:
+        tensors = load_tensors(folders[4])
+        tensors[factor_keys("layers.0.q")[0]][0, 0] = np.nan
+        write_adapter(Path(folders[4]), tensors, lora_alpha=8)
+    pins = [
+        f"org/x{i:02}@{hub.add(f'org/x{i:02}', files_of(f), base_model='tiny-base')}" for i, f in enumerate(folders)
+    ]
+    size = Path(folders[0], WEIGHTS).stat().st_size
+    settings = {"disk_budget": 6 * size + 10, "on_error": "skip", "workers": 1}
+    whole, out = tmp_path / "whole" / "out", tmp_path / "cut" / "out"
+    go(pins, whole, **settings)
+    hub.requests.clear()
+    made = plan(pins, out, **settings)
+    assert len(made.batches) == 4
+    seen = 0
+
+    def stop(name: str, total: int, results: Iterator[Any]) -> Iterator[Any]:
+        nonlocal seen
+        for result in results:
+            if name == step:
+                seen += 1
+                if seen > after:
+                    raise KeyboardInterrupt
+            yield result
+
+    if step == "fit" and after > 2:
+        after = 2
+    with pytest.raises(KeyboardInterrupt):
+        compress(made, out, progress=stop)
+    go(pins, out, **settings)
+    assert tree_digest(out) == tree_digest(whole)
+    served = [r for r in hub.requests if r.file == WEIGHTS and r.status == 200 and r.method == "GET" and r.whole]
+    fetched = Counter(r.repo for r in served)
+    planned = {e.origin.hub.repo: made.fetches(e) for e in made.entries}
+    assert {repo: n for repo, n in fetched.items() if n > planned[repo]} == {}
+
+
+def test_growing_shrinking_and_refitting_fetch_again(tmp_path: Path, hub: FakeHub, pins: list[str]) -> None:
+    size = 3676
+    out, fresh = tmp_path / "out", tmp_path / "fresh"
+    budget = ["--disk-budget", str(4 * size)]
+    go(pins[:6], out, disk_budget=4 * size)
+    assert main(["add", str(out), "org/a06", pins[7], *budget]) == 0
+    assert main(["remove", str(out), "org--a02", "--refit", *budget]) == 0
+    rest = [pin for pin in pins if not pin.startswith("org/a02@")]
+    go(rest, fresh)
+    a, b = SHAREModel.from_pretrained(out), SHAREModel.from_pretrained(fresh)
+    assert a.adapter_names == b.adapter_names
+    assert not a.config.ours["removed"]
+    for group in b.components:
+        va, vb = a.components[group].double(), b.components[group].double()
+        assert torch.linalg.matrix_norm(va - vb @ (vb.T @ va), 2) < 1e-3
+    assert main(["refit", str(out), "-k", "6", "-o", str(tmp_path / "six"), *budget]) == 0
+    assert main(["verify", str(tmp_path / "six"), "--sources", *rest]) == 0
+    assert main(["verify", str(out)]) == 0
+    hub.requests.clear()
+    assert main(["add", str(out), "org/a07", *budget]) == 0  # it is there: as it was pinned
+    assert not hub.requests
+    assert not list((default_workspace(out) / "hub").rglob(WEIGHTS))
+
+
+def test_adding_without_a_workspace(tmp_path: Path, hub: FakeHub, pins: list[str]) -> None:
+    out = tmp_path / "out"
+    go(pins[:7], out)
+    default_workspace(out).rename(tmp_path / "away")
+    assert main(["add", str(out), "org/a07", "org/a00", "--variance", "0.1"]) == 0
+    share = SHAREModel.from_pretrained(out)
+    assert share.certified(share.adapter_names[-1])["source_id"] == pins[7]
+    assert share.config.num_adapters == 8
+
+
+def test_an_adapter_that_is_gone_when_it_is_needed_again(tmp_path: Path, hub: FakeHub, pins: list[str]) -> None:
+    out = tmp_path / "out"
+    go(pins, out, disk_budget=4 * 3676)
+    del hub.repos["org/a03"]
+    with pytest.raises(CollectionError, match=r"are in the moments.*\n.*org--a03.*no such repository") as e:
+        go(pins, out, disk_budget=4 * 3676, num_components=6)
+    assert "lorashare-stream remove" in str(e.value)
+    assert main(["remove", str(out), "org--a03", "--disk-budget", "14704"]) == 0
+    go([p for p in pins if not p.startswith("org/a03@")], out, disk_budget=4 * 3676, num_components=6)
+    assert SHAREModel.from_pretrained(out).config.num_adapters == 7
+
+
+@pytest.mark.parametrize("budget", [None, 4 * 3676])
+def test_moments_that_were_discarded_or_damaged_are_summed_again(
+    tmp_path: Path, hub: FakeHub, pins: list[str], budget: int | None
+) -> None:
+    out, fresh = tmp_path / "out", tmp_path / "fresh"
+    go(pins[:7], out, disk_budget=budget, discard_moments=True)
+    assert not list((default_workspace(out) / "moments").iterdir())
+    go(pins, out, disk_budget=budget, num_components=5)
+    go(pins, fresh, num_components=5)
+    a, b = SHAREModel.from_pretrained(out), SHAREModel.from_pretrained(fresh)
+    for group in b.components:
+        va, vb = a.components[group].double(), b.components[group].double()
+        assert torch.linalg.matrix_norm(va - vb @ (vb.T @ va), 2) < 1e-3
+    for chunk in (default_workspace(out) / "moments").glob("layers.0.q*/*/*/*/c/0/0"):
+        chunk.write_bytes(chunk.read_bytes()[:-1] + b"x")
+    assert main(["remove", str(out), "org--a01"]) == 0
+    go([p for p in pins if not p.startswith("org/a01@")], out, disk_budget=budget, num_components=6)
+    go([p for p in pins if not p.startswith("org/a01@")], fresh.parent / "fresh2", num_components=6)
+    a, b = SHAREModel.from_pretrained(out), SHAREModel.from_pretrained(fresh.parent / "fresh2")
+    for group in (g for g in b.components if g.startswith("layers.0.q")):  # summed anew without what was removed
+        va, vb = a.components[group].double(), b.components[group].double()
+        assert torch.linalg.matrix_norm(va - vb @ (vb.T @ va), 2) < 1e-3
+
+
+# -- offline --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["flag", "environment"])
+def test_offline_works_from_the_cache_and_names_what_is_missing(
+    tmp_path: Path, hub: FakeHub, pins: list[str], way: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    go([pin.split("@")[0] for pin in pins[:6]], tmp_path / "first")
+    flags = ["--offline"] if way == "flag" else []
+    if way == "environment":
+        import huggingface_hub.constants
+
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    hub.requests.clear()
+    out = str(tmp_path / "out")
+    assert main(["compress", *pins, "-o", out, *flags]) == 1
+    err = capsys.readouterr().err
+    assert "org--a06" in err
+    assert "org--a07" in err
+    assert "org--a05" not in err
+    assert "offline" in err
+    assert main(["compress", *pins[:6], "-o", out, *flags]) == 0
+    assert main(["verify", out, *flags]) == 0
+    assert main(["discover", "--base-model", "tiny-base", "-o", str(tmp_path / "m.jsonl"), *flags]) == 1
+    assert not hub.requests
+
+
+def test_offline_a_branch_is_what_the_cache_says(tmp_path: Path, hub: FakeHub, pins: list[str]) -> None:
+    from huggingface_hub import hf_hub_download
+
+    for name in (WEIGHTS, "adapter_config.json"):
+        for repo in ("org/a00", "org/a01"):
+            hf_hub_download(repo, name)
+    hub.update("org/a00", {"x": b""})
+    made = plan(["org/a00", "org/a01", "org/a02"], offline=True)
+    assert [e.source_id for e in made.entries] == pins[:2]
+    assert [type(e) for e in made.refused] == [MissingFileError]
+
+
+# -- secrets --------------------------------------------------------------------------------------------
+
+
+def test_no_token_is_ever_written_or_said(
+    tmp_path: Path, hub: FakeHub, collection: list[str], pins: list[str], capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    caplog.set_level(logging.DEBUG)
+    hub.add("org/gated", files_of(collection[0]), gated="auto", base_model="tiny-base")
+    hub.add("org/closed", files_of(collection[0]), gated="auto", base_model="tiny-base")
+    hub.users[ALICE].add("org/gated")
+    places = tmp_path / "run"
+    places.mkdir()
+    manifest, out = str(places / "m.jsonl"), str(places / "out")
+    assert main(["discover", "--base-model", "tiny-base", "-o", manifest]) == 0
+    assert main(["plan", manifest, "-v", "-o", str(places / "plan.json"), "--on-error", "skip"]) == 3
+    hub.fault(kind="resolve", method="GET", status=503, times=2)
+    budget = ["--disk-budget", "20KiB"]
+    assert main(["compress", manifest, "-v", "-o", out, "--on-error", "skip", *budget]) == 3
+    assert main(["add", out, "org/closed", "-v"]) == 1
+    assert main(["verify", out]) == 0
+    assert any(r.token == ALICE for r in hub.requests)
+    said = "".join(capsys.readouterr()) + caplog.text
+    assert "gated" in said
+    for secret in (ALICE, "Bearer"):
+        assert secret not in said
+        for path in (*places.rglob("*"), *(tmp_path / "home").rglob("*")):
+            assert not path.is_file() or secret.encode() not in path.read_bytes(), path
+
+
+# -- discover -------------------------------------------------------------------------------------------
+
+
+def manifest_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_discover_lists_by_page_and_leaves_out_what_cannot_be_lora(
+    tmp_path: Path, hub: FakeHub, collection: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = files_of(collection[0])
+    for i in range(25):
+        hub.add(
+            f"org/a{i:02}", good, base_model="tiny-base", downloads=i, license="mit", gated="auto" if i == 3 else False
+        )
+    hub.add("org/ia3", good, base_model="tiny-base", peft_type="IA3", downloads=99)
+    hub.add("org/full", {"model.safetensors": b"x"}, base_model="tiny-base", downloads=98)
+    hub.add("org/none", {"adapter_config.json": b"{}"}, base_model="tiny-base", downloads=97)
+    several = {f"{sub}{k}": v for sub in ("one/", "two/", "two/checkpoint-10/") for k, v in good.items()}
+    hub.add("org/several", several, base_model="tiny-base", downloads=96)
+    hub.add("org/root", good | {f"checkpoint-5/{k}": v for k, v in good.items()}, base_model="tiny-base", downloads=95)
+    hub.add("mirror/one", good, base_model="mirror/tiny-4bit", downloads=50)
+    hub.add("other/x", good, base_model="another", downloads=100)
+    hub.page_size = 10
+    out = tmp_path / "m.jsonl"
+    common = ["discover", "--base-model", "tiny-base", "-o", str(out)]
+    assert main([*common, "--base-alias", "mirror/tiny-4bit"]) == 0
+    assert hub.count("list") == len(hub.requests) == 3 + 1  # pages of ten
+    items = manifest_of(out)
+    assert [i["repo"] for i in items][:3] == ["org/several", "org/several", "org/root"]
+    assert [i.get("subfolder") for i in items][:3] == ["one", "two", None]
+    assert len(items) == 25 + 2 + 1 + 1
+    assert {i["repo"] for i in items} >= {"mirror/one"}
+    entry = next(i for i in items if i["repo"] == "org/a03")
+    assert entry["gated"] is True
+    assert entry["revision"] == hub.repos["org/a03"].refs["main"]
+    assert entry["license"] == "mit"
+    assert sorted(entry["files"]) == ["adapter_config.json", WEIGHTS]
+    err = capsys.readouterr().err
+    for reason in ("peft_type IA3", "no adapter_config.json", f"no {WEIGHTS}"):
+        assert reason in err
+    assert main([*common, "--limit", "3", "--author", "org"]) == 0
+    assert [i["repo"] for i in manifest_of(out)] == ["org/several", "org/several", "org/root"]
+    assert main([*common, "--min-downloads", "20", "--search", "a2"]) == 0
+    assert {i["repo"] for i in manifest_of(out)} == {"org/a20", "org/a21", "org/a22", "org/a23", "org/a24"}
+    before = out.read_bytes()
+    assert main([*common, "--search", "zzz"]) == 1
+    assert out.read_bytes() == before
+    hub.fault(kind="list", status=429, headers=SOON, times=2)
+    assert main([*common, "--json"]) == 0
+    assert len(manifest_of(out)) == 25 + 2 + 1
+    chosen = plan([out], on_error="skip", any_base=True, base_model="tiny-base")
+    assert len(chosen.entries) == 27  # one is gated
+    assert hub.count("info") == 0
+
+
+def test_a_listing_is_foreign(tmp_path: Path, hub: FakeHub, collection: list[str]) -> None:
+    good = files_of(collection[0])
+    hub.add("org/fine", good, base_model="tiny-base")
+    hub.add("org/--weird..", good, base_model="tiny-base")
+    hub.add("org/sub", {f"a\x1b[2J/../b/{k}": v for k, v in good.items()}, base_model="tiny-base")
+    hub.repos["org/sub"].license = "x\n\x1b[2J"
+    out = tmp_path / "m.jsonl"
+    assert main(["discover", "--base-model", "tiny-base", "-o", str(out)]) == 0
+    for source in resolve([out]):
+        assert source.hub is not None
+
+
+def test_the_budget_of_a_plan_is_in_its_json(
+    tmp_path: Path, hub: FakeHub, pins: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = tmp_path / "plan.json"
+    assert main(["plan", *pins, "-k", "4", "-o", str(saved), "--disk-budget", str(4 * 3676)]) == 0
+    made: Mapping[str, Any] = json.loads(saved.read_text())
+    assert made["batches"] == 4
+    assert [a["fetches"] for a in made["adapters"]] == [2] * 6 + [1] * 2
+    assert [a["source_id"] for a in made["adapters"]] == pins
+    code = main(["compress", "--plan", str(saved), "-o", str(tmp_path / "out")])
+    assert code == 0, capsys.readouterr().err
+    assert hub.count("info") == 0
+
+
+def test_configs_are_those_of_the_hub(tmp_path: Path, hub: FakeHub, pins: list[str]) -> None:
+    go(pins, tmp_path / "out", disk_budget=4 * 3676)
+    share = SHAREModel.from_pretrained(tmp_path / "out")
+    assert share.adapter_configs["org--a03"] == json.loads(
+        Path(tmp_path / "adapters/a03/adapter_config.json").read_text()
+    )
+    assert share.adapter_configs["org--a03"].keys() == CONFIG.keys()
+
+
+Make = Callable[..., Path]
