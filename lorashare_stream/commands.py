@@ -13,6 +13,7 @@ from .choices import Args, make_plan, planned, with_config
 from .errors import StreamError, UsageError, skipped_as_json
 from .files import own_folder, tree_bytes, write_json
 from .hub import Hub
+from .hubreader import place_of
 from .means import recalled
 from .names import bytes_shown, counted, listed, name_fault, shown
 from .output import print_result, progress_of, say_left_out, say_what_will_be_left_out
@@ -114,7 +115,7 @@ def _places(chosen: Args) -> tuple[Path, Path | None]:
 
 def info(args: Args) -> int:
     """`info`: what a checkpoint says of itself."""
-    config = read_share_config(Path(args["checkpoint"]))
+    config = read_share_config(place_of(args["checkpoint"]).root)
     print_result(args, info_of(config), summary_text(config))
     return 0
 
@@ -158,10 +159,9 @@ def verify(args: Args) -> int:
     from .verification import originals_of, pins_in
     from .verification import verify as verdicts_of
 
-    root = Path(args["checkpoint"])
-    model = SHAREModel.from_pretrained(root)
-    beside = default_workspace(root.absolute())
     offline = bool(args.get("offline"))
+    model = SHAREModel.from_pretrained(args["checkpoint"], local_files_only=offline)
+    beside = default_workspace(Path(args["checkpoint"]).absolute())
     if "sources" in args:
         sources = pinned(resolve(args["sources"]), lambda: Hub(offline=offline), pins_in(model))
     elif Workspace(beside).exists():

@@ -23,6 +23,7 @@ from .names import shown
 T = TypeVar("T")
 PATIENCE = 15 * 60.0  # seconds of waiting for one answer, outages of some minutes included
 LONGEST = 330.0  # seconds waited at once: the Hub counts requests in windows of 5 minutes
+UNHEARD = 60.0  # of the first answer to what may be a mistyped path
 FIRST_PAUSE = 1.0  # seconds; doubled each time, up to a minute
 FIRST_BYTES = 256 << 10  # of a weight file: the header, unless the adapter has some thousand tensors
 TIMEOUT = 20.0  # seconds without a byte
@@ -73,12 +74,13 @@ class Hub:
 
         return HfApi(library_name="lorashare-stream", library_version=__version__)
 
-    def patiently(self, call: Callable[[], T], what: str) -> T:
+    def patiently(self, call: Callable[[], T], what: str, patience: float | None = None) -> T:
         """The result of a request; what may pass is waited out.
 
         Args:
             call: makes the request.
             what: it is for, in messages.
+            patience: seconds; those of `PATIENCE` if None.
 
         Raises:
             AdapterError: if it cannot be had, whenever it is asked for.
@@ -87,7 +89,9 @@ class Hub:
         pause, waited = FIRST_PAUSE, 0.0
         while True:
             try:
-                return call()
+                result = call()
+                _HEARD.set()
+                return result
             except Exception as e:
                 why, seconds = passing(e)
                 if why is None:
@@ -96,7 +100,7 @@ class Hub:
                         raise
                     raise error from e
             seconds = min(LONGEST, pause if seconds is None else seconds)
-            if waited + seconds > PATIENCE:
+            if waited + seconds > (PATIENCE if patience is None else patience):
                 raise UnreachableError(
                     "the Hub cannot be reached", found=f"{why}, for {waited:.0f} s",
                     remedy="What is done is kept: run the same command again when it can be.",
@@ -107,10 +111,15 @@ class Hub:
             waited, pause = waited + seconds, min(2 * pause, 60.0)
 
     def info(self, hub_id: HubId) -> Any:
-        """The `ModelInfo` of a repository at a revision: one request, of the API."""
+        """The `ModelInfo` of a repository at a revision: one request, of the API.
+
+        If nothing was heard of the Hub yet, what looks like an id may be a path that is mistyped: it is soon said.
+        """
         self._demand_online(hub_id)
         return self.patiently(
-            lambda: self.api.model_info(hub_id.repo, revision=hub_id.revision or None), f"{hub_id.repo}"
+            lambda: self.api.model_info(hub_id.repo, revision=hub_id.revision or None),
+            f"{hub_id}, which is no folder here",
+            None if _HEARD.is_set() else UNHEARD,
         )
 
     def models(self, **query: Any) -> Iterator[Any]:
@@ -174,7 +183,7 @@ class Hub:
                 revision=hub_id.revision,
                 local_dir=folder,
                 library_name="lorashare-stream",
-                tqdm_class=_no_bar(),
+                tqdm_class=no_bar(),
                 local_files_only=self.offline,
             )
             return found
@@ -193,12 +202,19 @@ class Hub:
             raise not_cached(f"{hub_id}: {file}" if file else str(hub_id))
 
 
+def cache_folder() -> Path:
+    """Where the Hub's files lie for all programs: HF_HUB_CACHE."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE).expanduser()
+
+
 def _total(content_range: str | None) -> str | None:
     total = (content_range or "").rpartition("/")[2]
     return total if total.isdigit() else None
 
 
-def _no_bar() -> Any:
+def no_bar() -> Any:
     """A progress bar that shows nothing: many files are fetched at once."""
     from tqdm import tqdm
 
@@ -210,6 +226,7 @@ def _no_bar() -> Any:
     return NoBar
 
 
+_HEARD = threading.Event()  # the Hub has answered
 _said_at = [0.0]
 _SAY = threading.Lock()
 

@@ -10,6 +10,7 @@ from typing import Any
 from .errors import AdapterError, MissingFileError, StreamError
 
 _TRANSIENT = {408, 425, 429}
+_NEVER = {"OfflineModeIsEnabled", "HFValidationError", "LocalProtocolError", "InvalidURL", "UnsupportedProtocol"}
 _TRANSPORT = {"httpx", "httpx2", "httpcore", "httpcore2", "urllib3", "requests"}
 
 
@@ -31,7 +32,7 @@ def passing(error: BaseException) -> tuple[str | None, float | None]:
         if isinstance(status, int):
             passing = status in _TRANSIENT or status >= 500
             return (f"it answers {status}", _asked_to_wait(response)) if passing else (None, None)
-        if type(seen).__name__ in ("OfflineModeIsEnabled", "HFValidationError"):
+        if type(seen).__name__ in _NEVER:
             return None, None
         modules = {c.__module__.split(".")[0] for c in type(seen).__mro__}
         if modules & _TRANSPORT or isinstance(seen, ConnectionError | TimeoutError):

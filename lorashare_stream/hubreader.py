@@ -17,7 +17,7 @@ from typing import TypeVar
 from .adapterfiles import CONFIG as ADAPTER_CONFIG
 from .errors import CheckpointError, MissingCheckpointError, StreamError, UnreachableError, UsageError
 from .files import atomic_path
-from .hub import Hub, _no_bar
+from .hub import Hub, no_bar
 from .hubid import HubId, parse_hub_id
 from .names import listed, shown
 from .shareformat import ADAPTERS, COMPONENTS, CONFIG, FILES, LOADINGS, META, VERBATIM
@@ -166,7 +166,7 @@ class Repository:
             token=self._token,
             force_download=renew,
             library_name="lorashare-stream",
-            tqdm_class=None if relative == COMPONENTS else _no_bar(),
+            tqdm_class=None if relative == COMPONENTS else no_bar(),
         )
         return Path(path)
 

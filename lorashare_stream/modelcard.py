@@ -33,19 +33,19 @@ class Provenance:
         name: of the adapter.
         hub: where on the Hub, pinned; None is a folder, of which nothing is told.
         license: as the Hub has it.
-        gated, private: whether everybody may read it there.
+        gated, private: whether not everybody may read it there; None if that is not known.
     """
 
     name: str
     hub: HubId | None = None
     license: str | None = None
-    gated: bool = False
-    private: bool = False
+    gated: bool | None = None
+    private: bool | None = None
 
     @property
     def closed(self) -> bool:
         """Whether not everybody may read it."""
-        return self.gated or self.private
+        return bool(self.gated or self.private)
 
 
 def card(config: SHAREConfig, sources: Sequence[Provenance], repo_id: str) -> str:

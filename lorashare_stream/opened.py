@@ -125,23 +125,23 @@ class Opened:
         self,
         repo_id: str,
         private: bool | None = None,
-        token: str | None = None,
+        token: str | bool | None = None,
         commit_message: str | None = None,
         revision: str | None = None,
         create_pr: bool = False,
     ) -> str:
-        """Upload the checkpoint to a repository of the Hub, which is made if there is none, in one commit.
+        """Upload the checkpoint to a repository of the Hub, which is made if there is none, its configuration last.
 
         Args:
             repo_id: `org/name`.
-            private: whether only its owner may read a repository that is made.
+            private: whether only its owner may read it; None is yes if a source of an adapter is gated or private.
             token: that may write; None is that of the environment.
             commit_message: else one that says what it is.
             revision: the branch; None is the default branch.
-            create_pr: whether the commit is proposed as a pull request.
+            create_pr: whether the commits are proposed as a pull request.
 
         Returns:
-            The URL of the commit.
+            The URL of the last commit, or of the pull request.
         """
         with self._open_reader().folder() as root:
             pushed = push(

@@ -21,7 +21,7 @@ from .names import digest_of
 from .planning import Plan, make_plan, plan_as_json
 from .publishing import check_output, output_folder
 from .records import has_files, metas_of, sizes_of
-from .remote import fetching_for, looked_up
+from .remote import bytes_to_fetch, fetching_for, looked_up
 from .running import Progress, Run, silent
 from .settings import Settings
 from .shareconfig import SHAREConfig
@@ -147,7 +147,8 @@ def compress(
     out = output_folder(out)
     device = resolve_device(plan.settings.device)
     root = workspace or own_path(default_workspace(out))
-    check_disk(plan, root, out, adds=out.exists())
+    known = {r.name for r in Workspace(root).journal().receipts}
+    check_disk(plan, root, out, adds=out.exists(), fetch=bytes_to_fetch(plan.entries, plan.settings, known))
     check_output(out, own=Workspace(root).published(), overwrite=overwrite)  # before a workspace is made for it
     with (
         threadpool_limits(1, user_api="blas"),

@@ -14,6 +14,7 @@ T = TypeVar("T")
 EVERY = 15.0  # seconds between lines
 _UNITS = {
     "look": "adapter",
+    "push": "file",
     "ingest": "adapter",
     "accumulate": "module",
     "fit": "module",

@@ -29,6 +29,7 @@ from .running import Progress, silent
 from .scrubbing import Scrubber
 from .shareconfig import SHAREConfig, read_share_config
 from .shareformat import ADAPTERS, COMPONENTS, CONFIG, LOADINGS, META, OURS, SKIPPED, SPECTRUM, VERBATIM
+from .sources.pins import in_parallel, listing_of
 from .tensorfile import read_header
 
 ENTRIES = 10_000  # in one folder: what the Hub advises at most
@@ -97,6 +98,7 @@ def push(
     local = _Local(root)
     items = local.items(progress)
     _warn_of_size(len(local.names), len(items))
+    local.sources = _settled(hub, local.sources, token)
     closed = [source.name for source in local.sources if source.closed]
     readme = _readme(local, repo_id)
     target = Target(hub, repo_id, token, revision, create_pr=create_pr)
@@ -249,6 +251,20 @@ def _provenance(name: str, meta: Mapping[str, Any]) -> Provenance:
     if not isinstance(told, dict):
         return Provenance(name, source)
     terms = told.get("license")
-    return Provenance(
-        name, source, str(terms) if terms else None, gated=bool(told.get("gated")), private=bool(told.get("private"))
-    )
+    gated, private = (None if told.get(k) is None else bool(told[k]) for k in ("gated", "private"))
+    return Provenance(name, source, str(terms) if terms else None, gated=gated, private=private)
+
+
+def _settled(hub: Hub, sources: Sequence[Provenance], token: Token) -> list[Provenance]:
+    """The sources, those asked for at the Hub of which it is not known who may read them; what is gone is private."""
+
+    def ask(source: Provenance) -> Provenance:
+        assert source.hub is not None
+        repo, what = source.hub.repo, ["gated", "private", "cardData", "tags"]
+        told = listing_of(hub.patiently(lambda: hub.api.model_info(repo, expand=what, token=token), repo))
+        return replace(source, gated=told.gated, private=told.private, license=source.license or told.license)
+
+    unknown = [s for s in sources if s.hub is not None and None in (s.gated, s.private)]
+    asked = zip(unknown, in_parallel(ask, unknown, hub), strict=True)
+    known = {s.name: replace(s, private=True) if isinstance(found, Exception) else found for s, found in asked}
+    return [known.get(s.name, s) for s in sources]

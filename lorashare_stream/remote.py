@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 
+from .entry import Entry
 from .errors import AdapterError
 from .fetching import Fetcher, fetching
 from .files import read_sealed
@@ -71,6 +72,16 @@ def source_of(source_id: str, name: str | None) -> Source:
     """The source that a journal or a checkpoint names: a folder, or a pinned adapter of the Hub."""
     hub = None if source_id.startswith("/") else parse_hub_id(source_id)
     return Source(source_id, Path(source_id), name, hub=hub)
+
+
+def bytes_to_fetch(entries: Iterable[Entry], settings: Settings, known: Collection[str]) -> int:
+    """Bytes that adapters, but for those `known` by name, will take in the Hub's cache."""
+    fresh = [e for e in entries if e.origin is not None and e.name not in known]
+    if not fresh or settings.disk_budget is not None:
+        return 0
+    hub = Hub(offline=settings.offline)
+    files = [(e.origin.hub, f) for e in fresh if e.origin is not None for f in e.files]
+    return sum(f.size for hub_id, f in files if hub.cached(hub_id, f.path.name) is None)
 
 
 def fetching_for(settings: Settings, workspace: Path | None) -> AbstractContextManager[Fetcher]:

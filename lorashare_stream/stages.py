@@ -15,6 +15,7 @@ from .checkpoint import Staging
 from .entry import Entry
 from .errors import AdapterError, DiskError, LockedError, ValuesError, WorkspaceError, refusal
 from .files import free_bytes, tree_bytes
+from .hub import cache_folder
 from .journal import Journal, Receipt, Removal, Shapes
 from .keys import SIDES, group_id
 from .ledger import note_refusal
@@ -31,19 +32,20 @@ from .tasks import (
     ingest_adapter,
     project_adapter,
 )
-from .workspace import FACTS, Workspace
+from .workspace import FACTS, FILES, Workspace
 
 SYNC_EVERY = 64  # admissions, or adapters of the checkpoint, that are made durable at once
 log = logging.getLogger(__name__)
 
 
-def check_disk(plan: Plan, workspace: Path, out: Path, *, adds: bool = False) -> None:
+def check_disk(plan: Plan, workspace: Path, out: Path, *, adds: bool = False, fetch: int = 0) -> None:
     """Refuse a run for which a disk has no room, what its folders hold already being taken into account.
 
     Args:
         plan: of the run.
         workspace, out: its folders. A checkpoint that is replaced stays until another takes its place.
         adds: whether adapters may be added to the checkpoint that is there, which takes less.
+        fetch: bytes that are fetched into the Hub's cache.
 
     Raises:
         DiskError: with what is free and what is needed.
@@ -52,17 +54,22 @@ def check_disk(plan: Plan, workspace: Path, out: Path, *, adds: bool = False) ->
     needs += [] if adds else [(staging_folder(out), plan.sizes["checkpoint"])]
     free: dict[int, int] = {}
     needed: dict[int, int] = {}
+    if fetch:
+        disk, free[disk] = free_bytes(cache_folder())
+        needed[disk] = fetch
+    if plan.settings.disk_budget is not None:
+        needs.append((workspace / FILES, min(plan.settings.disk_budget, sum(e.hub_bytes for e in plan.entries))))
     for folder, size in needs:
         disk, free[disk] = free_bytes(folder)
         needed[disk] = needed.get(disk, 0) + max(0, size - tree_bytes(folder))
     for disk, size in needed.items():
         if size > free[disk]:
             raise DiskError(
-                "not enough disk for the workspace and the checkpoint",
+                "not enough disk for the workspace and the checkpoint" + (", and what is fetched" if fetch else ""),
                 found=f"{bytes_shown(free[disk])} free",
                 expected=f"about {bytes_shown(size)} more",
                 remedy="Free some; put --workspace on another disk; or free moments when they are fitted, "
-                "by --discard-moments.",
+                "by --discard-moments" + (", or adapters after they are added, by --disk-budget." if fetch else "."),
             )
 
 

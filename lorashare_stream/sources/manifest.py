@@ -102,5 +102,5 @@ def _of_hub(where: str, name: str | None, entry: dict[str, Any]) -> Item:
     hub = HubId(text["repo"], text["revision"], text["subfolder"]) if usable else None
     if hub is None or parse_hub_id(str(hub)) != hub:
         raise UsageError(f"{where}: not an adapter of the Hub", found=entry, expected="repo, revision, files as text")
-    gated, private = bool(entry.get("gated")), bool(entry.get("private"))
+    gated, private = (None if entry.get(k) is None else bool(entry[k]) for k in ("gated", "private"))
     return name, str(hub), Listing(tuple(files), text["base_model"] or None, gated, private, text["license"] or None)

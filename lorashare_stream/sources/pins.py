@@ -76,8 +76,8 @@ def listing_of(info: Any, subfolder: str = "") -> Listing:
     return Listing(
         tuple(path for path in paths if "/" not in path),
         _peft(info).get("base_model_name_or_path") or _first(getattr(card, "base_model", None)),
-        bool(info.gated),
-        bool(info.private),
+        None if info.gated is None else bool(info.gated),
+        None if info.private is None else bool(info.private),
         _first(getattr(card, "license", None)) or next((t[8:] for t in tags if t.startswith("license:")), None),
     )
 

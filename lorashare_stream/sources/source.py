@@ -18,14 +18,14 @@ class Listing:
     Attributes:
         files: names in the adapter's folder; empty if they were not asked for.
         base_model: of which it says to be an adapter.
-        gated, private: whether everybody may read it.
+        gated, private: whether not everybody may read it; None if that is not known.
         license: as its card gives it.
     """
 
     files: tuple[str, ...] = ()
     base_model: str | None = None
-    gated: bool = False
-    private: bool = False
+    gated: bool | None = None
+    private: bool | None = None
     license: str | None = None
 
 
