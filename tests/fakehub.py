@@ -741,3 +741,19 @@ def patched(monkeypatch: pytest.MonkeyPatch, hub: FakeHub, home: Path, token: st
     monkeypatch.setattr(_detect_agent, "_registry", _detect_agent._EMPTY_REGISTRY)  # else one request more
     undone = type("Undone", (dict,), {"__delitem__": lambda *_: close_session()})  # what monkeypatch does at its end
     monkeypatch.setitem(undone(), "session", None)
+
+
+def main(folder: str, base_model: str) -> None:
+    """python -m tests.fakehub FOLDER BASE_MODEL: serve the adapters in a folder, as org/NAME, to try things by hand."""
+    with FakeHub() as hub:
+        for config in sorted(Path(folder).rglob("adapter_config.json")):
+            files = {p.name: p.read_bytes() for p in config.parent.iterdir() if p.is_file()}
+            hub.add(f"org/{config.parent.name}", files, base_model=base_model, license="mit")
+        own = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_TOKEN": ALICE}
+        print(f"{len(hub.repos)} adapters; a user alice, who may push to alice/NAME", flush=True)
+        print("export", *(f"{key}={value}" for key, value in own.items()), flush=True)
+        threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3])

@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from lorashare_stream.errors import (
     UnreachableError,
     UsageError,
 )
+from lorashare_stream.executors import DaskClient, Serial
 from lorashare_stream.hub import Hub
 from lorashare_stream.hubid import HubId, parse_hub_id
 from lorashare_stream.model import SHAREModel
@@ -750,4 +751,39 @@ def test_configs_are_those_of_the_hub(tmp_path: Path, hub: FakeHub, pins: list[s
     assert share.adapter_configs["org--a03"].keys() == CONFIG.keys()
 
 
-Make = Callable[..., Path]
+def test_a_torn_or_damaged_ledger_is_asked_for_again(tmp_path: Path, hub: FakeHub, pins: list[str]) -> None:
+    out = tmp_path / "out"
+    first = plan(pins, out)
+    path = default_workspace(out) / "hub" / "facts.jsonl"
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for cut in (0, 1, len(whole) // 3, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        assert plan(pins, out).fingerprint == first.fingerprint
+    for _ in range(10):
+        damaged = bytearray(whole)
+        damaged[rng.integers(len(whole))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(bytes(damaged))
+        assert plan(pins, out).fingerprint == first.fingerprint
+    path.write_bytes(b'{"id": 3}\nnull\n[]\n' + whole[: len(whole) // 2])
+    assert plan(pins, out).fingerprint == first.fingerprint
+    hub.requests.clear()
+    assert plan(pins, out).fingerprint == first.fingerprint  # what was asked again was appended on a line of its own
+    assert not hub.requests
+
+
+@pytest.mark.parametrize("kind", ["serial", "dask"])
+def test_other_executors_take_adapters_as_they_come(tmp_path: Path, hub: FakeHub, pins: list[str], kind: str) -> None:
+    from distributed import Client, LocalCluster
+
+    made = plan(pins, tmp_path / kind, disk_budget=4 * 3676)
+    if kind == "serial":
+        compress(made, tmp_path / kind, executor=Serial())
+    else:
+        with (
+            LocalCluster(n_workers=1, threads_per_worker=2, dashboard_address=None) as cluster,
+            Client(cluster) as client,
+        ):
+            compress(made, tmp_path / kind, executor=DaskClient(client))
+    go(pins, tmp_path / "threads", disk_budget=4 * 3676)
+    assert tree_digest(tmp_path / kind) == tree_digest(tmp_path / "threads")

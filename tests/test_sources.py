@@ -52,7 +52,6 @@ def test_training_checkpoints_below_an_adapter_are_not_taken_for_adapters(tmp_pa
     ("source", "message"),
     [
         ("nowhere", "no such source: 'nowhere'"),
-        ("org/name", "hf download org/name"),
         ("", "an empty source"),
         ("*nothing*", "no adapter matches"),
         ("empty", "no adapter in .*empty.*found nothing"),
@@ -83,6 +82,15 @@ def test_what_is_no_source_is_a_usage_error(
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
     with pytest.raises(UsageError, match=message):
         resolve([source])
+
+
+def test_what_is_not_there_and_may_be_on_the_hub_is_asked_for_there(tmp_path: Path) -> None:
+    make_collection(tmp_path, 1)
+    (source,) = resolve(["org/name"])
+    assert source.hub is not None
+    assert source.wanted_name == "org--name"
+    with pytest.raises(UsageError, match="no such source"):
+        resolve([tmp_path / "org" / "name"])  # an absolute path is none
 
 
 def test_a_single_string_is_not_a_list_of_letters() -> None:
