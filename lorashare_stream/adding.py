@@ -16,12 +16,12 @@ from .checkpoint import sweep
 from .errors import AdapterError, CheckpointError, UsageError, WorkspaceError, refusal, skipped_as_json
 from .growing import demand_unchanged, grow, offer, staged_digest
 from .journal import Journal, Receipt
-from .means import Means, check_same, opened, recalled
+from .means import Means, check_same, opened
 from .names import folded, listed, shown
 from .pipeline import Outcome, plan_for
 from .planning import make_plan
 from .records import metas_of, receipt_in
-from .remote import fetching_for, looked_up, loose_id
+from .remote import fetching_for, looked_up, loose_id, recalled
 from .running import Run
 from .settings import Settings
 from .shareconfig import SHAREConfig, read_share_config

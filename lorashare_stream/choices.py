@@ -126,4 +126,4 @@ def _saved_source(adapter: Mapping[str, Any]) -> Source:
     hub = None if "path" in adapter else parse_hub_id(source_id)
     if "asked" in adapter and (hub is None or not hub.pinned):
         raise ValueError(f"an adapter of the Hub is not pinned: {shown(adapter)}")
-    return Source(source_id, Path(path), name, hub=hub)
+    return Source(source_id, Path(path), name, hub=hub, asked=path if hub is not None else "")

@@ -14,13 +14,13 @@ from .errors import StreamError, UsageError, skipped_as_json
 from .files import own_folder, tree_bytes, write_json
 from .hub import Hub
 from .hubreader import place_of
-from .means import recalled
 from .names import bytes_shown, counted, listed, name_fault, shown
 from .output import print_result, progress_of, say_left_out, say_what_will_be_left_out
 from .pipeline import compress as run_plan
 from .pipeline import default_workspace
 from .planning import Plan, plan_as_json
 from .publishing import check_output, output_folder
+from .remote import recalled
 from .report import facts, notes_text, plan_text, plan_warnings, summary_text, table
 from .shareconfig import SHAREConfig, read_share_config
 from .shareformat import ours_of

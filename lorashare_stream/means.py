@@ -17,11 +17,9 @@ from .names import listed
 from .pipeline import Outcome, compress, default_workspace
 from .planning import Plan
 from .publishing import output_folder
-from .remote import source_of
 from .running import Progress, Run, silent
 from .settings import Settings
 from .shareconfig import SHAREConfig, read_share_config
-from .sources import Source
 from .summary import head_of
 from .workspace import Workspace
 
@@ -124,11 +122,6 @@ def check_same(
             remedy="Its journal was damaged, or they were added without it, or taken out of another checkpoint of it: "
             "compress the sources of all again, which mends it, or take them out by lorashare-stream remove.",
         )
-
-
-def recalled(workspace: Path) -> list[Source]:
-    """The adapters of a workspace, from where they came from."""
-    return [source_of(r.source_id, r.name) for r in Workspace(workspace).journal().receipts]
 
 
 def opened(folder: Path) -> tuple[Path, SHAREConfig]:

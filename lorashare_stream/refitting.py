@@ -11,9 +11,10 @@ from .checkpoint import mend
 from .errors import WorkspaceError
 from .executors import Threads
 from .files import read_sealed
-from .means import Means, check_same, opened, recalled
+from .means import Means, check_same, opened
 from .pipeline import plan_for
 from .publishing import check_output, output_folder
+from .remote import recalled
 from .settings import Settings
 from .shareconfig import SHAREConfig
 from .shareformat import ours_of

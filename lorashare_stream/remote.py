@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -65,13 +66,20 @@ def pins_of(workspace: Path) -> dict[str, str]:
 def loose_id(source_id: str) -> str:
     """A source id without its revision; that of a folder is itself."""
     hub = None if source_id.startswith("/") else parse_hub_id(source_id)
-    return source_id if hub is None else str(type(hub)(hub.repo, "", hub.subfolder))
+    return source_id if hub is None else str(replace(hub, revision=""))
 
 
-def source_of(source_id: str, name: str | None) -> Source:
+def recalled(workspace: Path) -> list[Source]:
+    """The adapters of a workspace, from where they came from; ids of the Hub stay those that were given."""
+    asked = {pinned_id: given for given, pinned_id in reversed(pins_of(workspace).items())}
+    receipts = Workspace(workspace).journal().receipts
+    return [source_of(r.source_id, r.name, asked.get(r.source_id, "")) for r in receipts]
+
+
+def source_of(source_id: str, name: str | None, asked: str = "") -> Source:
     """The source that a journal or a checkpoint names: a folder, or a pinned adapter of the Hub."""
     hub = None if source_id.startswith("/") else parse_hub_id(source_id)
-    return Source(source_id, Path(source_id), name, hub=hub)
+    return Source(source_id, Path(source_id), name, hub=hub, asked=asked or source_id)
 
 
 def bytes_to_fetch(entries: Iterable[Entry], settings: Settings, known: Collection[str]) -> int:

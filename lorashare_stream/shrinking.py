@@ -18,12 +18,12 @@ from .errors import AdapterError, UsageError, WorkspaceError, unknown_adapter
 from .files import read_sealed, write_sealed
 from .growing import changed, demand_unchanged
 from .journal import Journal, Receipt, Removal
-from .means import Means, check_same, opened, recalled
+from .means import Means, check_same, opened
 from .names import digest_of, is_component
 from .pipeline import plan_for, recompute
 from .planning import Plan, plan_as_json
 from .records import metas_of, receipt_in
-from .remote import fetching_for, looked_up, source_of
+from .remote import fetching_for, looked_up, recalled, source_of
 from .running import Run
 from .shareconfig import SHAREConfig, read_share_config
 from .shareformat import ADAPTERS, LOADINGS, skipped_of

@@ -787,3 +787,22 @@ def test_other_executors_take_adapters_as_they_come(tmp_path: Path, hub: FakeHub
             compress(made, tmp_path / kind, executor=DaskClient(client))
     go(pins, tmp_path / "threads", disk_budget=4 * 3676)
     assert tree_digest(tmp_path / kind) == tree_digest(tmp_path / "threads")
+
+
+def test_pins_outlive_other_commands(tmp_path: Path, hub: FakeHub, collection: list[str], pins: list[str]) -> None:
+    out, sub = tmp_path / "out", {f"in/er/{k}": v for k, v in files_of(collection[0]).items()}
+    sha = hub.add("org/deep", sub)
+    given = ["org/deep@main//in/er", "org/a01@main", "org/a02", "org/a03"]
+    go(given, out)
+    for repo in ("org/deep", "org/a01", "org/a02"):
+        hub.update(repo, {"x": b""})
+    assert main(["remove", str(out), "org--a03"]) == 0
+    assert main(["add", str(out), pins[4], "--variance", "0.01"]) == 0
+    assert main(["refit", str(out), "-k", "3", "-o", str(tmp_path / "three")]) == 0
+    hub.requests.clear()
+    outcome = go([*given[:3], pins[4]], out)
+    assert hub.count("info") == 0
+    assert not outcome.skipped
+    share = SHAREModel.from_pretrained(out)
+    assert share.certified("org--deep--in--er")["source_id"] == f"org/deep@{sha}//in/er"
+    assert main(["verify", str(out)]) == 0

@@ -68,7 +68,7 @@ def _one(text: str, name: str | None, listing: Listing | None = None) -> Source:
     hub = None if path.exists() else parse_hub_id(text)
     if hub is None:
         return Source(os.path.realpath(text), path, name)
-    return Source(str(hub), path, name, hub=hub, listing=listing or Listing())
+    return Source(str(hub), path, name, hub=hub, asked=str(hub), listing=listing or Listing())
 
 
 def _no_such_source(missing: list[str]) -> MissingSourceError:

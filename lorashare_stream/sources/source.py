@@ -35,10 +35,11 @@ class Source:
 
     Attributes:
         id: what identifies it across runs: for a local folder its real path, else its Hub id, pinned.
-        path: the folder; of an adapter of the Hub the text that was given.
+        path: the folder; nothing of an adapter of the Hub.
         name: the name that the user gave it, or None: one is made of its folder's or repository's.
         inner: its subfolders that hold adapters too, which are not taken.
         hub: where on the Hub it is.
+        asked: of an adapter of the Hub, the id that it was given by before it was pinned.
         listing: what the Hub says of it, once it is pinned or listed.
         fault: why the Hub does not have it.
     """
@@ -48,6 +49,7 @@ class Source:
     name: str | None = None
     inner: tuple[str, ...] = ()
     hub: HubId | None = None
+    asked: str = ""
     listing: Listing = field(default_factory=Listing)
     fault: AdapterError | None = None
 
