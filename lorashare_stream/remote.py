@@ -83,9 +83,9 @@ def source_of(source_id: str, name: str | None, asked: str = "") -> Source:
 
 
 def bytes_to_fetch(entries: Iterable[Entry], settings: Settings, known: Collection[str]) -> int:
-    """Bytes that adapters, but for those `known` by name, will take in the Hub's cache."""
+    """Bytes of adapters of the Hub that are not in its cache, but for those `known` by name."""
     fresh = [e for e in entries if e.origin is not None and e.name not in known]
-    if not fresh or settings.disk_budget is not None:
+    if not fresh:
         return 0
     hub = Hub(offline=settings.offline)
     files = [(e.origin.hub, f) for e in fresh if e.origin is not None for f in e.files]

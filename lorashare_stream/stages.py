@@ -32,7 +32,7 @@ from .tasks import (
     ingest_adapter,
     project_adapter,
 )
-from .workspace import FACTS, FILES, Workspace
+from .workspace import FACTS, FILES, HUB, Workspace
 
 SYNC_EVERY = 64  # admissions, or adapters of the checkpoint, that are made durable at once
 log = logging.getLogger(__name__)
@@ -45,23 +45,25 @@ def check_disk(plan: Plan, workspace: Path, out: Path, *, adds: bool = False, fe
         plan: of the run.
         workspace, out: its folders. A checkpoint that is replaced stays until another takes its place.
         adds: whether adapters may be added to the checkpoint that is there, which takes less.
-        fetch: bytes that are fetched into the Hub's cache.
+        fetch: bytes that are fetched from the Hub.
 
     Raises:
         DiskError: with what is free and what is needed.
     """
-    needs = [(workspace, plan.sizes["moments"] + plan.sizes["basis"])]
-    needs += [] if adds else [(staging_folder(out), plan.sizes["checkpoint"])]
+    work = tree_bytes(workspace) - tree_bytes(workspace / HUB)
+    needs = [(workspace, plan.sizes["moments"] + plan.sizes["basis"] - work)]
+    if not adds:
+        needs.append((staging_folder(out), plan.sizes["checkpoint"] - tree_bytes(staging_folder(out))))
+    budget = plan.settings.disk_budget
+    if budget is not None:
+        needs.append((workspace / FILES, min(budget, fetch) - tree_bytes(workspace / FILES)))
+    elif fetch:
+        needs.append((cache_folder(), fetch))
     free: dict[int, int] = {}
     needed: dict[int, int] = {}
-    if fetch:
-        disk, free[disk] = free_bytes(cache_folder())
-        needed[disk] = fetch
-    if plan.settings.disk_budget is not None:
-        needs.append((workspace / FILES, min(plan.settings.disk_budget, sum(e.hub_bytes for e in plan.entries))))
     for folder, size in needs:
         disk, free[disk] = free_bytes(folder)
-        needed[disk] = needed.get(disk, 0) + max(0, size - tree_bytes(folder))
+        needed[disk] = needed.get(disk, 0) + max(0, size)
     for disk, size in needed.items():
         if size > free[disk]:
             raise DiskError(

@@ -23,6 +23,7 @@ from lorashare_stream.errors import (
     AdapterError,
     BudgetError,
     CollectionError,
+    DiskError,
     MissingFileError,
     StreamError,
     UnreachableError,
@@ -806,3 +807,17 @@ def test_pins_outlive_other_commands(tmp_path: Path, hub: FakeHub, collection: l
     share = SHAREModel.from_pretrained(out)
     assert share.certified("org--deep--in--er")["source_id"] == f"org/deep@{sha}//in/er"
     assert main(["verify", str(out)]) == 0
+
+
+def test_a_disk_without_room_for_what_is_fetched(
+    tmp_path: Path, hub: FakeHub, pins: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lorashare_stream import stages
+
+    made = plan(pins, tmp_path / "out")
+    room = made.sizes["moments"] + made.sizes["basis"] + made.sizes["checkpoint"] + 4 * 3676
+    monkeypatch.setattr(stages, "free_bytes", lambda folder: (1, room))
+    with pytest.raises(DiskError, match=r"what is fetched.*--disk-budget"):
+        compress(made, tmp_path / "out")
+    assert hub.count(file=WEIGHTS, method="HEAD") == 0
+    go(pins, tmp_path / "out", disk_budget=4 * 3676)
