@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
@@ -821,3 +822,37 @@ def test_a_disk_without_room_for_what_is_fetched(
         compress(made, tmp_path / "out")
     assert hub.count(file=WEIGHTS, method="HEAD") == 0
     go(pins, tmp_path / "out", disk_budget=4 * 3676)
+
+
+def test_the_next_batch_is_fetched_while_one_is_added(tmp_path: Path, hub: FakeHub, pins: list[str]) -> None:
+    made = plan(pins, tmp_path / "out", disk_budget=8 * 3676 - 1)
+    assert [len(batch) for batch in made.batches] == [3, 3, 2]
+    overlapped = []
+
+    def watch(step: str, total: int, results: Iterator[Any]) -> Iterator[Any]:
+        if step == "accumulate" and not overlapped:
+            end = time.monotonic() + 20
+            while hub.count(repo="org/a0[345]", file=WEIGHTS, method="GET") < 6 and time.monotonic() < end:
+                time.sleep(0.01)  # headers, and whole
+            overlapped.append(hub.count(repo="org/a0[345]", file=WEIGHTS, method="GET"))
+            overlapped.append(hub.count(repo="org/a0[67]", file=WEIGHTS, method="HEAD"))
+        return results
+
+    compress(made, tmp_path / "out", progress=watch)
+    assert overlapped == [6, 0]  # the second batch, for which there is room, and not the third
+
+
+def test_what_has_come_is_worked_on_while_another_is_slow(tmp_path: Path, hub: FakeHub, pins: list[str]) -> None:
+    made = plan(pins, tmp_path / "out")
+    hub.fault(kind="resolve", method="GET", repo="org/a00", file=WEIGHTS, delay=2.0)
+    order: list[str] = []
+
+    def watch(step: str, total: int, results: Iterator[Any]) -> Iterator[Any]:
+        for result in results:
+            if step == "ingest":
+                order.append(result[0])
+            yield result
+
+    compress(made, tmp_path / "out", progress=watch)
+    assert order[-1] == "org--a00"
+    assert sorted(order) == SHAREModel.from_pretrained(tmp_path / "out").adapter_names  # admitted in order all the same
