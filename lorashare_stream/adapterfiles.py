@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,14 @@ from .errors import AdapterError, MissingFileError
 from .files import read_json
 from .keys import foreign_kind, parse_key
 from .names import listed, shown
+from .shards import AGAIN, INDEXES, check_shards, shard_names
 from .tensorfile import CHUNK, SafetensorsReader, TensorReader, TensorRecord, read_header, repeated
 
 CONFIG = "adapter_config.json"
 SAFETENSORS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
-SHARD = re.compile(r"(?:adapter_)?model-\d+-of-\d+\.safetensors")
 _OF_TRAINERS = ("pytorch_model_fsdp", "global_step", "zero_", "bf16_zero_", "fp16_zero_", "mp_rank_")
-_AGAIN = "Fetch or save the adapter again, or leave it out."
 PEFT_TENSORS = "file of PEFT's LoRA tensors"
 MOST_PEEKS = 8  # headers read in a folder without a configuration, to tell what it is
-INDEXES = ("adapter_model.safetensors.index.json", "model.safetensors.index.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +77,22 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise _no_config(folder)
+    return parse_config(lambda: read_json(path, limit=16 << 20))
+
+
+def parse_config(read: Callable[[], Any]) -> dict[str, Any]:
+    """A configuration, from what reads its JSON.
+
+    Raises:
+        AdapterError: if it is no JSON object.
+    """
     try:
-        config = read_json(path, limit=16 << 20)
-    except ValueError as e:
-        raise AdapterError(f"{CONFIG} is not valid JSON", found=str(e), remedy=_AGAIN) from e
+        config = read()
+    except (ValueError, RecursionError) as e:
+        raise AdapterError(f"{CONFIG} is not valid JSON", found=str(e), remedy=AGAIN) from e
     if not isinstance(config, dict):
         raise AdapterError(
-            f"{CONFIG} is not an object", found=type(config).__name__, expected="an object", remedy=_AGAIN
+            f"{CONFIG} is not an object", found=type(config).__name__, expected="an object", remedy=AGAIN
         )
     return config
 
@@ -115,9 +121,9 @@ def foreign_lora(folder: Path, names: Iterable[str]) -> tuple[str, str] | None:
     return None
 
 
-def config_text(folder: Path) -> str:
-    """The adapter_config.json of a folder, as JSON has it; errors as of `read_config`."""
-    return json.dumps(read_config(folder), separators=(",", ":"))
+def config_text(config: Mapping[str, Any]) -> str:
+    """A configuration as JSON has it."""
+    return json.dumps(config, separators=(",", ":"))
 
 
 def missing_config(names: Sequence[str]) -> MissingFileError:
@@ -181,7 +187,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
 
 def missing_weights(entries: Sequence[str]) -> MissingFileError:
     """The error for a listing without weights."""
-    remedy = _AGAIN
+    remedy = AGAIN
     if any(n.endswith(".distcp") or n.startswith(_OF_TRAINERS) for n in entries):
         remedy = "It holds the shards of ZeRO-3 or FSDP: gather the weights, and save the adapter again."
     elif any(n.startswith("adapter_model") for n in entries):
@@ -191,40 +197,12 @@ def missing_weights(entries: Sequence[str]) -> MissingFileError:
 
 def _shards(folder: Path, index: str) -> tuple[Path, ...]:
     try:
-        where = read_json(folder / index)["weight_map"]
-        names = sorted(set(where.values()))
-        if not names:
-            raise ValueError("it names no file")
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise AdapterError(f"{index} has no usable weight_map", found=str(e), remedy=_AGAIN) from e
-    for name in names:
-        if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
-            raise AdapterError(
-                "a weight_map leaves the adapter's folder, or names no safetensors file",
-                key=index,
-                found=name,
-                expected="file names in the same folder",
-                remedy="Do not trust this adapter.",
-            )
-    there = os.listdir(folder)
-    absent = [n for n in names if n not in there]
-    if absent:
-        raise MissingFileError("a shard is missing", key=index, found=listed(there), expected=absent[0], remedy=_AGAIN)
-    unlisted = sorted(n for n in there if SHARD.fullmatch(n) and n not in names)
-    if unlisted:
-        raise AdapterError(
-            f"a shard that {index} does not list", key=index, found=unlisted[0], expected=listed(names), remedy=_AGAIN
-        )
+        where = read_json(folder / index)
+    except ValueError as e:
+        raise AdapterError(f"{index} has no usable weight_map", found=str(e), remedy=AGAIN) from e
+    names = shard_names(index, where, sorted(os.listdir(folder)))
     held = {name: {r.name for r in read_header(folder / name)} for name in names}
-    for key, name in where.items():
-        if key not in held[name]:
-            raise AdapterError(
-                f"{index} and the shards disagree",
-                key=key,
-                found=listed(n for n in names if key in held[n]) or "no shard that has it",
-                expected=name,
-                remedy=_AGAIN,
-            )
+    check_shards(index, where["weight_map"], held)
     return tuple(folder / name for name in names)
 
 
@@ -238,10 +216,19 @@ def tensor_records(paths: tuple[Path, ...]) -> tuple[TensorRecord, ...]:
         from .picklefile import pickle_records
 
         return pickle_records(paths[0])
-    records = tuple(record for number, path in enumerate(paths) for record in read_header(path, number))
+    return once(record for number, path in enumerate(paths) for record in read_header(path, number))
+
+
+def once(found: Iterable[TensorRecord]) -> tuple[TensorRecord, ...]:
+    """The records of all files of an adapter.
+
+    Raises:
+        AdapterError: if two files hold one key.
+    """
+    records = tuple(found)
     twice = repeated(r.name for r in records)
     if twice is not None:
-        raise AdapterError("two shards hold the same key", key=twice, remedy=_AGAIN)
+        raise AdapterError("two shards hold the same key", key=twice, remedy=AGAIN)
     return records
 
 

@@ -88,7 +88,7 @@ def add_one(checkpoint: Path, adapter: str | Mapping[str, str], means: Means, *,
     outcome = add(checkpoint, sources, means, refit=refit)
     added = [name for name in read_share_config(checkpoint).adapter_names if name not in before]
     if not added:
-        raise UsageError("the checkpoint has this adapter already", found=sources[0].path)
+        raise UsageError("the checkpoint has this adapter already", found=sources[0].where)
     kept = dict.fromkeys(("min_explained_variance", "mean_explained_variance"), min(outcome.kept.values(), default=0.0))
     return {"method": outcome.method, "adapter_name": added[0]} | (kept if outcome.kept else {})
 

@@ -125,6 +125,7 @@ def _add_hub(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
     seen.add_argument("--public", action="store_false", dest="private", help="even if a source is gated or private")
     p.add_argument("--revision", metavar="BRANCH", help="to this branch, which is made if it is not there")
     p.add_argument("--create-pr", action="store_true", help="as a pull request")
+    p.add_argument("--overwrite", action="store_true", help="replace a checkpoint of other adapters")
     p.add_argument("-m", "--message", metavar="TEXT", help="of the commit")
 
 

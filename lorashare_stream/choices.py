@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,12 @@ def planned(chosen: Args, workspace: Path, progress: Progress = silent) -> Plan:
             remedy="Make it again by lorashare-stream plan.",
         )
     return replace(made, refused=(*refused, *made.refused))
+
+
+def names_meant(given: Sequence[str], known: Collection[str]) -> list[str]:
+    """Names of adapters, each once; an id of the Hub means the adapter that is named after it."""
+    ids = {name: parse_hub_id(name) for name in given if name not in known}
+    return list(dict.fromkeys(hub.name if (hub := ids.get(n)) is not None and hub.name in known else n for n in given))
 
 
 def _saved_source(adapter: Mapping[str, Any]) -> Source:

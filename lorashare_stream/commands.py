@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from .choices import Args, make_plan, planned, with_config
+from .choices import Args, make_plan, names_meant, planned, with_config
 from .errors import StreamError, UsageError, skipped_as_json
 from .files import own_folder, tree_bytes, write_json
 from .hub import Hub
@@ -20,7 +20,7 @@ from .pipeline import compress as run_plan
 from .pipeline import default_workspace
 from .planning import Plan, plan_as_json
 from .publishing import check_output, output_folder
-from .remote import recalled
+from .remote import recalled, source_of
 from .report import facts, notes_text, plan_text, plan_warnings, summary_text, table
 from .shareconfig import SHAREConfig, read_share_config
 from .shareformat import ours_of
@@ -132,7 +132,7 @@ def reconstruct(args: Args) -> int:
     from .model import SHAREModel
 
     model, out = SHAREModel.from_pretrained(args["checkpoint"]), Path(args["output"])
-    names = model.adapter_names if "all" in args else list(dict.fromkeys(args["adapter"]))
+    names = model.adapter_names if "all" in args else names_meant(args["adapter"], model.adapter_names)
     unknown = [n for n in names if n not in model.all_loadings]
     if unknown:
         model.reconstruct(unknown[0])  # raises, naming what is near
@@ -167,7 +167,11 @@ def verify(args: Args) -> int:
     elif Workspace(beside).exists():
         sources = [replace(source, name=None) for source in recalled(beside)]  # matched by their ids
     else:
-        raise UsageError("no originals to compare with", found=f"no {shown(beside)}", remedy="Name them by --sources.")
+        ids = [str(model.certified(name).get("source_id", "")) for name in model.adapter_names]
+        sources = [source for source in (source_of(i, None) for i in ids) if source.hub is not None]
+        if not sources:
+            missing = f"no {shown(beside)}, and no adapter of the Hub"
+            raise UsageError("no originals to compare with", found=missing, remedy="Name them by --sources.")
     found = verdicts_of(model, originals_of(model, sources), workspace=beside, offline=offline)
     verdicts = list(progress_of(args)("verify", len(model.adapter_names), found))
     verdicts.sort(key=lambda v: (v.problem is None, -v.relative_error if v.relative_error >= 0 else 0, v.name))

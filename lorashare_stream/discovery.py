@@ -9,16 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .adapterfiles import CONFIG, INDEXES, PICKLE, SAFETENSORS
+from .adapterfiles import CONFIG, PICKLE, SAFETENSORS
 from .errors import StreamError
 from .files import atomic_file
 from .hub import Hub
 from .hubid import HubId, is_repo, parse_hub_id
-from .names import shown
+from .names import listed, shown
+from .shards import INDEXES, SHARD
 from .sources.pins import listing_of, peft_type_of
 
 EXPAND = ["sha", "siblings", "gated", "private", "config", "cardData", "tags", "downloads", "usedStorage"]
-_WEIGHTS = {SAFETENSORS, PICKLE, *INDEXES}
+_KNOWN = {CONFIG, SAFETENSORS, PICKLE, *INDEXES}
 _OF_TRAINING = re.compile(r"(^|/)checkpoint-\d+$")
 Item = dict[str, Any]
 
@@ -79,7 +80,7 @@ def discover(
     if not items:
         raise StreamError(
             f"the Hub lists no LoRA adapter of {shown(', '.join(bases))}",
-            found=f"{len(left_out)} of other kinds" if left_out else "nothing",
+            found=listed((f"{repo}: {reason}" for repo, reason in left_out), 3) or "nothing",
             remedy="Name the base as its adapters name it, and its mirrors by --base-alias; loosen the filters.",
         )
     return Discovery(tuple(items), tuple(left_out))
@@ -99,8 +100,16 @@ def _adapters_in(info: Any, base: str) -> tuple[list[Item], str | None]:
     chosen = [""] if "" in folders else sorted(f for f in folders if not _OF_TRAINING.search(f))
     chosen = [f for f in chosen if parse_hub_id(str(HubId(info.id, info.sha, f))) == HubId(info.id, info.sha, f)]
     items = [_item(info, folder, base) for folder in chosen]
-    usable = [item for item in items if _WEIGHTS & set(item["files"])]
+    usable = [item for item in items if _has_weights(item["files"])]
+    if not chosen:
+        return [], "only checkpoints of a training"
     return usable, None if usable else f"no {SAFETENSORS} or {PICKLE} in a folder that can be named"
+
+
+def _has_weights(files: Sequence[str]) -> bool:
+    """Whether files of these names are those of an adapter; an index may be that of a whole model."""
+    shards = any(SHARD.fullmatch(name) and name.startswith("adapter_model") for name in files)
+    return SAFETENSORS in files or PICKLE in files or (shards and not set(INDEXES).isdisjoint(files))
 
 
 def _item(info: Any, folder: str, base: str) -> Item:
@@ -109,7 +118,7 @@ def _item(info: Any, folder: str, base: str) -> Item:
         "repo": info.id,
         "revision": info.sha,
         "subfolder": folder,
-        "files": [name for name in listing.files if name in {CONFIG, *_WEIGHTS} or name.endswith(".safetensors")],
+        "files": [name for name in listing.files if name in _KNOWN or SHARD.fullmatch(name)],
         "size": info.used_storage,
         "gated": listing.gated,
         "private": listing.private,

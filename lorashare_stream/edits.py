@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import adding, refitting, shrinking
-from .choices import Args, named_sources
+from .choices import Args, named_sources, names_meant
 from .errors import StreamError, skipped_as_json
 from .files import tree_bytes
 from .means import Means, opened
@@ -63,7 +63,7 @@ def add(args: Args) -> int:
 def remove(args: Args) -> int:
     """`remove`: adapters out of a checkpoint; fails if their trace was to go, and could not."""
     out = Path(args["checkpoint"])
-    names = list(dict.fromkeys(args.get("adapters", ())))
+    names = names_meant(args.get("adapters", ()), opened(out)[1].adapter_names)
     done = shrinking.remove(out, names, _means(args), refit="refit" in args)
     left = sorted({*done.in_bases, *(done.in_moments or {})})
     result = {

@@ -7,10 +7,11 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
-from .adapterfiles import file_fact, tensor_records
+from .adapterfiles import FileFact, file_fact, tensor_records
 from .entry import Entry
 from .errors import AdapterError
 from .files import remove_tree, tree_bytes
@@ -41,13 +42,15 @@ class Fetcher:
         self._client: Hub | None = None
         self._threads: list[threading.Thread] = []
         self._queue: deque[Entry] = deque()
-        self._wanted: Counter[str] = Counter()  # by name: uses that were announced, and are not over
+        # By source id, since a name may be given again, and an adapter have two:
+        self._wanted: Counter[str] = Counter()  # uses that were announced, and are not over
         self._ahead: Counter[str] = Counter()  # those of them that are yet to begin
         self._awaited: set[str] = set()  # somebody waits for them now: they go before what is fetched ahead
-        self._busy: set[str] = set()  # in the queue, or being fetched
-        self._here: dict[str, Entry | AdapterError] = {}
-        self._taken: dict[str, int] = {}  # bytes by subfolder, those reserved for what is being fetched included
+        self._queued: set[str] = set()
+        self._fetched: set[str] = set()  # being fetched
+        self._here: dict[str, tuple[FileFact, ...] | AdapterError] = {}
         self._entries: dict[str, Entry] = {}  # by subfolder: what was ever wanted
+        self._taken: dict[str, int] = {}  # bytes by subfolder, those reserved for what is being fetched included
         self._failure: BaseException | None = None
         self._closed = False
         for left in folder.iterdir() if folder is not None and folder.is_dir() else ():
@@ -58,9 +61,9 @@ class Fetcher:
     def ahead(self, entries: Iterable[Entry]) -> None:
         """Say what will be wanted, in order, so that it is fetched when there is room."""
         with self._changed:
-            remote = [e for e in entries if not e.fetched and not self._ahead[e.name]]
-            self._ahead.update(e.name for e in remote)
-        self._want(remote)
+            remote = {e.source_id: e for e in entries if not e.fetched and not self._ahead[e.source_id]}
+            self._ahead.update(remote.keys())
+        self._want(remote.values())
 
     def arriving(self, entries: Sequence[Entry]) -> Iterator[Entry | AdapterError]:
         """The adapters with their files on this machine, as they come: local ones at once, then those of the Hub.
@@ -71,10 +74,15 @@ class Fetcher:
             UnreachableError: if the Hub does not answer.
         """
         yield from (e for e in entries if e.fetched)
-        remote = {e.name: e for e in entries if not e.fetched}
+        remote: dict[str, list[Entry]] = {}
+        for entry in entries:
+            if not entry.fetched:
+                remote.setdefault(entry.source_id, []).append(entry)
         with self._changed:
-            fresh = [e for e in remote.values() if not self._ahead[e.name]]
-            self._ahead -= Counter(remote.keys())
+            fresh = [e for some in remote.values() for e in some]
+            for source_id, some in remote.items():
+                if self._ahead.pop(source_id, 0):
+                    fresh.remove(some[0])
             self._awaited |= remote.keys()
         self._want(fresh)
         while remote:
@@ -82,26 +90,26 @@ class Fetcher:
                 self._changed.wait_for(lambda: self._failure is not None or remote.keys() & self._here.keys())
                 if self._failure is not None:
                     raise self._failure
-                come = [(name, self._here[name]) for name in remote if name in self._here]
-                self._awaited -= {name for name, _ in come}
-            for name, result in come:
-                del remote[name]
-                yield result
+                come = [(source_id, self._here[source_id]) for source_id in remote if source_id in self._here]
+                self._awaited -= {source_id for source_id, _ in come}
+            for source_id, result in come:
+                yield from (_given(entry, result) for entry in remote.pop(source_id))
 
     def only(self, entries: Iterable[Entry]) -> None:
         """Say that of what was announced no others than these are wanted after all."""
         with self._changed:
-            for name in {name for name, count in self._ahead.items() if count} - {e.name for e in entries}:
-                self._wanted[name] -= self._ahead.pop(name)
+            for source_id in self._ahead.keys() - {e.source_id for e in entries}:
+                self._wanted[source_id] -= self._ahead.pop(source_id)
             self._wanted += Counter()  # drops what is at 0
-            dropped = {e.name for e in self._queue if not self._wanted[e.name]}
-            self._queue = deque(e for e in self._queue if e.name not in dropped)
-            self._busy -= dropped
+            self._queue = deque(e for e in self._queue if self._wanted[e.source_id])
+            self._queued = {e.source_id for e in self._queue}
 
-    def release(self, names: Iterable[str]) -> None:
+    def release(self, entries: Iterable[Entry]) -> None:
         """Say that a use of adapters is over."""
         with self._changed:
-            self._wanted -= Counter(n for n in names if self._wanted[n])
+            for entry in entries:
+                if self._wanted[entry.source_id]:
+                    self._wanted[entry.source_id] -= 1
             self._changed.notify_all()
 
     def close(self, *, finished: bool) -> None:
@@ -117,14 +125,14 @@ class Fetcher:
         if finished and self._folder is not None:
             remove_tree(self._folder)
 
-    def _want(self, entries: Sequence[Entry]) -> None:
+    def _want(self, entries: Iterable[Entry]) -> None:
+        entries = list(entries)
         with self._changed:
             for entry in entries:
                 self._entries[slug(entry.source_id)] = entry
-                if entry.name not in self._busy and entry.name not in self._here:
-                    self._busy.add(entry.name)
-                    self._queue.append(entry)
-                self._wanted[entry.name] += 1
+                if entry.source_id not in {*self._queued, *self._fetched, *self._here}:
+                    self._enqueue(entry)
+                self._wanted[entry.source_id] += 1
             self._queue = deque(sorted(self._queue, key=self._urgency))
             while entries and len(self._threads) < AT_ONCE:
                 self._client = self._client or self._hub()
@@ -133,6 +141,10 @@ class Fetcher:
                 thread.start()
             self._changed.notify_all()
 
+    def _enqueue(self, entry: Entry) -> None:
+        self._queued.add(entry.source_id)
+        self._queue.append(entry)
+
     def _work(self) -> None:
         while True:
             with self._changed:
@@ -140,10 +152,11 @@ class Fetcher:
                 if self._closed:
                     return
                 entry = self._queue.popleft()
+                self._queued.discard(entry.source_id)
+                self._fetched.add(entry.source_id)
             try:
-                result: Entry | AdapterError = self._fetch(entry)
+                result: tuple[FileFact, ...] | AdapterError = self._fetch(entry)
             except AdapterError as e:
-                e.adapter, e.source = entry.name, entry.where
                 result = e
             except BaseException as e:  # of the Hub or this machine: said by whoever waits
                 with self._changed:
@@ -151,8 +164,11 @@ class Fetcher:
                     self._changed.notify_all()
                 return
             with self._changed:
-                self._here[entry.name] = result
-                self._busy.discard(entry.name)
+                if isinstance(result, AdapterError) and self._folder is not None:  # nothing that takes room
+                    remove_tree(self._folder / slug(entry.source_id))
+                    self._taken.pop(slug(entry.source_id), None)
+                self._here[entry.source_id] = result
+                self._fetched.discard(entry.source_id)
                 self._changed.notify_all()
 
     def _has_room(self, entry: Entry) -> bool:
@@ -162,7 +178,7 @@ class Fetcher:
         place = slug(entry.source_id)
         need = entry.hub_bytes - self._taken.get(place, 0)  # a killed run may have left it, or a part
         while need > 0 and sum(self._taken.values()) + need > self._budget:
-            other = next((p for p in self._taken if self._may_go(p, for_whom=entry.name)), None)
+            other = next((p for p in self._taken if p != place and self._may_go(p, for_whom=entry.source_id)), None)
             if other is None:
                 return False
             self._evict(self._folder, other)
@@ -171,25 +187,25 @@ class Fetcher:
 
     def _may_go(self, place: str, for_whom: str) -> bool:
         """Whether what is in a subfolder is not wanted; or is ahead of its time, while somebody waits for another."""
-        name = self._entries[place].name if place in self._entries else ""
-        uses = self._ahead[name] if for_whom in self._awaited else 0
-        return self._wanted[name] == uses and name not in self._busy
+        source_id = self._entries[place].source_id if place in self._entries else ""
+        uses = self._ahead[source_id] if for_whom in self._awaited else 0
+        return self._wanted[source_id] == uses and source_id not in self._fetched
 
     def _evict(self, folder: Path, place: str) -> None:
         remove_tree(folder / place)
         del self._taken[place]
         entry = self._entries.get(place)
         if entry is not None:
-            self._here.pop(entry.name, None)
-            if self._wanted[entry.name]:  # it is fetched again in its time
-                self._busy.add(entry.name)
-                self._queue.append(entry)
+            self._here.pop(entry.source_id, None)
+            if self._wanted[entry.source_id] and entry.source_id not in self._queued:  # fetched again in its time
+                self._enqueue(entry)
 
     def _urgency(self, entry: Entry) -> tuple[bool, bool]:
-        """What somebody waits for is first, then what a killed run has left, or a part of it."""
-        return entry.name not in self._awaited, slug(entry.source_id) not in self._taken
+        """What somebody waits for is first, then what a killed run has left whole: it needs no more room."""
+        left = self._taken.get(slug(entry.source_id), -1)
+        return entry.source_id not in self._awaited, left < entry.hub_bytes
 
-    def _fetch(self, entry: Entry) -> Entry:
+    def _fetch(self, entry: Entry) -> tuple[FileFact, ...]:
         origin, client = entry.origin, self._client
         assert origin is not None
         assert client is not None
@@ -209,7 +225,16 @@ class Fetcher:
                 expected=f"{entry.hub_bytes} bytes, with the same header",
                 remedy="The cache is damaged, or the Hub changes what is pinned: remove the file, and run it again.",
             )
-        return replace(entry, folder=paths[0].parent, files=facts, fetched=True)
+        return facts
+
+
+def _given(entry: Entry, result: tuple[FileFact, ...] | AdapterError) -> Entry | AdapterError:
+    """An adapter with its files, or the error, for one of those who wait for it."""
+    if isinstance(result, AdapterError):
+        error = copy(result)
+        error.adapter, error.source = entry.name, entry.where
+        return error
+    return replace(entry, folder=result[0].path.parent, files=result, fetched=True)
 
 
 @contextmanager

@@ -1,8 +1,7 @@
 """The Hugging Face Hub, by its own client: what is permanent is said at once, what is not is waited out.
 
 Permanent is what concerns one adapter (missing, gated, private, refused): an `AdapterError`. Waited out are rate
-limits, errors of the server, and connections that fail, for `PATIENCE` seconds; then the run stops, and may be run
-again.
+limits, errors of the server, and connections that fail, for some minutes; then the run stops, and may be run again.
 """
 
 from __future__ import annotations
@@ -15,18 +14,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .errors import StreamError, UnreachableError
-from .huberrors import not_cached, passing, permanent
+from .errors import AdapterError, StreamError, UsageError
+from .huberrors import NoSecrets, not_cached
 from .hubid import HubId
-from .names import shown
+from .patience import patiently, unheard
 
 T = TypeVar("T")
-PATIENCE = 15 * 60.0  # seconds of waiting for one answer, outages of some minutes included
-LONGEST = 330.0  # seconds waited at once: the Hub counts requests in windows of 5 minutes
-UNHEARD = 60.0  # of the first answer to what may be a mistyped path
-FIRST_PAUSE = 1.0  # seconds; doubled each time, up to a minute
 FIRST_BYTES = 256 << 10  # of a weight file: the header, unless the adapter has some thousand tensors
+MOST_HEADER = 16 << 20  # bytes of a header: that of a hundred thousand tensors
 TIMEOUT = 20.0  # seconds without a byte
+LONG_TIMEOUT = 120.0  # the same, of requests that make the Hub work: listings, commits
+DEADLINE = 120.0  # seconds for a header
 log = logging.getLogger(__name__)
 
 
@@ -60,55 +58,30 @@ class Hub:
     """
 
     def __init__(self, *, offline: bool = False, stopped: threading.Event | None = None) -> None:
-        from huggingface_hub import is_offline_mode
+        from huggingface_hub import get_token, is_offline_mode
 
+        check_token(get_token())
+        for handler in logging.getLogger("huggingface_hub").handlers:
+            if not any(isinstance(f, NoSecrets) for f in handler.filters):
+                handler.addFilter(NoSecrets())
         self.offline = offline or is_offline_mode()
         self.stopped = stopped or threading.Event()
 
     @property
     def api(self) -> Any:
         """The client, which takes the token from the environment."""
-        from huggingface_hub import HfApi
+        from huggingface_hub import HfApi, get_session
 
         from .version import __version__
 
+        session = get_session()
+        if session.timeout.read is None:  # else a server that accepts and never answers is waited for, for ever
+            session.timeout = LONG_TIMEOUT
         return HfApi(library_name="lorashare-stream", library_version=__version__)
 
-    def patiently(self, call: Callable[[], T], what: str, patience: float | None = None) -> T:
-        """The result of a request; what may pass is waited out.
-
-        Args:
-            call: makes the request.
-            what: it is for, in messages.
-            patience: seconds; those of `PATIENCE` if None.
-
-        Raises:
-            AdapterError: if it cannot be had, whenever it is asked for.
-            UnreachableError: if the Hub did not answer for `PATIENCE` seconds.
-        """
-        pause, waited = FIRST_PAUSE, 0.0
-        while True:
-            try:
-                result = call()
-                _HEARD.set()
-                return result
-            except Exception as e:
-                why, seconds = passing(e)
-                if why is None:
-                    error = permanent(e, what, offline=self.offline)
-                    if error is e:
-                        raise
-                    raise error from e
-            seconds = min(LONGEST, pause if seconds is None else seconds)
-            if waited + seconds > (PATIENCE if patience is None else patience):
-                raise UnreachableError(
-                    "the Hub cannot be reached", found=f"{why}, for {waited:.0f} s",
-                    remedy="What is done is kept: run the same command again when it can be.",
-                )  # fmt: skip
-            _say_once(f"the Hub: {why}; waiting {seconds:.0f} s ({what})")
-            if self.stopped.wait(seconds):
-                raise UnreachableError("stopped while waiting for the Hub", found=why)
-            waited, pause = waited + seconds, min(2 * pause, 60.0)
+    def patiently(self, call: Callable[[], T], what: str, most: float | None = None) -> T:
+        """The result of a request, as `patience.patiently`."""
+        return patiently(call, what, self.stopped, offline=self.offline, most=most)
 
     def info(self, hub_id: HubId) -> Any:
         """The `ModelInfo` of a repository at a revision: one request, of the API.
@@ -116,11 +89,15 @@ class Hub:
         If nothing was heard of the Hub yet, what looks like an id may be a path that is mistyped: it is soon said.
         """
         self._demand_online(hub_id)
-        return self.patiently(
-            lambda: self.api.model_info(hub_id.repo, revision=hub_id.revision or None),
-            f"{hub_id}, which is no folder here",
-            None if _HEARD.is_set() else UNHEARD,
-        )
+
+        def get() -> Any:
+            try:
+                return self.api.model_info(hub_id.repo, revision=hub_id.revision or None, timeout=TIMEOUT)
+            except (TypeError, AttributeError, KeyError) as e:
+                problem = "what the Hub says of it cannot be read"
+                raise AdapterError(problem, found=type(e).__name__, remedy="Leave it out.") from e
+
+        return self.patiently(get, str(hub_id), unheard())
 
     def models(self, **query: Any) -> Iterator[Any]:
         """The models that a query finds, as `HfApi.list_models` gives them: one request a page.
@@ -130,7 +107,7 @@ class Hub:
         if self.offline:
             raise StreamError("the Hub cannot be asked offline", remedy="Use a manifest that was made before.")
         pages = _Pages(self, query)
-        while (model := self.patiently(pages.one, "listing models")) is not None:
+        while (model := self.patiently(pages.one, "listing models", unheard())) is not None:
             yield model
 
     def head(self, hub_id: HubId, file: str) -> tuple[bytes, int]:
@@ -145,10 +122,28 @@ class Hub:
 
         start, size = get(0, FIRST_BYTES - 1)
         end = 8 + int.from_bytes(start[:8], "little")
-        if len(start) < end <= min(size, 100_000_000):
+        if end > MOST_HEADER and end <= size and file.endswith(".safetensors"):
+            raise AdapterError(
+                "a header that is longer than that of an adapter", key=file, found=f"{end} bytes",
+                expected=f"at most {MOST_HEADER}", remedy="Leave it out, or fetch it and name its folder.",
+            )  # fmt: skip
+        if len(start) < end <= min(size, MOST_HEADER):
             rest, _ = get(len(start), end - 1)
             start += rest
         return start, size
+
+    def text(self, hub_id: HubId, file: str) -> bytes:
+        """A small file, by one ranged request.
+
+        Raises:
+            AdapterError: if it is none.
+        """
+        self._demand_online(hub_id, file)
+        what = f"{hub_id}: {file}"
+        found, size = self.patiently(lambda: self._range(hub_id, file, 0, MOST_HEADER - 1), what)
+        if size > MOST_HEADER:
+            raise AdapterError("a file that is too large", key=file, found=f"{size} bytes", remedy="Leave it out.")
+        return found
 
     def _range(self, hub_id: HubId, file: str, first: int, last: int) -> tuple[bytes, int]:
         from huggingface_hub import get_session, hf_hub_url
@@ -163,13 +158,17 @@ class Hub:
             hf_raise_for_status(response)
             whole = response.status_code != 206  # a server that ignores the range sends all: it is not read to the end
             skip = first if whole else 0
-            size = response.headers.get("Content-Length") if whole else _total(response.headers.get("Content-Range"))
-            found = bytearray()
+            size = _number(response.headers.get("Content-Length" if whole else "Content-Range", "").rpartition("/")[2])
+            if size is None:
+                raise ConnectionError("an answer without its length")
+            found, end = bytearray(), time.monotonic() + DEADLINE
             for chunk in response.iter_bytes(1 << 16):
                 found += chunk
+                if time.monotonic() > end:
+                    raise TimeoutError("a server that is too slow")
                 if len(found) >= skip + last - first + 1:
                     break
-        return bytes(found[skip : skip + last - first + 1]), int(size if size is not None else len(found))
+        return bytes(found[skip : skip + last - first + 1]), int(size)
 
     def download(self, hub_id: HubId, file: str, folder: Path | None) -> Path:
         """A file of a pinned adapter, in a folder, or in the user's cache; without a request if it is there."""
@@ -197,6 +196,11 @@ class Hub:
         found = try_to_load_from_cache(hub_id.repo, hub_id.path(file), revision=hub_id.revision or None)
         return Path(found) if isinstance(found, str) else None
 
+    def commits(self, hub_id: HubId) -> list[str]:
+        """The commits of a repository that the user's cache has files of."""
+        folder = repo_folder(cache_folder(), hub_id.repo) / "snapshots"
+        return sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+
     def _demand_online(self, hub_id: HubId, file: str | None = None) -> None:
         if self.offline:
             raise not_cached(f"{hub_id}: {file}" if file else str(hub_id))
@@ -209,9 +213,25 @@ def cache_folder() -> Path:
     return Path(constants.HF_HUB_CACHE).expanduser()
 
 
-def _total(content_range: str | None) -> str | None:
-    total = (content_range or "").rpartition("/")[2]
-    return total if total.isdigit() else None
+def repo_folder(cache: Path, repo: str) -> Path:
+    """Where a cache has the files of a repository."""
+    from huggingface_hub.file_download import repo_folder_name
+
+    return cache / repo_folder_name(repo_id=repo, repo_type="model")
+
+
+def check_token(token: str | bool | None) -> None:
+    """Refuse a token that cannot be one, without showing it.
+
+    Raises:
+        UsageError: if it has characters that none has.
+    """
+    if isinstance(token, str) and not (token and token.isascii() and token.isprintable()):
+        raise UsageError("the token has characters that none has", remedy="Look for a line break, or a blank, in it.")
+
+
+def _number(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else None
 
 
 def no_bar() -> Any:
@@ -224,17 +244,3 @@ def no_bar() -> Any:
             super().__init__(*args, **{**kwargs, "disable": True})
 
     return NoBar
-
-
-_HEARD = threading.Event()  # the Hub has answered
-_said_at = [0.0]
-_SAY = threading.Lock()
-
-
-def _say_once(text: str) -> None:
-    """Of the many requests that wait for the same, one says so."""
-    with _SAY:
-        now = time.monotonic()
-        if now - _said_at[0] > 5:
-            _said_at[0] = now
-            log.warning("%s", shown(text))

@@ -52,7 +52,7 @@ def parse_hub_id(text: str) -> HubId | None:
     >>> parse_hub_id("../org/name") is None
     True
     """
-    head, _, subfolder = text.removeprefix("hf://").partition("//")
+    head, _, subfolder = text.removeprefix("hf://").rstrip("/").partition("//")
     repo, at, revision = head.partition("@")
     parts = subfolder.rstrip("/").split("/") if subfolder else []
     if not is_repo(repo) or (at and (not _REVISION.fullmatch(revision) or ".." in revision)):
@@ -60,6 +60,23 @@ def parse_hub_id(text: str) -> HubId | None:
     if any(part in ("", ".", "..") or not part.isprintable() or "\\" in part for part in parts):
         return None
     return HubId(repo, revision, "/".join(parts))
+
+
+def meant_by(text: str) -> str | None:
+    """The id that was meant by an address of a page, or by a path into a repository; None if none can be.
+
+    >>> [meant_by(t) for t in ("https://host/org/x/tree/main/a", "org/x/v1")]
+    ['org/x@main//a', 'org/x//v1']
+    """
+    page = re.fullmatch(r"https?:/+[^/]+/([^/?#]+/[^/?#]+)(?:/(?:tree|blob)/([^/?#]+)(/[^?#]*)?)?/?", text)
+    parts = text.split("/")
+    if page is not None:
+        found = HubId(page[1], page[2] or "", (page[3] or "").strip("/"))
+    elif len(parts) > 2 and parts[0] and not text.startswith((".", "~")):
+        found = HubId("/".join(parts[:2]), "", "/".join(parts[2:]))
+    else:
+        return None
+    return str(found) if parse_hub_id(str(found)) == found else None
 
 
 def is_repo(text: str) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection
 from contextlib import suppress
+from functools import partial
 from glob import escape
 from itertools import islice
 from pathlib import Path
@@ -17,9 +18,10 @@ from typing import TypeVar
 from .adapterfiles import CONFIG as ADAPTER_CONFIG
 from .errors import CheckpointError, MissingCheckpointError, StreamError, UnreachableError, UsageError
 from .files import atomic_path
-from .hub import Hub, no_bar
+from .hub import Hub, check_token, no_bar, repo_folder
 from .hubid import HubId, parse_hub_id
 from .names import listed, shown
+from .patience import unheard
 from .shareformat import ADAPTERS, COMPONENTS, CONFIG, FILES, LOADINGS, META, VERBATIM
 
 T = TypeVar("T")
@@ -63,6 +65,10 @@ class Folder:
 
     def fetch(self) -> None:
         """Have all files at once, sooner than one by one."""
+
+    def is_closed(self) -> bool:
+        """Whether not everybody may read it: of a folder it is not known."""
+        return False
 
 
 class Repository:
@@ -120,10 +126,8 @@ class Repository:
             sha = config.parents[self.id.path(CONFIG).count("/")].name
         else:
             api, revision = self._hub.api, self.id.revision or None
-            info = self._patiently(
-                lambda: api.model_info(self.id.repo, revision=revision, expand=["sha"], token=self._token), str(self.id)
-            )
-            sha = str(info.sha)
+            ask = partial(api.model_info, self.id.repo, revision=revision, expand=["sha"], token=self._token)
+            sha = str(self._patiently(ask, str(self.id), unheard()).sha)
         pinned = HubId(self.id.repo, sha, self.id.subfolder)
         if not pinned.pinned:
             raise CheckpointError("no commit is named for the revision", found=sha, expected="40 hex digits")
@@ -198,10 +202,16 @@ class Repository:
             str(self.id),
         )
 
-    def _patiently(self, call: Callable[[], T], what: str) -> T:
+    def is_closed(self) -> bool:
+        """Whether not everybody may read it where it is."""
+        ask = partial(self._hub.api.model_info, self.id.repo, expand=["private", "gated"], token=self._token)
+        info = self._patiently(ask, str(self.id))
+        return bool(info.private or info.gated)
+
+    def _patiently(self, call: Callable[[], T], what: str, most: float | None = None) -> T:
         """The result of a request, with errors that are said of a checkpoint, not of an adapter."""
         try:
-            return self._hub.patiently(call, what)
+            return self._hub.patiently(call, what, most)
         except UnreachableError:
             raise
         except StreamError as e:
@@ -244,9 +254,7 @@ class Repository:
         """Note in the cache which commit a branch or tag is, as the client does: offline it is known by that."""
         if self._hub.offline or revision == self.id.revision:
             return
-        from huggingface_hub.file_download import repo_folder_name
-
-        ref = self._cache / repo_folder_name(repo_id=self.id.repo, repo_type="model") / "refs" / revision
+        ref = repo_folder(self._cache, self.id.repo) / "refs" / revision
         with suppress(OSError):  # a cache that is only read does as well
             if not ref.exists() or ref.read_text() != self.id.revision:
                 ref.parent.mkdir(parents=True, exist_ok=True)
@@ -285,8 +293,7 @@ def place_of(
     asked = parse_hub_id(f"{hub_id.repo}{f'@{revision}' if revision else ''}//{subfolder}")
     if asked is None:
         raise UsageError("no revision or subfolder of a repository", found=f"revision {revision}, folder {subfolder}")
-    if isinstance(token, str) and not (token.isascii() and token.isprintable()):
-        raise UsageError("the token has characters that none has", remedy="Look for a line break at its end.")
+    check_token(token)
     if local_files_only and force_download:
         raise UsageError("local_files_only and force_download exclude each other", remedy="Give one.")
     hub = Hub(offline=local_files_only)

@@ -43,6 +43,23 @@ class Known:
     refused: ValuesError | None = None
 
 
+@dataclass(frozen=True)
+class Fact:
+    """A line of an adapter: its files, the digests of what it has in common with others, what the Hub says of it."""
+
+    files: tuple[tuple[str, int], ...]
+    tensors: str
+    configuration: str | None
+    listing: Listing
+
+    @classmethod
+    def of(cls, line: dict[str, Any]) -> Fact:
+        """The fact of a line; it must be what was written, of this version."""
+        listing = Listing(**{**line["listing"], "files": tuple(line["listing"]["files"])})
+        files = tuple((str(name), int(size)) for name, size in line["files"])
+        return cls(files, str(line["tensors"]), line["configuration"], listing)
+
+
 def digest_of_records(records: Records) -> str:
     """A digest by which a file is known to be the one whose header was read."""
     return digest_of([_plain(r) for r in records])
@@ -59,7 +76,7 @@ class Ledger:
     def __init__(self, path: Path | None, *, writes: bool = True) -> None:
         self._path = path if writes else None
         self._lock = threading.Lock()
-        self._adapters: dict[str, dict[str, Any]] = {}
+        self._adapters: dict[str, Fact] = {}
         self._records: dict[str, Records] = {}
         self._configs: dict[str, str] = {}
         self._refused: dict[str, ValuesError] = {}  # by source id: what was fetched, and is not fetched again
@@ -81,20 +98,21 @@ class Ledger:
             elif "config" in fact:
                 self._configs[fact["digest"]] = fact["config"]
             else:
-                self._adapters[fact["id"]] = fact
-        except (ValueError, KeyError, TypeError):
+                self._adapters[str(fact["id"])] = Fact.of(fact)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return
+
+    def refuses(self, source_id: str) -> bool:
+        """Whether the values of an adapter are known to be such that they must not touch a moment."""
+        return source_id in self._refused
 
     def get(self, source_id: str) -> Known | None:
         """What is known of an adapter, if its tensors are."""
         fact = self._adapters.get(source_id)
-        if fact is None or fact["tensors"] not in self._records:
+        if fact is None or fact.tensors not in self._records:
             return None
-        listing = Listing(**{**fact["listing"], "files": tuple(fact["listing"]["files"])})
-        files = tuple((name, size) for name, size in fact["files"])
-        records = self._records[fact["tensors"]]
-        config, refused = self._configs.get(fact["configuration"] or ""), self._refused.get(source_id)
-        return Known(files, records, fact["tensors"], config, listing, refused)
+        config, refused = self._configs.get(fact.configuration or ""), self._refused.get(source_id)
+        return Known(fact.files, self._records[fact.tensors], fact.tensors, config, fact.listing, refused)
 
     def put(self, source_id: str, known: Known) -> Known:
         """Keep what is known of an adapter; what others have in common with it is shared with them."""
@@ -107,16 +125,10 @@ class Ledger:
             if configuration is not None and configuration not in self._configs:
                 self._configs[configuration] = str(known.config)
                 lines.append({"digest": configuration, "config": known.config})
-            fact: dict[str, Any] = {
-                "id": source_id,
-                "files": [list(f) for f in known.files],
-                "tensors": known.digest,
-                "configuration": configuration,
-                "listing": {**asdict(known.listing), "files": list(known.listing.files)},
-            }
+            fact = Fact(known.files, known.digest, configuration, known.listing)
             if self._adapters.get(source_id) != fact:
                 self._adapters[source_id] = fact
-                lines.append(fact)
+                lines.append({"id": source_id, **asdict(fact)})
             self._write(b"".join(json.dumps(sealed(line)).encode() + b"\n" for line in lines))
         config = None if configuration is None else self._configs[configuration]
         return replace(known, records=self._records[known.digest], config=config)

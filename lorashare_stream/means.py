@@ -16,7 +16,7 @@ from .growing import demand_unchanged
 from .names import listed
 from .pipeline import Outcome, compress, default_workspace
 from .planning import Plan
-from .publishing import output_folder
+from .publishing import demand_folder, output_folder
 from .running import Progress, Run, silent
 from .settings import Settings
 from .shareconfig import SHAREConfig, read_share_config
@@ -125,7 +125,12 @@ def check_same(
 
 
 def opened(folder: Path) -> tuple[Path, SHAREConfig]:
-    """A checkpoint that is to be changed, mended if a run was killed while it was replaced."""
+    """A checkpoint that is to be changed, mended if a run was killed while it was replaced.
+
+    Raises:
+        CheckpointError: if there is none in that folder.
+    """
+    demand_folder(folder)
     out = output_folder(Path(os.path.realpath(folder)))  # the workspace lies beside what a link leads to
     mend(out)
     return out, read_share_config(out)

@@ -129,6 +129,7 @@ class Opened:
         commit_message: str | None = None,
         revision: str | None = None,
         create_pr: bool = False,
+        overwrite: bool = False,
     ) -> str:
         """Upload the checkpoint to a repository of the Hub, which is made if there is none, its configuration last.
 
@@ -139,14 +140,18 @@ class Opened:
             commit_message: else one that says what it is.
             revision: the branch; None is the default branch.
             create_pr: whether the commits are proposed as a pull request.
+            overwrite: replace a checkpoint of other adapters, or push beside files of another kind.
 
         Returns:
             The URL of the last commit, or of the pull request.
         """
-        with self._open_reader().folder() as root:
+        reader = self._open_reader()
+        if private is None and reader.place.is_closed():
+            private = True  # who may not read it there may not read it elsewhere
+        with reader.folder() as root:
             pushed = push(
                 root, repo_id, private=private, token=token, commit_message=commit_message, revision=revision,
-                create_pr=create_pr,
+                create_pr=create_pr, overwrite=overwrite,
             )  # fmt: skip
         return pushed.url
 

@@ -28,6 +28,9 @@ def bars(step: str, total: int, results: Iterator[T]) -> Iterator[T]:
     """A bar with rate and time left."""
     from tqdm import tqdm
 
+    if not total:
+        yield from results
+        return
     yield from tqdm(results, desc=f"{step:10}", total=total, unit=_UNITS.get(step, "adapter"), file=sys.stderr)
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from .errors import UsageError
 from .files import atomic_path, remove_tree, sync, sync_tree, write_json
+from .hubid import parse_hub_id
+from .names import shown
 from .shareformat import ADAPTERS, FILES, STAGING, ours_of
 
 
@@ -81,6 +83,19 @@ def output_folder(out: Path) -> Path:
             "the output cannot be the current folder, nor one that holds it", found=out, remedy="Name a new folder."
         )
     return absolute
+
+
+def demand_folder(folder: Path) -> None:
+    """Demand a folder where a checkpoint is worked on, and no id of the Hub.
+
+    Raises:
+        UsageError: if it is one.
+    """
+    if not folder.exists() and parse_hub_id(str(folder)) is not None:
+        raise UsageError(
+            "no such folder; a checkpoint on the Hub cannot be worked on where it is", found=folder,
+            remedy=f"Fetch it first: hf download {shown(folder)} --local-dir FOLDER.",
+        )  # fmt: skip
 
 
 def check_output(out: Path, *, own: Collection[str], overwrite: bool) -> None:

@@ -10,7 +10,9 @@ from typing import Any
 
 from .errors import CheckpointError
 from .names import shown
-from .shareformat import ADAPTERS, SKIPPED, SPECTRUM
+from .shareformat import ADAPTERS, COMPONENTS, CONFIG, LOADINGS, META, SKIPPED, SPECTRUM, VERBATIM
+
+_COMMON = {SKIPPED, SPECTRUM, COMPONENTS, "README.md", ".gitattributes", ".gitignore", "LICENSE", "LICENSE.md"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +55,25 @@ Changes = dict[str, Item | None]  # path in the repository -> what it becomes; N
 
 def changes_for(items: Mapping[str, Item], there: Mapping[str, Any]) -> Changes:
     """What makes of the files that are there those that are to be; files of others are left alone."""
-    gone = [p for p in there if p not in items and (p.startswith(f"{ADAPTERS}/") or p in (SPECTRUM, SKIPPED))]
+    gone = [p for p in there if p not in items and (_is_of_an_adapter(p) or p in (SPECTRUM, SKIPPED))]
     new = {path: item for path, item in items.items() if not item.is_at(there.get(path))}
     return {**dict.fromkeys(gone), **new}
+
+
+def foreign(items: Mapping[str, Item], there: Mapping[str, Any]) -> list[str]:
+    """What of a repository no push wrote, and is not of every repository."""
+    return [p for p in there if p not in items and p not in _COMMON and p != CONFIG and not _is_of_an_adapter(p)]
+
+
+def others(items: Mapping[str, Item], there: Mapping[str, Any]) -> list[str]:
+    """The adapters on the Hub, if it has some and none of these is among them."""
+    ours, theirs = ({p.split("/")[1] for p in paths if _is_of_an_adapter(p)} for paths in (items, there))
+    return sorted(theirs) if theirs and not theirs & ours else []
+
+
+def _is_of_an_adapter(path: str) -> bool:
+    parts = path.split("/")
+    return len(parts) == 3 and parts[0] == ADAPTERS and parts[2] in (LOADINGS, META, VERBATIM)
 
 
 def undone(changes: Changes, there: Mapping[str, Any]) -> list[str]:

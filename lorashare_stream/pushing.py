@@ -18,7 +18,7 @@ from typing import Any
 from .adapterfiles import digest_files
 from .errors import CheckpointError, UsageError
 from .files import read_json, sealed, unsealed
-from .hub import Hub
+from .hub import Hub, check_token
 from .hubid import is_repo, parse_hub_id
 from .modelcard import MARK, Provenance, card
 from .names import counted, is_component, listed
@@ -47,6 +47,7 @@ class Pushed:
         revision: the SHA of the last commit, or the reference of the pull request.
         files: how many were uploaded now.
         present: how many were there already.
+        deleted: how many, of adapters that the checkpoint has no more, were deleted.
         private: whether the repository is.
     """
 
@@ -55,6 +56,7 @@ class Pushed:
     revision: str
     files: int
     present: int
+    deleted: int
     private: bool
 
 
@@ -67,6 +69,7 @@ def push(
     commit_message: str | None = None,
     revision: str | None = None,
     create_pr: bool = False,
+    overwrite: bool = False,
     progress: Progress = silent,
 ) -> Pushed:
     """Upload a checkpoint; run again, it uploads what is missing.
@@ -83,6 +86,7 @@ def push(
         commit_message: else one that says what it is.
         revision: a branch, made if there is none, or `refs/pr/N`; None is the default branch.
         create_pr: propose the commits as a pull request.
+        overwrite: replace a checkpoint of other adapters, or push beside files of another kind.
         progress: passes the results on as they come.
 
     Raises:
@@ -105,8 +109,8 @@ def push(
     is_private = target.prepare(private, closed)
     message = commit_message or f"SHARE checkpoint of {counted(len(local.names), 'adapter')}"
     config = Item.of(json.dumps(local.config, indent=2).encode())
-    done = target.upload({CARD: readme, **items}, config, message, progress)
-    return Pushed(repo_id, done.url, done.revision, done.uploaded, done.present, is_private)
+    done = target.upload({CARD: readme, **items}, config, message, progress, overwrite=overwrite)
+    return Pushed(repo_id, done.url, done.revision, done.uploaded, done.present, done.deleted, is_private)
 
 
 def _check(repo_id: str, token: Token, revision: str | None) -> None:
@@ -118,8 +122,7 @@ def _check(repo_id: str, token: Token, revision: str | None) -> None:
             raise UsageError("no name of a branch", found=revision)
         if asked.pinned:
             raise UsageError("a commit cannot be pushed to", found=revision, expected="a branch, or refs/pr/N")
-    if isinstance(token, str) and not (token and token.isascii() and token.isprintable()):
-        raise UsageError("the token has characters that none has", remedy="Look for a line break at its end.")
+    check_token(token)
 
 
 def _warn_of_size(adapters: int, files: int) -> None:
@@ -158,14 +161,17 @@ class _Local:
 
     def __init__(self, root: Path) -> None:
         self.root, read = root, read_share_config(root)
-        self.names = list(dict.fromkeys(read.adapter_names))
-        unsafe = [name for name in self.names if not is_component(name)]
+        unsafe = [name for name in read.adapter_names if not is_component(name)]
+        self.names = [] if unsafe else list(dict.fromkeys(read.adapter_names))
         if unsafe or not self.names:
             found = listed(unsafe) or "none"
             raise CheckpointError("adapter names that are no path components", found=found, expected="names of folders")
         if not has_files(root, self.names):
             raise CheckpointError("files of the checkpoint are missing", found=root, remedy="Fetch it again.")
-        self._scrub = Scrubber(read.base_model_name_or_path, [str(root.absolute()), str(root.resolve())])
+        settings = read.ours.get("settings", {})
+        aliases = settings.get("base_aliases", []) if isinstance(settings, dict) else []
+        paths = [str(root.absolute()), str(root.resolve()), read.base_model_name_or_path, *map(str, aliases)]
+        self._scrub = Scrubber(read.base_model_name_or_path, paths)
         self.config: dict[str, Any] = self._scrub(read_json(root / CONFIG))
         known = {k: v for k, v in self.config.items() if k in SHAREConfig.__dataclass_fields__}
         self.figures = replace(read, **known)
@@ -262,7 +268,8 @@ def _settled(hub: Hub, sources: Sequence[Provenance], token: Token) -> list[Prov
         assert source.hub is not None
         repo, what = source.hub.repo, ["gated", "private", "cardData", "tags"]
         told = listing_of(hub.patiently(lambda: hub.api.model_info(repo, expand=what, token=token), repo))
-        return replace(source, gated=told.gated, private=told.private, license=source.license or told.license)
+        private = told.private is not False or told.gated is None  # what is not said is not for everybody
+        return replace(source, gated=bool(told.gated), private=private, license=source.license or told.license)
 
     unknown = [s for s in sources if s.hub is not None and None in (s.gated, s.private)]
     asked = zip(unknown, in_parallel(ask, unknown, hub), strict=True)

@@ -15,8 +15,9 @@ from .errors import CheckpointError, StreamError, UnreachableError, UsageError
 from .hub import Hub
 from .modelcard import MARK
 from .names import listed
+from .patience import unheard
 from .pusherrors import changed_meanwhile, hidden, refused
-from .pushfiles import Changes, Item, changes_for, operation_for, undone
+from .pushfiles import Changes, Item, changes_for, foreign, operation_for, others, undone
 from .running import Progress
 from .shareformat import CONFIG
 
@@ -29,12 +30,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Done:
-    """What was uploaded: the URL and revision it is at, and how many files are new and how many were there."""
+    """What was uploaded: the URL and revision it is at, and how many files are new, were there, and are gone."""
 
     url: str
     revision: str
     uploaded: int
     present: int
+    deleted: int
 
 
 class Target:
@@ -133,7 +135,22 @@ class Target:
 
         return self._ask(get)
 
-    def upload(self, items: Mapping[str, Item], config: Item, message: str, progress: Progress) -> Done:
+    def _check_there(self, items: Mapping[str, Item], there: Mapping[str, Any], overwrite: bool) -> None:
+        """Refuse a repository that is not for this checkpoint."""
+        strange = [] if CONFIG in there else foreign(items, there)
+        other = others(items, there)
+        if overwrite or not (strange or other):
+            return
+        raise UsageError(
+            "the repository holds another checkpoint, none of whose adapters is in this one" if other
+            else "the repository holds something else than a SHARE checkpoint",
+            found=f"{self._repo}: {listed(other or strange, 5)}",
+            remedy="Push to another; or replace it by --overwrite (overwrite=True): files of other kinds stay.",
+        )  # fmt: skip
+
+    def upload(
+        self, items: Mapping[str, Item], config: Item, message: str, progress: Progress, *, overwrite: bool = False
+    ) -> Done:
         """Commit what is not there yet, and the configuration last.
 
         Args:
@@ -141,15 +158,18 @@ class Target:
             config: the configuration.
             message: of the last commit; those before it say which part they are.
             progress: passes the files on as they are committed.
+            overwrite: replace another checkpoint, or push beside files of another kind.
 
         Raises:
             StreamError: if the Hub refuses it, or somebody else pushes at the same time.
         """
         self._head = self._ask(self._sha)
         there = self._listing()
+        self._check_there(items, there, overwrite)
         if not self._card_is_ours(there.get(CARD), items[CARD]):
             items = {path: item for path, item in items.items() if path != CARD}
         changes = changes_for(items, there)
+        deleted = sum(item is None for item in changes.values())
         present = sum(changes.get(path) is None for path in items)
         if changes:
             before: Changes = {CONFIG: None} if CONFIG in there else {}
@@ -165,7 +185,7 @@ class Target:
             self._commit({CONFIG: config}, message)
         url = self._pull or f"{self._api.endpoint}/{self._repo}/commit/{self._head}"
         into = self._revision or ""
-        return Done(url, into if into.startswith("refs/pr/") else self._head, self._uploaded, present)
+        return Done(url, into if into.startswith("refs/pr/") else self._head, self._uploaded, present, deleted)
 
     def _card_is_ours(self, there: Any, mine: Item) -> bool:
         """Whether the card on the Hub may be replaced: there is none, or one of ours."""
@@ -228,7 +248,7 @@ class Target:
                 raise ConnectionError("an answer that is no JSON") from e
 
         try:
-            return self._hub.patiently(answered, f"push to {self._repo}")
+            return self._hub.patiently(answered, f"push to {self._repo}", unheard())
         except (UnreachableError, UsageError, CheckpointError):
             raise
         except StreamError as e:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 from .entry import Entry
 from .errors import AdapterError
 from .fetching import Fetcher, fetching
-from .files import read_sealed
+from .files import read_sealed, remove_tree
 from .hub import Hub
 from .hubid import parse_hub_id
 from .ledger import Known, Ledger
@@ -49,7 +49,9 @@ def looked_up(
     hub = cache(lambda: Hub(offline=settings.offline))
     path = None if workspace is None else workspace / FACTS
     ledger = Ledger(path, writes=writes)
-    found = pinned(sources, hub, {**(pins or {}), **({} if workspace is None else pins_of(workspace))})
+    known = {**(pins or {}), **({} if workspace is None else pins_of(workspace))}
+    known = {asked: source_id for asked, source_id in known.items() if not ledger.refuses(source_id)}
+    found = pinned(sources, hub, known)
     return found, survey(found, hub, ledger, settings, configs=configs, progress=progress)
 
 
@@ -92,8 +94,12 @@ def bytes_to_fetch(entries: Iterable[Entry], settings: Settings, known: Collecti
     return sum(f.size for hub_id, f in files if hub.cached(hub_id, f.path.name) is None)
 
 
-def fetching_for(settings: Settings, workspace: Path | None) -> AbstractContextManager[Fetcher]:
+@contextmanager
+def fetching_for(settings: Settings, workspace: Path | None) -> Iterator[Fetcher]:
     """A fetcher: into the workspace under a disk budget, else into the Hub's cache."""
     private = settings.disk_budget is not None and workspace is not None
     folder = workspace / FILES if private and workspace is not None else None
-    return fetching(settings.offline, folder, settings.disk_budget)
+    with fetching(settings.offline, folder, settings.disk_budget) as fetcher:
+        yield fetcher
+    if workspace is not None:
+        remove_tree(workspace / FILES)  # of a run before, which had a budget

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from .entry import Entry
-from .errors import AdapterError, refusal
+from .errors import AdapterError, BudgetError, refusal
 from .executors import Executor, nothing
 from .fetching import Fetcher
+from .names import bytes_shown
 from .planning import Plan
 
 T = TypeVar("T")
@@ -62,7 +63,7 @@ class Run:
 
     def release(self, entry: Entry) -> None:
         """Say that the files of an adapter are not needed for now."""
-        self.fetcher.release([entry.name])
+        self.fetcher.release([entry])
 
     @contextmanager
     def at_hand(self, entries: Sequence[Entry]) -> Iterator[dict[str, Entry]]:
@@ -70,12 +71,20 @@ class Run:
 
         Raises:
             CollectionError: naming those that the Hub has no more.
+            BudgetError: if the disk budget does not hold them together.
         """
+        budget = self.plan.settings.disk_budget
+        size = sum({e.source_id: e.hub_bytes for e in entries if not e.fetched}.values())
+        if budget is not None and size > budget:
+            raise BudgetError(
+                "the disk budget does not hold what is needed at a time", found=bytes_shown(budget),
+                expected=bytes_shown(size), remedy=f"Use --disk-budget {-(-size >> 20)}MiB or more.",
+            )  # fmt: skip
         lost: list[AdapterError] = []
         here = {entry.name: entry for entry in self.arriving(entries, lost)}
         check_none_lost(lost)
         yield here
-        self.fetcher.release(here)
+        self.fetcher.release(here.values())
 
 
 def check_none_lost(lost: Sequence[AdapterError]) -> None:

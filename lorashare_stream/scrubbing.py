@@ -26,6 +26,9 @@ _IN_TEXT = re.compile(
     rf"""|(?<![^\s'"`(\[{{<=,;:|]){_START}(?=[^{_END}])"""
     rf"""(?:[^{_END}]|[/\\]|[ ](?![.~])(?=(?:[^{_END}]+[ ]){{0,2}}[^{_END}]+[/\\]))*"""
 )
+_PARTS = frozenset({"found", "expected"})  # of an error: a path may be all of it
+_RELATIVE = re.compile(r"[\w.@+-]+(?:/[\w.@+-]+){2,}")
+_ABSOLUTE = re.compile(r"(?<![\w.)\]/:*\\])(?:~|file:/*)?(?:/[\w.@+-]+){2,}")  # in text that may be a pattern
 
 
 def is_local(text: str) -> bool:
@@ -51,6 +54,11 @@ def _leads_somewhere(text: str) -> bool:
     return is_local(text) or (("/" in text or "\\" in text) and parse_hub_id(text) is None)
 
 
+def _is_folder(text: str) -> bool:
+    """Whether what names a base model is a path: by its form, or since a folder is there."""
+    return _leads_somewhere(text) or ("/" in text and os.path.isdir(text))
+
+
 class Scrubber:
     """Takes local paths out of plain values.
 
@@ -61,8 +69,9 @@ class Scrubber:
 
     def __init__(self, base_model: str, folders: Iterable[str] = ()) -> None:
         home = str(Path.home())
-        self._base = "" if _leads_somewhere(base_model) else base_model
-        found = sorted({*folders, home, os.path.realpath(home)}, key=len, reverse=True)
+        self._base = "" if _is_folder(base_model) else base_model
+        known = {home, os.path.realpath(home), *(f for f in folders if _is_folder(f))}
+        found = sorted(known, key=len, reverse=True)
         names = "|".join(re.escape(f.rstrip("/")) for f in found if len(f) > 2)
         self._folders = re.compile(rf"(?:{names or '(?!)'})(/|(?![\w-]))")
 
@@ -77,23 +86,32 @@ class Scrubber:
             return [self._value(item, key, known, foreign=foreign) for item in value]
         if not isinstance(value, dict):
             return value
-        paths = [v for k, v in value.items() if k in _SOURCE_KEYS and isinstance(v, str) and is_local(v)]
+        telling = _SOURCE_KEYS | _PARTS
+        paths = [v for k, v in value.items() if k in telling and isinstance(v, str) and self._is_path(k, v)]
         known = tuple(sorted({*known, *paths}, key=len, reverse=True))
-        return {k: self._value(v, k, known, foreign=foreign or k == _FOREIGN) for k, v in value.items()}
+        keys = {k: f".../{last_component(k)}" if isinstance(k, str) and is_local(k) else k for k in value}
+        return {keys[k]: self._value(v, k, known, foreign=foreign or k == _FOREIGN) for k, v in value.items()}
+
+    @staticmethod
+    def _is_path(key: str, text: str) -> bool:
+        """Whether a text is a path as a whole; of a revision, only by its form."""
+        if key in _SOURCE_KEYS:
+            return _leads_somewhere(text)
+        return is_local(text) or (key != "revision" and _RELATIVE.fullmatch(text) is not None)
 
     def _string(self, text: str, key: str, known: tuple[str, ...], *, foreign: bool) -> str:
         if "/" not in text and "\\" not in text:
             return text
         if key in _SOURCE_KEYS and _leads_somewhere(text):
             return f"local:{last_component(text)}{source_suffix(text)}"
-        if key in _BASE_KEYS and _leads_somewhere(text):
+        if key in _BASE_KEYS and _is_folder(text):
             return self._base or last_component(text)
-        if foreign and is_local(text):
+        if (foreign or key in _PARTS) and self._is_path(key, text):
             return f".../{last_component(text)}"
         for path in known:
             text = text.replace(path, f".../{last_component(path)}")
         text = self._folders.sub(lambda m: m[1] or "...", text)  # what is left of a path is one, and shortened next
-        return text if foreign else _IN_TEXT.sub(_shortened, text)
+        return (_ABSOLUTE if foreign else _IN_TEXT).sub(_shortened, text)
 
 
 def _shortened(match: re.Match[str]) -> str:

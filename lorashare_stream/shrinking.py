@@ -210,11 +210,17 @@ def clean(run: Run, job: Job, entries: Mapping[str, Entry]) -> None:
     removed = {e.admission: job.journal.entries[e.admission] for e in job.journal.entries if isinstance(e, Removal)}
     gone = {i: entries[r.source_id] for i, r in removed.items() if isinstance(r, Receipt) and r.source_id in entries}
     gone = {i: entry for i, entry in gone.items() if _is_unchanged(entry, removed[i])}
+    budget = job.settings.disk_budget
+    fitting: dict[int, Entry] = {}
+    for i, entry in gone.items():  # of what does not fit, the modules are summed anew
+        if budget is None or sum(e.hub_bytes for e in fitting.values()) + entry.hub_bytes <= budget // 2:
+            fitting[i] = entry
+    gone = fitting
     lost: list[AdapterError] = []
     here = {e.source_id: e for e in run.arriving(list(gone.values()), lost)}  # sums keep what cannot be had
     gone = {i: here[entry.source_id] for i, entry in gone.items() if entry.source_id in here}
     run.all("accumulate", partial(clean_module, job, gone), sorted(Workspace(job.workspace).modules()))
-    run.fetcher.release(e.name for e in here.values())
+    run.fetcher.release(here.values())
 
 
 def _fitted_to_removed(job: Job) -> list[str]:

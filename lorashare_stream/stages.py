@@ -25,7 +25,7 @@ from .publishing import staging_folder
 from .running import Run, check_none_lost
 from .shareformat import COMPONENTS
 from .summary import Head
-from .summing import sum_batch
+from .summing import is_complete, sum_batch
 from .tasks import (
     Job,
     check_unchanged,
@@ -89,12 +89,19 @@ def ingest(run: Run, work: Workspace, out: Path, device: str) -> list[AdapterErr
     if again:
         log.warning("taken out before, and added again since their sources are named: %s", listed(sorted(again)))
     refused: list[AdapterError] = []
+    done, complete = 0, len(plan.batches) == 1 or is_complete(make_job(plan, work, out, device, begins=True))
     for number, (batch, after) in enumerate(zip(fresh, [*fresh[1:], []], strict=True)):
+        if complete and not batch:
+            done += len(plan.batches[number])
+            continue
+        if batch and len(plan.batches) > 1:
+            log.info("batch %d of %d: %d of %d adapters", number + 1, len(plan.batches), done, len(plan.entries))
         refused += admit(run, work, batch)
+        done += len(plan.batches[number])
         if len(plan.batches) > 1:
             names = {e.name for e in plan.batches[number]}
             sum_batch(run, make_job(plan, work, out, device, begins=True), names, _unrefused(after))
-        run.fetcher.release(e.name for e in batch)
+        run.fetcher.release(batch)
     if refused and plan.settings.on_error == "raise":
         raise refusal(
             f"{len(refused)} of {len(plan.entries)} adapters cannot be compressed; the others are ingested",

@@ -14,7 +14,7 @@ from .files import read_sealed
 from .names import listed, shown
 from .planning import Plan, cut
 from .running import Run
-from .tasks import Job, accumulate_module, fit_module, settle_module
+from .tasks import Job, accumulate_module, check_unchanged, fit_module, settle_module
 from .workspace import Workspace
 
 ATTEMPTS = 3  # to sum and fit a module whose moments are found to be damaged
@@ -36,6 +36,12 @@ def sum_batch(run: Run, job: Job, names: Collection[str], after: Sequence[Entry]
     run.fetcher.ahead(job.unfetched(modules))
     run.fetcher.ahead(after)
     sum_up(run, job, modules)
+
+
+def is_complete(job: Job) -> bool:
+    """Whether no moment that is there, or was not discarded, lacks an admission."""
+    work = Workspace(job.workspace)
+    return all(job.holds_all(work.marker(m)) or (work.marker(m) is None and work.has_fitted(m)) for m in job.modules)
 
 
 def settle(run: Run, job: Job) -> dict[str, dict[str, Any]]:
@@ -72,10 +78,16 @@ def sum_up(run: Run, job: Job, modules: Sequence[str], task: Callable[[Job, str]
     cut before, so that a run that was killed gives the same bytes, and where the budget would be exceeded.
     """
     work = Workspace(job.workspace)
+    had = {m for m in modules if work.marker(m) is not None}
     for count in _cuts(run.plan, job):
         part = job.up_to(count)
         todo = [m for m in modules if part.lacks(m, work.marker(m)) or (part is job and not work.marker(m))]
+        todo = [m for m in todo if m not in had or work.marker(m) is not None]  # one that is damaged has its own cuts
+        if not todo and part is not job:
+            continue
         with run.at_hand(part.unfetched(todo)) as here:
+            for entry in here.values():
+                check_unchanged(entry, part.receipt_of[entry.name])
             run.all("accumulate", partial(task, part.with_files(here)), todo)
 
 

@@ -1,37 +1,44 @@
-"""Adapters of the Hub, looked at without their weights: the header of each by one ranged request.
+"""Adapters of the Hub, looked at without their weights: the header of each file by one ranged request.
 
-Pickle and shards have no header to ask for: they are fetched whole, read, and, under a disk budget, removed again.
+Pickle has no header to ask for: it is fetched whole, read, and, under a disk budget, removed again.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 from .adapterfiles import (
     CONFIG,
-    INDEXES,
     PICKLE,
     SAFETENSORS,
-    SHARD,
     config_text,
     missing_config,
     missing_weights,
+    once,
+    parse_config,
+    read_config,
     tensor_records,
-    weight_files,
 )
 from .errors import AdapterError, MissingFileError
-from .hub import Hub
+from .hub import FIRST_BYTES, Hub
 from .hubid import HubId
 from .ledger import Known, Ledger, digest_of_records
+from .names import bytes_shown
 from .settings import Settings
+from .shards import INDEXES, check_shards, shard_names
 from .sources import Listing, Source
 from .sources.pins import in_parallel, listing_of
-from .tensorfile import parse_header
+from .tensorfile import TensorRecord, parse_header, read_header
+
+_WHOLE = threading.Lock()
+_LARGE = threading.Lock()  # headers of many megabytes are parsed one at a time
 
 
 def survey(
@@ -66,7 +73,7 @@ def survey(
             found[source.id] = known
     if missing:
         client = hub()
-        look = _Look(client, ledger, whole_in_cache=settings.disk_budget is None, configs=configs)
+        look = _Look(client, ledger, settings, configs=configs)
         results = progress("look", len(missing), in_parallel(look.at, missing, client))
         for source, result in zip(missing, results, strict=True):
             assert isinstance(result, Known | AdapterError)
@@ -77,9 +84,10 @@ def survey(
 class _Look:
     """A look at one adapter, by requests that many threads make."""
 
-    def __init__(self, client: Hub, ledger: Ledger, *, whole_in_cache: bool, configs: bool) -> None:
-        self.client, self.ledger = client, ledger
-        self.whole_in_cache, self.configs = whole_in_cache, configs
+    def __init__(self, client: Hub, ledger: Ledger, settings: Settings, *, configs: bool) -> None:
+        self.client, self.ledger, self.configs = client, ledger, configs
+        budget = settings.disk_budget
+        self.in_cache, self.largest = budget is None, min(settings.memory, (budget or settings.memory))
 
     def at(self, source: Source) -> Known:
         hub_id = source.hub
@@ -95,47 +103,86 @@ class _Look:
             listing = replace(listing, files=() if config is None else tuple(sorted(os.listdir(config.parent))))
         if not listing.files or SAFETENSORS in listing.files:
             try:
-                return self._header(hub_id, listing)
+                return self._of_headers(hub_id, listing, [SAFETENSORS])
             except MissingFileError:
                 if listing.files or self.client.offline:
                     raise
                 listing = listing_of(self.client.info(hub_id), hub_id.subfolder)  # what is there, then?
-        whole = [n for n in listing.files if n == PICKLE or n in INDEXES or SHARD.fullmatch(n)]
+        if PICKLE in listing.files:
+            return self._of_pickle(hub_id, listing)
         if CONFIG not in listing.files:
             raise missing_config(listing.files)
-        if not whole:
+        index = next((name for name in INDEXES if name in listing.files), None)
+        if index is None:
             raise missing_weights(listing.files)
-        with self._fetched(hub_id, [CONFIG, *whole]) as folder:
-            paths = weight_files(folder)
-            records = tensor_records(paths)
-            files = tuple((p.name, p.stat().st_size) for p in paths)
-        return Known(files, records, digest_of_records(records), None, listing)
+        content = parse_index(self._text(hub_id, index))
+        names = shard_names(index, content, listing.files)
+        if not all(name.startswith("adapter_model") for name in names):  # a whole model, merged perhaps
+            raise missing_weights(listing.files)
+        return self._of_headers(hub_id, listing, names, index, content)
 
-    def _header(self, hub_id: HubId, listing: Listing) -> Known:
+    def _of_headers(
+        self, hub_id: HubId, listing: Listing, names: Sequence[str], index: str | None = None, content: object = None
+    ) -> Known:
         if listing.files and CONFIG not in listing.files:
             raise missing_config(listing.files)
-        cached = self.client.cached(hub_id, SAFETENSORS)
+        found = [self._header(hub_id, name, number) for number, name in enumerate(names)]
+        records = once(record for of_file, _ in found for record in of_file)
+        if index is not None:
+            held = {name: {r.name for r in of_file} for name, (of_file, _) in zip(names, found, strict=True)}
+            check_shards(index, content["weight_map"], held)  # type: ignore[index]  # `shard_names` has seen it
+        files = tuple((name, size) for name, (_, size) in zip(names, found, strict=True))
+        return Known(files, records, digest_of_records(records), None, listing)
+
+    def _header(self, hub_id: HubId, name: str, number: int) -> tuple[tuple[TensorRecord, ...], int]:
+        cached = self.client.cached(hub_id, name)
         if cached is not None:
-            records, size = tensor_records((cached,)), cached.stat().st_size
-        else:
-            head, size = self.client.head(hub_id, SAFETENSORS)
-            records = parse_header(head, size, Path(SAFETENSORS))
-        return Known(((SAFETENSORS, size),), records, digest_of_records(records), None, listing)
+            return read_header(cached, number), cached.stat().st_size
+        head, size = self.client.head(hub_id, name)
+        with _LARGE if len(head) > FIRST_BYTES else nullcontext():
+            return parse_header(head, size, Path(name), number), size
+
+    def _of_pickle(self, hub_id: HubId, listing: Listing) -> Known:
+        if self.client.cached(hub_id, PICKLE) is None:
+            _, size = self.client.head(hub_id, PICKLE)
+            if size > self.largest:
+                raise AdapterError(
+                    "a pickle, which is read whole, is larger than the memory or the disk budget", key=PICKLE,
+                    found=bytes_shown(size), expected=f"at most {bytes_shown(self.largest)}", remedy="Leave it out.",
+                )  # fmt: skip
+        with self._fetched(hub_id, PICKLE) as path:
+            records, size = tensor_records((path,)), path.stat().st_size
+        return Known(((PICKLE, size),), records, digest_of_records(records), None, listing)
 
     def _config(self, hub_id: HubId, listing: Listing) -> str:
         try:
-            with self._fetched(hub_id, [CONFIG]) as folder:
-                return config_text(folder)
+            if self.in_cache or self.client.cached(hub_id, CONFIG) is not None:
+                return config_text(read_config(self.client.download(hub_id, CONFIG, None).parent))
+            return config_text(parse_config(lambda: json.loads(self.client.text(hub_id, CONFIG))))
         except MissingFileError as e:
             raise (missing_config(listing.files) if listing.files else e) from e
 
+    def _text(self, hub_id: HubId, name: str) -> bytes:
+        cached = self.client.cached(hub_id, name)
+        return self.client.text(hub_id, name) if cached is None else cached.read_bytes()
+
     @contextmanager
-    def _fetched(self, hub_id: HubId, names: Sequence[str]) -> Iterator[Path]:
-        """A folder with files of an adapter: in the Hub's cache; under a disk budget one that is removed."""
-        if self.whole_in_cache or all(self.client.cached(hub_id, name) for name in names):
-            paths = [self.client.download(hub_id, name, None) for name in names]
-            yield paths[0].parent
+    def _fetched(self, hub_id: HubId, name: str) -> Iterator[Path]:
+        """A file of an adapter: in the Hub's cache; under a disk budget in a folder that is removed."""
+        if self.in_cache or self.client.cached(hub_id, name) is not None:
+            yield self.client.download(hub_id, name, None)
             return
-        with tempfile.TemporaryDirectory(prefix="lorashare-stream-") as folder:
-            paths = [self.client.download(hub_id, name, Path(folder)) for name in names]
-            yield paths[0].parent
+        with _WHOLE, tempfile.TemporaryDirectory(prefix="lorashare-stream-") as folder:  # one at a time
+            yield self.client.download(hub_id, name, Path(folder))
+
+
+def parse_index(text: bytes) -> object:
+    """The content of an index of shards.
+
+    Raises:
+        AdapterError: if it is no JSON.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise AdapterError("an index of shards is not valid JSON", found=str(e), remedy="Leave it out.") from e

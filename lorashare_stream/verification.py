@@ -87,7 +87,7 @@ def verify(
                 yield _judged(model, str(result.adapter), partial(_raised, result))
                 continue
             yield _judged(model, result.name, partial(_same, result))
-            fetcher.release([result.name])
+            fetcher.release([result])
 
 
 def _local(source: Source | None, settings: Settings) -> Entry:

@@ -748,7 +748,7 @@ def main(folder: str, base_model: str) -> None:
     with FakeHub() as hub:
         for config in sorted(Path(folder).rglob("adapter_config.json")):
             files = {p.name: p.read_bytes() for p in config.parent.iterdir() if p.is_file()}
-            hub.add(f"org/{config.parent.name}", files, base_model=base_model, license="mit")
+            hub.add(f"org/{config.parent.name.replace('--', '-')}", files, base_model=base_model, license="mit")
         own = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_TOKEN": ALICE}
         print(f"{len(hub.repos)} adapters; a user alice, who may push to alice/NAME", flush=True)
         print("export", *(f"{key}={value}" for key, value in own.items()), flush=True)

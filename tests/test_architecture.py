@@ -20,8 +20,8 @@ ROOMS = {
         "peftconfig", "solvers", "subspace",
     ],
     "bytes": [
-        "files", "tensorfile", "picklecheck", "picklefile", "adapterfiles", "momentstore", "locks", "journal",
-        "shapes", "workspace", "huberrors", "hub",
+        "files", "tensorfile", "picklecheck", "picklefile", "shards", "adapterfiles", "momentstore", "locks", "journal",
+        "shapes", "workspace", "huberrors", "patience", "hub",
     ],
     "facts": [
         "sources.source", "sources.manifest", "sources.local", "sources", "sources.pins", "layout", "entry",

@@ -19,6 +19,7 @@ import torch
 from safetensors.numpy import save_file
 
 from lorashare_stream import hub as hub_module
+from lorashare_stream import patience
 from lorashare_stream.cli import main
 from lorashare_stream.errors import (
     AdapterError,
@@ -50,8 +51,8 @@ def files_of(folder: str | Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    monkeypatch.setattr(hub_module, "FIRST_PAUSE", 0.02)
-    monkeypatch.setattr(hub_module, "_said_at", [0.0])
+    monkeypatch.setattr(patience, "FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(patience, "_said", {})
     with FakeHub() as fake:
         patched(monkeypatch, fake, tmp_path / "home", ALICE)
         yield fake
@@ -158,7 +159,6 @@ def test_from_adapters_takes_ids_and_names_for_them(tmp_path: Path, hub: FakeHub
     ("line", "message"),
     [
         ({"repo": "no id", "revision": "main"}, "not an adapter of the Hub"),
-        ({"repo": "org/a", "files": ["../x"]}, "not an adapter of the Hub"),
         ({"repo": "org/a", "subfolder": "../x"}, "not an adapter of the Hub"),
         ({"repo": "org/a", "colour": 1}, "unknown field.*colour"),
         ({"repo": "org/a", "revision": 3}, "not an adapter of the Hub"),
@@ -374,31 +374,51 @@ def test_an_outage_is_survived_and_said_once(
         ends.start()
         compress(made, tmp_path / "out")
         ends.join()
-    assert sum("waiting" in r.getMessage() for r in caplog.records if r.name == "lorashare_stream.hub") == 1
+    assert sum("waiting" in r.getMessage() for r in caplog.records if r.name == "lorashare_stream.patience") == 1
 
 
 def test_an_outage_without_end_stops_the_run_and_keeps_what_is_done(
     tmp_path: Path, hub: FakeHub, pins: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub_module, "PATIENCE", 0.3)
-    out, made = tmp_path / "out", None
+    monkeypatch.setattr(patience, "PATIENCE", 0.3)
+    out = tmp_path / "out"
     made = plan(pins, out)
-    hub.fault(kind="resolve", method="GET", repo="org/a05", drop=True, times=None)
+    hub.fault(kind="resolve", repo="org/a0[4-7]", delay=1.0, times=None)
+
+    def cut(step: str, total: int, results: Iterator[Any]) -> Iterator[Any]:
+        for result in results:
+            yield result
+            hub._down = True
+
     with pytest.raises(UnreachableError, match="cannot be reached") as e:
-        compress(made, out)
+        compress(made, out, progress=cut)
     assert e.value.exit_code == 75
     hub.clear_faults()
+    hub._down = False
     hub.requests.clear()
     go(pins, out)
-    assert 1 <= hub.count(method="GET", file=WEIGHTS) < 8  # the header was kept, and what was fetched
-    assert hub.count(repo="org/a05", method="GET") == 1
+    assert 1 <= hub.count(method="GET", file=WEIGHTS) < 8  # headers were kept, and what was fetched
     assert main(["compress", "org/unheard", "-o", str(tmp_path / "x")]) == 1
+
+
+@pytest.mark.parametrize("fault", [{"drop": True}, {"status": 500}, {"cut_after": 100}])
+def test_what_fails_for_one_adapter_only_is_given_up_for_it(
+    tmp_path: Path, hub: FakeHub, pins: list[str], monkeypatch: pytest.MonkeyPatch, fault: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(patience, "PATIENCE", 2.0)  # given up after pauses of 1.26 s in all
+    made = plan(pins, tmp_path / "out", on_error="skip")
+    hub.fault(kind="resolve", method="GET", repo="org/a05", times=None, **fault)
+    for i, delay in enumerate((0.8, 0.9, 1.0, 1.1)):  # others are heard meanwhile
+        hub.fault(kind="resolve", method="HEAD", repo=f"org/a0{i}", file=WEIGHTS, delay=delay)
+    outcome = compress(made, tmp_path / "out")
+    assert [e.adapter for e in outcome.skipped] == ["org--a05"]
+    assert "not for others" in outcome.skipped[0].problem
 
 
 def test_the_command_says_75_when_the_hub_is_gone(
     tmp_path: Path, hub: FakeHub, pins: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(hub_module, "PATIENCE", 0.1)
+    monkeypatch.setattr(patience, "PATIENCE", 0.1)
     with hub.outage():
         assert main(["compress", *pins, "-o", str(tmp_path / "out")]) == 75
     assert "run the same command again" in capsys.readouterr().err
@@ -856,3 +876,188 @@ def test_what_has_come_is_worked_on_while_another_is_slow(tmp_path: Path, hub: F
     compress(made, tmp_path / "out", progress=watch)
     assert order[-1] == "org--a00"
     assert sorted(order) == SHAREModel.from_pretrained(tmp_path / "out").adapter_names  # admitted in order all the same
+
+
+def test_a_name_that_was_given_again_means_the_new_adapter(
+    tmp_path: Path, hub: FakeHub, collection: list[str], pins: list[str]
+) -> None:
+    """The removed adapter dominates, so that its modules are summed anew, and its files are at hand just then."""
+    out, fresh = tmp_path / "out", tmp_path / "fresh"
+    huge = {k: 1000 * v if "lora_" in k else v for k, v in load_tensors(collection[0]).items()}
+    old = hub.add("org/x", files_of(write_adapter(tmp_path / "huge", huge, lora_alpha=8)), base_model="tiny-base")
+    settings = {"objective": "factors"}
+    go([f"org/x@{old}", *pins[1:7]], out, **settings)
+    new = hub.update("org/x", {WEIGHTS: files_of(collection[7])[WEIGHTS]})
+    assert main(["remove", str(out), "org--x"]) == 0
+    assert main(["add", str(out), f"org/x@{new}", "--variance", "0.001"]) == 0
+    assert main(["remove", str(out), "--refit"]) == 0
+    assert main(["verify", str(out)]) == 0
+    go([*pins[1:7], f"org/x@{new}"], fresh, **settings)
+    a, b = SHAREModel.from_pretrained(out), SHAREModel.from_pretrained(fresh)
+    assert a.certified("org--x")["source_id"] == f"org/x@{new}"
+    for group, facts in b.config.ours["groups"].items():
+        assert a.config.ours["groups"][group]["energy"] == pytest.approx(facts["energy"], rel=1e-4)
+
+
+def test_one_repository_under_two_names(tmp_path: Path, hub: FakeHub, pins: list[str]) -> None:
+    names = {f"{kind}{i}": pin for i, pin in enumerate(pins) for kind in ("n", "m")}
+    go(names, tmp_path / "out", disk_budget=4 * 3676)
+    share = SHAREModel.from_pretrained(tmp_path / "out")
+    assert share.adapter_names == list(names)
+    for group in share.all_loadings["n3"]:
+        assert (share.all_loadings["n3"][group] == share.all_loadings["m3"][group]).all()
+
+
+def test_many_that_are_gone_at_projection_do_not_hold_up_the_others(
+    tmp_path: Path, hub: FakeHub, pins: list[str]
+) -> None:
+    out = tmp_path / "out"
+    go(pins, out, disk_budget=4 * 3676)
+    for i in range(6):
+        del hub.repos[f"org/a0{i}"]
+    with pytest.raises(CollectionError) as e:
+        go(pins, out, disk_budget=4 * 3676, num_components=6)
+    assert len(e.value.problems) == 6
+    done = sorted(p.name for p in (tmp_path / ".out.staging" / "adapters").iterdir())
+    assert done == ["org--a06", "org--a07"]
+
+
+def test_more_are_removed_than_the_budget_holds(tmp_path: Path, hub: FakeHub, pins: list[str]) -> None:
+    out, fresh = tmp_path / "out", tmp_path / "fresh"
+    go(pins, out, disk_budget=4 * 3676)
+    names = [f"org--a0{i}" for i in range(5)]
+    assert main(["remove", str(out), *names, "--refit", "--disk-budget", str(4 * 3676)]) == 0
+    go(pins[5:], fresh)
+    a, b = (SHAREModel.from_pretrained(p).config.ours["groups"] for p in (out, fresh))
+    for group, facts in b.items():
+        assert a[group]["n"] == facts["n"]
+        assert a[group]["energy"] == pytest.approx(facts["energy"], rel=1e-4)
+
+
+def test_a_smaller_budget_after_a_kill(tmp_path: Path, hub: FakeHub, pins: list[str]) -> None:
+    out = tmp_path / "out"
+
+    def stop(step: str, total: int, results: Iterator[Any]) -> Iterator[Any]:
+        for number, result in enumerate(results):
+            if step == "project" and number == 2:
+                raise KeyboardInterrupt
+            yield result
+
+    with pytest.raises(KeyboardInterrupt):
+        compress(plan(pins, out, disk_budget=6 * 3676), out, progress=stop)
+    go(pins, out, disk_budget=2 * 3676)
+    assert SHAREModel.from_pretrained(out).config.num_adapters == 8
+
+
+def test_a_run_without_a_budget_clears_what_one_with_it_left(tmp_path: Path, hub: FakeHub, pins: list[str]) -> None:
+    out = tmp_path / "out"
+
+    def stop(step: str, total: int, results: Iterator[Any]) -> Iterator[Any]:
+        for result in results:
+            if step == "project":
+                raise KeyboardInterrupt
+            yield result
+
+    with pytest.raises(KeyboardInterrupt):
+        compress(plan(pins, out, disk_budget=6 * 3676), out, progress=stop)
+    assert list((default_workspace(out) / "hub").rglob(WEIGHTS))
+    go(pins, out)
+    assert not list((default_workspace(out) / "hub").rglob(WEIGHTS))
+
+
+def test_addresses_are_never_told(
+    tmp_path: Path, hub: FakeHub, pins: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The client's text has addresses, which may have passwords and signatures."""
+    for status in (400, 403, 404, 410, 451):
+        hub.fault(kind="resolve", method="HEAD", repo="org/a03", file=WEIGHTS, status=status, times=None)
+        out = tmp_path / str(status)
+        assert main(["compress", *pins, "-o", str(out), "--on-error", "skip", "-v"]) == 3
+        hub.clear_faults()
+        said = "".join(capsys.readouterr()) + (out / "skipped.json").read_text()
+        assert hub.url not in said
+        assert "org--a03" in said
+
+
+def test_what_people_paste(tmp_path: Path, hub: FakeHub, collection: list[str], pins: list[str]) -> None:
+    hub.add("org/several", {f"v{i}/{k}": v for i in (1, 2) for k, v in files_of(collection[0]).items()})
+    assert parse_hub_id("org/a00/") == HubId("org/a00")
+    (error,) = plan(["org/several"]).refused
+    assert "//v1" in str(error.remedy)
+    for text, meant in (
+        ("http://host/org/several/tree/main/v1", "org/several@main//v1"),
+        ("org/several/v1", "org/several//v1"),
+    ):
+        with pytest.raises(UsageError, match=meant):
+            resolve([text])
+    out = tmp_path / "out"
+    go(pins, out)
+    assert main(["reconstruct", str(out), "--adapter", "org/a03", "-o", str(tmp_path / "r")]) == 0
+    assert main(["remove", str(out), "org/a03"]) == 0
+    assert main(["add", "org/share", "org/a03"]) == 2  # a checkpoint on the Hub is not changed where it is
+
+
+def test_odd_names_on_the_hub_spoil_no_manifest(tmp_path: Path, hub: FakeHub, collection: list[str]) -> None:
+    good = files_of(collection[0])
+    odd = dict.fromkeys(("epoch:3.safetensors", "aux.safetensors", ".tmp.safetensors", "a\tb.safetensors"), b"x")
+    hub.add("org/odd", good | odd, base_model="tiny-base")
+    index = {
+        "model.safetensors.index.json": b"{}",
+        "model-00001-of-00002.safetensors": b"x",
+        "adapter_config.json": b"{}",
+    }
+    hub.add("org/merged", index, base_model="tiny-base")
+    out = tmp_path / "m.jsonl"
+    assert main(["discover", "--base-model", "tiny-base", "-o", str(out)]) == 0
+    assert [item["repo"] for item in manifest_of(out)] == ["org/odd"]
+    assert len(plan([out]).entries) == 1
+    assert "no weights" in str(plan(["org/merged"]).refused[0])
+    assert hub.count(repo="org/merged", file="model-*") == 0
+
+
+def test_what_is_too_large_is_not_fetched(tmp_path: Path, hub: FakeHub, collection: list[str]) -> None:
+    good = files_of(collection[0])
+    hub.add("org/pickle", {"adapter_config.json": good["adapter_config.json"], "adapter_model.bin": bytes(300_000)})
+    hub.add("org/header", {**good, WEIGHTS: (1 << 25).to_bytes(8, "little") + bytes(1 << 25)})
+    hub.add("org/config", {**good, "adapter_config.json": b"{" + b" " * (17 << 20) + b"}"})
+    made = plan(["org/pickle", "org/header", "org/config"], disk_budget=100_000)
+    reasons = {e.adapter: str(e) for e in made.refused}
+    assert "larger than the memory or the disk budget" in reasons["org--pickle"]
+    assert "longer than that of an adapter" in reasons["org--header"]
+    assert "too large" in reasons["org--config"]
+    assert all(r.sent <= 17 << 20 for r in hub.requests)
+
+
+def test_a_server_that_never_answers(tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_module, "TIMEOUT", 0.2)
+    monkeypatch.setattr(patience, "PATIENCE", 0.1)
+    hub.add("org/x", {"a": b""})
+    hub.fault(kind="info", delay=5.0, times=None)
+    with pytest.raises(UnreachableError):
+        Hub().info(HubId("org/x"))
+
+
+def test_errors_of_the_storage_client() -> None:
+    from lorashare_stream.huberrors import passing, permanent
+
+    for text, waits in (
+        ("Task error: File reconstruction error: CAS Client Error: status 503 for url", True),
+        ("CAS Client Error: error sending request", True),
+        ("CAS Client Error: HTTP status client error (403 Forbidden)", False),
+        ("Task error: I/O error: No space left on device (os error 28)", False),
+    ):
+        assert (passing(RuntimeError(text))[0] is not None) == waits, text
+    assert isinstance(permanent(RuntimeError("Task error: (os error 28)"), "x", offline=False), OSError)
+    assert isinstance(permanent(RuntimeError("CAS Client Error: 404"), "x", offline=False), AdapterError)
+    assert isinstance(permanent(ValueError("secret"), "x", offline=False), StreamError)
+    assert "secret" not in str(permanent(ValueError("secret"), "x", offline=False))
+
+
+def test_a_token_that_can_be_none_is_said_without_being_shown(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_gehe\u00efm")
+    assert main(["compress", "org/a", "org/b", "-o", "x"]) == 2
+    said = "".join(capsys.readouterr())
+    assert "characters that none has" in said
+    assert "gehe" not in said

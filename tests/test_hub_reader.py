@@ -17,8 +17,8 @@ import pytest
 import torch
 from huggingface_hub import snapshot_download
 
-import lorashare_stream.hub
 import lorashare_stream.opened
+import lorashare_stream.patience
 from lorashare_stream.errors import (
     CheckpointError,
     MissingCheckpointError,
@@ -66,7 +66,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
     with FakeHub() as hub:
         patched(monkeypatch, hub, tmp_path / "home")
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(lorashare_stream.hub, "LONGEST", 0.01)
+        monkeypatch.setattr(lorashare_stream.patience, "LONGEST", 0.01)
         yield hub
 
 
@@ -310,7 +310,7 @@ def test_a_hub_that_is_down_is_not_answered_from_the_cache(
 ) -> None:
     sha = hub.add("org/share", files_of(checkpoint))
     SHAREModel.from_pretrained("org/share").reconstruct("a00")
-    monkeypatch.setattr(lorashare_stream.hub, "PATIENCE", 0.05)
+    monkeypatch.setattr(lorashare_stream.patience, "PATIENCE", 0.05)
     with hub.outage(), pytest.raises(UnreachableError, match="cannot be reached"):
         SHAREModel.from_pretrained("org/share")
     hub.fault(kind="info", status=503, times=None)
@@ -476,6 +476,7 @@ def test_pushing_takes_the_whole_checkpoint(
     monkeypatch.setattr(lorashare_stream.opened, "push", push)
     hub.add("org/share", {**files_of(checkpoint), "README.md": b"not mine"})
     how: dict[str, Any] = {"private": True, "token": ALICE, "commit_message": "m", "revision": "b", "create_pr": True}
+    how["overwrite"] = True
     for share in (SHAREModel.from_pretrained("org/share"), SHAREModel.from_pretrained(checkpoint)):
         assert share.push_to_hub("alice/copy", **how) == Pushed.url
     assert given == [(tree_digest(checkpoint), "alice/copy", how)] * 2

@@ -18,8 +18,7 @@ import pytest
 import torch
 import yaml
 
-from lorashare_stream import hub as hub_module
-from lorashare_stream import modelcard, pushing, pushtarget
+from lorashare_stream import modelcard, patience, pushing, pushtarget
 from lorashare_stream.errors import CheckpointError, StreamError, UnreachableError, UsageError
 from lorashare_stream.files import read_json, sealed, unsealed
 from lorashare_stream.hubid import HubId
@@ -68,7 +67,7 @@ def checkpoint(made: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    monkeypatch.setattr(hub_module, "FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(patience, "FIRST_PAUSE", 0.02)
     with FakeHub() as fake:
         patched(monkeypatch, fake, tmp_path / "home", ALICE)
         yield fake
@@ -171,7 +170,7 @@ def test_a_push_that_is_killed_goes_on_where_it_was(
     hub: FakeHub, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pushtarget, "BATCH", 4)
-    monkeypatch.setattr(hub_module, "PATIENCE", 0.05)
+    monkeypatch.setattr(patience, "PATIENCE", 0.05)
     push(checkpoint, REPO)
     shutil.rmtree(checkpoint / "adapters" / "a03")
     shutil.copytree(checkpoint / "adapters" / "a01", checkpoint / "adapters" / "a03")  # other values, the same name
@@ -203,7 +202,7 @@ def test_a_push_that_is_killed_goes_on_where_it_was(
 
 def test_a_first_push_that_is_killed_goes_on(hub: FakeHub, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pushtarget, "BATCH", 4)
-    monkeypatch.setattr(hub_module, "PATIENCE", 0.05)
+    monkeypatch.setattr(patience, "PATIENCE", 0.05)
 
     def breaking(step: str, total: int, results: Iterator[Any]) -> Iterator[Any]:
         for i, result in enumerate(results, 1):
@@ -237,6 +236,22 @@ def test_an_answer_that_is_lost_is_no_second_commit(
     assert "a02" not in SHAREModel.from_pretrained(REPO).adapter_names
 
 
+def test_a_repository_that_is_not_for_it_is_left_alone(hub: FakeHub, checkpoint: Path) -> None:
+    other = {"adapters/finance/adapter_model.safetensors": b"x", "adapter_config.json": b"{}", "README.md": b"mine"}
+    hub.add(REPO, other)
+    with pytest.raises(UsageError, match=r"something else than a SHARE checkpoint.*adapter_config.json.*overwrite"):
+        push(checkpoint, REPO)
+    assert hub.files(REPO).items() >= other.items()
+    assert hub.count("commit") == 0
+    push(checkpoint, REPO, overwrite=True)
+    assert hub.files(REPO).items() >= other.items()  # nothing of it is deleted all the same
+    theirs = {f"adapters/{name}/adapter_meta.json": b"{}" for name in ("x", "y")} | {CONFIG: b"{}"}
+    hub.add("alice/second", theirs)
+    with pytest.raises(UsageError, match=r"another checkpoint.*x, y"):
+        push(checkpoint, "alice/second")
+    assert push(checkpoint, "alice/second", overwrite=True).deleted == 2
+
+
 def test_an_answer_to_the_last_commit_that_is_lost(hub: FakeHub, checkpoint: Path) -> None:
     def breaking(step: str, total: int, results: Iterator[Any]) -> Iterator[Any]:
         yield from results
@@ -258,9 +273,12 @@ def test_what_is_taken_out_goes_from_the_hub_too(hub: FakeHub, checkpoint: Path)
     (checkpoint / "eigenvalues.safetensors").unlink()
     sent = hub.count("lfs-put")
     pushed = push(checkpoint, REPO)
-    assert hub.files(REPO).keys() - {"README.md", ".gitattributes", "notes.txt"} == local_files(checkpoint)
+    assert hub.files(REPO).keys() - {"README.md", ".gitattributes", "notes.txt", "adapters/stray.txt"} == local_files(
+        checkpoint
+    )
     assert hub.count("lfs-put") == sent
     assert pushed.files == 2  # the card and the configuration
+    assert pushed.deleted == 2 + 3
     deleting, whole = history(hub)[-2:]
     assert CONFIG not in deleting
     assert CONFIG in whole
@@ -364,7 +382,7 @@ def test_a_wrong_token_is_said_and_not_shown(hub: FakeHub, checkpoint: Path, cap
 def test_rate_limits_and_failures_are_waited_out(
     hub: FakeHub, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(hub_module, "_said_at", [0.0])
+    monkeypatch.setattr(patience, "_said", {})
     hub.fault(kind="commit", status=429, headers={"RateLimit": '"api";r=0;t=0'})
     hub.fault(kind="info", status=503)
     hub.fault(kind="create", drop=True)

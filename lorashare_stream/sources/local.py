@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..adapterfiles import CONFIG, foreign_lora, inner_adapters, looks_like_adapter, remedy_for
 from ..errors import MissingSourceError, UsageError
-from ..hubid import parse_hub_id
+from ..hubid import meant_by, parse_hub_id
 from ..names import listed, name_fault, shown
 from .manifest import SUFFIXES, read_manifest
 from .source import Listing, Source, unique
@@ -72,10 +72,12 @@ def _one(text: str, name: str | None, listing: Listing | None = None) -> Source:
 
 
 def _no_such_source(missing: list[str]) -> MissingSourceError:
+    meant = [text for text in map(meant_by, missing) if text is not None]
     return MissingSourceError(
         f"no such source: {', '.join(map(repr, map(shown, missing[:8])))}",
         found=f"{len(missing)} that are not there" if len(missing) > 1 else None,
         expected="an adapter folder, a folder of adapter folders, a glob, a manifest, or a Hub id org/name",
+        remedy=f"If it is on the Hub: {', '.join(shown(text) for text in meant[:3])}." if meant else None,
     )
 
 

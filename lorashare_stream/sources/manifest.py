@@ -98,9 +98,9 @@ def _of_hub(where: str, name: str | None, entry: dict[str, Any]) -> Item:
     text = {k: entry.get(k) or "" for k in ("repo", "revision", "subfolder", "base_model", "license")}
     files = entry.get("files") or []
     usable = all(isinstance(v, str) for v in text.values()) and isinstance(files, list)
-    usable = usable and all(isinstance(f, str) and name_fault(f) is None for f in files if f != ".gitattributes")
     hub = HubId(text["repo"], text["revision"], text["subfolder"]) if usable else None
     if hub is None or parse_hub_id(str(hub)) != hub:
         raise UsageError(f"{where}: not an adapter of the Hub", found=entry, expected="repo, revision, files as text")
     gated, private = (None if entry.get(k) is None else bool(entry[k]) for k in ("gated", "private"))
+    files = [f for f in files if isinstance(f, str) and name_fault(f) is None]  # the others are not read
     return name, str(hub), Listing(tuple(files), text["base_model"] or None, gated, private, text["license"] or None)

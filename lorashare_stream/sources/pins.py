@@ -9,9 +9,10 @@ from itertools import pairwise
 from typing import Any, TypeVar
 
 from ..adapterfiles import CONFIG
-from ..errors import AdapterError
+from ..errors import AdapterError, MissingFileError
 from ..hub import Hub
 from ..hubid import HubId, parse_hub_id
+from ..names import listed
 from .source import Listing, Source, unique
 
 T = TypeVar("T")
@@ -59,12 +60,41 @@ def _pin(source: Source, client: Hub) -> Source:
     else:
         info = client.info(source.hub)
         sha, listing = info.sha, listing_of(info, source.hub.subfolder)
-    if sha is None:
-        client.info(source.hub)  # offline: says so
+        _demand_config(source.hub, listing, [s.rfilename for s in info.siblings or ()])
+    if sha is None and client.offline:
+        sha = _only_commit(source.hub, client)
     hub = replace(source.hub, revision=str(sha))
     if not hub.pinned:
         raise AdapterError("the Hub names no commit", found=sha, expected="40 hex digits", remedy="Leave it out.")
     return replace(source, id=str(hub), hub=hub, listing=listing)
+
+
+def _demand_config(hub: HubId, listing: Listing, paths: Sequence[str]) -> None:
+    """Demand an adapter where the id says; else say where there are some."""
+    folders = sorted(p.rpartition("/")[0] for p in paths if p.rpartition("/")[2] == CONFIG)
+    if CONFIG in listing.files or not folders:
+        return
+    ids = [str(replace(hub, subfolder=folder)) for folder in folders]
+    raise MissingFileError(
+        f"no {CONFIG} here", found=listed(listing.files, 5) or "nothing", expected=CONFIG,
+        remedy=f"Its adapters are at {listed(ids, 5)}.",
+    )  # fmt: skip
+
+
+def _only_commit(hub: HubId, client: Hub) -> str:
+    """The commit of a repository that the cache has, if it has one only: what a branch is, it need not know.
+
+    Raises:
+        MissingFileError: if there is none, or several.
+    """
+    commits = client.commits(hub)
+    if hub.revision or len(commits) != 1:
+        raise MissingFileError(
+            "which commit it is, is not known in the cache of the Hub's files, and this is offline",
+            found=f"{hub}; commits there: {listed(commits, 3) or 'none'}",
+            remedy="Name the commit, or a discovered manifest; or run once without --offline and HF_HUB_OFFLINE.",
+        )
+    return commits[0]
 
 
 def listing_of(info: Any, subfolder: str = "") -> Listing:
@@ -113,6 +143,6 @@ def in_parallel(call: Callable[[T], R], items: Iterable[T], client: Hub) -> Iter
         yield from pool.map(one, items)
     except BaseException:
         client.stopped.set()  # nobody waits on for an answer
+        pool.shutdown(wait=False, cancel_futures=True)
         raise
-    finally:
-        pool.shutdown(cancel_futures=True)
+    pool.shutdown()

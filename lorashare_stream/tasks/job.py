@@ -124,7 +124,8 @@ class Job:
         return [e for name, e in self.entries.items() if name in lacking and not e.fetched]
 
     def with_files(self, here: Mapping[str, Entry]) -> Job:
-        """The job with adapters that were fetched."""
+        """The job with adapters that were fetched, which must be those of the same names."""
+        assert all(self.entries[name].source_id == entry.source_id for name, entry in here.items())
         return replace(self, entries={**self.entries, **here}) if here else self
 
     def hub_bytes(self, name: str) -> int:
