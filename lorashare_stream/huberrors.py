@@ -114,7 +114,7 @@ def permanent(error: Exception, what: str, *, offline: bool) -> Exception:
     names = [c.__name__ for e in chain for c in type(e).__mro__]
     for name, (problem, remedy) in _PERMANENT.items():
         if name in names:
-            return AdapterError(problem, found=what, remedy=remedy)
+            return AdapterError(problem + _without_token(), found=what, remedy=remedy)
     if "RemoteEntryNotFoundError" in names:
         return MissingFileError("no such file on the Hub", found=what, remedy="Mend the name, or leave it out.")
     if "OfflineModeIsEnabled" in names or (offline and "LocalEntryNotFoundError" in names):
@@ -138,6 +138,12 @@ def permanent(error: Exception, what: str, *, offline: bool) -> Exception:
         "the client of the Hub failed", found=f"{what}: {type(error).__name__}",
         remedy="Look after HF_ENDPOINT, HF_TOKEN and the proxy settings.",
     )  # fmt: skip
+
+
+def _without_token() -> str:
+    from huggingface_hub import get_token
+
+    return "" if get_token() else " (no token is set)"
 
 
 def _refused(status: int, answer: Any, what: str) -> StreamError:

@@ -38,7 +38,7 @@ def refused(error: BaseException, repo: str) -> StreamError:
     if status == 403:
         return StreamError(
             "this token may not write to the repository", found=repo,
-            remedy="Use one that may, push to a repository of your own, or propose a pull request (create_pr).",
+            remedy="Use one that may, push to a repository of your own, or propose a pull request (--create-pr).",
         )  # fmt: skip
     if "RepositoryNotFoundError" in names:
         return hidden(repo)

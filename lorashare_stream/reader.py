@@ -172,7 +172,8 @@ class CheckpointReader:
             yield self.place.root
             return
         self.place.fetch()
-        with tempfile.TemporaryDirectory(prefix="lorashare-stream-") as folder:
+        with tempfile.TemporaryDirectory(prefix="lorashare-stream-") as private:
+            folder = os.path.join(private, "checkpoint")  # with the modes of any other folder, since it is copied
             for relative, path in self._files().items():
                 os.makedirs(os.path.dirname(os.path.join(folder, relative)), exist_ok=True)
                 os.symlink(path, os.path.join(folder, relative))

@@ -22,6 +22,7 @@ from .ledger import note_refusal
 from .names import bytes_shown, digest_of, listed
 from .planning import Plan, check_enough
 from .publishing import staging_folder
+from .remote import loose_id
 from .running import Run, check_none_lost
 from .shareformat import COMPONENTS
 from .summary import Head
@@ -117,9 +118,9 @@ def _check_journal(plan: Plan, work: Workspace) -> set[str]:
     entries = {e.name: e for e in plan.entries}
     journal = journal_of_plan(plan, work)
     absent = {e.adapter for e in plan.absent}
-    gone = [r.name for r in journal.receipts if r.name not in entries and r.name not in absent]
+    gone = [r for r in journal.receipts if r.name not in entries and r.name not in absent]
     if gone:
-        raise _gone(gone, plan.refused)
+        raise _gone([r.name for r in gone], plan.refused, _moved(gone, plan))
     for receipt in (r for r in journal.receipts if r.name in entries):
         check_unchanged(entries[receipt.name], receipt)
     return {r.name for r in journal.receipts}
@@ -182,8 +183,22 @@ def journal_of_plan(plan: Plan, work: Workspace) -> Journal:
     return journal
 
 
-def _gone(names: Sequence[str], refused: Sequence[AdapterError]) -> WorkspaceError:
+def _moved(gone: Sequence[Receipt], plan: Plan) -> dict[str, str]:
+    """Admitted adapters whose repository is named at another commit: name -> the id now."""
+    now = {loose_id(e.source_id): e.source_id for e in plan.entries if e.origin is not None}
+    return {r.name: now[loose_id(r.source_id)] for r in gone if loose_id(r.source_id) in now}
+
+
+def _gone(names: Sequence[str], refused: Sequence[AdapterError], moved: Mapping[str, str]) -> WorkspaceError:
     now = [error for error in refused if error.adapter in names]
+    newer = [f"{old} is now {new}" for old, new in moved.items()]
+    if newer:
+        raise WorkspaceError(
+            "adapters of the Hub are named at another commit than the one that is in the workspace",
+            found=listed(newer, 3),
+            remedy="Take the old ones out by lorashare-stream remove, then the same command adds the new ones; or name "
+            "the commits that are there.",
+        )
     return WorkspaceError(
         "the workspace holds adapters that the sources no longer give, and its moments contain them",
         found=listed(names),

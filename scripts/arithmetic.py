@@ -97,9 +97,9 @@ def estimate(plan: Plan, bandwidth: int) -> str:
             ("this machine", f"{cores} cores; syrk {rate / 1e9:.0f} GFLOP/s a core"),
             ("requests", f"{len(plan.entries)} to plan; {sum(4 * plan.fetches(e) for e in plan.entries)} to fetch"),
             ("fetched", f"{bytes_shown(fetched)}, {fetched / bandwidth / 60:.0f} min at {bandwidth / 1e6:.0f} MB/s"),
-            ("moments", f"written {len(plan.batches)} times, {bytes_shown(moments * len(plan.batches))} in all"),
+            ("moments", f"{bytes_shown(moments * len(plan.batches))} written, once a batch"),
             ("sums", f"{flops / 1e12:.1f} TFLOP, {flops / rate / steps['accumulate'] / 60:.0f} min"),
-            ("solves", f"{sum(solves[g.dim] for g in plan.groups) / steps['fit'] / 60:.0f} min, "
+            ("solves", f"{sum(solves[g.dim] for g in plan.groups) / steps['fit'] / 60:.1f} min, "
              + ", ".join(f"{s:.1f} s at d = {d}" for d, s in sorted(solves.items()))),
         ]
     )  # fmt: skip
@@ -108,12 +108,12 @@ def estimate(plan: Plan, bandwidth: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in {"hidden": 4096, "kv": 1024, "layers": 32, "rank": 16, "adapters": 1000}.items():
-        parser.add_argument(f"--{name}", type=int, default=value)
+        parser.add_argument(f"--{name}", type=int, default=value, help=f"(default {value})")
     parser.add_argument("--targets", nargs="+", default=["q", "k", "v"], choices=["q", "k", "v", "o"])
     parser.add_argument("-k", type=int, default=32)
     parser.add_argument("--memory", default="4GiB")
     parser.add_argument("--disk-budget", default=None)
-    parser.add_argument("--bandwidth", type=parse_bytes, default=10**8, metavar="BYTES A SECOND")
+    parser.add_argument("--bandwidth", type=parse_bytes, default=10**8, metavar="SIZE", help="a second")
     args = parser.parse_args()
     plan = imagined(args)
     plan.validate()

@@ -30,6 +30,7 @@ from lorashare_stream.errors import (
     StreamError,
     UnreachableError,
     UsageError,
+    WorkspaceError,
 )
 from lorashare_stream.executors import DaskClient, Serial
 from lorashare_stream.hub import Hub
@@ -1001,12 +1002,9 @@ def test_odd_names_on_the_hub_spoil_no_manifest(tmp_path: Path, hub: FakeHub, co
     good = files_of(collection[0])
     odd = dict.fromkeys(("epoch:3.safetensors", "aux.safetensors", ".tmp.safetensors", "a\tb.safetensors"), b"x")
     hub.add("org/odd", good | odd, base_model="tiny-base")
-    index = {
-        "model.safetensors.index.json": b"{}",
-        "model-00001-of-00002.safetensors": b"x",
-        "adapter_config.json": b"{}",
-    }
-    hub.add("org/merged", index, base_model="tiny-base")
+    shard, index = "model-00001-of-00001.safetensors", "model.safetensors.index.json"
+    whole = {index: json.dumps({"weight_map": {"a": shard}}).encode(), shard: b"x", "adapter_config.json": b"{}"}
+    hub.add("org/merged", whole, base_model="tiny-base")
     out = tmp_path / "m.jsonl"
     assert main(["discover", "--base-model", "tiny-base", "-o", str(out)]) == 0
     assert [item["repo"] for item in manifest_of(out)] == ["org/odd"]
@@ -1061,3 +1059,14 @@ def test_a_token_that_can_be_none_is_said_without_being_shown(
     said = "".join(capsys.readouterr())
     assert "characters that none has" in said
     assert "gehe" not in said
+
+
+def test_a_newer_commit_of_an_adapter_is_said_to_be_one(tmp_path: Path, hub: FakeHub, pins: list[str]) -> None:
+    out = tmp_path / "out"
+    go(pins, out)
+    new = hub.update("org/a00", {"x": b""})
+    with pytest.raises(WorkspaceError, match=rf"at another commit.*org--a00 is now org/a00@{new}"):
+        go([f"org/a00@{new}", *pins[1:]], out)
+    assert main(["remove", str(out), "org--a00"]) == 0
+    go([f"org/a00@{new}", *pins[1:]], out)
+    assert SHAREModel.from_pretrained(out).certified("org--a00")["source_id"] == f"org/a00@{new}"
