@@ -90,16 +90,17 @@ def ingest(run: Run, work: Workspace, out: Path, device: str) -> list[AdapterErr
     if again:
         log.warning("taken out before, and added again since their sources are named: %s", listed(sorted(again)))
     refused: list[AdapterError] = []
-    done, complete = 0, len(plan.batches) == 1 or is_complete(make_job(plan, work, out, device, begins=True))
+    several, done = len(plan.batches) > 1, 0
+    complete = several and is_complete(make_job(plan, work, out, device, begins=True))
     for number, (batch, after) in enumerate(zip(fresh, [*fresh[1:], []], strict=True)):
         if complete and not batch:
             done += len(plan.batches[number])
             continue
-        if batch and len(plan.batches) > 1:
+        if batch and several:
             log.info("batch %d of %d: %d of %d adapters", number + 1, len(plan.batches), done, len(plan.entries))
         refused += admit(run, work, batch)
         done += len(plan.batches[number])
-        if len(plan.batches) > 1:
+        if several:
             names = {e.name for e in plan.batches[number]}
             sum_batch(run, make_job(plan, work, out, device, begins=True), names, _unrefused(after))
         run.fetcher.release(batch)
