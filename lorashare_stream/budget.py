@@ -17,6 +17,7 @@ from .tensorfile import CHUNK
 # Resident bytes of the process before any work: interpreter, numpy, scipy, zarr; torch where a .bin is read.
 PROCESS_BYTES = 192 << 20
 TORCH_BYTES = 224 << 20
+HUB_BYTES = 112 << 20  # its client, and 8 downloads that read 10 MiB at a time
 BYTES_PER_ADAPTER = 4 << 10  # of a catalog entry and its receipt
 BYTES_PER_RECORD = 1 << 10  # of a tensor in a layout; equal layouts are kept once
 TILE_BYTES = 32 << 20  # tiles on their way into or out of Zarr
@@ -96,6 +97,7 @@ def steps_of(
     tensors = sum(len(e.layout.in_file_order) for e in examples(entries))
     process = PROCESS_BYTES + BYTES_PER_ADAPTER * len(entries) + BYTES_PER_RECORD * tensors
     process += TORCH_BYTES if pickled or s.device != "cpu" else 0
+    process += HUB_BYTES if any(e.origin is not None for e in entries) else 0
     total = sum(f.size for e in entries for f in e.files)
     lora = sum(e.layout.lora_bytes for e in entries)
     pair = max((4 * m.rank * (m.dim("A") + m.dim("B")) for e in examples(entries) for m in e.layout.modules), default=0)
