@@ -147,7 +147,7 @@ def _surveyed_entry(
     assert source.hub is not None
     listing = known.listing if known.listing.files else source.listing
     files = tuple(FileFact(Path(file), size, 0) for file, size in known.files)
-    origin = Origin(source.hub, source.asked, listing, known.digest, known.config, known.refused)
+    origin = Origin(source.hub, source.asked, listing, known.digest, known.config, known.sha256, known.refused)
     bare = Entry(name, source.id, Path(source.id), files, NOTHING, (), None, "", origin, fetched=False)
     if known.config is not None:
         return _entry(bare, json.loads(known.config), known.records, shared, settings)

@@ -24,6 +24,7 @@ class Origin:
         listing: what the Hub says of it.
         records: digest of its tensor records.
         config: its adapter_config.json, as JSON has it; None if it was not read.
+        sha256: of its one weight file, if the Hub lists it.
         refused: why its values must not touch a moment, if that is known from before.
     """
 
@@ -32,6 +33,7 @@ class Origin:
     listing: Listing
     records: str
     config: str | None
+    sha256: str | None = None
     refused: ValuesError | None = None
 
 

@@ -78,6 +78,10 @@ class ValuesError(AdapterError):
     """Values that must not touch a moment: of a pinned adapter, for ever."""
 
 
+class DamagedFetchError(AdapterError):
+    """A file that was damaged on its way: fetched again, it may be whole."""
+
+
 class MissingFileError(AdapterError, FileNotFoundError):
     """A file that an adapter must have is not there (also a FileNotFoundError, as in lorashare)."""
 

@@ -112,6 +112,14 @@ class Fetcher:
                     self._wanted[entry.source_id] -= 1
             self._changed.notify_all()
 
+    def drop(self, entry: Entry) -> None:
+        """Have an adapter fetched anew when it is wanted again; a file in the Hub's cache is not touched."""
+        with self._changed:
+            self._here.pop(entry.source_id, None)
+            if self._folder is not None:
+                remove_tree(self._folder / slug(entry.source_id))
+                self._taken.pop(slug(entry.source_id), None)
+
     def close(self, *, finished: bool) -> None:
         """Stop fetching; once nothing is wanted any more, remove what was fetched into the folder."""
         with self._changed:

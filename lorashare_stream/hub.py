@@ -7,12 +7,13 @@ limits, errors of the server, and connections that fail, for some minutes; then 
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from .errors import AdapterError, StreamError, UsageError
 from .huberrors import NoSecrets, not_cached
@@ -26,6 +27,14 @@ TIMEOUT = 20.0  # seconds without a byte
 LONG_TIMEOUT = 120.0  # the same, of requests that make the Hub work: listings, commits
 DEADLINE = 120.0  # seconds for a header
 log = logging.getLogger(__name__)
+
+
+class Head(NamedTuple):
+    """The beginning of a file: its first bytes, its size, and the SHA-256 of the whole if the Hub lists it."""
+
+    start: bytes
+    size: int
+    sha256: str | None
 
 
 class _Pages:
@@ -110,17 +119,17 @@ class Hub:
         while (model := self.patiently(pages.one, "listing models", unheard())) is not None:
             yield model
 
-    def head(self, hub_id: HubId, file: str) -> tuple[bytes, int]:
-        """The first bytes of a safetensors file, its header among them, and its size: one ranged request.
+    def head(self, hub_id: HubId, file: str) -> Head:
+        """The first bytes of a safetensors file, its header among them: one ranged request.
 
         A header beyond `FIRST_BYTES` takes a second one.
         """
         self._demand_online(hub_id, file)
 
-        def get(first: int, last: int) -> tuple[bytes, int]:
+        def get(first: int, last: int) -> Head:
             return self.patiently(lambda: self._range(hub_id, file, first, last), f"{hub_id}: {file}")
 
-        start, size = get(0, FIRST_BYTES - 1)
+        start, size, sha256 = get(0, FIRST_BYTES - 1)
         end = 8 + int.from_bytes(start[:8], "little")
         if end > MOST_HEADER and end <= size and file.endswith(".safetensors"):
             raise AdapterError(
@@ -128,9 +137,8 @@ class Hub:
                 expected=f"at most {MOST_HEADER}", remedy="Leave it out, or fetch it and name its folder.",
             )  # fmt: skip
         if len(start) < end <= min(size, MOST_HEADER):
-            rest, _ = get(len(start), end - 1)
-            start += rest
-        return start, size
+            start += get(len(start), end - 1).start
+        return Head(start, size, sha256)
 
     def text(self, hub_id: HubId, file: str) -> bytes:
         """A small file, by one ranged request.
@@ -140,12 +148,12 @@ class Hub:
         """
         self._demand_online(hub_id, file)
         what = f"{hub_id}: {file}"
-        found, size = self.patiently(lambda: self._range(hub_id, file, 0, MOST_HEADER - 1), what)
+        found, size, _ = self.patiently(lambda: self._range(hub_id, file, 0, MOST_HEADER - 1), what)
         if size > MOST_HEADER:
             raise AdapterError("a file that is too large", key=file, found=f"{size} bytes", remedy="Leave it out.")
         return found
 
-    def _range(self, hub_id: HubId, file: str, first: int, last: int) -> tuple[bytes, int]:
+    def _range(self, hub_id: HubId, file: str, first: int, last: int) -> Head:
         from huggingface_hub import get_session, hf_hub_url
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
@@ -168,7 +176,9 @@ class Hub:
                     raise TimeoutError("a server that is too slow")
                 if len(found) >= skip + last - first + 1:
                     break
-        return bytes(found[skip : skip + last - first + 1]), int(size)
+            told = [r.headers.get("X-Linked-Etag", "").strip('"') for r in (*response.history, response)]
+        sha256 = next((text for text in told if re.fullmatch("[0-9a-f]{64}", text)), None)
+        return Head(bytes(found[skip : skip + last - first + 1]), size, sha256)
 
     def download(self, hub_id: HubId, file: str, folder: Path | None) -> Path:
         """A file of a pinned adapter, in a folder, or in the user's cache; without a request if it is there."""

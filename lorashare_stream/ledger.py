@@ -32,6 +32,7 @@ class Known:
         digest: of the records.
         config: its adapter_config.json, as JSON has it; None if it was not read.
         listing: what the Hub says of it.
+        sha256: of its one weight file, if the Hub lists it.
         refused: why its values must not touch a moment, if it was fetched before, and they must not.
     """
 
@@ -40,6 +41,7 @@ class Known:
     digest: str
     config: str | None = None
     listing: Listing = Listing()  # noqa: RUF009 - frozen
+    sha256: str | None = None
     refused: ValuesError | None = None
 
 
@@ -51,13 +53,14 @@ class Fact:
     tensors: str
     configuration: str | None
     listing: Listing
+    sha256: str | None = None
 
     @classmethod
     def of(cls, line: dict[str, Any]) -> Fact:
         """The fact of a line; it must be what was written, of this version."""
         listing = Listing(**{**line["listing"], "files": tuple(line["listing"]["files"])})
         files = tuple((str(name), int(size)) for name, size in line["files"])
-        return cls(files, str(line["tensors"]), line["configuration"], listing)
+        return cls(files, str(line["tensors"]), line["configuration"], listing, line.get("sha256"))
 
 
 def digest_of_records(records: Records) -> str:
@@ -112,7 +115,7 @@ class Ledger:
         if fact is None or fact.tensors not in self._records:
             return None
         config, refused = self._configs.get(fact.configuration or ""), self._refused.get(source_id)
-        return Known(fact.files, self._records[fact.tensors], fact.tensors, config, fact.listing, refused)
+        return Known(fact.files, self._records[fact.tensors], fact.tensors, config, fact.listing, fact.sha256, refused)
 
     def put(self, source_id: str, known: Known) -> Known:
         """Keep what is known of an adapter; what others have in common with it is shared with them."""
@@ -125,7 +128,7 @@ class Ledger:
             if configuration is not None and configuration not in self._configs:
                 self._configs[configuration] = str(known.config)
                 lines.append({"digest": configuration, "config": known.config})
-            fact = Fact(known.files, known.digest, configuration, known.listing)
+            fact = Fact(known.files, known.digest, configuration, known.listing, known.sha256)
             if self._adapters.get(source_id) != fact:
                 self._adapters[source_id] = fact
                 lines.append({"id": source_id, **asdict(fact)})

@@ -13,7 +13,7 @@ from typing import Any
 from .adapterfiles import digest_files, open_tensors, tensor_records
 from .checkpoint import Staging
 from .entry import Entry
-from .errors import AdapterError, DiskError, LockedError, ValuesError, WorkspaceError, refusal
+from .errors import AdapterError, DamagedFetchError, DiskError, LockedError, ValuesError, WorkspaceError, refusal
 from .files import free_bytes, tree_bytes
 from .hub import cache_folder
 from .journal import Journal, Receipt, Removal, Shapes
@@ -137,6 +137,8 @@ def admit(run: Run, work: Workspace, entries: Sequence[Entry]) -> list[AdapterEr
             work.admit(result, shapes[result.name], durable=count % SYNC_EVERY == 0 or count == len(entries))
             continue
         refused.append(result)
+        if isinstance(result, DamagedFetchError):
+            run.fetcher.drop(next(e for e in entries if e.name == result.adapter))
         if isinstance(result, ValuesError) and result.adapter in remote:  # it is not fetched for that again
             note_refusal(work.root / FACTS, remote[result.adapter], result)
     work.sync_journal()

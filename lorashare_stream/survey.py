@@ -127,24 +127,26 @@ class _Look:
         if listing.files and CONFIG not in listing.files:
             raise missing_config(listing.files)
         found = [self._header(hub_id, name, number) for number, name in enumerate(names)]
-        records = once(record for of_file, _ in found for record in of_file)
+        records = once(record for of_file, _, _ in found for record in of_file)
         if index is not None:
-            held = {name: {r.name for r in of_file} for name, (of_file, _) in zip(names, found, strict=True)}
+            held = {name: {r.name for r in of_file} for name, (of_file, _, _) in zip(names, found, strict=True)}
             check_shards(index, content["weight_map"], held)  # type: ignore[index]  # `shard_names` has seen it
-        files = tuple((name, size) for name, (_, size) in zip(names, found, strict=True))
-        return Known(files, records, digest_of_records(records), None, listing)
+        files = tuple((name, size) for name, (_, size, _) in zip(names, found, strict=True))
+        sha256 = found[0][2] if len(names) == 1 else None
+        return Known(files, records, digest_of_records(records), None, listing, sha256)
 
-    def _header(self, hub_id: HubId, name: str, number: int) -> tuple[tuple[TensorRecord, ...], int]:
+    def _header(self, hub_id: HubId, name: str, number: int) -> tuple[tuple[TensorRecord, ...], int, str | None]:
+        """Its tensors, its size, and its SHA-256 if the Hub lists it."""
         cached = self.client.cached(hub_id, name)
         if cached is not None:
-            return read_header(cached, number), cached.stat().st_size
-        head, size = self.client.head(hub_id, name)
-        with _LARGE if len(head) > FIRST_BYTES else nullcontext():
-            return parse_header(head, size, Path(name), number), size
+            return read_header(cached, number), cached.stat().st_size, None
+        head = self.client.head(hub_id, name)
+        with _LARGE if len(head.start) > FIRST_BYTES else nullcontext():
+            return parse_header(head.start, head.size, Path(name), number), head.size, head.sha256
 
     def _of_pickle(self, hub_id: HubId, listing: Listing) -> Known:
         if self.client.cached(hub_id, PICKLE) is None:
-            _, size = self.client.head(hub_id, PICKLE)
+            size = self.client.head(hub_id, PICKLE).size
             if size > self.largest:
                 raise AdapterError(
                     "a pickle, which is read whole, is larger than the memory or the disk budget", key=PICKLE,

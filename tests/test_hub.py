@@ -1070,3 +1070,20 @@ def test_a_newer_commit_of_an_adapter_is_said_to_be_one(tmp_path: Path, hub: Fak
     assert main(["remove", str(out), "org--a00"]) == 0
     go([f"org/a00@{new}", *pins[1:]], out)
     assert SHAREModel.from_pretrained(out).certified("org--a00")["source_id"] == f"org/a00@{new}"
+
+
+@pytest.mark.parametrize("budget", [None, 1 << 20])
+def test_a_file_that_is_damaged_on_its_way_is_not_added(
+    tmp_path: Path, hub: FakeHub, pins: list[str], budget: int | None
+) -> None:
+    out, settings = tmp_path / "out", {"on_error": "skip", "disk_budget": budget}
+    made = plan(pins, out, **settings)
+    files = hub.repos["org/a02"].commits[pins[2].split("@")[1]]
+    whole = files[WEIGHTS]
+    files[WEIGHTS] = whole[:-1] + bytes([whole[-1] ^ 1])
+    outcome = compress(made, out)
+    assert [e.adapter for e in outcome.skipped] == ["org--a02"]
+    assert "not what the Hub lists" in str(outcome.skipped[0])
+    files[WEIGHTS] = whole
+    if budget is not None:  # nothing of it was kept
+        assert not go(pins, out, **settings).skipped

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ..adapterfiles import digest_files, open_tensors
 from ..dtypes import FLOATS, widened
 from ..entry import Entry
-from ..errors import AdapterError, ValuesError
+from ..errors import AdapterError, DamagedFetchError, ValuesError
 from ..journal import Receipt
 from ..names import digest_of
 from ..tensorfile import SafetensorsReader, TensorReader, TensorRecord
@@ -28,6 +28,7 @@ def ingest_adapter(entry: Entry) -> tuple[str, Receipt | AdapterError]:
     try:
         with open_tensors(entry.paths) as tensors:
             energy, notes, digest = _scan(entry, tensors)
+        _check_digest(entry, digest)
     except AdapterError as e:
         e.adapter, e.source = entry.name, entry.where
         return entry.name, e
@@ -36,6 +37,16 @@ def ingest_adapter(entry: Entry) -> tuple[str, Receipt | AdapterError]:
     shapes = digest_of(entry.shapes)
     of_config, source = entry.config_digest, entry.source_id
     return entry.name, Receipt(entry.name, source, digest, of_config, energy, sizes, times, shapes, notes, exact)
+
+
+def _check_digest(entry: Entry, digest: str) -> None:
+    """Demand that what was fetched is what the Hub lists."""
+    listed = None if entry.origin is None else entry.origin.sha256
+    if listed not in (None, digest):
+        raise DamagedFetchError(
+            "what was fetched is not what the Hub lists", found=f"SHA-256 {digest}", expected=f"SHA-256 {listed}",
+            remedy="Remove it from the cache of the Hub's files, if it is there, and run the same command again.",
+        )  # fmt: skip
 
 
 def _scan(entry: Entry, tensors: TensorReader) -> tuple[float, tuple[str, ...], str]:
