@@ -88,7 +88,8 @@ def _add_edits(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
 
 def _add_readers(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
     p = command("info", "What a checkpoint holds, how large it is, how far off.")
-    p.add_argument("checkpoint")
+    p.add_argument("checkpoint", help="its folder, or an id of the Hub, as for reconstruct and verify")
+    _add_offline(p)
     p = command("reconstruct", "Write adapters of a checkpoint as PEFT adapter folders.")
     p.add_argument("checkpoint")
     which = p.add_mutually_exclusive_group(required=True)
@@ -97,6 +98,7 @@ def _add_readers(command: Callable[[str, str], argparse.ArgumentParser]) -> None
     )
     which.add_argument("--all", action="store_true", help="all adapters")
     p.add_argument("-o", "--output", metavar="DIR", required=True)
+    _add_offline(p)
     p = command("verify", "Measure errors against the originals, per adapter, worst first.")
     p.add_argument("checkpoint")
     p.add_argument(

@@ -115,7 +115,7 @@ def _places(chosen: Args) -> tuple[Path, Path | None]:
 
 def info(args: Args) -> int:
     """`info`: what a checkpoint says of itself."""
-    config = read_share_config(place_of(args["checkpoint"]).root)
+    config = read_share_config(place_of(args["checkpoint"], local_files_only="offline" in args).root)
     print_result(args, info_of(config), summary_text(config))
     return 0
 
@@ -131,7 +131,8 @@ def reconstruct(args: Args) -> int:
     """`reconstruct`: one adapter into DIR, several into DIR/NAME."""
     from .model import SHAREModel
 
-    model, out = SHAREModel.from_pretrained(args["checkpoint"]), Path(args["output"])
+    model = SHAREModel.from_pretrained(args["checkpoint"], local_files_only="offline" in args)
+    out = Path(args["output"])
     names = model.adapter_names if "all" in args else names_meant(args["adapter"], model.adapter_names)
     unknown = [n for n in names if n not in model.all_loadings]
     if unknown:

@@ -507,3 +507,24 @@ def test_a_cache_that_is_only_read(
     share = SHAREModel.from_pretrained("org/share", cache_dir=tmp_path / "cache")
     assert len(share.reconstruct("a00")) == 7
     monkeypatch.undo()
+
+
+def test_the_commands_that_read_take_ids(
+    tmp_path: Path, hub: FakeHub, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lorashare_stream.cli import main
+
+    repo = "alice/readable"
+    hub.add(repo, {str(p.relative_to(checkpoint)): p.read_bytes() for p in checkpoint.rglob("*") if p.is_file()})
+    name = SHAREModel.from_pretrained(checkpoint).adapter_names[0]
+    to = str(tmp_path / "one")
+    assert main(["reconstruct", repo, "--adapter", name, "-o", to, "--offline"]) == 1  # nothing is in the cache
+    assert "not in the cache" in capsys.readouterr().err
+    assert main(["reconstruct", repo, "--adapter", name, "-o", to]) == 0
+    assert main(["info", repo, "--json"]) == 0
+    online = capsys.readouterr().out.splitlines()[-1]
+    requests = len(hub.requests)
+    assert main(["info", repo, "--json", "--offline"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == online
+    assert main(["reconstruct", repo, "--adapter", name, "-o", to, "--offline"]) == 0
+    assert len(hub.requests) == requests
