@@ -79,10 +79,8 @@ class Fetcher:
             if not entry.fetched:
                 remote.setdefault(entry.source_id, []).append(entry)
         with self._changed:
-            fresh = [e for some in remote.values() for e in some]
-            for source_id, some in remote.items():
-                if self._ahead.pop(source_id, 0):
-                    fresh.remove(some[0])
+            announced = {source_id for source_id in remote if self._ahead.pop(source_id, 0)}  # one use of each
+            fresh = [e for source_id, some in remote.items() for e in some[source_id in announced :]]
             self._awaited |= remote.keys()
         self._want(fresh)
         while remote:
@@ -138,7 +136,7 @@ class Fetcher:
         with self._changed:
             for entry in entries:
                 self._entries[slug(entry.source_id)] = entry
-                if entry.source_id not in {*self._queued, *self._fetched, *self._here}:
+                if not any(entry.source_id in some for some in (self._queued, self._fetched, self._here)):
                     self._enqueue(entry)
                 self._wanted[entry.source_id] += 1
             self._queue = deque(sorted(self._queue, key=self._urgency))

@@ -11,6 +11,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -26,7 +27,6 @@ MOST_HEADER = 16 << 20  # bytes of a header: that of a hundred thousand tensors
 TIMEOUT = 20.0  # seconds without a byte
 LONG_TIMEOUT = 120.0  # the same, of requests that make the Hub work: listings, commits
 DEADLINE = 120.0  # seconds for a header
-log = logging.getLogger(__name__)
 
 
 class Head(NamedTuple):
@@ -182,22 +182,8 @@ class Hub:
 
     def download(self, hub_id: HubId, file: str, folder: Path | None) -> Path:
         """A file of a pinned adapter, in a folder, or in the user's cache; without a request if it is there."""
-
-        def get() -> str:
-            from huggingface_hub import hf_hub_download
-
-            found: str = hf_hub_download(
-                hub_id.repo,
-                hub_id.path(file),
-                revision=hub_id.revision,
-                local_dir=folder,
-                library_name="lorashare-stream",
-                tqdm_class=no_bar(),
-                local_files_only=self.offline,
-            )
-            return found
-
-        return Path(self.patiently(get, f"{hub_id}: {file}"))
+        get = partial(hub_file, hub_id, file, local_dir=folder, tqdm_class=no_bar(), local_files_only=self.offline)
+        return self.patiently(get, f"{hub_id}: {file}")
 
     def cached(self, hub_id: HubId, file: str) -> Path | None:
         """A file in the user's cache, if it is there at this revision."""
@@ -214,6 +200,17 @@ class Hub:
     def _demand_online(self, hub_id: HubId, file: str | None = None) -> None:
         if self.offline:
             raise not_cached(f"{hub_id}: {file}" if file else str(hub_id))
+
+
+def hub_file(hub_id: HubId, file: str, **how: Any) -> Path:
+    """A file of a repository at a revision, as `hf_hub_download` has it."""
+    from huggingface_hub import hf_hub_download
+
+    return Path(
+        hf_hub_download(
+            hub_id.repo, hub_id.path(file), revision=hub_id.revision, library_name="lorashare-stream", **how
+        )
+    )
 
 
 def cache_folder() -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shlex
 import sys
 from collections import Counter
@@ -15,20 +14,19 @@ from .errors import UsageError
 from .names import bytes_shown, counted, listed, shown
 from .output import print_result, progress_of
 from .publishing import demand_folder
-from .sources.manifest import SUFFIXES
 
 COMMANDS = {"discover", "push"}
-log = logging.getLogger(__name__)
 
 
 def discover(args: Args) -> int:
     """`discover`: a manifest of the adapters of a base model."""
     out = Path(args["output"])
     if out.suffix != ".jsonl":
-        raise UsageError("a manifest is a .jsonl file", found=out, expected=f"one of {', '.join(SUFFIXES)}: .jsonl")
-    for name in ("limit", "min_downloads"):
-        if args.get(name, 1) < (1 if name == "limit" else 0):
-            raise UsageError(f"--{name.replace('_', '-')} cannot be {args[name]}", expected="a whole number from 1")
+        raise UsageError("a discovered manifest is a .jsonl file", found=out, expected="a name that ends in .jsonl")
+    for name, least in (("limit", 1), ("min_downloads", 0)):
+        if args.get(name, least) < least:
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{flag} cannot be {args[name]}", expected=f"a whole number from {least}")
     base, aliases = args["base_model"], args.get("base_aliases", [])
     if not out.absolute().parent.is_dir():
         raise UsageError("no folder for the manifest", found=out.parent, remedy="Make it, or name another.")

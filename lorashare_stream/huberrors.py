@@ -34,8 +34,8 @@ def passing(error: BaseException) -> tuple[str | None, float | None]:
         response = getattr(seen, "response", None)
         status = getattr(response, "status_code", None)
         if isinstance(status, int):
-            passing = status in _TRANSIENT or status >= 500
-            return (f"it answers {status}", _asked_to_wait(response)) if passing else (None, None)
+            waits = status in _TRANSIENT or status >= 500
+            return (f"it answers {status}", _asked_to_wait(response)) if waits else (None, None)
         if type(seen).__name__ in _NEVER:
             return None, None
         modules = {c.__module__.split(".")[0] for c in type(seen).__mro__}
@@ -47,8 +47,8 @@ def passing(error: BaseException) -> tuple[str | None, float | None]:
             return "it answers with what is no JSON", None
         if _is_of_xet(seen):
             status = _status_in(str(seen))
-            passing = _errno_in(str(seen)) is None and (status in (None, *_TRANSIENT) or int(status or 0) >= 500)
-            return ("its storage (Xet) fails", None) if passing else (None, None)
+            waits = _errno_in(str(seen)) is None and (status is None or status in _TRANSIENT or status >= 500)
+            return ("its storage (Xet) fails", None) if waits else (None, None)
     return None, None
 
 

@@ -18,7 +18,7 @@ from typing import TypeVar
 from .adapterfiles import CONFIG as ADAPTER_CONFIG
 from .errors import CheckpointError, MissingCheckpointError, StreamError, UnreachableError, UsageError
 from .files import atomic_path
-from .hub import Hub, check_token, no_bar, repo_folder
+from .hub import Hub, check_token, hub_file, no_bar, repo_folder
 from .hubid import HubId, parse_hub_id
 from .names import listed, shown
 from .patience import unheard
@@ -160,19 +160,10 @@ class Repository:
         return None if found is None else Path(found)
 
     def _download(self, relative: str, renew: bool) -> Path:
-        from huggingface_hub import hf_hub_download
-
-        path: str = hf_hub_download(
-            self.id.repo,
-            self.id.path(relative),
-            revision=self.id.revision,
-            cache_dir=self._cache,
-            token=self._token,
-            force_download=renew,
-            library_name="lorashare-stream",
-            tqdm_class=None if relative == COMPONENTS else no_bar(),
+        bar = None if relative == COMPONENTS else no_bar()
+        return hub_file(
+            self.id, relative, cache_dir=self._cache, token=self._token, force_download=renew, tqdm_class=bar
         )
-        return Path(path)
 
     def adapters(self) -> Collection[str] | None:
         """None: a repository is not listed, the configuration says what is in it."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class Known:
     records: Records
     digest: str
     config: str | None = None
-    listing: Listing = Listing()  # noqa: RUF009 - frozen
+    listing: Listing = field(default_factory=Listing)
     sha256: str | None = None
     refused: ValuesError | None = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .errors import StreamError, UsageError
+from .huberrors import chain_of
 
 
 def changed_meanwhile(repo: str) -> StreamError:
@@ -19,9 +20,7 @@ def hidden(repo: str) -> StreamError:
 
 def refused(error: BaseException, repo: str) -> StreamError:
     """The error for what the Hub refuses, of an error of its client."""
-    chain: list[BaseException] = [error]
-    while (under := chain[-1].__cause__ or chain[-1].__context__) is not None and len(chain) < 10:
-        chain.append(under)
+    chain = chain_of(error)
     names = {c.__name__ for e in chain for c in type(e).__mro__}
     answer = next((e for e in chain if getattr(e, "response", None) is not None), None)
     status = getattr(getattr(answer, "response", None), "status_code", None)

@@ -97,8 +97,7 @@ def bytes_to_fetch(entries: Iterable[Entry], settings: Settings, known: Collecti
 @contextmanager
 def fetching_for(settings: Settings, workspace: Path | None) -> Iterator[Fetcher]:
     """A fetcher: into the workspace under a disk budget, else into the Hub's cache."""
-    private = settings.disk_budget is not None and workspace is not None
-    folder = workspace / FILES if private and workspace is not None else None
+    folder = None if workspace is None or settings.disk_budget is None else workspace / FILES
     with fetching(settings.offline, folder, settings.disk_budget) as fetcher:
         yield fetcher
     if workspace is not None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from .adapterfiles import (
     CONFIG,
@@ -122,7 +123,7 @@ class _Look:
         return self._of_headers(hub_id, listing, names, index, content)
 
     def _of_headers(
-        self, hub_id: HubId, listing: Listing, names: Sequence[str], index: str | None = None, content: object = None
+        self, hub_id: HubId, listing: Listing, names: Sequence[str], index: str | None = None, content: Any = None
     ) -> Known:
         if listing.files and CONFIG not in listing.files:
             raise missing_config(listing.files)
@@ -130,7 +131,7 @@ class _Look:
         records = once(record for of_file, _, _ in found for record in of_file)
         if index is not None:
             held = {name: {r.name for r in of_file} for name, (of_file, _, _) in zip(names, found, strict=True)}
-            check_shards(index, content["weight_map"], held)  # type: ignore[index]  # `shard_names` has seen it
+            check_shards(index, content["weight_map"], held)
         files = tuple((name, size) for name, (_, size, _) in zip(names, found, strict=True))
         sha256 = found[0][2] if len(names) == 1 else None
         return Known(files, records, digest_of_records(records), None, listing, sha256)
@@ -178,7 +179,7 @@ class _Look:
             yield self.client.download(hub_id, name, Path(folder))
 
 
-def parse_index(text: bytes) -> object:
+def parse_index(text: bytes) -> Any:
     """The content of an index of shards.
 
     Raises:

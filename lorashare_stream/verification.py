@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,22 +60,21 @@ def verify(
         workspace: what was read on the Hub for it before is not asked again.
         offline: never ask the Hub.
     """
-    settings = Settings(share_initial=bool(model.config.ours.get("share_initial")), disk_budget=1, offline=offline)
+    settings = Settings(share_initial=bool(model.config.ours.get("share_initial")), offline=offline)
+    settings = replace(settings, disk_budget=settings.memory)  # the cache is not filled with what is read once
     remote = {name: source for name, source in originals.items() if source.hub is not None}
     for name in model.adapter_names:
         if name not in remote:
-            source = originals.get(name)
-            yield _judged(model, name, partial(_local, source, settings))
+            yield _judged(model, name, _local(originals.get(name), settings))
     if not remote:
         return
     _, surveyed = looked_up(list(remote.values()), settings, workspace, writes=False)
-    entries: list[Entry] = []
+    shared, entries = Interned(), []
     for name, source in remote.items():
         try:
-            entries.append(read_entry(source, name, Interned(), settings, surveyed))
+            entries.append(read_entry(source, name, shared, settings, surveyed))
         except AdapterError as e:
-            yield _judged(model, name, partial(_raised, e))
-    # Into a folder of its own: the cache is not filled with what is read once.
+            yield _judged(model, name, e)
     room = 2 * AT_ONCE * max((e.hub_bytes for e in entries), default=0)
     with (
         tempfile.TemporaryDirectory(prefix="lorashare-stream-") as folder,
@@ -84,34 +82,31 @@ def verify(
     ):
         for result in fetcher.arriving(entries):
             if isinstance(result, AdapterError):
-                yield _judged(model, str(result.adapter), partial(_raised, result))
-                continue
-            yield _judged(model, result.name, partial(_same, result))
-            fetcher.release([result])
+                yield _judged(model, str(result.adapter), result)
+            else:
+                yield _judged(model, result.name, result)
+                fetcher.release([result])
 
 
-def _local(source: Source | None, settings: Settings) -> Entry:
+def _local(source: Source | None, settings: Settings) -> Entry | Exception:
+    """An original in a folder; or why it cannot be read."""
     if source is None:
-        raise StreamError("its original is not among the sources")
-    found = catalog([source], settings)
-    if found.refused:
-        raise found.refused[0]
-    return found.entries[0]
+        return StreamError("its original is not among the sources")
+    try:
+        found = catalog([source], settings)
+    except OSError as e:
+        return e
+    return found.refused[0] if found.refused else found.entries[0]
 
 
-def _raised(error: AdapterError) -> Entry:
-    raise error
-
-
-def _same(entry: Entry) -> Entry:
-    return entry
-
-
-def _judged(model: SHAREModel, name: str, original: Callable[[], Entry]) -> Verdict:
+def _judged(model: SHAREModel, name: str, original: Entry | Exception) -> Verdict:
+    """The verdict on an adapter, whose original may be what kept it from being read."""
     certified: float | None = None
     try:
         certified = _number(model.certified(name).get("relative_error"))
-        return _verdict(model, name, original(), certified)
+        if isinstance(original, Exception):
+            raise original
+        return _verdict(model, name, original, certified)
     except (StreamError, OSError) as e:
         return Verdict(name, float("nan"), certified, problem=str(e))
 

@@ -1087,3 +1087,17 @@ def test_a_file_that_is_damaged_on_its_way_is_not_added(
     files[WEIGHTS] = whole
     if budget is not None:  # nothing of it was kept
         assert not go(pins, out, **settings).skipped
+
+
+def test_a_pickle_is_verified_without_a_workspace(tmp_path: Path, hub: FakeHub, collection: list[str]) -> None:
+    config = files_of(collection[0])["adapter_config.json"]
+    for i in range(2):
+        tensors = {k: torch.from_numpy(v) for k, v in load_tensors(collection[i]).items()}
+        torch.save(tensors, tmp_path / "x.bin")
+        content = (tmp_path / "x.bin").read_bytes()
+        hub.add(f"org/p{i}", {"adapter_config.json": config, "adapter_model.bin": content})
+    out = tmp_path / "out"
+    go(["org/p0", "org/p1"], out, disk_budget=1 << 20)
+    default_workspace(out).rename(tmp_path / "away")
+    assert main(["verify", str(out)]) == 0
+    assert not list((tmp_path / "home").rglob("*.bin"))  # nor is the cache filled by it
