@@ -21,7 +21,7 @@ from .names import folded, listed, shown
 from .pipeline import Outcome, plan_for
 from .planning import make_plan
 from .records import metas_of, receipt_in
-from .remote import fetching_for, looked_up, loose_id, recalled
+from .remote import fetching_for, looked_up, loose_ids, recalled
 from .running import Run
 from .settings import Settings
 from .shareconfig import SHAREConfig, read_share_config
@@ -126,8 +126,7 @@ def _fresh(sources: Sequence[Source], held: Sequence[tuple[str, str | None]]) ->
 
 def _pins_in(out: Path, config: SHAREConfig) -> dict[str, str]:
     """What ids of the Hub mean that a checkpoint has adapters of."""
-    ids = [str(meta[OURS]["source_id"]) for meta in metas_of(out, config.adapter_names)]
-    return {loose_id(source_id): source_id for source_id in reversed(ids)}
+    return loose_ids(str(meta[OURS]["source_id"]) for meta in metas_of(out, config.adapter_names))
 
 
 def _receipts_in(out: Path, config: SHAREConfig) -> list[Receipt]:
@@ -161,6 +160,7 @@ def _add_by_projection(
 
 
 def _projected(out: Path, config: SHAREConfig, there: Sequence[Receipt], run: Run, means: Means) -> Outcome:
+    """Project the adapters of a run's plan on the bases of a checkpoint that has others."""
     plan, settings = run.plan, run.plan.settings
     threshold = config.variance_threshold if means.accept is None else means.accept
     receipts = list(ingested(run, plan.entries))

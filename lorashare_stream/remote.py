@@ -52,7 +52,9 @@ def looked_up(
     known = {**(pins or {}), **({} if workspace is None else pins_of(workspace))}
     known = {asked: source_id for asked, source_id in known.items() if not ledger.refuses(source_id)}
     found = pinned(sources, hub, known)
-    return found, survey(found, hub, ledger, settings, configs=configs, progress=progress)
+    surveyed = survey(found, hub, ledger, settings, configs=configs, progress=progress)
+    faults = {source_id: e for source_id, e in surveyed.items() if isinstance(e, AdapterError)}  # not asked for again
+    return [replace(s, fault=faults.get(s.id)) for s in found], surveyed
 
 
 def pins_of(workspace: Path) -> dict[str, str]:
@@ -60,9 +62,12 @@ def pins_of(workspace: Path) -> dict[str, str]:
     adapters = read_sealed(workspace / "plan.json").get("adapters", [])
     refused = Workspace(workspace).skipped()  # they may be mended on the Hub
     pins = {str(a["asked"]): str(a["source_id"]) for a in adapters if "asked" in a and a["name"] not in refused}
-    for receipt in Workspace(workspace).journal().receipts:
-        pins.setdefault(loose_id(receipt.source_id), receipt.source_id)
-    return pins
+    return loose_ids(r.source_id for r in Workspace(workspace).journal().receipts) | pins
+
+
+def loose_ids(source_ids: Iterable[str]) -> dict[str, str]:
+    """What ids without a revision mean among adapters that are there: the first that has them."""
+    return {loose_id(source_id): source_id for source_id in reversed(list(source_ids))}
 
 
 def loose_id(source_id: str) -> str:
@@ -73,7 +78,7 @@ def loose_id(source_id: str) -> str:
 
 def recalled(workspace: Path) -> list[Source]:
     """The adapters of a workspace, from where they came from; ids of the Hub stay those that were given."""
-    asked = {pinned_id: given for given, pinned_id in reversed(pins_of(workspace).items())}
+    asked = {pinned_id: given for given, pinned_id in pins_of(workspace).items()}  # as it was given, if it was
     receipts = Workspace(workspace).journal().receipts
     return [source_of(r.source_id, r.name, asked.get(r.source_id, "")) for r in receipts]
 

@@ -20,7 +20,7 @@ from .keys import SIDES, factor_key
 from .model import SHAREModel
 from .picklefile import raw_bytes
 from .reader import Tensors
-from .remote import looked_up, loose_id
+from .remote import looked_up, loose_ids
 from .settings import Settings
 from .sources import Source
 from .tensorfile import TensorReader, float32
@@ -157,8 +157,7 @@ def _verbatim_fault(entry: Entry, originals: TensorReader, tensors: Tensors) -> 
 
 def pins_in(model: SHAREModel) -> dict[str, str]:
     """What ids of the Hub without a revision mean in a checkpoint: the adapters of it that have them."""
-    ids = [str(model.certified(name).get("source_id")) for name in reversed(model.adapter_names)]
-    return {loose_id(source_id): source_id for source_id in ids}
+    return loose_ids(str(model.certified(name).get("source_id")) for name in model.adapter_names)
 
 
 def originals_of(model: SHAREModel, sources: list[Source]) -> dict[str, Source]:

@@ -1101,3 +1101,14 @@ def test_a_pickle_is_verified_without_a_workspace(tmp_path: Path, hub: FakeHub, 
     default_workspace(out).rename(tmp_path / "away")
     assert main(["verify", str(out)]) == 0
     assert not list((tmp_path / "home").rglob("*.bin"))  # nor is the cache filled by it
+
+
+def test_what_is_not_there_is_asked_for_once_by_add_too(tmp_path: Path, hub: FakeHub, pins: list[str]) -> None:
+    out = tmp_path / "out"
+    go(pins[:6], out)
+    hub.requests.clear()
+    gone = f"org/a07@{'0' * 40}"
+    assert main(["add", str(out), "org/nothing", gone, pins[6], "--on-error", "skip", "--variance", "0.01"]) == 3
+    assert hub.count(repo="org/nothing") == 1
+    assert hub.count(repo="org/a07") == 1
+    assert SHAREModel.from_pretrained(out).config.num_adapters == 7

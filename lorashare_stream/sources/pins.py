@@ -30,7 +30,7 @@ def pinned(sources: Sequence[Source], hub: Callable[[], Hub], known: Mapping[str
     """
     known = known or {}
     recalled = [_recall(source, known.get(source.id)) for source in sources]
-    loose = [s for s in recalled if s.hub is not None and not s.hub.pinned]
+    loose = [s for s in recalled if s.hub is not None and not s.hub.pinned and s.fault is None]
     if not loose:
         return unique(recalled)
     client = hub()

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 def accumulate_module(job: Job, name: str) -> None:
     """Bring a module's moments up to the journal: what they lack is added, in its order; both sides at once.
 
-    Where what was summed before is no longer what was written, the module is forgotten, for `stages.sum_up` to begin
+    Where what was summed before is no longer what was written, the module is forgotten, for `summing.sum_up` to begin
     it again; all that it holds must be at hand then.
     """
     try:

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 def fit_module(job: Job, name: str) -> None:
     """Fit the bases of a module's two groups and write them, rounded to the storage dtype.
 
-    A module whose moments are found to be damaged is forgotten, for `stages.settle` to begin it again.
+    A module whose moments are found to be damaged is forgotten, for `summing.settle` to begin it again.
     """
     try:
         sides, origin = _fit_sides(job, name)
