@@ -216,6 +216,8 @@ def tensor_records(paths: tuple[Path, ...]) -> tuple[TensorRecord, ...]:
         from .picklefile import pickle_records
 
         return pickle_records(paths[0])
+    if len(paths) == 1:
+        return read_header(paths[0])
     return once(record for number, path in enumerate(paths) for record in read_header(path, number))
 
 

@@ -155,8 +155,8 @@ def _add_by_projection(
         return Outcome([], "current")
     plan = make_plan(catalog(fresh, settings, receipts=there, surveyed=surveyed), settings, grows=True)
     plan.validate()
-    with fetching_for(settings, None) as fetcher:
-        return _projected(out, config, there, means.run(plan, fetcher), means)
+    with fetching_for(settings, None) as fetcher, means.running(plan, out.parent, out, fetcher) as run:
+        return _projected(out, config, there, run, means)
 
 
 def _projected(out: Path, config: SHAREConfig, there: Sequence[Receipt], run: Run, means: Means) -> Outcome:

@@ -51,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--chunk-size", type=int, metavar="N", help="no effect: adapters are always streamed")
     p.add_argument("--discard-moments", action="store_true", help="free moments as soon as bases are fitted: less disk")
     _add_lock(p)
+    _add_cluster(p)
     _add_edits(command)
     _add_readers(command)
     _add_hub(command)
@@ -177,8 +178,12 @@ def _add_base(p: argparse.ArgumentParser) -> None:
 
 def _add_resources(p: argparse.ArgumentParser) -> None:
     p.add_argument("--workspace", metavar="DIR", help="folder of resumable state (default: beside the checkpoint)")
-    p.add_argument("--memory", metavar="SIZE", help="what the process may use (default: 4GiB)")
-    p.add_argument("--workers", type=int, metavar="N", help="tasks at a time (default: one per core)")
+    p.add_argument(
+        "--memory", metavar="SIZE", help="what the process may use, or each worker of a cluster (default: 4GiB)"
+    )
+    p.add_argument(
+        "--workers", type=int, metavar="N", help="tasks at a time (default: one per core, or thread of a worker)"
+    )
     p.add_argument("--device", help="auto (default), cpu or cuda")
     p.add_argument(
         "--disk-budget",
@@ -186,6 +191,18 @@ def _add_resources(p: argparse.ArgumentParser) -> None:
         help="fetch adapters of the Hub in batches, and again to project them (default: all, into its cache)",
     )
     _add_offline(p)
+
+
+def _add_cluster(p: argparse.ArgumentParser) -> None:
+    where = p.add_mutually_exclusive_group()
+    where.add_argument(
+        "--dask-scheduler",
+        metavar="ADDRESS",
+        help="work on a running Dask cluster, whose workers see the same storage; or its --scheduler-file",
+    )
+    where.add_argument(
+        "--dask-local", type=int, metavar="N", help="work in N processes of this machine, each with --memory"
+    )
 
 
 def _add_offline(p: argparse.ArgumentParser) -> None:
@@ -199,3 +216,4 @@ def _add_lock(p: argparse.ArgumentParser) -> None:
 def _add_means(p: argparse.ArgumentParser) -> None:
     _add_resources(p)
     _add_lock(p)
+    _add_cluster(p)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .entry import Entry
 from .keys import SIDES, Side
-from .layout import Module
+from .moments import stays_stacked
 from .settings import QUANTUM, Settings
+from .solvers import BLOCKS, OVERSAMPLING, suits_krylov
+from .stacks import STACK_BYTES, Module
 from .subspace import break_even
 from .tensorfile import CHUNK
 
@@ -20,6 +22,8 @@ TORCH_BYTES = 224 << 20
 HUB_BYTES = 112 << 20  # its client, and 8 downloads that read 10 MiB at a time
 BYTES_PER_ADAPTER = 4 << 10  # of a catalog entry and its receipt
 BYTES_PER_RECORD = 1 << 10  # of a tensor in a layout; equal layouts are kept once
+ITEM = {"float32": 4, "float64": 8}  # bytes of a number of a moment
+PORTION_BYTES, PORTION_READS = 128 << 20, 4 << 30  # of sums, and of what is read for them; see `portions`
 TILE_BYTES = 32 << 20  # tiles on their way into or out of Zarr
 
 
@@ -42,8 +46,8 @@ class Group:
 
     @property
     def stacked(self) -> bool:
-        """Whether the stacked columns (n, d) are kept, being no larger than the second moment (d, d)."""
-        return self.count <= self.dim
+        """Whether the stacked columns (n, d) are kept, not the second moment (d, d)."""
+        return stays_stacked(self.count, self.dim)
 
     def components(self, settings: Settings) -> int:
         """k: as asked, clamped to min(d, n); for `auto`, which only the moment knows, the break-even."""
@@ -55,7 +59,10 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One pass of the pipeline: `tasks` tasks that need `task_bytes` each beside `shared_bytes` for all."""
+    """One pass of the pipeline: tasks that need `task_bytes` each beside `shared_bytes` for all.
+
+    Where modules are summed together, `task_bytes` is of as many as go into a task; `least_bytes` is of one alone.
+    """
 
     name: str
     tasks: int
@@ -63,6 +70,7 @@ class Step:
     task_bytes: int
     shared_bytes: int
     concurrency: int
+    least_bytes: int
 
     @property
     def peak_bytes(self) -> int:
@@ -100,52 +108,116 @@ def steps_of(
     process += HUB_BYTES if any(e.origin is not None for e in entries) else 0
     total = sum(f.size for e in entries for f in e.files)
     lora = sum(e.layout.lora_bytes for e in entries)
-    pair = max((4 * m.rank * (m.dim("A") + m.dim("B")) for e in examples(entries) for m in e.layout.modules), default=0)
+    pair = max((m.bytes for e in examples(entries) for m in e.layout.modules), default=0)
+    pair = max(pair, STACK_BYTES)
     components = sum(4 * g.dim * g.components(s) for g in groups)
-    by_module: dict[str, list[Group]] = {}
-    for g in groups:
-        by_module.setdefault(g.module, []).append(g)
-    sums = max((sum(_sum_bytes(g, s) for g in both) for both in by_module.values()), default=0)
+    by_module = modules_of(groups)
+    sums = max((held_bytes(both, s, grows=grows) for both in by_module.values()), default=0)
     fits = max((_fit_bytes(g, s) for g in groups), default=0)
     widest_pair = max((sum(8 * g.dim * g.components(s) for g in both) for both in by_module.values()), default=0)
     k = {g.module: sum(h.components(s) for h in by_module[g.module]) for g in groups}
     loadings = 4 * max((sum(k[m.name] * m.rank for m in e.layout.modules) for e in examples(entries)), default=0)
-    mapped = storage == "F32"  # other components are widened when they are used
+    kept = components if keeps_components(components, s.memory) else 0
+    mapped = components // (1 if storage == "F32" else 2)  # pages that are resident
     buffers = 2 * CHUNK + pickled  # a chunk being hashed or copied; a .bin is read whole
     modules, adapters = len(by_module), len(entries)
-    sums += max((sum(_kept_bytes(g, s) for g in both) for both in by_module.values()), default=0) if grows else 0
-    sums = max(sums, fits) if s.discard_moments else sums  # a module is fitted as soon as it is summed
 
-    def step(name: str, tasks: int, read: int, task: int, shared: int = 0) -> Step:
-        room = (s.memory - process - shared) // max(task, 1)
-        at_once = max(1, min(s.workers or os.cpu_count() or 1, room))
-        return Step(name, tasks, read, task, process + shared, at_once)
+    def step(name: str, tasks: int, read: int, task: int, shared: int = 0, most: int = 0) -> Step:
+        room = s.memory - process - shared
+        at_once = max(1, min(s.workers or os.cpu_count() or 1, room // max(task, 1)))
+        whole = max(task, min(most, room // at_once))
+        return Step(name, tasks, read, whole, process + shared, at_once, process + shared + task)
 
+    reading = 4 * pair + TILE_BYTES + pickled
     return (
         step("ingest", adapters, total, 4 * pair + buffers),
-        step("accumulate", modules, lora, sums + 4 * pair + TILE_BYTES + pickled),
+        step("accumulate", modules, lora, sums + reading, most=PORTION_BYTES + reading),
         step("fit", modules, 0, fits + TILE_BYTES),
-        step("project", adapters, total, 7 * pair + widest_pair + loadings + buffers, components if mapped else 0),
+        step("project", adapters, total, 9 * pair + widest_pair + loadings + buffers, kept + mapped),
     )
 
 
+def modules_of(groups: Iterable[Group]) -> dict[str, list[Group]]:
+    """The groups of each module."""
+    found: dict[str, list[Group]] = {}
+    for g in groups:
+        found.setdefault(g.module, []).append(g)
+    return found
+
+
+def keeps_components(size: int, memory: int) -> bool:
+    """Whether components, `size` bytes in float32, are kept stacked while adapters are projected; else they are read
+    from the page cache, stacked and widened, for each adapter anew.
+    """
+    return size <= memory // 4
+
+
+def portions(
+    modules: Sequence[str], groups: Mapping[str, Sequence[Group]], s: Settings, step: Step, *, grows: bool
+) -> list[tuple[str, ...]]:
+    """Modules in portions that are summed together, so that each adapter is opened once for all of a portion.
+
+    As few as keep the workers busy and hold in `step.task_bytes`, but no more than `PORTION_READS` are read for one: a
+    portion is what is lost if the run is killed. Each alone if moments are freed at once, since disk is short then.
+    """
+    if s.discard_moments:
+        return [(m,) for m in modules]
+    held = {m: held_bytes(groups[m], s, grows=grows) if m in groups else step.task_bytes for m in modules}
+    reads = {m: sum(4 * g.dim * g.count for g in groups.get(m, ())) for m in modules}
+    alone = max((held_bytes(both, s, grows=grows) for both in groups.values()), default=0)
+    most = step.task_bytes - (step.least_bytes - step.shared_bytes - alone)  # beside what reading takes
+    for count in range(step.concurrency, len(modules), step.concurrency):
+        parts = _split(modules, [held[m] + reads[m] for m in modules], count)
+        if all(sum(held[m] for m in p) <= most and sum(reads[m] for m in p) <= PORTION_READS for p in parts):
+            return parts
+    return [(m,) for m in modules]
+
+
+def _split(items: Sequence[str], costs: Sequence[int], count: int) -> list[tuple[str, ...]]:
+    """Items, in order, in `count` parts of nearly the same cost; none is empty."""
+    total, done = max(1, sum(costs)), 0
+    parts: list[list[str]] = [[] for _ in range(count)]
+    for item, cost in zip(items, costs, strict=True):
+        parts[min(count - 1, (done + cost // 2) * count // total)].append(item)
+        done += cost
+    return [tuple(part) for part in parts if part]
+
+
+def held_bytes(both: Iterable[Group], s: Settings, *, grows: bool) -> int:
+    """What is in memory of a module while it is summed, and fitted if moments are freed at once."""
+    both = list(both)
+    sums = sum(_sum_bytes(g, s) + (_kept_bytes(g, s) if grows else 0) for g in both)
+    return max(sums, *(_fit_bytes(g, s) for g in both)) if s.discard_moments else sums
+
+
 def _sum_bytes(g: Group, s: Settings) -> int:
-    item = {"float32": 4, "float64": 8}[s.moment_dtype]
-    second = 0 if g.stacked else g.dim * g.dim * item
-    return second + QUANTUM * g.dim * item + (8 << 20)  # the block, and strips of it in float64
+    item = ITEM[s.moment_dtype]
+    return (0 if g.stacked else g.dim * g.dim * item) + min(QUANTUM, g.count) * g.dim * item  # S, and the block
 
 
 def _kept_bytes(g: Group, s: Settings) -> int:
     """Of stacked columns that are there already, and go into new ones or into a sum."""
-    return g.dim * min(g.count, g.dim) * ({"float32": 4, "float64": 8}[s.moment_dtype] + 8) if g.stacked else 0
+    return g.dim * min(g.count, 2 * g.dim) * (ITEM[s.moment_dtype] + 8) if g.stacked else 0
 
 
 def _fit_bytes(g: Group, s: Settings) -> int:
-    item = {"float32": 4, "float64": 8}[s.moment_dtype]
-    most = max(1, min(g.dim, g.count))
+    item, most = ITEM[s.moment_dtype], max(1, min(g.dim, g.count))
     k = most if s.num_components == "auto" else g.components(s)
     polish = 8 * (6 * g.dim * k + 3 * k * k)  # the solver's vectors, those of QR and Ritz, the rounded ones
-    if g.stacked:
-        return g.count * g.dim * item + 8 * (3 * g.count * g.count + 2 * 1024 * g.count) + polish
-    solver = item * g.dim * (2 * k + 20) if 16 * k <= g.dim else 3 * 8 * g.dim * g.dim
-    return g.dim * g.dim * item + solver + polish
+    return moment_bytes(g, s) + polish + _solver_bytes(g, k, item)
+
+
+def _solver_bytes(g: Group, k: int, item: int) -> int:
+    """What `solvers.leading` needs beside the moment, by its table."""
+    if g.stacked and suits_krylov(g.dim, g.count, k):
+        block = k + OVERSAMPLING
+        return 8 * (g.dim * block * (BLOCKS + 6) + 4 * (BLOCKS * block) ** 2) + 2 * item * g.count * block
+    size = min(g.dim, g.count) if g.stacked else g.dim
+    formed = 0 if not g.stacked else size * size * (8 if g.count <= g.dim else item)
+    strips = 8 * 2 * 1024 * g.count if g.stacked else 0
+    return formed + strips + (8 * size * (2 * k + 20) if 16 * k <= size else 3 * 8 * size * size)
+
+
+def moment_bytes(g: Group, s: Settings) -> int:
+    """Bytes of the moment of a group."""
+    return g.dim * (g.count if g.stacked else g.dim) * ITEM[s.moment_dtype]

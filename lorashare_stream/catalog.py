@@ -105,10 +105,18 @@ def _names(sources: Sequence[Source], admitted: Mapping[str, str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Interned:
-    """Equal parts of many adapters, kept once; layouts by what they were read from, or by their digest."""
+    """Equal parts of many adapters, made and kept once.
 
-    layouts: dict[Hashable, Layout] = field(default_factory=dict)
-    products: dict[tuple[Product, ...], tuple[Product, ...]] = field(default_factory=dict)
+    Attributes:
+        layouts: by their digest.
+        read: by what tells the records that they were read from: their digest, or their identity, which is that of the
+            header in this process; with the records, so that it is no other's.
+        products: by digests of configuration and layout.
+    """
+
+    layouts: dict[str, Layout] = field(default_factory=dict)
+    read: dict[Hashable, tuple[tuple[TensorRecord, ...], Layout]] = field(default_factory=dict)
+    products: dict[Hashable, tuple[Product, ...] | None] = field(default_factory=dict)
 
 
 def read_entry(source: Source, name: str, shared: Interned, settings: Settings, surveyed: Surveyed) -> Entry:
@@ -125,12 +133,13 @@ def read_entry(source: Source, name: str, shared: Interned, settings: Settings, 
     """
     if source.hub is not None:
         return _surveyed_entry(source, name, shared, settings, surveyed[source.id])
-    config = read_config(source.path)
+    folder = source.path.absolute()  # a worker of a cluster may be in another one
+    config = read_config(folder)
     peftconfig.check_lora(config)  # before anything else that is wrong with another kind of adapter
-    paths = weight_files(source.path)
+    paths = weight_files(folder)
     files = tuple(file_fact(p) for p in paths)
     return _entry(
-        Entry(name, source.id, source.path, files, NOTHING, (), None, ""),
+        Entry(name, source.id, folder, files, NOTHING, (), None, ""),
         config,
         tensor_records(paths),
         shared,
@@ -152,11 +161,9 @@ def _surveyed_entry(
     if known.config is not None:
         return _entry(bare, json.loads(known.config), known.records, shared, settings)
     # A plan that is not run takes it for plain LoRA of the base that the Hub says.
-    layout = _layout(shared, known.records, None, tied=False)
-    products = (Product(1.0),) * len(layout.modules)
-    return replace(
-        bare, layout=layout, products=shared.products.setdefault(products, products), base_model=listing.base_model
-    )
+    layout = _layout(shared, known.records, known.digest, None, tied=False)
+    products = shared.products.setdefault(layout.digest, (Product(1.0),) * len(layout.modules))
+    return replace(bare, layout=layout, products=products or (), base_model=listing.base_model)
 
 
 def _entry(
@@ -167,14 +174,17 @@ def _entry(
     if exact is None and not settings.share_initial:
         exact = peftconfig.initial_part(config)
     tied = bool(config.get("ensure_weight_tying"))
-    layout = _layout(shared, records, exact, tied)
-    products = peftconfig.products(config, {m.name: m.rank for m in layout.modules})
+    layout = _layout(shared, records, None if bare.origin is None else bare.origin.records, exact, tied=tied)
+    digest = digest_config(config)
+    key = digest, layout.digest
+    if key not in shared.products:
+        shared.products[key] = peftconfig.products(config, {m.name: m.rank for m in layout.modules})
+    products = shared.products[key]
     if products is None:
         layout = _interned(shared, kept_exact(layout, "only the base model tells which parameter a pattern means"))
         products = ()
-    products = shared.products.setdefault(products, products)
     base = peftconfig.base_model(config)
-    return replace(bare, layout=layout, products=products, base_model=base, config_digest=digest_config(config))
+    return replace(bare, layout=layout, products=products, base_model=base, config_digest=digest)
 
 
 def read_entries(
@@ -190,11 +200,13 @@ def read_entries(
     return entries
 
 
-def _layout(shared: Interned, records: tuple[TensorRecord, ...], exact: str | None, tied: bool) -> Layout:
-    key = records, exact, tied
-    if key not in shared.layouts:
-        shared.layouts[key] = read_layout(records, exact=exact, tied=tied)
-    return shared.layouts[key]
+def _layout(
+    shared: Interned, records: tuple[TensorRecord, ...], digest: str | None, exact: str | None, *, tied: bool
+) -> Layout:
+    key = digest or id(records), exact, tied
+    if key not in shared.read:
+        shared.read[key] = records, _interned(shared, read_layout(records, exact=exact, tied=tied))
+    return shared.read[key][1]
 
 
 def _exact(entry: Entry, shared: Interned) -> Entry:

@@ -14,8 +14,10 @@ lorashare 0.1.3 refuses unknown fields of share_config.json, so everything of ou
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +34,7 @@ from .shareformat import (
     ADAPTERS,
     COMPONENTS,
     CONFIG,
+    META,
     SKIPPED,
     SPECTRUM,
     STAGING,
@@ -106,12 +109,25 @@ class Staging:
 
     @contextmanager
     def adapter(self, name: str) -> Iterator[Path]:
-        """A folder to write one adapter into, which takes its place at the end of the block."""
-        folder = self.root / ADAPTERS / f".{name}"
-        remove_tree(folder)
+        """A folder to write one adapter into, which takes its place at the end of the block.
+
+        Its name is used once: a cluster may do a task again while the worker that it has lost still does it. Both
+        write the same bytes, of which the first stay, being read perhaps.
+        """
+        folder, place = self.root / ADAPTERS / f".{uuid.uuid4().hex}", self.root / ADAPTERS / name
         folder.mkdir()
         yield folder
-        os.rename(folder, self.root / ADAPTERS / name)
+        try:
+            os.rename(folder, place)
+        except OSError as e:
+            if e.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            aside = folder
+            if (place / META).read_bytes() != (folder / META).read_bytes():  # which has the digests of the others
+                aside = folder.with_name(f"{folder.name}.replaced")
+                os.rename(place, aside)
+                os.rename(folder, place)
+            remove_tree(aside)
 
     def sync(self, names: Iterable[str]) -> None:
         """Make adapters durable."""

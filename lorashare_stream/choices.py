@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from .cluster import DaskClient, workers_of
 from .errors import AdapterError, UsageError
 from .files import read_json
 from .hubid import parse_hub_id
@@ -50,6 +52,27 @@ def with_config(args: Args) -> dict[str, Any]:
         if not isinstance(values.get(name, kind()), kind):
             raise UsageError(f"{name} in {shown(path)} cannot be meant", found=values[name], expected=kind.__name__)
     return values | chosen
+
+
+@contextmanager
+def cluster_of(args: Args) -> Iterator[DaskClient | None]:
+    """The cluster that is asked for, until the end of the block; None if none is.
+
+    Raises:
+        UnreachableClusterError: if it does not answer, or has no workers.
+    """
+    if "dask_scheduler" not in args and "dask_local" not in args:
+        yield None
+        return
+    from .connecting import connected, started
+
+    with connected(args["dask_scheduler"]) if "dask_scheduler" in args else started(args["dask_local"]) as cluster:
+        yield cluster
+
+
+def with_workers(chosen: Args, cluster: DaskClient | None) -> dict[str, Any]:
+    """Arguments, with as many tasks at a time in a process as the cluster's have threads, if nothing is said of it."""
+    return {**({} if "plan" in chosen else workers_of(cluster)), **chosen}  # a saved plan says something of it
 
 
 def _settings(chosen: Args) -> Settings:

@@ -79,9 +79,10 @@ def _stop(args: dict[str, Any], number: int, frame: FrameType | None) -> NoRetur
         if args.get("json"):
             os.write(1, f"{_as_json(error, Stopped.exit_code)}\n".encode())
         os.write(2, f"\nlorashare-stream: {error}\n".encode())
-    locks = sys.modules.get("lorashare_stream.locks")  # not loaded, it holds none
-    if locks is not None:
-        locks.let_go()
+    for name in ("locks", "cluster"):
+        module = sys.modules.get(f"lorashare_stream.{name}")  # not loaded, it holds nothing
+        if module is not None:
+            module.let_go()
     os._exit(Stopped.exit_code)
 
 

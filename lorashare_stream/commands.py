@@ -9,7 +9,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from .choices import Args, make_plan, names_meant, planned, with_config
+from .choices import Args, cluster_of, make_plan, names_meant, planned, with_config, with_workers
+from .cluster import DaskClient
 from .errors import StreamError, UsageError, skipped_as_json
 from .files import own_folder, tree_bytes, write_json
 from .hub import Hub
@@ -65,6 +66,14 @@ def compress(args: Args) -> int:
     check_output(
         output_folder(out), own=Workspace(workspace).published(), overwrite=overwrite
     )  # before the Hub is asked
+    with cluster_of(args) as cluster:
+        return _compress(args, with_workers(chosen, cluster), out, named, overwrite, cluster)
+
+
+def _compress(
+    args: Args, chosen: Args, out: Path, named: Path | None, overwrite: bool, cluster: DaskClient | None
+) -> int:
+    workspace = named or default_workspace(out)
     make = planned if "plan" in chosen else make_plan
     made = make(chosen, workspace, progress=progress_of(args))
     made.validate()
@@ -76,6 +85,7 @@ def compress(args: Args) -> int:
         made,
         out,
         workspace=named,
+        executor=cluster,
         overwrite=overwrite,
         take_lock=bool(chosen.get("take_lock")),
         progress=progress_of(args),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ from .keys import Side
 from .lapack import Array
 
 Float64 = NDArray[np.float64]
-_STRIP = 8 << 20  # bytes of a strip in float64
+_STRIP = 1 << 20  # bytes of a strip of one stack of vectors in float64
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,19 +35,21 @@ class Product:
     parameters: tuple[str, ...] = ()
 
     def blocks(self, rows: Array, side: Side) -> Array:
-        """The vectors of each expert, (E, r, d), of all vectors given as rows (E r, d): lora_A, or lora_B'."""
-        count, d = rows.shape
+        """The vectors of each expert, (..., E, r, d), of all given as rows (..., E r, d): lora_A, or lora_B'."""
+        *stack, count, d = rows.shape
         if side == "A":
-            return rows.reshape(self.experts, count // self.experts, d)
-        return rows.reshape(count // self.experts, self.experts, d).transpose(1, 0, 2)
+            return rows.reshape(*stack, self.experts, count // self.experts, d)
+        return rows.reshape(*stack, count // self.experts, self.experts, d).swapaxes(-3, -2)
 
     def grams(self, rows: Array, side: Side) -> Float64:
-        """Gram matrices (E, r, r) of the vectors of each expert, given as for `blocks`."""
-        return np.stack([gram(block) for block in self.blocks(rows, side)])
+        """Gram matrices (..., E, r, r) of the vectors of each expert, given as for `blocks`."""
+        return gram(self.blocks(rows, side))
 
-    def energy(self, grams_a: Float64, grams_b: Float64) -> float:
-        """||dW||^2 = s^2 sum_e tr(A_e A_e' B_e'B_e), from the Gram matrices of both sides."""
-        return self.scale**2 * max(float(np.sum(grams_a * grams_b)), 0.0)
+
+def energies(grams_a: Float64, grams_b: Float64, scales: Float64) -> Float64:
+    """||dW||^2 = s^2 sum_e tr(A_e A_e' B_e'B_e) of modules (m,), from the Gram matrices of both sides (m, E, r, r)."""
+    norms: Float64 = scales**2 * np.maximum(np.sum(grams_a * grams_b, axis=(-3, -2, -1)), 0.0)
+    return norms
 
 
 @dataclass(frozen=True)
@@ -71,36 +74,52 @@ def relative_error(error: float, norm: float) -> float:
 
 def delta_norm(a: Array, b: Array, product: Product) -> float:
     """||dW||^2 for A (E r, d_in), B (d_out, E r), by Gram matrices in float64."""
-    return product.energy(product.grams(a, "A"), product.grams(b.T, "B"))
+    scale = np.asarray(product.scale)
+    return float(energies(product.grams(a, "A"), product.grams(b.T, "B"), scale))
 
 
 def delta_error(a: Array, b: Array, a_hat: Array, b_hat: Array, product: Product) -> DeltaError:
-    """Error of dW^ = s B^ A^ against dW = s B A, exact to rounding, never forming dW.
+    """`delta_errors` of one module: a, a_hat (E r, d_in), b, b_hat (d_out, E r)."""
+    return delta_errors(a[None], b[None], a_hat[None], b_hat[None], [product])[0]
 
-    dW - dW^ = s [B - B^, B^] [A ; A - A^], whose squared norm is a product of two 2r x 2r Gram matrices; of
-    stacked experts, the sum over them.
+
+def delta_errors(a: Array, b: Array, a_hat: Array, b_hat: Array, products: Sequence[Product]) -> list[DeltaError]:
+    """Error of dW^ = s B^ A^ against dW = s B A for modules of one shape, exact to rounding, never forming dW.
+
+    dW - dW^ = s [B - B^, B^] [A ; A - A^], whose squared norm is a product of two 2r x 2r Gram matrices, in
+    float64; of stacked experts, the sum over them. Those of A and of B, for ||dW||^2, are made of parts of these.
 
     Args:
-        a, a_hat: (E r, d_in). b, b_hat: (d_out, E r). product: how dW comes of them.
+        a, a_hat: (m, E r, d_in). b, b_hat: (m, d_out, E r).
+        products: how dW comes of them, of each module; E is the same in all.
     """
-    blocks = zip(
-        product.blocks(a, "A"), product.blocks(a_hat, "A"), product.blocks(b.T, "B"), product.blocks(b_hat.T, "B"),
-        strict=True,
-    )  # fmt: skip
-    error = 0.0
-    for ae, ae_hat, be, be_hat in blocks:
-        left = np.concatenate([be - be_hat, be_hat])  # (2r, d_out)
-        right = np.concatenate([ae, ae - ae_hat])  # (2r, d_in)
-        error += product.scale**2 * max(float(np.sum(gram(left) * gram(right))), 0.0)
-    return DeltaError(error, delta_norm(a, b, product))
+    blocks = products[0].blocks
+    b_rows, b_hat_rows = np.swapaxes(b, -1, -2), np.swapaxes(b_hat, -1, -2)
+    left = gram(blocks(b_rows - b_hat_rows, "B"), blocks(b_hat_rows, "B"))  # (m, E, 2r, 2r)
+    right = gram(blocks(a, "A"), blocks(a - a_hat, "A"))
+    r = right.shape[-1] // 2
+    grams_b = left[..., :r, :r] + left[..., :r, r:] + left[..., r:, :r] + left[..., r:, r:]
+    scales = np.array([p.scale for p in products])
+    errors, norms = energies(right, left, scales), energies(right[..., :r, :r], grams_b, scales)
+    return [DeltaError(error, norm) for error, norm in zip(errors.tolist(), norms.tolist(), strict=True)]
 
 
-def gram(rows: Array) -> Float64:
-    """M = W'W (r, r) in float64, for the r vectors of W given as rows (r, d); by strips of bounded size."""
-    r, d = rows.shape
-    out = np.zeros((r, r))
+def gram(*parts: Array) -> Float64:
+    """W'W (..., r, r) in float64, for vectors W given as rows (..., r, d), one part after the other.
+
+    By strips of bounded size, in the memory order of the parts, so that nothing is transposed on the way. How strips
+    are cut depends on r alone: whatever it is stacked with, a module's matrix is the same to the last bit.
+    """
+    *stack, _, d = parts[0].shape
+    ends = np.cumsum([part.shape[-2] for part in parts]).tolist()
+    r = ends[-1]
+    out = np.zeros((*stack, r, r))
     strip = max(1, _STRIP // (8 * r))
+    by_rows = parts[0].strides[-1] <= parts[0].strides[-2]
     for start in range(0, d, strip):
-        wide = rows[:, start : start + strip].astype(np.float64)
-        out += wide @ wide.T
+        width = min(strip, d - start)
+        wide = np.empty((*stack, r, width)) if by_rows else np.swapaxes(np.empty((*stack, width, r)), -1, -2)
+        for part, end in zip(parts, ends, strict=True):
+            wide[..., end - part.shape[-2] : end, :] = part[..., start : start + width]
+        out += wide @ np.swapaxes(wide, -1, -2)
     return out

@@ -1,4 +1,7 @@
-"""Where sums and eigenvectors are computed: NumPy and SciPy on the CPU, or torch on a GPU."""
+"""Where sums, eigenvectors and projections are computed: NumPy and SciPy on the CPU, or torch on a GPU.
+
+Torch's calls return before a GPU has done its work, and tasks run in threads: the next block is read meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import numpy as np
 from .errors import UsageError
 from .lapack import Array
 from .moments import HostSum, Moment, Sum
-from .solvers import Float64, leading, polished
+from .solvers import Float64, krylov, leading, polished, suits_krylov
 
 if TYPE_CHECKING:
     import torch
@@ -77,22 +80,55 @@ class TorchSum:
 
 
 def torch_leading(moment: Moment, k: int, device: str) -> tuple[Float64, Float64]:
-    """As `solvers.leading`, by torch's eigh on a device; the polish is the same.
+    """As `solvers.leading`, with all products on a torch device: block Krylov for small k, else torch's eigh.
+
+    Start, orthogonalisation, convergence and polish are those of the CPU, in float64.
 
     Args:
         moment: of d-vectors; k <= min(d, n).
+        k: how many.
+        device: of torch.
     """
     import torch
 
+    found: Float64 | None = None
     if moment.columns is not None:
-        rows = _tensor(moment.columns, device).double()  # (n, d)
-        vectors = rows.T @ torch.linalg.eigh(rows @ rows.T)[1][:, -k:].flip(1)
-        vectors /= torch.linalg.norm(vectors, dim=0).clamp_min(1e-300)
-    else:
-        assert moment.second is not None
-        vectors = torch.linalg.eigh(_tensor(moment.second, device))[1][:, -k:].flip(1)
-    raw: Any = vectors.double().cpu().numpy()
-    return polished(moment, raw)
+        rows = _tensor(moment.columns, device)  # (n, d)
+        if suits_krylov(moment.dim, moment.count, k):
+            found = krylov(lambda q: _host(rows.T @ (rows @ _tensor(q, device).to(rows.dtype))), moment.dim, k)
+        if found is None:
+            wide = rows.double()
+            if moment.count <= moment.dim:
+                vectors = wide.T @ torch.linalg.eigh(wide @ wide.T)[1][:, -k:].flip(1)
+                found = _host(vectors / torch.linalg.norm(vectors, dim=0).clamp_min(1e-300))
+            else:
+                found = _host(torch.linalg.eigh(wide.T @ wide)[1][:, -k:].flip(1))
+        return polished(moment, found)
+    assert moment.second is not None
+    second = _tensor(moment.second, device)
+    if suits_krylov(moment.dim, moment.dim, k):  # what is exact for columns is for S
+        found = krylov(lambda q: _host(second @ _tensor(q, device).to(second.dtype)), moment.dim, k)
+    if found is None:
+        found = _host(torch.linalg.eigh(second.double())[1][:, -k:].flip(1))
+    return polished(moment, found)
+
+
+def held_on(device: str, stack: Array) -> Any:
+    """An array for `product` with others: itself, or a tensor on a torch device."""
+    return stack if device == "cpu" else _tensor(stack, device)
+
+
+def product(left: Any, right: Array) -> Array:
+    """The matrix product (..., a, c) of what is held somewhere (..., a, b) with an array (..., b, c), as an array."""
+    if isinstance(left, np.ndarray):
+        return left @ right
+    result: Array = (left @ _tensor(right, left.device)).cpu().numpy()
+    return result
+
+
+def _host(tensor: torch.Tensor) -> Float64:
+    found: Float64 = tensor.double().cpu().numpy()
+    return found
 
 
 def _tensor(values: Array, device: str) -> torch.Tensor:

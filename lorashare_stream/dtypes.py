@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -33,8 +34,24 @@ def widened(raw: NDArray[np.uint8], dtype: str, shape: tuple[int, ...]) -> NDArr
     """
     if dtype == "BF16":  # the upper half of a float32
         return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32).reshape(shape)
-    with np.errstate(over="ignore"):
-        return raw.view({"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype]).reshape(shape).astype(np.float32, copy=False)
+    if dtype == "F64":
+        with np.errstate(over="ignore"):
+            return raw.view("<f8").reshape(shape).astype(np.float32)
+    return raw.view({"F32": "<f4", "F16": "<f2"}[dtype]).reshape(shape).astype(np.float32, copy=False)
+
+
+def stacked(raws: Sequence[NDArray[np.uint8]], dtype: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Raw bytes of tensors of one dtype and shape, as `widened` gives each, in one array (m, *shape)."""
+    out = np.empty((len(raws), *shape), np.float32)
+    if dtype == "BF16":
+        halves = out.view(np.uint32)
+        for i, raw in enumerate(raws):
+            halves[i] = raw.view("<u2").reshape(shape)
+        np.left_shift(halves, 16, out=halves)
+        return out
+    for i, raw in enumerate(raws):
+        out[i] = widened(raw, dtype, shape)
+    return out
 
 
 def narrowed(values: NDArray[np.floating[Any]], dtype: str) -> NDArray[Any]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from . import adding, refitting, shrinking
-from .choices import Args, named_sources, names_meant
+from .choices import Args, cluster_of, named_sources, names_meant, with_workers
 from .errors import StreamError, skipped_as_json
 from .files import tree_bytes
 from .means import Means, opened
@@ -26,15 +28,18 @@ SKIPPED = 3  # exit code: done, but adapters were left out
 log = logging.getLogger(__name__)
 
 
-def _means(args: Args) -> Means:
+@contextmanager
+def _means(args: Args) -> Iterator[Means]:
     own = {f.name for f in fields(Settings)} - {"num_components"}
-    return Means(
-        workspace=Path(args["workspace"]) if "workspace" in args else None,
-        changes={k: v for k, v in args.items() if k in own},
-        accept=args.get("accept"),
-        take_lock="take_lock" in args,
-        progress=progress_of(args),
-    )
+    with cluster_of(args) as cluster:
+        yield Means(
+            workspace=Path(args["workspace"]) if "workspace" in args else None,
+            changes={k: v for k, v in with_workers(args, cluster).items() if k in own},
+            accept=args.get("accept"),
+            executor=cluster,
+            take_lock="take_lock" in args,
+            progress=progress_of(args),
+        )
 
 
 def add(args: Args) -> int:
@@ -42,7 +47,8 @@ def add(args: Args) -> int:
     out, config = opened(Path(args["checkpoint"]))
     before = set(config.adapter_names)
     sources = named_sources(args, skipping=args.get("on_error") == "skip")
-    outcome = adding.add(out, sources, _means(args))
+    with _means(args) as means:
+        outcome = adding.add(out, sources, means)
     config = read_share_config(out)
     tried = list(outcome.kept.items())[:20]
     added = [name for name in config.adapter_names if name not in before]
@@ -64,7 +70,8 @@ def remove(args: Args) -> int:
     """`remove`: adapters out of a checkpoint; fails if their trace was to go, and could not."""
     out = Path(args["checkpoint"])
     names = names_meant(args.get("adapters", ()), opened(out)[1].adapter_names)
-    done = shrinking.remove(out, names, _means(args), refit="refit" in args)
+    with _means(args) as means:
+        done = shrinking.remove(out, names, means, refit="refit" in args)
     left = sorted({*done.in_bases, *(done.in_moments or {})})
     result = {
         "removed": list(done.names),
@@ -105,11 +112,12 @@ def _traces(done: Removed, refit: bool) -> list[str]:
 
 def refit(args: Args) -> int:
     """`refit`: another k, or bases anew."""
-    means, k = _means(args), args.get("num_components")
+    k = args.get("num_components")
     if k is not None:
         k = Settings.from_mapping({"num_components": k}).num_components
     out = Path(args["output"])
-    method = refitting.refit(Path(args["place"]), k, out, means, overwrite="overwrite" in args)
+    with _means(args) as means:
+        method = refitting.refit(Path(args["place"]), k, out, means, overwrite="overwrite" in args)
     config = read_share_config(out)
     note = {
         "sliced": "cut from what was stored; errors follow from those of the larger k, and are not measured",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from .hubid import HubId
 from .journal import ModuleShape
 from .layout import Layout
 from .sources import Listing
+from .stacks import Bundle, Chunk, bundles, chunks
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,32 @@ class Entry:
         """Its weight files."""
         return tuple(f.path for f in self.files)
 
+    def products_of(self, modules: Iterable[str]) -> list[Product]:
+        """How dW of several modules comes of their factors."""
+        return [self.products[self.layout.position[m]] for m in modules]
+
     def product(self, module: str) -> Product:
         """How dW of a module comes of its factors."""
         return self.products[self.layout.position[module]]
+
+    @property
+    def plain(self) -> bool:
+        """Whether no module has stacked experts."""
+        return all(p.experts == 1 for p in self.products)
+
+    @property
+    def chunks(self) -> tuple[Chunk, ...]:
+        """All tensors, in file order; stacked experts, whose number no shape tells, are not stacked once more."""
+        return self.layout.chunks if self.plain else chunks(self.layout.in_file_order, alone=True)
+
+    @property
+    def bundles(self) -> tuple[Bundle, ...]:
+        """The shared modules, with the same E in each bundle."""
+        return self.layout.bundles if self.plain else bundles(self.layout.modules, alone=True)
+
+    def bundles_of(self, modules: Iterable[str]) -> tuple[Bundle, ...]:
+        """Some of the shared modules."""
+        return bundles((self.layout.by_name[m] for m in modules), alone=not self.plain)
 
     @property
     def shapes(self) -> dict[str, ModuleShape]:

@@ -186,3 +186,13 @@ class UnreachableError(StreamError, ConnectionError):
     """The Hub did not answer for as long as a run waits; the same command goes on where it was."""
 
     exit_code = 75
+
+
+class ClusterError(StreamError):
+    """A cluster that cannot do the work, or has failed at it."""
+
+
+class UnreachableClusterError(ClusterError, ConnectionError):
+    """A scheduler that does not answer, or a cluster without workers; the same command goes on where it was."""
+
+    exit_code = 75

@@ -1,7 +1,8 @@
 """Executors only map: `map(fn, tasks, at_once)` yields results in the order of the tasks.
 
 `Serial` defines what the others must do. None of them knows what a task is. `after` is called with each task as soon as
-it is done, which may be before its result is taken, and before the next task is asked for.
+it is done, which may be before its result is taken, and before the next task is asked for. A `Cluster` is asked first
+whether it can work at some places (`at`), and is an executor there.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
-
-from threadpoolctl import threadpool_limits
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -30,6 +32,43 @@ class Executor(Protocol):
     ) -> Iterator[R]:
         """Results in the order of `tasks`; at most `at_once` tasks run, or wait to be taken, at a time."""
         ...
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where tasks read and write, all of it absolute: what other machines must see as this one does.
+
+    Attributes:
+        folder: of ours, in which an executor may leave files while it maps.
+        written: folders that tasks, or what they need, are written to; they exist.
+        read: some files that are read, and their sizes.
+    """
+
+    folder: Path
+    written: tuple[Path, ...]
+    read: tuple[tuple[Path, int], ...] = ()
+
+
+class Cluster(Protocol):
+    """Other processes, perhaps on other machines, that are executors where they see the same files."""
+
+    def at(self, places: Places) -> AbstractContextManager[Executor]:
+        """An executor for tasks at these places, until the end of the block.
+
+        Raises:
+            ClusterError: if the cluster cannot do them.
+        """
+        ...
+
+
+def at(executor: Executor | Cluster, places: Callable[[], Places]) -> AbstractContextManager[Executor]:
+    """The executor for tasks at some places, which only a cluster asks for."""
+    return executor.at(places()) if hasattr(executor, "at") else nullcontext(executor)
+
+
+def width(executor: Executor, at_once: int) -> int:
+    """How many tasks an executor runs at a time, now, if a process runs `at_once`."""
+    return int(executor.width(at_once)) if hasattr(executor, "width") else at_once
 
 
 class Serial:
@@ -56,62 +95,41 @@ class Threads:
         A single task at a time has a thread of its own too: the main one is free for signals.
         """
         with ThreadPoolExecutor(max(1, at_once), thread_name_prefix="lorashare-stream") as pool:
-            yield from _in_order(pool.submit, fn, tasks, 2 * max(1, at_once), after)
+            ahead = 2 * max(1, at_once)
+            yield from in_order(lambda task: pool.submit(fn, task), tasks, lambda: ahead, Future.result, after)
 
 
-class DaskClient:
-    """A running Dask cluster. Tasks and what they refer to must be picklable, and all storage shared.
-
-    Args:
-        client: a `distributed.Client`, made and closed by the caller.
-    """
-
-    def __init__(self, client: Any) -> None:
-        self._client = client
-
-    def map(
-        self, fn: Callable[[T], R], tasks: Iterable[T], at_once: int, after: Callable[[T], object] = nothing
-    ) -> Iterator[R]:
-        """See `Executor.map`. Tasks are impure (they write files), so equal ones are not merged; all may be redone."""
-        one_thread = partial(_with_one_blas_thread, fn)
-        submit = partial(self._client.submit, pure=False, retries=2)
-        yield from _in_order(submit, one_thread, tasks, at_once, after)
-
-
-def executor_of(given: Any) -> Executor | None:
-    """A `distributed.Client`, or what is an executor already."""
-    return DaskClient(given) if hasattr(given, "submit") and hasattr(given, "scheduler") else given
-
-
-def _with_one_blas_thread(fn: Callable[[T], R], task: T) -> R:
-    """The thread count of BLAS decides the last bits; `pipeline.compress` sets it in its own process only."""
-    with threadpool_limits(1, user_api="blas"):
-        return fn(task)
-
-
-def _in_order(
-    submit: Callable[[Callable[[T], R], T], Future[R]],
-    fn: Callable[[T], R],
+def in_order(
+    submit: Callable[[T], Any],
     tasks: Iterable[T],
-    ahead: int,
+    ahead: Callable[[], int],
+    taken: Callable[[Any], R],
     after: Callable[[T], object],
 ) -> Iterator[R]:
-    """Submit up to `ahead` tasks before the first result is taken; cancel what has not begun on the way out."""
-    waiting: deque[Future[R]] = deque()
+    """Submit some tasks before the first result is taken; cancel what has not begun on the way out.
+
+    Args:
+        submit: gives the future of a task.
+        tasks: asked for one by one.
+        ahead: how many are submitted, now.
+        taken: waits for a future and gives its result.
+        after: called with each task when its future is done.
+    """
+    waiting: deque[Any] = deque()
     try:
         for task in tasks:
-            future = submit(fn, task)
+            future = submit(task)
             future.add_done_callback(partial(_call, after, task))
             waiting.append(future)
-            if len(waiting) >= ahead:
-                yield waiting.popleft().result()
+            while len(waiting) >= ahead():
+                yield taken(waiting.popleft())
         while waiting:
-            yield waiting.popleft().result()
+            yield taken(waiting.popleft())
     finally:
         for future in waiting:
             future.cancel()
 
 
-def _call(after: Callable[[T], object], task: T, future: Future[R]) -> None:
+def _call(after: Callable[[T], object], task: T, future: Any) -> None:
     if not future.cancelled():  # a task that was dropped will be done by another run
         after(task)

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -137,11 +138,21 @@ def tree_bytes(root: Path) -> int:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a file, or a folder with all that is in it, that may be gone already; a link is not followed."""
+    """Remove a file, or a folder with all that is in it, that may be gone already; a link is not followed.
+
+    A worker of a cluster may still write into it for a run that has ended: then it is removed again.
+    """
     if path.is_symlink() or path.is_file():
         path.unlink()
-    elif path.exists():
-        shutil.rmtree(path)
+    for attempt in range(10):
+        try:
+            if path.exists():
+                shutil.rmtree(path)
+            return
+        except OSError as e:
+            if e.errno not in (errno.ENOTEMPTY, errno.ENOENT) or attempt == 9:
+                raise
+            time.sleep(0.1)
 
 
 def free_bytes(path: Path) -> tuple[int, int]:

@@ -46,7 +46,7 @@ class Receipt:
         name, source_id: the adapter.
         digest: SHA-256 of its weight files.
         config_digest: of its configuration's values.
-        energy: sum over its shared modules of ||dW||^2, float64.
+        energy: sum over its shared modules of ||dW||^2, float64, by which `delta` weights; 0 under `factors`.
         sizes, mtimes_ns: of its weight files; while they stay, so did the digest.
         shapes: digest by which the workspace knows the shapes of its shared modules.
         notes: what the user should know of it.

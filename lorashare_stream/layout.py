@@ -10,29 +10,8 @@ from functools import cached_property
 from .dtypes import FLOATS
 from .errors import AdapterError
 from .keys import PEFT_PREFIX, SIDES, Key, Side, adapter_names, factor_key, foreign_kind, parse_key
+from .stacks import Bundle, Chunk, FileItem, Module, bundles, chunks
 from .tensorfile import TensorRecord
-
-
-@dataclass(frozen=True, slots=True)
-class Module:
-    """One adapted layer that is shared: lora_A (r, d_in) and lora_B (d_out, r), both 2-D and of float type."""
-
-    name: str
-    a: TensorRecord
-    b: TensorRecord
-
-    @property
-    def rank(self) -> int:
-        """The rank r."""
-        return self.a.shape[0]
-
-    def record(self, side: Side) -> TensorRecord:
-        """The tensor of one side."""
-        return self.a if side == "A" else self.b
-
-    def dim(self, side: Side) -> int:
-        """The length d of the vectors of one side: d_in for A, d_out for B."""
-        return self.a.shape[1] if side == "A" else self.b.shape[0]
 
 
 @dataclass(frozen=True)
@@ -62,11 +41,21 @@ class Layout:
         return {m.name: i for i, m in enumerate(self.modules)}
 
     @cached_property
-    def in_file_order(self) -> tuple[tuple[TensorRecord, str | None, Side | None], ...]:
+    def in_file_order(self) -> tuple[FileItem, ...]:
         """All tensors as they lie in the files, with module and side of those that are shared."""
-        shared = [(m.record(side), m.name, side) for m in self.modules for side in SIDES]
+        shared: list[FileItem] = [(m.record(side), m.name, side) for m in self.modules for side in SIDES]
         everything = [*shared, *((record, None, None) for _, record in self.extras)]
         return tuple(sorted(everything, key=lambda item: (item[0].file, item[0].offset)))
+
+    @cached_property
+    def chunks(self) -> tuple[Chunk, ...]:
+        """All tensors, in file order."""
+        return chunks(self.in_file_order)
+
+    @cached_property
+    def bundles(self) -> tuple[Bundle, ...]:
+        """The shared modules."""
+        return bundles(self.modules)
 
     @cached_property
     def lora_bytes(self) -> int:

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .checkpoint import mend
 from .errors import WorkspaceError
-from .executors import Executor, Threads
+from .executors import Cluster, Executor, Threads, at
 from .fetching import Fetcher
 from .growing import demand_unchanged
 from .names import listed
 from .pipeline import Outcome, compress, default_workspace
 from .planning import Plan
 from .publishing import demand_folder, output_folder
-from .running import Progress, Run, silent
+from .running import Progress, Run, places_of, silent
 from .settings import Settings
 from .shareconfig import SHAREConfig, read_share_config
 from .summary import head_of
@@ -43,7 +44,7 @@ class Means:
     workspace: Path | None = None
     changes: Mapping[str, Any] = field(default_factory=dict)
     accept: float | None = None
-    executor: Executor | None = None
+    executor: Executor | Cluster | None = None
     take_lock: bool = False
     progress: Progress = silent
 
@@ -66,9 +67,13 @@ class Means:
             )
         return root
 
-    def run(self, plan: Plan, fetcher: Fetcher) -> Run:
-        """How the tasks of a plan are mapped."""
-        return Run(plan, self.executor or Threads(), self.progress, fetcher)
+    @contextmanager
+    def running(
+        self, plan: Plan, folder: Path, out: Path, fetcher: Fetcher, check: Callable[[], None] = lambda: None
+    ) -> Iterator[Run]:
+        """How the tasks of a plan are mapped; `folder` is the workspace, or one of ours."""
+        with at(self.executor or Threads(), lambda: places_of(plan, folder, out)) as executor:
+            yield Run(plan, executor, self.progress, fetcher, check)
 
     def settings(self, config: SHAREConfig) -> Settings:
         """Those with which a checkpoint was made, but for the changes."""

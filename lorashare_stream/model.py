@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from .adding import add_one
+from .cluster import executor_of, workers_of
 from .comparison import comparison, load_adapter
 from .errors import CheckpointError, UsageError, problem_lines
-from .executors import executor_of
 from .hubreader import Folder
 from .means import Means
 from .names import listed, shown
@@ -73,8 +73,10 @@ class SHAREModel(Opened):
             if value and name not in _said:
                 _said.add(name)
                 warnings.warn(f"{name} has no effect: adapters are always streamed", UserWarning, stacklevel=2)
+        mapper = executor_of(executor)
         chosen = Settings.from_mapping(
             {
+                **workers_of(mapper),
                 "num_components": num_components,
                 "variance_threshold": variance_threshold,
                 "device": str(device or "auto"),
@@ -90,7 +92,7 @@ class SHAREModel(Opened):
             plan = plan_for(found, chosen, root or out.parent / f"{out.name}.workspace")
             for note in adapter_notes(plan):
                 log.warning("%s", note)
-            skipped = compress(plan, out, workspace=root, executor=executor_of(executor)).skipped
+            skipped = compress(plan, out, workspace=root, executor=mapper).skipped
             if skipped:
                 reasons = "\n".join([f"left out: {listed(e.adapter for e in skipped)}", *problem_lines(skipped)])
                 warnings.warn(reasons, UserWarning, stacklevel=2)

@@ -2,18 +2,20 @@
 
 A moment of oriented vectors X (d, n), one column a vector, is what a basis is fitted to:
 
-    second  S = X X'   (d, d)        or, while n <= d,        columns  X' (n, d), one vector a row
+    second  S = X X'   (d, d)        or, while n <= 2d,       columns  X' (n, d), one vector a row
     sum     s = X 1    (d,)  float64
     count   n
     energy  tr S             float64, summed from the vectors themselves
 
-Both forms are exact and hold the same; the smaller one is kept. Laws (tested): `merge` is associative and
-commutative up to rounding; adding vectors in blocks of any size gives the same moment up to rounding;
+Both forms are exact and hold the same. Columns are kept up to n = 2d: S would save half of them at most, and costs
+n d^2 flops, while few components of columns are had for a fraction of that (`solvers`). Laws (tested): `merge` is
+associative and commutative up to rounding; adding vectors in blocks of any size gives the same moment up to rounding;
 `downdate(merge(a, b), b)` is `a` up to rounding times the ratio of their traces.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -46,6 +48,11 @@ class Moment:
     def dim(self) -> int:
         """d, the length of a vector."""
         return len(self.sum)
+
+
+def stays_stacked(count: int, dim: int) -> bool:
+    """Whether n vectors of length d are kept as columns."""
+    return count <= 2 * dim
 
 
 def empty(dim: int, dtype: str = "float32", *, stacked: bool = False) -> Moment:
@@ -147,6 +154,9 @@ class Accumulator:
         start: the moment to add to.
         into: takes the blocks, each of which is overwritten afterwards; it already holds `start`.
         quantum: vectors summed at once.
+
+    Attributes:
+        block: what is not yet summed (quantum, d), as far as it is `filled`.
     """
 
     def __init__(self, start: Moment, into: Sum, quantum: int = QUANTUM) -> None:
@@ -154,23 +164,28 @@ class Accumulator:
         self._sum, self._count, self._energy = start.sum.copy(), start.count, start.energy
         form = start.second if start.second is not None else start.columns
         assert form is not None
-        self._block: Array = np.empty((quantum, start.dim), form.dtype)
-        self._filled = 0
+        self.block: Array = np.empty((quantum, start.dim), form.dtype)
+        self.filled = 0
 
     def add(self, rows: Array) -> None:
         """Add vectors, given as rows (m, d)."""
         start = 0
         while start < len(rows):
-            take = min(len(self._block) - self._filled, len(rows) - start)
-            self._block[self._filled : self._filled + take] = rows[start : start + take]
-            self._filled, start = self._filled + take, start + take
-            if self._filled == len(self._block):
-                self._flush()
+            take = min(len(self.block) - self.filled, len(rows) - start)
+            self.block[self.filled : self.filled + take] = rows[start : start + take]
+            start += take
+            self.fill(self.filled + take)
+
+    def fill(self, end: int) -> None:
+        """Say that the block holds `end` vectors."""
+        self.filled = end
+        if end == len(self.block):
+            self._flush()
 
     def _flush(self) -> None:
-        block = self._block[: self._filled]
-        self._filled = 0
-        for strip in np.array_split(block, max(1, block.size >> 20)):  # float64 copies of a bounded size
+        block = self.block[: self.filled]
+        self.filled = 0
+        for strip in np.array_split(block, max(1, block.size >> 15)):  # float64 copies that stay in the cache
             wide = strip.astype(np.float64)
             self._sum += wide.sum(axis=0)
             self._energy += float(np.vdot(wide, wide))
@@ -179,17 +194,48 @@ class Accumulator:
 
     def finish(self) -> Moment:
         """The moment; if its columns were kept elsewhere, neither form is in memory."""
-        if self._filled:
+        if self.filled:
             self._flush()
         return Moment(self._into.result(), None, self._sum, self._count, self._energy)
 
 
-def partner_root(gram: NDArray[np.float64], factor: float) -> NDArray[np.float64]:
-    """Factor * M^(1/2) of the partner's Gram matrix M (r, r): what weights a side under `delta`.
+class Lockstep:
+    """Accumulators of one d to which the same numbers of vectors are mostly added: their blocks lie in one array.
+
+    A block for each costs a call for each, which for small vectors takes longer than the arithmetic.
+    """
+
+    def __init__(self, accumulators: Sequence[Accumulator]) -> None:
+        self._each = accumulators
+        first = accumulators[0]
+        self._blocks: Array | None = None
+        if len(accumulators) > 1 and all(a.filled == 0 and a.block.dtype == first.block.dtype for a in accumulators):
+            self._blocks = np.empty((len(accumulators), *first.block.shape), first.block.dtype)
+            for accumulator, block in zip(accumulators, self._blocks, strict=True):
+                accumulator.block = block
+
+    def add(self, rows: Array) -> None:
+        """Add vectors to each, given as rows (m, r, d)."""
+        start = self._each[0].filled
+        end = start + rows.shape[1]
+        if self._blocks is not None and any(a.block.base is not self._blocks for a in self._each):
+            self._blocks = None  # some go in step with others since
+        if self._blocks is None or end > self._blocks.shape[1] or not all(a.filled == start for a in self._each):
+            for accumulator, own in zip(self._each, rows, strict=True):
+                accumulator.add(own)
+            return
+        self._blocks[:, start:end] = rows
+        for accumulator in self._each:
+            accumulator.fill(end)
+
+
+def partner_root(gram: NDArray[np.float64], factor: float | NDArray[np.float64]) -> NDArray[np.float64]:
+    """Factor * M^(1/2) of the partner's Gram matrices M (..., r, r): what weights a side under `delta`.
 
     With R this root, (W R)(W R)' = factor^2 W M W'. Symmetric, so (A, B) -> (QA, BQ') leaves W R a
     rotation of itself.
     """
     values, vectors = np.linalg.eigh(gram)
-    root: NDArray[np.float64] = factor * (vectors * np.sqrt(np.clip(values, 0.0, None))) @ vectors.T
+    halves = np.sqrt(np.clip(values, 0.0, None))[..., None, :]
+    root: NDArray[np.float64] = factor * (vectors * halves) @ np.swapaxes(vectors, -1, -2)
     return root

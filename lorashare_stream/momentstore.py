@@ -21,7 +21,7 @@ from .lapack import Array
 from .moments import Moment
 from .names import digest_of
 
-_TILE = 1024  # rows and columns of a chunk of S; 4 MiB in float32
+_TILE, _WIDE = 1024, 4096  # rows and columns of a chunk of S, and columns of a chunk of X'; 4 MiB in float32
 
 
 class DamagedMoment(WorkspaceError):
@@ -30,7 +30,11 @@ class DamagedMoment(WorkspaceError):
 
 def create(path: Path, shape: tuple[int, ...], dtype: str) -> zarr.Array[Any]:
     """A new array of checksummed chunks; zero chunks are written too, so that a missing one is a fault."""
-    chunks = tuple(max(1, min(n, _TILE)) for n in shape)
+    most = (_TILE,) * len(shape)
+    if path.name == "columns":  # whole rows, which are written as they lie; their number divides a quantum
+        width = min(shape[1], _WIDE)
+        most = (1 << (_TILE * _TILE // width).bit_length() - 1, width)
+    chunks = tuple(max(1, min(n, m, _TILE if i == 0 else m)) for i, (n, m) in enumerate(zip(shape, most, strict=True)))
     with naming(path):
         return zarr.create_array(
             str(path),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -83,6 +83,10 @@ class PickleReader:
     def raw(self, record: TensorRecord) -> NDArray[np.uint8]:
         """The tensor's bytes, little-endian, as stored."""
         return raw_bytes(self._tensors[record.name])
+
+    def raws(self, records: Sequence[TensorRecord]) -> list[NDArray[np.uint8]]:
+        """The bytes of several tensors, little-endian, as stored."""
+        return [self.raw(record) for record in records]
 
     def chunks(self, record: TensorRecord) -> Iterator[bytes]:
         """The tensor's bytes, a bounded number at a time."""

@@ -13,7 +13,7 @@ from .catalog import catalog
 from .checkpoint import Staging, mend, sweep
 from .devices import resolve_device
 from .errors import AdapterError, WorkspaceError, skipped_as_json
-from .executors import Executor, Threads
+from .executors import Cluster, Executor, Threads, at
 from .files import own_path, write_sealed
 from .growing import check_kept, check_sources, demand_unchanged, grow, growable, staged_digest
 from .journal import Journal, ModuleShape
@@ -22,7 +22,7 @@ from .planning import Plan, make_plan, plan_as_json
 from .publishing import check_output, output_folder
 from .records import has_files, metas_of, sizes_of
 from .remote import bytes_to_fetch, fetching_for, looked_up
-from .running import Progress, Run, silent
+from .running import Progress, Run, places_of, silent
 from .settings import Settings
 from .shareconfig import SHAREConfig
 from .shareformat import ours_of, skipped_of
@@ -112,7 +112,7 @@ def compress(
     out: Path,
     *,
     workspace: Path | None = None,
-    executor: Executor | None = None,
+    executor: Executor | Cluster | None = None,
     overwrite: bool = False,
     refit: bool = False,
     accept: float | None = None,
@@ -140,22 +140,24 @@ def compress(
     Raises:
         CollectionError: naming the adapters that cannot be compressed.
         BudgetError: if memory or disk will not do.
+        ClusterError: if a cluster cannot do it.
         LockedError: if another run holds the workspace or the output.
         WorkspaceError, UsageError: if the folders hold something else.
     """
     plan.validate()
     out = output_folder(out)
     device = resolve_device(plan.settings.device)
-    root = workspace or own_path(default_workspace(out))
+    root = (workspace or own_path(default_workspace(out))).absolute()
     known = {r.name for r in Workspace(root).journal().receipts}
     check_disk(plan, root, out, adds=out.exists(), fetch=bytes_to_fetch(plan.entries, plan.settings, known))
     check_output(out, own=Workspace(root).published(), overwrite=overwrite)  # before a workspace is made for it
     with (
         threadpool_limits(1, user_api="blas"),
         Workspace.open(root, plan.binding, take_lock=take_lock) as work,
+        at(executor or Threads(), lambda: places_of(plan, root, out)) as mapper,
         fetching_for(plan.settings, root) as fetcher,
     ):
-        run = Run(plan, executor or Threads(), progress, fetcher, work.check_held)
+        run = Run(plan, mapper, progress, fetcher, work.check_held)
         mend(out)
         check_output(out, own=work.published(), overwrite=overwrite)
         if there is not None:

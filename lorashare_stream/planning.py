@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
 
-from .budget import Group, Step, examples, groups_of, steps_of
+from .budget import Group, Step, examples, groups_of, modules_of, moment_bytes, portions, steps_of
 from .catalog import Catalog
 from .dtypes import ITEMSIZE, STORAGE, widest
 from .entry import Entry
@@ -129,25 +129,33 @@ class Plan:
         """
         item = ITEMSIZE[self.storage]
         k = {(g.module, g.side): g.components(self.settings) for g in self.groups}
-        moment = {"float32": 4, "float64": 8}[self.settings.moment_dtype]
         basis = sum(k[g.module, g.side] * g.dim for g in self.groups) * item
         loadings = sum(k[g.module, g.side] * g.count for g in self.groups) * item
         return {
             "originals": sum(f.size for e in self.entries for f in e.files),
             "lora": sum(e.layout.lora_bytes for e in self.entries),
             "verbatim": sum(e.layout.extra_bytes for e in self.entries),
-            "moments": self._moments(moment),
+            "moments": self._moments(),
             "basis": basis,
             "loadings": loadings,
             "checkpoint": basis + loadings + sum(e.layout.extra_bytes for e in self.entries),
         }
 
-    def _moments(self, item: int) -> int:
-        sizes = sorted((g.dim * min(g.dim, g.count) * item for g in self.groups), reverse=True)
-        in_work = sum(sizes[: 2 * self.step("accumulate").concurrency])  # both sides of a module
+    def _moments(self) -> int:
+        sizes = {m: sum(moment_bytes(g, self.settings) for g in both) for m, both in self._modules.items()}
+        parts = sorted((sum(sizes[m] for m in part) for part in self.portions(list(sizes))), reverse=True)
+        in_work = sum(parts[: self.step("accumulate").concurrency])
         if self.settings.discard_moments:
             return in_work
-        return sum(sizes) + (in_work if self.grows else 0)  # a new generation lies beside the old one
+        return sum(parts) + (in_work if self.grows else 0)  # a new generation lies beside the old one
+
+    @cached_property
+    def _modules(self) -> dict[str, list[Group]]:
+        return modules_of(self.groups)
+
+    def portions(self, modules: Sequence[str]) -> list[tuple[str, ...]]:
+        """Modules in portions that are summed together."""
+        return portions(modules, self._modules, self.settings, self.step("accumulate"), grows=self.grows)
 
     def validate(self) -> None:
         """Refuse what headers and arithmetic already show to be impossible.
@@ -165,9 +173,9 @@ class Plan:
             )
         check_enough(len(self.entries) + len(self.absent), self.refused, self.fewest)
         self._check_disk_budget()
-        least = max((s.shared_bytes + s.task_bytes for s in self.steps), default=0)
+        least = max((s.least_bytes for s in self.steps), default=0)
         if least > self.settings.memory:
-            step = max(self.steps, key=lambda s: s.shared_bytes + s.task_bytes)
+            step = max(self.steps, key=lambda s: s.least_bytes)
             raise BudgetError(
                 f"the memory budget cannot hold one task of the step {step.name!r}",
                 found=bytes_shown(self.settings.memory),

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from .checkpoint import mend
 from .errors import WorkspaceError
-from .executors import Threads
+from .executors import Places, Threads, at
 from .files import read_sealed
 from .means import Means, check_same, opened
 from .pipeline import plan_for
@@ -17,7 +17,7 @@ from .publishing import check_output, output_folder
 from .remote import recalled
 from .settings import Settings
 from .shareconfig import SHAREConfig
-from .shareformat import ours_of
+from .shareformat import CONFIG, ours_of
 from .slicing import cut_of, slice_checkpoint
 from .summary import head_of
 from .workspace import Workspace
@@ -106,5 +106,8 @@ def _slice(place: Path, config: SHAREConfig, k: int, out: Path, means: Means, ov
     with nullcontext() if root is None else Workspace.open(root, None, take_lock=means.take_lock) as work:
         if work is not None:
             work.publishing(out, cut.head.basis_digest, ours.get("basis_digest"))
-        slice_checkpoint(cut, means.executor or Threads(), workers, means.progress)
+        where = (place / CONFIG).absolute()
+        places = Places(out.parent.absolute(), (out.parent.absolute(),), ((where, where.stat().st_size),))
+        with at(means.executor or Threads(), lambda: places) as executor:
+            slice_checkpoint(cut, executor, workers, means.progress)
     return "sliced"

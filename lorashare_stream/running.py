@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from .entry import Entry
 from .errors import AdapterError, BudgetError, refusal
-from .executors import Executor, nothing
+from .executors import Executor, Places, nothing, width
 from .fetching import Fetcher
+from .hub import Hub, cache_folder
 from .names import bytes_shown
 from .planning import Plan
 
 T = TypeVar("T")
 R = TypeVar("R")
+READ = 64  # files of sources that workers of a cluster are asked for, each in another folder
 Progress = Callable[[str, int, Iterator[Any]], Iterator[Any]]  # (step, tasks, results) -> the same results
 
 
@@ -47,6 +50,21 @@ class Run:
         for result in self.progress(step, total, results):
             self.check()
             yield result
+
+    def portions(self, modules: Sequence[str]) -> list[tuple[str, ...]]:
+        """Modules in portions that are summed together; more and smaller ones than planned if a cluster is wider."""
+        parts = self.plan.portions(modules)
+        wide = width(self.executor, self.plan.step("accumulate").concurrency)
+        pieces = -(-wide // max(1, len(parts)))
+        return [piece for part in parts for piece in _cut(part, -(-len(part) // pieces))]
+
+    def sum(self, task: Callable[[Sequence[str]], Any], modules: Sequence[str]) -> None:
+        """Do a task for modules, in portions, for what it leaves on disk; progress counts modules."""
+        portions = self.portions(modules)
+        results = self.executor.map(task, portions, self.plan.step("accumulate").concurrency)
+        each = (module for portion, _ in zip(portions, results, strict=True) for module in portion)
+        for _ in self.progress("accumulate", len(modules), each):
+            self.check()
 
     def all(self, step: str, fn: Callable[[T], Any], tasks: Sequence[T]) -> None:
         """Do all tasks, for what they leave on disk."""
@@ -85,6 +103,37 @@ class Run:
         check_none_lost(lost)
         yield here
         self.fetcher.release(here.values())
+
+
+def _cut(part: tuple[str, ...], size: int) -> Iterator[tuple[str, ...]]:
+    return (part[i : i + size] for i in range(0, len(part), size))
+
+
+def places_of(plan: Plan, folder: Path, out: Path) -> Places:
+    """Where the tasks of a plan read and write, which makes the folders to be written.
+
+    Args:
+        plan: of the run.
+        folder: of ours, where an executor may leave files: the workspace, if there is one.
+        out: the checkpoint.
+    """
+    written = {folder.absolute(), out.absolute().parent}
+    if _uses_cache(plan):
+        written.add(cache_folder().absolute())
+    for path in written:
+        path.mkdir(parents=True, exist_ok=True)
+    roots = {e.folder.parent: e.files[0] for e in plan.entries if e.fetched and e.files}
+    read = tuple((file.path, file.size) for file in list(roots.values())[:READ])
+    return Places(folder.absolute(), tuple(sorted(written)), read)
+
+
+def _uses_cache(plan: Plan) -> bool:
+    """Whether adapters are fetched into the Hub's cache, or read from there, as under a disk budget what it has."""
+    awaited = [(e.origin.hub, f.path.name) for e in plan.entries if e.origin and not e.fetched for f in e.files]
+    if not awaited or plan.settings.disk_budget is None:
+        return bool(awaited)
+    hub = Hub(offline=True)
+    return any(hub.cached(hub_id, name) is not None for hub_id, name in awaited)
 
 
 def check_none_lost(lost: Sequence[AdapterError]) -> None:

@@ -37,8 +37,8 @@ class Settings:
         center: subtract the mean column before fitting (the published method); `"factors"` only.
         moment_dtype: of the accumulated moments; centring needs and gets float64.
         dtype: of stored components and loadings; `"auto"` keeps the precision of the sources.
-        memory: bytes that the whole process may use.
-        workers: tasks at a time; None is one per core. Fewer run if memory demands it.
+        memory: bytes that the whole process may use, or each worker process of a cluster.
+        workers: tasks at a time in a process; None is one per core. Fewer run if memory demands it.
         on_error: `"raise"` stops at bad adapters, `"skip"` goes on without them and lists them.
         disk_budget: bytes on this disk for adapters of the Hub, which are fetched in batches, and again when they are
             projected; None keeps them in the Hub's cache.

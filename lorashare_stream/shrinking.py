@@ -89,12 +89,13 @@ def remove(checkpoint: Path, names: Sequence[str], means: Means, *, refit: bool 
         threadpool_limits(1, user_api="blas"),
         Workspace.open(root, plan.binding, take_lock=means.take_lock) as work,
         fetching_for(plan.settings, root) as fetcher,
+        means.running(plan, root, out, fetcher, work.check_held) as run,
     ):
         demand_unchanged(out, config)
         take_out(work, journal_of_plan(plan, work), names)
         plan = _of_unchanged(plan, work.journal())
         write_sealed(work.root / "plan.json", plan_as_json(plan))
-        run, job = replace(means.run(plan, fetcher), check=work.check_held), make_job(plan, work, out, device)
+        run, job = replace(run, plan=plan), make_job(plan, work, out, device)
         shrink(out, config, names)
         catch_up(run, job)
         forget_unused(job)

@@ -39,7 +39,7 @@ from .shareformat import ADAPTERS, COMPONENTS, LOADINGS, META, OURS, SPECTRUM, V
 from .stages import digest_of_job
 from .subspace import restore
 from .summary import Head, counts_of, figures_of, head_of, share_config
-from .tasks.project import components_of
+from .tasks.project import components_at
 from .tensorfile import float32, write_arrays
 
 
@@ -160,7 +160,7 @@ def _lost(
     cut: Cut, stored: dict[str, NDArray[np.float32]], kept: dict[str, NDArray[np.float32]], config: dict[str, Any]
 ) -> dict[str, DeltaError]:
     """||dW_K - dW_k||^2 and ||dW_K||^2 of every module."""
-    components = components_of(cut.source / COMPONENTS, cut.source_digest)
+    components = components_at(cut.source / COMPONENTS, cut.source_digest)
     ranks = {split_group_id(group)[0]: array.shape[1] for group, array in stored.items()}
     lost: dict[str, DeltaError] = {}
     for module, product in zip(ranks, products(config, ranks) or (), strict=True):

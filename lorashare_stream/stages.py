@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -150,8 +152,8 @@ def ingested(run: Run, entries: Sequence[Entry]) -> Iterator[Receipt | AdapterEr
     done: dict[str, Receipt | AdapterError] = {}
     waiting = deque(e.name for e in entries)
     lost = [e for entry in entries if (e := _refused_before(entry)) is not None]
-    fresh = _unrefused(entries)
-    for name, result in run.map("ingest", ingest_adapter, run.arriving(fresh, lost), len(fresh)):
+    fresh, task = _unrefused(entries), partial(ingest_adapter, run.plan.settings.objective)
+    for name, result in run.map("ingest", task, run.arriving(fresh, lost), len(fresh)):
         done |= {name: result} | {str(e.adapter): e for e in lost}
         while waiting and waiting[0] in done:
             yield done.pop(waiting.popleft())
@@ -265,15 +267,17 @@ def project(run: Run, job: Job, staging: Staging, receipts: Sequence[Receipt]) -
     """
     entries = [job.entry(receipt.name) for receipt in receipts]
     run.fetcher.only(entries)
-    done: list[str] = []
     lost: list[AdapterError] = []
     arriving = run.arriving(entries, lost)
-    for name in run.map("project", partial(project_adapter, job), arriving, len(entries), run.release):
-        done.append(name)
-        if len(done) == SYNC_EVERY:
-            staging.sync(done)
-            done.clear()
-    staging.sync(done)
+    names = run.map("project", partial(project_adapter, job), arriving, len(entries), run.release)
+    with ThreadPoolExecutor(1) as syncing:  # the disk works while adapters are projected
+        waiting: deque[Future[None]] = deque()
+        while done := list(islice(names, SYNC_EVERY)):
+            waiting.append(syncing.submit(staging.sync, done))
+            if len(waiting) > 1:
+                waiting.popleft().result()
+        for synced in waiting:
+            synced.result()
     check_none_lost(lost)
 
 

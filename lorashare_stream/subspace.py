@@ -1,4 +1,4 @@
-"""Bases: fit one to a moment, choose k, project, restore."""
+"""Bases: fit one to a moment, choose k, restore."""
 
 from __future__ import annotations
 
@@ -115,13 +115,8 @@ def explained_variance(moment: Moment, components: Array) -> float:
     return float((2 * np.trace(c) - np.sum((wide.T @ wide) * c)) / moment.energy)
 
 
-def project(components: NDArray[np.float32], vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Loadings L = V'W (k, r) of oriented vectors W (d, r)."""
-    return components.T @ vectors
-
-
 def restore(components: NDArray[np.float32], loadings: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Oriented vectors V L (d, r)."""
+    """Oriented vectors V L (..., d, r)."""
     return components @ loadings
 
 

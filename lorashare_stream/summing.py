@@ -14,7 +14,7 @@ from .files import read_sealed
 from .names import listed, shown
 from .planning import Plan, cut
 from .running import Run
-from .tasks import Job, accumulate_module, check_unchanged, fit_module, settle_module
+from .tasks import Job, accumulate_modules, check_unchanged, fit_module, settle_modules
 from .workspace import Workspace
 
 ATTEMPTS = 3  # to sum and fit a module whose moments are found to be damaged
@@ -53,7 +53,7 @@ def settle(run: Run, job: Job) -> dict[str, dict[str, Any]]:
         run.fetcher.only(())
         if job.settings.discard_moments and len(run.plan.batches) == 1:
             with run.at_hand(job.unfetched(todo)) as here:
-                run.all("accumulate", partial(settle_module, job.with_files(here)), todo)
+                run.sum(partial(settle_modules, job.with_files(here)), todo)
         else:
             sum_up(run, job, [m for m in todo if not job.holds_all(work.marker(m))])
             summed = [m for m in todo if job.holds_all(work.marker(m))]
@@ -71,7 +71,9 @@ def settle(run: Run, job: Job) -> dict[str, dict[str, Any]]:
     )
 
 
-def sum_up(run: Run, job: Job, modules: Sequence[str], task: Callable[[Job, str], None] = accumulate_module) -> None:
+def sum_up(
+    run: Run, job: Job, modules: Sequence[str], task: Callable[[Job, Sequence[str]], None] = accumulate_modules
+) -> None:
     """Bring the moments of modules up to the journal, once; a module that is found to be damaged is forgotten.
 
     With a disk budget it is done in several steps, each with adapters that are at hand together: where moments were
@@ -88,7 +90,7 @@ def sum_up(run: Run, job: Job, modules: Sequence[str], task: Callable[[Job, str]
         with run.at_hand(part.unfetched(todo)) as here:
             for entry in here.values():
                 check_unchanged(entry, part.receipt_of[entry.name])
-            run.all("accumulate", partial(task, part.with_files(here)), todo)
+            run.sum(partial(task, part.with_files(here)), todo)
 
 
 def _cuts(plan: Plan, job: Job) -> list[int]:
@@ -129,8 +131,9 @@ def catch_up(run: Run, job: Job) -> None:
         sum_up(run, job, damaged, _accumulate_or_leave)
 
 
-def _accumulate_or_leave(job: Job, module: str) -> None:
-    try:
-        accumulate_module(job, module)
-    except GoneError as e:
-        log.warning("the moments of %s are damaged, and are dropped: %s", shown(module), e)
+def _accumulate_or_leave(job: Job, modules: Sequence[str]) -> None:
+    for module in modules:
+        try:
+            accumulate_modules(job, [module])
+        except GoneError as e:
+            log.warning("the moments of %s are damaged, and are dropped: %s", shown(module), e)

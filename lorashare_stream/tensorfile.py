@@ -11,8 +11,9 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Protocol
@@ -48,16 +49,21 @@ def read_header(path: Path, file: int = 0) -> tuple[TensorRecord, ...]:
     Raises:
         AdapterError: if the header is not valid, lies about the data, or the file is cut short.
     """
-    size = path.stat().st_size
-    with path.open("rb") as f:
-        prefix = f.read(8)
-        return parse_header(prefix + f.read(_header_length(path, prefix, size)), size, path, file)
+    with path.open("rb", buffering=0) as f:  # a buffer would be filled with tensors
+        size = os.fstat(f.fileno()).st_size
+        prefix = os.pread(f.fileno(), 8, 0)
+        return parse_header(prefix + os.pread(f.fileno(), _header_length(path, prefix, size), 8), size, path, file)
 
 
 def parse_header(head: bytes, size: int, path: Path, file: int = 0) -> tuple[TensorRecord, ...]:
     """The tensors of a safetensors file of `size` bytes, from its first bytes; `path` is its name in errors."""
     length = _header_length(path, head[:8], size)
-    raw = head[8 : 8 + length]
+    return _records(head[8 : 8 + length], size, path.name, file)
+
+
+@lru_cache(maxsize=64)  # adapters of one script have equal headers, which are parsed once
+def _records(raw: bytes, size: int, file_name: str, file: int) -> tuple[TensorRecord, ...]:
+    path, data = Path(file_name), 8 + len(raw)
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as e:
@@ -65,8 +71,8 @@ def parse_header(head: bytes, size: int, path: Path, file: int = 0) -> tuple[Ten
     if not isinstance(header, dict):
         raise bad_file(path, "the safetensors header is not an object", type(header).__name__, "object")
     header.pop("__metadata__", None)
-    records = sorted((_record(path, name, entry, 8 + length, file) for name, entry in header.items()), key=_by_offset)
-    end = 8 + length
+    records = sorted((_record(path, name, entry, data, file) for name, entry in header.items()), key=_by_offset)
+    end = data
     for record in records:
         if record.offset != end:
             raise bad_file(path, "tensors overlap or leave holes", record.offset, end, key=record.name)
@@ -139,11 +145,27 @@ def bad_file(
     )
 
 
+def runs(records: Sequence[TensorRecord]) -> list[list[TensorRecord]]:
+    """Records, in order, in lists of those that follow one another in a file without a gap."""
+    found: list[list[TensorRecord]] = []
+    end = None
+    for record in records:
+        if end != (record.file, record.offset):
+            found.append([])
+        found[-1].append(record)
+        end = record.file, record.offset + record.nbytes
+    return found
+
+
 class TensorReader(Protocol):
     """An open adapter. `raw` gives the bytes of one tensor as stored, `chunks` a bounded number at a time."""
 
     def raw(self, record: TensorRecord) -> NDArray[np.uint8]:
         """The tensor's bytes, as stored."""
+        ...
+
+    def raws(self, records: Sequence[TensorRecord]) -> list[NDArray[np.uint8]]:
+        """The bytes of several tensors, as stored."""
         ...
 
     def chunks(self, record: TensorRecord) -> Iterator[bytes]:
@@ -170,9 +192,17 @@ class SafetensorsReader:
 
     def raw(self, record: TensorRecord) -> NDArray[np.uint8]:
         """The tensor's bytes, as stored."""
-        raw = np.empty(record.nbytes, np.uint8)
-        self._read_into(raw.data, record, 0)
-        return raw
+        return self.raws([record])[0]
+
+    def raws(self, records: Sequence[TensorRecord]) -> list[NDArray[np.uint8]]:
+        """The bytes of several tensors, as stored; neighbours in a file are read at once."""
+        found: list[NDArray[np.uint8]] = []
+        for run in runs(records):
+            first, last = run[0], run[-1]
+            raw = np.empty(last.offset + last.nbytes - first.offset, np.uint8)
+            self._read_into(raw.data, first, 0)
+            found += [raw[r.offset - first.offset :][: r.nbytes] for r in run]
+        return found
 
     def head(self, first: TensorRecord) -> bytes:
         """What lies before the first tensor of a file: its header, for the digest."""

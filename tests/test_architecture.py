@@ -20,15 +20,16 @@ ROOMS = {
         "peftconfig", "solvers", "subspace",
     ],
     "bytes": [
-        "files", "tensorfile", "picklecheck", "picklefile", "shards", "adapterfiles", "momentstore", "locks", "journal",
-        "shapes", "workspace", "huberrors", "patience", "hub",
+        "files", "tensorfile", "stacks", "picklecheck", "picklefile", "shards", "adapterfiles", "momentstore", "locks",
+        "journal", "shapes", "workspace", "huberrors", "patience", "hub",
     ],
     "facts": [
         "sources.source", "sources.manifest", "sources.local", "sources", "sources.pins", "layout", "entry",
         "agreement", "ledger", "survey", "catalog", "budget", "planning",
     ],
     "doing": [
-        "executors", "devices", "fetching", "running", "remote", "shareformat", "records", "publishing", "checkpoint",
+        "executors", "calls", "probing", "cluster", "connecting", "devices", "fetching", "running", "remote",
+        "shareformat", "records", "publishing", "checkpoint",
         "shareconfig", "hubreader", "tasks.job", "tasks.ingest", "tasks.accumulate", "tasks.clean", "tasks.fit",
         "tasks.project", "tasks", "summary", "reader",
     ],

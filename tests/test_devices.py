@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from lorashare_stream.devices import TorchSum, resolve_device, solver_on, torch_leading
+from lorashare_stream.devices import TorchSum, held_on, product, resolve_device, solver_on, torch_leading
 from lorashare_stream.errors import UsageError
 from lorashare_stream.moments import Accumulator, HostSum, Moment, empty, of_columns, second_of
 from lorashare_stream.pipeline import compress, plan_for
@@ -49,6 +50,22 @@ def test_bases_from_a_torch_device(device: str, n: int, k: int) -> None:
     acc = Accumulator(start, HostSum(start))
     acc.add(x.astype(np.float32))
     moment = whole if n <= 64 else acc.finish()
+    check_basis(device, moment, x, k)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("n", "k"), [(700, 4), (900, 4), (900, 200), (1400, 4), (1400, 200)])
+def test_large_bases_from_a_torch_device(device: str, n: int, k: int) -> None:
+    """Block Krylov and LAPACK's like, for columns and for second moments."""
+    d = 650
+    x = (np.random.default_rng(0).standard_normal((n, d)) * (1.0 + np.arange(d)) ** -1.0).astype(np.float32)
+    start = empty(d)
+    acc = Accumulator(start, TorchSum(start, device))
+    acc.add(x)
+    check_basis(device, of_columns(x) if n <= 2 * d else acc.finish(), x, k)
+
+
+def check_basis(device: str, moment: Moment, x: np.ndarray, k: int) -> None:
     basis = fit(moment, k, solver=lambda m, j: torch_leading(m, j, device))
     v = basis.components.astype(np.float64)
     best = (np.linalg.svd(x, compute_uv=False) ** 2)[:k].sum()
@@ -68,7 +85,7 @@ def test_what_device_there_is() -> None:
 
 
 def test_the_pipeline_on_a_torch_device(tmp_path: Path, collection: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """`meta`-free: torch's own CPU device stands in for the GPU, so the whole path runs everywhere."""
+    """Torch's own CPU device stands in for the GPU, so that sums, fits and projections run everywhere."""
     device = "cuda" if torch.cuda.is_available() else "cpu:0"
     plan = plan_for(resolve(collection), Settings(num_components=4, device="cpu"))
     compress(plan, tmp_path / "host")
@@ -76,3 +93,15 @@ def test_the_pipeline_on_a_torch_device(tmp_path: Path, collection: list[str], m
     compress(plan, tmp_path / "torch")
     facts = [share_config(tmp_path / n)["compression_stats"]["per_layer_explained_variance"] for n in ("host", "torch")]
     assert facts[0] == pytest.approx(facts[1], abs=1e-6)
+    errors = [
+        json.loads((tmp_path / n / "adapters" / "a00" / "adapter_meta.json").read_text())["lorashare_stream"]
+        for n in ("host", "torch")
+    ]
+    assert errors[0]["relative_error"] == pytest.approx(errors[1]["relative_error"], rel=1e-4)
+
+
+def test_products_on_a_torch_device() -> None:
+    rng = np.random.default_rng(0)
+    v, w = (rng.standard_normal(shape).astype(np.float32) for shape in ((3, 20, 4), (3, 20, 2)))
+    for device in ("cpu", "cuda:0" if torch.cuda.is_available() else "cpu:0"):
+        assert np.allclose(product(held_on(device, v).mT, w), v.mT @ w, atol=1e-5)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lorashare_stream.executors import DaskClient, Serial, Threads
+from lorashare_stream.cluster import DaskClient
+from lorashare_stream.executors import Serial, Threads
 from lorashare_stream.pipeline import compress, plan_for
 from lorashare_stream.settings import Settings
 from lorashare_stream.sources import resolve

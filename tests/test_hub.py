@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 from lorashare_stream import hub as hub_module
 from lorashare_stream import patience
 from lorashare_stream.cli import main
+from lorashare_stream.cluster import DaskClient
 from lorashare_stream.errors import (
     AdapterError,
     BudgetError,
@@ -32,7 +33,7 @@ from lorashare_stream.errors import (
     UsageError,
     WorkspaceError,
 )
-from lorashare_stream.executors import DaskClient, Serial
+from lorashare_stream.executors import Serial
 from lorashare_stream.hub import Hub
 from lorashare_stream.hubid import HubId, parse_hub_id
 from lorashare_stream.model import SHAREModel

@@ -67,9 +67,11 @@ def least_memory(folders: list[Path], **options: Any) -> tuple[Plan, int]:
 @pytest.mark.parametrize(
     ("case", "options"),
     [
-        ({"n": 200, "d": 2048, "r": 16}, {"num_components": 32}),  # second moments, ARPACK
-        ({"n": 200, "d": 2048, "r": 16}, {"num_components": 1024}),  # second moments, LAPACK
+        ({"n": 300, "d": 2048, "r": 16}, {"num_components": 32}),  # second moments, ARPACK
+        ({"n": 300, "d": 2048, "r": 16}, {"num_components": 1024}),  # second moments, LAPACK
         ({"n": 100, "d": 2048, "r": 16}, {"num_components": 800}),  # stacked columns
+        ({"n": 200, "d": 2048, "r": 16}, {"num_components": 32}),  # more columns than d, block Krylov
+        ({"n": 200, "d": 2048, "r": 16}, {"num_components": 800}),  # more columns than d, LAPACK
         ({"n": 200, "d": 1536, "r": 16}, {"num_components": "auto", "variance_threshold": 0.99}),
         ({"n": 6, "d": 512, "r": 8, "extra": 50_000}, {"num_components": 8}),  # 200 MB that is kept verbatim
         ({"n": 4, "d": 512, "r": 8, "extra": 20_000, "suffix": "bin"}, {"num_components": 8}),  # read whole, with torch
@@ -91,7 +93,7 @@ def test_memory_does_not_grow_with_the_number_of_adapters(tmp_path: Path) -> Non
 
 
 def test_fewer_tasks_run_at_a_time_when_memory_is_short(tmp_path: Path) -> None:
-    folders = collection_of(tmp_path / "adapters", 100, 2048, 24)
+    folders = collection_of(tmp_path / "adapters", 200, 2048, 24)
     plan, least = least_memory(folders, num_components=32)
     short, _ = least_memory(folders, num_components=32, memory=least, workers=8)
     ample, _ = least_memory(folders, num_components=32, memory=1 << 35, workers=8)

@@ -28,7 +28,7 @@ from lorashare_stream.workspace import Workspace
 from .conftest import load_tensors, make_collection, tree_digest, write_adapter
 
 Capture = pytest.CaptureFixture[str]
-SUMS = {"q": (20, 24), "v": (20, 12)}  # d is less than n = 32: second moments
+SUMS = {"q": (14, 15), "v": (14, 12)}  # 2d is less than n = 32: second moments
 COLUMNS = {"q": (40, 50), "v": (70, 60)}  # n is less than d: stacked columns
 
 

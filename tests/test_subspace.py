@@ -146,11 +146,12 @@ def test_stacked_experts_are_multiplied_as_peft_does(seed: int, experts: int, r:
     found = delta_error(a, b, a_hat, b_hat, Product(2.0, experts))
     assert found.error == pytest.approx(np.sum((stack(a, b) - stack(a_hat, b_hat)) ** 2), rel=1e-8, abs=1e-10)
     assert found.norm == pytest.approx(np.sum(stack(a, b) ** 2), rel=1e-8)
-    rows = weighted_rows(a.astype(np.float32), b.astype(np.float32), Product(2.0, experts), found.norm, "delta")
+    single = a[None].astype(np.float32), b[None].astype(np.float32)
+    rows = weighted_rows(*single, [Product(2.0, experts)], found.norm, "delta")
     for side, axis in (("A", 2), ("B", 1)):  # each side's moment is that of all dW_e, over ||dW||^2
         matrices = np.moveaxis(stack(a, b), axis, 0).reshape((d_in, d_out)["AB".index(side)], -1)
         moment = matrices @ matrices.T / found.norm
-        wide = rows[side].astype(np.float64)
+        wide = rows[side][0].astype(np.float64)
         assert np.allclose(wide.T @ wide, moment, atol=1e-4)
 
 

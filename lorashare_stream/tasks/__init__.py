@@ -1,19 +1,19 @@
-"""The things that are done to one adapter or one module. Executors map them; each may be done again."""
+"""The things that are done to one adapter, one module, or some. Executors map them; each may be done again."""
 
-from .accumulate import accumulate_module
+from .accumulate import accumulate_modules
 from .clean import clean_module
-from .fit import fit_module, settle_module
+from .fit import fit_module, settle_modules
 from .ingest import ingest_adapter
 from .job import Job
 from .project import check_unchanged, project_adapter
 
 __all__ = [
     "Job",
-    "accumulate_module",
+    "accumulate_modules",
     "check_unchanged",
     "clean_module",
     "fit_module",
     "ingest_adapter",
     "project_adapter",
-    "settle_module",
+    "settle_modules",
 ]

@@ -60,7 +60,8 @@ def _cleaned(job: Job, gone: Mapping[int, Entry], name: str) -> dict[Side, Momen
         for i in marker[side]["removed"]:
             receipt = job.journal.entries[i]
             assert isinstance(receipt, Receipt)
-            moment = downdate(moment, of_columns(rows_of(gone[i], name, receipt.energy, job.settings.objective)[side]))
+            (rows,) = rows_of(gone[i], gone[i].bundles_of([name]), receipt.energy, job.settings.objective)
+            moment = downdate(moment, of_columns(rows[side][0]))
         if energy - moment.energy > MOST_REMOVED * moment.energy:
             return None
         cleaned[side] = moment

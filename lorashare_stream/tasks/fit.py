@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from ..names import shown
 from ..subspace import fit
 from ..tensorfile import write_arrays
 from ..workspace import Workspace
-from .accumulate import accumulate_module
+from .accumulate import accumulate_modules
 from .job import Job
 
 log = logging.getLogger(__name__)
@@ -46,11 +47,12 @@ def fit_module(job: Job, name: str) -> None:
     write_sealed(job.facts_file(name), facts | origin | {"module": name, "digest": digest_files([path])})
 
 
-def settle_module(job: Job, name: str) -> None:
-    """Sum a module, fit it, and free its moments, so that never more than those in work take disk."""
-    accumulate_module(job, name)
-    fit_module(job, name)
-    Workspace(job.workspace).discard(name)
+def settle_modules(job: Job, names: Sequence[str]) -> None:
+    """Sum modules, fit them, and free their moments, so that never more than those in work take disk."""
+    accumulate_modules(job, names)
+    for name in names:
+        fit_module(job, name)
+        Workspace(job.workspace).discard(name)
 
 
 def _fit_sides(job: Job, name: str) -> tuple[dict[Side, tuple[NDArray[np.float32], dict[str, Any]]], dict[str, Any]]:

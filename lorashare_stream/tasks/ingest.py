@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..adapterfiles import digest_files, open_tensors
+from ..deltas import Float64, energies
 from ..dtypes import FLOATS, widened
 from ..entry import Entry
 from ..errors import AdapterError, DamagedFetchError, ValuesError
 from ..journal import Receipt
+from ..keys import SIDES, Side
 from ..names import digest_of
 from ..tensorfile import SafetensorsReader, TensorReader, TensorRecord
 
 LARGEST = 1e12  # of a value: the sum of a million squares, times d, still fits a float32 moment
 
 
-def ingest_adapter(entry: Entry) -> tuple[str, Receipt | AdapterError]:
-    """Read an adapter once, in file order: all values finite? digest; ||dW||^2 of its shared modules.
+def ingest_adapter(objective: str, entry: Entry) -> tuple[str, Receipt | AdapterError]:
+    """Read an adapter once, in file order: all values finite? digest; under `delta` ||dW||^2 of its shared modules.
 
     Returns:
         Its name, and the receipt; or why the adapter must not touch a moment.
     """
     try:
         with open_tensors(entry.paths) as tensors:
-            energy, notes, digest = _scan(entry, tensors)
+            energy, notes, digest = _scan(entry, tensors, weigh=objective == "delta")
         _check_digest(entry, digest)
     except AdapterError as e:
         e.adapter, e.source = entry.name, entry.where
@@ -49,52 +51,74 @@ def _check_digest(entry: Entry, digest: str) -> None:
         )  # fmt: skip
 
 
-def _scan(entry: Entry, tensors: TensorReader) -> tuple[float, tuple[str, ...], str]:
+def _scan(entry: Entry, tensors: TensorReader, *, weigh: bool) -> tuple[float, tuple[str, ...], str]:
     digest = hashlib.sha256()
-    grams: dict[str, NDArray[np.float64]] = {}
-    energy = 0.0
+    grams: dict[tuple[Side, str], Float64] = {}
     notes = list(entry.layout.notes)
     file = -1
-    for record, module, side in entry.layout.in_file_order:
-        if record.file != file and isinstance(tensors, SafetensorsReader):
-            file = record.file
-            digest.update(tensors.head(record))
-        if module is None:
-            if not _extra_is_finite(record, tensors, digest.update):
-                notes.append(f"{record.name}: tensors kept verbatim hold values that are not finite")
+    for chunk in entry.chunks:
+        first = chunk.records[0]
+        if first.file != file and isinstance(tensors, SafetensorsReader):
+            file = first.file
+            digest.update(tensors.head(first))
+        if not chunk.stacks:
+            if not _extra_is_finite(first, tensors, digest.update):
+                notes.append(f"{first.name}: tensors kept verbatim hold values that are not finite")
             continue
-        raw = tensors.raw(record)
-        digest.update(raw.data)
-        values = _finite(widened(raw, record.dtype, record.shape), record)
-        product = entry.product(module)
-        own = product.grams(values if side == "A" else values.T, "A" if side == "A" else "B")
-        if module in grams:
-            energy += product.energy(grams.pop(module), own)
-        else:
-            grams[module] = own
-    whole = digest.hexdigest() if file >= 0 else digest_files(entry.paths)
-    return energy, tuple(notes), whole
+        raws = tensors.raws(chunk.records)
+        for raw in raws:
+            digest.update(raw.data)
+        for side, modules, values in chunk.stacks_of(raws):
+            _demand_finite(values, side, modules, entry)
+            if not weigh:
+                continue
+            rows = values if side == "A" else np.swapaxes(values, -1, -2)
+            found = entry.product(modules[0]).grams(rows, side)  # (m, E, r, r)
+            grams |= {(side, module): own for module, own in zip(modules, found, strict=True)}
+    whole_digest = digest.hexdigest() if file >= 0 else digest_files(entry.paths)
+    return _energy(entry, grams) if weigh else 0.0, tuple(notes), whole_digest
 
 
-def _finite(values: NDArray[np.float32], record: TensorRecord) -> NDArray[np.float32]:
-    if not np.isfinite(values).all():
-        bad = np.argwhere(~np.isfinite(values))
-        raise ValuesError(
-            "values that are not finite in float32",
-            key=record.name,
-            found=f"{values[tuple(bad[0])]} at {bad[0].tolist()}, {len(bad)} in all",
-            expected="finite values",
-            remedy="Its training diverged, or the file is damaged: leave it out.",
-        )
-    if values.max(initial=0.0) > LARGEST or values.min(initial=0.0) < -LARGEST:
-        raise ValuesError(
-            "values larger than a moment can hold",
-            key=record.name,
-            found=f"{np.abs(values).max():.3g}",
-            expected=f"at most {LARGEST:g}",
-            remedy="Its training diverged: leave it out.",
-        )
-    return values
+def _energy(entry: Entry, grams: Mapping[tuple[Side, str], Float64]) -> float:
+    """||dW||^2 of all shared modules, from the Gram matrices (E, r, r) of their sides."""
+    alike: dict[tuple[int, ...], list[str]] = {}
+    for module in entry.layout.by_name:
+        alike.setdefault(grams["A", module].shape, []).append(module)
+    total = 0.0
+    for modules in alike.values():
+        a, b = (np.stack([grams[side, m] for m in modules]) for side in SIDES)
+        scales = np.array([p.scale for p in entry.products_of(modules)])
+        total += float(energies(a, b, scales).sum())
+    return total
+
+
+def _demand_finite(values: NDArray[np.float32], side: Side, modules: Sequence[str], entry: Entry) -> None:
+    """Demand tensors (m, *shape) of finite values that a moment can hold.
+
+    Raises:
+        ValuesError: naming the first tensor that has others.
+    """
+    if values.min(initial=0.0) >= -LARGEST and values.max(initial=0.0) <= LARGEST:  # false if one is not a number
+        return
+    for module, tensor in zip(modules, values, strict=True):
+        key = entry.layout.by_name[module].record(side).name
+        bad = np.argwhere(~np.isfinite(tensor))
+        if len(bad):
+            raise ValuesError(
+                "values that are not finite in float32",
+                key=key,
+                found=f"{tensor[tuple(bad[0])]} at {bad[0].tolist()}, {len(bad)} in all",
+                expected="finite values",
+                remedy="Its training diverged, or the file is damaged: leave it out.",
+            )
+        if np.abs(tensor).max(initial=0.0) > LARGEST:
+            raise ValuesError(
+                "values larger than a moment can hold",
+                key=key,
+                found=f"{np.abs(tensor).max():.3g}",
+                expected=f"at most {LARGEST:g}",
+                remedy="Its training diverged: leave it out.",
+            )
 
 
 def _extra_is_finite(record: TensorRecord, tensors: TensorReader, digest: Callable[[bytes], None]) -> bool:

@@ -92,9 +92,17 @@ class Job:
         shape = self.shapes.get(receipt.shapes, {}).get(module) if self.shares(receipt) else None
         return 0 if shape is None else shape.rank
 
-    def holders(self, module: str, count: int) -> dict[int, Receipt]:
+    def holders(self, module: str, count: int) -> Mapping[int, Receipt]:
         """The admissions whose vectors a moment of `module` has once it has seen `count` entries, by number."""
-        return {i: r for i, r in self.journal.active_after(count).items() if self.rank(r, module)}
+        kinds = frozenset(kind for kind, shapes in self.shapes.items() if module in shapes)
+        if (count, kinds) not in self._holders:  # the same for most modules: looked up once
+            active = self.journal.active_after(count)
+            self._holders[count, kinds] = {i: r for i, r in active.items() if r.shapes in kinds and self.shares(r)}
+        return self._holders[count, kinds]
+
+    @cached_property
+    def _holders(self) -> dict[tuple[int, frozenset[str]], dict[int, Receipt]]:
+        return {}
 
     def lacks(self, module: str, marker: Mapping[str, Any] | None) -> bool:
         """Whether a module's moments, by their marker, are to be brought up to these entries."""
