@@ -129,7 +129,8 @@ class HostSum:
             self._second = start.second
         else:
             assert start.columns is not None
-            self._second = np.zeros((start.dim, start.dim), start.columns.dtype, order="F")
+            self._second = np.empty((start.dim, start.dim), start.columns.dtype, order="F")
+            self._second.fill(0)  # written, not mapped to the page of zeros: syrk would fault on every page once more
             if len(start.columns):
                 add_block(self._second, np.ascontiguousarray(start.columns))
 

@@ -120,9 +120,9 @@ def test_a_bit_flipped_anywhere_in_the_workspace_is_found_and_only_its_group_is_
     go(collection, quick / "fresh", num_components=3)
     expected = tree_digest(quick / "fresh")
     summed: list[str] = []
-    original = tasks.accumulate._accumulate
+    original = tasks.accumulate._begin
     monkeypatch.setattr(
-        "lorashare_stream.tasks.accumulate._accumulate", lambda j, m: (summed.append(m), original(j, m))
+        "lorashare_stream.tasks.accumulate._begin", lambda j, m, g: (summed.append(m), original(j, m, g))[1]
     )
     kept = quick / "kept"
     shutil.copytree(quick / "out.workspace", kept)
