@@ -78,6 +78,12 @@ def _machine(lines: list[Line]) -> Iterator[str]:
     yield ""
 
 
+FASTER = (
+    ("roberta-1000", "lorashare", 2.0), ("roberta-1000", "lorashare-chunked", 10.0), ("roberta-1000", "vlora", 10.0),
+    ("mistral-300", "lorashare", 5.0),
+)  # fmt: skip
+
+
 def _targets(lines: list[Line], runs: list[Line]) -> Iterator[str]:
     yield from ("## Targets", "| target | measured | met |", "|---|---|---|")
     ours = [x for x in runs if x["system"].startswith("ours")]
@@ -89,6 +95,25 @@ def _targets(lines: list[Line], runs: list[Line]) -> Iterator[str]:
         worst = max(values)
         return f"| {target} | {show(worst)}{note} | {'yes' if worst <= limit else '**no**'} |"
 
+    for collection, peer, wanted in FASTER:
+        group = [x for x in runs if x["collection"] == collection and x["k"] == 32]
+        found = [_ratio(group, peer, max((x["adapters"] for x in group), default=0), "wall_s")] if group else []
+        times = [-t for t in found if t is not None]
+        yield row(f"{collection}: {wanted:g} times faster than {peer}", times, -wanted, lambda v: f"{-v:.2f} times")
+    for collection, peer, what, most in (
+        ("roberta-1000", "lorashare", "peak_bytes", 3), ("roberta-1000", "ours-delta", "wall_s", 1.6),
+        ("mistral-300", "ours-delta", "wall_s", 1.6),
+    ):  # fmt: skip
+        group = [x for x in runs if x["collection"] == collection and x["k"] == 32]
+        ratio = _ratio(group, peer, max((x["adapters"] for x in group), default=0), what) if group else None
+        if peer == "lorashare":
+            less = [] if ratio is None else [-ratio]
+            yield row(f"{collection}: a third of lorashare's memory", less, -most, lambda v: f"1 / {-v:.1f}")
+        else:
+            same = [] if ratio is None else [ratio]
+            yield row(
+                f"{collection}: `delta` at {most:g} times the time of `factors`", same, most, lambda v: f"{v:.2f}"
+            )
     single = [1 - x["captured"] for x in good if not _rounded(x)]
     stored = [1 - x["captured"] for x in good if _rounded(x)]
     worst_stored = f"; {max(stored):.0e} after rounding to bfloat16" if stored else ""
