@@ -105,12 +105,17 @@ class Chunk:
 def chunks(items: Iterable[FileItem], *, alone: bool = False) -> tuple[Chunk, ...]:
     """All tensors of an adapter, in file order, in chunks of bounded size; what is not shared in chunks of its own."""
     parts: list[list[FileItem]] = []
+    held = 0
     for item in items:
-        last = parts[-1] if parts else []
-        fits = last and last[0][0].file == item[0].file and None not in (last[0][1], item[1])
-        if not fits or sum(4 * math.prod(record.shape) for record, _, _ in (*last, item)) > STACK_BYTES:
+        record, module, _ = item
+        size = 4 * math.prod(record.shape)
+        last = parts[-1][-1] if parts else None
+        fits = last is not None and last[0].file == record.file and None not in (last[1], module)
+        if not fits or held + size > STACK_BYTES:
             parts.append([])
+            held = 0
         parts[-1].append(item)
+        held += size
     return tuple(_chunk(part, alone=alone) for part in parts)
 
 

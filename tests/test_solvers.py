@@ -21,6 +21,11 @@ SPECTRA = {
 def vectors_of(kind: str, n: int, d: int) -> np.ndarray:
     rng = np.random.default_rng(3)
     m = min(n, d)
+    if kind == "noise":  # Marchenko-Pastur: nothing stands out, and gains fall slowly
+        return rng.standard_normal((n, d)).astype(np.float32)
+    if kind == "planted, and noise":
+        planted = rng.standard_normal((n, 2)) @ rng.standard_normal((2, d))
+        return (planted + rng.standard_normal((n, d))).astype(np.float32)
     left, right = (np.linalg.qr(rng.standard_normal((size, m)))[0] for size in (n, d))
     return ((left * SPECTRA[kind](m)) @ right.T).astype(np.float32)
 
@@ -34,7 +39,7 @@ def moment_of(x: np.ndarray) -> Moment:
     return acc.finish()
 
 
-@pytest.mark.parametrize("kind", SPECTRA)
+@pytest.mark.parametrize("kind", [*SPECTRA, "noise", "planted, and noise"])
 @pytest.mark.parametrize(
     ("n", "d", "k", "form"),
     [
