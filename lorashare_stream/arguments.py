@@ -77,10 +77,7 @@ def _add_edits(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
     _add_means(p)
     p = command("refit", "Another k from the same moments; or bases for all that was added and taken out since.")
     p.add_argument("place", metavar="CHECKPOINT|WORKSPACE")
-    p.add_argument("-k", "--num-components", metavar="K", help="components per group, or auto (default: as it was)")
-    p.add_argument(
-        "--variance", type=float, metavar="T", dest="variance_threshold", help="share that auto keeps (0.95)"
-    )
+    _add_budget(p, "components per group, or auto (default: as it was)")
     p.add_argument("-o", "--output", metavar="OUT", required=True, help="the new checkpoint; may be the old one")
     p.add_argument("--overwrite", action="store_true", help="replace a checkpoint of another run")
     p.add_argument("--discard-moments", action="store_true", help="free moments as soon as bases are fitted: less disk")
@@ -140,10 +137,7 @@ def _add_sources(p: argparse.ArgumentParser) -> None:
         help="adapter folder, folder of them, glob, manifest, or Hub id: org/name, org/name@revision, org/name//folder",
     )
     p.add_argument("--names", nargs="+", metavar="NAME", help="names of the sources, which are then adapter folders")
-    p.add_argument("-k", "--num-components", metavar="K", help="components per group, or auto (default: 32)")
-    p.add_argument(
-        "--variance", type=float, metavar="T", dest="variance_threshold", help="share that auto keeps (0.95)"
-    )
+    _add_budget(p, "components per group, or auto (default: 32)")
     p.add_argument("--objective", help="delta: least error of dW (default); factors: A and B on their own")
     p.add_argument(
         "--center",
@@ -162,6 +156,25 @@ def _add_sources(p: argparse.ArgumentParser) -> None:
         help="compress adapters whose factors hold a part of the base (PiSSA, OLoRA, ...), else kept exact",
     )
     p.add_argument("--config", metavar="FILE.yaml", help="the same settings from a file; flags win")
+
+
+def _add_budget(p: argparse.ArgumentParser, of_k: str) -> None:
+    size = p.add_mutually_exclusive_group()
+    size.add_argument("-k", "--num-components", metavar="K", help=of_k)
+    size.add_argument("--max-bytes", metavar="SIZE", help="the best checkpoint of at most this size on disk")
+    size.add_argument(
+        "--ratio", type=float, metavar="R", help="the best one that is R times smaller than the originals"
+    )
+    size.add_argument(
+        "--max-error", type=float, metavar="E",
+        help="the smallest one in which no adapter's relative dW error is above E; what cannot be shared is kept",
+    )  # fmt: skip
+    p.add_argument(
+        "--trim-rank", action=argparse.BooleanOptionalAction, help="with -k: drop ranks that gain too little"
+    )
+    p.add_argument(
+        "--variance", type=float, metavar="T", dest="variance_threshold", help="share that auto keeps (0.95)"
+    )
 
 
 def _add_on_error(p: argparse.ArgumentParser) -> None:

@@ -24,6 +24,7 @@ BYTES_PER_ADAPTER = 4 << 10  # of a catalog entry and its receipt
 BYTES_PER_RECORD = 1 << 10  # of a tensor in a layout; equal layouts are kept once
 ITEM = {"float32": 4, "float64": 8}  # bytes of a number of a moment
 PORTION_BYTES, PORTION_READS = 128 << 20, 4 << 30  # of sums, and of what is read for them; see `portions`
+WEIGHED = 2 * 12 * 6 * 2 * 8  # bytes of forms of a module and rank: candidates, arrays of them, float64
 TILE_BYTES = 32 << 20  # tiles on their way into or out of Zarr
 
 
@@ -50,9 +51,9 @@ class Group:
         return stays_stacked(self.count, self.dim)
 
     def components(self, settings: Settings) -> int:
-        """k: as asked, clamped to min(d, n); for `auto`, which only the moment knows, the break-even."""
+        """k: as asked, clamped to min(d, n); for `auto` and budgets, which only the moment knows, the break-even."""
         most = max(1, min(self.dim, self.count))
-        if settings.num_components == "auto":
+        if settings.num_components == "auto" or settings.budget is not None:
             return max(1, min(most, round(break_even(self.dim, self.count))))
         return min(settings.num_components, most)
 
@@ -129,10 +130,17 @@ def steps_of(
         return Step(name, tasks, read, whole, process + shared, at_once, process + shared + task)
 
     reading = 4 * pair + TILE_BYTES + pickled
+    weighing = 6 * loadings + WEIGHED * sum(len(e.layout.modules) * max(m.rank for m in e.layout.modules)
+                                            for e in examples(entries)[:1] if e.layout.modules)  # fmt: skip
+    budgets = (
+        step("appraise", adapters, total, 5 * pair + widest_pair + 3 * loadings + buffers, kept + mapped),
+        step("weigh", adapters, adapters * loadings, weighing),
+    )
     return (
         step("ingest", adapters, total, 4 * pair + buffers),
         step("accumulate", modules, lora, sums + reading, most=PORTION_BYTES + reading),
         step("fit", modules, 0, fits + TILE_BYTES),
+        *(budgets if s.budget is not None else ()),
         step("project", adapters, total, 9 * pair + widest_pair + loadings + buffers, kept + mapped),
     )
 
@@ -202,7 +210,7 @@ def _kept_bytes(g: Group, s: Settings) -> int:
 
 def _fit_bytes(g: Group, s: Settings) -> int:
     item, most = ITEM[s.moment_dtype], max(1, min(g.dim, g.count))
-    k = most if s.num_components == "auto" else g.components(s)
+    k = most if s.num_components == "auto" and s.budget is None else g.components(s)
     polish = 8 * (6 * g.dim * k + 3 * k * k)  # the solver's vectors, those of QR and Ritz, the rounded ones
     return moment_bytes(g, s) + polish + _solver_bytes(g, k, item)
 

@@ -17,7 +17,7 @@ from .names import listed, name_fault, shown
 from .pipeline import plan_for
 from .planning import Plan
 from .running import Progress, silent
-from .settings import Settings
+from .settings import BUDGETS, Settings, overridden
 from .sources import Source, resolve
 from .sources.manifest import read_yaml
 
@@ -51,7 +51,10 @@ def with_config(args: Args) -> dict[str, Any]:
     for name, kind in _PLACES.items():
         if not isinstance(values.get(name, kind()), kind):
             raise UsageError(f"{name} in {shown(path)} cannot be meant", found=values[name], expected=kind.__name__)
-    return values | chosen
+    several = [name for name in ("num_components", *BUDGETS) if values.get(name) is not None]
+    if len(several) > 1:
+        raise UsageError(f"{shown(path)} says twice how large it may be", found=listed(several), expected="one of them")
+    return overridden(values, chosen)
 
 
 @contextmanager
@@ -113,7 +116,7 @@ def _paths(sources: list[Any] | dict[Any, Any]) -> list[Any]:
 def make_plan(chosen: Args, workspace: Path | None = None, *, runs: bool = True, progress: Progress = silent) -> Plan:
     """The plan for what was chosen."""
     settings = _settings(chosen)
-    if "variance_threshold" in chosen and settings.num_components != "auto":
+    if "variance_threshold" in chosen and (settings.num_components != "auto" or settings.budget):
         log.info("without -k auto, variance only decides whether adapters that are added need new bases")
     sources = named_sources(chosen, settings.on_error == "skip")
     return plan_for(sources, settings, workspace, runs=runs, progress=progress)
@@ -130,7 +133,7 @@ def planned(chosen: Args, workspace: Path, progress: Progress = silent) -> Plan:
         refused = [AdapterError(**{k: str(r[k]) for k in ("problem", *_DETAILS) if k in r}) for r in saved["refused"]]
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise UsageError(f"{shown(chosen['plan'])} is not a plan", found=f"{type(e).__name__}: {e}") from e
-    settings |= {k: v for k, v in chosen.items() if k in _SETTINGS}
+    settings = overridden(settings, {k: v for k, v in chosen.items() if k in _SETTINGS})
     made = plan_for(sources, Settings.from_mapping(settings), workspace, progress=progress)
     if made.fingerprint_as(presumed=presumed) != fingerprint and not made.refused:
         raise UsageError(

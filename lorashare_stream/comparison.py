@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ import torch
 from numpy.typing import NDArray
 
 from .adapterfiles import open_tensors, tensor_records, weight_files
-from .deltas import DeltaError, Product, delta_error, relative_error
+from .deltas import DeltaError, Product, changed_errors, delta_error, relative_error
 from .dtypes import FLOATS
 from .errors import MissingSourceError, UsageError
 from .keys import SIDES, adapter_names, factor_key, parse_key
+from .lapack import Array
 from .peftconfig import other_product, products
 from .reader import Tensors
 from .tensorfile import float32
@@ -32,13 +33,15 @@ def comparison(
         adapter: its name, for errors.
 
     Raises:
-        UsageError: if a tensor has another shape than its original.
+        UsageError: if a tensor has another shape than its original, and not only another rank.
     """
     per_layer: dict[str, float] = {}
     for key, tensor in original.items():
         other = found.get(parse_key(key).canonical)
         if other is None:
             continue
+        if _trimmed(tensor.shape, other.shape):
+            continue  # only the product can be compared
         if tensor.shape != other.shape:
             raise UsageError(
                 "the original has another shape than the adapter of this name",
@@ -78,13 +81,23 @@ def delta_errors(
         matrices = [t.float().numpy() for pair in pairs for t in pair if t is not None and t.ndim == 2]
         if len(matrices) == 4:
             arrays[module] = matrices
-    ranks = {module: len(a) for module, (a, *_) in arrays.items()}
+    ranks = {module: len(a_hat) for module, (_, a_hat, *_) in arrays.items()}
     known = products(config, ranks) if "r" in config and "lora_alpha" in config else None
     each = known or [Product(1.0)] * len(arrays)  # a common factor changes no relative error
     return {
-        module: delta_error(a, b, a_hat, b_hat, product)
+        module: (delta_error if a.shape == a_hat.shape else _changed_error)(a, b, a_hat, b_hat, product)
         for (module, (a, a_hat, b, b_hat)), product in zip(arrays.items(), each, strict=True)
     }
+
+
+def _changed_error(a: Array, b: Array, a_hat: Array, b_hat: Array, product: Product) -> DeltaError:
+    return changed_errors(a[None], b[None], a_hat[None], b_hat[None], [product])[0]
+
+
+def _trimmed(shape: Sequence[int], found: Sequence[int]) -> bool:
+    """Whether a matrix has lost ranks, and nothing else."""
+    pairs = [(a, b) for a, b in zip(shape, found, strict=False) if a != b]
+    return len(shape) == len(found) == 2 and len(pairs) == 1 and pairs[0][1] < pairs[0][0]
 
 
 def load_adapter(folder: Path) -> Tensors:

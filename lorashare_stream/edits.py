@@ -18,7 +18,7 @@ from .means import Means, opened
 from .names import bytes_shown, counted, listed, shown
 from .output import print_result, progress_of, say_left_out
 from .report import facts, summary_text
-from .settings import Settings
+from .settings import BUDGETS, Settings
 from .shareconfig import read_share_config
 from .shareformat import ADAPTERS
 from .shrinking import Removed
@@ -26,11 +26,12 @@ from .shrinking import Removed
 COMMANDS = {"add", "remove", "refit"}
 SKIPPED = 3  # exit code: done, but adapters were left out
 log = logging.getLogger(__name__)
+_ASKED = ("num_components", *BUDGETS, "trim_rank")  # of a refit
 
 
 @contextmanager
 def _means(args: Args) -> Iterator[Means]:
-    own = {f.name for f in fields(Settings)} - {"num_components"}
+    own = {f.name for f in fields(Settings)} - {*_ASKED}
     with cluster_of(args) as cluster:
         yield Means(
             workspace=Path(args["workspace"]) if "workspace" in args else None,
@@ -112,12 +113,10 @@ def _traces(done: Removed, refit: bool) -> list[str]:
 
 def refit(args: Args) -> int:
     """`refit`: another k, or bases anew."""
-    k = args.get("num_components")
-    if k is not None:
-        k = Settings.from_mapping({"num_components": k}).num_components
+    asked = {name: args[name] for name in _ASKED if name in args}
     out = Path(args["output"])
     with _means(args) as means:
-        method = refitting.refit(Path(args["place"]), k, out, means, overwrite="overwrite" in args)
+        method = refitting.refit(Path(args["place"]), asked, out, means, overwrite="overwrite" in args)
     config = read_share_config(out)
     note = {
         "sliced": "cut from what was stored; errors follow from those of the larger k, and are not measured",

@@ -67,7 +67,16 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON, atomically; foreign strings are escaped by JSON itself."""
     with atomic_file(path) as f:
-        f.write(json.dumps(value, indent=2).encode())
+        f.write(_json(value))
+
+
+def json_bytes(value: Any) -> int:
+    """The size of what `write_json` writes."""
+    return len(_json(value))
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, indent=2).encode()
 
 
 def sync(path: str | Path) -> None:

@@ -8,15 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .allotting import byte_limit
 from .checkpoint import Staging
 from .errors import AdapterError, CollectionError, LockedError, WorkspaceError
+from .forms import Rule
 from .journal import Receipt
 from .keys import SIDES, group_id
-from .names import counted, digest_of, listed
+from .names import bytes_shown, counted, digest_of, listed
 from .records import check_components, has_files, is_whole, metas_of, sizes_of
 from .running import Run
 from .shareconfig import SHAREConfig, read_share_config
-from .shareformat import ADAPTERS, OURS, ours_of
+from .shareformat import ADAPTERS, OURS, ours_of, total_bytes
 from .stages import digest_of_job, project
 from .summary import Head, figures_of, head_of, share_config
 from .tasks import Job
@@ -71,7 +73,10 @@ def grow(
     if outside:
         log.info("%s modules for which there is no basis: bases are fitted again", _have(outside))
         return False, dict.fromkeys(outside, 0.0)
-    job = replace(job, basis_digest=head.basis_digest, grows=True)
+    rule = None if head.rule is None else Rule(**head.rule)
+    if rule is not None and rule.limit is not None:
+        threshold = min(threshold, 1 - rule.limit**2)  # it is certified, whatever form it takes
+    job = replace(job, basis_digest=head.basis_digest, grows=True, rule=rule)
     with Staging.open(out, staged_digest(job.digest, head.basis_digest)) as staging:
         demand_unchanged(out, config)
         check_components(out, head.components)
@@ -83,13 +88,26 @@ def grow(
         kept = {name: 1 - meta[OURS]["relative_error"] ** 2 for name, meta in metas.items()}
         if not _enough(kept, threshold):
             return False, kept
+        if _too_large(job, out, staging.root, [r.name for r in waiting]):
+            return False, kept
         staging.join(out, [r.name for r in waiting])
         shared = [r.name for r in fresh if metas[r.name][OURS]["worst_module"] is not None]
         head = replace(head, projected=(*head.projected, *shared))
         names = [r.name for r in job.journal.receipts]
-        staging.replace(out, changed(out, head, names, counts or job.counts, job.digest, len(left_out)), left_out)
+        staging.replace(out, changed(out, head, names, counts or job.counts, job.digest, left_out), left_out)
         staging.clear()
     return True, kept
+
+
+def _too_large(job: Job, out: Path, staged: Path, names: Sequence[str]) -> bool:
+    """Whether a checkpoint would exceed its budget of bytes with adapters that are staged."""
+    limit = byte_limit(job)
+    if limit is None:
+        return False
+    grown = total_bytes((ours_of(out) or {})["bytes"]) + total_bytes({**sizes_of(staged, names), "basis": 0})
+    if grown > limit:
+        log.info("with them it has %s, more than %s: bases are fitted again", bytes_shown(grown), bytes_shown(limit))
+    return grown > limit
 
 
 def demand_unchanged(out: Path, config: SHAREConfig) -> None:
@@ -154,7 +172,7 @@ def _have(names: Sequence[str]) -> str:
 
 
 def changed(
-    out: Path, head: Head, names: Sequence[str], counts: Mapping[str, int], digest: str, skipped: int
+    out: Path, head: Head, names: Sequence[str], counts: Mapping[str, int], digest: str, skipped: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """The configuration of a checkpoint whose adapters are others than it says."""
     figures = [figures_of(meta) for meta in metas_of(out, names)]

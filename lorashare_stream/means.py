@@ -19,7 +19,7 @@ from .pipeline import Outcome, compress, default_workspace
 from .planning import Plan
 from .publishing import demand_folder, output_folder
 from .running import Progress, Run, places_of, silent
-from .settings import Settings
+from .settings import Settings, overridden
 from .shareconfig import SHAREConfig, read_share_config
 from .summary import head_of
 from .workspace import Workspace
@@ -79,7 +79,7 @@ class Means:
         """Those with which a checkpoint was made, but for the changes."""
         base = config.base_model_name_or_path or None
         made = {**head_of(config).settings, "base_model": base, "dtype": _DTYPES[config.ours["dtype"]]}
-        return Settings.from_mapping({**made, **self.changes})
+        return Settings.from_mapping(overridden(made, self.changes))
 
     def compress(self, plan: Plan, out: Path, root: Path, **options: Any) -> Outcome:
         """Run a plan."""

@@ -14,11 +14,11 @@ from .errors import CheckpointError
 from .hubid import HubId, is_repo
 from .names import bytes_shown, counted, shown
 from .shareconfig import SHAREConfig
+from .shareformat import PARTS, next_bytes, total_bytes
 
 MARK = "<!-- lorashare-stream writes this card anew with each push; without this line it is yours, and kept -->"
 ROWS = 1000  # sources in the table
 _SITE = "https://huggingface.co"
-_PARTS = ("basis", "loadings", "verbatim", "metadata")
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 _SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|~^$=@:])")
 _HTML = {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;"}
@@ -136,16 +136,16 @@ def _facts(config: SHAREConfig) -> Rows:
     ]
     if not ours:
         return [*rows, ("LoRA parameters", _times(float(stats["compression_ratio"])))]
-    return [*rows, *_our_facts(ours)]
+    return [*rows, *_our_facts(ours, len(config.adapter_names))]
 
 
 _VARIANCE = (("mean", "mean"), ("min", "least"))
 
 
-def _our_facts(ours: dict[str, Any]) -> Rows:
+def _our_facts(ours: dict[str, Any], adapters: int) -> Rows:
     """Certified errors, and bytes on disk."""
     size, errors = ours["bytes"], ours["errors"]
-    total = sum(int(size[part]) for part in _PARTS)
+    total = total_bytes(size)
     centred = ", centred" if ours["center"] else ""
     summary = [f"{name} {float(errors[key]):.4f}" for key, name in _ERRORS]
     worst = [f"{escaped(w['name'])} ({float(w['relative_error']):.4f})" for w in errors["worst"][:5]]
@@ -155,7 +155,8 @@ def _our_facts(ours: dict[str, Any]) -> Rows:
         ("worst adapters", ", ".join(worst)),
         ("bytes of the originals", bytes_shown(size["originals"])),
         ("bytes of this checkpoint", f"{bytes_shown(total)}, the basis included: {_times(size['originals'] / total)}"),
-        ("of which", ", ".join(f"{part} {bytes_shown(size[part])}" for part in _PARTS)),
+        ("of which", ", ".join(f"{part} {bytes_shown(size[part])}" for part in PARTS)),
+        ("the next adapter", f"about {bytes_shown(next_bytes(size, adapters))} on these bases"),
         ("LoRA tensors alone", _times(float(size["lora_ratio"]))),
         ("kept exact", _some(ours["verbatim_adapters"])),
         ("added on bases that were not fitted to them", _some(ours["projected"])),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -155,6 +156,59 @@ def products(config: Config, ranks: Mapping[str, int]) -> tuple[Product, ...] | 
     found = [_product(config, configured, module, rank, *meant[module]) for module, rank in ranks.items()]
     known = tuple(product for product in found if product is not None)
     return known if len(known) == len(found) else None
+
+
+def reranked(
+    config: Config, modules: Mapping[str, tuple[int, Product]], changed: Collection[str], *, alone: bool
+) -> dict[str, Any]:
+    """The configuration of an adapter whose tensors have other ranks, with the scale of every module as it was.
+
+    Args:
+        config: as it came.
+        modules: the rank that the tensors of each module have now, and how its dW comes of them.
+        changed: those with another rank than before.
+        alone: whether these are all the LoRA layers that there are, so that the default may change.
+
+    >>> new = reranked({"r": 8, "lora_alpha": 16}, {"q": (2, Product(2.0))}, ["q"], alone=True)
+    >>> new["r"], new["lora_alpha"], products(new, {"q": 2})[0].scale
+    (2, 4, 2.0)
+    """
+    wanted = {m: (rank, _alpha(config, rank, product.scale)) for m, (rank, product) in modules.items()}
+    patterns = {name: dict(config.get(name) or {}) for name in ("rank_pattern", "alpha_pattern")}
+    default: tuple[int, float] = config["r"], config["lora_alpha"]
+    if alone and not any(patterns.values()) and all(p.experts == 1 for _, p in modules.values()):
+        default = Counter(wanted.values()).most_common(1)[0][0]
+        differing = [m for m, values in wanted.items() if values != default]
+    else:
+        differing = [m for m in modules if m in changed]
+    suffixes = Counter(_loose(end) for m in modules for end in _endings(m)) if differing else Counter()
+    for place, name in enumerate(patterns):  # those of ours are first: PEFT takes the first that matches
+        exact = {_exactly(m, suffixes): wanted[m][place] for m in differing if wanted[m][place] != default[place]
+                 or patterns[name]}  # fmt: skip
+        patterns[name] = exact | {key: value for key, value in patterns[name].items() if key not in exact}
+    return {**config, "r": default[0], "lora_alpha": default[1], **patterns}
+
+
+def _alpha(config: Config, rank: int, scale: float) -> float:
+    """The alpha by which PEFT comes to a scale at a rank."""
+    alpha = scale * (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return int(alpha) if alpha == int(alpha) and isinstance(config["lora_alpha"], int) else alpha
+
+
+def _exactly(module: str, suffixes: Counter[str]) -> str:
+    """A pattern that matches this module and no other: its name, unless that could match another one."""
+    alone = suffixes[_loose(module)] == 1 and re.fullmatch(r"[\w.]+", module)
+    return module if alone else f"^{re.escape(module)}"
+
+
+def _endings(module: str) -> list[str]:
+    parts = module.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]
+
+
+def _loose(name: str) -> str:
+    """A name as the dots in a pattern see it, which match any character."""
+    return re.sub(r"[^A-Za-z0-9]", "_", name)
 
 
 def _configured(config: Config, names: Collection[str]) -> dict[str, tuple[int, float]]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
 from threadpoolctl import threadpool_limits
 
+from .allotting import based, byte_limit
 from .catalog import catalog
 from .checkpoint import Staging, mend, sweep
 from .devices import resolve_device
@@ -17,7 +20,7 @@ from .executors import Cluster, Executor, Threads, at
 from .files import own_path, write_sealed
 from .growing import check_kept, check_sources, demand_unchanged, grow, growable, staged_digest
 from .journal import Journal, ModuleShape
-from .names import digest_of
+from .names import bytes_shown
 from .planning import Plan, make_plan, plan_as_json
 from .publishing import check_output, output_folder
 from .records import has_files, metas_of, sizes_of
@@ -25,13 +28,15 @@ from .remote import bytes_to_fetch, fetching_for, looked_up
 from .running import Progress, Run, places_of, silent
 from .settings import Settings
 from .shareconfig import SHAREConfig
-from .shareformat import ours_of, skipped_of
+from .shareformat import OURS, ours_of, skipped_of, total_bytes
 from .sources import Source
 from .stages import check_disk, head_of_job, ingest, make_job, project, write_bases
 from .summary import figures_of, share_config
-from .summing import catch_up, settle
+from .summing import catch_up
 from .tasks import Job
 from .workspace import Workspace
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -189,12 +194,21 @@ def compress(
 
 
 def recompute(
-    run: Run, job: Job, work: Workspace, out: Path, left_out: list[dict[str, Any]], *, overwrite: bool = False
+    run: Run,
+    job: Job,
+    work: Workspace,
+    out: Path,
+    left_out: list[dict[str, Any]],
+    *,
+    overwrite: bool = False,
+    spare: int = 0,
 ) -> Literal["current", "recompute"]:
-    """Bring the moments up to the journal, fit all bases, project all adapters, and publish; or see that all is so."""
+    """Bring the moments up to the journal, fit all bases, project all adapters, and publish; or see that all is so.
+
+    `spare` bytes of a budget are left unused: by so many it was exceeded when they were not.
+    """
     check_disk(run.plan, work.root, out)
-    bases = settle(run, job)
-    job = replace(job, basis_digest=digest_of([[m, facts["digest"]] for m, facts in bases.items()]))
+    given, (job, bases) = job, based(run, job, spare)
     ours = ours_of(out) or {}
     if ours.get("basis_digest") == job.basis_digest and not ours.get("projected") and is_current(job, out, left_out):
         return "current"
@@ -211,11 +225,15 @@ def recompute(
             job.counts,
             digest=job.digest,
             sizes=sizes_of(staging.root, names),
-            skipped=len(left_out),
+            skipped=left_out,
         )
-        work.publishing(out, job.basis_digest, ours.get("basis_digest"))
-        staging.commit(out, config, left_out)
-    return "recompute"
+        over = total_bytes(config["compression_stats"][OURS]["bytes"]) - (byte_limit(job) or inf)
+        if over <= 0:
+            work.publishing(out, job.basis_digest, ours.get("basis_digest"))
+            staging.commit(out, config, left_out)
+            return "recompute"
+    log.info("%s more than the budget: less is bought", bytes_shown(int(over)))
+    return recompute(run, given, work, out, left_out, overwrite=overwrite, spare=spare + int(over))
 
 
 def is_current(job: Job, out: Path, left_out: list[dict[str, Any]]) -> bool:

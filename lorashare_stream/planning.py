@@ -61,7 +61,12 @@ class Plan:
     def choice(self) -> str:
         """Digest of all but the adapters that decides the checkpoint."""
         s = self.settings
-        return choice_of(self.binding, self.base_model, s.num_components, s.variance_threshold, self.storage)
+        return choice_of(self.binding, self.base_model, s.num_components, s.variance_threshold, self.storage, s.bought)
+
+    @cached_property
+    def fitted(self) -> str:
+        """Digest of what decides which bases may be fitted, whatever the budget is."""
+        return choice_of(self.binding, self.base_model, 0, 0.0, self.storage, ("wide",))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -76,7 +81,7 @@ class Plan:
     def fingerprint_as(self, *, presumed: bool) -> str:
         """The fingerprint that this plan would have if its configurations were, or were not, read."""
         s = self.settings
-        asked = [s.binding(), s.base_model, s.num_components, s.variance_threshold, s.dtype]
+        asked = [s.binding(), s.base_model, s.num_components, s.variance_threshold, s.dtype, *s.bought]
         # What is pinned says by its id what its configuration is, which a plan need not have read.
         adapters = [
             (e.name, e.source_id, *((e.origin.records,) if e.origin else (e.layout.digest, e.config_digest)))
@@ -136,10 +141,16 @@ class Plan:
             "lora": sum(e.layout.lora_bytes for e in self.entries),
             "verbatim": sum(e.layout.extra_bytes for e in self.entries),
             "moments": self._moments(),
+            "cores": self._cores(),
             "basis": basis,
             "loadings": loadings,
             "checkpoint": basis + loadings + sum(e.layout.extra_bytes for e in self.entries),
         }
+
+    def _cores(self) -> int:
+        """What adapters are on wide bases, in float32; an estimate, as of the k that a budget takes."""
+        s = self.settings
+        return 4 * sum(g.components(s) * (g.count + g.dim) for g in self.groups) if s.budget else 0
 
     def _moments(self) -> int:
         sizes = {m: sum(moment_bytes(g, self.settings) for g in both) for m, both in self._modules.items()}
@@ -211,9 +222,16 @@ def cut(items: Sequence[T], sizes: Sequence[int], limit: int) -> list[list[T]]:
     return lists
 
 
-def choice_of(binding: Mapping[str, Any], base_model: str, k: int | str, threshold: float, storage: str) -> str:
-    """Digest of all but the adapters that decides a checkpoint."""
-    return digest_of([binding, base_model, k, threshold if k == "auto" else None, storage])
+def choice_of(
+    binding: Mapping[str, Any],
+    base_model: str,
+    k: int | str,
+    threshold: float,
+    storage: str,
+    bought: Sequence[Any] = (),
+) -> str:
+    """Digest of all but the adapters that decides a checkpoint; `bought` is of `Settings`."""
+    return digest_of([binding, base_model, k, threshold if k == "auto" else None, storage, *bought])
 
 
 def check_enough(count: int, refused: Iterable[AdapterError], fewest: int) -> None:

@@ -31,12 +31,17 @@ def is_whole(folder: Path, receipt: Receipt, basis_digest: str) -> bool:
         return (
             unsealed(meta) is not None
             and ours["sha256"] == receipt.digest
-            and digest_config(meta["original_config"]) == receipt.config_digest
+            and digest_config(config_in(meta)) == receipt.config_digest
             and ours["basis_digest"] == basis_digest
             and all(digest_files([folder / file]) == digest for file, digest in ours["files"].items())
         )
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return False
+
+
+def config_in(meta: Mapping[str, Any]) -> Any:
+    """The adapter_config.json that an adapter came with; where ranks were changed, PEFT reads another one."""
+    return meta[OURS].get("unchanged_config", meta["original_config"])
 
 
 def check_components(root: Path, sha256: str) -> None:
@@ -61,7 +66,7 @@ def has_files(root: Path, names: Iterable[str]) -> bool:
 
 def receipt_in(meta: Mapping[str, Any]) -> Receipt:
     """What of an admission a checkpoint of ours records: enough to know the adapter again."""
-    ours, config = meta[OURS], digest_config(meta["original_config"])
+    ours, config = meta[OURS], digest_config(config_in(meta))
     return Receipt(meta["adapter_name"], ours["source_id"], ours["sha256"], config, 0.0, (), (), "")
 
 

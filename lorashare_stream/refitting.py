@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from .checkpoint import mend
 from .errors import WorkspaceError
@@ -15,7 +16,7 @@ from .means import Means, check_same, opened
 from .pipeline import plan_for
 from .publishing import check_output, output_folder
 from .remote import recalled
-from .settings import Settings
+from .settings import BUDGETS, Settings, overridden
 from .shareconfig import SHAREConfig
 from .shareformat import CONFIG, ours_of
 from .slicing import cut_of, slice_checkpoint
@@ -23,9 +24,7 @@ from .summary import head_of
 from .workspace import Workspace
 
 
-def refit(
-    place: Path, num_components: int | Literal["auto"] | None, out: Path, means: Means, *, overwrite: bool = False
-) -> str:
+def refit(place: Path, asked: Mapping[str, Any], out: Path, means: Means, *, overwrite: bool = False) -> str:
     """Another k from the same moments, or the same k for all that was added and taken out since.
 
     A smaller k than the checkpoint has is cut from what it stores, without sources or workspace. Else bases are fitted
@@ -33,7 +32,7 @@ def refit(
 
     Args:
         place: a checkpoint of ours, or a workspace.
-        num_components: k, or `"auto"`; None is the one that there is.
+        asked: k, a budget, or whether ranks are trimmed; what is not named stays as it is.
         out: the new checkpoint's folder; it may be `place`.
         means: with what.
         overwrite: replace a checkpoint of another run at `out`.
@@ -41,17 +40,17 @@ def refit(
     Returns:
         `sliced`, `recompute` or `current`.
     """
-    changes = {} if num_components is None else {"num_components": num_components}
+    changes = {**means.changes, **asked}
     if Workspace(place).exists():
-        root, settings = place, Settings.from_mapping({**_last_settings(place), **means.changes, **changes})
+        root, settings = place, Settings.from_mapping(overridden(_last_settings(place), changes))
     else:
         place, config = opened(place)
-        settings = Settings.from_mapping({**means.settings(config).as_dict(), **changes})
+        settings = Settings.from_mapping(overridden(means.settings(config).as_dict(), asked))
         in_place, same = place == output_folder(out), _is_so(config, settings)
-        if in_place and (same or (num_components is not None and _is_cut_to(config, num_components))):
+        if in_place and (same or (bool(asked) and _is_cut_to(config, settings))):
             return "current"
         k = settings.num_components
-        if isinstance(k, int) and (k < config.num_components or (same and not in_place)):
+        if isinstance(k, int) and _can_cut(config, settings) and (k < config.num_components or (same and not in_place)):
             return _slice(place, config, k, out, means, overwrite)
         found = means.root_of(place, config)
         if found is None:
@@ -81,15 +80,27 @@ def _last_settings(workspace: Path) -> dict[str, Any]:
 def _is_so(config: SHAREConfig, settings: Settings) -> bool:
     """Whether a checkpoint has this k, as it was asked for, and bases that are fitted to its adapters and no others."""
     head, k = head_of(config), settings.num_components
-    same = k == head.settings["num_components"]
+    same = _bought(config) == settings.bought and (k == head.settings["num_components"] or bool(settings.budget))
     same = same and (k != "auto" or settings.variance_threshold == head.settings["variance_threshold"])
     return same and not head.projected and not head.removed
 
 
-def _is_cut_to(config: SHAREConfig, num_components: int | str) -> bool:
+def _bought(config: SHAREConfig) -> tuple[Any, ...]:
+    """What decided the forms of the modules of a checkpoint, beside k."""
+    made = head_of(config).settings
+    return Settings.from_mapping({name: made[name] for name in (*BUDGETS, "trim_rank") if name in made}).bought
+
+
+def _can_cut(config: SHAREConfig, settings: Settings) -> bool:
+    """Whether all that is asked for is another k: forms are chosen anew from the sources only."""
+    return settings.budget is None and _bought(config) == settings.bought
+
+
+def _is_cut_to(config: SHAREConfig, settings: Settings) -> bool:
     """Whether a checkpoint was cut to this k: the same command has done its work."""
     head = head_of(config)
-    return head.cut_from is not None and head.settings["num_components"] == num_components
+    same = head.settings["num_components"] == settings.num_components
+    return head.cut_from is not None and same and _bought(config) == settings.bought
 
 
 def _slice(place: Path, config: SHAREConfig, k: int, out: Path, means: Means, overwrite: bool) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError
 from .names import bytes_shown, counted, listed, shown
+from .shareformat import PARTS, next_bytes, total_bytes
 
 if TYPE_CHECKING:
     from .journal import Receipt
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
 Fact = tuple[str, object]
 _OFTEN = {1: "once", 2: "twice"}
-PARTS = ("basis", "loadings", "verbatim", "metadata")
 
 
 def table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...] = ()) -> str:
@@ -64,19 +64,21 @@ def _figures_of(config: SHAREConfig) -> list[Fact]:
         ("explained variance", f"mean {mean}, least {least}"),
     ]
     if ours:
-        return pairs + _our_figures(ours)
+        return pairs + _our_figures(ours, config.num_adapters)
     return [*pairs, ("LoRA parameters", f"{_number(stats.get('compression_ratio'))} times fewer")]
 
 
-def _our_figures(ours: dict[str, Any]) -> list[Fact]:
+def _our_figures(ours: dict[str, Any], adapters: int) -> list[Fact]:
     """What this package recorded: bytes on disk, certified errors, and who is not shared."""
     size, errors = ours["bytes"], ours["errors"]
-    total = sum(size[part] for part in PARTS)
+    total = total_bytes(size)
     pairs: list[Fact] = [
         ("objective", ours["objective"] + (", centred" if ours["center"] else "")),
+        *[("asked for", text) for text in _asked(ours["settings"])],
         ("originals", bytes_shown(size["originals"])),
         ("checkpoint", f"{bytes_shown(total)}, {_times(size['originals'] / max(total, 1))}"),
         *[(f"  {part}", bytes_shown(size[part])) for part in PARTS],
+        ("  next adapter", f"about {bytes_shown(next_bytes(size, adapters))} on these bases"),
         ("LoRA bytes", f"{bytes_shown(size['lora'])}, {_times(size['lora_ratio'])}"),
         ("relative dW error", ", ".join(f"{name} {errors[name]:.4f}" for name in ("mean", "median", "p95", "max"))),
     ]
@@ -104,6 +106,17 @@ def _our_figures(ours: dict[str, Any]) -> list[Fact]:
     if size["lora_ratio"] < 1:
         pairs.append(("note", "the shared form is larger than the LoRA tensors: add adapters, or take a smaller k"))
     return pairs
+
+
+def _asked(settings: dict[str, Any]) -> list[str]:
+    """The budget by which components and ranks were bought, if there was one."""
+    if settings.get("max_bytes") is not None:
+        return [f"at most {bytes_shown(settings['max_bytes'])}"]
+    if settings.get("ratio") is not None:
+        return [f"{settings['ratio']:g} times smaller than the originals"]
+    if settings.get("max_error") is not None:
+        return [f"a relative dW error of at most {settings['max_error']:g} of every adapter"]
+    return ["ranks that gain too little are trimmed"] if settings.get("trim_rank") else []
 
 
 def _times(ratio: float) -> str:
@@ -173,7 +186,7 @@ def _of_sizes(plan: Plan) -> list[str]:
     out = []
     if plan.entries and not plan.groups:
         out.append("no LoRA matrix can be shared: everything is kept verbatim")
-    elif plan.groups and s.num_components != "auto":
+    elif plan.groups and s.num_components != "auto" and s.budget is None:
         clamped = sum(g.components(s) < s.num_components for g in plan.groups)
         if clamped:
             out.append(f"k is clamped to min(d, n) in {clamped} of {len(plan.groups)} groups")

@@ -14,6 +14,7 @@ from .names import listed, parse_bytes, shown
 Objective = Literal["delta", "factors"]
 QUANTUM = 1024  # columns summed at once; part of a workspace's identity, since it decides rounding
 
+BUDGETS = ("max_bytes", "ratio", "max_error")
 _FLAGS = {"num_components": "-k", "variance_threshold": "--variance", "base_aliases": "--base-alias"}
 _CHOICES: dict[str, tuple[str, ...]] = {
     "objective": ("delta", "factors"),
@@ -30,7 +31,11 @@ class Settings:
 
     Attributes:
         num_components: components kept per group, or `"auto"`: the smallest number per group that
-            reaches `variance_threshold`.
+            reaches `variance_threshold`. A budget, if one is set, decides instead.
+        max_bytes: budget: bytes on disk of the whole checkpoint.
+        ratio: budget: how many times smaller than the originals the checkpoint is on disk.
+        max_error: budget: the relative dW error that no adapter exceeds; the checkpoint is as small as it allows.
+        trim_rank: drop ranks of adapters that gain less energy a byte than the components do; under a budget always.
         variance_threshold: share of the moment's trace that `"auto"` must keep, in (0, 1].
         objective: `"delta"` weights each side by the other, so that the error of dW = s B A is least;
             `"factors"` treats A and B on their own, as the published method does.
@@ -54,6 +59,10 @@ class Settings:
     """
 
     num_components: int | Literal["auto"] = 32
+    max_bytes: int | None = None
+    ratio: float | None = None
+    max_error: float | None = None
+    trim_rank: bool = False
     variance_threshold: float = 0.95
     objective: Objective = "delta"
     center: bool = False
@@ -80,12 +89,13 @@ class Settings:
         _expect(0 < self.variance_threshold <= 1, "variance_threshold", self.variance_threshold, "in (0, 1]")
         _expect(_is_int(self.memory) and self.memory > 0, "memory", self.memory, "a size such as 4GiB")
         _expect(workers is None or (_is_int(workers) and workers >= 1), "workers", workers, "a whole number from 1")
+        self._check_budgets()
         disk = self.disk_budget
         _expect(disk is None or (_is_int(disk) and disk > 0), "disk_budget", disk, "a size such as 50GiB")
         base, aliases = self.base_model, self.base_aliases
         _expect(base is None or (isinstance(base, str) and bool(base)), "base_model", base, "the name of a model")
         _expect(all(isinstance(a, str) and a for a in aliases), "base_aliases", aliases, "names of a model")
-        for name in ("center", "any_base", "share_initial", "discard_moments", "offline"):
+        for name in ("center", "any_base", "share_initial", "discard_moments", "offline", "trim_rank"):
             _expect(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
         if self.center and self.objective == "delta":
             raise UsageError(
@@ -94,6 +104,35 @@ class Settings:
             )
         if self.center:
             object.__setattr__(self, "moment_dtype", "float64")  # S - s s'/n cancels in float32
+
+    def _check_budgets(self) -> None:
+        size, ratio, error = self.max_bytes, self.ratio, self.max_error
+        _expect(size is None or (_is_int(size) and size > 0), "max_bytes", size, "a size such as 500MiB")
+        _expect(ratio is None or (_is_number(ratio) and 1 <= ratio < 1e9), "ratio", ratio, "a number from 1")
+        _expect(error is None or (_is_number(error) and 0 < error < 1), "max_error", error, "a number in (0, 1)")
+        if sum(getattr(self, name) is not None for name in BUDGETS) > 1:
+            raise UsageError(
+                "more than one budget", found=listed(n for n in BUDGETS if getattr(self, n) is not None),
+                expected=f"one of {listed(BUDGETS)}", remedy="Give only one of them.",
+            )  # fmt: skip
+        if (self.budget or self.trim_rank) and self.objective != "delta":
+            raise UsageError(
+                f"{self.budget or 'trim_rank'} needs objective 'delta': the energies of raw factors cannot be compared",
+                remedy="Use objective 'delta', or -k alone.",
+            )
+
+    @property
+    def budget(self) -> str | None:
+        """Which budget is set, if one is."""
+        return next((name for name in BUDGETS if getattr(self, name) is not None), None)
+
+    @property
+    def bought(self) -> tuple[Any, ...]:
+        """What beside k decides the forms of modules; empty if all are shared at their full rank."""
+        budget = self.budget
+        if budget is None:
+            return ("trim_rank",) if self.trim_rank else ()
+        return (budget, getattr(self, budget))
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Settings:
@@ -107,7 +146,7 @@ class Settings:
         if unknown:
             raise UsageError("unknown setting", found=listed(unknown), expected=listed(sorted(known), 20))
         clean = dict(values)
-        for name in ("memory", "disk_budget"):
+        for name in ("memory", "disk_budget", "max_bytes"):
             if isinstance(clean.get(name), str):
                 try:
                     clean[name] = parse_bytes(clean[name])
@@ -128,12 +167,24 @@ class Settings:
         """The settings on which a checkpoint depends, but for base model and dtype, which it tells: it records them."""
         others = {"memory", "workers", "on_error", "device", "discard_moments", "base_model", "dtype"}
         others |= {"disk_budget", "offline"}
+        others |= {name for name in (*BUDGETS, "trim_rank") if not getattr(self, name)}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in self.as_dict().items() if k not in others}
 
     def binding(self) -> dict[str, Any]:
         """The settings on which the numbers in a workspace depend; the others may change between runs."""
         names = ("objective", "center", "moment_dtype", "share_initial")
         return {name: getattr(self, name) for name in names} | {"quantum": QUANTUM, "blas_threads": 1}
+
+
+def overridden(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with changes; k or a budget among these takes the place of whichever there was.
+
+    >>> overridden({"max_error": 0.1, "memory": 1}, {"ratio": 20})
+    {'memory': 1, 'ratio': 20}
+    """
+    ways = ("num_components", *BUDGETS)
+    replaced = set(ways) if changes.keys() & set(ways) else set()
+    return {**{k: v for k, v in values.items() if k not in replaced}, **changes}
 
 
 def _is_int(value: object) -> bool:

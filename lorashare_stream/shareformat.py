@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ SPECTRUM = "eigenvalues.safetensors"  # module:side -> (k,) float64, of the mome
 STAGING = "staging.json"  # in a checkpoint that is not whole yet: the digest of what it will be
 OURS = "lorashare_stream"  # the key of what is ours, in compression_stats and in adapter_meta.json
 FILES = (COMPONENTS, SPECTRUM, ADAPTERS, SKIPPED, CONFIG)  # all that a checkpoint is made of, the configuration last
+
+PARTS = ("basis", "loadings", "verbatim", "metadata")  # of the bytes of a checkpoint on disk
 
 
 def ours_of(out: Path) -> dict[str, Any] | None:
@@ -32,3 +35,13 @@ def skipped_of(out: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError):
         return []
     return skipped
+
+
+def total_bytes(size: Mapping[str, int]) -> int:
+    """Bytes on disk of a checkpoint, by what it says of its parts."""
+    return sum(size[part] for part in PARTS)
+
+
+def next_bytes(size: Mapping[str, int], adapters: int) -> int:
+    """Bytes that one more adapter costs on the bases that are there: what one costs on average."""
+    return round(sum(size[part] for part in ("loadings", "verbatim", "metadata")) / max(1, adapters))

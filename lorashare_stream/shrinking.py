@@ -162,7 +162,7 @@ def shrink(out: Path, config: SHAREConfig, names: Sequence[str]) -> None:
     digest = digest_of_job(head.choice, [receipt_in(meta) for meta in metas_of(out, stay)])
     with Staging.open(out, digest_of(["shrinking", digest])) as staging:
         demand_unchanged(out, config)
-        staging.replace(out, changed(out, head, stay, counts, digest, len(left_out)), left_out)
+        staging.replace(out, changed(out, head, stay, counts, digest, left_out), left_out)
         staging.take_out(out, names)
         staging.clear()
 

@@ -39,7 +39,7 @@ from .shareformat import ADAPTERS, COMPONENTS, LOADINGS, META, OURS, SPECTRUM, V
 from .stages import digest_of_job
 from .subspace import restore
 from .summary import Head, counts_of, figures_of, head_of, share_config
-from .tasks.project import components_at
+from .tasks.components import components_at
 from .tensorfile import float32, write_arrays
 
 
@@ -89,7 +89,7 @@ def slice_checkpoint(cut: Cut, executor: Executor, workers: int, progress: Progr
         staging.sync(names)
         figures = [figures_of(meta) for meta in metas_of(staging.root, names)]
         sizes = sizes_of(staging.root, names)
-        new = share_config(head, figures, counts_of(config), digest=cut.digest, sizes=sizes, skipped=len(left_out))
+        new = share_config(head, figures, counts_of(config), digest=cut.digest, sizes=sizes, skipped=left_out)
         staging.commit(cut.out, new, left_out)
 
 
@@ -101,7 +101,7 @@ def _sliced_head(head: Head, k: int, spectrum: dict[str, NDArray[np.float64]], c
     return replace(
         head,
         settings={**head.settings, "num_components": k},
-        choice=choice_of(head.binding, head.base_model, k, 0.0, head.dtype),
+        choice=choice_of(head.binding, head.base_model, k, 0.0, head.dtype, ("trim_rank",) if head.rule else ()),
         basis_digest=digest_of(["sliced", head.basis_digest, k]),
         bases=bases,
         cut_from=cut_from,

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
+from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from .adapterfiles import digest_files, open_tensors, tensor_records
 from .checkpoint import Staging
@@ -54,7 +57,7 @@ def check_disk(plan: Plan, workspace: Path, out: Path, *, adds: bool = False, fe
         DiskError: with what is free and what is needed.
     """
     work = tree_bytes(workspace) - tree_bytes(workspace / HUB)
-    needs = [(workspace, plan.sizes["moments"] + plan.sizes["basis"] - work)]
+    needs = [(workspace, sum(plan.sizes[part] for part in ("moments", "basis", "cores")) - work)]
     if not adds:
         needs.append((staging_folder(out), plan.sizes["checkpoint"] - tree_bytes(staging_folder(out))))
     budget = plan.settings.disk_budget
@@ -217,6 +220,7 @@ def make_job(plan: Plan, work: Workspace, out: Path, device: str, *, begins: boo
     """What the tasks need to know, after ingest; `begins` is before all are ingested, when no basis can be fitted."""
     journal, entries = work.journal(), {e.name: e for e in plan.entries}
     digest = digest_of_job(plan.choice, journal.receipts)
+    fitted = digest if plan.settings.budget is None else digest_of_job(plan.fitted, journal.receipts)
     return Job(
         settings=plan.settings,
         storage=plan.storage,
@@ -224,7 +228,7 @@ def make_job(plan: Plan, work: Workspace, out: Path, device: str, *, begins: boo
         journal=journal,
         shapes=work.shapes_of(journal, _shapes(journal, entries)),
         workspace=work.root.absolute(),
-        bases=work.bases.absolute() if begins else work.bases_for(digest).absolute(),
+        bases=work.bases.absolute() if begins else work.bases_for(fitted).absolute(),
         out=out.absolute(),
         device=device,
         choice=plan.choice,
@@ -245,18 +249,30 @@ def digest_of_job(choice: str, receipts: Sequence[Receipt]) -> str:
 
 def write_bases(staging: Staging, job: Job, bases: Mapping[str, Mapping[str, Any]]) -> None:
     """Stream the bases, and their eigenvalues, into the staged checkpoint."""
-    sides = {(m, side): facts[side] for m, facts in bases.items() for side in SIDES if side in facts}
-    shapes = {group_id(m, side): (facts["d"], facts["k"]) for (m, side), facts in sides.items()}
-    components = _raw_tensors([job.basis_file(m) for m in bases])  # of each module A before B
-    staging.write_components(components, shapes, job.storage, job.basis_digest)
-    staging.write_spectrum({group_id(m, side): facts["eigenvalues"] for (m, side), facts in sides.items()})
+    staging.write_components(raw_components(job, bases), shapes_of(bases), job.storage, job.basis_digest)
+    sides = {group_id(m, side): facts[side] for m, facts in bases.items() for side in SIDES if side in facts}
+    staging.write_spectrum({group: facts["eigenvalues"] for group, facts in sides.items()})
 
 
-def _raw_tensors(paths: Iterable[Path]) -> Iterator[bytes]:
-    for path in paths:
-        with open_tensors((path,)) as reader:
-            for record in tensor_records((path,)):
-                yield from reader.chunks(record)
+def shapes_of(bases: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[int, int]]:
+    """Group -> (d, k) of the components of bases, of each module A before B."""
+    both = [(m, side, facts[side]) for m, facts in bases.items() for side in SIDES if side in facts]
+    return {group_id(m, side): (facts["d"], facts["k"]) for m, side, facts in both if facts["k"]}
+
+
+def raw_components(job: Job, bases: Mapping[str, Mapping[str, Any]]) -> Iterator[bytes | memoryview]:
+    """The first k components, as they are stored, of bases that are fitted; in the order of `shapes_of`."""
+    for module, facts in bases.items():
+        path = (job.basis_file(module),)
+        with open_tensors(path) as reader:
+            for record in tensor_records(path):
+                d, fitted = record.shape
+                k = facts[record.name]["k"]
+                if k == fitted:
+                    yield from reader.chunks(record)
+                elif k:
+                    rows = reader.raw(record).reshape(d, -1)
+                    yield np.ascontiguousarray(rows[:, : rows.shape[1] // fitted * k]).data.cast("B")
 
 
 def project(run: Run, job: Job, staging: Staging, receipts: Sequence[Receipt]) -> None:
@@ -295,4 +311,5 @@ def head_of_job(plan: Plan, job: Job, bases: Mapping[str, Mapping[str, Any]], st
         digest_files([staging.root / COMPONENTS]),
         {group: {k: facts[k] for k in ("d", "k", "energy", "explained")} for group, facts in groups.items()},
         removed=tuple(removed),
+        rule=None if job.rule is None else asdict(job.rule),
     )

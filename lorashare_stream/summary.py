@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from .errors import CheckpointError
+from .files import json_bytes
 from .keys import SIDES, split_group_id
+from .settings import BUDGETS
 from .shareconfig import SHAREConfig
 from .shareformat import OURS
 from .version import __version__
@@ -21,12 +23,16 @@ _BASIS = ("d", "k", "energy", "explained")
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What the summary needs of one adapter; `shared` is whether it has loadings."""
+    """What the summary needs of one adapter.
+
+    `kept_bytes` are of LoRA tensors that are stored without the bases, `shared` is whether some are not verbatim.
+    """
 
     name: str
     relative_error: float
     source_bytes: int
     lora_bytes: int
+    kept_bytes: int
     shared: bool
     rank: int
     alpha: float
@@ -40,6 +46,7 @@ def figures_of(meta: Facts) -> Figures:
         ours["relative_error"],
         ours["source_bytes"],
         ours["lora_bytes"],
+        ours.get("kept_bytes", 0),
         ours["worst_module"] is not None,
         config["r"],
         config["lora_alpha"],
@@ -61,6 +68,7 @@ class Head:
         bases: group -> d, k, energy of its moment, share of it that is explained.
         projected: adapters that were added since the bases were fitted, and are not in them.
         removed: adapters that were taken out since, and are still in them.
+        rule: by what the forms of modules were chosen (`forms.Rule`); None if all are shared at their full rank.
         cut_from: the k from which a smaller one was cut; errors then are not measured.
     """
 
@@ -74,6 +82,7 @@ class Head:
     bases: Mapping[str, Facts]
     projected: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
+    rule: Facts | None = None
     cut_from: int | None = None
 
 
@@ -96,6 +105,7 @@ def head_of(config: SHAREConfig) -> Head:
             {group: {k: facts[k] for k in _BASIS} for group, facts in ours["groups"].items()},
             tuple(ours["projected"]),
             tuple(ours["removed"]),
+            ours.get("rule"),
             ours["cut_from"],
         )
     except (KeyError, TypeError, AttributeError) as e:
@@ -118,7 +128,7 @@ def share_config(
     *,
     digest: str,
     sizes: Mapping[str, int],
-    skipped: int,
+    skipped: Sequence[Any],
 ) -> dict[str, Any]:
     """The content of share_config.json.
 
@@ -128,9 +138,10 @@ def share_config(
         counts: group -> n, the vectors of these adapters.
         digest: of all that decides the result.
         sizes: bytes on disk of `basis`, `loadings`, `verbatim` and `metadata`.
-        skipped: how many adapters were left out.
+        skipped: the adapters that were left out.
     """
-    groups = {group: {**facts, "n": counts.get(group, 0)} for group, facts in sorted(head.bases.items())}
+    every = {group: {**facts, "n": counts.get(group, 0)} for group, facts in sorted(head.bases.items())}
+    groups = {group: facts for group, facts in every.items() if facts["k"]}
     explained = {group: facts["explained"] for group, facts in groups.items()}
     shared = sum(f["k"] * f["d"] for f in groups.values())
     loadings = sum(f["k"] * f["n"] for f in groups.values())
@@ -146,12 +157,12 @@ def share_config(
         "mean_explained_variance": float(np.mean(values)),
         "min_explained_variance": min(values),
         "per_layer_explained_variance": explained,
-        OURS: _ours(head, adapters, groups, sizes) | {"digest": digest, "num_skipped": skipped},
+        OURS: _ours(head, adapters, every, sizes) | {"digest": digest, "num_skipped": len(skipped)},
     }
-    return {
+    config = {
         "share_version": "0.1.0",
         "num_components": max((f["k"] for f in groups.values()), default=0),
-        "component_selection": "auto" if head.settings["num_components"] == "auto" else "fixed",
+        "component_selection": "auto" if head.settings["num_components"] == "auto" or _budget(head) else "fixed",
         "variance_threshold": head.settings["variance_threshold"],
         "base_model_name_or_path": head.base_model,
         "target_modules": sorted({m.rpartition(".")[2] for m in modules}),
@@ -162,6 +173,21 @@ def share_config(
         "layer_keys": modules,
         "compression_stats": stats,
     }
+    stats[OURS]["bytes"]["metadata"] = _with_itself(config, sizes["metadata"] + (json_bytes(skipped) if skipped else 0))
+    return config
+
+
+def _with_itself(config: dict[str, Any], others: int) -> int:
+    """Bytes of metadata, share_config.json among them, which says how many they are."""
+    size = config["compression_stats"][OURS]["bytes"]
+    for _ in range(3):  # the number of digits settles
+        size["metadata"] = others + json_bytes(config)
+    found: int = size["metadata"]
+    return found
+
+
+def _budget(head: Head) -> str | None:
+    return next((name for name in BUDGETS if head.settings.get(name) is not None), None)
 
 
 def _ours(
@@ -169,7 +195,8 @@ def _ours(
 ) -> dict[str, Any]:
     s = head.settings
     lora = sum(a.lora_bytes for a in adapters if a.shared)
-    shared = sizes["basis"] + sizes["loadings"]
+    kept = sum(a.kept_bytes for a in adapters if a.shared)
+    shared = sizes["basis"] + sizes["loadings"] + kept
     return {
         "version": __version__,
         "objective": s["objective"],
@@ -188,12 +215,12 @@ def _ours(
             "lora": lora,
             "lora_ratio": lora / shared if lora else 1.0,
         },
-        "errors": _errors(adapters) | ({} if head.projected else _bound(groups, s["objective"])),
+        "errors": _errors(adapters) | ({} if head.projected or head.rule else _bound(groups, s["objective"])),
         "verbatim_adapters": [a.name for a in adapters if not a.shared],
         "projected": list(head.projected),
         "removed": list(head.removed),
         "groups": {g: {k: f[k] for k in ("n", *_BASIS)} for g, f in groups.items()},
-    }
+    } | ({} if head.rule is None else {"rule": dict(head.rule), "kept_bytes": kept})
 
 
 def _errors(adapters: Sequence[Figures]) -> dict[str, Any]:

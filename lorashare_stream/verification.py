@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import isclose
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,19 @@ import numpy as np
 
 from .adapterfiles import digest_files, open_tensors
 from .catalog import Interned, catalog, read_entry
-from .deltas import DeltaError, delta_error, relative_error
+from .deltas import DeltaError, changed_errors, delta_errors, relative_error
 from .entry import Entry
 from .errors import AdapterError, StreamError
 from .fetching import AT_ONCE, fetching
-from .keys import SIDES, factor_key
+from .keys import SIDES, Side, factor_key
 from .model import SHAREModel
+from .peftconfig import products
 from .picklefile import raw_bytes
 from .reader import Tensors
 from .remote import looked_up, loose_ids
 from .settings import Settings
 from .sources import Source
+from .stacks import Module
 from .tensorfile import TensorReader, float32
 
 TOLERANCE = 1e-3  # between a certified error and the one that is measured
@@ -119,7 +122,7 @@ def _verdict(model: SHAREModel, name: str, entry: Entry, certified: float | None
     tensors = model.reconstruct(name)
     with open_tensors(entry.paths) as originals:
         errors = {m.name: e for m, e in _module_errors(entry, originals, tensors)}
-        problem = _verbatim_fault(entry, originals, tensors)
+        problem = _verbatim_fault(entry, originals, tensors) or _scale_fault(model, name, entry, tensors)
     total = relative_error(sum(e.error for e in errors.values()), sum(e.norm for e in errors.values()))
     worst = max(errors, key=lambda m: errors[m].relative, default=None)
     rounding = ROUNDING.get(str(model.config.ours.get("dtype")), 0.0) if "estimated" in model.certified(name) else 0.0
@@ -136,11 +139,19 @@ def _module_errors(entry: Entry, originals: TensorReader, tensors: Tensors) -> I
         hats = []
         for side in SIDES:
             key = factor_key(module.name, side)
-            if key not in tensors or tuple(tensors[key].shape) != module.record(side).shape:
+            if key not in tensors or tensors[key].ndim != 2 or not _fits(tensors[key].shape, module, side):
                 raise StreamError("a tensor is missing, or has another shape", key=key)
             hats.append(tensors[key].float().numpy())
         a, b = float32(originals, module.a), float32(originals, module.b)
-        yield module, delta_error(a, b, hats[0], hats[1], entry.product(module.name))
+        alike = hats[0].shape == a.shape
+        measure = delta_errors if alike else changed_errors
+        yield module, measure(a[None], b[None], hats[0][None], hats[1][None], [entry.product(module.name)])[0]
+
+
+def _fits(shape: Sequence[int], module: Module, side: Side) -> bool:
+    """Whether a tensor has the dimensions of its module; its rank may have been trimmed."""
+    rank, dim = shape if side == "A" else shape[::-1]
+    return dim == module.dim(side) and rank <= module.rank
 
 
 def _verbatim_fault(entry: Entry, originals: TensorReader, tensors: Tensors) -> str | None:
@@ -153,6 +164,17 @@ def _verbatim_fault(entry: Entry, originals: TensorReader, tensors: Tensors) -> 
     extra = tensors.keys() - {key for key, _ in entry.layout.extras}
     unexpected = extra - {factor_key(m.name, side) for m in entry.layout.modules for side in SIDES}
     return f"unexpected tensors: {sorted(unexpected)[:3]}" if unexpected else None
+
+
+def _scale_fault(model: SHAREModel, name: str, entry: Entry, tensors: Tensors) -> str | None:
+    """Which module PEFT would scale otherwise than the original, its rank having been changed; None if it would not."""
+    if "unchanged_config" not in model.certified(name):
+        return None
+    ranks = {m.name: tensors[factor_key(m.name, "A")].shape[0] for m in entry.layout.modules}
+    found = products(model.adapter_configs[name], ranks) or ()
+    scales = dict(zip(ranks, (p.scale for p in found), strict=bool(found)))
+    wrong = [m for m in ranks if not isclose(scales.get(m, 0.0), entry.product(m).scale, rel_tol=1e-9)]
+    return f"the configuration gives {wrong[0]} another scale" if wrong else None
 
 
 def pins_in(model: SHAREModel) -> dict[str, str]:

@@ -9,6 +9,7 @@
     moments/<module>.json     marker: which generation holds how many entries of the journal
     moments/<module>/<n>/A|B  Zarr arrays of that generation
     bases/<digest>/<module>   components and facts of a basis, for one choice of k and dtype
+    cores/<digest>.<k>/       under a budget: what adapters are on bases of k components, in float32
     hub/facts.jsonl           headers and configurations of adapters of the Hub
     hub/files/<adapter>       their files, under a disk budget, while they are needed
 
@@ -46,7 +47,7 @@ from .shapes import keep_shapes, shapes_of
 
 FORMAT = 2
 _COPIES = ("workspace.json", "workspace.copy.json")
-_FOLDERS = ("moments", "bases", "shapes")
+_FOLDERS = ("moments", "bases", "shapes", "cores")
 HUB = "hub"  # what is known of adapters of the Hub, and under a disk budget their files
 FACTS, FILES = f"{HUB}/facts.jsonl", f"{HUB}/files"
 log = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class Workspace:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.moments, self.bases, self.shapes = (root / name for name in _FOLDERS)
+        self.moments, self.bases, self.shapes, self.cores = (root / name for name in _FOLDERS)
         self.check_held: Callable[[], None] = lambda: None
 
     @classmethod
@@ -120,7 +121,7 @@ class Workspace:
 
     def _clean(self) -> None:
         """Remove what dead runs left: generations without a marker, and temporary files."""
-        for folder in (self.root, self.moments, self.shapes, *self.bases.iterdir()):
+        for folder in (self.root, self.moments, self.shapes, *self.bases.iterdir(), *self.cores.iterdir()):
             for path in folder.glob(".*.tmp"):
                 path.unlink()
         for path in self.moments.iterdir():
@@ -247,9 +248,12 @@ class Workspace:
     # -- bases and outputs ---------------------------------------------------------------------------
 
     def bases_for(self, digest: str) -> Path:
-        """The folder of the bases of one choice of k, dtype and admissions; those of others are dropped."""
-        for path in self.bases.iterdir():
-            if path.name != digest:
+        """The folder of the bases of one choice of k, dtype and admissions; those of others are dropped.
+
+        Beside it may lie wider ones, and cores, under the same name and a k.
+        """
+        for path in (*self.bases.iterdir(), *self.cores.iterdir()):
+            if path.name.partition(".")[0] != digest:
                 remove_tree(path)
         return own_folder(self.bases / digest)
 

@@ -17,7 +17,7 @@ ROOT = Path(lorashare_stream.__file__).parent
 ROOMS = {
     "pure": [
         "version", "names", "hubid", "errors", "dtypes", "settings", "keys", "lapack", "moments", "deltas", "patterns",
-        "peftconfig", "solvers", "subspace",
+        "peftconfig", "solvers", "subspace", "forms", "allotment",
     ],
     "bytes": [
         "files", "tensorfile", "stacks", "picklecheck", "picklefile", "shards", "adapterfiles", "momentstore", "locks",
@@ -31,10 +31,11 @@ ROOMS = {
         "executors", "calls", "probing", "cluster", "connecting", "devices", "fetching", "running", "remote",
         "shareformat", "records", "publishing", "checkpoint",
         "shareconfig", "hubreader", "tasks.job", "tasks.ingest", "tasks.accumulate", "tasks.clean", "tasks.fit",
-        "tasks.project", "tasks", "summary", "reader",
+        "tasks.components", "tasks.forming", "tasks.project", "tasks.appraise", "tasks", "summary", "reader",
     ],
     "story": [
-        "summing", "stages", "growing", "pipeline", "discovery", "means", "adding", "shrinking", "slicing", "refitting",
+        "summing", "stages", "allotting", "growing", "pipeline", "discovery", "means", "adding", "shrinking", "slicing",
+        "refitting",
         "report", "comparison", "restoring", "scrubbing", "modelcard", "pusherrors", "pushfiles", "pushtarget",
         "pushing", "opened", "model", "verification",
     ],

@@ -1,6 +1,7 @@
 """The things that are done to one adapter, one module, or some. Executors map them; each may be done again."""
 
 from .accumulate import accumulate_modules
+from .appraise import appraise_adapter, weigh_adapter
 from .clean import clean_module
 from .fit import fit_module, settle_modules
 from .ingest import ingest_adapter
@@ -10,10 +11,12 @@ from .project import check_unchanged, project_adapter
 __all__ = [
     "Job",
     "accumulate_modules",
+    "appraise_adapter",
     "check_unchanged",
     "clean_module",
     "fit_module",
     "ingest_adapter",
     "project_adapter",
     "settle_modules",
+    "weigh_adapter",
 ]

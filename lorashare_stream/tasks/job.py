@@ -13,6 +13,7 @@ from ..adapterfiles import digest_files
 from ..entry import Entry
 from ..errors import GoneError
 from ..files import read_sealed
+from ..forms import Rule
 from ..journal import Journal, Receipt, Shapes
 from ..keys import SIDES, group_id
 from ..names import slug
@@ -36,6 +37,8 @@ class Job:
         device: where sums and fits are computed.
         choice: digest of all but the adapters that decides the result.
         digest: of all that decides the result.
+        rule: by what the form of a module is chosen; None if all are shared at their full rank.
+        cores: folder of what adapters are on wide bases, if a budget is to be met.
         basis_digest: of the components, once they are written.
         grows: whether adapters are projected on the components that `out` has already.
         later: admissions in this part of a journal that are taken out in the rest of it: they are not summed any more.
@@ -52,6 +55,8 @@ class Job:
     device: str
     choice: str
     digest: str
+    rule: Rule | None = None
+    cores: Path = Path()
     basis_digest: str = ""
     grows: bool = False
     later: frozenset[int] = frozenset()
@@ -197,6 +202,10 @@ class Job:
     def facts_file(self, module: str) -> Path:
         """Where the facts of a module's bases are kept: written after the components, with their digest."""
         return self.bases / f"{slug(module)}.json"
+
+    def core_file(self, name: str) -> Path:
+        """Where it is kept what an adapter is on wide bases."""
+        return self.cores / f"{slug(name)}.safetensors"
 
     def has_basis(self, module: str, marker: Mapping[str, Any] | None) -> bool:
         """Whether a module's basis is there, whole, and that of its moments, unless these were discarded."""

@@ -1,0 +1,194 @@
+"""Allot: which bases, and which forms, meet a budget. Adapters are read once for it, whatever is tried after that."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from .allotment import (
+    Allotted,
+    Candidates,
+    Spectra,
+    Weighed,
+    largest_within,
+    smallest_with,
+    told,
+    touches,
+    uniform_bytes,
+)
+from .dtypes import ITEMSIZE
+from .errors import AdapterError, BudgetError
+from .files import atomic_file, own_folder, remove_tree
+from .forms import Rule
+from .keys import SIDES, group_id
+from .names import bytes_shown, digest_of
+from .running import Run, check_none_lost
+from .stages import raw_components, shapes_of
+from .summing import settle
+from .tasks import Job, appraise_adapter, weigh_adapter
+from .tensorfile import write_safetensors
+
+Bases = Mapping[str, dict[str, Any]]
+FIRST = 64  # components with which the search for a limit on errors begins
+_CONFIG, _GROUP, _NAME = 4096, 300, 12  # bytes of share_config.json, of a group in it beside names, and of an adapter
+log = logging.getLogger(__name__)
+
+
+def based(run: Run, job: Job, spare: int = 0) -> tuple[Job, Bases]:
+    """The job with the bases on which adapters are projected, and by what rule; and the facts of these, by module.
+
+    Args:
+        run, job: all that is admitted.
+        spare: bytes of a budget that are left unused, since what was predicted was too little by them.
+
+    Raises:
+        BudgetError: if a checkpoint cannot be as small as is asked.
+    """
+    s = job.settings
+    if s.budget is not None:
+        return _allotted(run, job, spare)
+    bases = settle(run, job)
+    rule = Rule(price_of(bases, ITEMSIZE[job.storage]), own=False) if s.trim_rank else None
+    return replace(job, rule=rule, basis_digest=_digest(bases, rule)), bases
+
+
+def byte_limit(job: Job) -> int | None:
+    """The bytes that a checkpoint may have, if there is a budget of bytes."""
+    s = job.settings
+    if s.ratio is not None:
+        return int(sum(sum(r.sizes) for r in job.journal.receipts) / s.ratio)
+    return s.max_bytes
+
+
+def price_of(bases: Bases, item: int) -> float:
+    """What the last component that a fixed k has bought gains a byte: ranks that gain less are not worth it."""
+    sides = [facts[side] for facts in bases.values() for side in SIDES if side in facts]
+    gained = sum(f["eigenvalues"][-1] for f in sides)
+    return float(gained / max(1, item * sum(f["d"] + f["n"] for f in sides)))
+
+
+def _digest(bases: Bases, rule: Rule | None) -> str:
+    own = [[m, facts["digest"]] for m, facts in bases.items()]
+    if rule is None:
+        return digest_of(own)
+    k = [[facts[side]["k"] for side in SIDES if side in facts] for facts in bases.values()]
+    return digest_of([own, k, rule.price, rule.limit, rule.own])
+
+
+def _allotted(run: Run, job: Job, spare: int) -> tuple[Job, Bases]:
+    limit = byte_limit(job)
+    shapes = {m: shape for shapes in job.shapes.values() for m, shape in shapes.items()}
+    dims = np.array([[shapes[m].d_in, shapes[m].d_out] for m in job.modules], np.int64).reshape(-1, 2)
+    counts = np.array([job.counts.get(group_id(m, "A"), 0) for m in job.modules], np.int64)
+    most = np.minimum(dims, counts[:, None])
+    item, top = ITEMSIZE[job.storage], int(most.max(initial=1))
+    k = FIRST if limit is None else max(16, int(2 * limit / max(1, item * int(dims.sum() + 2 * len(job.modules)))))
+    while True:
+        k = min(k, top)
+        wide, bases = _widened(run, job, k)
+        spectra = _spectra(wide, bases, dims, counts, most)
+        _appraise(run, wide, bases)
+        found, least = _searched(run, wide, spectra, bases, limit, spare)
+        short = limit is None and least > k and uniform_bytes(spectra, k) < found.total
+        if k == top or not (short or touches(spectra, found)):
+            break
+        k *= 2
+    log.info("%s: %s", job.settings.budget, told(found, len(job.journal.receipts)))
+    rule = Rule(found.price) if limit is not None else Rule(limit=job.settings.max_error)
+    cut = {m: _cut(facts, found.k[i].tolist()) for i, (m, facts) in enumerate(bases.items())}
+    return replace(wide, settings=job.settings, rule=rule, basis_digest=_digest(cut, rule)), cut
+
+
+def _widened(run: Run, job: Job, k: int) -> tuple[Job, Bases]:
+    """The job of fitting k components to every group, which it is then."""
+    name = f"{job.bases.name}.{k}"
+    cores = job.workspace / "cores" / name
+    for path in (*job.bases.parent.iterdir(), *cores.parent.iterdir()):  # of the same adapters, and narrower
+        if path.name.startswith(f"{job.bases.name}.") and int(path.name.rpartition(".")[2]) < k:
+            remove_tree(path)
+    settings = replace(job.settings, num_components=k)
+    wide = replace(job, settings=settings, bases=own_folder(job.bases.parent / name), cores=own_folder(cores))
+    return wide, settle(run, wide)
+
+
+def _spectra(job: Job, bases: Bases, dims: Any, counts: Any, most: Any) -> Spectra:
+    none = np.zeros(0)
+    values = [
+        tuple(np.array(bases[m][side]["eigenvalues"]) if side in bases[m] else none for side in SIDES)
+        for m in job.modules
+    ]
+    return Spectra(tuple(job.modules), [(a, b) for a, b in values], dims, counts, most, ITEMSIZE[job.storage])
+
+
+def _appraise(run: Run, job: Job, bases: Bases) -> None:
+    """Keep what every adapter is on wide bases; what is there stays."""
+    entries = [job.entry(r.name) for r in job.journal.receipts if job.shares(r)]
+    todo = [e for e in entries if e.layout.modules and not job.core_file(e.name).exists()]
+    if not todo:
+        return
+    path = job.cores / "components.safetensors"
+    with atomic_file(path) as f:
+        shapes = [(group, job.storage, shape) for group, shape in shapes_of(bases).items()]
+        write_safetensors(f, shapes, raw_components(job, bases))
+    run.fetcher.only(todo)
+    lost: list[AdapterError] = []
+    arriving = run.arriving(todo, lost)
+    for _ in run.map("appraise", partial(appraise_adapter, job), arriving, len(todo), run.release):
+        pass
+    check_none_lost(lost)
+    path.unlink()
+
+
+def _searched(
+    run: Run, job: Job, spectra: Spectra, bases: Bases, limit: int | None, spare: int
+) -> tuple[Allotted, int]:
+    """The best allotment, and the least uniform k that meets a limit on errors."""
+    names = [r.name for r in job.journal.receipts]
+    rule = Rule(limit=job.settings.max_error)
+
+    def weigh(candidates: Candidates) -> Weighed:
+        task = partial(weigh_adapter, job, spectra.modules, candidates, rule)
+        first, *others = run.map("weigh", task, names, len(names))
+        return sum(others, start=first)
+
+    overhead = _overhead(names, bases)
+    if limit is None:
+        return smallest_with(spectra, weigh, overhead)
+    found, smallest = largest_within(spectra, weigh, limit - spare, overhead)
+    if found is None:
+        raise BudgetError(
+            f"no checkpoint of these adapters is as small as {job.settings.budget} asks",
+            found=bytes_shown(limit), expected=f"at least {bytes_shown(smallest.total + spare)}",
+            remedy=_remedy(job, smallest.total + spare),
+        )  # fmt: skip
+    return found, 0
+
+
+def _remedy(job: Job, size: int) -> str:
+    if job.settings.ratio is not None:
+        return f"Use --ratio {sum(sum(r.sizes) for r in job.journal.receipts) / size * 0.999:.2f} or less."
+    return f"Use --max-bytes {size + 1} or more."
+
+
+def _overhead(names: list[str], bases: Bases) -> int:
+    """Bytes of what is neither components nor of one adapter: headers, eigenvalues, configuration."""
+    groups = [(m, facts[side]) for m, facts in bases.items() for side in SIDES if side in facts]
+    of_groups = sum(3.5 * len(m) + _GROUP + 8 * facts["k"] for m, facts in groups)
+    return _CONFIG + int(of_groups) + sum(len(name) + _NAME for name in names)
+
+
+def _cut(facts: Mapping[str, Any], k: list[int]) -> dict[str, Any]:
+    """Facts of the first k components of A and of B."""
+    cut = dict(facts)
+    for side, count in zip(SIDES, k, strict=True):
+        if side in facts:
+            lost = sum(facts[side]["eigenvalues"][count:]) / facts[side]["energy"] if facts[side]["energy"] > 0 else 0.0
+            explained = facts[side]["explained"] - lost if count else 0.0
+            values = facts[side]["eigenvalues"][:count]
+            cut[side] = {**facts[side], "k": count, "eigenvalues": values, "explained": explained}
+    return cut

@@ -1,0 +1,166 @@
+"""Appraise: what an adapter is on wide bases, read once and kept small; and what allotments would make of it.
+
+A core file holds, in float32, the loadings on the wide bases (K, r) of every group, and the squared singular values
+of every dW. A narrower basis is a prefix of a wide one, so whatever k and ranks are tried needs only this file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..adapterfiles import check_still, open_tensors, read_config, tensor_records
+from ..allotment import Candidates, Weighed
+from ..deltas import Float64
+from ..dtypes import ITEMSIZE
+from ..entry import Entry
+from ..errors import AdapterError
+from ..files import atomic_file
+from ..forms import Kept, Options, Rule, chosen, core_values, options, padded, pattern_bytes
+from ..keys import SIDES, group_id
+from ..tensorfile import float32, write_arrays
+from .components import components_at, loadings_on
+from .forming import kept_of, own_values
+from .job import Job
+from .project import check_unchanged
+
+_OWN = "own"  # key of the squared singular values of dW (m, R)
+_META, _HUB, _HEADER = 800, 250, 76  # bytes of adapter_meta.json beside the configuration and names; of a header
+
+
+def appraise_adapter(job: Job, entry: Entry) -> str:
+    """Write the core of one adapter, unless it is there. Returns its name."""
+    name = entry.name
+    path = job.core_file(name)
+    if path.exists():
+        return name
+    check_unchanged(entry, job.receipt_of[name])
+    wide = components_at(job.cores / "components.safetensors", job.cores.name, job.settings.memory, job.device)
+    arrays: dict[str, NDArray[np.float32]] = {}
+    own: dict[str, Float64] = {}
+    try:
+        with open_tensors(entry.paths) as tensors:
+            for bundle in entry.bundles:
+                factors = bundle.read(tensors)
+                for side, stack in factors.items():
+                    arrays |= loadings_on(wide, [group_id(m, side) for m in bundle.names], stack, side)
+                scales = np.array([p.scale for p in entry.products_of(bundle.names)])
+                found = own_values(factors, scales)
+                own |= dict(zip(bundle.names, found, strict=True))
+        check_still(entry.files)
+    except AdapterError as e:
+        e.adapter = name
+        raise
+    most = max((len(values) for values in own.values()), default=1)
+    arrays[_OWN] = np.stack([padded(own[m.name], most) for m in entry.layout.modules]).astype(np.float32)
+    with atomic_file(path) as f:
+        write_arrays(f, {key: np.ascontiguousarray(array) for key, array in arrays.items()}, "F32")
+    return name
+
+
+def weigh_adapter(job: Job, modules: tuple[str, ...], candidates: Candidates, rule: Rule, name: str) -> Weighed:
+    """What allotments would make of one adapter.
+
+    Args:
+        job: whose cores are there.
+        modules: of the candidates, in order.
+        candidates: k (q, m, 2).
+        rule: how forms are chosen; its price is that of each candidate.
+        name: of the adapter.
+    """
+    entry, receipt = job.entry(name), job.receipt_of[name]
+    q = len(candidates.prices)
+    sizes, losses, ranks = (np.zeros((q, len(modules))) for _ in range(3))
+    fixed, config = fixed_bytes(entry, receipt.notes)
+    if not (entry.layout.modules and job.shares(receipt)):
+        return Weighed(sizes, losses, ranks, np.full(q, fixed + entry.layout.lora_bytes), 0)
+    position = {m: i for i, m in enumerate(modules)}
+    places = np.array([position[m.name] for m in entry.layout.modules])
+    kept = kept_of(entry)
+    loadings, own = _core(job.core_file(name))
+    k = candidates.k[:, places]
+    core = _cores_at(entry, loadings, k, own.shape[1])
+    item = ITEMSIZE[job.storage]
+    given = options(kept, own, core, k.sum(axis=-1), item, receipt.energy)
+    columns = chosen(given, rule, candidates.prices)
+    sizes[:, places], losses[:, places] = given.of(columns)
+    most = own.shape[1]
+    ranks[:, places] = np.where(columns < most, columns + 1, 0)
+    least = 0 if rule.limit is None else _least(job, entry, kept, loadings, own, rule.limit**2)
+    patterns = pattern_bytes(kept, columns, most)
+    own_names = ((columns >= most) * np.array([len(n) + 4 for n in kept.names])).sum(axis=-1)
+    return Weighed(sizes, losses, ranks, fixed + config + patterns + own_names, least)
+
+
+def fixed_bytes(entry: Entry, notes: Sequence[str]) -> tuple[int, int]:
+    """Bytes on disk of an adapter that no form changes; and of its configuration, kept beside one with other ranks."""
+    config = _config_bytes(entry.folder) if entry.origin is None else len(str(entry.origin.config))
+    names = sum(2 * len(key) + _HEADER for key, _ in entry.layout.extras)
+    worst = max((len(m.name) for m in entry.layout.modules), default=0)
+    hub = _HUB if entry.origin is not None else 0
+    told = len(entry.name) + 2 * len(entry.source_id) + worst + sum(len(note) + 4 for note in notes)
+    return entry.layout.extra_bytes + names + told + config + hub + _META, config
+
+
+@lru_cache(maxsize=1 << 14)
+def _config_bytes(folder: Path) -> int:
+    return len(json.dumps(read_config(folder)))
+
+
+def _core(path: Path) -> tuple[dict[str, NDArray[np.float32]], Float64]:
+    with open_tensors((path,)) as tensors:
+        found = {r.name: float32(tensors, r) for r in tensor_records((path,))}
+    return found, found.pop(_OWN).astype(np.float64)
+
+
+def _cores_at(entry: Entry, loadings: dict[str, NDArray[np.float32]], k: NDArray[np.int64], most: int) -> Float64:
+    """Squared singular values of the cores (q, m, most) at the first k (q, m, 2) components."""
+    found = np.zeros((*k.shape[:-1], most))
+    alike: dict[object, list[int]] = {}
+    for i, m in enumerate(entry.layout.modules):
+        shapes = tuple(loadings[group_id(m.name, side)].shape for side in SIDES)
+        alike.setdefault(shapes, []).append(i)
+    for some in alike.values():
+        grams = []
+        for s, side in enumerate(SIDES):
+            stack = np.stack([loadings[group_id(entry.layout.modules[i].name, side)] for i in some]).astype(np.float64)
+            grams.append(_prefix_grams(stack, k[:, some, s]))
+        scales = np.array([entry.products[i].scale for i in some])
+        values = core_values(grams[0], grams[1], scales)  # (q, |some|, r)
+        found[:, some] = padded(values, most)
+    return found
+
+
+def _prefix_grams(stack: Float64, k: NDArray[np.int64]) -> Float64:
+    """L'L (q, m, r, r) of the first k (q, m) rows of each L (m, K, r): sums between the k that occur, then added up."""
+    out = np.zeros((*k.shape, stack.shape[-1], stack.shape[-1]))
+    ends = np.unique(k)
+    total, start = np.zeros((len(stack), *out.shape[-2:])), 0
+    for end in ends:
+        part = stack[:, start:end]
+        total = total + np.swapaxes(part, -1, -2) @ part
+        out[k == end] = np.broadcast_to(total, out.shape)[k == end]
+        start = end
+    return out
+
+
+def _least(
+    job: Job, entry: Entry, kept: Kept, loadings: dict[str, NDArray[np.float32]], own: Float64, limit: float
+) -> int:
+    """The smallest uniform k at which all modules are shared within a limit; one more than there is if none is."""
+    fitted = np.array([[len(loadings[group_id(m.name, side)]) for side in SIDES] for m in entry.layout.modules])
+    energy = job.receipt_of[entry.name].energy
+    low, high = 0, int(fitted.max()) + 1  # fails, holds
+    while high - low > 1:
+        middle = (low + high) // 2
+        k = np.minimum(middle, fitted)[None]
+        core = _cores_at(entry, loadings, k, own.shape[1])
+        given: Options = options(kept, own, core, k.sum(axis=-1), 1, energy)
+        error = given.of(np.broadcast_to(given.shared, (1, len(kept.names))))[1].sum()
+        low, high = (low, middle) if error <= limit else (middle, high)
+    return high

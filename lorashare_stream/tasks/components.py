@@ -1,0 +1,119 @@
+"""The bases of a checkpoint, mapped, and what tensors are on them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..adapterfiles import tensor_records
+from ..budget import keeps_components
+from ..devices import held_on, product
+from ..dtypes import as_stored, narrowed, stacked, widened
+from ..keys import Side
+from ..tensorfile import TensorRecord
+
+Stack = NDArray[np.float32]  # tensors of one shape, (m, *shape)
+
+
+def projected(
+    components: Components, groups: Sequence[str], stack: Stack, side: Side, storage: str
+) -> tuple[dict[str, NDArray[Any]], Stack]:
+    """Loadings (k, r) by group, as they are stored, and the tensors (m, *shape) that come back from them."""
+    loadings: dict[str, NDArray[Any]] = {}
+    hats = np.empty_like(stack)
+    for some, places, v, raw in _loaded(components, groups, stack, side):
+        stored = as_stored(raw, storage)  # (m, k, r)
+        loadings |= zip(some, narrowed(stored, storage), strict=True)
+        restored = product(v, stored)
+        hats[places] = restored.swapaxes(-1, -2) if side == "A" else restored
+    return loadings, as_stored(hats, storage)  # as `reconstruct` gives them
+
+
+def loadings_on(components: Components, groups: Sequence[str], stack: Stack, side: Side) -> dict[str, Stack]:
+    """Loadings (k, r) by group, not rounded; of groups without a basis, none."""
+    known = [i for i, group in enumerate(groups) if group in components]
+    of_known = stack if len(known) == len(groups) else stack[known]
+    found: dict[str, Stack] = {}
+    for some, _, _, raw in _loaded(components, [groups[i] for i in known], of_known, side):
+        found |= zip(some, raw, strict=True)
+    return found
+
+
+def _loaded(
+    components: Components, groups: Sequence[str], stack: Stack, side: Side
+) -> Iterator[tuple[list[str], slice | list[int], Any, Stack]]:
+    """Groups with the same k: which, where they are in the stack, their V (m, d, k), their loadings (m, k, r)."""
+    for some in components.alike(groups):
+        places = slice(None) if len(some) == len(groups) else [groups.index(g) for g in some]
+        v = components.stack(some)
+        yield some, places, v, product(v.mT, stack[places].swapaxes(-1, -2) if side == "A" else stack[places])
+
+
+class Components:
+    """The bases of all groups, memory-mapped, and stacked in float32 as they are asked for together.
+
+    Stacks are kept, on the device where they are used, while they are no more than `memory` allows.
+    """
+
+    def __init__(self, path: Path, memory: int, device: str) -> None:
+        self._device = device
+        self._records = {r.name: r for r in tensor_records((path,))}
+        self._bytes = np.memmap(path, np.uint8, "r").view(np.ndarray)  # whose slices are cheaper than a memmap's
+        size = 4 * sum(math.prod(r.shape) for r in self._records.values())
+        self._room = size if keeps_components(size, memory) else 0
+        self._stacks: dict[tuple[str, ...], Any] = {}
+
+    def __contains__(self, group: str) -> bool:
+        return group in self._records
+
+    def __getitem__(self, group: str) -> NDArray[np.float32]:
+        """V (d, k) of a group."""
+        r = self._records[group]
+        return widened(self._raw(r), r.dtype, r.shape)
+
+    def _raw(self, record: TensorRecord) -> NDArray[np.uint8]:
+        return self._bytes[record.offset : record.offset + record.nbytes]
+
+    def alike(self, groups: Sequence[str]) -> list[list[str]]:
+        """The groups, those with the same d and k together."""
+        found: dict[tuple[int, ...], list[str]] = {}
+        for group in groups:
+            found.setdefault(self._records[group].shape, []).append(group)
+        return list(found.values())
+
+    def stack(self, groups: Sequence[str]) -> Any:
+        """V (m, d, k) of groups with the same d and k, as `devices.product` takes it."""
+        key = tuple(groups)
+        kept = self._stacks.get(key)
+        if kept is not None:
+            return kept
+        records = [self._records[group] for group in groups]
+        made = stacked([self._raw(r) for r in records], records[0].dtype, records[0].shape)
+        held = held_on(self._device, made)
+        if made.nbytes <= self._room:  # of two threads that make it, one counts too much
+            self._room -= made.nbytes
+            self._stacks[key] = held
+        return held
+
+
+def components_at(path: Path, digest: str, memory: int = 0, device: str = "cpu") -> Components:
+    """The components to project on, mapped once in a process; the digest tells one basis from the next.
+
+    Args:
+        path, digest: of the components.
+        memory: the budget, of which a part may keep them in float32.
+        device: where they are used.
+    """
+    file = path.stat()  # another file of the same basis may have taken the place of one that was damaged
+    return _mapped(path, digest, memory, device, file.st_ino, file.st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _mapped(path: Path, digest: str, memory: int, device: str, inode: int, mtime_ns: int) -> Components:
+    return Components(path, memory, device)

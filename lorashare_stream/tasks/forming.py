@@ -1,0 +1,209 @@
+"""Form: what is stored of the shared modules of one adapter, and how far off that is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..deltas import DeltaError, Float64, changed_errors, delta_errors, gram, relative_error
+from ..dtypes import ITEMSIZE, as_stored, narrowed
+from ..entry import Entry
+from ..errors import AdapterError
+from ..forms import Ints, Kept, Options, Rule, chosen, core_values, options, padded, reduced
+from ..keys import SIDES, Side, group_id
+from ..stacks import Bundle
+from ..tensorfile import TensorReader
+from .components import Stack, components_at, loadings_on, projected
+from .job import Job
+
+_NARROWINGS = 4  # of the limit of an adapter, before all of it is kept verbatim
+
+
+@dataclass(frozen=True)
+class Formed:
+    """An adapter as it is stored.
+
+    Attributes:
+        loadings: (k, r) by group, as they are stored.
+        errors: of every module that is shared among adapters' bases, or could be.
+        own: module -> lora_A and lora_B, as they are stored, of those with factors of their own.
+        exact: modules that are kept verbatim though they could be shared.
+        ranks: modules with another rank than they came with -> that rank.
+    """
+
+    loadings: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    errors: Mapping[str, DeltaError] = field(default_factory=dict)
+    own: Mapping[str, Mapping[Side, NDArray[Any]]] = field(default_factory=dict)
+    exact: Sequence[str] = ()
+    ranks: Mapping[str, int] = field(default_factory=dict)
+
+
+def formed(job: Job, entry: Entry, tensors: TensorReader) -> Formed:
+    """The shared modules of an adapter as the job wants them stored, with the errors of what is stored."""
+    return _all_shared(job, entry, tensors) if job.rule is None else _by_rule(job, entry, tensors, job.rule)
+
+
+def _all_shared(job: Job, entry: Entry, tensors: TensorReader) -> Formed:
+    components = components_at(job.components, job.basis_digest, job.settings.memory, job.device)
+    loadings: dict[str, NDArray[Any]] = {}
+    errors: dict[str, DeltaError] = {}
+    for bundle in entry.bundles:
+        factors = bundle.read(tensors)
+        hats: dict[Side, Stack] = {}
+        for side, stack in factors.items():
+            groups = [group_id(module, side) for module in bundle.names]
+            stored, hats[side] = projected(components, groups, stack, side, job.storage)
+            loadings |= stored
+            _demand_finite(hats[side], groups, job.storage)
+        found = delta_errors(factors["A"], factors["B"], hats["A"], hats["B"], entry.products_of(bundle.names))
+        errors |= dict(zip(bundle.names, found, strict=True))
+    return Formed(loadings, errors)
+
+
+def _by_rule(job: Job, entry: Entry, tensors: TensorReader, rule: Rule) -> Formed:
+    """Each module in the form that a rule chooses; where rounding takes an adapter over a limit, it is narrowed."""
+    appraised = _appraised(job, entry, tensors)
+    given, wanted = appraised.given, rule
+    for _ in range(_NARROWINGS):
+        found = _stored(job, entry, tensors, appraised, chosen(given, wanted))
+        if rule.limit is None or wanted.limit is None:
+            return found
+        error = relative_error(sum(e.error for e in found.errors.values()), sum(e.norm for e in found.errors.values()))
+        if error <= rule.limit:
+            return found
+        wanted = replace(wanted, limit=wanted.limit * 0.99 * rule.limit / error)
+    exact = np.full(len(entry.layout.modules), given.sizes.shape[-1] - 1)
+    return _stored(job, entry, tensors, appraised, exact)
+
+
+@dataclass(frozen=True)
+class _Appraised:
+    """Of the modules of an adapter: the forms that are open, loadings (k, r) by group, and ||dW||^2 (m,)."""
+
+    given: Options
+    loadings: Mapping[str, Stack]
+    norms: Float64
+
+
+def _appraised(job: Job, entry: Entry, tensors: TensorReader) -> _Appraised:
+    components = components_at(job.components, job.basis_digest, job.settings.memory, job.device)
+    loadings: dict[str, Stack] = {}
+    own: dict[str, Float64] = {}
+    core: dict[str, Float64] = {}
+    k: dict[str, int] = {}
+    for bundle in entry.bundles:
+        factors = bundle.read(tensors)
+        scales = np.array([p.scale for p in entry.products_of(bundle.names)])
+        for side, stack in factors.items():
+            loadings |= loadings_on(components, [group_id(m, side) for m in bundle.names], stack, side)
+        own |= dict(zip(bundle.names, own_values(factors, scales), strict=True))
+        for name, scale in zip(bundle.names, scales, strict=True):
+            both = [loadings.get(group_id(name, side)) for side in SIDES]
+            k[name] = sum(0 if rows is None else len(rows) for rows in both)
+            core[name] = np.zeros_like(own[name])
+            if both[0] is not None and both[1] is not None:
+                grams = [rows.T.astype(np.float64) @ rows for rows in both if rows is not None]
+                core[name] = core_values(grams[0], grams[1], scale)
+    names = [m.name for m in entry.layout.modules]
+    most = max(len(values) for values in own.values())
+    each, cores = (np.stack([padded(found[m], most) for m in names]) for found in (own, core))
+    energy = float(each.sum())
+    counts = np.array([k[m] for m in names])
+    given = options(kept_of(entry), each, cores, counts, ITEMSIZE[job.storage], energy)
+    return _Appraised(given, loadings, each.sum(axis=-1))
+
+
+def own_values(factors: Mapping[Side, Stack], scales: Float64) -> Float64:
+    """Squared singular values of s B A (m, r), of A (m, r, d_in) and B (m, d_out, r)."""
+    return core_values(gram(factors["A"]), gram(np.swapaxes(factors["B"], -1, -2)), scales)
+
+
+def kept_of(entry: Entry) -> Kept:
+    """The modules of an adapter, as far as storing them goes."""
+    modules = entry.layout.modules
+    return Kept(
+        [m.name for m in modules],
+        np.array([m.rank for m in modules]),
+        np.array([m.dim("A") + m.dim("B") for m in modules]),
+        np.array([m.a.nbytes + m.b.nbytes for m in modules]),
+        np.array([p.experts == 1 for p in entry.products]),
+    )
+
+
+def _stored(job: Job, entry: Entry, tensors: TensorReader, appraised: _Appraised, columns: Ints) -> Formed:
+    """Every module in the form of its column, rounded, and how far off it then is."""
+    most = appraised.given.sizes.shape[-1] // 2
+    column = {m.name: int(c) for m, c in zip(entry.layout.modules, columns, strict=True)}
+    exact = {m for m in column if column[m] == 2 * most}
+    errors = {m.name: DeltaError(0.0, float(n)) for m, n in zip(entry.layout.modules, appraised.norms, strict=True)}
+    loadings: dict[str, NDArray[Any]] = {}
+    own: dict[str, dict[Side, NDArray[Any]]] = {}
+    ranks = {m.name: column[m.name] % most + 1 for m in entry.layout.modules if m.name not in exact}
+    ranks = {m: rank for m, rank in ranks.items() if rank != entry.layout.by_name[m].rank}
+    components = components_at(job.components, job.basis_digest, job.settings.memory, job.device)
+    for bundle in entry.bundles:
+        if exact.issuperset(bundle.names):
+            continue
+        factors = bundle.read(tensors)
+        hats: dict[Side, Stack] = {side: np.zeros_like(stack) for side, stack in factors.items()}
+        for i, module in enumerate(bundle.names):
+            if module in exact:
+                continue
+            alone, rank = column[module] >= most, ranks.get(module)
+            pair = _factors(factors, i, appraised.loadings, module, alone=alone)
+            if alone or rank is not None:
+                rank = column[module] % most + 1
+                pair = dict(zip(SIDES, reduced(pair["A"], pair["B"], entry.product(module).scale, rank), strict=True))
+            stored = {side: as_stored(factor, job.storage) for side, factor in pair.items()}
+            if alone:
+                own[module] = {side: narrowed(_as_tensor(f, side), job.storage) for side, f in stored.items()}
+            else:
+                loadings |= {group_id(module, side): narrowed(f, job.storage) for side, f in stored.items()}
+                stored = {s: as_stored(components[group_id(module, s)] @ f, job.storage) for s, f in stored.items()}
+            hats["A"][i, : stored["A"].shape[1]] = stored["A"].T
+            hats["B"][i, :, : stored["B"].shape[1]] = stored["B"]
+        for side in SIDES:
+            _demand_finite(hats[side], [group_id(m, side) for m in bundle.names], job.storage)
+        alike = {m for m in bundle.names if column[m] < most and m not in ranks}
+        errors |= {m: e for m, e in _errors_of(entry, bundle, factors, hats, alike).items() if m not in exact}
+    return Formed(loadings, errors, own, [m for m in column if m in exact], ranks)
+
+
+def _factors(
+    factors: Mapping[Side, Stack], i: int, loadings: Mapping[str, Stack], module: str, *, alone: bool
+) -> dict[Side, NDArray[Any]]:
+    """The vectors (d, r) of a module's own, or its loadings (k, r), in float64."""
+    if alone:
+        return {"A": factors["A"][i].T.astype(np.float64), "B": factors["B"][i].astype(np.float64)}
+    return {side: loadings[group_id(module, side)].astype(np.float64) for side in SIDES}
+
+
+def _as_tensor(vectors: NDArray[np.float32], side: Side) -> NDArray[np.float32]:
+    return np.ascontiguousarray(vectors.T if side == "A" else vectors)
+
+
+def _errors_of(
+    entry: Entry, bundle: Bundle, factors: Mapping[Side, Stack], hats: Mapping[Side, Stack], alike: set[str]
+) -> dict[str, DeltaError]:
+    """Errors of the modules of a bundle, of which some are `alike`: factors that come near those before them."""
+    found: dict[str, DeltaError] = {}
+    for names, measure in ((alike, delta_errors), (set(bundle.names) - alike, changed_errors)):
+        at = [i for i, m in enumerate(bundle.names) if m in names]
+        if at:
+            a, b, a_hat, b_hat = (stack[at] for stack in (factors["A"], factors["B"], hats["A"], hats["B"]))
+            some = [bundle.names[i] for i in at]
+            found |= zip(some, measure(a, b, a_hat, b_hat, entry.products_of(some)), strict=True)
+    return found
+
+
+def _demand_finite(hats: Stack, groups: Sequence[str], storage: str) -> None:
+    """Demand that what is restored is finite, and with it what is stored."""
+    if np.isfinite(hats.sum()):
+        return
+    for group, hat in zip(groups, hats, strict=True):
+        if not np.isfinite(hat).all():
+            raise AdapterError(f"values beyond the range of {storage}", key=group, remedy="Use dtype float32.")
