@@ -6,15 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .deltas import Float64
 from .forms import Ints
 from .names import bytes_shown
 
-GRID = 12  # prices that are weighed at a time
-ROUNDS = 6  # of weighing, each between two prices of the one before
-NEAR = 0.005  # of a budget of bytes, that may be left unused
-_SPAN = 40.0  # powers of two, over which prices are tried
+GRID = 8  # prices that are weighed at a time
+WIDTHS = (2.0, 1.25, 1.0)  # up to which factor a round of weighing tries other prices; of the last it does not matter
+_SPAN = 40.0  # powers of two, over which prices are tried at most
+_HALVINGS = 30  # of a range of prices
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,10 @@ class Spectra:
         found: Ints = self.item * (k * self.dims).sum(axis=-1)
         return found
 
+    def held_bytes(self, k: Ints, ranks: Float64) -> int:
+        """Bytes of components k (m, 2), and of loadings of so many ranks (m,) on them."""
+        return int((k * (self.dims + ranks[:, None])).sum() * self.item)
+
     def uniform(self, k: int) -> Ints:
         """The same k in all groups (m, 2), clamped to what is there."""
         return np.minimum(k, self.fitted)
@@ -64,10 +69,11 @@ class Spectra:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Allotments k (q, m, 2) that are weighed together, each with its price (q,)."""
+    """Allotments k (q, m, 2) that are weighed together, each with its price, and whether forms may be own ones (q,)."""
 
     k: Ints
     prices: Float64
+    own: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,7 @@ class Allotted:
     Attributes:
         k: components (m, 2).
         price: that bought them, and at which forms were chosen.
+        own: whether modules may be stored without bases.
         sizes: bytes of each module, its bases included (m,).
         errors: squared relative dW error of each module (m,), summed over adapters.
         ranks: those that are shared (m,), of all adapters; all there are where none is.
@@ -110,6 +117,7 @@ class Allotted:
 
     k: Ints
     price: float
+    own: bool
     sizes: Float64
     errors: Float64
     ranks: Float64
@@ -134,22 +142,26 @@ def weighed(spectra: Spectra, weigh: Weigh, candidates: Candidates, overhead: in
     found = weigh(candidates)
     sizes = spectra.basis_bytes(candidates.k) + found.sizes
     ranks = np.where(candidates.k.sum(axis=-1) > 0, found.ranks, spectra.counts)
-    each = zip(candidates.k, candidates.prices.tolist(), sizes, found.errors, ranks, found.fixed.tolist(), strict=True)
-    return [Allotted(k, p, size, e, r, fixed + overhead) for k, p, size, e, r, fixed in each], found.least
+    asked = candidates.prices.tolist(), candidates.own.tolist()
+    each = zip(candidates.k, *asked, sizes, found.errors, ranks, found.fixed.tolist(), strict=True)
+    return [Allotted(k, p, own, size, e, r, fixed + overhead) for k, p, own, size, e, r, fixed in each], found.least
 
 
-def bought_at(spectra: Spectra, prices: Sequence[float], near: Sequence[Allotted]) -> Candidates:
-    """Components bought at prices (q,), with as many ranks to pay for as were shared near them."""
-    ks = []
-    for price in prices:
-        known = min(near, key=lambda a: abs(np.log2(a.price / price)), default=None)
-        ks.append(spectra.bought(price, spectra.counts.astype(float) if known is None else known.ranks))
-    return Candidates(np.array(ks, np.int64).reshape(len(ks), -1, 2), np.array(prices, float))
+def bought_at(spectra: Spectra, prices: Sequence[float], ranks: Float64) -> Candidates:
+    """Components bought at prices (q,), if `ranks` (m,) have to be paid for of each module."""
+    ks = [spectra.bought(price, ranks) for price in prices]
+    return candidates_of(np.array(ks, np.int64).reshape(len(ks), -1, 2), prices)
 
 
-def with_none(candidates: Candidates) -> Candidates:
-    """Candidates, and at the same prices nothing shared."""
-    return Candidates(np.concatenate((candidates.k, 0 * candidates.k)), np.tile(candidates.prices, 2))
+def candidates_of(k: Ints, prices: Sequence[float], *, own: bool = True) -> Candidates:
+    """Candidates with the same freedom of forms."""
+    return Candidates(k, np.array(prices, float), np.full(len(k), own))
+
+
+def joined(*some: Candidates) -> Candidates:
+    """All candidates, one after the other."""
+    ks, prices, own = zip(*((c.k, c.prices, c.own) for c in some), strict=True)
+    return Candidates(np.concatenate(ks), np.concatenate(prices), np.concatenate(own))
 
 
 def best_of(one: Allotted, other: Allotted) -> Allotted:
@@ -159,6 +171,7 @@ def best_of(one: Allotted, other: Allotted) -> Allotted:
     return Allotted(
         np.where(better[:, None], one.k, other.k),
         price,
+        one.own,
         np.where(better, one.sizes, other.sizes),
         np.where(better, one.errors, other.errors),
         np.where(better, one.ranks, other.ranks),
@@ -168,36 +181,73 @@ def best_of(one: Allotted, other: Allotted) -> Allotted:
 
 def price_range(spectra: Spectra) -> tuple[float, float]:
     """Prices, from one at which all that is fitted is bought to one at which each group gets one component."""
-    firsts = [
-        values[0] / (spectra.item * spectra.dims[m, side])
+    sides = [
+        (values, spectra.item * spectra.dims[m, side], spectra.item * spectra.counts[m])
         for m, both in enumerate(spectra.eigenvalues)
         for side, values in enumerate(both)
         if len(values)
     ]
-    high = max(firsts, default=1.0) or 1.0
-    return high * 2.0**-_SPAN, 2 * high
+    high = max((float(values[0] / d) for values, d, _ in sides), default=1.0) or 1.0
+    low = min((float(values[-1] / (d + n)) for values, d, n in sides), default=0.0)
+    return max(low / 2, high * 2.0**-_SPAN), 2 * high
+
+
+def price_of_size(spectra: Spectra, ranks: Float64, size: int) -> float:
+    """The price at which bases and loadings have `size` bytes, if `ranks` (m,) are shared of each module."""
+    low, high = (float(np.log2(price)) for price in price_range(spectra))
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        k = spectra.bought(2.0**middle, ranks)
+        low, high = (middle, high) if spectra.held_bytes(k, ranks) > size else (low, middle)
+    return float(2.0**high)
 
 
 def largest_within(spectra: Spectra, weigh: Weigh, limit: int, overhead: int) -> tuple[Allotted | None, Allotted]:
-    """The allotment of least error whose checkpoint has `limit` bytes at most; None if none has. And the smallest."""
-    low, high = price_range(spectra)
+    """The allotment of least error whose checkpoint has `limit` bytes at most; None if none has. And the smallest.
+
+    What components cost depends on the ranks that are shared, and these on the components: each round takes the ranks
+    that were shared near the limit in the one before, and tries prices nearer to the one at which bases and loadings
+    fill it. What is left at the end buys ranks.
+    """
+    ranks = spectra.counts.astype(float)
+    low, high = (price_of_size(spectra, share * ranks, limit) for share in (0.0, 1.0))
+    low, high = low / 2, 2 * high  # between these, as forms cost something else too
     tried: list[Allotted] = []
-    for _ in range(ROUNDS):
-        prices = np.geomspace(low, high, GRID).tolist()
-        found, _ = weighed(spectra, weigh, with_none(bought_at(spectra, prices, tried)), overhead)
-        fresh = [best_of(one, none) for one, none in zip(found[:GRID], found[GRID:], strict=True)]
+    for width in WIDTHS:
+        fresh = _at_prices(spectra, weigh, np.geomspace(low, high, GRID).tolist(), ranks, overhead)
         tried += fresh
-        fitting = [a for a in tried if a.total <= limit]
-        if not fitting:
-            break
-        cheapest = min(a.price for a in fitting)
-        over = [a.price for a in tried if a.total > limit and a.price < cheapest]
-        if max(a.total for a in fitting) >= (1 - NEAR) * limit or not over:
-            break
-        low, high = max(over), cheapest
+        nearest = min(fresh, key=lambda a: abs(a.total - limit))
+        ranks = nearest.ranks
+        others = nearest.total - spectra.held_bytes(nearest.k, ranks)  # headers, what is verbatim or own
+        price = price_of_size(spectra, ranks, max(1, limit - others))
+        low, high = price / width, price * width
+    if min(a.total for a in tried) > limit:
+        top = price_range(spectra)[1]
+        tried += _at_prices(spectra, weigh, np.geomspace(high, top, GRID).tolist(), ranks, overhead)
     fitting = [a for a in tried if a.total <= limit]
-    best = min(fitting, key=lambda a: (a.error, a.total)) if fitting else None
-    return best, min(tried, key=lambda a: a.total)
+    if not fitting:
+        return None, min(tried, key=lambda a: a.total)
+    best = min(fitting, key=lambda a: (a.error, a.total))
+    low, high = best.price / 2, best.price  # of ranks only
+    for _ in range(2):
+        prices = np.geomspace(low, high, GRID).tolist()
+        rest = candidates_of(np.repeat(best.k[None], GRID, axis=0), prices, own=best.own)
+        filled = [a for a in weighed(spectra, weigh, rest, overhead)[0] if a.total <= limit]
+        fitting += filled
+        high = min((a.price for a in filled), default=high)
+        low = max((p for p in prices if p < high), default=high / 2)
+    return min(fitting, key=lambda a: (a.error, a.total)), best
+
+
+def _at_prices(
+    spectra: Spectra, weigh: Weigh, prices: Sequence[float], ranks: Float64, overhead: int
+) -> list[Allotted]:
+    """What is bought at some prices: with bases only, and with whatever is worth more for each module."""
+    path = bought_at(spectra, prices, ranks)
+    every = joined(path, candidates_of(0 * path.k, prices), candidates_of(path.k, prices, own=False))
+    found, _ = weighed(spectra, weigh, every, overhead)
+    n = len(prices)
+    return [best_of(one, none) for one, none in zip(found[:n], found[n : 2 * n], strict=True)] + found[2 * n :]
 
 
 def smallest_with(spectra: Spectra, weigh: Weigh, overhead: int) -> tuple[Allotted, int]:
@@ -207,20 +257,20 @@ def smallest_with(spectra: Spectra, weigh: Weigh, overhead: int) -> tuple[Allott
     is fitted, all adapters sharing all, and nothing shared at all; so it is never larger than these.
     """
     low, high = price_range(spectra)
-    prices = np.geomspace(low, high, GRID).tolist()
-    nothing = Candidates(np.zeros((1, len(spectra.modules), 2), np.int64), np.array([high]))
+    prices = np.geomspace(low, high, 2 * GRID).tolist()
+    nothing = candidates_of(np.zeros((1, len(spectra.modules), 2), np.int64), [high])
     (none,), least = weighed(spectra, weigh, nothing, overhead)
-    path = weighed(spectra, weigh, bought_at(spectra, prices, ()), overhead)[0]
+    path = weighed(spectra, weigh, bought_at(spectra, prices, spectra.counts.astype(float)), overhead)[0]
     tried = [none, *path]
     if least <= int(spectra.fitted.max(initial=0)):
-        tried += weighed(spectra, weigh, Candidates(spectra.uniform(least)[None], np.array([high])), overhead)[0]
+        tried += weighed(spectra, weigh, candidates_of(spectra.uniform(least)[None], [high]), overhead)[0]
     for _ in range(2):
         path.sort(key=lambda a: a.price)
         place = min(range(len(path)), key=lambda i: path[i].total)
         ends = path[max(0, place - 1)].price, path[min(len(path) - 1, place + 1)].price
-        fresh = bought_at(spectra, np.geomspace(*ends, GRID // 2).tolist(), path)
+        fresh = bought_at(spectra, np.geomspace(*ends, GRID // 2).tolist(), path[place].ranks)
         kept = np.array([path[place].sizes < none.sizes])  # modules whose bases are worth their bytes there
-        both = Candidates(np.concatenate((fresh.k, fresh.k * kept[..., None])), np.tile(fresh.prices, 2))
+        both = joined(fresh, candidates_of(fresh.k * kept[..., None], fresh.prices.tolist()))
         found = weighed(spectra, weigh, both, overhead)[0]
         tried += found
         path += found[: GRID // 2]
@@ -234,8 +284,7 @@ def touches(spectra: Spectra, found: Allotted) -> bool:
 
 def uniform_bytes(spectra: Spectra, k: int) -> int:
     """Bytes of bases and loadings if all share all at the same k, be it fitted or not."""
-    clamped = np.minimum(k, spectra.most)
-    return int(spectra.item * (clamped * (spectra.dims + spectra.counts[:, None])).sum())
+    return spectra.held_bytes(np.minimum(k, spectra.most), spectra.counts.astype(float))
 
 
 def told(found: Allotted, adapters: int) -> str:

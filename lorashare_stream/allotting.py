@@ -87,7 +87,8 @@ def _allotted(run: Run, job: Job, spare: int) -> tuple[Job, Bases]:
     counts = np.array([job.counts.get(group_id(m, "A"), 0) for m in job.modules], np.int64)
     most = np.minimum(dims, counts[:, None])
     item, top = ITEMSIZE[job.storage], int(most.max(initial=1))
-    k = FIRST if limit is None else max(16, int(2 * limit / max(1, item * int(dims.sum() + 2 * len(job.modules)))))
+    even = (limit or 0) / max(1, item * int((dims + counts[:, None]).sum()))  # the k that all could have
+    k = _widest(job, FIRST if limit is None else max(16, int(2 * even)))
     while True:
         k = min(k, top)
         wide, bases = _widened(run, job, k)
@@ -99,9 +100,15 @@ def _allotted(run: Run, job: Job, spare: int) -> tuple[Job, Bases]:
             break
         k *= 2
     log.info("%s: %s", job.settings.budget, told(found, len(job.journal.receipts)))
-    rule = Rule(found.price) if limit is not None else Rule(limit=job.settings.max_error)
+    rule = Rule(found.price, own=found.own) if limit is not None else Rule(limit=job.settings.max_error)
     cut = {m: _cut(facts, found.k[i].tolist()) for i, (m, facts) in enumerate(bases.items())}
     return replace(wide, settings=job.settings, rule=rule, basis_digest=_digest(cut, rule)), cut
+
+
+def _widest(job: Job, least: int) -> int:
+    """The most components that were fitted for a budget before; else as many as are needed at least."""
+    found = [int(path.name.rpartition(".")[2]) for path in job.bases.parent.glob(f"{job.bases.name}.*")]
+    return max([least, *found])
 
 
 def _widened(run: Run, job: Job, k: int) -> tuple[Job, Bases]:
@@ -149,10 +156,9 @@ def _searched(
 ) -> tuple[Allotted, int]:
     """The best allotment, and the least uniform k that meets a limit on errors."""
     names = [r.name for r in job.journal.receipts]
-    rule = Rule(limit=job.settings.max_error)
 
     def weigh(candidates: Candidates) -> Weighed:
-        task = partial(weigh_adapter, job, spectra.modules, candidates, rule)
+        task = partial(weigh_adapter, job, spectra.modules, candidates)
         first, *others = run.map("weigh", task, names, len(names))
         return sum(others, start=first)
 

@@ -24,7 +24,7 @@ Ints = NDArray[np.int64]
 _HEADER = 70  # bytes of a safetensors header for a tensor, beside its key
 _PATTERNS = 24  # bytes of a module in rank_pattern and alpha_pattern, beside its name twice
 _DIFFER = 0.5  # share of the modules with another rank than before that need a pattern; most have the same
-_HALVINGS = 50  # of the range of prices that is searched
+_HALVINGS = 24  # of the range of prices that is searched
 
 
 @dataclass(frozen=True)
@@ -138,19 +138,11 @@ def without_own(given: Options) -> Options:
     return Options(sizes, given.errors, given.shared)
 
 
-def chosen(given: Options, rule: Rule, prices: Float64 | float | None = None) -> Ints:
-    """The form of each module (..., m), by a rule.
-
-    Args:
-        given: the forms.
-        rule: by which.
-        prices: one for each alternative (...); the rule's if None.
-    """
-    if not rule.own:
-        given = without_own(given)
-    if rule.limit is None:
-        return at_price(given, np.asarray(rule.price if prices is None else prices))
-    return within(given, rule.limit**2)
+def chosen(given: Options, rule: Rule) -> Ints:
+    """The form of each module (..., m), by a rule."""
+    if rule.limit is not None:
+        return within(given, rule.limit**2)
+    return at_price(given if rule.own else without_own(given), np.asarray(rule.price))
 
 
 def at_price(given: Options, prices: Float64) -> Ints:

@@ -130,7 +130,7 @@ def _number(value: Any) -> str:
 def plan_text(plan: Plan) -> str:
     """What a plan will do: adapters, groups, bytes on disk, memory by step, and warnings."""
     s, size = plan.settings, plan.sizes
-    auto = s.num_components == "auto"
+    auto = s.num_components == "auto" or s.budget is not None
     stacked = sum(g.stacked for g in plan.groups)
     pairs: list[Fact] = [
         ("base model", plan.base_model or "not named"),
@@ -138,7 +138,9 @@ def plan_text(plan: Plan) -> str:
         ("adapters", f"{len(plan.entries)}" + (f", and {len(plan.refused)} refused" if plan.refused else "")),
         ("groups", f"{len(plan.groups)}: {stacked} as stacked columns, {len(plan.groups) - stacked} as second moments"),
         ("objective", s.objective + (", centred" if s.center else "")),
-        ("components k", f"auto, to {s.variance_threshold:.4g} of the energy" if auto else s.num_components),
+        ("components k", f"auto, to {s.variance_threshold:.4g} of the energy" if auto else s.num_components)
+        if s.budget is None
+        else ("asked for", _asked(s.chosen())[0]),
         ("originals", f"{bytes_shown(size['originals'])}, of which LoRA {bytes_shown(size['lora'])}"),
         *_of_the_hub(plan),
         ("workspace", f"{bytes_shown(size['moments'] + size['basis'])} on disk"),

@@ -21,7 +21,7 @@ from ..dtypes import ITEMSIZE
 from ..entry import Entry
 from ..errors import AdapterError
 from ..files import atomic_file
-from ..forms import Kept, Options, Rule, chosen, core_values, options, padded, pattern_bytes
+from ..forms import Kept, Options, at_price, core_values, options, padded, pattern_bytes, within, without_own
 from ..keys import SIDES, group_id
 from ..tensorfile import float32, write_arrays
 from .components import components_at, loadings_on
@@ -63,14 +63,13 @@ def appraise_adapter(job: Job, entry: Entry) -> str:
     return name
 
 
-def weigh_adapter(job: Job, modules: tuple[str, ...], candidates: Candidates, rule: Rule, name: str) -> Weighed:
+def weigh_adapter(job: Job, modules: tuple[str, ...], candidates: Candidates, name: str) -> Weighed:
     """What allotments would make of one adapter.
 
     Args:
         job: whose cores are there.
         modules: of the candidates, in order.
-        candidates: k (q, m, 2).
-        rule: how forms are chosen; its price is that of each candidate.
+        candidates: of which each chooses forms at its price, or within the limit of the settings.
         name: of the adapter.
     """
     entry, receipt = job.entry(name), job.receipt_of[name]
@@ -87,14 +86,22 @@ def weigh_adapter(job: Job, modules: tuple[str, ...], candidates: Candidates, ru
     core = _cores_at(entry, loadings, k, own.shape[1])
     item = ITEMSIZE[job.storage]
     given = options(kept, own, core, k.sum(axis=-1), item, receipt.energy)
-    columns = chosen(given, rule, candidates.prices)
+    limit = job.settings.max_error
+    columns = _chosen(given, candidates) if limit is None else within(given, limit**2)
     sizes[:, places], losses[:, places] = given.of(columns)
     most = own.shape[1]
     ranks[:, places] = np.where(columns < most, columns + 1, 0)
-    least = 0 if rule.limit is None else _least(job, entry, kept, loadings, own, rule.limit**2)
+    least = 0 if limit is None else _least(job, entry, kept, loadings, own, limit**2)
     patterns = pattern_bytes(kept, columns, most)
     own_names = ((columns >= most) * np.array([len(n) + 4 for n in kept.names])).sum(axis=-1)
     return Weighed(sizes, losses, ranks, fixed + config + patterns + own_names, least)
+
+
+def _chosen(given: Options, candidates: Candidates) -> NDArray[np.int64]:
+    """The forms (q, m) at the price of each candidate."""
+    any_form, shared = at_price(given, candidates.prices), at_price(without_own(given), candidates.prices)
+    found: NDArray[np.int64] = np.where(candidates.own[:, None], any_form, shared)
+    return found
 
 
 def fixed_bytes(entry: Entry, notes: Sequence[str]) -> tuple[int, int]:
@@ -119,32 +126,38 @@ def _core(path: Path) -> tuple[dict[str, NDArray[np.float32]], Float64]:
 
 
 def _cores_at(entry: Entry, loadings: dict[str, NDArray[np.float32]], k: NDArray[np.int64], most: int) -> Float64:
-    """Squared singular values of the cores (q, m, most) at the first k (q, m, 2) components."""
+    """Squared singular values of the cores (q, m, most) at the first k (q, m, 2) components; zero without any."""
     found = np.zeros((*k.shape[:-1], most))
     alike: dict[object, list[int]] = {}
     for i, m in enumerate(entry.layout.modules):
         shapes = tuple(loadings[group_id(m.name, side)].shape for side in SIDES)
         alike.setdefault(shapes, []).append(i)
     for some in alike.values():
-        grams = []
-        for s, side in enumerate(SIDES):
-            stack = np.stack([loadings[group_id(entry.layout.modules[i].name, side)] for i in some]).astype(np.float64)
-            grams.append(_prefix_grams(stack, k[:, some, s]))
-        scales = np.array([entry.products[i].scale for i in some])
-        values = core_values(grams[0], grams[1], scales)  # (q, |some|, r)
-        found[:, some] = padded(values, most)
+        names = [entry.layout.modules[i].name for i in some]
+        stacks = [np.stack([loadings[group_id(m, side)] for m in names]).astype(np.float64) for side in SIDES]
+        wanted = k[:, some]  # (q, |some|, 2)
+        module = np.broadcast_to(np.arange(len(some)), wanted.shape[:-1])
+        cases, where = np.unique(
+            np.concatenate((module[..., None], wanted), -1).reshape(-1, 3), axis=0, return_inverse=True
+        )
+        grams = [_prefix_grams(stack, cases[:, 0], cases[:, 1 + s]) for s, stack in enumerate(stacks)]
+        scales = np.array([entry.products[i].scale for i in some])[cases[:, 0]]
+        values = np.zeros((len(cases), stacks[0].shape[-1]))
+        known = (cases[:, 1:] > 0).all(axis=-1)
+        values[known] = core_values(grams[0][known], grams[1][known], scales[known])
+        found[:, some] = padded(values, most)[where].reshape(*wanted.shape[:-1], most)
     return found
 
 
-def _prefix_grams(stack: Float64, k: NDArray[np.int64]) -> Float64:
-    """L'L (q, m, r, r) of the first k (q, m) rows of each L (m, K, r): sums between the k that occur, then added up."""
-    out = np.zeros((*k.shape, stack.shape[-1], stack.shape[-1]))
-    ends = np.unique(k)
-    total, start = np.zeros((len(stack), *out.shape[-2:])), 0
-    for end in ends:
+def _prefix_grams(stack: Float64, modules: NDArray[np.int64], k: NDArray[np.int64]) -> Float64:
+    """L'L (c, r, r) of the first k (c,) rows of L (m, K, r) of some modules (c,): sums between the k that occur."""
+    out = np.zeros((len(k), stack.shape[-1], stack.shape[-1]))
+    total, start = np.zeros((len(stack), *out.shape[1:])), 0
+    for end in np.unique(k):
         part = stack[:, start:end]
         total = total + np.swapaxes(part, -1, -2) @ part
-        out[k == end] = np.broadcast_to(total, out.shape)[k == end]
+        at = k == end
+        out[at] = total[modules[at]]
         start = end
     return out
 
