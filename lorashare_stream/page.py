@@ -1,0 +1,204 @@
+"""The page of a checkpoint: one HTML file, without scripts and without anything that is fetched."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .charts import bytes_bars, error_histogram, tradeoff
+from .errors import CheckpointError
+from .findings import Findings, curve_of
+from .markup import Html, element, joined
+from .names import bytes_shown, counted, shown
+from .pageparts import bases_part, provenance_part, skipped_part, table
+from .pagestyle import STYLE
+from .report import PARTS
+from .version import __version__
+
+WORST = 20  # adapters that are named
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
+
+def page(found: Findings) -> str:
+    """The whole page; its size does not depend on the number of adapters.
+
+    Raises:
+        CheckpointError: if what was recorded makes no sense.
+    """
+    try:
+        return _page(found)
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
+        raise CheckpointError("the figures of the checkpoint cannot be drawn", found=f"{type(e).__name__}: {e}") from e
+
+
+def _page(found: Findings) -> str:
+    title = f"{counted(len(found.config.adapter_names), 'LoRA adapter')} of {_base(found)}"
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", name="color-scheme", content="light dark"),
+        element("link", rel="icon", href="data:,"),
+        element("title", title),
+        element("style", Html(STYLE)),
+    )
+    main = element(
+        "main",
+        element("h1", counted(len(found.config.adapter_names), "LoRA adapter"), " of ", element("bdi", _base(found))),
+        element("p", _lead(found), class_="soft"),
+        _tiles(found),
+        _notes(found),
+        _errors_part(found),
+        _bytes_part(found),
+        bases_part(found),
+        skipped_part(found),
+        provenance_part(found),
+        element("footer", f"Made by lorashare-stream {__version__} from what the checkpoint records; nothing in this "
+                "page is fetched, and no script runs."),
+    )  # fmt: skip
+    return f"<!doctype html>\n{element('html', head, element('body', main), lang='en')}\n"
+
+
+def _base(found: Findings) -> str:
+    return shown(found.config.base_model_name_or_path or "a base model that is not named", 120)
+
+
+def _lead(found: Findings) -> str:
+    k = sorted({basis.k for basis in found.bases})
+    size = "" if not k else f" with k = {k[0]}" if len(k) == 1 else f" with k from {k[0]} to {k[-1]}"
+    kept = len(found.config.adapter_names) - len(found.certified)
+    exact = f"; {counted(kept, 'adapter')} kept exact" if kept else ""
+    return (
+        f"A SHARE checkpoint: {len(found.bases)} shared {'basis' if len(found.bases) == 1 else 'bases'}{size}{exact}."
+    )
+
+
+def _tiles(found: Findings) -> Html:
+    originals, total = found.sizes["originals"], found.total
+    each = sum(found.sizes[part] for part in PARTS[1:]) / max(len(found.config.adapter_names), 1)
+    tiles = [
+        ("on disk", bytes_shown(total), f"originals {bytes_shown(originals)}"),
+        ("ratio", _ratio(originals, total), "originals over checkpoint, all of it"),
+        ("the next adapter costs", bytes_shown(each), "mean of loadings, verbatim and metadata"),
+    ]
+    if found.certified:
+        errors = found.errors
+        tiles += [
+            ("mean error", f"{errors.mean():.4f}", f"median {np.median(errors):.4f}"),
+            ("p95 error", f"{np.quantile(errors, 0.95):.4f}", "of relative dW error"),
+            ("worst error", f"{errors[0]:.4f}", shown(found.certified[0].name, 40)),
+        ]
+    cells = [
+        element("div", element("dt", name), element("dd", value, element("small", element("bdi", more))))
+        for name, value, more in tiles
+    ]
+    return element("dl", *cells, class_="tiles")
+
+
+def _ratio(originals: float, total: float) -> str:
+    if not originals or not total:
+        return "nothing"
+    return f"{originals / total:.2f}\u00d7 smaller" if originals >= total else f"{total / originals:.2f}\u00d7 larger"
+
+
+def _notes(found: Findings) -> Html:
+    """What a reader should know before the figures are believed."""
+    ours, notes = found.ours, []
+    if ours.get("cut_from"):
+        notes.append(f"Cut from k = {ours['cut_from']}: the errors follow from those there, and were not measured.")
+    if projected := len(ours.get("projected", ())):
+        notes.append(f"{counted(projected, 'adapter')} added since the bases were fitted, and not in them.")
+    if removed := len(ours.get("removed", ())):
+        notes.append(f"{counted(removed, 'adapter')} taken out since the bases were fitted, and still in them.")
+    if found.certified and found.errors.mean() > 0.5:
+        notes.append("The mean error is large: these adapters share little at this k.")
+    shared = found.sizes["basis"] + found.sizes["loadings"]
+    if shared > found.sizes["lora"] > 0:
+        notes.append(f"The shared form, {bytes_shown(shared)}, is larger than the LoRA tensors it stands for, "
+                     f"{bytes_shown(found.sizes['lora'])}.")  # fmt: skip
+    return element("ul", *[element("li", note) for note in notes], class_="notes") if notes else Html("")
+
+
+def _errors_part(found: Findings) -> Html:
+    title = element("h2", "Error over the adapters")
+    if not found.certified:
+        return joined(title, element("p", "No adapter is compressed: all are kept exact.", class_="soft"))
+    worst, top = found.certified[:WORST], found.certified[0].error or 1.0
+    rows = [
+        (element("bdi", shown(a.name, 90)), joined(_meter(a.error / top), f"{a.error:.4f}"),
+         element("bdi", shown(a.worst_module, 120)), f"{a.worst_error:.4f}")
+        for a in worst
+    ]  # fmt: skip
+    text = (
+        "The relative error of an adapter is the Frobenius norm of what its weight change dW lost, over that of dW, "
+        "over all its compressed modules, of the values that are stored. Adapters kept exact are not counted."
+    )
+    figure = element("figure", error_histogram(found.errors), element("figcaption", text))
+    name = f"The worst {len(worst)} of {len(found.certified)}" if len(found.certified) > 1 else "The only one"
+    listing = table(("adapter", "error", "its worst module", "error there"), rows, numbers=(1, 3))
+    return joined(title, element("div", figure, element("div", element("h3", name), listing), class_="two"))
+
+
+def _meter(share: float) -> Html:
+    return element("span", element("i", style=f"width:{100 * share:.0f}%"), class_="meter", aria_hidden="true")
+
+
+def _bytes_part(found: Findings) -> Html:
+    total = found.total
+    rows: list[tuple[object, ...]] = [
+        (
+            joined(element("i", class_=part), part),
+            bytes_shown(size),
+            f"{100 * size / total:.1f} %" if total else "",
+            what,
+        )
+        for part, what in _WHAT
+        for size in (found.sizes[part],)
+    ]
+    rows.append(("checkpoint", bytes_shown(total), "100 %", "all four"))
+    size = found.sizes["originals"]
+    rows.append(
+        ("originals", bytes_shown(size), f"{100 * size / total:.0f} %" if total else "", "the files as they came")
+    )
+    left = element(
+        "div",
+        element("h3", "By part"),
+        element("figure", bytes_bars(found.sizes)),
+        table(("bytes on disk", "", "", ""), rows, numbers=(1, 2)),
+    )
+    return joined(element("h2", "Bytes, and what they buy"), element("div", left, _tradeoff(found), class_="two"))
+
+
+_WHAT = (
+    ("basis", "components that all share"),
+    ("loadings", "coordinates of each adapter"),
+    ("verbatim", "tensors kept as they are"),
+    ("metadata", "configurations, figures, spectra"),
+)
+
+
+def _tradeoff(found: Findings) -> Html:
+    curve, errors = curve_of(found), found.errors
+    title = element("h3", "Error against bytes" if curve.bounds else "Explained variance against bytes")
+    measured = (float(np.sqrt((errors**2).mean())), float(errors.mean())) if len(errors) else None
+    if not found.bases:
+        return element("div", title, element("p", "Nothing is shared: there is no k to choose.", class_="soft"))
+    if curve.bounds:
+        text = (
+            "The band is a prediction from the spectra, for every smaller k that is the same in all groups: the rms of "
+            "the relative dW error over the adapters that the bases were fitted to lies between its edges, "
+            "sqrt(max(t_A, t_B)) and sqrt(t_A + t_B), t being the share of a side's energy that is left out. "
+            "The dots are not: they are certified errors of this checkpoint, at its bytes on disk."
+        )
+        keys = [("c-curve", "bounds of the rms")]
+        if measured is not None:
+            keys += [("c-rms", f"certified rms {measured[0]:.4f}"), ("c-mean", f"certified mean {measured[1]:.4f}")]
+    else:
+        text = (
+            f"Under the objective {shown(found.ours['objective'], 40)} the spectra are those of the factors A and B on "
+            "their own, which bound no error of dW = s B A: so this is the share of their energy that is kept, for "
+            "every smaller k that is the same in all groups. The errors of dW are above, as certified."
+        )
+        keys = [("c-curve", "explained variance")]
+    legend = element("div", *[element("span", element("i", class_=c), name) for c, name in keys], class_="key")
+    return element("div", title, element("figure", tradeoff(curve, measured), legend, element("figcaption", text)))
