@@ -28,7 +28,7 @@ def error_histogram(errors: Array) -> Html:
     """
     edges, log = _edges(errors)
     counts, _ = np.histogram(errors.clip(edges[0], edges[-1]), edges)
-    x, y = Axis(edges[0], edges[-1], 44, _WIDTH - 12, log), Axis(0, max(counts) * 1.02, 230, 58)
+    x, y = Axis(edges[0], edges[-1], 44, _WIDTH - 12, log), Axis(0, max(counts) * 1.02, 230, 64)
     bars = []
     for count, low, high in zip(counts.tolist(), edges[:-1].tolist(), edges[1:].tolist(), strict=True):
         if count:
@@ -38,7 +38,7 @@ def error_histogram(errors: Array) -> Html:
             bars.append(element("rect", tip, height=num(y.start - top), class_="bar", **shape))
     steps = [tick for tick in y.ticks(4) if tick == int(tick)]
     marks = (("median", np.median(errors)), ("mean", errors.mean()), ("p95", np.quantile(errors, 0.95)))
-    lines = [_mark(x, y, float(value), f"{name} {value:.3g}", 24 + 12 * i) for i, (name, value) in enumerate(marks)]
+    lines = [_mark(x, y, float(value), f"{name} {value:.3g}", 26 + 15 * i) for i, (name, value) in enumerate(marks)]
     label = f"Histogram of the relative dW error of {counted(len(errors), 'adapter')}, from {errors.min():.3g} to "
     return drawing(
         "histogram", _WIDTH, 272, f"{label}{errors.max():.3g}, median {np.median(errors):.3g}",
@@ -52,11 +52,11 @@ def _edges(errors: Array) -> tuple[Array, bool]:
     low, high = float(errors.min()), float(errors.max())
     if low > 0 and high / low > 100:
         first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-        return 10.0 ** np.linspace(first, last, min(10 * (last - first), 60) + 1), True
+        return np.logspace(first, last, min(10 * (last - first), 60) + 1, dtype=np.float64), True
     step = nice_step((high - low) / 36 if high > low else max(high, 1e-6) / 24)
     first, last = math.floor(low / step + 1e-9), math.floor(high / step + 1e-9) + 1
     spare = max(0, 12 - (last - first)) // 2  # a single bin would be as wide as the figure
-    return step * np.arange(max(first - spare, 0), last + spare + 1), False
+    return np.arange(max(first - spare, 0), last + spare + 1, dtype=np.float64) * step, False
 
 
 def _mark(x: Axis, y: Axis, value: float, text: str, height: float) -> Html:
@@ -102,20 +102,20 @@ def tradeoff(curve: Curve, measured: tuple[float, float] | None) -> Html:
     """
     values = np.concatenate([curve.low, curve.high, [*(measured or ()), 0.0]])
     x, ticks = bytes_axis(float(curve.bytes.max()) * 1.05, 48, _WIDTH - 14)
-    y = Axis(0, float(max(values.max(), 1e-9)) * 1.05, 230, 24)
+    y = Axis(0, float(max(values.max(), 1e-9)) * 1.05, 230, 38)
     size = [x.at(b) for b in curve.bytes.tolist()]
     low, high = (list(zip(size, map(y.at, line.tolist()), strict=True)) for line in (curve.low, curve.high))
     parts = [element("path", d=path([*low, *high[::-1]], closed=True), class_="band")] if curve.bounds else []
     parts += [element("path", d=path(line), class_="curve") for line in ((low, high) if curve.bounds else (low,))]
     parts += _named_k(curve, high)
     end = size[-1]
-    parts.append(element("line", x1=num(end), x2=num(end), y1=24, y2=230, class_="mark"))
-    parts.append(element("text", "this run", x=num(end - 4), y=20, text_anchor="end", class_="strong"))
+    parts.append(element("line", x1=num(end), x2=num(end), y1=36, y2=230, class_="mark"))
+    parts.append(element("text", "this run", x=num(end - 4), y=31, text_anchor="end", class_="strong"))
     if measured is not None and curve.bounds:
-        for value, name in zip(measured, ("rms", "mean"), strict=True):
-            tip = element("title", f"measured {name} {value:.4f}")
+        for value, name, radius in zip(measured, ("rms", "mean"), (5.5, 3.5), strict=True):
+            tip = element("title", f"{name} {value:.4f}")
             cls = f"dot {name}"
-            parts.append(element("g", tip, element("circle", cx=num(end), cy=num(y.at(value)), r=4.5), class_=cls))
+            parts.append(element("g", tip, element("circle", cx=num(end), cy=num(y.at(value)), r=radius), class_=cls))
     what = "rms relative dW error" if curve.bounds else "explained variance"
     label = (
         f"{what} against bytes on disk for each k up to {curve.k[-1]}; this run is at {bytes_shown(curve.bytes[-1])}"
@@ -131,7 +131,7 @@ def _named_k(curve: Curve, points: Sequence[tuple[float, float]]) -> list[Html]:
     parts, free = [], points[0][0] - 1
     for k, (x, y) in zip(curve.k.tolist()[:-1], points[:-1], strict=True):
         if x >= free and (k & (k - 1) == 0) and x < points[-1][0] - 52:
-            text = element("text", f"k = {k}", x=num(x + 6), y=num(max(y - 6, 14)))
+            text = element("text", f"k = {k}", x=num(x + 6), y=num(max(y - 7, 31)))
             parts.append(joined(element("circle", cx=num(x), cy=num(y), r=2.5, class_="point"), text))
             free = x + 56
     return parts
@@ -174,7 +174,7 @@ def _power(value: float) -> str:
 
 
 def heatmap(name: str, rows: Sequence[str], columns: Sequence[str], cells: Array, *, whole: bool) -> Html:
-    """One value for each kind of module and depth; the darker, the larger.
+    """One value for each kind of module and depth; the stronger its colour, the larger.
 
     Args:
         name: what the value is, and the class of the figure by its first word.
@@ -197,9 +197,9 @@ def heatmap(name: str, rows: Sequence[str], columns: Sequence[str], cells: Array
                 continue
             text = f"{value:.4g}" if whole else f"{value:.4f}"
             tip = element("title", f"{row}, depth {column}: {name} {text}")
-            dark = 0.12 + 0.68 * ((value - low) / (high - low) if high > low else 0.5)
+            strength = 0.12 + 0.68 * ((value - low) / (high - low) if high > low else 0.5)
             shape = {"x": num(left + wide * j), "width": num(max(wide - 1, 0.8)), "height": num(height - 2)}
-            parts.append(element("rect", tip, y=num(y), class_="cell", fill_opacity=f"{dark:.2f}", **shape))
+            parts.append(element("rect", tip, y=num(y), class_="cell", fill_opacity=f"{strength:.2f}", **shape))
             if wide >= 24 and len(text) <= 6:
                 inner = text if whole else f"{value:.2f}".lstrip("0")
                 at = {"x": num(left + wide * (j + 0.5)), "y": num(y + 14)}
@@ -209,7 +209,7 @@ def heatmap(name: str, rows: Sequence[str], columns: Sequence[str], cells: Array
     for j in range(0, len(columns), every):
         at = {"x": num(left + wide * (j + 0.5)), "y": num(bottom)}
         parts.append(element("text", columns[j], text_anchor="middle", **at))
-    ends = f"{low:.4g}" if low == high else f"{low:.4g} (pale) to {high:.4g} (dark)"
+    ends = f"{low:.4g}" if low == high else f"{low:.4g} (faint) to {high:.4g} (strong)"
     parts.append(element("text", f"{name}: {ends}", x=4, y=12, class_="of"))
     parts.append(element("text", "depth", x=num(left - 8), y=num(bottom), text_anchor="end", class_="of"))
     label = f"{name} by kind of module and depth, from {low:.4g} to {high:.4g}"

@@ -14,7 +14,7 @@ from .pagestyle import STYLE
 from .report import PARTS
 from .version import __version__
 
-WORST = 20  # adapters that are named
+WORST, SEEN = 20, 8  # adapters that are named, and those that are seen at once
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
@@ -31,7 +31,7 @@ def page(found: Findings) -> str:
 
 
 def _page(found: Findings) -> str:
-    title = f"{counted(len(found.config.adapter_names), 'LoRA adapter')} of {_base(found)}"
+    count = _many(len(found.config.adapter_names), "LoRA adapter")
     head = element(
         "head",
         element("meta", charset="utf-8"),
@@ -39,12 +39,12 @@ def _page(found: Findings) -> str:
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", name="color-scheme", content="light dark"),
         element("link", rel="icon", href="data:,"),
-        element("title", title),
+        element("title", f"{count} of {_base(found)}"),
         element("style", Html(STYLE)),
     )
     main = element(
         "main",
-        element("h1", counted(len(found.config.adapter_names), "LoRA adapter"), " of ", element("bdi", _base(found))),
+        element("h1", f"{count} of ", element("bdi", _base(found))),
         element("p", _lead(found), class_="soft"),
         _tiles(found),
         _notes(found),
@@ -57,6 +57,10 @@ def _page(found: Findings) -> str:
                 "page is fetched, and no script runs."),
     )  # fmt: skip
     return f"<!doctype html>\n{element('html', head, element('body', main), lang='en')}\n"
+
+
+def _many(count: int, thing: str) -> str:
+    return counted(count, thing).replace(str(count), f"{count:,}", 1)
 
 
 def _base(found: Findings) -> str:
@@ -78,8 +82,8 @@ def _tiles(found: Findings) -> Html:
     each = sum(found.sizes[part] for part in PARTS[1:]) / max(len(found.config.adapter_names), 1)
     tiles = [
         ("on disk", bytes_shown(total), f"originals {bytes_shown(originals)}"),
-        ("ratio", _ratio(originals, total), "originals over checkpoint, all of it"),
-        ("the next adapter costs", bytes_shown(each), "mean of loadings, verbatim and metadata"),
+        ("ratio", f"{originals / total:.2f}\u00d7" if total else "-", "originals over checkpoint, on disk"),
+        ("next adapter costs", bytes_shown(each), "mean loadings, verbatim, metadata"),
     ]
     if found.certified:
         errors = found.errors
@@ -93,12 +97,6 @@ def _tiles(found: Findings) -> Html:
         for name, value, more in tiles
     ]
     return element("dl", *cells, class_="tiles")
-
-
-def _ratio(originals: float, total: float) -> str:
-    if not originals or not total:
-        return "nothing"
-    return f"{originals / total:.2f}\u00d7 smaller" if originals >= total else f"{total / originals:.2f}\u00d7 larger"
 
 
 def _notes(found: Findings) -> Html:
@@ -123,20 +121,37 @@ def _errors_part(found: Findings) -> Html:
     title = element("h2", "Error over the adapters")
     if not found.certified:
         return joined(title, element("p", "No adapter is compressed: all are kept exact.", class_="soft"))
-    worst, top = found.certified[:WORST], found.certified[0].error or 1.0
-    rows = [
-        (element("bdi", shown(a.name, 90)), joined(_meter(a.error / top), f"{a.error:.4f}"),
-         element("bdi", shown(a.worst_module, 120)), f"{a.worst_error:.4f}")
-        for a in worst
-    ]  # fmt: skip
     text = (
         "The relative error of an adapter is the Frobenius norm of what its weight change dW lost, over that of dW, "
         "over all its compressed modules, of the values that are stored. Adapters kept exact are not counted."
     )
-    figure = element("figure", error_histogram(found.errors), element("figcaption", text))
-    name = f"The worst {len(worst)} of {len(found.certified)}" if len(found.certified) > 1 else "The only one"
-    listing = table(("adapter", "error", "its worst module", "error there"), rows, numbers=(1, 3))
-    return joined(title, element("div", figure, element("div", element("h3", name), listing), class_="two"))
+    figure = element(
+        "figure", element("h3", "Distribution"), error_histogram(found.errors), element("figcaption", text)
+    )
+    return joined(title, element("div", figure, element("div", *_worst(found)), class_="two"))
+
+
+def _worst(found: Findings) -> list[Html]:
+    """The worst adapters: some to be seen, more on demand."""
+    top = found.certified[0].error or 1.0
+    rows = [
+        (
+            joined(
+                element("bdi", shown(adapter.name, 90)),
+                element("small", f"{adapter.worst_error:.4f} in ", element("bdi", shown(adapter.worst_module, 120))),
+            ),
+            joined(_meter(adapter.error / top), f"{adapter.error:.4f}"),
+        )
+        for adapter in found.certified[:WORST]
+    ]
+    first, count = rows[:SEEN], len(found.certified)
+    name = "The only one" if count == 1 else f"The worst {len(first)} of {count:,}"
+    header = ("adapter, worst module", "error")
+    listing = [element("h3", name), table(header, first, numbers=(1,))]
+    if rows[SEEN:]:
+        more = element("summary", f"The next {len(rows) - SEEN}")
+        listing.append(element("details", more, table(header, rows[SEEN:], numbers=(1,))))
+    return listing
 
 
 def _meter(share: float) -> Html:
@@ -147,7 +162,7 @@ def _bytes_part(found: Findings) -> Html:
     total = found.total
     rows: list[tuple[object, ...]] = [
         (
-            joined(element("i", class_=part), part),
+            element("span", element("i", class_=part), part, class_="whole"),
             bytes_shown(size),
             f"{100 * size / total:.1f} %" if total else "",
             what,
@@ -164,7 +179,7 @@ def _bytes_part(found: Findings) -> Html:
         "div",
         element("h3", "By part"),
         element("figure", bytes_bars(found.sizes)),
-        table(("bytes on disk", "", "", ""), rows, numbers=(1, 2)),
+        table(("part", "bytes on disk", "share", "what it is"), rows, numbers=(1, 2)),
     )
     return joined(element("h2", "Bytes, and what they buy"), element("div", left, _tradeoff(found), class_="two"))
 
@@ -181,6 +196,7 @@ def _tradeoff(found: Findings) -> Html:
     curve, errors = curve_of(found), found.errors
     title = element("h3", "Error against bytes" if curve.bounds else "Explained variance against bytes")
     measured = (float(np.sqrt((errors**2).mean())), float(errors.mean())) if len(errors) else None
+    word = "estimated" if found.ours.get("cut_from") else "certified"
     if not found.bases:
         return element("div", title, element("p", "Nothing is shared: there is no k to choose.", class_="soft"))
     if curve.bounds:
@@ -188,11 +204,11 @@ def _tradeoff(found: Findings) -> Html:
             "The band is a prediction from the spectra, for every smaller k that is the same in all groups: the rms of "
             "the relative dW error over the adapters that the bases were fitted to lies between its edges, "
             "sqrt(max(t_A, t_B)) and sqrt(t_A + t_B), t being the share of a side's energy that is left out. "
-            "The dots are not: they are certified errors of this checkpoint, at its bytes on disk."
+            f"The dots are not: they are the {word} errors of this checkpoint, at its bytes on disk."
         )
         keys = [("c-curve", "bounds of the rms")]
         if measured is not None:
-            keys += [("c-rms", f"certified rms {measured[0]:.4f}"), ("c-mean", f"certified mean {measured[1]:.4f}")]
+            keys += [("c-rms", f"{word} rms {measured[0]:.4f}"), ("c-mean", f"{word} mean {measured[1]:.4f}")]
     else:
         text = (
             f"Under the objective {shown(found.ours['objective'], 40)} the spectra are those of the factors A and B on "

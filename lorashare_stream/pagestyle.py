@@ -9,7 +9,8 @@ STYLE = """
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%;text-size-adjust:100%}
 body{margin:0;background:var(--bg);color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;
-font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
+font-variant-numeric:tabular-nums;overflow-wrap:break-word}
+bdi,code,small,dd{overflow-wrap:anywhere}
 main{max-width:1060px;margin:0 auto;padding:28px 18px 48px}
 h1{font-size:1.55rem;line-height:1.25;margin:0 0 .3rem;font-weight:650;letter-spacing:-.01em}
 h2{font-size:1.08rem;margin:2.6rem 0 .5rem;padding-top:1rem;border-top:1px solid var(--rule);font-weight:650}
@@ -27,20 +28,20 @@ background:var(--rule);border:1px solid var(--rule);border-radius:8px;overflow:h
 .notes li{margin:.2rem 0;max-width:80ch}
 .two{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:1.4rem 2.2rem;align-items:start}
 .three{display:grid;grid-template-columns:repeat(3,minmax(0,1fr));gap:1.2rem 1.6rem;margin:.6rem 0}
+.two+.two,.three+.two{margin-top:1.6rem}
 figure{margin:.5rem 0 0;min-width:0}
 figcaption{margin-top:.35rem;max-width:72ch}
 .key{display:flex;flex-wrap:wrap;gap:.1rem 1rem;margin:.3rem 0 0}
-.key i{display:inline-block;width:.75em;height:.75em;border-radius:2px;margin-right:.4em;background:currentColor}
+.key i,td i{display:inline-block;width:.75em;height:.75em;border-radius:2px;margin-right:.4em;background:currentColor}
 .scroll{overflow-x:auto;margin-top:.6rem}
 table{border-collapse:collapse;width:100%;font-size:.87rem}
 th{color:var(--soft);font-weight:500;font-size:.8rem;white-space:nowrap}
 th,td{text-align:left;padding:.28rem .8rem .28rem 0;border-bottom:1px solid var(--rule);vertical-align:top}
 th:last-child,td:last-child{padding-right:0}
 .n{text-align:right;white-space:nowrap}
-td{min-width:5.5em}
-td.n{min-width:0}
+td small{display:block;color:var(--soft);line-height:1.35}
 .meter{display:inline-block;width:64px;height:.55em;margin-right:.6em;background:var(--rule);border-radius:2px}
-.meter i{display:block;height:100%;background:var(--accent);border-radius:2px}
+.meter i{display:block;width:0;height:100%;margin:0;background:var(--accent)}
 .facts{display:grid;grid-template-columns:max-content minmax(0,1fr);gap:.25rem 1.4rem;margin:.6rem 0;font-size:.9rem}
 .facts dt{color:var(--soft)}
 .facts dd{margin:0}
@@ -94,6 +95,8 @@ svg text{font-size:15px}
 svg .inner{display:none}
 .facts{grid-template-columns:minmax(0,1fr);gap:0}
 .facts dd{margin:0 0 .5rem}
+.meter{width:44px}
+th,td{padding-right:.6rem}
 }
 @media print{h2{break-after:avoid}figure,table{break-inside:avoid}}
 """

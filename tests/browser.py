@@ -93,7 +93,7 @@ class Browser:
 
 @contextmanager
 def chromium() -> Iterator[Browser]:
-    """A browser of its own, with a profile that is dropped; without one, the test is skipped, or fails if it must not."""
+    """A browser with a profile of its own. Without one the test is skipped, or fails if that is forbidden."""
     found = next(filter(None, map(shutil.which, _NAMES)), None)
     if found is None:
         if os.environ.get(REQUIRE_BROWSER):
