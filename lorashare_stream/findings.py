@@ -243,7 +243,7 @@ def curve_of(found: Findings) -> Curve:
         lost = np.append(np.cumsum(basis.eigenvalues[::-1])[::-1], 0.0)[np.minimum(k, basis.k)]  # by the cut
         left[basis.side] += np.clip(basis.energy * (1 - basis.explained) + lost, 0.0, basis.energy)
         energy[basis.side] += basis.energy
-        size += np.minimum(k, basis.k) * float(item * (basis.d + basis.n))
+        size += np.minimum(k, basis.k) * float(item * (basis.d + basis.n) + 8)  # and an eigenvalue
     fixed = found.total - size[-1]  # verbatim, metadata, headers: whatever does not grow with k
     if found.ours["objective"] != "delta":
         explained = 1 - (left["A"] + left["B"]) / ((energy["A"] + energy["B"]) or 1.0)

@@ -125,10 +125,9 @@ def _errors_part(found: Findings) -> Html:
         "The relative error of an adapter is the Frobenius norm of what its weight change dW lost, over that of dW, "
         "over all its compressed modules, of the values that are stored. Adapters kept exact are not counted."
     )
-    figure = element(
-        "figure", element("h3", "Distribution"), error_histogram(found.errors), element("figcaption", text)
-    )
-    return joined(title, element("div", figure, element("div", *_worst(found)), class_="two"))
+    figure = element("figure", error_histogram(found.errors), element("figcaption", text))
+    left = element("div", element("h3", "Distribution"), figure)
+    return joined(title, element("div", left, element("div", *_worst(found)), class_="two"))
 
 
 def _worst(found: Findings) -> list[Html]:

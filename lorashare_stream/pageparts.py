@@ -52,7 +52,8 @@ def bases_part(found: Findings) -> Html:
     more = f" {counted(len(kinds) - KINDS, 'kind')} more, with less energy, not drawn." if len(kinds) > KINDS else ""
     text = (
         "Eigenvalues as a share of their group's energy: the mean over depths as a line, the range over depths as a "
-        f"band. A spectrum that is still high where it ends would gain by a larger k.{more}"
+        f"band. A spectrum that is still high where it ends would gain by a larger k.{more} "
+        "Below, a cell that stands for several groups has their mean."
     )
     key = element("div", *[element("span", element("i", class_=s), f"side {s}") for s in SIDES], class_="key")
     return joined(
@@ -138,7 +139,7 @@ def skipped_part(found: Findings) -> Html:
     ]  # fmt: skip
     name = f"The first {_ROWS} of {count}, in full" if count > _ROWS else "Each, in full"
     return joined(
-        title, element("p", f"{counted(count, 'adapter')} are not in this checkpoint.{more}", class_="soft"),
+        title, element("p", f"{counted(count, 'adapter')}, by reason.{more}", class_="soft"),
         table(("reason", "adapters", "among them"), rows, numbers=(1,)),
         element("details", element("summary", name), table(("adapter", "why"), each)),
     )  # fmt: skip

@@ -28,7 +28,7 @@ class Browser:
     """A page in Chromium. `events` are those of the protocol since the page was opened."""
 
     def __init__(self, send: int, receive: int) -> None:
-        self._send, self._receive = send, os.fdopen(receive, "rb", buffering=0)
+        self._send, self._receive = send, receive
         self._buffer, self._number, self._session = b"", 0, ""
         self.events: list[dict[str, Any]] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
@@ -50,7 +50,7 @@ class Browser:
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self._buffer:
-            chunk = self._receive.read(1 << 20)
+            chunk = os.read(self._receive, 1 << 20)
             assert chunk, "Chromium has ended"
             self._buffer += chunk
         raw, _, self._buffer = self._buffer.partition(b"\0")
@@ -119,3 +119,4 @@ def chromium() -> Iterator[Browser]:
             process.kill()
             process.wait()
             os.close(send)
+            os.close(receive)

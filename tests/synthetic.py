@@ -32,7 +32,8 @@ def synthetic(
     chosen = {"objective": "delta", "center": False, "share_initial": False, "num_components": k} | settings
     head = Head("org/base", {"variance_threshold": 0.95, **chosen}, "BF16", "c" * 16, {}, "b" * 16, "s" * 64, bases)
     errors = np.clip(rng.gamma(60, 0.011, len(names)), 0.01, 0.999).tolist()
-    figures = [Figures(n, e, 50 << 20, 49 << 20, True, rank, 32.0) for n, e in zip(names, errors, strict=True)]
+    lora, shared = 49 << 20, bool(bases)
+    figures = [Figures(n, e, 50 << 20, lora, shared, rank, 32.0) for n, e in zip(names, errors, strict=True)]
     for number, figure in enumerate(figures):
         _write_meta(root / "adapters" / figure.name, figure, number, hub=hub)
     counts = dict.fromkeys(bases, rank * len(names))
@@ -48,7 +49,7 @@ def synthetic(
 
 def _write_meta(folder: Path, figure: Figures, number: int, *, hub: bool) -> None:
     module = f"model.layers.{number % 32}.mlp.down_proj"
-    ours: dict[str, Any] = {"relative_error": figure.relative_error, "worst_module": module}
+    ours: dict[str, Any] = {"relative_error": figure.relative_error, "worst_module": module if figure.shared else None}
     ours["worst_module_error"] = min(1.0, 2 * figure.relative_error)
     if hub:
         ours["hub"] = {"repo": f"org/{number}", "license": ("mit", None)[number % 2], "gated": number % 3 == 0}

@@ -35,7 +35,8 @@ ROOMS = {
     ],
     "story": [
         "summing", "stages", "growing", "pipeline", "discovery", "means", "adding", "shrinking", "slicing", "refitting",
-        "report", "comparison", "restoring", "scrubbing", "modelcard", "pusherrors", "pushfiles", "pushtarget",
+        "report", "markup", "axes", "findings", "charts", "pagestyle", "pageparts", "page",
+        "comparison", "restoring", "scrubbing", "modelcard", "pusherrors", "pushfiles", "pushtarget",
         "pushing", "opened", "model", "verification",
     ],
     "shell": [
