@@ -131,7 +131,9 @@ def _named_k(curve: Curve, points: Sequence[tuple[float, float]]) -> list[Html]:
     parts, free = [], points[0][0] - 1
     for k, (x, y) in zip(curve.k.tolist()[:-1], points[:-1], strict=True):
         if x >= free and (k & (k - 1) == 0) and x < points[-1][0] - 52:
-            text = element("text", f"k = {k}", x=num(x + 6), y=num(max(y - 7, 31)))
+            text = element(
+                "text", f"k = {k}", x=num(x + 6), y=num(max(y - 7, 31) if curve.bounds else min(y + 16, 225))
+            )
             parts.append(joined(element("circle", cx=num(x), cy=num(y), r=2.5, class_="point"), text))
             free = x + 56
     return parts

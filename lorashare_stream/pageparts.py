@@ -130,7 +130,7 @@ def skipped_part(found: Findings) -> Html:
         reason = shown(item.get("problem") or item.get("reason") or "no reason is recorded", 200)
         by_reason.setdefault(reason, []).append(str(item.get("adapter") or item.get("source") or "not named"))
     some = sorted(by_reason.items(), key=lambda item: (-len(item[1]), item[0]))
-    rows = [(reason, len(names), element("bdi", listed(names, 3))) for reason, names in some[:_REASONS]]
+    rows = [(element("bdi", reason), len(names), element("bdi", listed(names, 3))) for reason, names in some[:_REASONS]]
     more = f" {counted(len(some) - _REASONS, 'reason')} more in skipped.json." if len(some) > _REASONS else ""
     each = [
         (element("bdi", shown(item.get("adapter") or item.get("source") or "not named", 90)),

@@ -39,6 +39,7 @@ th{color:var(--soft);font-weight:500;font-size:.8rem;white-space:nowrap}
 th,td{text-align:left;padding:.28rem .8rem .28rem 0;border-bottom:1px solid var(--rule);vertical-align:top}
 th:last-child,td:last-child{padding-right:0}
 .n{text-align:right;white-space:nowrap}
+td:first-child{min-width:6.5em}
 .whole{white-space:nowrap}
 td small{display:block;color:var(--soft);line-height:1.35}
 .meter{display:inline-block;width:64px;height:.55em;margin-right:.6em;background:var(--rule);border-radius:2px}
