@@ -21,6 +21,7 @@ from .keys import SIDES, Side, split_group_id
 from .names import is_component, listed
 from .records import metas_of
 from .report import PARTS
+from .scrubbing import Scrubber
 from .shareconfig import SHAREConfig, read_share_config
 from .shareformat import ADAPTERS, CONFIG, META, OURS, SKIPPED, SPECTRUM, skipped_of
 
@@ -97,6 +98,7 @@ class Findings:
 
     Attributes:
         config: of the checkpoint.
+        base_model: what its adapters are of; here, and in what follows, without local paths.
         ours: what this package recorded in it.
         sizes: bytes on disk by part, and of the originals.
         certified: the adapters that are compressed, the worst first.
@@ -106,6 +108,7 @@ class Findings:
     """
 
     config: SHAREConfig
+    base_model: str
     ours: Mapping[str, Any]
     sizes: Mapping[str, int]
     certified: tuple[Certified, ...]
@@ -143,13 +146,17 @@ def findings_of(place: Place) -> Findings:
     _fetch(place, config.adapter_names)
     metas = list(metas_of(place.root, config.adapter_names))
     spectra = _spectra(place)
-    skipped = tuple(item for item in skipped_of(place.root) if isinstance(item, dict))
     try:
+        skipped = tuple(item for item in skipped_of(place.root) if isinstance(item, dict))
+        scrub = Scrubber(config.base_model_name_or_path)  # a page is sent to others
+        told = scrub({"base_model": config.base_model_name_or_path, "settings": config.ours["settings"]})
         certified = sorted(_certified(metas), key=lambda adapter: (-adapter.error, adapter.name))
         bases = tuple(_basis(group, facts, spectra[group]) for group, facts in config.ours["groups"].items())
         sizes = {part: int(config.ours["bytes"][part]) for part in (*PARTS, "originals", "lora")}
         ITEMSIZE[config.ours["dtype"]]
-        return Findings(config, config.ours, sizes, tuple(certified), bases, skipped, _origins(metas))
+        ours = {**config.ours, "settings": told["settings"]}
+        reasons = tuple(scrub(item) for item in skipped)
+        return Findings(config, told["base_model"], ours, sizes, tuple(certified), bases, reasons, _origins(metas))
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
         raise CheckpointError("the figures of the checkpoint cannot be read", found=f"{type(e).__name__}: {e}") from e
 

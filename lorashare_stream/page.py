@@ -64,7 +64,7 @@ def _many(count: int, thing: str) -> str:
 
 
 def _base(found: Findings) -> str:
-    return shown(found.config.base_model_name_or_path or "a base model that is not named", 120)
+    return shown(found.base_model or "a base model that is not named", 120)
 
 
 def _lead(found: Findings) -> str:

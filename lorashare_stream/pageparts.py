@@ -147,10 +147,10 @@ def skipped_part(found: Findings) -> Html:
 
 def provenance_part(found: Findings) -> Html:
     """What the checkpoint was made of, and how."""
-    ours, origins, config = found.ours, found.origins, found.config
+    ours, origins = found.ours, found.origins
     centred = ", centred" if ours.get("center") else ""
     pairs: list[tuple[str, object]] = [
-        ("base model", element("bdi", shown(config.base_model_name_or_path or "not named", 120))),
+        ("base model", element("bdi", shown(found.base_model or "not named", 120))),
         ("written by", f"lorashare-stream {shown(ours.get('version', 'of unknown version'), 40)}"),
         ("objective", f"{shown(ours['objective'], 40)}{centred}"),
         ("stored as", shown(ours["dtype"], 20)),

@@ -35,8 +35,8 @@ ROOMS = {
     ],
     "story": [
         "summing", "stages", "growing", "pipeline", "discovery", "means", "adding", "shrinking", "slicing", "refitting",
-        "report", "markup", "axes", "findings", "charts", "pagestyle", "pageparts", "page",
-        "comparison", "restoring", "scrubbing", "modelcard", "pusherrors", "pushfiles", "pushtarget",
+        "report", "comparison", "restoring", "scrubbing", "markup", "axes", "findings", "charts", "pagestyle",
+        "pageparts", "page", "modelcard", "pusherrors", "pushfiles", "pushtarget",
         "pushing", "opened", "model", "verification",
     ],
     "shell": [

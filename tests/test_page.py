@@ -285,6 +285,20 @@ def test_a_damaged_part_is_said(tmp_path: Path, capsys: Capture) -> None:
     assert "no path components" in capsys.readouterr().err
 
 
+def test_local_paths_do_not_leave_the_machine(tmp_path: Path) -> None:
+    checkpoint = synthetic(tmp_path / "out", ["a"], depths=1, base_model="/home/alice/secret/base")
+    config = json.loads((checkpoint / "share_config.json").read_text())
+    config["base_model_name_or_path"] = "/home/alice/secret/base"
+    (checkpoint / "share_config.json").write_text(json.dumps(config))
+    place = "/home/alice/secret/bad"
+    skipped = [{"reason": f"no such folder, found {place}", "problem": "no such folder", "source": place}]
+    (checkpoint / "skipped.json").write_text(json.dumps(skipped))
+    text = page(findings_of(Folder(checkpoint)))
+    assert "alice" not in text
+    assert "of <bdi>base</bdi>" in text
+    assert "no such folder, found" in text
+
+
 @pytest.mark.parametrize("name", ["share_config.json", "nowhere/r.html", "r"])
 def test_where_a_report_may_be_written(tmp_path: Path, capsys: Capture, name: str) -> None:
     checkpoint = synthetic(tmp_path / "out", ["a"], depths=1)
