@@ -20,12 +20,12 @@ from .hubreader import Folder, Place
 from .keys import SIDES, Side, split_group_id
 from .names import is_component, listed
 from .records import metas_of
-from .report import PARTS
 from .scrubbing import Scrubber
 from .shareconfig import SHAREConfig, read_share_config
 from .shareformat import ADAPTERS, CONFIG, META, OURS, SKIPPED, SPECTRUM, skipped_of
 
 Array = NDArray[np.float64]
+PARTS = ("basis", "loadings", "verbatim", "metadata")  # of the bytes of a checkpoint
 _AT_ONCE = 16  # requests
 _POINTS = 200  # of a curve
 
@@ -151,7 +151,7 @@ def findings_of(place: Place) -> Findings:
         scrub = Scrubber(config.base_model_name_or_path)  # a page is sent to others
         told = scrub({"base_model": config.base_model_name_or_path, "settings": config.ours["settings"]})
         certified = sorted(_certified(metas), key=lambda adapter: (-adapter.error, adapter.name))
-        bases = tuple(_basis(group, facts, spectra[group]) for group, facts in config.ours["groups"].items())
+        bases = tuple(_basis(group, facts, spectra) for group, facts in config.ours["groups"].items())
         sizes = {part: int(config.ours["bytes"][part]) for part in (*PARTS, "originals", "lora")}
         ITEMSIZE[config.ours["dtype"]]
         ours = {**config.ours, "settings": told["settings"]}
@@ -195,9 +195,10 @@ def _certified(metas: Iterable[Mapping[str, Any]]) -> Iterable[Certified]:
             yield Certified(str(meta["adapter_name"]), error, str(ours["worst_module"]), worst)
 
 
-def _basis(group: str, facts: Mapping[str, Any], eigenvalues: Array) -> Basis:
+def _basis(group: str, facts: Mapping[str, Any], spectra: Mapping[str, Array]) -> Basis:
     module, side = split_group_id(group)
     d, n, k = (int(facts[name]) for name in ("d", "n", "k"))
+    eigenvalues = spectra[group] if k else np.zeros(0)
     if len(eigenvalues) != k or not np.isfinite(eigenvalues).all():
         raise ValueError(f"{len(eigenvalues)} eigenvalues of {group}, where k is {k}")
     energy, explained = _number(facts["energy"]), _number(facts["explained"])
