@@ -92,14 +92,14 @@ def _percent(part: float, total: float) -> str:
     return f"{100 * part / total:.1f} %" if total else "0 %"
 
 
-def tradeoff(curve: Curve, measured: tuple[float, float] | None) -> Html:
+def tradeoff(curve: Curve, measured: Mapping[str, float]) -> Html:
     """What a smaller k takes and loses, and where this checkpoint is.
 
     Args:
         curve: from k = 0 to that of this checkpoint.
-        measured: its rms and mean relative dW error, drawn where its bytes are; None if no adapter is compressed.
+        measured: what is certified of this checkpoint, drawn where its bytes are, by the class of the dot.
     """
-    values = np.concatenate([curve.low, curve.high, [*(measured or ()), 0.0]])
+    values = np.concatenate([curve.low, curve.high, [*measured.values(), 0.0]])
     x, ticks = bytes_axis(float(curve.bytes.max()) * 1.05, 48, _WIDTH - 14)
     y = Axis(0, float(max(values.max(), 1e-9)) * 1.05, 230, 38)
     size = [x.at(b) for b in curve.bytes.tolist()]
@@ -110,12 +110,10 @@ def tradeoff(curve: Curve, measured: tuple[float, float] | None) -> Html:
     end = size[-1]
     parts.append(element("line", x1=num(end), x2=num(end), y1=36, y2=230, class_="mark"))
     parts.append(element("text", "this run", x=num(end - 4), y=31, text_anchor="end", class_="strong"))
-    if measured is not None and curve.bounds:
-        for value, name, radius in zip(measured, ("rms", "mean"), (5.5, 3.5), strict=True):
-            tip = element("title", f"{name} {value:.4f}")
-            cls = f"dot {name}"
-            parts.append(element("g", tip, element("circle", cx=num(end), cy=num(y.at(value)), r=radius), class_=cls))
-    what = "rms relative dW error" if curve.bounds else "explained variance"
+    for (name, value), radius in zip(measured.items(), (5.5, 3.5), strict=False):
+        dot = element("circle", cx=num(end), cy=num(y.at(value)), r=radius)
+        parts.append(element("g", element("title", f"{name} {value:.4f}"), dot, class_=f"dot {name}"))
+    what = "rms relative dW error" if curve.bounds else "share of the energy"
     label = (
         f"{what} against bytes on disk for each k up to {curve.k[-1]}; this run is at {bytes_shown(curve.bytes[-1])}"
     )

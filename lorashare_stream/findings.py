@@ -238,7 +238,8 @@ def curve_of(found: Findings) -> Curve:
 
     With t the share of a side's summed trace that its bases leave out, the mean square of the relative dW error over
     the adapters of the moments lies between max(t_A, t_B) and t_A + t_B. That holds under `delta`, where traces are
-    of dW; otherwise the explained variance is all that the spectra tell.
+    of dW, if all modules are shared at their full rank; otherwise the explained variance of what is shared is all that
+    the spectra tell.
     """
     most = max((basis.k for basis in found.bases), default=0)
     powers = 2 ** np.arange(most.bit_length())
@@ -246,16 +247,26 @@ def curve_of(found: Findings) -> Curve:
     item = ITEMSIZE[found.ours["dtype"]]
     left = {side: np.zeros(len(k)) for side in SIDES}
     energy = dict.fromkeys(SIDES, 0.0)
-    size = np.zeros(len(k))
-    for basis in found.bases:
+    basis_bytes, loadings = np.zeros(len(k)), np.zeros(len(k))
+    for basis in found.bases if _all_shared(found) else [basis for basis in found.bases if basis.k]:
         lost = np.append(np.cumsum(basis.eigenvalues[::-1])[::-1], 0.0)[np.minimum(k, basis.k)]  # by the cut
         left[basis.side] += np.clip(basis.energy * (1 - basis.explained) + lost, 0.0, basis.energy)
         energy[basis.side] += basis.energy
-        size += np.minimum(k, basis.k) * float(item * (basis.d + basis.n) + 8)  # and an eigenvalue
-    fixed = found.total - size[-1]  # verbatim, metadata, headers: whatever does not grow with k
-    if found.ours["objective"] != "delta":
-        explained = 1 - (left["A"] + left["B"]) / ((energy["A"] + energy["B"]) or 1.0)
-        return Curve(k, size + fixed, explained, explained, bounds=False)
+        basis_bytes += np.minimum(k, basis.k) * float(item * basis.d + 8)  # and an eigenvalue
+        loadings += np.minimum(k, basis.k) * float(item * basis.n)
+    if loadings[-1] > found.sizes["loadings"]:  # not all vectors have loadings on their basis
+        loadings *= found.sizes["loadings"] / loadings[-1]
+    size = basis_bytes + loadings
+    size += found.total - size[-1]  # verbatim, metadata, headers: whatever does not grow with k
+    if found.ours["objective"] != "delta" or not _all_shared(found):
+        whole = energy["A"] + energy["B"]
+        explained = 1 - (left["A"] + left["B"]) / whole if whole else np.zeros(len(k))
+        return Curve(k, size, explained, explained, bounds=False)
     a, b = (left[side] / (energy[side] or 1.0) for side in SIDES)
     low, high = np.sqrt(np.maximum(a, b)), np.sqrt(np.minimum(a + b, 1.0))
-    return Curve(k, size + fixed, low, high, bounds=True)
+    return Curve(k, size, low, high, bounds=True)
+
+
+def _all_shared(found: Findings) -> bool:
+    """Whether all modules are shared at their full rank, and none was bought another form."""
+    return found.ours.get("rule") is None

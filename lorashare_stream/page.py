@@ -191,28 +191,43 @@ _WHAT = (
 
 
 def _tradeoff(found: Findings) -> Html:
-    curve, errors = curve_of(found), found.errors
-    title = element("h3", "Error against bytes" if curve.bounds else "Explained variance against bytes")
-    measured = (float(np.sqrt((errors**2).mean())), float(errors.mean())) if len(errors) else None
+    if not any(basis.k for basis in found.bases):
+        nothing = element("p", "Nothing is shared: there is no k to choose.", class_="soft")
+        return element("div", element("h3", "Error against bytes"), nothing)
+    curve, squares = curve_of(found), found.errors**2
     word = "estimated" if found.ours.get("cut_from") else "certified"
-    if not found.bases:
-        return element("div", title, element("p", "Nothing is shared: there is no k to choose.", class_="soft"))
+    measured: dict[str, float] = {}
     if curve.bounds:
-        text = (
-            "The band is a prediction from the spectra, for every smaller k that is the same in all groups: the rms of "
-            "the relative dW error over the adapters that the bases were fitted to lies between its edges, "
-            "sqrt(max(t_A, t_B)) and sqrt(t_A + t_B), t being the share of a side's energy that is left out. "
-            f"The dots are not: they are the {word} errors of this checkpoint, at its bytes on disk."
-        )
-        keys = [("c-curve", "bounds of the rms")]
-        if measured is not None:
-            keys += [("c-rms", f"{word} rms {measured[0]:.4f}"), ("c-mean", f"{word} mean {measured[1]:.4f}")]
+        title, text, keys = "Error against bytes", _BOUNDS.format(word=word), [("c-curve", "bounds of the rms")]
+        if len(squares):
+            measured = {"rms": float(np.sqrt(squares.mean())), "mean": float(found.errors.mean())}
+            keys += [(f"c-{name}", f"{word} {name} {value:.4f}") for name, value in measured.items()]
     else:
-        text = (
-            f"Under the objective {shown(found.ours['objective'], 40)} the spectra are those of the factors A and B on "
-            "their own, which bound no error of dW = s B A: so this is the share of their energy that is kept, for "
-            "every smaller k that is the same in all groups. The errors of dW are above, as certified."
-        )
-        keys = [("c-curve", "explained variance")]
+        title, keys = "Explained variance against bytes", [("c-curve", "explained variance")]
+        text = _FACTORS
+        if found.ours["objective"] == "delta":
+            text = _FORMS
+            measured = {"rms": float(1 - squares.mean())} if len(squares) else {}
+            keys += [("c-rms", f"{word}, of all of dW: {value:.4f}") for value in measured.values()]
     legend = element("div", *[element("span", element("i", class_=c), name) for c, name in keys], class_="key")
-    return element("div", title, element("figure", tradeoff(curve, measured), legend, element("figcaption", text)))
+    figure = element("figure", tradeoff(curve, measured), legend, element("figcaption", text))
+    return element("div", element("h3", title), figure)
+
+
+_BOUNDS = (
+    "The band is a prediction from the spectra for every smaller k, which then no group exceeds: the rms of the "
+    "relative dW error over the adapters that the bases were fitted to lies between its edges, sqrt(max(t_A, t_B)) "
+    "and sqrt(t_A + t_B), t being the share of a side's energy that is left out. The dots are no prediction: they are "
+    "the {word} errors of this checkpoint, at its bytes on disk."
+)
+_FACTORS = (
+    "Under the objective factors the spectra are those of A and B on their own, which bound no error of dW = s B A: "
+    "so this is the share of their energy that is kept, for every smaller k, which then no group exceeds. The errors "
+    "of dW are above, as certified."
+)
+_FORMS = (
+    "Here modules of adapters have forms of their own, or fewer ranks, so that the spectra bound no error of a whole "
+    "adapter. The line is the share of the energy that the shared bases hold of the groups that have some, for every "
+    "smaller k, all else as it is. The dot is certified: the share of the energy of dW that this checkpoint keeps, 1 "
+    "less the mean square of the errors, whatever the form."
+)
