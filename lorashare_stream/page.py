@@ -67,13 +67,13 @@ def _base(found: Findings) -> str:
 
 
 def _lead(found: Findings) -> str:
-    k = sorted({basis.k for basis in found.bases})
-    size = "" if not k else f" with k = {k[0]}" if len(k) == 1 else f" with k from {k[0]} to {k[-1]}"
+    k = sorted(basis.k for basis in found.bases if basis.k)
+    text = f"A SHARE checkpoint: {len(k)} shared {'basis' if len(k) == 1 else 'bases'}"
+    text += "" if not k else f" with k = {k[0]}" if k[0] == k[-1] else f" with k from {k[0]} to {k[-1]}"
+    if none := len(found.bases) - len(k):
+        text += f"; none for {counted(none, 'group')}, whose modules are kept without"
     kept = len(found.config.adapter_names) - len(found.certified)
-    exact = f"; {counted(kept, 'adapter')} kept exact" if kept else ""
-    return (
-        f"A SHARE checkpoint: {len(found.bases)} shared {'basis' if len(found.bases) == 1 else 'bases'}{size}{exact}."
-    )
+    return text + (f"; {counted(kept, 'adapter')} kept exact." if kept else ".")
 
 
 def _tiles(found: Findings) -> Html:
@@ -185,7 +185,7 @@ def _bytes_part(found: Findings) -> Html:
 _WHAT = (
     ("basis", "components that all share"),
     ("loadings", "coordinates of each adapter"),
-    ("verbatim", "tensors kept as they are"),
+    ("verbatim", "what is kept without the bases"),
     ("metadata", "configurations, figures, spectra"),
 )
 

@@ -215,6 +215,7 @@ def test_forms_that_were_bought_have_no_bounds(tmp_path: Path) -> None:
     kept = 1 - float((found.errors**2).mean())
     assert f"{kept:.4f}" in page(found)
     assert "forms of their own" in page(found)
+    assert "12 shared bases with k = 8; none for 12 groups" in page(found)
 
 
 def test_nothing_shared_and_k_0(tmp_path: Path) -> None:
