@@ -12,7 +12,7 @@ from typing import Any
 from .choices import Args, cluster_of, make_plan, names_meant, planned, with_config, with_workers
 from .cluster import DaskClient
 from .errors import StreamError, UsageError, skipped_as_json
-from .files import own_folder, tree_bytes, write_json
+from .files import atomic_file, own_folder, tree_bytes, write_json
 from .hub import Hub
 from .hubreader import place_of
 from .names import bytes_shown, counted, listed, name_fault, shown
@@ -127,6 +127,23 @@ def info(args: Args) -> int:
     """`info`: what a checkpoint says of itself."""
     config = read_share_config(place_of(args["checkpoint"], local_files_only="offline" in args).root)
     print_result(args, info_of(config), summary_text(config))
+    return 0
+
+
+def report(args: Args) -> int:
+    """`report`: a page of pictures of what a checkpoint says of itself."""
+    from .findings import findings_of
+    from .page import page
+
+    out = Path(args["output"])
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise UsageError("a report is an .html file", found=out, expected="a name that ends in .html")
+    if not out.absolute().parent.is_dir():
+        raise UsageError("no folder for the report", found=out.parent, remedy="Make it, or name another.")
+    content = page(findings_of(place_of(args["checkpoint"], local_files_only="offline" in args))).encode()
+    with atomic_file(out) as f:
+        f.write(content)
+    print_result(args, {"report": str(out), "bytes": len(content)}, f"{bytes_shown(len(content))} in {shown(out)}")
     return 0
 
 

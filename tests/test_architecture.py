@@ -35,9 +35,9 @@ ROOMS = {
     ],
     "story": [
         "summing", "stages", "allotting", "growing", "pipeline", "discovery", "means", "adding", "shrinking", "slicing",
-        "refitting",
-        "report", "comparison", "restoring", "scrubbing", "modelcard", "pusherrors", "pushfiles", "pushtarget",
-        "pushing", "opened", "model", "verification",
+        "refitting", "report", "comparison", "restoring", "scrubbing", "markup", "axes", "findings", "charts",
+        "pagestyle", "pageparts", "page", "modelcard", "pusherrors", "pushfiles", "pushtarget", "pushing",
+        "opened", "model", "verification",
     ],
     "shell": [
         "progress", "choices", "output", "edits", "hubcommands", "commands", "arguments", "cli", "__main__", "__init__",
