@@ -21,6 +21,7 @@ from .allotment import (
     touches,
     uniform_bytes,
 )
+from .basefiles import Bases, raw_components, shapes_of
 from .dtypes import ITEMSIZE
 from .errors import AdapterError, BudgetError
 from .files import atomic_file, own_folder, remove_tree
@@ -28,12 +29,10 @@ from .forms import Rule
 from .keys import SIDES, group_id
 from .names import bytes_shown, digest_of
 from .running import Run, check_none_lost
-from .stages import raw_components, shapes_of
 from .summing import settle
 from .tasks import Job, appraise_adapter, weigh_adapter
 from .tensorfile import write_safetensors
 
-Bases = Mapping[str, dict[str, Any]]
 FIRST = 64  # components with which the search for a limit on errors begins
 _CONFIG, _GROUP, _NAME = 4096, 300, 12  # bytes of share_config.json, of a group in it beside names, and of an adapter
 log = logging.getLogger(__name__)

@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .axes import Axis, bytes_axis, drawing, named, nice_step, num, path, x_axis, y_axis
-from .findings import PARTS, Basis, Curve
+from .findings import Basis, Curve
 from .keys import SIDES
 from .markup import Html, element, joined
 from .names import bytes_shown, counted
+from .shareformat import PARTS
 
 Array = NDArray[np.float64]
 _WIDTH = 480.0

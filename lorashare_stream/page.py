@@ -6,11 +6,12 @@ import numpy as np
 
 from .charts import bytes_bars, error_histogram, tradeoff
 from .errors import CheckpointError
-from .findings import PARTS, Findings, curve_of
+from .findings import Findings, curve_of
 from .markup import Html, element, joined
 from .names import bytes_shown, counted, shown
 from .pageparts import bases_part, provenance_part, skipped_part, table
 from .pagestyle import STYLE
+from .shareformat import PARTS
 from .version import __version__
 
 WORST, SEEN = 20, 8  # adapters that are named, and those that are seen at once

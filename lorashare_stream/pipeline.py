@@ -12,6 +12,7 @@ from typing import Any, Literal
 from threadpoolctl import threadpool_limits
 
 from .allotting import based, byte_limit
+from .basefiles import write_bases
 from .catalog import catalog
 from .checkpoint import Staging, mend, sweep
 from .devices import resolve_device
@@ -30,7 +31,7 @@ from .settings import Settings
 from .shareconfig import SHAREConfig
 from .shareformat import OURS, ours_of, skipped_of, total_bytes
 from .sources import Source
-from .stages import check_disk, head_of_job, ingest, make_job, project, write_bases
+from .stages import check_disk, head_of_job, ingest, make_job, project
 from .summary import figures_of, share_config
 from .summing import catch_up
 from .tasks import Job

@@ -13,9 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from .adapterfiles import digest_files, open_tensors, tensor_records
+from .adapterfiles import digest_files
 from .checkpoint import Staging
 from .entry import Entry
 from .errors import AdapterError, DamagedFetchError, DiskError, LockedError, ValuesError, WorkspaceError, refusal
@@ -245,34 +243,6 @@ def _shapes(journal: Journal, entries: Mapping[str, Entry]) -> dict[str, Shapes]
 def digest_of_job(choice: str, receipts: Sequence[Receipt]) -> str:
     """Digest of all that decides a checkpoint: settings and adapters."""
     return digest_of([choice, [[r.name, r.digest, r.config_digest] for r in receipts]])
-
-
-def write_bases(staging: Staging, job: Job, bases: Mapping[str, Mapping[str, Any]]) -> None:
-    """Stream the bases, and their eigenvalues, into the staged checkpoint."""
-    staging.write_components(raw_components(job, bases), shapes_of(bases), job.storage, job.basis_digest)
-    sides = {group_id(m, side): facts[side] for m, facts in bases.items() for side in SIDES if side in facts}
-    staging.write_spectrum({group: facts["eigenvalues"] for group, facts in sides.items()})
-
-
-def shapes_of(bases: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[int, int]]:
-    """Group -> (d, k) of the components of bases, of each module A before B."""
-    both = [(m, side, facts[side]) for m, facts in bases.items() for side in SIDES if side in facts]
-    return {group_id(m, side): (facts["d"], facts["k"]) for m, side, facts in both if facts["k"]}
-
-
-def raw_components(job: Job, bases: Mapping[str, Mapping[str, Any]]) -> Iterator[bytes | memoryview]:
-    """The first k components, as they are stored, of bases that are fitted; in the order of `shapes_of`."""
-    for module, facts in bases.items():
-        path = (job.basis_file(module),)
-        with open_tensors(path) as reader:
-            for record in tensor_records(path):
-                d, fitted = record.shape
-                k = facts[record.name]["k"]
-                if k == fitted:
-                    yield from reader.chunks(record)
-                elif k:
-                    rows = reader.raw(record).reshape(d, -1)
-                    yield np.ascontiguousarray(rows[:, : rows.shape[1] // fitted * k]).data.cast("B")
 
 
 def project(run: Run, job: Job, staging: Staging, receipts: Sequence[Receipt]) -> None:

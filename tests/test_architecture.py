@@ -34,7 +34,7 @@ ROOMS = {
         "tasks.components", "tasks.forming", "tasks.project", "tasks.appraise", "tasks", "summary", "reader",
     ],
     "story": [
-        "summing", "stages", "allotting", "growing", "pipeline", "discovery", "means", "adding", "shrinking", "slicing",
+        "summing", "basefiles", "stages", "allotting", "growing", "pipeline", "discovery", "means", "adding", "shrinking", "slicing",
         "refitting", "report", "comparison", "restoring", "scrubbing", "markup", "axes", "findings", "charts",
         "pagestyle", "pageparts", "page", "modelcard", "pusherrors", "pushfiles", "pushtarget", "pushing",
         "opened", "model", "verification",
