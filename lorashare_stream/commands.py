@@ -19,7 +19,8 @@ from .names import bytes_shown, counted, listed, name_fault, shown
 from .output import print_result, progress_of, say_left_out, say_what_will_be_left_out
 from .pipeline import compress as run_plan
 from .pipeline import default_workspace
-from .planning import Plan, plan_as_json
+from .planfile import plan_as_json
+from .planning import Plan
 from .publishing import check_output, output_folder
 from .remote import recalled, source_of
 from .report import facts, notes_text, plan_text, plan_warnings, summary_text, table

@@ -22,7 +22,8 @@ from .files import own_path, write_sealed
 from .growing import check_kept, check_sources, demand_unchanged, grow, growable, staged_digest
 from .journal import Journal, ModuleShape
 from .names import bytes_shown
-from .planning import Plan, make_plan, plan_as_json
+from .planfile import plan_as_json
+from .planning import Plan, make_plan
 from .publishing import check_output, output_folder
 from .records import has_files, metas_of, sizes_of
 from .remote import bytes_to_fetch, fetching_for, looked_up

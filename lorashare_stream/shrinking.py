@@ -21,7 +21,8 @@ from .journal import Journal, Receipt, Removal
 from .means import Means, check_same, opened
 from .names import digest_of, is_component
 from .pipeline import plan_for, recompute
-from .planning import Plan, plan_as_json
+from .planfile import plan_as_json
+from .planning import Plan
 from .records import metas_of, receipt_in
 from .remote import fetching_for, looked_up, recalled, source_of
 from .running import Run

@@ -25,7 +25,7 @@ ROOMS = {
     ],
     "facts": [
         "sources.source", "sources.manifest", "sources.local", "sources", "sources.pins", "layout", "entry",
-        "agreement", "ledger", "survey", "catalog", "budget", "planning",
+        "agreement", "ledger", "survey", "catalog", "budget", "planning", "planfile",
     ],
     "doing": [
         "executors", "calls", "probing", "cluster", "connecting", "devices", "fetching", "running", "remote",
@@ -34,10 +34,10 @@ ROOMS = {
         "tasks.components", "tasks.forming", "tasks.project", "tasks.appraise", "tasks", "summary", "reader",
     ],
     "story": [
-        "summing", "basefiles", "stages", "allotting", "growing", "pipeline", "discovery", "means", "adding", "shrinking", "slicing",
-        "refitting", "report", "comparison", "restoring", "scrubbing", "markup", "axes", "findings", "charts",
-        "pagestyle", "pageparts", "page", "modelcard", "pusherrors", "pushfiles", "pushtarget", "pushing",
-        "opened", "model", "verification",
+        "summing", "basefiles", "stages", "allotting", "growing", "pipeline", "discovery", "means", "adding",
+        "shrinking", "slicing", "refitting", "report", "comparison", "restoring", "scrubbing", "markup", "axes",
+        "findings", "charts", "pagestyle", "pageparts", "page", "modelcard", "pusherrors", "pushfiles", "pushtarget",
+        "pushing", "opened", "model", "verification",
     ],
     "shell": [
         "progress", "choices", "output", "edits", "hubcommands", "commands", "arguments", "cli", "__main__", "__init__",
