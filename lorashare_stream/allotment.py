@@ -2,181 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .deltas import Float64
-from .forms import Ints
 from .names import bytes_shown
+from .spectra import (
+    Allotted,
+    Spectra,
+    Weigh,
+    best_of,
+    bought_at,
+    candidates_of,
+    joined,
+    uniform_bytes,
+    weighed,
+)
 
 GRID = 8  # prices that are weighed at a time
 WIDTHS = (2.0, 1.25, 1.0)  # up to which factor a round of weighing tries other prices; of the last it does not matter
 _SPAN = 40.0  # powers of two, over which prices are tried at most
 _HALVINGS = 30  # of a range of prices
-
-
-@dataclass(frozen=True)
-class Spectra:
-    """What components there are to buy, for modules (m,) with their sides A and B.
-
-    Attributes:
-        modules: names.
-        eigenvalues: of the group of each module and side, as many as are fitted, descending: the squared relative dW
-            error, summed over adapters, that a component takes away.
-        dims: d (m, 2).
-        counts: n, the ranks of all adapters together (m,).
-        most: min(d, n) (m, 2).
-        item: bytes of a number as it is stored.
-    """
-
-    modules: tuple[str, ...]
-    eigenvalues: Sequence[tuple[Float64, Float64]]
-    dims: Ints
-    counts: Ints
-    most: Ints
-    item: int
-
-    @property
-    def fitted(self) -> Ints:
-        """Components that are there (m, 2)."""
-        return np.array([[len(side) for side in both] for both in self.eigenvalues], np.int64).reshape(-1, 2)
-
-    def basis_bytes(self, k: Ints) -> Ints:
-        """Bytes of the components k (..., m, 2) of each module (..., m)."""
-        found: Ints = self.item * (k * self.dims).sum(axis=-1)
-        return found
-
-    def held_bytes(self, k: Ints, ranks: Float64) -> int:
-        """Bytes of components k (m, 2), and of loadings of so many ranks (m,) on them."""
-        return int((k * (self.dims + ranks[:, None])).sum() * self.item)
-
-    def uniform(self, k: int) -> Ints:
-        """The same k in all groups (m, 2), clamped to what is there."""
-        return np.minimum(k, self.fitted)
-
-    def bought(self, price: float, ranks: Float64) -> Ints:
-        """Components (m, 2) worth their price: each costs d numbers, and one for every rank of every adapter (m,)."""
-        k = np.ones((len(self.modules), 2), np.int64)
-        for m, both in enumerate(self.eigenvalues):
-            for side, values in enumerate(both):
-                cost = self.item * (self.dims[m, side] + ranks[m])
-                k[m, side] = max(1, int((values >= price * cost).sum()))
-        return k
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """Allotments k (q, m, 2) that are weighed together, each with its price, and whether forms may be own ones (q,)."""
-
-    k: Ints
-    prices: Float64
-    own: NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class Weighed:
-    """What candidates come to, of one adapter or of all.
-
-    Attributes:
-        sizes: bytes of what is stored of adapters for each module (q, m).
-        errors: squared relative dW error that comes of each module (q, m), summed over adapters.
-        ranks: those that are shared (q, m), summed over adapters.
-        fixed: bytes of all else (q,).
-        least: the smallest uniform k at which the limit is met by all, sharing all; one more than there is if none is.
-    """
-
-    sizes: Float64
-    errors: Float64
-    ranks: Float64
-    fixed: Ints
-    least: int
-
-    def __add__(self, other: Weighed) -> Weighed:
-        return Weighed(
-            self.sizes + other.sizes, self.errors + other.errors, self.ranks + other.ranks,
-            self.fixed + other.fixed, max(self.least, other.least),
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Allotted:
-    """An allotment, weighed.
-
-    Attributes:
-        k: components (m, 2).
-        price: that bought them, and at which forms were chosen.
-        own: whether modules may be stored without bases.
-        sizes: bytes of each module, its bases included (m,).
-        errors: squared relative dW error of each module (m,), summed over adapters.
-        ranks: those that are shared (m,), of all adapters; all there are where none is.
-        fixed: bytes of all else.
-    """
-
-    k: Ints
-    price: float
-    own: bool
-    sizes: Float64
-    errors: Float64
-    ranks: Float64
-    fixed: int
-
-    @property
-    def total(self) -> int:
-        """Bytes of the whole checkpoint."""
-        return int(self.sizes.sum()) + self.fixed
-
-    @property
-    def error(self) -> float:
-        """Squared relative dW error, summed over adapters."""
-        return float(self.errors.sum())
-
-
-Weigh = Callable[[Candidates], Weighed]
-
-
-def weighed(spectra: Spectra, weigh: Weigh, candidates: Candidates, overhead: int) -> tuple[list[Allotted], int]:
-    """What candidates come to, and the least uniform k that meets the limit."""
-    found = weigh(candidates)
-    sizes = spectra.basis_bytes(candidates.k) + found.sizes
-    ranks = np.where(candidates.k.sum(axis=-1) > 0, found.ranks, spectra.counts)
-    asked = candidates.prices.tolist(), candidates.own.tolist()
-    each = zip(candidates.k, *asked, sizes, found.errors, ranks, found.fixed.tolist(), strict=True)
-    return [Allotted(k, p, own, size, e, r, fixed + overhead) for k, p, own, size, e, r, fixed in each], found.least
-
-
-def bought_at(spectra: Spectra, prices: Sequence[float], ranks: Float64) -> Candidates:
-    """Components bought at prices (q,), if `ranks` (m,) have to be paid for of each module."""
-    ks = [spectra.bought(price, ranks) for price in prices]
-    return candidates_of(np.array(ks, np.int64).reshape(len(ks), -1, 2), prices)
-
-
-def candidates_of(k: Ints, prices: Sequence[float], *, own: bool = True) -> Candidates:
-    """Candidates with the same freedom of forms."""
-    return Candidates(k, np.array(prices, float), np.full(len(k), own))
-
-
-def joined(*some: Candidates) -> Candidates:
-    """All candidates, one after the other."""
-    ks, prices, own = zip(*((c.k, c.prices, c.own) for c in some), strict=True)
-    return Candidates(np.concatenate(ks), np.concatenate(prices), np.concatenate(own))
-
-
-def best_of(one: Allotted, other: Allotted) -> Allotted:
-    """Of two allotments at the same price, for each module the one that is worth more: neither depends on the rest."""
-    price = one.price
-    better = one.errors + price * one.sizes <= other.errors + price * other.sizes
-    return Allotted(
-        np.where(better[:, None], one.k, other.k),
-        price,
-        one.own,
-        np.where(better, one.sizes, other.sizes),
-        np.where(better, one.errors, other.errors),
-        np.where(better, one.ranks, other.ranks),
-        max(one.fixed, other.fixed),
-    )
 
 
 def price_range(spectra: Spectra) -> tuple[float, float]:
@@ -207,11 +54,12 @@ def largest_within(spectra: Spectra, weigh: Weigh, limit: int, overhead: int) ->
 
     What components cost depends on the ranks that are shared, and these on the components: each round takes the ranks
     that were shared near the limit in the one before, and tries prices nearer to the one at which bases and loadings
-    fill it. What is left at the end buys ranks.
+    fill it. The largest uniform k that fits, all ranks being shared, is tried too. What is left at the end buys ranks.
     """
     ranks = spectra.counts.astype(float)
     low, high = (price_of_size(spectra, share * ranks, limit) for share in (0.0, 1.0))
     low, high = low / 2, 2 * high  # between these, as forms cost something else too
+    others = 0
     tried: list[Allotted] = []
     for width in WIDTHS:
         fresh = _at_prices(spectra, weigh, np.geomspace(low, high, GRID).tolist(), ranks, overhead)
@@ -221,6 +69,10 @@ def largest_within(spectra: Spectra, weigh: Weigh, limit: int, overhead: int) ->
         others = nearest.total - spectra.held_bytes(nearest.k, ranks)  # headers, what is verbatim or own
         price = price_of_size(spectra, ranks, max(1, limit - others))
         low, high = price / width, price * width
+    even = _largest_even(spectra, limit - others)
+    if even:  # where there is little to buy, steps between prices are coarse
+        all_ranks = candidates_of(spectra.uniform(even)[None], [low * 2.0**-_SPAN], own=False)
+        tried += weighed(spectra, weigh, all_ranks, overhead)[0]
     if min(a.total for a in tried) > limit:
         top = price_range(spectra)[1]
         tried += _at_prices(spectra, weigh, np.geomspace(high, top, GRID).tolist(), ranks, overhead)
@@ -237,6 +89,12 @@ def largest_within(spectra: Spectra, weigh: Weigh, limit: int, overhead: int) ->
         high = min((a.price for a in filled), default=high)
         low = max((p for p in prices if p < high), default=high / 2)
     return min(fitting, key=lambda a: (a.error, a.total)), best
+
+
+def _largest_even(spectra: Spectra, size: int) -> int:
+    """The largest k that all groups can have if all adapters share all, in `size` bytes."""
+    fits = [k for k in range(1, int(spectra.fitted.max(initial=0)) + 1) if uniform_bytes(spectra, k) <= size]
+    return max(fits, default=0)
 
 
 def _at_prices(
@@ -280,11 +138,6 @@ def smallest_with(spectra: Spectra, weigh: Weigh, overhead: int) -> tuple[Allott
 def touches(spectra: Spectra, found: Allotted) -> bool:
     """Whether a group has all components that are fitted, and could have more."""
     return bool(((found.k == spectra.fitted) & (spectra.fitted < spectra.most)).any())
-
-
-def uniform_bytes(spectra: Spectra, k: int) -> int:
-    """Bytes of bases and loadings if all share all at the same k, be it fitted or not."""
-    return spectra.held_bytes(np.minimum(k, spectra.most), spectra.counts.astype(float))
 
 
 def told(found: Allotted, adapters: int) -> str:

@@ -10,17 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .allotment import (
-    Allotted,
-    Candidates,
-    Spectra,
-    Weighed,
-    largest_within,
-    smallest_with,
-    told,
-    touches,
-    uniform_bytes,
-)
+from .allotment import largest_within, smallest_with, told, touches
 from .basefiles import Bases, raw_components, shapes_of
 from .dtypes import ITEMSIZE
 from .errors import AdapterError, BudgetError
@@ -29,6 +19,7 @@ from .forms import Rule
 from .keys import SIDES, group_id
 from .names import bytes_shown, digest_of
 from .running import Run, check_none_lost
+from .spectra import Allotted, Candidates, Spectra, Weighed, uniform_bytes
 from .summing import settle
 from .tasks import Job, appraise_adapter, weigh_adapter
 from .tensorfile import write_safetensors

@@ -17,7 +17,8 @@ ROOT = Path(lorashare_stream.__file__).parent
 ROOMS = {
     "pure": [
         "version", "names", "hubid", "errors", "dtypes", "settings", "keys", "lapack", "moments", "deltas", "patterns",
-        "peftconfig", "solvers", "subspace", "forms", "allotment",
+        "peftconfig", "solvers", "subspace", "forms", "spectra",
+        "allotment",
     ],
     "bytes": [
         "files", "tensorfile", "stacks", "picklecheck", "picklefile", "shards", "adapterfiles", "momentstore", "locks",
