@@ -8,7 +8,7 @@ import numpy as np
 
 from .deltas import Float64
 from .names import bytes_shown
-from .spectra import (
+from .offers import (
     Allotted,
     Spectra,
     Weigh,

@@ -18,8 +18,8 @@ from .files import atomic_file, own_folder, remove_tree
 from .forms import Rule
 from .keys import SIDES, group_id
 from .names import bytes_shown, digest_of
+from .offers import Allotted, Candidates, Spectra, Weighed, uniform_bytes
 from .running import Run, check_none_lost
-from .spectra import Allotted, Candidates, Spectra, Weighed, uniform_bytes
 from .summing import settle
 from .tasks import Job, appraise_adapter, weigh_adapter
 from .tensorfile import write_safetensors

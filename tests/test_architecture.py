@@ -17,7 +17,7 @@ ROOT = Path(lorashare_stream.__file__).parent
 ROOMS = {
     "pure": [
         "version", "names", "hubid", "errors", "dtypes", "settings", "keys", "lapack", "moments", "deltas", "patterns",
-        "peftconfig", "solvers", "subspace", "forms", "spectra",
+        "peftconfig", "solvers", "subspace", "forms", "offers",
         "allotment",
     ],
     "bytes": [

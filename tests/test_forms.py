@@ -26,8 +26,8 @@ from lorashare_stream.forms import (
     within,
     without_own,
 )
+from lorashare_stream.offers import Candidates, Spectra, Weighed, candidates_of, uniform_bytes
 from lorashare_stream.peftconfig import products, reranked
-from lorashare_stream.spectra import Candidates, Spectra, Weighed, candidates_of, uniform_bytes
 
 SEEDS = st.integers(0, 2**32 - 1)
 

@@ -22,7 +22,7 @@ from ..errors import AdapterError
 from ..files import atomic_file
 from ..forms import Kept, Options, at_price, core_values, options, padded, pattern_bytes, within, without_own
 from ..keys import SIDES, group_id
-from ..spectra import Candidates, Weighed
+from ..offers import Candidates, Weighed
 from ..tensorfile import float32, write_arrays
 from .components import components_at, loadings_on
 from .forming import kept_of, own_values
