@@ -17,7 +17,7 @@ ROOT = Path(lorashare_stream.__file__).parent
 ROOMS = {
     "pure": [
         "version", "names", "hubid", "errors", "dtypes", "settings", "keys", "lapack", "moments", "deltas", "patterns",
-        "peftconfig", "solvers", "subspace",
+        "peftconfig", "solvers", "subspace", "measuring", "spectra", "outlook",
     ],
     "bytes": [
         "files", "tensorfile", "stacks", "picklecheck", "picklefile", "shards", "adapterfiles", "momentstore", "locks",
@@ -25,17 +25,17 @@ ROOMS = {
     ],
     "facts": [
         "sources.source", "sources.manifest", "sources.local", "sources", "sources.pins", "layout", "entry",
-        "agreement", "ledger", "survey", "catalog", "budget", "planning",
+        "agreement", "ledger", "survey", "catalog", "budget", "planning", "sampling", "copies",
     ],
     "doing": [
-        "executors", "calls", "probing", "cluster", "connecting", "devices", "fetching", "running", "remote",
+        "executors", "calls", "probing", "cluster", "connecting", "devices", "fetching", "running", "measurement", "remote",
         "shareformat", "records", "publishing", "checkpoint",
         "shareconfig", "hubreader", "tasks.job", "tasks.ingest", "tasks.accumulate", "tasks.clean", "tasks.fit",
         "tasks.project", "tasks", "summary", "reader",
     ],
     "story": [
         "summing", "stages", "growing", "pipeline", "discovery", "means", "adding", "shrinking", "slicing", "refitting",
-        "report", "comparison", "restoring", "scrubbing", "modelcard", "pusherrors", "pushfiles", "pushtarget",
+        "report", "analysis", "analysistext", "comparison", "restoring", "scrubbing", "modelcard", "pusherrors", "pushfiles", "pushtarget",
         "pushing", "opened", "model", "verification",
     ],
     "shell": [
