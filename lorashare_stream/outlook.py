@@ -8,8 +8,8 @@ were fitted to, H(n, k) that of others. A collection of N adapters has W(N, k). 
 
 The second: j components are fitted to a half and hold for all; what is left of k is dealt out to the N/m samples that
 the collection is of, for each to have its own. All these together span k components, and the best k of all N fall
-behind them by the factor of HOSVD at most. For j = 0 it is W(m, k m / N), and on vectors without anything in common it is
-met to 0.01 for k << d; with m = N both bounds are W(m, k).
+behind them by the factor of HOSVD at most. For j = 0 it is W(m, k m / N), and on vectors without anything in common it
+is met to 0.01 for k << d; with m = N both bounds are W(m, k).
 """
 
 from __future__ import annotations

@@ -73,21 +73,17 @@ def kind_of(module: str) -> str:
     return module.rpartition(".")[2]
 
 
-def chosen_modules(entries: Sequence[Entry], work: float = WORK) -> tuple[list[str], int]:
-    """The modules to look at, of every kind as large a part, spread over the depth; and how many there are.
-
-    Those that one adapter alone has tell nothing of what adapters share, unless there are no others.
-    """
-    holders = Counter(m.name for e in entries for m in e.layout.modules)
-    modules = [m for m in holders if holders[m] > 1] or list(holders)
+def chosen_modules(entries: Iterable[Entry], work: float = WORK) -> tuple[list[str], int]:
+    """The modules to look at, of every kind as large a part, spread over the depth; and how many there are."""
+    entries = list(entries)
     rows, shapes = _rows(entries), {m.name: m for e in entries for m in e.layout.modules}
-    total = sum(work_of(rows[name], shapes[name].dim(side)) for name in modules for side in SIDES)
+    total = sum(work_of(rows[name], m.dim(side)) for name, m in shapes.items() for side in SIDES)
     share = min(1.0, work / max(1.0, total))
     kinds: dict[str, list[str]] = {}
-    for name in sorted(modules, key=_by_depth):
+    for name in sorted(shapes, key=_by_depth):
         kinds.setdefault(kind_of(name), []).append(name)
     picked = [m for some in kinds.values() for m in spread(some, max(1, round(share * len(some))))]
-    return sorted(picked, key=_by_depth), len(modules)
+    return sorted(picked, key=_by_depth), len(shapes)
 
 
 def work_of(count: int, dim: int) -> float:
