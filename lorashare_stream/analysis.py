@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
+import numpy as np
 from threadpoolctl import threadpool_limits
 
 from .copies import identical
@@ -98,7 +99,9 @@ def analyse(
         subjects = [Subject(i, e, norms[e.name]) for i, e in enumerate(used)]
         totals = measured(plan, subjects, modules, mapper, progress)
     names = [e.name for e in used]
-    middle = median(norms[name] for name in names)
+    each = [norms[name] for name in names]
+    middle = median(each)
+    pairs = near_duplicates(totals.inner * np.outer(each, each))
     outlooks = _outlooks(plan, totals, len(asked) / len(entries))
     own = {target: own_ratio(totals.singular, target) for target in TARGETS}
     return Analysis(
@@ -113,7 +116,7 @@ def analyse(
         outlooks=outlooks,
         own=own,
         initial=tuple(tuple(names[i] for i in g) for g in with_common_initial(totals.parallel, totals.compared)),
-        duplicates=tuple((names[i], names[j], d, c) for i, j, d, c in near_duplicates(totals.inner)),
+        duplicates=tuple((names[i], names[j], d, c) for i, j, d, c in pairs),
         identical=identical(plan.entries),
         recommended=recommended(outlooks, own),
     )
@@ -130,7 +133,8 @@ def _outlooks(plan: Plan, totals: Totals, share: float) -> tuple[Outlook, ...]:
     found, chance = (
         of.divided(totals.norms, some) for of in (totals.found, totals.chance)
     )  # fmt: skip
-    errors = Errors(found, chance, totals.ks, share)
+    dims, energies = zip(*totals.sizes, strict=True)
+    errors = Errors(found, chance, totals.ks, share, np.array(dims, np.float64), np.array(energies))
     item, lora = ITEMSIZE[plan.storage], max(1, plan.sizes["lora"])
     asked, most = plan.settings.num_components, max(min(g.dim, g.count) for g in plan.groups)
     out: list[Outlook] = []

@@ -35,6 +35,7 @@ class Totals:
         norms, found, chance, inner, parallel, compared: see `Measured`.
         singular: by adapter, squared singular values, and the numbers (d_in + d_out) that each costs.
         sides: by side and kind, d and the measures of each module.
+        sizes: of each module, d_in and d_out, and the energy of dW in it.
     """
 
     ks: list[int]
@@ -46,6 +47,7 @@ class Totals:
     compared: Float64
     singular: dict[int, tuple[Float64, Float64]]
     sides: dict[tuple[Side, str], list[tuple[int, Measured]]]
+    sizes: list[tuple[list[int], float]]
 
     def add(self, name: str, parts: Mapping[int, Part], one: Measured) -> None:
         """Add a module, measured, of some adapters."""
@@ -55,6 +57,7 @@ class Totals:
         self.parallel += one.parallel
         self.compared += one.compared
         dims = [next(iter(parts.values())).rows[side].shape[-1] for side in SIDES]
+        self.sizes.append((dims, float(one.norms.sum())))
         for i, part in parts.items():
             squares, costs = self.singular.get(i, (np.zeros(0), np.zeros(0)))
             own = part.singular.ravel() ** 2
@@ -90,7 +93,7 @@ def measured(
     room, at_once = _room(plan, subjects, max(held.values()), work)
     ks = ladder(max(min(rows[m], max(shapes[m])) for m in modules))
     zero, square = Capture(*(np.zeros((len(ks), count)) for _ in range(3))), (count, count)
-    totals = Totals(ks, np.zeros(count), zero, zero, np.zeros(square), np.zeros(square), np.zeros(square), {}, {})
+    totals = Totals(ks, np.zeros(count), zero, zero, np.zeros(square), np.zeros(square), np.zeros(square), {}, {}, [])
 
     def by_portion() -> Iterator[tuple[str, Mapping[int, Part], Measured]]:
         for portion in cut(modules, [held[m] for m in modules], room):

@@ -3,13 +3,14 @@
 W(n, k) is the mean energy of dW, in units of ||dW_i||^2, that bases of k components keep of the n adapters that they
 were fitted to, H(n, k) that of others. A collection of N adapters has W(N, k). A sample of m bounds it, in expectation:
 
-    W(N, k) <= W(m, k)                                              fewer adapters are fitted better
-    W(N, k) >= max over j of H(m/2, j) + W(m, i) - W(m, j),         i = j + (k - j) m / N
+    W(N, k) <= W(m, k)                                                  fewer adapters are fitted better
+    W(N, k) >= max over j of w + (1 - w) f                              i = j + (k - j) m / N
+               w = H(m/2, j) + W(m, i) - W(m, j)                        f = (k - i)^2 / ((d_in - i) (d_out - i))
 
 The second: j components are fitted to a half and hold for all; what is left of k is dealt out to the N/m samples that
-the collection is of, for each to have its own. All these together span k components, and the best k of all N fall
-behind them by the factor of HOSVD at most. For j = 0 it is W(m, k m / N), and on vectors without anything in common it
-is met to 0.01 for k << d; with m = N both bounds are W(m, k).
+the collection is of, for each to have its own, and those of the others take in f of what is left, by chance. All these
+together span k components, and the best k of all N fall behind them by the factor of HOSVD at most. On vectors without
+anything in common it is met to 0.02 where k is up to d/4. With m = N both bounds are W(m, k).
 """
 
 from __future__ import annotations
@@ -71,12 +72,15 @@ class Errors:
         found, chance: the energy (ks, adapters) that bases of `ks` components keep, as shares of that of each adapter.
         ks: ascending.
         share: m / N.
+        dims: (modules, 2) d_in and d_out. energies: (modules,) of dW in them.
     """
 
     found: Capture
     chance: Capture
     ks: Sequence[int]
     share: float
+    dims: Float64
+    energies: Float64
 
     def at(self, k: int) -> tuple[float, float, float, float]:
         """The mean relative dW error: low, expected, high, and by chance.
@@ -84,20 +88,24 @@ class Errors:
         Where chance gives the same, `high` is expected, which is right for adapters that have nothing in common. Where
         chance gives an error of 1 and they none, it is what W(m/2, k) and W(m, k) lead to, if W approaches its limit
         as 1/sqrt(n). Between, by the energy. On planted structure, 64 of 400 adapters: right to 0.02 up to k = 64.
-        Root mean squares become means as those of the sample do.
+        Root mean squares become means as those of the sample do, and the bounds are apart by twice the standard error.
         """
         low, trend, high = self._bounds(self.found, k)
         chance = self._bounds(self.chance, k)[2]
         common = min(max(1 - high / chance, 0.0), 1.0) if chance > 0 else 0.0
         expected = high - common * (high - trend)
-        own, by_chance = self._mean_over_rms(self.found, k), self._mean_over_rms(self.chance, k)
-        return own * low**0.5, own * expected**0.5, own * high**0.5, by_chance * chance**0.5
+        own, spread = self._mean_over_rms(self.found, k)
+        by_chance, _ = self._mean_over_rms(self.chance, k)
+        low, expected, high = (own * e**0.5 for e in (low, expected, high))
+        return max(low - 2 * spread, 0.0), expected, min(high + 2 * spread, 1.0), by_chance * chance**0.5
 
     def _bounds(self, of: Capture, k: int) -> tuple[float, float, float]:
         """Squared errors: the lower bound, where the trend leads, the upper bound."""
         whole, seen, held = (self._curve(c) for c in (of.whole, of.seen, of.held))
         j = np.linspace(0.0, k, 65)
-        kept = float(np.max(held(j) + whole(j + (k - j) * self.share) - whole(j)))
+        i = j + (k - j) * self.share
+        own = held(j) + whole(i) - whole(j)
+        kept = float(np.max(own + np.clip(1 - own, 0, None) * self._taken_in(k, i)))
         here = np.array([float(k)])
         low, half = 1 - float(whole(here)[0]), 1 - float(seen(here)[0])
         high = min(max(1 - kept, low), 1.0)
@@ -108,14 +116,25 @@ class Errors:
         points, means = [0.0, *self.ks], [0.0, *kept.mean(axis=1)]
         return lambda k: np.interp(k, points, means)
 
-    def _mean_over_rms(self, of: Capture, k: int) -> float:
-        """Of the errors of single adapters, as of the sample for this k, or for the largest that leaves an error."""
+    def _taken_in(self, k: int, own: Float64) -> Float64:
+        """Share of what `own` of k components leave of dW that the others take in by chance; mean over the modules."""
+        left = np.maximum(self.dims[:, :, None] - own, 0.0)
+        other = np.clip(k - own, 0.0, left)
+        shares = np.divide(other, left, out=np.ones_like(left), where=left > 0).prod(axis=1)
+        return np.asarray(self.energies @ shares / max(float(self.energies.sum()), 1e-300), np.float64)
+
+    def _mean_over_rms(self, of: Capture, k: int) -> tuple[float, float]:
+        """Of the errors of single adapters; and the standard error of their mean in a sample of so many of N.
+
+        As they are in the sample for this k, or for the largest that leaves an error.
+        """
         left = np.clip(1 - of.whole, 0, None)
         telling = np.flatnonzero((np.asarray(self.ks) <= max(k, self.ks[0])) & (left.mean(axis=1) > _ROUNDING))
         if not len(telling):
-            return 1.0
-        squares = left[telling[-1]]
-        return float(np.sqrt(squares).mean() / np.sqrt(squares.mean()))
+            return 1.0, 0.0
+        errors = np.sqrt(left[telling[-1]])
+        deviation = float(errors.std()) * ((1 - self.share) / len(errors)) ** 0.5
+        return float(errors.mean() / np.sqrt((errors**2).mean())), deviation
 
 
 def own_ratio(singular: Mapping[int, tuple[Float64, Float64]], tolerance: float) -> float:
@@ -171,7 +190,7 @@ def near_duplicates(inner: Float64) -> list[tuple[int, int, float, float]]:
     """Pairs of adapters with nearly the same dW, the nearest first: numbers, relative distance, cosine.
 
     Args:
-        inner: (m, m) products of dW, in units of `norms` that need not be 1.
+        inner: (m, m) products of dW.
     """
     squares = np.maximum(np.diag(inner), 0.0)
     distance = np.sqrt(np.maximum(squares[:, None] + squares[None] - 2 * inner, 0.0))
