@@ -8,7 +8,7 @@ from typing import Any
 
 from .analysis import LOUD, Analysis
 from .errors import problem_lines, skipped_as_json
-from .names import bytes_shown, counted, listed, shown
+from .names import bytes_shown, counted, listed
 from .outlook import COPY, SAME_DIRECTION, Outlook
 from .planning import Plan
 from .report import facts, table
@@ -41,41 +41,38 @@ def analysis_text(a: Analysis, plan: Plan) -> str:
 
 
 def _looked_at(a: Analysis) -> list[tuple[str, object]]:
-    m = len(a.sample)
-    largest = len(a.initial[0]) if a.initial else 0
-    others = sum(len(g) for g in a.initial[1:])
-    common = (
-        f"{largest / m:.0%} of the sample ({listed(a.initial[0], 3)})"
-        + (f"; {others / m:.0%} in {counted(len(a.initial) - 1, 'smaller group')}" if others else "")
-        if a.initial
-        else "none: no two lora_A began as the same matrix"
-    )
-    pairs = [f"{shown(i)} and {shown(j)} (distance {d:.2g}, cosine {c:.4f})" for i, j, d, c in a.duplicates[:3]]
-    near = f"{counted(len(a.duplicates), 'pair')} of {m * (m - 1) // 2}: {'; '.join(pairs)}" if pairs else (
-        f"no pair nearer than {COPY:.0%} or with a cosine above {SAME_DIRECTION:g}"
-    )  # fmt: skip
-    copies = sum(len(g) - 1 for g in a.identical)
+    """How much was looked at, what adapters have in common by name, and which are odd."""
+    count = len(a.sample)
+    pairs = [f"distance {d:.2g}, cosine {c:.4f}: {i}, {j}" for i, j, d, c in a.duplicates]
     lines: list[tuple[str, object]] = [
         (
             "analysed",
-            f"{m} of {counted(a.compressed, 'adapter')}, {a.modules} of {counted(a.modules_in_all, 'module')}",
+            f"{count} of {counted(a.compressed, 'adapter')}, {a.modules} of {counted(a.modules_in_all, 'module')}",
         ),
-        ("common initial A", common),
-        ("near duplicates", near),
+        ("common initial A", _common_initial(a)),
         (
-            "identical files",
-            f"{counted(copies, 'copy')[:-1] + 'ies' if copies != 1 else '1 copy'} in the whole collection: "
-            + listed([" = ".join(shown(n) for n in g[:3]) for g in a.identical], 3)
-            if copies
-            else "none in the whole collection",
+            "near duplicates",
+            f"{len(pairs)} of {counted(count * (count - 1) // 2, 'pair')}: {'; '.join(pairs[:3])}{'; ...' if len(pairs) > 3 else ''}"
+            if pairs
+            else f"no pair nearer than {COPY:.0%} or with a cosine above {SAME_DIRECTION:g}",
         ),
+        ("identical files", listed([" = ".join(group) for group in a.identical], 3) or "none in the whole collection"),
     ]
     if a.zero:
         lines.append(("all zero", f"{counted(len(a.zero), 'adapter')}: {listed(a.zero)}"))
     if a.loud:
         loud = [f"{name} ({times:.3g} times)" for name, times in a.loud.items()]
-        lines.append(("divergent?", f"||dW|| above {LOUD:g} times the median: {listed(loud)}"))
+        lines.append(("diverged?", f"||dW|| above {LOUD:g} times the median: {listed(loud)}"))
     return lines
+
+
+def _common_initial(a: Analysis) -> str:
+    if not a.initial:
+        return "none: no two lora_A began as the same matrix"
+    count, sizes = len(a.sample), [len(group) for group in a.initial]
+    text = f"{sizes[0] / count:.0%} of the sample, {sizes[0]} adapters ({listed(a.initial[0], 3)})"
+    others = f"; another {sum(sizes[1:]) / count:.0%} in {counted(len(sizes) - 1, 'other group')}"
+    return text + (others if sizes[1:] else "")
 
 
 def _spectra(a: Analysis) -> str:

@@ -19,9 +19,9 @@ from .measuring import Blocks, Float32, factored
 
 T = TypeVar("T")
 ADAPTERS = 64  # of a sample, if nothing is said of it
-ROWS = 2048  # of a group, which a sample that nothing is said of does not exceed
+ROWS = 1024  # of a group, which a sample that nothing is said of does not exceed
 FEWEST = 8
-WORK = 2e12  # flops, about half a minute of two cores
+WORK = 2e12  # flops, about half a minute on two cores
 
 
 @dataclass(frozen=True)
