@@ -26,7 +26,7 @@ from .pipeline import plan_for
 from .planning import Plan
 from .remote import source_of
 from .running import Progress, silent
-from .sampling import chosen_modules, sampled, spread
+from .sampling import chosen_modules, rows_in, sampled, spread
 from .spectra import Spectrum, spectrum_of
 from .tasks.ingest import ingest_adapter
 
@@ -102,7 +102,9 @@ def analyse(
     each = [norms[name] for name in names]
     middle = median(each)
     pairs = near_duplicates(totals.inner * np.outer(each, each))
-    outlooks = _outlooks(plan, totals, len(asked) / len(entries))
+    rest = rows_in(entries, modules) - rows_in(asked, modules)
+    share = rows_in(used, modules) / (rows_in(used, modules) + rest)  # what is wrong with some is not so with the rest
+    outlooks = _outlooks(plan, totals, share)
     own = {target: own_ratio(totals.singular, target) for target in TARGETS}
     return Analysis(
         sample=tuple(names),

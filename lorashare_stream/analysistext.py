@@ -44,6 +44,7 @@ def _looked_at(a: Analysis) -> list[tuple[str, object]]:
     """How much was looked at, what adapters have in common by name, and which are odd."""
     count = len(a.sample)
     pairs = [f"distance {d:.2g}, cosine {c:.4f}: {i}, {j}" for i, j, d, c in a.duplicates]
+    nearest = "; ".join(pairs[:3]) + ("; ..." if len(pairs) > 3 else "")
     lines: list[tuple[str, object]] = [
         (
             "analysed",
@@ -52,7 +53,7 @@ def _looked_at(a: Analysis) -> list[tuple[str, object]]:
         ("common initial A", _common_initial(a)),
         (
             "near duplicates",
-            f"{len(pairs)} of {counted(count * (count - 1) // 2, 'pair')}: {'; '.join(pairs[:3])}{'; ...' if len(pairs) > 3 else ''}"
+            f"{len(pairs)} of {counted(count * (count - 1) // 2, 'pair')}: {nearest}"
             if pairs
             else f"no pair nearer than {COPY:.0%} or with a cosine above {SAME_DIRECTION:g}",
         ),

@@ -71,7 +71,7 @@ class Errors:
     Attributes:
         found, chance: the energy (ks, adapters) that bases of `ks` components keep, as shares of that of each adapter.
         ks: ascending.
-        share: m / N.
+        share: m / N, by vectors.
         dims: (modules, 2) d_in and d_out. energies: (modules,) of dW in them.
     """
 

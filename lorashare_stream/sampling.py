@@ -64,6 +64,12 @@ def _rows(entries: Iterable[Entry]) -> Counter[str]:
     return count
 
 
+def rows_in(entries: Iterable[Entry], modules: Iterable[str]) -> int:
+    """Vectors of some modules, n, summed over them."""
+    rows = _rows(entries)
+    return sum(rows[m] for m in modules)
+
+
 def kind_of(module: str) -> str:
     """The kind of a module: the last part of its path.
 

@@ -307,7 +307,11 @@ def test_a_sample_of_the_hub_is_fetched(
         assert found.outlooks == local.outlooks
 
 
-def test_real_collections(real: Path) -> None:
+def test_real_collections(real: Path, tmp_path: Path) -> None:
+    truth = measured(real / "minilm", tmp_path, [16])
+    assert outlook(analyse(plan(real / "minilm")), 16).expected == pytest.approx(truth[16], abs=1e-3)
+    o = outlook(analyse(plan(real / "minilm"), 10), 16)
+    assert o.low <= truth[16] <= o.high
     found = analyse(plan(real / "gpt2"))
     assert found.zero == ("bhaveshasasik-generative_AI_model--gpt-lora",)
     assert found.loud.keys() == {"anirudh-ak-peft-gpt2--model-lora_model"}
