@@ -87,7 +87,7 @@ class Errors:
 
         Where chance gives the same, `high` is expected, which is right for adapters that have nothing in common. Where
         chance gives an error of 1 and they none, it is what W(m/2, k) and W(m, k) lead to, if W approaches its limit
-        as 1/sqrt(n). Between, by the energy. On planted structure, 64 of 400 adapters: right to 0.03 for k from 8 to 128.
+        as 1/sqrt(n). Between, by the energy. On planted structure, 64 of 400 adapters: right to 0.03.
         Root mean squares become means as those of the sample do, and the bounds are apart by twice the standard error.
         """
         low, trend, high = self._bounds(self.found, k)
