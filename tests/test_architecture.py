@@ -28,15 +28,15 @@ ROOMS = {
         "agreement", "ledger", "survey", "catalog", "budget", "planning", "sampling", "copies",
     ],
     "doing": [
-        "executors", "calls", "probing", "cluster", "connecting", "devices", "fetching", "running", "measurement", "remote",
-        "shareformat", "records", "publishing", "checkpoint",
+        "executors", "calls", "probing", "cluster", "connecting", "devices", "fetching", "running", "measurement",
+        "remote", "shareformat", "records", "publishing", "checkpoint",
         "shareconfig", "hubreader", "tasks.job", "tasks.ingest", "tasks.accumulate", "tasks.clean", "tasks.fit",
         "tasks.project", "tasks", "summary", "reader",
     ],
     "story": [
         "summing", "stages", "growing", "pipeline", "discovery", "means", "adding", "shrinking", "slicing", "refitting",
-        "report", "analysis", "analysistext", "comparison", "restoring", "scrubbing", "modelcard", "pusherrors", "pushfiles", "pushtarget",
-        "pushing", "opened", "model", "verification",
+        "report", "analysis", "analysistext", "comparison", "restoring", "scrubbing", "modelcard",
+        "pusherrors", "pushfiles", "pushtarget", "pushing", "opened", "model", "verification",
     ],
     "shell": [
         "progress", "choices", "output", "edits", "hubcommands", "commands", "arguments", "cli", "__main__", "__init__",
