@@ -9,9 +9,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from .analysis import analyse
+from .analysistext import analysis_as_json, analysis_text
 from .choices import Args, cluster_of, make_plan, names_meant, planned, with_config, with_workers
 from .cluster import DaskClient
-from .errors import StreamError, UsageError, skipped_as_json
+from .errors import BudgetError, CollectionError, StreamError, UsageError, skipped_as_json
 from .files import atomic_file, own_folder, tree_bytes, write_json
 from .hub import Hub
 from .hubreader import place_of
@@ -35,14 +37,23 @@ SKIPPED = 3  # exit code: done, but adapters were left out
 
 
 def plan(args: Args) -> int:
-    """`plan`: print it, write it, and fail for what it already shows to be impossible."""
-    chosen = with_config(args)
+    """`plan`: print it, write it, and fail for what it already shows to be impossible; with `--analyze`, measure."""
+    chosen, sample = with_config(args), args.get("sample")
+    if sample is not None and ("analyze" not in args or sample < 2):
+        raise UsageError("--sample needs --analyze, and two adapters or more", found=sample)
     workspace = Path(chosen["workspace"]) if "workspace" in chosen else None
     made = make_plan(chosen, workspace, runs=False, progress=progress_of(args))
+    value, text, fault = plan_as_json(made), plan_text(made), _fault(made)
+    if "analyze" in args:
+        try:
+            found = analyse(made, sample, progress=progress_of(args))
+        except (CollectionError, BudgetError) as e:
+            fault = fault or e
+        else:
+            value, text = value | {"analysis": analysis_as_json(found)}, f"{text}\n\n{analysis_text(found, made)}"
     if "output" in args:
-        write_json(Path(args["output"]), plan_as_json(made))
-    fault = _fault(made)
-    print_result(args, plan_as_json(made) | ({"error": fault.problem} if fault else {}), plan_text(made))
+        write_json(Path(args["output"]), value)
+    print_result(args, value | ({"error": fault.problem} if fault else {}), text)
     say_what_will_be_left_out(made)
     if fault is not None:
         print(f"lorashare-stream: {fault}", file=sys.stderr)

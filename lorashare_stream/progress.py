@@ -16,6 +16,7 @@ _UNITS = {
     "look": "adapter",
     "push": "file",
     "ingest": "adapter",
+    "analyse": "module",
     "accumulate": "module",
     "fit": "module",
     "project": "adapter",

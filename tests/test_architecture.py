@@ -18,7 +18,7 @@ ROOMS = {
     "pure": [
         "version", "names", "hubid", "errors", "dtypes", "settings", "keys", "lapack", "moments", "deltas", "patterns",
         "peftconfig", "solvers", "subspace", "forms", "offers",
-        "allotment",
+        "allotment", "measuring", "spectra", "outlook",
     ],
     "bytes": [
         "files", "tensorfile", "stacks", "picklecheck", "picklefile", "shards", "adapterfiles", "momentstore", "locks",
@@ -26,19 +26,19 @@ ROOMS = {
     ],
     "facts": [
         "sources.source", "sources.manifest", "sources.local", "sources", "sources.pins", "layout", "entry",
-        "agreement", "ledger", "survey", "catalog", "budget", "planning", "planfile",
+        "agreement", "ledger", "survey", "catalog", "budget", "planning", "planfile", "sampling", "copies",
     ],
     "doing": [
-        "executors", "calls", "probing", "cluster", "connecting", "devices", "fetching", "running", "remote",
-        "shareformat", "records", "publishing", "checkpoint",
+        "executors", "calls", "probing", "cluster", "connecting", "devices", "fetching", "running", "measurement",
+        "remote", "shareformat", "records", "publishing", "checkpoint",
         "shareconfig", "hubreader", "tasks.job", "tasks.ingest", "tasks.accumulate", "tasks.clean", "tasks.fit",
         "tasks.components", "tasks.forming", "tasks.project", "tasks.appraise", "tasks", "summary", "reader",
     ],
     "story": [
         "summing", "basefiles", "stages", "allotting", "growing", "pipeline", "discovery", "means", "adding",
-        "shrinking", "slicing", "refitting", "report", "comparison", "restoring", "scrubbing", "markup", "axes",
-        "findings", "charts", "pagestyle", "pageparts", "page", "modelcard", "pusherrors", "pushfiles", "pushtarget",
-        "pushing", "opened", "model", "verification",
+        "shrinking", "slicing", "refitting", "report", "analysis", "analysistext", "comparison", "restoring",
+        "scrubbing", "markup", "axes", "findings", "charts", "pagestyle", "pageparts", "page", "modelcard",
+        "pusherrors", "pushfiles", "pushtarget", "pushing", "opened", "model", "verification",
     ],
     "shell": [
         "progress", "choices", "output", "edits", "hubcommands", "commands", "arguments", "cli", "__main__", "__init__",

@@ -1,0 +1,319 @@
+"""`plan --analyze`: what a sample says is what `compress` then finds, and chance is not sold as structure."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lorashare_stream import patience
+from lorashare_stream.analysis import Analysis, analyse
+from lorashare_stream.analysistext import analysis_as_json
+from lorashare_stream.cli import main
+from lorashare_stream.deltas import Product, delta_norm
+from lorashare_stream.errors import BudgetError, CollectionError
+from lorashare_stream.executors import Serial
+from lorashare_stream.measuring import factored
+from lorashare_stream.outlook import Outlook, beyond_chance
+from lorashare_stream.pipeline import compress, plan_for
+from lorashare_stream.sampling import chosen_modules, sampled, spread
+from lorashare_stream.settings import Settings
+from lorashare_stream.shareconfig import read_share_config
+from lorashare_stream.sources import resolve
+
+from .conftest import factor_keys, load_tensors, write_adapter
+from .fakehub import ALICE, FakeHub, patched
+
+Capture = pytest.CaptureFixture[str]
+DIMS = {"layers.0.q": (96, 64), "layers.1.q": (96, 64), "layers.0.v": (96, 48)}
+
+
+def plan(folder: Path, **settings: Any) -> Any:
+    return plan_for(resolve([str(folder)]), Settings.from_mapping({"device": "cpu", "on_error": "skip"} | settings))
+
+
+def write(root: Path, count: int, tensors: Callable[[int, np.random.Generator], dict[str, np.ndarray]]) -> Path:
+    for i in range(count):
+        save(root / f"a{i:03}", tensors(i, np.random.default_rng([5, i])))
+    return root
+
+
+def save(folder: Path, tensors: dict[str, np.ndarray]) -> None:
+    rank = next(len(v) for k, v in tensors.items() if "lora_A" in k)
+    write_adapter(folder, {k: np.float32(v) for k, v in tensors.items()}, r=rank, lora_alpha=2 * rank)
+
+
+def adapters(root: Path, count: int, planted: float, seeds: Sequence[int | None] = (), r: int = 4) -> Path:
+    """Adapters whose B are so much of eight planted directions, and whose A began by some seeds; None is an own one."""
+
+    def tensors(i: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        found, rank = {}, r if i % 3 else 2 * r
+        began = seeds[i] if i < len(seeds) and seeds[i] is not None else 1000 + i
+        for number, (module, (d_in, d_out)) in enumerate(DIMS.items()):
+            a, b = factor_keys(module)
+            start = np.random.default_rng([number, began]).uniform(-1, 1, (2 * r, d_in))[:rank]
+            basis = np.linalg.qr(np.random.default_rng([6, number]).standard_normal((max(d_in, d_out), 16)))[0]
+            common = [basis[:d, 8 * side : 8 * side + 8] for side, d in enumerate((d_in, d_out))]
+            strength = np.exp(-0.3 * np.arange(8))[:, None]
+            found[a] = start / np.sqrt(d_in) + planted * (common[0] @ (strength * rng.standard_normal((8, rank)))).T
+            found[b] = planted * common[1] @ (strength * rng.standard_normal((8, rank)))
+            found[b] = found[b] + 0.3 * rng.standard_normal((d_out, rank)) / np.sqrt(d_out)
+        return found
+
+    return write(root, count, tensors)
+
+
+def measured(folder: Path, out: Path, ks: Sequence[int], **settings: Any) -> dict[int, float]:
+    """The mean error that `compress` finds, by k."""
+    errors = {}
+    for k in ks:
+        made = plan(folder, num_components=k, **settings)
+        compress(made, out / f"{k}", workspace=out / "workspace")
+        errors[k] = read_share_config(out / f"{k}").ours["errors"]["mean"]
+    return errors
+
+
+def outlook(a: Analysis, k: int) -> Outlook:
+    return next(o for o in a.outlooks if o.k == k)
+
+
+@pytest.mark.parametrize("objective", ["delta", "factors"])
+def test_of_a_whole_collection_the_errors_are_those_of_compress(tmp_path: Path, objective: str) -> None:
+    folder = adapters(tmp_path / "in", 12, planted=1.0)
+    ks = [1, 4, 8, 16]
+    truth = measured(folder, tmp_path / "out", ks, objective=objective)
+    found = analyse(plan(folder, objective=objective))
+    for k in ks:
+        o = outlook(found, k)
+        assert o.low == pytest.approx(o.high, abs=1e-9)
+        assert o.expected == pytest.approx(truth[k], abs=2e-4)
+
+
+def test_centred_bases_are_those_of_compress(tmp_path: Path) -> None:
+    folder = adapters(tmp_path / "in", 12, planted=0.5, seeds=[1] * 12)
+    truth = measured(folder, tmp_path / "out", [4, 8], objective="factors", center=True)
+    found = analyse(plan(folder, objective="factors", center=True))
+    assert [outlook(found, k).expected for k in (4, 8)] == pytest.approx(list(truth.values()), abs=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("planted", "objective", "near"),
+    [(0.0, "delta", 0.1), (0.4, "delta", 0.1), (1.5, "delta", 0.03), (1.5, "factors", 0.03)],
+)
+def test_the_error_of_a_collection_is_between_the_bounds_of_its_sample(
+    tmp_path: Path, planted: float, objective: str, near: float
+) -> None:
+    folder = adapters(tmp_path / "in", 60, planted)
+    truth = measured(folder, tmp_path / "out", [4, 16], objective=objective)
+    found = analyse(plan(folder, objective=objective), 24)
+    assert len(found.sample) == 24
+    for k, error in truth.items():
+        o = outlook(found, k)
+        assert o.low - 0.01 <= error <= o.high + 0.01
+        assert o.low <= o.expected <= o.high
+        assert o.expected == pytest.approx(error, abs=near)  # less so for unlike adapters and k near d: it is high then
+
+
+def test_bytes_are_those_of_the_plan(tmp_path: Path, collection: list[str]) -> None:
+    made = plan(Path(collection[0]).parent, num_components=5)
+    o = outlook(analyse(made, 4), 5)
+    assert o.bytes == made.sizes["basis"] + made.sizes["loadings"]
+    assert o.ratio == made.sizes["lora"] / o.bytes
+
+
+def test_chance_is_not_sold_as_structure(tmp_path: Path) -> None:
+    for count, sample in ((60, 24), (12, None)):
+        found = analyse(plan(adapters(tmp_path / f"{count}", count, planted=0.0)), sample)
+        assert not any(beyond_chance(o) for o in found.outlooks)
+        assert found.recommended.startswith("these adapters share little beyond chance")
+        assert all(s.held[8] == pytest.approx(s.held_chance[8], abs=0.05) for s in found.spectra)
+        assert all(s.top[8] == pytest.approx(s.top_chance[8], abs=0.05) for s in found.spectra)
+
+
+def test_structure_is_recommended_with_the_k_that_has_it(tmp_path: Path) -> None:
+    found = analyse(plan(adapters(tmp_path / "in", 60, planted=3.0)), 24)
+    assert found.recommended.startswith("compress -k ")
+    best = outlook(found, int(found.recommended.split()[2].rstrip(":")))
+    assert beyond_chance(best)
+    assert best.ratio > best.own
+    assert best.expected <= 0.25
+    by_kind = {(s.side, s.kind): s for s in found.spectra}
+    assert by_kind.keys() == {(side, kind) for side in "AB" for kind in "qv"}
+    assert by_kind["A", "q"].modules == 2
+    for s in found.spectra:
+        assert s.top[8] > s.top_chance[8] + 0.3
+        assert s.held[8] > s.held_chance[8] + 0.3
+        assert s.reach[0.9] <= s.reach[0.95] <= s.reach[0.99]
+        assert s.effective_rank < 20
+
+
+@pytest.mark.parametrize("planted", [0.0, 0.1])
+def test_the_share_with_a_common_initial_a_is_found(tmp_path: Path, planted: float) -> None:
+    seeds = [
+        1 if i % 2 else 2 if i % 5 == 0 else None for i in range(30)
+    ]  # ranks 4 and 8: their first rows are the same
+    found = analyse(plan(adapters(tmp_path / "in", 30, planted, seeds)))
+    expected = [tuple(f"a{i:03}" for i, seed in enumerate(seeds) if seed == which) for which in (1, 2)]
+    assert found.initial == tuple(expected)
+
+
+def test_what_is_learnt_in_common_is_no_common_beginning(tmp_path: Path) -> None:
+    assert analyse(plan(adapters(tmp_path / "in", 30, planted=3.0))).initial == ()
+
+
+def test_duplicates_are_named(tmp_path: Path) -> None:
+    folder = adapters(tmp_path / "in", 12, planted=1.0)
+    shutil.copytree(folder / "a004", folder / "b-copy")
+
+    def turned(name: str, factor: float, noise: float) -> None:
+        """The same dW by other factors, and another strength."""
+        tensors, rng = load_tensors(folder / "a007"), np.random.default_rng(0)
+        for module in DIMS:
+            a, b = factor_keys(module)
+            mixing = rng.standard_normal((len(tensors[a]),) * 2)
+            tensors[a], tensors[b] = mixing @ tensors[a], factor * tensors[b] @ np.linalg.inv(mixing)
+            tensors[b] = tensors[b] + noise * np.abs(tensors[b]).mean() * rng.standard_normal(tensors[b].shape)
+        save(folder / name, tensors)
+
+    turned("c-turned", 1.0, 0.0)
+    turned("d-louder", 2.0, 0.0)
+    turned("e-other", 1.0, 1.0)
+    found = analyse(plan(folder))
+    assert found.identical == (("a004", "b-copy"),)
+    pairs = {frozenset(pair[:2]): pair[2:] for pair in found.duplicates}
+    assert pairs.keys() == {
+        frozenset(p) for p in (("a004", "b-copy"), ("a007", "c-turned"), ("a007", "d-louder"), ("c-turned", "d-louder"))
+    }
+    assert pairs[frozenset(("a007", "c-turned"))][0] < 1e-3
+    assert pairs[frozenset(("a007", "d-louder"))] == pytest.approx((0.5, 1.0), abs=1e-3)
+    assert analyse(plan(folder), 2).identical == found.identical  # of the whole collection
+
+
+def test_bad_adapters_are_named_and_left_out(tmp_path: Path, capsys: Capture) -> None:
+    folder = adapters(tmp_path / "in", 10, planted=1.0)
+
+    def change(name: str, value: Callable[[np.ndarray], np.ndarray]) -> None:
+        tensors = {k: value(v) if "lora_B" in k else v for k, v in load_tensors(folder / name).items()}
+        save(folder / name, tensors)
+
+    change("a001", lambda b: b * 0)
+    change("a002", lambda b: np.where(np.arange(b.size).reshape(b.shape) == 3, np.nan, b))
+    change("a003", lambda b: b + 1e13)
+    change("a004", lambda b: b * 100)
+    found = analyse(plan(folder))
+    assert found.zero == ("a001",)
+    assert [p.adapter for p in found.problems] == ["a002", "a003"]
+    assert found.loud.keys() == {"a004"}
+    assert not {"a001", "a002", "a003"} & set(found.sample)
+    assert main(["plan", str(folder), "--analyze", "-q"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in ("a001", "a002", "a003", "a004", "not finite"))
+    assert text.splitlines()[-1].startswith("recommended: ")
+
+
+def test_samples_are_spread_and_the_same_every_time(tmp_path: Path) -> None:
+    folder = adapters(tmp_path / "in", 30, planted=1.0)
+    made = plan(folder)
+    found = analysis_as_json(analyse(made, 8))
+    assert list(found["sample"]) == spread([e.name for e in made.entries], 8) != [e.name for e in made.entries[:8]]
+    for again in (
+        analyse(made, 8, executor=Serial()),
+        analyse(plan(folder, workers=3), 8),
+        analyse(plan(folder, memory="210MiB"), 8),
+    ):
+        assert analysis_as_json(again) == found
+
+
+def test_work_and_memory_are_bounded(tmp_path: Path) -> None:
+    made = plan(adapters(tmp_path / "in", 12, planted=1.0))
+    chosen, in_all = chosen_modules(made.entries, work=1.0)
+    assert (chosen, in_all) == (["layers.0.v", "layers.1.q"], 3)  # one of each kind
+    assert len(sampled(made.entries * 10, None)) == 64
+    with pytest.raises(BudgetError, match="--sample"):
+        analyse(plan(tmp_path / "in", memory="192MiB"))
+
+
+def test_there_must_be_two(tmp_path: Path) -> None:
+    folder = write(tmp_path / "in", 3, lambda i, rng: dict.fromkeys(factor_keys("layers.0.q"), np.zeros((4, 4))))
+    with pytest.raises(CollectionError, match="nothing to analyse"):
+        analyse(plan(folder))
+
+
+def test_kinds_ranks_and_experts_are_mixed_freely(tmp_path: Path) -> None:
+    def tensors(i: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        keys = [*factor_keys("layers.0.q"), *factor_keys(f"layers.{i % 3}.v")]
+        return {k: rng.standard_normal((4, 12) if "lora_A" in k else (3, 4)) for k in keys}  # r > d
+
+    found = analyse(plan(write(tmp_path / "in", 9, tensors)))
+    assert found.modules == 4
+    assert found.outlooks[-1].expected <= found.outlooks[0].expected
+
+
+@pytest.mark.parametrize("experts", [1, 2])
+def test_singular_vectors_are_those_of_dw(experts: int) -> None:
+    rng = np.random.default_rng(0)
+    a, b = (rng.standard_normal(s).astype(np.float32) for s in ((2, 6, 20), (2, 10, 6)))
+    products = [Product(2.0, experts), Product(0.5, experts)]
+    rows, weights, strengths, values = factored(a, b, products, "delta")
+    for i, product in enumerate(products):
+        assert (weights[i] ** 2).sum() == pytest.approx(delta_norm(a[i], b[i], product), rel=1e-5)
+        blocks = [product.blocks(a[i], "A"), product.blocks(b[i].T, "B")]
+        for e in range(experts):
+            dw = product.scale * blocks[1][e].T @ blocks[0][e]
+            ours = (rows["B"][i, e].T * strengths[i, e]) @ rows["A"][i, e]
+            assert np.abs(ours - dw).max() < 1e-4
+            assert values[i, e] == pytest.approx(np.linalg.svd(dw)[1][: values.shape[-1]], rel=1e-4)
+
+
+def test_the_command_writes_it_beside_the_plan(tmp_path: Path, collection: list[str], capsys: Capture) -> None:
+    folder, bare, path = Path(collection[0]).parent, tmp_path / "bare.json", tmp_path / "plan.json"
+    assert main(["plan", str(folder), "-k", "4", "-o", str(bare), "-q"]) == 0
+    capsys.readouterr()
+    assert main(["plan", str(folder), "-k", "4", "--analyze", "--sample", "5", "-o", str(path), "--json"]) == 0
+    printed, written = json.loads(capsys.readouterr().out), json.loads(path.read_text())
+    assert printed["analysis"] == written["analysis"]
+    assert len(printed["analysis"]["sample"]) == 5
+    assert written["fingerprint"] == json.loads(bare.read_text())["fingerprint"]
+    assert main(["compress", "--plan", str(path), "-o", str(tmp_path / "out"), "-q"]) == 0
+
+
+@pytest.mark.parametrize("arguments", [["--sample", "5"], ["--analyze", "--sample", "1"]])
+def test_samples_that_cannot_be_meant(collection: list[str], capsys: Capture, arguments: list[str]) -> None:
+    assert main(["plan", *collection, *arguments]) == 2
+    assert "--sample" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("budget", [{}, {"disk_budget": 10_000}])
+def test_a_sample_of_the_hub_is_fetched(
+    tmp_path: Path, collection: list[str], monkeypatch: pytest.MonkeyPatch, budget: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(patience, "FIRST_PAUSE", 0.02)
+    with FakeHub() as hub:
+        patched(monkeypatch, hub, tmp_path / "home", ALICE)
+        for name in map(Path, collection):
+            files = {p.name: p.read_bytes() for p in name.iterdir()}
+            hub.add(f"org/{name.name}", files, base_model="tiny-base")
+        settings = Settings.from_mapping({"device": "cpu"} | budget)
+        made = plan_for(resolve([f"org/{Path(f).name}" for f in collection]), settings, runs=False)
+        found = analyse(made, 4)
+    assert len(found.sample) == (4 if not budget else 2)
+    local = analyse(plan(Path(collection[0]).parent), 4)
+    if not budget:
+        assert found.outlooks == local.outlooks
+
+
+def test_real_collections(real: Path, tmp_path: Path) -> None:
+    truth = measured(real / "minilm", tmp_path, [16])
+    assert outlook(analyse(plan(real / "minilm")), 16).expected == pytest.approx(truth[16], abs=1e-3)
+    o = outlook(analyse(plan(real / "minilm"), 10), 16)
+    assert o.low <= truth[16] <= o.high
+    found = analyse(plan(real / "gpt2"))
+    assert found.zero == ("bhaveshasasik-generative_AI_model--gpt-lora",)
+    assert found.loud.keys() == {"anirudh-ak-peft-gpt2--model-lora_model"}
+    assert [len(g) for g in found.initial] == [2]
+    assert found.recommended.startswith("these adapters share little beyond chance")
