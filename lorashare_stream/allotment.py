@@ -21,7 +21,12 @@ from .offers import (
 )
 
 GRID = 8  # prices that are weighed at a time
-WIDTHS = (2.0, 1.25, 1.0)  # up to which factor a round of weighing tries other prices; of the last it does not matter
+WIDTHS = (
+    2.0,
+    1.25,
+    1.04,
+    1.0,
+)  # factors, up to which the next round tries other prices; the last is not used
 _SPAN = 40.0  # powers of two, over which prices are tried at most
 _HALVINGS = 30  # of a range of prices
 
@@ -73,14 +78,19 @@ def largest_within(spectra: Spectra, weigh: Weigh, limit: int, overhead: int) ->
     if even:  # where there is little to buy, steps between prices are coarse
         all_ranks = candidates_of(spectra.uniform(even)[None], [low * 2.0**-_SPAN], own=False)
         tried += weighed(spectra, weigh, all_ranks, overhead)[0]
+    top = price_range(spectra)[1]
     if min(a.total for a in tried) > limit:
-        top = price_range(spectra)[1]
         tried += _at_prices(spectra, weigh, np.geomspace(high, top, GRID).tolist(), ranks, overhead)
-    fitting = [a for a in tried if a.total <= limit]
+    smallest = min(_at_prices(spectra, weigh, [top * 2.0**_SPAN], ranks, overhead), key=lambda a: a.total)
+    fitting = [a for a in (*tried, smallest) if a.total <= limit]
     if not fitting:
-        return None, min(tried, key=lambda a: a.total)
-    best = min(fitting, key=lambda a: (a.error, a.total))
-    low, high = best.price / 2, best.price  # of ranks only
+        return None, smallest
+    return _filled(spectra, weigh, min(fitting, key=lambda a: (a.error, a.total)), limit, overhead), smallest
+
+
+def _filled(spectra: Spectra, weigh: Weigh, best: Allotted, limit: int, overhead: int) -> Allotted:
+    """An allotment whose ranks are bought at a lower price, for what is left of a limit."""
+    fitting, low, high = [best], best.price / 2, best.price
     for _ in range(2):
         prices = np.geomspace(low, high, GRID).tolist()
         rest = candidates_of(np.repeat(best.k[None], GRID, axis=0), prices, own=best.own)
@@ -88,7 +98,7 @@ def largest_within(spectra: Spectra, weigh: Weigh, limit: int, overhead: int) ->
         fitting += filled
         high = min((a.price for a in filled), default=high)
         low = max((p for p in prices if p < high), default=high / 2)
-    return min(fitting, key=lambda a: (a.error, a.total)), best
+    return min(fitting, key=lambda a: (a.error, a.total))
 
 
 def _largest_even(spectra: Spectra, size: int) -> int:

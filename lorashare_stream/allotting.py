@@ -25,7 +25,7 @@ from .tasks import Job, appraise_adapter, weigh_adapter
 from .tensorfile import write_safetensors
 
 FIRST = 64  # components with which the search for a limit on errors begins
-_CONFIG, _GROUP, _NAME = 4096, 300, 12  # bytes of share_config.json, of a group in it beside names, and of an adapter
+_CONFIG, _GROUP, _NAME = 3700, 300, 12  # bytes of share_config.json, of a group in it beside names, and of an adapter
 log = logging.getLogger(__name__)
 
 
@@ -157,10 +157,10 @@ def _searched(
         return smallest_with(spectra, weigh, overhead)
     found, smallest = largest_within(spectra, weigh, limit - spare, overhead)
     if found is None:
+        nearest = int(1.01 * (smallest.total + spare)) + 1
         raise BudgetError(
             f"no checkpoint of these adapters is as small as {job.settings.budget} asks",
-            found=bytes_shown(limit), expected=f"at least {bytes_shown(smallest.total + spare)}",
-            remedy=_remedy(job, smallest.total + spare),
+            found=bytes_shown(limit), expected=f"at least {bytes_shown(nearest)}", remedy=_remedy(job, nearest),
         )  # fmt: skip
     return found, 0
 

@@ -156,11 +156,12 @@ class CheckpointReader:
         return tensors
 
     def _verbatim_file(self, name: str) -> Path | None:
-        recorded = self.meta(name).get(OURS, {}).get("verbatim")
-        if recorded == []:
+        ours = self.meta(name).get(OURS, {})
+        recorded = ours.get("verbatim")
+        if recorded == [] and not ours.get("own"):
             return None  # not asked for: it would be a request
         relative = f"{ADAPTERS}/{name}/{VERBATIM}"
-        return self._file(relative) if recorded else self._optional(relative)  # lorashare does not say
+        return self._file(relative) if recorded is not None else self._optional(relative)  # lorashare does not say
 
     @contextmanager
     def folder(self) -> Iterator[Path]:

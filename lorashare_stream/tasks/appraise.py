@@ -30,7 +30,7 @@ from .job import Job
 from .project import check_unchanged
 
 _OWN = "own"  # key of the squared singular values of dW (m, R)
-_META, _HUB, _HEADER = 800, 250, 76  # bytes of adapter_meta.json beside the configuration and names; of a header
+_META, _HUB, _HEADER = 620, 250, 76  # bytes of adapter_meta.json beside the configuration and names; of a header
 
 
 def appraise_adapter(job: Job, entry: Entry) -> str:
