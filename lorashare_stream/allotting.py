@@ -128,6 +128,7 @@ def _appraise(run: Run, job: Job, bases: Bases) -> None:
     todo = [e for e in entries if e.layout.modules and not job.core_file(e.name).exists()]
     if not todo:
         return
+    assert job.cores is not None
     path = job.cores / "components.safetensors"
     with atomic_file(path) as f:
         shapes = [(group, job.storage, shape) for group, shape in shapes_of(bases).items()]

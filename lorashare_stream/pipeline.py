@@ -18,7 +18,7 @@ from .checkpoint import Staging, mend, sweep
 from .devices import resolve_device
 from .errors import AdapterError, WorkspaceError, skipped_as_json
 from .executors import Cluster, Executor, Threads, at
-from .files import own_path, write_sealed
+from .files import own_path, remove_tree, write_sealed
 from .growing import check_kept, check_sources, demand_unchanged, grow, growable, staged_digest
 from .journal import Journal, ModuleShape
 from .names import bytes_shown
@@ -233,6 +233,8 @@ def recompute(
         if over <= 0:
             work.publishing(out, job.basis_digest, ours.get("basis_digest"))
             staging.commit(out, config, left_out)
+            if job.settings.discard_moments and job.cores is not None:
+                remove_tree(job.cores)
             return "recompute"
     log.info("%s more than the budget: less is bought", bytes_shown(int(over)))
     return recompute(run, given, work, out, left_out, overwrite=overwrite, spare=spare + int(over))

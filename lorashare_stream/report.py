@@ -197,6 +197,8 @@ def _of_sizes(plan: Plan) -> list[str]:
                 f"the shared form, {bytes_shown(size['basis'] + size['loadings'])}, is larger than the LoRA tensors, "
                 f"{bytes_shown(size['lora'])}: add adapters, or take k below the break-even"
             )
+    if s.budget is None and s.num_components != "auto":
+        out += _of_large_groups(plan)
     whole = [e.name for e in plan.entries if e.layout.modules and e.layout.extra_bytes > 10 * e.layout.lora_bytes]
     if whole:
         extra = sum(e.layout.extra_bytes for e in plan.entries)
@@ -205,6 +207,21 @@ def _of_sizes(plan: Plan) -> list[str]:
             f"or whole layers perhaps; they are kept verbatim, {bytes_shown(extra)} in all"
         )
     return out
+
+
+def _of_large_groups(plan: Plan) -> list[str]:
+    """Which groups are larger shared than not, where not all are."""
+    from .subspace import break_even
+
+    ends = [(g, break_even(g.dim, g.count)) for g in plan.groups if g.count]
+    large = [(g, end) for g, end in ends if g.components(plan.settings) > end]
+    if not large or len(large) == len(plan.groups):
+        return []
+    some = [f"{g.module}:{g.side} (break-even k = {end:.1f})" for g, end in large]
+    return [
+        f"{len(large)} of {len(plan.groups)} groups are larger shared than not: {listed(some, 3)}; a budget (--ratio, "
+        "--max-bytes, --max-error) keeps them as they are"
+    ]
 
 
 def adapter_notes(plan: Plan) -> list[str]:

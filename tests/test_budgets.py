@@ -153,10 +153,10 @@ def test_strangers_keep_factors_of_their_own(mixed: list[str], compressed: Compr
     share = SHAREModel.from_pretrained(out)
     for name in ("stranger0", "stranger1"):
         told = share.certified(name)
-        assert set(told["own"]) | {
+        assert set(told.get("own", ())) | {
             k.split(".lora_")[0].removeprefix("base_model.model.") for k in told["verbatim"]
         } == {*WIDE}
-    own = [name for name in share.adapter_names if share.certified(name)["own"]]
+    own = [name for name in share.adapter_names if "own" in share.certified(name)]
     assert len(own) < 10  # the others share
 
 
@@ -167,7 +167,7 @@ def test_ranks_are_trimmed_where_they_carry_nothing(mixed: list[str], compressed
     for folder in mixed:
         name = Path(folder).name
         assert after.certified(name)["relative_error"] <= before.certified(name)["relative_error"] + 0.02
-        assert not after.certified(name)["own"]
+        assert "own" not in after.certified(name)
     low = after.reconstruct("a01")
     assert low[factor_keys("layers.0.q")[0]].shape[0] <= 2
     assert after.certified("a01")["unchanged_config"] == json.loads(Path(mixed[1], "adapter_config.json").read_text())
@@ -296,9 +296,10 @@ def test_adapters_are_added_within_the_limit_and_bases_fitted_again_when_bytes_r
     sized = tmp_path / "bytes"
     size = int(0.25 * sum(disk_bytes(Path(f)) for f in mixed[:28]))
     share = SHAREModel.from_adapters(mixed[:28], output_dir=sized, max_bytes=size, device="cpu")
-    share.add_adapter(mixed[28], variance_threshold=0.01)
-    assert disk_bytes(sized) <= size
-    assert SHAREModel.from_pretrained(sized).config.ours["projected"] == []
+    for folder in mixed[28:]:
+        share.add_adapter(folder, variance_threshold=0.001)
+        assert disk_bytes(sized) <= size
+    assert len(SHAREModel.from_pretrained(sized).config.ours["projected"]) < 4
 
 
 def test_refit_takes_a_budget_and_a_smaller_k_is_cut_only_from_plain_checkpoints(

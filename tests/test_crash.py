@@ -33,7 +33,7 @@ SHM = Path("/dev/shm")
 FAULTS = [
     *[(scenario, mode) for scenario in ("compress", "replace") for mode in ("kill", "full", "power", "names")],
     ("project", "kill"), ("project", "power"), ("recompute", "kill"), ("remove", "kill"), ("remove", "power"),
-    ("remove-refit", "kill"), ("slice", "kill"), ("slice", "power"), ("discard", "kill"),
+    ("remove-refit", "kill"), ("slice", "kill"), ("slice", "power"), ("discard", "kill"), ("budget", "kill"),
 ]  # fmt: skip
 
 

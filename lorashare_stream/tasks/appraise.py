@@ -40,6 +40,7 @@ def appraise_adapter(job: Job, entry: Entry) -> str:
     if path.exists():
         return name
     check_unchanged(entry, job.receipt_of[name])
+    assert job.cores is not None
     wide = components_at(job.cores / "components.safetensors", job.cores.name, job.settings.memory, job.device)
     arrays: dict[str, NDArray[np.float32]] = {}
     own: dict[str, Float64] = {}

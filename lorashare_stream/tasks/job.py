@@ -56,7 +56,7 @@ class Job:
     choice: str
     digest: str
     rule: Rule | None = None
-    cores: Path = Path()
+    cores: Path | None = None
     basis_digest: str = ""
     grows: bool = False
     later: frozenset[int] = frozenset()
@@ -205,6 +205,7 @@ class Job:
 
     def core_file(self, name: str) -> Path:
         """Where it is kept what an adapter is on wide bases."""
+        assert self.cores is not None
         return self.cores / f"{slug(name)}.safetensors"
 
     def has_basis(self, module: str, marker: Mapping[str, Any] | None) -> bool:

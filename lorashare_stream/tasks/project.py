@@ -119,11 +119,11 @@ def _write_meta(job: Job, entry: Entry, folder: Path, form: Formed, verbatim: li
         "notes": list(receipt.notes),
         "files": {name: digest_files([folder / name]) for name in files},
     }
-    if job.rule is not None:
+    if form.own:
         ours["own"] = sorted(form.own)
-        alone = sum(array.nbytes for both in form.own.values() for array in both.values())
-        exact = (entry.layout.by_name[m] for m in form.exact)
-        ours["kept_bytes"] = alone + sum(m.a.nbytes + m.b.nbytes for m in exact)
+    if errors and (form.own or form.exact):  # beside those whose dW vanishes
+        exact = sum(m.a.nbytes + m.b.nbytes for m in map(entry.layout.by_name.__getitem__, form.exact))
+        ours["kept_bytes"] = exact + sum(array.nbytes for both in form.own.values() for array in both.values())
     if changed is not None:
         ours["unchanged_config"] = config
     origin = entry.origin
