@@ -12,7 +12,7 @@ import numpy as np
 
 from .allotment import largest_within, smallest_with, told, touches
 from .basefiles import Bases, raw_components, shapes_of
-from .dtypes import ITEMSIZE
+from .dtypes import ITEMSIZE, stored_shape
 from .errors import AdapterError, BudgetError
 from .files import atomic_file, own_folder, remove_tree
 from .forms import Rule
@@ -119,7 +119,8 @@ def _spectra(job: Job, bases: Bases, dims: Any, counts: Any, most: Any) -> Spect
         tuple(np.array(bases[m][side]["eigenvalues"]) if side in bases[m] else none for side in SIDES)
         for m in job.modules
     ]
-    return Spectra(tuple(job.modules), [(a, b) for a, b in values], dims, counts, most, ITEMSIZE[job.storage])
+    stored = dims + stored_shape((0, 0), job.storage)[0]
+    return Spectra(tuple(job.modules), [(a, b) for a, b in values], stored, counts, most, ITEMSIZE[job.storage])
 
 
 def _appraise(run: Run, job: Job, bases: Bases) -> None:
@@ -131,7 +132,7 @@ def _appraise(run: Run, job: Job, bases: Bases) -> None:
     assert job.cores is not None
     path = job.cores / "components.safetensors"
     with atomic_file(path) as f:
-        shapes = [(group, job.storage, shape) for group, shape in shapes_of(bases).items()]
+        shapes = [(group, job.storage, stored_shape(shape, job.storage)) for group, shape in shapes_of(bases).items()]
         write_safetensors(f, shapes, raw_components(job, bases))
     run.fetcher.only(todo)
     lost: list[AdapterError] = []

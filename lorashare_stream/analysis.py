@@ -14,7 +14,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from .copies import identical
-from .dtypes import ITEMSIZE
+from .dtypes import stored_bytes
 from .entry import Entry
 from .errors import AdapterError, CollectionError
 from .executors import Executor, Threads
@@ -137,11 +137,12 @@ def _outlooks(plan: Plan, totals: Totals, share: float) -> tuple[Outlook, ...]:
     )  # fmt: skip
     dims, energies = zip(*totals.sizes, strict=True)
     errors = Errors(found, chance, totals.ks, share, np.array(dims, np.float64), np.array(energies))
-    item, lora = ITEMSIZE[plan.storage], max(1, plan.sizes["lora"])
+    storage, lora = plan.storage, max(1, plan.sizes["lora"])
     asked, most = plan.settings.num_components, max(min(g.dim, g.count) for g in plan.groups)
     out: list[Outlook] = []
     for k in sorted({*ladder(most), *([min(asked, most)] if isinstance(asked, int) else [])}):
-        size = item * sum(min(k, g.dim, g.count) * (g.dim + g.count) for g in plan.groups)
+        cut = [(g, min(k, g.dim, g.count)) for g in plan.groups]
+        size = sum(stored_bytes(g.dim, n, storage) + stored_bytes(n, g.count, storage) for g, n in cut)
         if size > lora and out and out[-1].bytes > lora and k != asked:
             continue
         low, expected, high, by_chance = errors.at(k)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from .dtypes import ITEMSIZE
 from .entry import Entry
 from .keys import SIDES, Side
 from .moments import stays_stacked
@@ -119,7 +120,7 @@ def steps_of(
     k = {g.module: sum(h.components(s) for h in by_module[g.module]) for g in groups}
     loadings = 4 * max((sum(k[m.name] * m.rank for m in e.layout.modules) for e in examples(entries)), default=0)
     kept = components if keeps_components(components, s.memory) else 0
-    mapped = components // (1 if storage == "F32" else 2)  # pages that are resident
+    mapped = components * ITEMSIZE[storage] // 4  # pages that are resident
     buffers = 2 * CHUNK + pickled  # a chunk being hashed or copied; a .bin is read whole
     modules, adapters = len(by_module), len(entries)
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from .dtypes import stored_shape
 from .errors import LockedError
 from .files import atomic_file, own_folder, read_json, remove_tree, sync, sync_tree, write_json
 from .journal import Receipt
@@ -91,7 +92,8 @@ class Staging:
         """
         metadata = {"format": "pt", "basis_digest": basis_digest}
         with atomic_file(self.root / COMPONENTS) as f:
-            write_safetensors(f, ((g, dtype, shape) for g, shape in shapes.items()), components, metadata)
+            stored = ((g, dtype, stored_shape(shape, dtype)) for g, shape in shapes.items())
+            write_safetensors(f, stored, components, metadata)
 
     def write_spectrum(self, eigenvalues: Mapping[str, Sequence[float]]) -> None:
         """Write the eigenvalues of every group (k,): what a smaller k would explain."""

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .adapterfiles import open_tensors, tensor_records
-from .dtypes import ITEMSIZE
+from .dtypes import ITEMSIZE, stored_bytes
 from .errors import AdapterError, CheckpointError
 from .hubreader import Folder, Place
 from .keys import SIDES, Side, split_group_id
@@ -243,7 +243,7 @@ def curve_of(found: Findings) -> Curve:
     most = max((basis.k for basis in found.bases), default=0)
     powers = 2 ** np.arange(most.bit_length())
     k = np.union1d(np.linspace(0, most, min(most + 1, _POINTS)).round().astype(np.int64), powers)
-    item = ITEMSIZE[found.ours["dtype"]]
+    dtype = found.ours["dtype"]
     left = {side: np.zeros(len(k)) for side in SIDES}
     energy = dict.fromkeys(SIDES, 0.0)
     basis_bytes, loadings = np.zeros(len(k)), np.zeros(len(k))
@@ -251,8 +251,8 @@ def curve_of(found: Findings) -> Curve:
         lost = np.append(np.cumsum(basis.eigenvalues[::-1])[::-1], 0.0)[np.minimum(k, basis.k)]  # by the cut
         left[basis.side] += np.clip(basis.energy * (1 - basis.explained) + lost, 0.0, basis.energy)
         energy[basis.side] += basis.energy
-        basis_bytes += np.minimum(k, basis.k) * float(item * basis.d + 8)  # and an eigenvalue
-        loadings += np.minimum(k, basis.k) * float(item * basis.n)
+        basis_bytes += np.minimum(k, basis.k) * float(stored_bytes(basis.d, 1, dtype) + 8)  # and an eigenvalue
+        loadings += np.minimum(k, basis.k) * float(ITEMSIZE[dtype] * basis.n)
     if loadings[-1] > found.sizes["loadings"]:  # not all vectors have loadings on their basis
         loadings *= found.sizes["loadings"] / loadings[-1]
     size = basis_bytes + loadings

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .deltas import Float64
+from .dtypes import ITEMSIZE, alone_as, stored_bytes
 from .moments import partner_root
 
 Ints = NDArray[np.int64]
@@ -85,7 +86,7 @@ class Kept:
     plain: NDArray[np.bool_]
 
 
-def options(kept: Kept, own: Float64, core: Float64, k: Ints, item: int, energy: float) -> Options:
+def options(kept: Kept, own: Float64, core: Float64, k: Ints, storage: str, energy: float) -> Options:
     """All forms of the modules of one adapter.
 
     Args:
@@ -93,7 +94,7 @@ def options(kept: Kept, own: Float64, core: Float64, k: Ints, item: int, energy:
         own: squared singular values of dW (m, R), descending, zero beyond the rank.
         core: those of the core in the bases (..., m, R).
         k: components of A and of B together (..., m); 0 where there is no basis.
-        item: bytes of a number as it is stored.
+        storage: dtype of components and loadings.
         energy: ||dW||^2 of the whole adapter.
     """
     m, most = own.shape
@@ -103,8 +104,11 @@ def options(kept: Kept, own: Float64, core: Float64, k: Ints, item: int, energy:
     names = np.array([len(name) for name in kept.names])[:, None]
     changed = np.where(rank != kept.ranks[:, None], _DIFFER * (2 * names + _PATTERNS), 0)
     heads = 2 * (names + _HEADER)
-    shared = np.where(fits & (k[..., None] > 0), item * k[..., None] * rank + heads + changed, np.inf)
-    alone = np.where(fits & kept.plain[:, None], item * kept.dims[:, None] * rank + heads + changed, np.inf)
+    scales = 2 * stored_bytes(0, 1, storage)  # of a rank, on both sides
+    loadings = (ITEMSIZE[storage] * k[..., None] + scales) * rank
+    shared = np.where(fits & (k[..., None] > 0), loadings + heads + changed, np.inf)
+    factors = ITEMSIZE[alone_as(storage)] * kept.dims[:, None] * rank
+    alone = np.where(fits & kept.plain[:, None], factors + heads + changed, np.inf)
     whole = kept.nbytes[:, None] + heads
     lost = np.clip(norms - np.cumsum(core, axis=-1), 0.0, None)
     left = np.clip(norms - np.cumsum(own, axis=-1), 0.0, None)

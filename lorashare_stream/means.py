@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import mend
+from .dtypes import DTYPES
 from .errors import WorkspaceError
 from .executors import Cluster, Executor, Threads, at
 from .fetching import Fetcher
@@ -23,8 +24,6 @@ from .settings import Settings, overridden
 from .shareconfig import SHAREConfig, read_share_config
 from .summary import head_of
 from .workspace import Workspace
-
-_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class Means:
     def settings(self, config: SHAREConfig) -> Settings:
         """Those with which a checkpoint was made, but for the changes."""
         base = config.base_model_name_or_path or None
-        made = {**head_of(config).settings, "base_model": base, "dtype": _DTYPES[config.ours["dtype"]]}
+        made = {**head_of(config).settings, "base_model": base, "dtype": DTYPES[config.ours["dtype"]]}
         return Settings.from_mapping(overridden(made, self.changes))
 
     def compress(self, plan: Plan, out: Path, root: Path, **options: Any) -> Outcome:

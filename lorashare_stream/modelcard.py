@@ -73,6 +73,7 @@ def card(config: SHAREConfig, sources: Sequence[Provenance], repo_id: str) -> st
         _table(("", ""), facts),
         *_errors_explained(config),
         _USE.replace("REPO", repo_id),
+        *([] if config.ours.get("dtype") == "I8" else [_LORASHARE.replace("REPO", repo_id)]),  # which reads floats only
         "## Where the adapters came from",
         *_provenance(sources),
     ]
@@ -90,9 +91,8 @@ share = SHAREModel.from_pretrained("REPO")
 name = share.adapter_names[0]
 model = share.apply(base_model, name)  # a PeftModel; base_model is loaded by transformers
 weights = share.reconstruct(name, output_dir="adapter")  # or a folder that PEFT loads
-```
-
-With [lorashare](https://pypi.org/project/lorashare/) 0.1.3, which reads folders:
+```"""
+_LORASHARE = """With [lorashare](https://pypi.org/project/lorashare/) 0.1.3, which reads folders:
 
 ```python
 from huggingface_hub import snapshot_download

@@ -20,7 +20,7 @@ class Spectra:
         modules: names.
         eigenvalues: of the group of each module and side, as many as are fitted, descending: the squared relative dW
             error, summed over adapters, that a component takes away.
-        dims: d (m, 2).
+        dims: d (m, 2), and what is stored of a component beside.
         counts: n, the ranks of all adapters together (m,).
         most: min(d, n) (m, 2).
         item: bytes of a number as it is stored.

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from .budget import Group, Step, examples, groups_of, modules_of, moment_bytes, portions, steps_of
 from .catalog import Catalog
-from .dtypes import ITEMSIZE, STORAGE, widest
+from .dtypes import STORAGE, stored_bytes, widest
 from .entry import Entry
 from .errors import AdapterError, BudgetError, CollectionError, refusal
 from .names import bytes_shown, digest_of
@@ -28,7 +28,7 @@ class Plan:
         refused: those left out, with the reason.
         absent: adapters in the workspace whose sources cannot be read now: what needs no values of theirs is done.
         groups: all groups, sorted by module, A before B.
-        storage: dtype of components and loadings as safetensors names it: F32, BF16 or F16.
+        storage: dtype of components and loadings as safetensors names it: F32, BF16, F16 or I8.
         steps: the passes.
         base_model: the base model that the adapters are taken to be of; empty if nothing names it.
         inner: name -> subfolders of an adapter's folder that hold adapters too, which are not taken.
@@ -130,10 +130,9 @@ class Plan:
         """Bytes on disk: of the originals, their LoRA part, the workspace and the checkpoint (an estimate
         where k is `auto`); of moments the most at a time.
         """
-        item = ITEMSIZE[self.storage]
         k = {(g.module, g.side): g.components(self.settings) for g in self.groups}
-        basis = sum(k[g.module, g.side] * g.dim for g in self.groups) * item
-        loadings = sum(k[g.module, g.side] * g.count for g in self.groups) * item
+        basis = sum(stored_bytes(g.dim, k[g.module, g.side], self.storage) for g in self.groups)
+        loadings = sum(stored_bytes(k[g.module, g.side], g.count, self.storage) for g in self.groups)
         return {
             "originals": sum(f.size for e in self.entries for f in e.files),
             "lora": sum(e.layout.lora_bytes for e in self.entries),

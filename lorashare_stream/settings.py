@@ -19,7 +19,7 @@ _FLAGS = {"num_components": "-k", "variance_threshold": "--variance", "base_alia
 _CHOICES: dict[str, tuple[str, ...]] = {
     "objective": ("delta", "factors"),
     "moment_dtype": ("float32", "float64"),
-    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "dtype": ("auto", "float32", "bfloat16", "float16", "int8"),
     "on_error": ("raise", "skip"),
     "device": ("auto", "cpu", "cuda"),
 }
@@ -41,7 +41,8 @@ class Settings:
             `"factors"` treats A and B on their own, as the published method does.
         center: subtract the mean column before fitting (the published method); `"factors"` only.
         moment_dtype: of the accumulated moments; centring needs and gets float64.
-        dtype: of stored components and loadings; `"auto"` keeps the precision of the sources.
+        dtype: of stored components and loadings; `"auto"` keeps the precision of the sources. `"int8"`, with a scale
+            for each column, is read by this package only, not by lorashare.
         memory: bytes that the whole process may use, or each worker process of a cluster.
         workers: tasks at a time in a process; None is one per core. Fewer run if memory demands it.
         on_error: `"raise"` stops at bad adapters, `"skip"` goes on without them and lists them.
@@ -67,7 +68,7 @@ class Settings:
     objective: Objective = "delta"
     center: bool = False
     moment_dtype: Literal["float32", "float64"] = "float32"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
     memory: int = field(default=4 << 30)
     workers: int | None = None
     on_error: Literal["raise", "skip"] = "raise"

@@ -52,7 +52,7 @@ def test_errors_of_forms_are_those_of_dense_matrices(seed: int, scale: float) ->
     scales = np.array([scale])
     own = core_values(gram(a)[None], gram(b.T)[None], scales)
     inside = core_values(gram(a @ v)[None], gram((u.T @ b).T)[None], scales)
-    found = options(kept([4], [35]), own, inside, np.array([12]), 4, float(np.sum(delta**2)))
+    found = options(kept([4], [35]), own, inside, np.array([12]), "F32", float(np.sum(delta**2)))
     for j in range(1, 5):
         p, s, q = np.linalg.svd(core)
         stored = u @ (p[:, :j] * s[:j]) @ q[:j] @ v.T
@@ -84,7 +84,7 @@ def some_options(seed: int, modules: int, alternatives: int = 1) -> Options:
     core = own * rng.uniform(0, 1, (alternatives, modules, 1))
     k = rng.integers(0, 2, (alternatives, modules)) * rng.integers(2, 60, (alternatives, modules))
     plain = (rng.random(modules) < 0.8).tolist()
-    return options(kept(ranks.tolist(), [int(d) for d in rng.integers(20, 90, modules)], plain), own, core, k, 4,
+    return options(kept(ranks.tolist(), [int(d) for d in rng.integers(20, 90, modules)], plain), own, core, k, "F32",
                    float(own.sum()))  # fmt: skip
 
 

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from ..adapterfiles import check_still, open_tensors, read_config, tensor_records
 from ..deltas import Float64
-from ..dtypes import ITEMSIZE
 from ..entry import Entry
 from ..errors import AdapterError
 from ..files import atomic_file
@@ -85,8 +84,7 @@ def weigh_adapter(job: Job, modules: tuple[str, ...], candidates: Candidates, na
     loadings, own = _core(job.core_file(name))
     k = candidates.k[:, places]
     core = _cores_at(entry, loadings, k, own.shape[1])
-    item = ITEMSIZE[job.storage]
-    given = options(kept, own, core, k.sum(axis=-1), item, receipt.energy)
+    given = options(kept, own, core, k.sum(axis=-1), job.storage, receipt.energy)
     limit = job.settings.max_error
     columns = _chosen(given, candidates) if limit is None else within(given, limit**2)
     sizes[:, places], losses[:, places] = given.of(columns)
@@ -174,7 +172,7 @@ def _least(
         middle = (low + high) // 2
         k = np.minimum(middle, fitted)[None]
         core = _cores_at(entry, loadings, k, own.shape[1])
-        given: Options = options(kept, own, core, k.sum(axis=-1), 1, energy)
+        given: Options = options(kept, own, core, k.sum(axis=-1), job.storage, energy)
         error = given.of(np.broadcast_to(given.shared, (1, len(kept.names))))[1].sum()
         low, high = (low, middle) if error <= limit else (middle, high)
     return high

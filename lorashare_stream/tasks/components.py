@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..adapterfiles import tensor_records
 from ..budget import keeps_components
 from ..devices import held_on, product
-from ..dtypes import as_stored, narrowed, stacked, widened
+from ..dtypes import as_stored, narrowed, restored_as, stacked, widened
 from ..keys import Side
 from ..tensorfile import TensorRecord
 
@@ -32,7 +32,7 @@ def projected(
         loadings |= zip(some, narrowed(stored, storage), strict=True)
         restored = product(v, stored)
         hats[places] = restored.swapaxes(-1, -2) if side == "A" else restored
-    return loadings, as_stored(hats, storage)  # as `reconstruct` gives them
+    return loadings, as_stored(hats, restored_as(storage))  # as `reconstruct` gives them
 
 
 def loadings_on(components: Components, groups: Sequence[str], stack: Stack, side: Side) -> dict[str, Stack]:

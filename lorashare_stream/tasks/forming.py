@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..deltas import DeltaError, Float64, changed_errors, delta_errors, gram, relative_error
-from ..dtypes import ITEMSIZE, as_stored, narrowed
+from ..dtypes import alone_as, as_stored, narrowed, restored_as
 from ..entry import Entry
 from ..errors import AdapterError
 from ..forms import Ints, Kept, Options, Rule, chosen, core_values, options, padded, reduced
@@ -113,7 +113,7 @@ def _appraised(job: Job, entry: Entry, tensors: TensorReader) -> _Appraised:
     each, cores = (np.stack([padded(found[m], most) for m in names]) for found in (own, core))
     energy = float(each.sum())
     counts = np.array([k[m] for m in names])
-    given = options(kept_of(entry), each, cores, counts, ITEMSIZE[job.storage], energy)
+    given = options(kept_of(entry), each, cores, counts, job.storage, energy)
     return _Appraised(given, loadings, each.sum(axis=-1))
 
 
@@ -158,12 +158,14 @@ def _stored(job: Job, entry: Entry, tensors: TensorReader, appraised: _Appraised
             if alone or rank is not None:
                 rank = column[module] % most + 1
                 pair = dict(zip(SIDES, reduced(pair["A"], pair["B"], entry.product(module).scale, rank), strict=True))
-            stored = {side: as_stored(factor, job.storage) for side, factor in pair.items()}
+            storage = alone_as(job.storage) if alone else job.storage
+            stored = {side: as_stored(factor, storage) for side, factor in pair.items()}
             if alone:
-                own[module] = {side: narrowed(_as_tensor(f, side), job.storage) for side, f in stored.items()}
+                own[module] = {side: narrowed(_as_tensor(f, side), storage) for side, f in stored.items()}
             else:
-                loadings |= {group_id(module, side): narrowed(f, job.storage) for side, f in stored.items()}
-                stored = {s: as_stored(components[group_id(module, s)] @ f, job.storage) for s, f in stored.items()}
+                loadings |= {group_id(module, side): narrowed(f, storage) for side, f in stored.items()}
+                products = {s: components[group_id(module, s)] @ f for s, f in stored.items()}
+                stored = {s: as_stored(vectors, restored_as(storage)) for s, vectors in products.items()}
             hats["A"][i, : stored["A"].shape[1]] = stored["A"].T
             hats["B"][i, :, : stored["B"].shape[1]] = stored["B"]
         for side in SIDES:

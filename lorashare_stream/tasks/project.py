@@ -12,6 +12,7 @@ import numpy as np
 from ..adapterfiles import check_still, digest_files, file_fact, open_tensors, read_config
 from ..checkpoint import Staging
 from ..deltas import relative_error
+from ..dtypes import alone_as
 from ..entry import Entry
 from ..errors import AdapterError
 from ..files import naming, sealed
@@ -90,7 +91,7 @@ def _write_verbatim(job: Job, entry: Entry, tensors: TensorReader, folder: Path,
     verbatim = [*entry.layout.extras, *kept]
     shapes = [(key, record.dtype, record.shape) for key, record in verbatim]
     own = {factor_key(m, side): array for m, both in form.own.items() for side, array in both.items()}
-    shapes += [(key, job.storage, array.shape) for key, array in own.items()]
+    shapes += [(key, alone_as(job.storage), array.shape) for key, array in own.items()]
     chunks = (chunk for _, record in verbatim for chunk in tensors.chunks(record))
     if shapes:
         with (folder / VERBATIM).open("wb") as f:
