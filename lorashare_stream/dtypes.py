@@ -119,7 +119,7 @@ def _scaled(values: NDArray[np.float32]) -> NDArray[np.int8]:
         # The scale is off by 1/256 at most, so that the peak is 126.5 to 127.5 of it.
         whole = np.clip(np.rint(values / scales), -_LEVELS, _LEVELS).astype(np.int8)
     halves = np.ascontiguousarray(np.swapaxes(bits, -1, -2)).view(np.int8)  # (..., columns, 2)
-    return np.concatenate((np.swapaxes(halves, -1, -2), whole), axis=-2)
+    return np.ascontiguousarray(np.concatenate((np.swapaxes(halves, -1, -2), whole), axis=-2))  # of one column, too
 
 
 def as_stored(values: NDArray[np.floating[Any]], dtype: str) -> NDArray[np.float32]:

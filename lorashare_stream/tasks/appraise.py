@@ -19,7 +19,7 @@ from ..deltas import Float64
 from ..entry import Entry
 from ..errors import AdapterError
 from ..files import atomic_file
-from ..forms import Kept, Options, at_price, core_values, options, padded, pattern_bytes, within, without_own
+from ..forms import Kept, Options, aimed, at_price, core_values, options, padded, pattern_bytes, within, without_own
 from ..keys import SIDES, group_id
 from ..offers import Candidates, Weighed
 from ..tensorfile import float32, write_arrays
@@ -85,7 +85,8 @@ def weigh_adapter(job: Job, modules: tuple[str, ...], candidates: Candidates, na
     k = candidates.k[:, places]
     core = _cores_at(entry, loadings, k, own.shape[1])
     given = options(kept, own, core, k.sum(axis=-1), job.storage, receipt.energy)
-    limit = job.settings.max_error
+    asked = job.settings.max_error
+    limit = None if asked is None else aimed(asked, job.storage)
     columns = _chosen(given, candidates) if limit is None else within(given, limit**2)
     sizes[:, places], losses[:, places] = given.of(columns)
     most = own.shape[1]

@@ -13,7 +13,7 @@ from ..deltas import DeltaError, Float64, changed_errors, delta_errors, gram, re
 from ..dtypes import alone_as, as_stored, narrowed, restored_as
 from ..entry import Entry
 from ..errors import AdapterError
-from ..forms import Ints, Kept, Options, Rule, chosen, core_values, options, padded, reduced
+from ..forms import Ints, Kept, Options, Rule, aimed, chosen, core_values, options, padded, reduced
 from ..keys import SIDES, Side, group_id
 from ..stacks import Bundle
 from ..tensorfile import TensorReader
@@ -68,6 +68,8 @@ def _by_rule(job: Job, entry: Entry, tensors: TensorReader, rule: Rule) -> Forme
     """Each module in the form that a rule chooses; where rounding takes an adapter over a limit, it is narrowed."""
     appraised = _appraised(job, entry, tensors)
     given, wanted = appraised.given, rule
+    if rule.limit is not None:
+        wanted = replace(rule, limit=aimed(rule.limit, job.storage))
     for _ in range(_NARROWINGS):
         found = _stored(job, entry, tensors, appraised, chosen(given, wanted))
         if rule.limit is None or wanted.limit is None:
