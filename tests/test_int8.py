@@ -33,7 +33,7 @@ from lorashare_stream.shrinking import remove
 from lorashare_stream.sources import resolve
 from lorashare_stream.verification import originals_of, verify
 
-from .conftest import load_tensors, make_collection, make_tensors, tree_digest, write_adapter
+from .conftest import factor_keys, load_tensors, make_collection, tree_digest, write_adapter
 from .fakehub import ALICE, FakeHub, patched
 from .oracle import delta, groups
 from .oracle import stacked as columns_of
@@ -152,39 +152,52 @@ def test_at_the_bytes_of_bfloat16_the_error_of_real_adapters_is_less(
     assert found["int8"] < 0.95 * found["bfloat16"]
 
 
-def test_a_limit_on_errors_holds_and_own_factors_are_floats(tmp_path: Path, compressed: Compress) -> None:
-    folders = make_collection(tmp_path / "adapters", 12, WIDE, r=4)
+def planted(folder: Path, n: int, d: int, latent: int) -> list[str]:
+    """Adapters of a common subspace, and eight that share nothing with any; of ranks that differ, as training gives."""
     rng = np.random.default_rng(5)
-    alone = {key: rng.standard_normal(t.shape).astype(np.float32) for key, t in make_tensors(rng, WIDE).items()}
-    folders.append(str(write_adapter(tmp_path / "stranger", alone, r=4, lora_alpha=8)))
-    out = compressed(folders, max_error=0.1, dtype="int8")
+    shared = {key: np.linalg.qr(rng.standard_normal((d, latent)))[0] for m in "qv" for key in factor_keys(m)}
+    folders = []
+    for i in range(n + 8):
+        tensors = {}
+        for key, basis in shared.items():
+            vectors = basis @ rng.standard_normal((latent, 4)) if i < n else rng.standard_normal((len(basis), 4))
+            tensors[key] = np.ascontiguousarray(vectors.T if "lora_A" in key else vectors, np.float32)
+        folders.append(str(write_adapter(folder / f"a{i:02}", tensors, r=4, lora_alpha=8)))
+    return folders
+
+
+def test_a_limit_on_errors_holds_and_own_factors_are_floats(tmp_path: Path, compressed: Compress) -> None:
+    folders = planted(tmp_path / "adapters", 72, 64, 20)
+    out = compressed(folders, max_error=0.05, dtype="int8")
     share = SHAREModel.from_pretrained(out)
     for folder in folders:
         certified = share.certified(Path(folder).name)
-        assert certified["relative_error"] <= 0.1
-    assert problems(share, folders) == [None] * 13
-    own = share.certified("stranger")["own"]
-    assert own
-    heads = share.all_classifier_heads["stranger"]
-    assert {heads[f"base_model.model.{m}.lora_{side}.weight"].dtype for m in own for side in "AB"} == {torch.bfloat16}
-    floats = compressed(folders, "floats", max_error=0.1, dtype="float32")
-    assert disk_bytes(out) < disk_bytes(floats)
+        assert certified["relative_error"] == pytest.approx(error_of(share, folder), abs=1e-6)
+        assert certified["relative_error"] <= 0.05
+    assert not share.config.ours["verbatim_adapters"]
+    assert problems(share, folders) == [None] * 80
+    heads, own = share.all_classifier_heads["a72"], share.certified("a72")["own"]
+    keys = [key for module in own for key in factor_keys(module)]
+    assert keys
+    assert {heads[key].dtype for key in keys} == {torch.bfloat16}
+    assert share.certified("a72")["kept_bytes"] == sum(heads[key].nbytes for key in keys)
+    assert disk_bytes(out) < disk_bytes(compressed(folders, "halves", max_error=0.05, dtype="bfloat16"))
 
 
-@pytest.mark.parametrize("asked", [{"ratio": 6}, {"max_bytes": 40_000}])
+@pytest.mark.parametrize("asked", [{"ratio": 4}, {"max_bytes": 300_000}])
 def test_budgets_of_bytes_count_one_a_number_and_the_scales(
     tmp_path: Path, compressed: Compress, asked: dict[str, Any]
 ) -> None:
-    folders = make_collection(tmp_path / "adapters", 24, WIDE)
+    folders = planted(tmp_path / "adapters", 24, 384, 80)
     found = {}
     for dtype in ("float32", "int8"):
         out = compressed(folders, dtype, dtype=dtype, **asked)
         share = SHAREModel.from_pretrained(out)
-        limit = asked.get("max_bytes") or share.config.ours["bytes"]["originals"] / 6
+        limit = asked.get("max_bytes") or share.config.ours["bytes"]["originals"] / asked["ratio"]
         assert 0.9 * limit < disk_bytes(out) <= limit
-        assert problems(share, folders) == [None] * 24
+        assert problems(share, folders) == [None] * 32
         found[dtype] = share.config.ours["errors"]["mean"]
-    assert found["int8"] < found["float32"]
+    assert found["int8"] < 0.9 * found["float32"]
 
 
 def test_the_plan_says_what_it_takes(tmp_path: Path, compressed: Compress) -> None:
@@ -261,8 +274,16 @@ def test_a_smaller_k_is_cut_without_rounding_again(tmp_path: Path, compressed: C
     assert problems(SHAREModel.from_pretrained(small), folders) == [None] * 20
 
 
-@pytest.mark.parametrize("asked", [{"num_components": 6}, {"ratio": 4}, {"max_error": 0.3}])
-@pytest.mark.parametrize("workspace", [True, False])
+@pytest.mark.parametrize(
+    ("asked", "workspace"),
+    [
+        ({"num_components": 6}, True),
+        ({"num_components": 6}, False),
+        ({"ratio": 1.5}, True),
+        ({"max_error": 0.3}, True),
+        ({"max_error": 0.3}, False),
+    ],
+)
 def test_adapters_come_and_go(tmp_path: Path, compressed: Compress, asked: dict[str, Any], workspace: bool) -> None:
     folders = make_collection(tmp_path / "adapters", 16, WIDE)
     out = compressed(folders[:14], dtype="int8", **asked)
@@ -299,7 +320,7 @@ def test_interrupted_anywhere_it_comes_to_the_same_bytes(tmp_path: Path) -> None
                     raise Kill
                 yield result
 
-        settings = Settings.from_mapping({"device": "cpu", "dtype": "int8", "ratio": 2})
+        settings = Settings.from_mapping({"device": "cpu", "dtype": "int8", "ratio": 1.1})
         plan = plan_for(resolve(folders), settings, default_workspace(place))
         compress(plan, place, executor=Serial(), progress=stopping)
 
@@ -316,6 +337,7 @@ def test_interrupted_anywhere_it_comes_to_the_same_bytes(tmp_path: Path) -> None
     assert tree_digest(out) == tree_digest(tmp_path / "whole" / "out")
 
 
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # by the client, of its own PUT
 def test_it_is_pushed_as_it_is(
     tmp_path: Path, compressed: Compress, collection: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -337,9 +359,9 @@ def test_the_commands_say_it(tmp_path: Path, collection: list[str], capsys: pyte
     out = tmp_path / "out"
     assert main(["compress", *collection, "-o", str(out), "-k", "6", "--dtype", "int8", "-q"]) == 0
     assert main(["info", str(out)]) == 0
-    assert main(["verify", str(out), *collection]) == 0
+    assert main(["verify", str(out), "--sources", *collection]) == 0
     assert main(["report", str(out), "-o", str(tmp_path / "page.html")]) == 0
     assert "I8" in (tmp_path / "page.html").read_text()
-    assert main(["reconstruct", str(out), "a00", "-o", str(tmp_path / "a00")]) == 0
+    assert main(["reconstruct", str(out), "--adapter", "a00", "-o", str(tmp_path / "a00")]) == 0
     assert load_tensors(tmp_path / "a00").keys() == load_tensors(collection[0]).keys()
     capsys.readouterr()
