@@ -157,7 +157,10 @@ def _add_sources(p: argparse.ArgumentParser) -> None:
     p.add_argument("--moment-dtype", help="float32 (default) or float64")
     _add_resources(p)
     _add_on_error(p)
-    p.add_argument("--dtype", help="of what is stored: auto (default), float32, bfloat16, float16, int8")
+    p.add_argument(
+        "--dtype",
+        help="of what is stored: auto (default), float32, bfloat16, float16; or int8, which lorashare cannot read",
+    )
     p.add_argument("--base-model", metavar="ID", help="what the adapters are adapters of (default: what most name)")
     _add_base(p)
     p.add_argument(

@@ -8,6 +8,8 @@
     eigenvalues.safetensors               module:side -> (k,) of its moment
     skipped.json                          adapters that were left out, with reasons; only if there are some
 
+In int8, V and V'W have two rows more, which hold scales (`dtypes`), and lorashare cannot multiply them.
+
 lorashare 0.1.3 refuses unknown fields of share_config.json, so everything of ours is in
 `compression_stats["lorashare_stream"]`, in adapter_meta.json, or in files of its own.
 """

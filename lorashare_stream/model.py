@@ -155,7 +155,7 @@ class SHAREModel(Opened):
             output_dir: if given, a PEFT adapter folder is written there.
 
         Returns:
-            PEFT key -> tensor, in the checkpoint's dtype: lora_A (r, d_in), lora_B (d_out, r).
+            PEFT key -> tensor, in the checkpoint's dtype, of int8 in float32: lora_A (r, d_in), lora_B (d_out, r).
 
         Raises:
             UnknownAdapterError: a KeyError, if there is no such adapter.

@@ -51,7 +51,10 @@ class PerAdapter(Mapping[str, T]):
 
 
 class Components(Mapping[str, torch.Tensor]):
-    """Group id -> V (d, k), memory-mapped from one open file: a replaced checkpoint does not change it."""
+    """Group id -> V (d, k), memory-mapped from one open file: a replaced checkpoint does not change it.
+
+    What is in int8 is given in float32, widened when it is asked for.
+    """
 
     def __init__(self, path: Path, dtype: str) -> None:
         self._file, self._dtype = _open(path), dtype

@@ -6,7 +6,7 @@ added to the certified error: with orthonormal components the two errors are ort
 
     ||dW - dW_k||^2 = ||dW - dW_K||^2 + ||dW_K - dW_k||^2,
 
-which rounding to bfloat16 leaves true to some 1e-3, and to int8 to some 1e-2.
+which rounding to bfloat16 or int8 leaves true to some 1e-3.
 """
 
 from __future__ import annotations

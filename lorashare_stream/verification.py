@@ -30,7 +30,7 @@ from .tensorfile import TensorReader, float32
 
 TOLERANCE = 1e-3  # between a certified error and the one that is measured
 # Of components, by which the errors that slicing adds up are not orthogonal.
-ROUNDING = {"BF16": 1e-2, "F16": 2e-3, "I8": 2e-2}
+ROUNDING = {"BF16": 1e-2, "F16": 2e-3, "I8": 1e-2}
 
 
 @dataclass(frozen=True)
