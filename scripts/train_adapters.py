@@ -41,7 +41,7 @@ FAMILIES = {
     "sympy": "combinatorics core functions geometry integrals matrices ntheory physics polys series solvers stats",
     "torch": "ao autograd distributed distributions fx nn onnx utils",
     "networkx": "algorithms classes generators readwrite",
-    "numpy": "_core lib ma polynomial",
+    "numpy": "_core lib polynomial",
     "": "asyncio email idlelib importlib tkinter xml distributed fsspec huggingface_hub hypothesis "
     "joblib mpmath mypy narwhals packaging pydantic pygments rich setuptools tornado zarr typer",
 }
@@ -139,6 +139,8 @@ def data(task: tuple[str, ...]) -> Task:
         own = tuple(x for x in texts(package) if len(owners[x[0]]) == 1)
         for part, chosen in zip(("train", "held_out"), split(own, TRAIN, HELD_OUT), strict=True):
             result[part] += [[text, label] for text in chosen]
+            if len(chosen) < TRAIN // 2:
+                raise SystemExit(f"{package} has too little text: {len(chosen)} paragraphs, {part}")
     return result
 
 
@@ -208,8 +210,8 @@ def train(number: int, task: tuple[str, ...], root: Path) -> str:
     (root / "tasks" / f"{name}.json").write_text(json.dumps(facts))
     (root / "adapters").mkdir(exist_ok=True)
     part.rename(root / "adapters" / name)
-    seconds = time.perf_counter() - begun
-    return f"{name} ({facts['half']}): {facts['accuracy']:.3f} of {len(facts['held_out'])}, {seconds:.0f} s, {' '.join(task)}"
+    told = f"{name} ({facts['half']}): {facts['accuracy']:.3f} of {len(facts['held_out'])}"
+    return f"{told}, {time.perf_counter() - begun:.0f} s, {' '.join(task)}"
 
 
 def accuracy(model: Any, encode: Any, texts: list[Any]) -> float:
