@@ -242,9 +242,12 @@ class Evidence:
             zero = [i for i, adapter in c.adapters.items() if not any(m.norm for m in adapter.values())]
             about = {"collection": name, "adapters": len(c.adapters), "zero": zero, **c.bytes.as_dict()}
             self._about(c, about)
-            tasks = Tasks(self.args.trained, c) if name == "trained" and not self.args.no_tasks else None
-            if tasks is not None and self.results.find("originals", collection=name) is None:
-                self.results.add("originals", {"collection": name, **tasks.originals()})
+            tasks = None
+            if name == "trained" and not self.args.no_tasks:
+                known = self.results.find("originals", collection=name)
+                tasks = Tasks(self.args.trained, c, known and known["labels"])
+                if known is None:
+                    self.results.add("originals", {"collection": name, **tasks.originals()})
             for system, k, work in self._systems(c):
                 if self.args.systems and not system.startswith(tuple(self.args.systems)):
                     continue
@@ -324,7 +327,7 @@ class Evidence:
 class Tasks:
     """Held-out text of the trained adapters, and their predictions on it."""
 
-    def __init__(self, root: Path, c: Collection) -> None:
+    def __init__(self, root: Path, c: Collection, known: Mapping[str, list[int]] | None = None) -> None:
         import torch
 
         self.c, self.encode = c, train_adapters.encoder()
@@ -333,7 +336,10 @@ class Tasks:
         self.layers = {name: m for name, m in self.model.named_modules() if isinstance(m, torch.nn.Linear)}
         self.base = {name: m.weight.detach().clone() for name, m in self.layers.items()}
         self.texts = {name: self._encoded(facts["held_out"]) for name, facts in self.facts.items()}
-        self.predicted = {name: self.predict(name, adapter) for name, adapter in c.adapters.items()}
+        self.predicted = {
+            name: np.array(known[name]) if known else self.predict(name, adapter)
+            for name, adapter in c.adapters.items()
+        }
 
     def _encoded(self, texts: list[Any]) -> list[tuple[Any, list[int]]]:
         """Batches of texts of like length, and where they were."""
@@ -365,6 +371,7 @@ class Tasks:
                 raise SystemExit(f"{name}: accuracy {right[name]}, and {facts['accuracy']} when it was trained")
         return {
             "accuracy": right,
+            "labels": {name: labels.tolist() for name, labels in self.predicted.items()},
             "half": {name: facts["half"] for name, facts in self.facts.items()},
             "texts": sum(len(facts["held_out"]) for facts in self.facts.values()),
             "classes": train_adapters.CLASSES,
