@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_report
+import evidence_chart
 import numpy as np
 
 Line = dict[str, Any]
@@ -41,12 +42,15 @@ SHARED_BASIS = ("lorashare", "factors", "delta", "delta, bfloat16", "delta, trim
 def render(lines: list[Line], path: Path) -> None:
     kept = {**KEPT, **dict(bench_report.KEEP.findall(path.read_text()))} if path.exists() else KEPT
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(_page(lines, kept)).rstrip() + "\n")
-
-
-def _page(lines: list[Line], kept: dict[str, str]) -> Iterator[str]:
+    path.write_text("\n".join(_page(lines, kept, path.with_suffix(".svg").name)).rstrip() + "\n")
     rows = [x for x in lines if x["kind"] == "row"]
-    names = list(dict.fromkeys(x["collection"] for x in rows))
+    abouts = {name: _about(lines, name) for name in _names(rows)}
+    path.with_suffix(".svg").write_text(evidence_chart.chart(rows, abouts))
+
+
+def _page(lines: list[Line], kept: dict[str, str], chart: str) -> Iterator[str]:
+    rows = [x for x in lines if x["kind"] == "row"]
+    names = _names(rows)
     yield from (
         "# Evidence",
         "",
@@ -54,6 +58,8 @@ def _page(lines: list[Line], kept: dict[str, str]) -> Iterator[str]:
         "",
     )
     yield from (f"<!-- keep summary -->\n{kept['summary']}<!-- /keep -->", "")
+    yield f"![Mean error of dW against how many times fewer LoRA bytes, both logarithmic]({chart})"
+    yield ""
     yield from bench_report._machine(lines)
     yield from ("## How it is measured", METHOD, "")
     yield from _checks(rows, names)
@@ -65,6 +71,10 @@ def _page(lines: list[Line], kept: dict[str, str]) -> Iterator[str]:
         yield from _everything([x for x in rows if x["collection"] == name], _about(lines, name))
     yield from _left(lines)
     yield f"<!-- keep limits -->\n{kept['limits']}<!-- /keep -->"
+
+
+def _names(rows: list[Line]) -> list[str]:
+    return sorted({x["collection"] for x in rows}, key=lambda name: (name == "trained", name))
 
 
 def _about(lines: list[Line], name: str) -> Line:
@@ -246,7 +256,7 @@ def _everything(rows: list[Line], about: Line) -> Iterator[str]:
 
 def _left(lines: list[Line]) -> Iterator[str]:
     told: dict[tuple[str, str], list[str]] = {}
-    for x in lines:
+    for x in sorted(lines, key=lambda x: str(x.get("collection"))):
         if x["kind"] == "left":
             told.setdefault((x["system"], x["why"]), []).append(x["collection"])
         if x["kind"] == "row" and "refuses" in x:
