@@ -33,6 +33,7 @@ METHOD = """\
 - **vlora** flattens a tensor to one vector, and its k is none of ours: compare it by bytes. It needs equal ranks.
 - **trained**: MiniLM adapters of `scripts/train_adapters.py`, r = 8 on query and value, each on a task of its own:
   which of four packages is a paragraph of documentation from? Half share one initial A, half have a seed each.
+  `trained-shared` and `trained-own` are the halves, each compressed as a collection of its own.
   Accuracy and agreement (same prediction as by the original adapter) are on held-out files."""
 TARGETS = (("distilbert", 32, 0.36), ("gpt2", 16, 0.43), ("minilm", 32, 0.75))
 AT_BYTES = ("lorashare", "factors", "delta", "truncated SVD")
@@ -74,7 +75,7 @@ def _page(lines: list[Line], kept: dict[str, str], chart: str) -> Iterator[str]:
 
 
 def _names(rows: list[Line]) -> list[str]:
-    return sorted({x["collection"] for x in rows}, key=lambda name: (name == "trained", name))
+    return sorted({x["collection"] for x in rows}, key=lambda name: (name.startswith("trained"), name))
 
 
 def _about(lines: list[Line], name: str) -> Line:
@@ -161,7 +162,8 @@ def _check(claim: str, measured: str, holds: bool) -> str:
 
 def _at_bytes(rows: list[Line], about: Line) -> Iterator[str]:
     """Mean error by k, all systems at the LoRA bytes of `delta` with it."""
-    delta = {x["k"]: x for x in rows if x["system"] == "delta"}
+    peer = {x["k"] for x in rows if x["system"] == "lorashare"}  # of `delta` there may be more
+    delta = {x["k"]: x for x in rows if x["system"] == "delta" and x["k"] in peer}
     zero = f", of which {len(about['zero'])} with dW = 0" if about["zero"] else ""
     ranks = ", ".join(map(str, about["ranks"]))
     yield f"## {about['collection']}: mean error at the same bytes"
@@ -256,8 +258,9 @@ def _everything(rows: list[Line], about: Line) -> Iterator[str]:
 
 def _left(lines: list[Line]) -> Iterator[str]:
     told: dict[tuple[str, str], list[str]] = {}
+    done = {(x["collection"], x["system"], x["k"]) for x in lines if x["kind"] == "row"}
     for x in sorted(lines, key=lambda x: str(x.get("collection"))):
-        if x["kind"] == "left":
+        if x["kind"] == "left" and (x["collection"], x["system"], x["k"]) not in done:
             told.setdefault((x["system"], x["why"]), []).append(x["collection"])
         if x["kind"] == "row" and "refuses" in x:
             why = f"refuses by itself ({x['refuses'].lower()}); run without its check of configurations"
