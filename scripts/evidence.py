@@ -37,7 +37,9 @@ COLLECTIONS = (*REAL, "trained", *HALVES)
 KS = (8, 16, 32, 64, 128)
 TASK_KS = (16, 32, 64)
 TASK_EVERY = 2  # one of so many held-out texts is asked of what is reconstructed, whatever its class
-TASK_SYSTEMS = ("originals, int8", "lorashare", "factors", "delta", "truncated SVD")  # by k; and what has none
+TASK_SYSTEMS = (
+    "originals, int8", "lorashare", "factors", "delta", "delta, int8", "truncated SVD", "truncated SVD, int8",
+)  # fmt: skip
 VLORA_KS = (1, 2, 4, 8, 16, 24)  # its vectors are whole tensors, of which N adapters have no more than N
 AGREES = 1e-3  # our certificate with what is measured here
 Line = dict[str, Any]

@@ -22,7 +22,8 @@ METHOD = """\
   opened, reconstructed into PEFT folders, and those are read.
 - **LoRA bytes**: the numbers from which LoRA is rebuilt: A and B; or components, means and loadings. What we keep exact
   of LoRA is *verbatim*. **All bytes**: everything on the disk, heads and other extras, headers, configurations and
-  certificates too. vlora keeps no heads: they are counted as they were. `x` is how many times fewer than the originals.
+  certificates too. vlora keeps no heads: they are counted as they were. (x) is how many times
+  fewer than the originals, verbatim ones counted in the tables of all rows.
 - **Same k is the same LoRA bytes** for lorashare, `factors` and `delta`, except where lorashare stores components that
   its columns cannot span (k above n), which we leave out.
 - **truncated SVD**: each adapter on its own, at the LoRA bytes of `delta` with that k. Singular triples are taken
@@ -98,11 +99,10 @@ def curve(rows: list[Line], system: str, size: Any = lora) -> list[tuple[int, fl
 
 
 def at(points: list[tuple[int, float]], size: int) -> float | None:
-    """Error at a number of bytes, log-log between measured ones; that of the last where there are more bytes."""
+    """Error at a number of bytes, linear between measured ones, which for a convex curve is more than it would be."""
     if not points or size < points[0][0]:
         return None
-    x, y = (np.log(np.maximum(values, 1e-12)) for values in zip(*points, strict=True))
-    return float(np.exp(np.interp(np.log(size), x, y)))
+    return float(np.interp(size, *zip(*points, strict=True)))
 
 
 def _checks(rows: list[Line], names: list[str]) -> Iterator[str]:
@@ -192,7 +192,7 @@ def _int8(rows: list[Line], names: list[str]) -> Iterator[str]:
     if not any(x["system"] == "delta, int8" for x in rows):
         return
     yield from ("## Is int8 worth a storage dtype?", "Mean error at the LoRA bytes of `delta, int8` with each k;")
-    yield from ("bfloat16 and float32 then have room for a smaller k only (log-log between measured k).", "")
+    yield from ("bfloat16 and float32 then have room for a smaller k only (linear between measured k).", "")
     yield "| collection | k | MB | int8, its rounding | int8 | bfloat16 | float32 | truncated SVD, int8 |"
     yield "|---" * 8 + "|"
     for name in names:
@@ -200,7 +200,7 @@ def _int8(rows: list[Line], names: list[str]) -> Iterator[str]:
         wide = {x["k"]: x["mean"] for x in here if x["system"] == "delta"}
         svd = {x["k"]: x["mean"] for x in here if x["system"] == "truncated SVD, int8"}
         bf16, f32 = curve(here, "delta, bfloat16"), curve(here, "delta")
-        for x in (x for x in here if x["system"] == "delta, int8"):
+        for x in sorted((x for x in here if x["system"] == "delta, int8"), key=lambda x: x["k"]):
             rounding = np.sqrt(max(x["mean"] ** 2 - wide.get(x["k"], 0.0) ** 2, 0.0))
             cells = [at(bf16, x["lora"] + x["verbatim"]), at(f32, x["lora"] + x["verbatim"]), svd.get(x["k"])]
             told = " | ".join(_error(e) for e in (x["mean"], *cells))

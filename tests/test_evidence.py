@@ -197,7 +197,7 @@ def test_the_page_says_yes_and_no_and_keeps_what_was_written_by_hand(tmp_path: P
 
 def test_errors_between_measured_ones() -> None:
     points = evidence_report.curve([row("c", "s", 1, 100, 0.4), row("c", "s", 2, 400, 0.1)], "s")
-    assert evidence_report.at(points, 200) == pytest.approx(0.2)
+    assert evidence_report.at(points, 200) == pytest.approx(0.3)
     assert evidence_report.at(points, 50) is None
     assert evidence_report.at(points, 900) == pytest.approx(0.1)
 
