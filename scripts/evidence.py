@@ -35,7 +35,7 @@ REAL = ("distilbert", "gpt2", "minilm")
 HALVES = {"trained-shared": "shared", "trained-own": "own"}  # each half of the trained ones as a collection
 COLLECTIONS = (*REAL, "trained", *HALVES)
 KS = (8, 16, 32, 64, 128)
-TASK_KS = (16, 32, 64)
+TASK_KS = (8, 16, 32, 64)
 TASK_EVERY = 2  # one of so many held-out texts is asked of what is reconstructed, whatever its class
 TASK_SYSTEMS = (
     "originals, int8", "lorashare", "factors", "delta", "delta, int8", "truncated SVD", "truncated SVD, int8",

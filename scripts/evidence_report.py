@@ -23,7 +23,7 @@ METHOD = """\
 - **LoRA bytes**: the numbers from which LoRA is rebuilt: A and B; or components, means and loadings. What we keep exact
   of LoRA is *verbatim*. **All bytes**: everything on the disk, heads and other extras, headers, configurations and
   certificates too. vlora keeps no heads: they are counted as they were. (x) is how many times
-  fewer than the originals, verbatim ones counted in the tables of all rows.
+  fewer than the originals: in the tables of all rows with what is verbatim, before them and in the chart without.
 - **Same k is the same LoRA bytes** for lorashare, `factors` and `delta`, except where lorashare stores components that
   its columns cannot span (k above n), which we leave out.
 - **truncated SVD**: each adapter on its own, at the LoRA bytes of `delta` with that k. Singular triples are taken
@@ -229,6 +229,29 @@ def _tasks(lines: list[Line], rows: list[Line]) -> Iterator[str]:
                 size = f"{_mb(row['lora'])} ({about['lora'] / row['lora']:.1f})"
                 yield f"| {row['system']} | {row['k'] or ''} | {size} | {told} |"
         yield ""
+        yield from _paired(done)
+
+
+def _paired(done: dict[tuple[str, int | None], Line]) -> Iterator[str]:
+    """Of `delta` less of a rival at the same k, adapter by adapter."""
+    ks = sorted(k for system, k in done if system == "delta" and k is not None)
+    rivals = [r for r in ("lorashare", "factors", "truncated SVD") if any((r, k) in done for k in ks)]
+    if not rivals:
+        return
+    yield "`delta` less its rival at the same k, with the standard error over adapters, in points:"
+    yield ""
+    yield f"| | {' | '.join(f'{what}, k = {k}' for what in ('accuracy', 'agreement') for k in ks)} |"
+    yield "|---" * (2 * len(ks) + 1) + "|"
+    for rival in rivals:
+        cells = []
+        for key in ("accuracy", "agreement"):
+            for k in ks:
+                ours, other = done["delta", k][key], done.get((rival, k), {}).get(key)
+                apart = 100 * np.array([ours[n] - other[n] for n in ours]) if other else np.zeros(0)
+                error = apart.std(ddof=1) / np.sqrt(len(apart)) if len(apart) > 1 else float("nan")
+                cells.append(f"{apart.mean():+.1f} ± {error:.1f}" if len(apart) else "")
+        yield _cells(rival, cells)
+    yield ""
 
 
 def _half(values: dict[str, float], half: dict[str, str], which: str) -> float:

@@ -175,6 +175,8 @@ def fake() -> list[dict[str, Any]]:
                   "texts": 256, "classes": 4})  # fmt: skip
     lines.append({"kind": "task", "collection": "minilm", "system": "delta", "k": 32, "accuracy": {"a": 0.75, "b": 0.6},
                   "agreement": {"a": 0.9, "b": 0.85}})  # fmt: skip
+    lines.append({"kind": "task", "collection": "minilm", "system": "lorashare", "k": 32,
+                  "accuracy": {"a": 0.7, "b": 0.5}, "agreement": {"a": 0.9, "b": 0.8}})  # fmt: skip
     return [{"run": "here", "at": "2026-01-01", **x} for x in lines]
 
 
@@ -189,6 +191,7 @@ def test_the_page_says_yes_and_no_and_keeps_what_was_written_by_hand(tmp_path: P
     assert "minilm: `delta` no worse than truncated SVD at the same LoRA bytes (not claimed) | 16: 2.00" in text
     assert "of which 1 with dW = 0" in text
     assert "| delta | 32 | 0.03 (31.2) | 0.400 | 0.400 | 0.750 | 0.600 | 0.900 | 0.850 |" in text
+    assert "| lorashare | +7.5 ± 2.5 | +2.5 ± 2.5 |" in text
     assert "- vlora, minilm: no such thing." in text
     page.write_text(text.replace("<!-- keep summary -->\n", "<!-- keep summary -->\nWritten by hand.\n"))
     evidence_report.render(fake(), page)
