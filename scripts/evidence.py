@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import shutil
 import tempfile
@@ -40,6 +41,7 @@ TASK_EVERY = 2  # one of so many held-out texts is asked of what is reconstructe
 TASK_SYSTEMS = (
     "originals, int8", "lorashare", "factors", "delta", "delta, int8", "truncated SVD", "truncated SVD, int8",
 )  # fmt: skip
+BELOW = (2, 4)  # of `delta` besides, so that it is known at what a peer takes with the least k
 VLORA_KS = (1, 2, 4, 8, 16, 24)  # its vectors are whole tensors, of which N adapters have no more than N
 AGREES = 1e-3  # our certificate with what is measured here
 Line = dict[str, Any]
@@ -282,6 +284,8 @@ class Evidence:
                 return Found(found, c.computed(size))
 
             yield f"originals, {rounding.__name__}", None, work
+        for k, v in itertools.product(BELOW, (v for v in OURS if v.name in ("delta", "delta, bfloat16"))):
+            yield v.name, k, lambda scratch, k=k, v=v: ours(c, k, v.options, scratch)
         for k in self.args.k:
             yield "lorashare", k, lambda scratch, k=k: lorashare(c, k, scratch)
             for v in (v for v in OURS if v.every_k):
