@@ -98,6 +98,7 @@ def test_a_larger_k_reads_the_sources_once_and_sums_nothing(
     go(collection, fresh, num_components=k)
     steps: dict[str, int] = {}
     means = Means(progress=counting(steps))
+    source = out if place == "checkpoint" else default_workspace(out)
     assert refit(source, {"num_components": k}, larger, means) == "recompute"
     assert steps == {"ingest": 0, "accumulate": 0, "fit": 3, "project": 8}
     assert tree_digest(larger) == tree_digest(fresh)
