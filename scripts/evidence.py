@@ -39,7 +39,8 @@ KS = (8, 16, 32, 64, 128)
 TASK_KS = (8, 16, 32, 64)
 TASK_EVERY = 2  # one of so many held-out texts is asked of what is reconstructed, whatever its class
 TASK_SYSTEMS = (
-    "originals, int8", "lorashare", "factors", "delta", "delta, int8", "truncated SVD", "truncated SVD, int8",
+    "originals, int8", "lorashare", "factors", "delta", "delta, int8", "delta, budget", "truncated SVD",
+    "truncated SVD, int8",
 )  # fmt: skip
 BELOW = (2, 4)  # of `delta` besides, so that it is known at what a peer takes with the least k
 VLORA_KS = (1, 2, 4, 8, 16, 24)  # its vectors are whole tensors, of which N adapters have no more than N
@@ -62,6 +63,7 @@ OURS = (
     Variant("factors", {"objective": "factors"}),
     Variant("delta", {}),
     Variant("delta, bfloat16", {"dtype": "bfloat16"}),
+    Variant("delta, stored as int8", {"dtype": "int8"}),
     Variant("delta, trim_rank", {"trim_rank": True}),
     Variant("delta, max_error 0.1", {"max_error": 0.1}, every_k=False),
     Variant("delta, max_error 0.3", {"max_error": 0.3}, every_k=False),
