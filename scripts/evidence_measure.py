@@ -238,10 +238,10 @@ def bytes_of(folder: Path) -> Bytes:
 def _is_bought(folder: Path) -> bool:
     """Whether a checkpoint is ours, with forms of modules that were bought for a budget."""
     try:
-        stats = json.loads((folder / "share_config.json").read_text())["compression_stats"]
+        config = json.loads((folder / "share_config.json").read_text())
     except FileNotFoundError:
         return False
-    return "rule" in stats.get("lorashare_stream", {})
+    return "rule" in config.get("compression_stats", {}).get("lorashare_stream", {})
 
 
 def _sizes(path: Path) -> dict[str, int]:
