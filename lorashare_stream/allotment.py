@@ -54,8 +54,8 @@ def price_of_size(spectra: Spectra, ranks: Float64, size: int) -> float:
     return float(2.0**high)
 
 
-def largest_within(spectra: Spectra, weigh: Weigh, limit: int, overhead: int) -> tuple[Allotted | None, Allotted]:
-    """The allotment of least error whose checkpoint has `limit` bytes at most; None if none has. And the smallest.
+def largest_within(spectra: Spectra, weigh: Weigh, limit: int, overhead: int) -> tuple[Allotted | None, list[Allotted]]:
+    """The allotment of least error whose checkpoint has `limit` bytes at most, if one has; and all that was tried.
 
     What components cost depends on the ranks that are shared, and these on the components: each round takes the ranks
     that were shared near the limit in the one before, and tries prices nearer to the one at which bases and loadings
@@ -81,11 +81,22 @@ def largest_within(spectra: Spectra, weigh: Weigh, limit: int, overhead: int) ->
     top = price_range(spectra)[1]
     if min(a.total for a in tried) > limit:
         tried += _at_prices(spectra, weigh, np.geomspace(high, top, GRID).tolist(), ranks, overhead)
-    smallest = min(_at_prices(spectra, weigh, [top * 2.0**_SPAN], ranks, overhead), key=lambda a: a.total)
-    fitting = [a for a in (*tried, smallest) if a.total <= limit]
+    tried += _at_prices(spectra, weigh, [top * 2.0**_SPAN], ranks, overhead)  # the smallest that there is
+    fitting = [a for a in tried if a.total <= limit]
     if not fitting:
-        return None, smallest
-    return _filled(spectra, weigh, min(fitting, key=lambda a: (a.error, a.total)), limit, overhead), smallest
+        return None, tried
+    best = _filled(spectra, weigh, min(fitting, key=lambda a: (a.error, a.total)), limit, overhead)
+    return best, [*tried, best]
+
+
+def frontier(tried: Sequence[Allotted], adapters: int) -> list[tuple[int, float]]:
+    """Bytes and rms relative dW error of what was tried, as predicted, where no smaller one had less error."""
+    points: list[tuple[int, float]] = []
+    for one in sorted(tried, key=lambda a: (a.total, a.error)):
+        error = float(np.sqrt(one.error / max(1, adapters)))
+        if not points or error < points[-1][1]:
+            points.append((one.total, error))
+    return points
 
 
 def _filled(spectra: Spectra, weigh: Weigh, best: Allotted, limit: int, overhead: int) -> Allotted:

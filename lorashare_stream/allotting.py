@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from .allotment import largest_within, smallest_with, told, touches
+from .allotment import frontier, largest_within, smallest_with, told, touches
 from .basefiles import Bases, raw_components, shapes_of
 from .dtypes import ITEMSIZE, stored_shape
 from .errors import AdapterError, BudgetError
@@ -24,13 +24,15 @@ from .summing import settle
 from .tasks import Job, appraise_adapter, weigh_adapter
 from .tensorfile import write_safetensors
 
+Points = Sequence[tuple[int, float]]  # bytes of a checkpoint, rms relative dW error
 FIRST = 64  # components with which the search for a limit on errors begins
 _CONFIG, _GROUP, _NAME = 3700, 300, 12  # bytes of share_config.json, of a group in it beside names, and of an adapter
 log = logging.getLogger(__name__)
 
 
-def based(run: Run, job: Job, spare: int = 0) -> tuple[Job, Bases]:
-    """The job with the bases on which adapters are projected, and by what rule; and the facts of these, by module.
+def based(run: Run, job: Job, spare: int = 0) -> tuple[Job, Bases, Points]:
+    """The job with the bases on which adapters are projected, and by what rule; the facts of these, by module; and what
+    else was weighed under a budget of bytes.
 
     Args:
         run, job: all that is admitted.
@@ -44,7 +46,7 @@ def based(run: Run, job: Job, spare: int = 0) -> tuple[Job, Bases]:
         return _allotted(run, job, spare)
     bases = settle(run, job)
     rule = Rule(price_of(bases, ITEMSIZE[job.storage]), own=False) if s.trim_rank else None
-    return replace(job, rule=rule, basis_digest=_digest(bases, rule)), bases
+    return replace(job, rule=rule, basis_digest=_digest(bases, rule)), bases, []
 
 
 def byte_limit(job: Job) -> int | None:
@@ -70,7 +72,7 @@ def _digest(bases: Bases, rule: Rule | None) -> str:
     return digest_of([own, k, rule.price, rule.limit, rule.own])
 
 
-def _allotted(run: Run, job: Job, spare: int) -> tuple[Job, Bases]:
+def _allotted(run: Run, job: Job, spare: int) -> tuple[Job, Bases, Points]:
     limit = byte_limit(job)
     shapes = {m: shape for shapes in job.shapes.values() for m, shape in shapes.items()}
     dims = np.array([[shapes[m].d_in, shapes[m].d_out] for m in job.modules], np.int64).reshape(-1, 2)
@@ -84,7 +86,7 @@ def _allotted(run: Run, job: Job, spare: int) -> tuple[Job, Bases]:
         wide, bases = _widened(run, job, k)
         spectra = _spectra(wide, bases, dims, counts, most)
         _appraise(run, wide, bases)
-        found, least = _searched(run, wide, spectra, bases, limit, spare)
+        found, least, points = _searched(run, wide, spectra, bases, limit, spare)
         short = limit is None and least > k and uniform_bytes(spectra, k) < found.total
         if k == top or not (short or touches(spectra, found)):
             break
@@ -92,7 +94,7 @@ def _allotted(run: Run, job: Job, spare: int) -> tuple[Job, Bases]:
     log.info("%s: %s", job.settings.budget, told(found, len(job.journal.receipts)))
     rule = Rule(found.price, own=found.own) if limit is not None else Rule(limit=job.settings.max_error)
     cut = {m: _cut(facts, found.k[i].tolist()) for i, (m, facts) in enumerate(bases.items())}
-    return replace(wide, settings=job.settings, rule=rule, basis_digest=_digest(cut, rule)), cut
+    return replace(wide, settings=job.settings, rule=rule, basis_digest=_digest(cut, rule)), cut, points
 
 
 def _widest(job: Job, least: int) -> int:
@@ -145,8 +147,8 @@ def _appraise(run: Run, job: Job, bases: Bases) -> None:
 
 def _searched(
     run: Run, job: Job, spectra: Spectra, bases: Bases, limit: int | None, spare: int
-) -> tuple[Allotted, int]:
-    """The best allotment, and the least uniform k that meets a limit on errors."""
+) -> tuple[Allotted, int, Points]:
+    """The best allotment; the least uniform k that meets a limit on errors; and what else was weighed for bytes."""
     names = [r.name for r in job.journal.receipts]
 
     def weigh(candidates: Candidates) -> Weighed:
@@ -156,15 +158,15 @@ def _searched(
 
     overhead = _overhead(names, bases)
     if limit is None:
-        return smallest_with(spectra, weigh, overhead)
-    found, smallest = largest_within(spectra, weigh, limit - spare, overhead)
+        return *smallest_with(spectra, weigh, overhead), []
+    found, tried = largest_within(spectra, weigh, limit - spare, overhead)
     if found is None:
-        nearest = int(1.01 * (smallest.total + spare)) + 1
+        nearest = int(1.01 * (min(a.total for a in tried) + spare)) + 1
         raise BudgetError(
             f"no checkpoint of these adapters is as small as {job.settings.budget} asks",
             found=bytes_shown(limit), expected=f"at least {bytes_shown(nearest)}", remedy=_remedy(job, nearest),
         )  # fmt: skip
-    return found, 0
+    return found, 0, frontier(tried, sum(job.shares(r) for r in job.journal.receipts))
 
 
 def _remedy(job: Job, size: int) -> str:

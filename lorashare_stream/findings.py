@@ -27,6 +27,7 @@ from .shareformat import ADAPTERS, CONFIG, META, OURS, PARTS, SKIPPED, SPECTRUM,
 Array = NDArray[np.float64]
 _AT_ONCE = 16  # requests
 _POINTS = 200  # of a curve
+_FARTHER = 3  # times the bytes of a checkpoint, up to which it is shown what was weighed
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +78,14 @@ class Origins:
 class Curve:
     """What each smaller k, the same in all groups, would take and lose; arrays are (points,), k ascending.
 
+    Or what was weighed for a budget of bytes; then there is no k.
+
     Attributes:
         k: components at most.
         bytes: on disk, all parts together.
         low, high: bounds of the rms relative dW error; under another objective than `delta` the explained variance.
-        bounds: whether they are bounds.
+        bounds: whether they are bounds, or what was predicted.
+        here: bytes of this checkpoint.
     """
 
     k: NDArray[np.int64]
@@ -89,6 +93,7 @@ class Curve:
     low: Array
     high: Array
     bounds: bool
+    here: float
 
 
 @dataclass(frozen=True)
@@ -238,8 +243,12 @@ def curve_of(found: Findings) -> Curve:
     With t the share of a side's summed trace that its bases leave out, the mean square of the relative dW error over
     the adapters of the moments lies between max(t_A, t_B) and t_A + t_B. That holds under `delta`, where traces are
     of dW, if all modules are shared at their full rank; otherwise the explained variance of what is shared is all that
-    the spectra tell.
+    the spectra tell. A budget of bytes has recorded what else was weighed for it.
     """
+    weighed = [point for point in found.ours.get("weighed", ()) if point[0] <= _FARTHER * found.total]
+    if weighed:
+        size, error = np.array(weighed, float).T
+        return Curve(np.zeros(0, np.int64), size, error, error, bounds=True, here=found.total)
     most = max((basis.k for basis in found.bases), default=0)
     powers = 2 ** np.arange(most.bit_length())
     k = np.union1d(np.linspace(0, most, min(most + 1, _POINTS)).round().astype(np.int64), powers)
@@ -260,10 +269,10 @@ def curve_of(found: Findings) -> Curve:
     if found.ours["objective"] != "delta" or not _all_shared(found):
         whole = energy["A"] + energy["B"]
         explained = 1 - (left["A"] + left["B"]) / whole if whole else np.zeros(len(k))
-        return Curve(k, size, explained, explained, bounds=False)
+        return Curve(k, size, explained, explained, bounds=False, here=found.total)
     a, b = (left[side] / (energy[side] or 1.0) for side in SIDES)
     low, high = np.sqrt(np.maximum(a, b)), np.sqrt(np.minimum(a + b, 1.0))
-    return Curve(k, size, low, high, bounds=True)
+    return Curve(k, size, low, high, bounds=True, here=found.total)
 
 
 def _all_shared(found: Findings) -> bool:

@@ -191,8 +191,15 @@ _WHAT = (
 )
 
 
+_WEIGHED = (
+    "The line is what was weighed on the way to this budget: components and ranks bought at other prices, with the rms "
+    "relative dW error over the adapters that was predicted for them. The dots are certified, of what is stored."
+)
+
+
 def _tradeoff(found: Findings) -> Html:
-    if not any(basis.k for basis in found.bases):
+    weighed = bool(found.ours.get("weighed"))
+    if not weighed and not any(basis.k for basis in found.bases):
         nothing = element("p", "Nothing is shared: there is no k to choose.", class_="soft")
         return element("div", element("h3", "Error against bytes"), nothing)
     curve, squares = curve_of(found), found.errors**2
@@ -203,6 +210,8 @@ def _tradeoff(found: Findings) -> Html:
         if len(squares):
             measured = {"rms": float(np.sqrt(squares.mean())), "mean": float(found.errors.mean())}
             keys += [(f"c-{name}", f"{word} {name} {value:.4f}") for name, value in measured.items()]
+        if weighed:
+            text, keys[0] = _WEIGHED, ("c-curve", "predicted rms")
     else:
         title, keys = "Explained variance against bytes", [("c-curve", "explained variance")]
         text = _FACTORS

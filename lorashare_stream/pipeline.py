@@ -210,7 +210,7 @@ def recompute(
     `spare` bytes of a budget are left unused: by so many it was exceeded when they were not.
     """
     check_disk(run.plan, work.root, out)
-    given, (job, bases) = job, based(run, job, spare)
+    given, (job, bases, weighed) = job, based(run, job, spare)
     ours = ours_of(out) or {}
     if ours.get("basis_digest") == job.basis_digest and not ours.get("projected") and is_current(job, out, left_out):
         return "current"
@@ -222,7 +222,7 @@ def recompute(
 
         names = [r.name for r in receipts]
         config = share_config(
-            head_of_job(run.plan, job, bases, staging),
+            head_of_job(run.plan, job, bases, staging, weighed),
             [figures_of(meta) for meta in metas_of(staging.root, names)],
             job.counts,
             digest=job.digest,

@@ -106,14 +106,16 @@ class Plan:
     def fetches(self, entry: Entry) -> int:
         """How often an adapter is fetched at most: for the moments, and, unless it still is there, for projection.
 
-        Where adapters are added, they may be projected on the bases that are there first. A pickle is fetched once
-        more when the plan is made, having no header that could be asked for.
+        Where adapters are added, they may be projected on the bases that are there first; under a budget of bytes or
+        error they are appraised before they are projected. A pickle is fetched once more when the plan is made, having
+        no header that could be asked for.
         """
         if entry.origin is None:
             return 0
         headless = entry.files[0].path.suffix == ".bin"
         several = len(self.batches) > 1
         again = (several and entry.name not in self._last_batch) + (several and self.grows)
+        again += several and self.settings.budget is not None
         return 1 + again + (headless and self.settings.disk_budget is not None)
 
     @property

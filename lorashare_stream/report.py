@@ -60,8 +60,8 @@ def _figures_of(config: SHAREConfig) -> list[Fact]:
         ("base model", config.base_model_name_or_path or "not named"),
         ("adapters", f"{config.num_adapters}: {listed(config.adapter_names, 5)}"),
         ("modules", f"{len(config.layer_keys)} ({listed(config.target_modules, 12)})"),
-        ("components k", f"{config.num_components}{auto}"),
-        ("explained variance", f"mean {mean}, least {least}"),
+        ("components k", f"{config.num_components}{auto}" if config.layer_keys else "none: nothing is shared"),
+        *([("explained variance", f"mean {mean}, least {least}")] if config.layer_keys else []),
     ]
     if ours:
         return pairs + _our_figures(ours, config.num_adapters)
@@ -71,13 +71,18 @@ def _figures_of(config: SHAREConfig) -> list[Fact]:
 def _our_figures(ours: dict[str, Any], adapters: int) -> list[Fact]:
     """What this package recorded: bytes on disk, certified errors, and who is not shared."""
     size, errors = ours["bytes"], ours["errors"]
-    total = total_bytes(size)
+    total, kept = total_bytes(size), ours.get("kept_bytes", 0)
     pairs: list[Fact] = [
         ("objective", ours["objective"] + (", centred" if ours["center"] else "")),
         *[("asked for", text) for text in _asked(ours["settings"])],
         ("originals", bytes_shown(size["originals"])),
         ("checkpoint", f"{bytes_shown(total)}, {_times(size['originals'] / max(total, 1))}"),
         *[(f"  {part}", bytes_shown(size[part])) for part in PARTS],
+        *(
+            [("  not shared", f"{bytes_shown(kept)} of verbatim: LoRA as it came, or as the adapter's own SVD")]
+            if kept
+            else []
+        ),
         ("  next adapter", f"about {bytes_shown(next_bytes(size, adapters))} on these bases"),
         ("LoRA bytes", f"{bytes_shown(size['lora'])}, {_times(size['lora_ratio'])}"),
         ("relative dW error", ", ".join(f"{name} {errors[name]:.4f}" for name in ("mean", "median", "p95", "max"))),

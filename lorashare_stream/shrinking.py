@@ -170,10 +170,11 @@ def shrink(out: Path, config: SHAREConfig, names: Sequence[str]) -> None:
 
 def _counts_without(out: Path, config: SHAREConfig, gone: Collection[str]) -> dict[str, int]:
     """Group -> n of the adapters that stay: less those that go, or, if one of these is damaged, counted anew."""
+    outside = set(config.ours["verbatim_adapters"])  # whose dW is zero, perhaps, and which have loadings all the same
 
     def vectors(names: Iterable[str]) -> Counter[str]:
         found: Counter[str] = Counter()
-        for name in names:
+        for name in set(names) - outside:
             found.update({r.name: r.shape[1] for r in read_header(out / ADAPTERS / name / LOADINGS)})  # of (k, r)
         return found
 

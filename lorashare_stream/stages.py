@@ -267,8 +267,14 @@ def project(run: Run, job: Job, staging: Staging, receipts: Sequence[Receipt]) -
     check_none_lost(lost)
 
 
-def head_of_job(plan: Plan, job: Job, bases: Mapping[str, Mapping[str, Any]], staging: Staging) -> Head:
-    """What the checkpoint of a job is of, whose bases are staged."""
+def head_of_job(
+    plan: Plan,
+    job: Job,
+    bases: Mapping[str, Mapping[str, Any]],
+    staging: Staging,
+    weighed: Sequence[tuple[int, float]] = (),
+) -> Head:
+    """What the checkpoint of a job is of, whose bases are staged; `weighed` is of `Head`."""
     groups = {group_id(m, side): facts[side] for m, facts in bases.items() for side in SIDES if side in facts}
     removed = sorted({name for facts in bases.values() for name in facts["removed"]})
     return Head(
@@ -282,4 +288,5 @@ def head_of_job(plan: Plan, job: Job, bases: Mapping[str, Mapping[str, Any]], st
         {group: {k: facts[k] for k in ("d", "k", "energy", "explained")} for group, facts in groups.items()},
         removed=tuple(removed),
         rule=None if job.rule is None else asdict(job.rule),
+        weighed=tuple(weighed),
     )

@@ -69,6 +69,7 @@ class Head:
         projected: adapters that were added since the bases were fitted, and are not in them.
         removed: adapters that were taken out since, and are still in them.
         rule: by what the forms of modules were chosen (`forms.Rule`); None if all are shared at their full rank.
+        weighed: bytes and rms relative dW error, as predicted, of what else was weighed for a budget of bytes.
         cut_from: the k from which a smaller one was cut; errors then are not measured.
     """
 
@@ -83,6 +84,7 @@ class Head:
     projected: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
     rule: Facts | None = None
+    weighed: tuple[tuple[int, float], ...] = ()
     cut_from: int | None = None
 
 
@@ -106,6 +108,7 @@ def head_of(config: SHAREConfig) -> Head:
             tuple(ours["projected"]),
             tuple(ours["removed"]),
             ours.get("rule"),
+            tuple((int(size), float(error)) for size, error in ours.get("weighed", ())),
             ours["cut_from"],
         )
     except (KeyError, TypeError, AttributeError) as e:
@@ -220,7 +223,15 @@ def _ours(
         "projected": list(head.projected),
         "removed": list(head.removed),
         "groups": {g: {k: f[k] for k in ("n", *_BASIS)} for g, f in groups.items()},
-    } | ({} if head.rule is None else {"rule": dict(head.rule), "kept_bytes": kept})
+        **_of_rule(head, kept),
+    }
+
+
+def _of_rule(head: Head, kept: int) -> dict[str, Any]:
+    """By what forms were chosen, if they were; how much LoRA stands on no basis; what else was weighed."""
+    if head.rule is None:
+        return {}
+    return {"rule": dict(head.rule), "kept_bytes": kept, "weighed": [list(point) for point in head.weighed]}
 
 
 def _errors(adapters: Sequence[Figures]) -> dict[str, Any]:

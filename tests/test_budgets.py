@@ -18,7 +18,10 @@ from transformers import BertConfig, BertForSequenceClassification
 from lorashare_stream.cli import main
 from lorashare_stream.errors import BudgetError, UsageError
 from lorashare_stream.executors import Serial
+from lorashare_stream.findings import findings_of
+from lorashare_stream.hubreader import Folder
 from lorashare_stream.model import SHAREModel
+from lorashare_stream.page import page
 from lorashare_stream.settings import Settings
 from lorashare_stream.sources import resolve
 from lorashare_stream.verification import originals_of, verify
@@ -367,3 +370,13 @@ def test_zero_adapters_heads_and_single_modules_are_kept_under_a_budget(tmp_path
         assert factor_keys("layers.9.odd")[0] in share.reconstruct("few")
         assert [v.problem for v in verify(share, originals_of(share, resolve(folders)))] == [None] * 10
         lorashare.SHAREModel.from_pretrained(out).reconstruct("few")
+
+
+def test_the_page_shows_what_was_weighed_for_a_budget_of_bytes(mixed: list[str], compressed: Compress) -> None:
+    out = compressed(mixed, ratio=3)
+    points = SHAREModel.from_pretrained(out).config.ours["weighed"]
+    assert points == sorted(points)
+    assert [error for _, error in points] == sorted((error for _, error in points), reverse=True)
+    told = page(findings_of(Folder(out)))
+    assert "Error against bytes" in told
+    assert "what was weighed on the way to this budget" in told

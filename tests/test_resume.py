@@ -273,7 +273,7 @@ def test_a_damaged_journal_never_makes_a_checkpoint_smaller(
     for change in (
         lambda: add(out, resolve({"new": fresh[0]}), Means()),
         lambda: remove(out, ["a00"], Means(), refit=True),
-        lambda: refit(out, 8, out, Means()),
+        lambda: refit(out, {"num_components": 8}, out, Means()),
     ):
         with pytest.raises(WorkspaceError, match=r"checkpoint has adapters that the workspace has not.*a07"):
             change()
@@ -391,14 +391,14 @@ def test_a_checkpoint_that_lost_a_file_is_not_up_to_date(tmp_path: Path, collect
     (out / "adapters" / "a03" / "adapter_meta.json").write_text("{}")
     for change in (
         lambda: remove(out, ["a00"], Means()),
-        lambda: refit(out, 2, tmp_path / "small", Means()),
+        lambda: refit(out, {"num_components": 2}, tmp_path / "small", Means()),
     ):
         with pytest.raises(StreamError, match=r"'a03': adapter_meta.json is damaged"):
             change()
     remove(out, ["a03"], Means())
     (out / "adapters" / "a04" / "loadings.safetensors").write_bytes(b"torn")
     with pytest.raises(StreamError, match=r"'a04': loadings.safetensors is damaged"):
-        refit(out, 2, tmp_path / "small", Means())
+        refit(out, {"num_components": 2}, tmp_path / "small", Means())
 
 
 def test_damaged_components_are_not_projected_on(tmp_path: Path, collection: list[str]) -> None:
@@ -410,7 +410,7 @@ def test_damaged_components_are_not_projected_on(tmp_path: Path, collection: lis
     (out / "shared_components.safetensors").write_bytes(content)
     message = r"shared_components.safetensors is damaged.*Delete the checkpoint, not"
     with pytest.raises(StreamError, match=message):
-        refit(out, 2, tmp_path / "small", Means())
+        refit(out, {"num_components": 2}, tmp_path / "small", Means())
     shutil.copytree(out, tmp_path / "damaged")
     with pytest.raises(StreamError, match=message):
         add(tmp_path / "damaged", resolve({"new": fresh[0]}), Means(accept=1e-6))
@@ -423,7 +423,7 @@ def test_cutting_in_place_again_changes_nothing(tmp_path: Path, collection: list
     out, fresh = tmp_path / "out", make_collection(tmp_path / "more", 1, seed=1)
     go(collection, out)
     add(out, resolve({"new": fresh[0]}), Means(accept=1e-6))
-    assert refit(out, 2, out, Means()) == "sliced"
+    assert refit(out, {"num_components": 2}, out, Means()) == "sliced"
     before = tree_digest(out)
-    assert refit(out, 2, out, Means()) == "current"
+    assert refit(out, {"num_components": 2}, out, Means()) == "current"
     assert tree_digest(out) == before

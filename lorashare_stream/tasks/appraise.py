@@ -76,11 +76,17 @@ def weigh_adapter(job: Job, modules: tuple[str, ...], candidates: Candidates, na
     q = len(candidates.prices)
     sizes, losses, ranks = (np.zeros((q, len(modules))) for _ in range(3))
     fixed, config = fixed_bytes(entry, receipt.notes)
-    if not (entry.layout.modules and job.shares(receipt)):
-        return Weighed(sizes, losses, ranks, np.full(q, fixed + entry.layout.lora_bytes), 0)
+    if not entry.layout.modules:
+        return Weighed(sizes, losses, ranks, np.full(q, fixed), 0)
     position = {m: i for i, m in enumerate(modules)}
     places = np.array([position[m.name] for m in entry.layout.modules])
     kept = kept_of(entry)
+    if not job.shares(receipt):  # its dW is zero: whatever the form, one rank holds it
+        nothing = np.zeros((q, len(places), int(kept.ranks.max())))
+        k = candidates.k[:, places].sum(axis=-1)
+        given = options(kept, nothing[0], nothing, k, ITEMSIZE[job.storage], 0.0)
+        sizes[:, places] = given.sizes.min(axis=-1)
+        return Weighed(sizes, losses, ranks, np.full(q, fixed + config), 0)
     loadings, own = _core(job.core_file(name))
     k = candidates.k[:, places]
     core = _cores_at(entry, loadings, k, own.shape[1])

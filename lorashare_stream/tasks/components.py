@@ -72,6 +72,10 @@ class Components:
     def __contains__(self, group: str) -> bool:
         return group in self._records
 
+    def shape(self, group: str) -> tuple[int, ...]:
+        """(d, k) of a group."""
+        return self._records[group].shape
+
     def __getitem__(self, group: str) -> NDArray[np.float32]:
         """V (d, k) of a group."""
         r = self._records[group]

@@ -43,8 +43,23 @@ class Formed:
 
 
 def formed(job: Job, entry: Entry, tensors: TensorReader) -> Formed:
-    """The shared modules of an adapter as the job wants them stored, with the errors of what is stored."""
-    return _all_shared(job, entry, tensors) if job.rule is None else _by_rule(job, entry, tensors, job.rule)
+    """The modules of an adapter as the job wants them stored, with the errors of what is stored.
+
+    An adapter whose dW is zero takes no part in bases, but is stored as others are if its dW is exactly zero then, as
+    it is where A or B or the scale is; else, or if there are no bases for it, all of it is kept verbatim.
+    """
+    vanishes = not job.shares(job.receipt_of[entry.name])
+    exact = Formed(exact=list(entry.layout.by_name))
+    if not entry.layout.modules or (vanishes and not _has_bases(job, entry)):
+        return exact
+    found = _all_shared(job, entry, tensors) if job.rule is None else _by_rule(job, entry, tensors, job.rule)
+    return exact if vanishes and any(e.error > 0 for e in found.errors.values()) else found
+
+
+def _has_bases(job: Job, entry: Entry) -> bool:
+    components = components_at(job.components, job.basis_digest, job.settings.memory, job.device)
+    groups = [(group_id(m.name, side), m.dim(side)) for m in entry.layout.modules for side in SIDES]
+    return all(group in components and components.shape(group)[0] == d for group, d in groups)
 
 
 def _all_shared(job: Job, entry: Entry, tensors: TensorReader) -> Formed:

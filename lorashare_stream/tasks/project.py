@@ -34,14 +34,13 @@ def project_adapter(job: Job, entry: Entry) -> str:
     name = entry.name
     receipt = job.receipt_of[name]
     check_unchanged(entry, receipt)
-    shared = bool(entry.layout.modules) and job.shares(receipt)
     try:
         with (
             open_tensors(entry.paths) as tensors,
             Staging(job.staging).adapter(name) as folder,
             naming(folder),
         ):
-            form = formed(job, entry, tensors) if shared else Formed(exact=list(entry.layout.by_name))
+            form = formed(job, entry, tensors)
             with (folder / LOADINGS).open("wb") as f:
                 write_arrays(f, form.loadings, job.storage, {"format": "pt"})
             verbatim = _write_verbatim(job, entry, tensors, folder, form)
@@ -103,7 +102,8 @@ def _write_verbatim(job: Job, entry: Entry, tensors: TensorReader, folder: Path,
 def _write_meta(job: Job, entry: Entry, folder: Path, form: Formed, verbatim: list[str]) -> None:
     receipt, errors = job.receipt_of[entry.name], form.errors
     norm = sum(e.norm for e in errors.values())
-    worst = max((m for m in errors if m not in form.exact), key=lambda m: errors[m].relative, default=None)
+    measured = [m for m in errors if m not in form.exact and job.shares(receipt)]  # what vanishes has no error
+    worst = max(measured, key=lambda m: errors[m].relative, default=None)
     files = [p for p in (LOADINGS, VERBATIM) if (folder / p).exists()]
     config, changed = _configs(entry, form)
     ours = {
