@@ -200,6 +200,19 @@ def test_budgets_of_bytes_count_one_a_number_and_the_scales(
     assert found["int8"] < 0.9 * found["float32"]
 
 
+@pytest.mark.parametrize("asked", [{"num_components": 6}, {"ratio": 1.5}])
+def test_an_adapter_without_any_dw_has_loadings_too(tmp_path: Path, compressed: Compress, asked: dict[str, Any]) -> None:
+    folders = make_collection(tmp_path / "adapters", 16, WIDE)
+    zero = {key: t * ("lora_A" in key) for key, t in load_tensors(folders[0]).items()}
+    folders.append(str(write_adapter(tmp_path / "zero", zero)))
+    out = compressed(folders, dtype="int8", **asked)
+    share = SHAREModel.from_pretrained(out)
+    assert share.all_loadings["zero"].keys()
+    found = share.reconstruct("zero")
+    assert not any(t.any() for key, t in found.items() if "lora_B" in key)
+    assert problems(share, folders) == [None] * 17
+
+
 def test_the_plan_says_what_it_takes(tmp_path: Path, compressed: Compress) -> None:
     folders = make_collection(tmp_path / "adapters", 8)
     plan = plan_for(resolve(folders), Settings(num_components=6, dtype="int8"))

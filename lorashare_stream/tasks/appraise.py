@@ -84,7 +84,7 @@ def weigh_adapter(job: Job, modules: tuple[str, ...], candidates: Candidates, na
     if not job.shares(receipt):  # its dW is zero: whatever the form, one rank holds it
         nothing = np.zeros((q, len(places), int(kept.ranks.max())))
         k = candidates.k[:, places].sum(axis=-1)
-        given = options(kept, nothing[0], nothing, k, ITEMSIZE[job.storage], 0.0)
+        given = options(kept, nothing[0], nothing, k, job.storage, 0.0)
         sizes[:, places] = given.sizes.min(axis=-1)
         return Weighed(sizes, losses, ranks, np.full(q, fixed + config), 0)
     loadings, own = _core(job.core_file(name))

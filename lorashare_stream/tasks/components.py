@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..adapterfiles import tensor_records
 from ..budget import keeps_components
 from ..devices import held_on, product
-from ..dtypes import as_stored, narrowed, restored_as, stacked, widened
+from ..dtypes import as_stored, narrowed, restored_as, stacked, stored_shape, widened
 from ..keys import Side
 from ..tensorfile import TensorRecord
 
@@ -72,9 +72,10 @@ class Components:
     def __contains__(self, group: str) -> bool:
         return group in self._records
 
-    def shape(self, group: str) -> tuple[int, ...]:
+    def shape(self, group: str) -> tuple[int, int]:
         """(d, k) of a group."""
-        return self._records[group].shape
+        r = self._records[group]
+        return r.shape[0] - stored_shape((0, 0), r.dtype)[0], r.shape[1]
 
     def __getitem__(self, group: str) -> NDArray[np.float32]:
         """V (d, k) of a group."""
