@@ -168,8 +168,9 @@ def _searched(
 
 
 def _remedy(job: Job, size: int) -> str:
-    if job.settings.ratio is not None:
-        return f"Use --ratio {sum(sum(r.sizes) for r in job.journal.receipts) / size * 0.999:.2f} or less."
+    ratio = sum(sum(r.sizes) for r in job.journal.receipts) / size * 0.999
+    if job.settings.ratio is not None and ratio >= 1.01:
+        return f"Use --ratio {ratio - 0.005:.2f} or less."
     return f"Use --max-bytes {size + 1} or more."
 
 
