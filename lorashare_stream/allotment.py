@@ -76,7 +76,8 @@ def largest_within(spectra: Spectra, weigh: Weigh, limit: int, overhead: int) ->
         low, high = price / width, price * width
     even = _largest_even(spectra, limit - others)
     if even:  # where there is little to buy, steps between prices are coarse
-        all_ranks = candidates_of(spectra.uniform(even)[None], [low * 2.0**-_SPAN], own=False)
+        both = np.stack([spectra.uniform(k) for k in (even, max(1, even - 1))])
+        all_ranks = candidates_of(both, [low * 2.0**-_SPAN] * 2, own=False)
         tried += weighed(spectra, weigh, all_ranks, overhead)[0]
     top = price_range(spectra)[1]
     if min(a.total for a in tried) > limit:

@@ -28,6 +28,7 @@ from .tensorfile import write_safetensors
 Points = Sequence[tuple[int, float]]  # bytes of a checkpoint, rms relative dW error
 FIRST = 64  # components with which the search for a limit on errors begins
 _CONFIG, _GROUP, _NAME = 3700, 300, 12  # bytes of share_config.json, of a group in it beside names, and of an adapter
+_SPARE = 400  # of a budget, one part is left for what was predicted too small
 log = logging.getLogger(__name__)
 
 
@@ -155,7 +156,7 @@ def _searched(
     overhead = _overhead(names, bases)
     if limit is None:
         return *smallest_with(spectra, weigh, overhead), []
-    found, tried = largest_within(spectra, weigh, limit - spare, overhead)
+    found, tried = largest_within(spectra, weigh, limit - limit // _SPARE - spare, overhead)
     if found is None:
         extras = sum(job.entry(name).layout.extra_bytes for name in names)
         nearest = int(1.01 * (min(a.total for a in tried) + spare)) + 1

@@ -25,11 +25,12 @@ from .planfile import plan_as_json
 from .planning import Plan
 from .publishing import check_output, output_folder
 from .remote import recalled, source_of
-from .report import facts, notes_text, plan_text, plan_warnings, summary_text, table
+from .report import facts, notes_text, plan_text, plan_warnings, table
 from .shareconfig import SHAREConfig, read_share_config
 from .shareformat import ours_of
 from .sources import resolve
 from .sources.pins import pinned
+from .summarytext import summary_text
 from .workspace import Workspace
 
 log = logging.getLogger(__name__)

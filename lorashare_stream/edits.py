@@ -17,11 +17,12 @@ from .files import tree_bytes
 from .means import Means, opened
 from .names import bytes_shown, counted, listed, shown
 from .output import print_result, progress_of, say_left_out
-from .report import facts, summary_text
+from .report import facts
 from .settings import BUDGETS, Settings
 from .shareconfig import read_share_config
 from .shareformat import ADAPTERS
 from .shrinking import Removed
+from .summarytext import summary_text
 
 COMMANDS = {"add", "remove", "refit"}
 SKIPPED = 3  # exit code: done, but adapters were left out

@@ -23,11 +23,12 @@ from .names import listed, shown
 from .opened import Opened
 from .pipeline import compress, plan_for
 from .reader import CheckpointReader, Tensors
-from .report import adapter_notes, summary_text
+from .report import adapter_notes
 from .restoring import refuse_originals, restored, save_adapter
 from .settings import BUDGETS, Settings
 from .shrinking import remove
 from .sources import resolve
+from .summarytext import summary_text
 
 log = logging.getLogger(__name__)
 _said: set[str] = set()

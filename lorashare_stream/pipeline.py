@@ -237,7 +237,7 @@ def recompute(
                 remove_tree(job.cores)
             return "recompute"
     log.info("%s more than the budget: less is bought", bytes_shown(int(over)))
-    return recompute(run, given, work, out, left_out, overwrite=overwrite, spare=spare + int(over))
+    return recompute(run, given, work, out, left_out, overwrite=overwrite, spare=2 * (spare + int(over)))
 
 
 def is_current(job: Job, out: Path, left_out: list[dict[str, Any]]) -> bool:

@@ -1,20 +1,16 @@
-"""Text for people: what a plan will do, what a checkpoint holds."""
+"""Text for people: tables, and what a plan will do."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .errors import CheckpointError
 from .names import bytes_shown, counted, listed, shown
-from .settings import BUDGETS
-from .shareformat import PARTS, next_bytes, total_bytes
 
 if TYPE_CHECKING:
     from .journal import Receipt
     from .planning import Plan
-    from .shareconfig import SHAREConfig
 
 Fact = tuple[str, object]
 _OFTEN = {1: "once", 2: "twice"}
@@ -44,80 +40,7 @@ def facts(pairs: Sequence[Fact]) -> str:
     return "\n".join(f"{name.ljust(width)}  {shown(value)}" for name, value in pairs)
 
 
-def summary_text(config: SHAREConfig) -> str:
-    """What a checkpoint says of itself: adapters, bases, bytes on disk, errors."""
-    try:
-        return facts(_figures_of(config))
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
-        fault = f"{type(e).__name__}: {e}"
-        raise CheckpointError("the figures in share_config.json cannot be read", found=fault) from e
-
-
-def _figures_of(config: SHAREConfig) -> list[Fact]:
-    stats, ours = config.compression_stats, config.ours
-    auto = ", the most of any group" if config.component_selection == "auto" else ""
-    mean, least = (_number(stats.get(f"{which}_explained_variance")) for which in ("mean", "min"))
-    pairs: list[Fact] = [
-        ("base model", config.base_model_name_or_path or "not named"),
-        ("adapters", f"{config.num_adapters}: {listed(config.adapter_names, 5)}"),
-        ("modules", f"{len(config.layer_keys)} ({listed(config.target_modules, 12)})"),
-        ("components k", f"{config.num_components}{auto}" if config.layer_keys else "none: nothing is shared"),
-        *([("explained variance", f"mean {mean}, least {least}")] if config.layer_keys else []),
-    ]
-    if ours:
-        return pairs + _our_figures(ours, config.num_adapters)
-    return [*pairs, ("LoRA parameters", f"{_number(stats.get('compression_ratio'))} times fewer")]
-
-
-def _our_figures(ours: dict[str, Any], adapters: int) -> list[Fact]:
-    """What this package recorded: bytes on disk, certified errors, and who is not shared."""
-    size, errors = ours["bytes"], ours["errors"]
-    total, kept = total_bytes(size), ours.get("kept_bytes", 0)
-    pairs: list[Fact] = [
-        ("objective", ours["objective"] + (", centred" if ours["center"] else "")),
-        *[("asked for", text) for text in _asked(ours["settings"])],
-        ("originals", bytes_shown(size["originals"])),
-        ("checkpoint", f"{bytes_shown(total)}, {_times(size['originals'] / max(total, 1))}"),
-        *[(f"  {part}", bytes_shown(size[part])) for part in PARTS],
-        *(
-            [("  not shared", f"{bytes_shown(kept)} of verbatim: LoRA as it came, or as the adapter's own SVD")]
-            if kept
-            else []
-        ),
-        ("  next adapter", f"about {bytes_shown(next_bytes(size, adapters))} on these bases"),
-        ("LoRA bytes", f"{bytes_shown(size['lora'])}, {_times(size['lora_ratio'])}"),
-        ("relative dW error", ", ".join(f"{name} {errors[name]:.4f}" for name in ("mean", "median", "p95", "max"))),
-    ]
-    if ours.get("cut_from"):
-        pairs.append(("  cut", f"from k = {ours['cut_from']}: these errors follow from its, and are not measured"))
-    if "mean_square_bounds" in errors:
-        low, high = (min(1.0, bound**0.5) for bound in errors["mean_square_bounds"])
-        if high > 1e-3:  # below it they are rounding of float32 moments
-            pairs.append(("  bounds of its rms", f"{low:.4f} to {high:.4f}, known from the bases"))
-    worst = [f"{w['name']} {w['relative_error']:.4f}" for w in errors["worst"][:3]]
-    pairs.append(("worst adapters", listed(worst) or "none is compressed"))
-    if ours["verbatim_adapters"]:
-        pairs.append(("kept exact", f"{len(ours['verbatim_adapters'])}: {listed(ours['verbatim_adapters'])}"))
-    if ours["projected"]:
-        pairs.append(
-            ("added since", f"{len(ours['projected'])}, on bases not fitted to them: {listed(ours['projected'])}")
-        )
-    if ours["removed"]:
-        removed = f"{len(ours['removed'])}, still in the bases (remove --refit frees them): {listed(ours['removed'])}"
-        pairs.append(("removed", removed))
-    if ours["num_skipped"]:
-        pairs.append(("left out", f"{ours['num_skipped']}, with reasons in skipped.json"))
-    bought = any(ours["settings"].get(name) is not None for name in BUDGETS)
-    if errors["mean"] > 0.5:
-        more = "at this budget; allow more bytes, or a smaller error" if bought else "at this k; take more components"
-        pairs.append(("note", f"the mean error is large: these adapters share little {more}"))
-    if size["lora_ratio"] < 1:
-        less = "a smaller budget, or a larger error" if bought else "a smaller k"
-        pairs.append(("note", f"what is stored is larger than the LoRA tensors: add adapters, or take {less}"))
-    return pairs
-
-
-def _asked(settings: dict[str, Any]) -> list[str]:
+def asked(settings: Mapping[str, Any]) -> list[str]:
     """The budget by which components and ranks were bought, if there was one."""
     if settings.get("max_bytes") is not None:
         return [f"at most {bytes_shown(settings['max_bytes'])}"]
@@ -126,14 +49,6 @@ def _asked(settings: dict[str, Any]) -> list[str]:
     if settings.get("max_error") is not None:
         return [f"a relative dW error of at most {settings['max_error']:g} of every adapter"]
     return ["ranks that gain too little are trimmed"] if settings.get("trim_rank") else []
-
-
-def _times(ratio: float) -> str:
-    return f"{ratio:.2f} times smaller" if ratio >= 1 else f"{1 / ratio:.2f} times larger" if ratio > 0 else "nothing"
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, int | float) else "unknown"
 
 
 def plan_text(plan: Plan) -> str:
@@ -149,7 +64,7 @@ def plan_text(plan: Plan) -> str:
         ("objective", s.objective + (", centred" if s.center else "")),
         ("components k", f"auto, to {s.variance_threshold:.4g} of the energy" if auto else s.num_components)
         if s.budget is None
-        else ("asked for", _asked(s.chosen())[0]),
+        else ("asked for", asked(s.chosen())[0]),
         ("originals", f"{bytes_shown(size['originals'])}, of which LoRA {bytes_shown(size['lora'])}"),
         *_of_the_hub(plan),
         ("workspace", f"{bytes_shown(size['moments'] + size['basis'])} on disk"),

@@ -36,9 +36,9 @@ ROOMS = {
     ],
     "story": [
         "summing", "basefiles", "stages", "allotting", "growing", "pipeline", "discovery", "means", "adding",
-        "shrinking", "slicing", "refitting", "report", "analysis", "analysistext", "comparison", "restoring",
-        "scrubbing", "markup", "axes", "findings", "charts", "pagestyle", "pageparts", "page", "modelcard",
-        "pusherrors", "pushfiles", "pushtarget", "pushing", "opened", "model", "verification",
+        "shrinking", "slicing", "refitting", "report", "summarytext", "analysis", "analysistext", "comparison",
+        "restoring", "scrubbing", "markup", "axes", "findings", "charts", "pagestyle", "pageparts", "page",
+        "modelcard", "pusherrors", "pushfiles", "pushtarget", "pushing", "opened", "model", "verification",
     ],
     "shell": [
         "progress", "choices", "output", "edits", "hubcommands", "commands", "arguments", "cli", "__main__", "__init__",

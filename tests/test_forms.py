@@ -212,7 +212,12 @@ def test_what_is_bought_fits_and_beats_every_uniform_k_that_fits(seed: int, shar
     weigh = arithmetic(spectra)
     limit = int(share * 4 * (spectra.dims.sum(axis=-1) * spectra.counts).sum())
     best, tried = largest_within(spectra, weigh, limit, 0)
-    fixed = [k for k in range(1, 80) if uniform_bytes(spectra, k) <= limit]
+
+    def size_of(k: int) -> int:
+        even = spectra.uniform(k)[None]
+        return int((spectra.basis_bytes(even) + weigh(candidates_of(even, [1.0])).sizes).sum())
+
+    fixed = [k for k in range(1, 80) if size_of(k) <= limit]
     if best is None:
         assert min(a.total for a in tried) > limit
         assert not fixed
