@@ -67,6 +67,7 @@ OURS = (
     Variant("delta, trim_rank", {"trim_rank": True}),
     Variant("delta, max_error 0.1", {"max_error": 0.1}, every_k=False),
     Variant("delta, max_error 0.3", {"max_error": 0.3}, every_k=False),
+    Variant("delta, max_error 0.3, bfloat16", {"max_error": 0.3, "dtype": "bfloat16"}, every_k=False),
     Variant("delta, budget", {"max_bytes": AS_FIXED}),
     Variant("delta, ratio 4", {"ratio": 4}, every_k=False),
 )
