@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from .names import bytes_shown, digest_of
 from .offers import Allotted, Candidates, Spectra, Weighed, uniform_bytes
 from .running import Run, check_none_lost
 from .summing import settle
-from .tasks import Job, appraise_adapter, weigh_adapter
+from .tasks import Job, appraise_adapter, has_core, weigh_adapter
 from .tensorfile import write_safetensors
 
 Points = Sequence[tuple[int, float]]  # bytes of a checkpoint, rms relative dW error
@@ -128,7 +129,9 @@ def _spectra(job: Job, bases: Bases, dims: Any, counts: Any, most: Any) -> Spect
 def _appraise(run: Run, job: Job, bases: Bases) -> None:
     """Keep what every adapter is on wide bases; what is there stays."""
     entries = [job.entry(r.name) for r in job.journal.receipts if job.shares(r)]
-    todo = [e for e in entries if e.layout.modules and not job.core_file(e.name).exists()]
+    there = [e.name for e in entries if e.layout.modules and job.core_file(e.name).exists()]
+    whole = dict(zip(there, run.map("weigh", partial(has_core, job), there, len(there)), strict=True))
+    todo = [e for e in entries if e.layout.modules and not whole.get(e.name)]
     if not todo:
         return
     assert job.cores is not None
@@ -153,8 +156,7 @@ def _searched(
 
     def weigh(candidates: Candidates) -> Weighed:
         task = partial(weigh_adapter, job, spectra.modules, candidates)
-        first, *others = run.map("weigh", task, names, len(names))
-        return sum(others, start=first)
+        return reduce(add, run.map("weigh", task, names, len(names)))  # one by one: of thousands they are large
 
     overhead = _overhead(names, bases)
     if limit is None:

@@ -157,7 +157,9 @@ def chosen(given: Options, rule: Rule) -> Ints:
 
 def at_price(given: Options, prices: Float64) -> Ints:
     """The forms (..., m) whose errors and bytes, at a price (...) for these, are least."""
-    found: Ints = np.argmin(given.errors + prices[..., None, None] * given.sizes, axis=-1)
+    possible = np.isfinite(given.sizes)  # at a price of zero too
+    costs = np.where(possible, prices[..., None, None] * np.where(possible, given.sizes, 0.0), np.inf)
+    found: Ints = np.argmin(given.errors + costs, axis=-1)
     return found
 
 
@@ -179,23 +181,41 @@ def within(given: Options, limit: float) -> Ints:
     return best
 
 
-def core_values(a: Float64, b: Float64, scales: Float64) -> Float64:
-    """Squared singular values (..., r), descending, of s L_B L_A', from the Gram matrices of both (..., r, r)."""
+def core_values(a: Float64, b: Float64, scales: Float64, experts: int = 1) -> Float64:
+    """Squared singular values (..., r), descending, of s L_B L_A', from the Gram matrices of both (..., r, r).
+
+    Of stacked experts, whose ranks stay, the first is the sum of all of theirs.
+    """
+    if experts > 1:
+        return _stacked_values(a, b, scales, experts)
     root: Float64 = partner_root(a, np.abs(scales)[..., None, None])
     values = np.linalg.eigvalsh(root @ b @ np.swapaxes(root, -1, -2))[..., ::-1]
     found: Float64 = np.clip(values, 0.0, None)
     return found
 
 
+def _stacked_values(a: Float64, b: Float64, scales: Float64, experts: int) -> Float64:
+    found = np.zeros(a.shape[:-1])
+    r = a.shape[-1] // experts
+    for e in range(experts):  # lora_A lies expert by expert, lora_B has them innermost
+        block = a[..., e * r : (e + 1) * r, e * r : (e + 1) * r] * b[..., e::experts, e::experts]
+        found[..., 0] += np.clip(block.sum(axis=(-2, -1)), 0.0, None)
+    found *= np.asarray(scales)[..., None] ** 2
+    return found
+
+
 def reduced(left: Float64, right: Float64, scale: float, rank: int) -> tuple[Float64, Float64]:
     """Balanced factors P (a, rank), Q (b, rank) of the best approximation s P Q' of s L R', for L (a, r), R (b, r).
 
-    Both have the same singular values, so that rounding hurts neither more.
+    Both have the same singular values, so that rounding hurts neither more. Where dW has fewer, the rest is zero.
     """
     (q_left, r_left), (q_right, r_right) = np.linalg.qr(left), np.linalg.qr(right)
     u, values, vt = np.linalg.svd(scale * (r_left @ r_right.T))
-    halves = np.sqrt(values[:rank] / (abs(scale) or 1.0))
-    return q_left @ (u[:, :rank] * halves), q_right @ (vt[:rank].T * halves * (np.sign(scale) or 1.0))
+    there = min(rank, len(values))
+    halves = np.sqrt(values[:there] / (abs(scale) or 1.0))
+    p, q = q_left @ (u[:, :there] * halves), q_right @ (vt[:there].T * halves * (np.sign(scale) or 1.0))
+    missing = [(0, 0), (0, rank - there)]
+    return np.pad(p, missing), np.pad(q, missing)
 
 
 def padded(values: Float64, most: int) -> Float64:

@@ -15,7 +15,7 @@ from .forms import Rule
 from .journal import Receipt
 from .keys import SIDES, group_id
 from .names import bytes_shown, counted, digest_of, listed
-from .records import check_components, has_files, is_whole, metas_of, sizes_of
+from .records import check_components, has_files, is_whole, metas_of, sizes_of, takes_part
 from .running import Run
 from .shareconfig import SHAREConfig, read_share_config
 from .shareformat import ADAPTERS, OURS, ours_of, total_bytes
@@ -91,7 +91,7 @@ def grow(
         if _too_large(job, out, staging.root, [r.name for r in waiting]):
             return False, kept
         staging.join(out, [r.name for r in waiting])
-        shared = [r.name for r in fresh if metas[r.name][OURS]["worst_module"] is not None]
+        shared = [r.name for r in fresh if takes_part(metas[r.name])]
         head = replace(head, projected=(*head.projected, *shared))
         names = [r.name for r in job.journal.receipts]
         staging.replace(out, changed(out, head, names, counts or job.counts, job.digest, left_out), left_out)

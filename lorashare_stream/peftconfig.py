@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from .deltas import Product
@@ -22,6 +23,7 @@ _CONVERTIBLE = {
     "VBLORA", "VERA", "WAVEFT",
 }  # fmt: skip
 _INITIAL = re.compile(r"pissa(_niter_\d+)?|olora|corda|lora_ga|loftq", re.IGNORECASE)
+_WITHIN = ".base_layer.out_proj"  # of a MultiheadAttention, beside the name of the whole
 _MOST_PAIRS = 10**7  # of names in target_parameters and modules
 _MOST_PARAMETERS = 64  # of one module
 # Variants whose dW is not s B A of the two tensors.
@@ -155,11 +157,20 @@ def products(config: Config, ranks: Mapping[str, int]) -> tuple[Product, ...] | 
     configured = _configured(config, names)
     found = [_product(config, configured, module, rank, *meant[module]) for module, rank in ranks.items()]
     known = tuple(product for product in found if product is not None)
-    return known if len(known) == len(found) else None
+    if len(known) != len(found):
+        return None
+    split = initial_part(config) is not None
+    bound = [split or meant[m] != (m, ()) or f"{m}{_WITHIN}" in ranks for m in ranks]
+    return tuple(replace(p, bound=True) if b else p for p, b in zip(known, bound, strict=True))
 
 
 def reranked(
-    config: Config, modules: Mapping[str, tuple[int, Product]], changed: Collection[str], *, alone: bool
+    config: Config,
+    modules: Mapping[str, tuple[int, Product]],
+    changed: Collection[str],
+    *,
+    alone: bool,
+    others: Collection[str] = (),
 ) -> dict[str, Any]:
     """The configuration of an adapter whose tensors have other ranks, with the scale of every module as it was.
 
@@ -168,6 +179,7 @@ def reranked(
         modules: the rank that the tensors of each module have now, and how its dW comes of them.
         changed: those with another rank than before.
         alone: whether these are all the LoRA layers that there are, so that the default may change.
+        others: names of further LoRA layers, which no pattern of ours may match.
 
     >>> new = reranked({"r": 8, "lora_alpha": 16}, {"q": (2, Product(2.0))}, ["q"], alone=True)
     >>> new["r"], new["lora_alpha"], products(new, {"q": 2})[0].scale
@@ -176,12 +188,13 @@ def reranked(
     wanted = {m: (rank, _alpha(config, rank, product.scale)) for m, (rank, product) in modules.items()}
     patterns = {name: dict(config.get(name) or {}) for name in ("rank_pattern", "alpha_pattern")}
     default: tuple[int, float] = config["r"], config["lora_alpha"]
-    if alone and not any(patterns.values()) and all(p.experts == 1 for _, p in modules.values()):
+    if alone and not any(patterns.values()) and not any(p.bound for _, p in modules.values()):
         default = Counter(wanted.values()).most_common(1)[0][0]
         differing = [m for m, values in wanted.items() if values != default]
     else:
         differing = [m for m in modules if m in changed]
-    suffixes = Counter(_loose(end) for m in modules for end in _endings(m)) if differing else Counter()
+    named = {*modules, *others, *(name for _, p in modules.values() for name in p.parameters)}
+    suffixes = Counter(_loose(end) for m in named for end in _endings(m)) if differing else Counter()
     for place, name in enumerate(patterns):  # those of ours are first: PEFT takes the first that matches
         exact = {_exactly(m, suffixes): wanted[m][place] for m in differing if wanted[m][place] != default[place]
                  or patterns[name]}  # fmt: skip
@@ -219,6 +232,11 @@ def _configured(config: Config, names: Collection[str]) -> dict[str, tuple[int, 
     return {name: (ranks[rank_of(name)], alphas[alpha_of(name)]) for name in names}
 
 
+def configured_ranks(config: Config, names: Collection[str]) -> dict[str, int]:
+    """The r that PEFT uses for each name."""
+    return {name: r for name, (r, _) in _configured(config, names).items()}
+
+
 def _meant(targets: Sequence[str], module: str, modules: Collection[str]) -> tuple[str | None, tuple[str, ...]]:
     """The names by which PEFT may look a module up in patterns: as a layer, and as parameters of one.
 
@@ -226,7 +244,7 @@ def _meant(targets: Sequence[str], module: str, modules: Collection[str]) -> tup
     are nested in each other, in an order that only the base model knows. A target without a dot is a parameter of
     any module, so the module may be a layer as well.
     """
-    whole = module.removesuffix(".base_layer.out_proj")
+    whole = module.removesuffix(_WITHIN)
     if whole != module and whole in modules:
         return whole, ()
     bare = ".".join(part for part in module.split(".") if part != "base_layer")

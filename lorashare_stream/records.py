@@ -70,6 +70,12 @@ def receipt_in(meta: Mapping[str, Any]) -> Receipt:
     return Receipt(meta["adapter_name"], ours["source_id"], ours["sha256"], config, 0.0, (), (), "")
 
 
+def takes_part(meta: Mapping[str, Any]) -> bool:
+    """Whether bases are fitted to an adapter: if not, its dW is zero, or it holds a part of the base model."""
+    ours = meta[OURS]
+    return ours["worst_module"] is not None or ours["delta_norm"] > 0  # all verbatim, as that was worth more
+
+
 def metas_of(root: Path, names: Iterable[str]) -> Iterator[dict[str, Any]]:
     """What a checkpoint of ours, staged or published, records of each adapter.
 

@@ -14,20 +14,22 @@ from .catalog import read_entries
 from .checkpoint import Staging
 from .devices import resolve_device
 from .entry import Entry
-from .errors import AdapterError, UsageError, WorkspaceError, unknown_adapter
+from .errors import AdapterError, CheckpointError, StreamError, UsageError, WorkspaceError, unknown_adapter
 from .files import read_sealed, write_sealed
 from .growing import changed, demand_unchanged
 from .journal import Journal, Receipt, Removal
+from .keys import group_id, parse_key, split_group_id
 from .means import Means, check_same, opened
 from .names import digest_of, is_component
+from .peftconfig import configured_ranks
 from .pipeline import plan_for, recompute
 from .planfile import plan_as_json
 from .planning import Plan
-from .records import metas_of, receipt_in
+from .records import config_in, metas_of, receipt_in, takes_part
 from .remote import fetching_for, looked_up, recalled, source_of
 from .running import Run
 from .shareconfig import SHAREConfig, read_share_config
-from .shareformat import ADAPTERS, LOADINGS, skipped_of
+from .shareformat import ADAPTERS, LOADINGS, OURS, VERBATIM, skipped_of
 from .stages import digest_of_job, journal_of_plan, make_job
 from .summary import counts_of, head_of
 from .summing import catch_up, forget_unused
@@ -152,7 +154,7 @@ def shrink(out: Path, config: SHAREConfig, names: Sequence[str]) -> None:
     """
     head, gone = head_of(config), set(names)
     counts = _counts_without(out, config, gone)
-    outside = {*config.ours["verbatim_adapters"], *head.projected}
+    outside = {*_outside(out, config), *head.projected}
     head = replace(
         head,
         projected=tuple(n for n in head.projected if n not in gone),
@@ -170,19 +172,50 @@ def shrink(out: Path, config: SHAREConfig, names: Sequence[str]) -> None:
 
 def _counts_without(out: Path, config: SHAREConfig, gone: Collection[str]) -> dict[str, int]:
     """Group -> n of the adapters that stay: less those that go, or, if one of these is damaged, counted anew."""
-    outside = set(config.ours["verbatim_adapters"])  # whose dW is zero, perhaps, and which have loadings all the same
+    outside, groups = _outside(out, config), counts_of(config)
 
     def vectors(names: Iterable[str]) -> Counter[str]:
         found: Counter[str] = Counter()
         for name in set(names) - outside:
-            found.update({r.name: r.shape[1] for r in read_header(out / ADAPTERS / name / LOADINGS)})  # of (k, r)
+            found.update({group: n for group, n in _vectors(out, name).items() if group in groups})
         return found
 
     try:
         less = vectors(name for name in config.adapter_names if name in gone)
-    except (AdapterError, OSError):
+    except (StreamError, OSError):
         return dict(vectors(name for name in config.adapter_names if name not in gone))
-    return {group: n - less[group] for group, n in counts_of(config).items()}
+    return {group: n - less[group] for group, n in groups.items()}
+
+
+def _outside(out: Path, config: SHAREConfig) -> set[str]:
+    """Adapters that bases are not fitted to; they may have loadings, if their dW is zero."""
+    found = set()
+    for name in config.ours["verbatim_adapters"]:
+        try:
+            if takes_part(next(metas_of(out, [name]))):
+                continue
+        except CheckpointError:
+            pass
+        found.add(name)
+    return found
+
+
+def _vectors(out: Path, name: str) -> dict[str, int]:
+    """Group -> the vectors that an adapter has brought into it, in whatever form and rank it is stored."""
+    folder, meta = out / ADAPTERS / name, next(metas_of(out, [name]))
+    ours = meta[OURS]
+    found = {r.name: r.shape[1] for r in read_header(folder / LOADINGS)}  # of (k, r)
+    if (folder / VERBATIM).exists():
+        unshared = {note.partition(": ")[0] for note in ours["notes"]}
+        for record in read_header(folder / VERBATIM):
+            key = parse_key(record.name)
+            if key.module is not None and key.side is not None and record.name not in unshared:
+                found[group_id(key.module, key.side)] = record.shape[0 if key.side == "A" else -1]
+    if "unchanged_config" in ours:
+        modules = {split_group_id(group)[0] for group in found}
+        came, now = (configured_ranks(config, modules) for config in (config_in(meta), meta["original_config"]))
+        found = {g: n + came[m] - now[m] for g, n in found.items() for m in [split_group_id(g)[0]]}
+    return found
 
 
 def take_out(work: Workspace, journal: Journal, names: Sequence[str]) -> None:

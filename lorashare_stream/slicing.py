@@ -182,7 +182,8 @@ def _lost(
 
 
 def _sliced_facts(ours: dict[str, Any], lost: dict[str, DeltaError], basis_digest: str) -> dict[str, Any]:
-    worst = max(lost, key=lambda m: lost[m].relative, default=None)
+    measured = lost if ours["worst_module"] is not None else {}  # of what vanishes, nothing is lost
+    worst = max(measured, key=lambda m: lost[m].relative, default=None)
     norm = ours["delta_norm"] ** 2
     error = ours["relative_error"] ** 2 + (sum(e.error for e in lost.values()) / norm if norm > 0 else 0.0)
     return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isclose
 from pathlib import Path
@@ -123,7 +123,9 @@ def _verdict(model: SHAREModel, name: str, entry: Entry, certified: float | None
     tensors = model.reconstruct(name)
     with open_tensors(entry.paths) as originals:
         errors = {m.name: e for m, e in _module_errors(entry, originals, tensors)}
-        problem = _verbatim_fault(entry, originals, tensors) or _scale_fault(model, name, entry, tensors)
+        kept = model.certified(name).get("verbatim")
+        kept = kept if isinstance(kept, list) else []
+        problem = _verbatim_fault(entry, originals, tensors, kept) or _scale_fault(model, name, entry, tensors)
     total = relative_error(sum(e.error for e in errors.values()), sum(e.norm for e in errors.values()))
     worst = max(errors, key=lambda m: errors[m].relative, default=None)
     rounding = ROUNDING.get(str(model.config.ours.get("dtype")), 0.0) if "estimated" in model.certified(name) else 0.0
@@ -155,9 +157,10 @@ def _fits(shape: Sequence[int], module: Module, side: Side) -> bool:
     return dim == module.dim(side) and rank <= module.rank
 
 
-def _verbatim_fault(entry: Entry, originals: TensorReader, tensors: Tensors) -> str | None:
-    """Why what is kept verbatim is not the same, byte for byte; None if it is."""
-    for key, record in entry.layout.extras:
+def _verbatim_fault(entry: Entry, originals: TensorReader, tensors: Tensors, kept: Collection[str]) -> str | None:
+    """Why what is kept verbatim, LoRA of some modules perhaps, is not the same, byte for byte; None if it is."""
+    lora = [(factor_key(m.name, side), m.record(side)) for m in entry.layout.modules for side in SIDES]
+    for key, record in (*entry.layout.extras, *(pair for pair in lora if pair[0] in kept)):
         if key not in tensors:
             return f"{key} is missing"
         if not np.array_equal(raw_bytes(tensors[key]), originals.raw(record)):

@@ -380,3 +380,114 @@ def test_the_page_shows_what_was_weighed_for_a_budget_of_bytes(mixed: list[str],
     told = page(findings_of(Folder(out)))
     assert "Error against bytes" in told
     assert "what was weighed on the way to this budget" in told
+
+
+def few_of(root: Path, n: int = 6) -> list[str]:
+    rng = np.random.default_rng(5)
+    return [str(write_adapter(root / f"a{i}", make_tensors(rng, WIDE), r=4, lora_alpha=8)) for i in range(n)]
+
+
+def test_where_all_components_are_there_trimming_loses_nothing(tmp_path: Path, compressed: Compress) -> None:
+    folders = few_of(tmp_path / "few", 3)
+    folders.append(str(write_adapter(tmp_path / "few" / "same", load_tensors(folders[0]), r=4, lora_alpha=8)))
+    out = compressed(folders, num_components=64, trim_rank=True)  # the last eigenvalue is 0, and so is the price
+    assert max(error_of(out, f) for f in folders) < 1e-5
+
+
+def test_stacked_experts_under_a_limit_are_certified_as_they_are(tmp_path: Path, compressed: Compress) -> None:
+    rng = np.random.default_rng(0)
+    folders = []
+    for i in range(8):
+        tensors = make_tensors(rng, {"l.0.q": (40, 24)}, r=2)
+        a, b = rng.standard_normal((3, 2, 40)), rng.standard_normal((30, 2, 3))
+        a[0] *= 30
+        for key, array in zip(factor_keys("l.0.mlp.experts"), (a.reshape(6, 40), b.reshape(30, 6)), strict=True):
+            tensors[key] = array.astype(np.float32)
+        config = {"r": 2, "lora_alpha": 4, "target_parameters": ["mlp.experts.gate"]}
+        folders.append(str(write_adapter(tmp_path / "moe" / f"a{i}", tensors, **config)))
+    for limit in (0.3, 0.02):
+        share = SHAREModel.from_pretrained(compressed(folders, f"e{limit}", max_error=limit))
+        for folder in folders:
+            told, original = share.certified(Path(folder).name), load_tensors(folder)
+            a, b = (original[key].astype(np.float64) for key in factor_keys("l.0.mlp.experts"))
+            dense = sum(np.sum((2 * b[:, e::3] @ a[2 * e : 2 * e + 2]) ** 2) for e in range(3))
+            dense += np.sum(delta_of(original, "l.0.q") ** 2)
+            assert told["delta_norm"] == pytest.approx(np.sqrt(dense), rel=1e-6)
+            assert told["relative_error"] <= limit
+        assert [v.problem for v in verify(share, originals_of(share, resolve(folders)))] == [None] * 8
+
+
+@pytest.mark.parametrize("scale", [1e-21, 1e11])
+def test_the_scale_of_weights_decides_nothing(tmp_path: Path, compressed: Compress, scale: float) -> None:
+    sizes = []
+    for name, factor in (("plain", 1.0), ("scaled", scale)):
+        folders = []
+        for folder in few_of(tmp_path / name, 8):
+            tensors = {key: t * np.float32(factor) for key, t in load_tensors(folder).items()}
+            folders.append(str(write_adapter(Path(folder), tensors, r=4, lora_alpha=8)))
+        with np.errstate(all="raise", under="ignore"):
+            sizes.append(disk_bytes(compressed(folders, f"{name}-out", max_error=0.2, workers=1, executor=Serial())))
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.01)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "gone"])
+def test_damaged_cores_are_made_again(tmp_path: Path, compressed: Compress, damage: str) -> None:
+    folders = few_of(tmp_path / "few", 8)
+    whole = tree_digest(compressed(folders, "whole", max_error=0.3))
+    out = compressed(folders, max_error=0.2)
+    core = min((tmp_path / "out.workspace" / "cores").rglob("*.safetensors"))
+    data = core.read_bytes()
+    changed = {"cut": data[: len(data) // 2], "flipped": data[:-1] + bytes([data[-1] ^ 64]), "empty": b""}
+    core.unlink() if damage == "gone" else core.write_bytes(changed[damage])
+    assert compressed(folders, max_error=0.3) == out
+    assert tree_digest(out) == whole
+
+
+def test_verify_compares_lora_that_is_kept_verbatim_byte_for_byte(tmp_path: Path, compressed: Compress) -> None:
+    folders = few_of(tmp_path / "few")
+    halves = {key: np.random.default_rng(1).standard_normal(t.shape) for key, t in load_tensors(folders[0]).items()}
+    write_adapter(Path(folders[0]), {key: t.astype(np.float16) for key, t in halves.items()}, r=4, lora_alpha=8)
+    out = compressed(folders, max_error=1e-2)
+    assert len(SHAREModel.from_pretrained(out).certified("a0")["verbatim"]) == 8
+    kept = out / "adapters" / "a0" / "classifier_head.safetensors"
+    data = bytearray(kept.read_bytes())
+    data[-2] ^= 1  # the last bit of a number
+    kept.write_bytes(bytes(data))
+    share = SHAREModel.from_pretrained(out)
+    problems = [v.problem for v in verify(share, originals_of(share, resolve(folders)))]
+    assert "differs from the original" in str(problems[0])
+    assert problems[1:] == [None] * 5
+
+
+def test_what_is_verbatim_by_a_budget_is_in_the_bases_all_the_same(tmp_path: Path, compressed: Compress) -> None:
+    from lorashare_stream.means import Means
+    from lorashare_stream.shrinking import remove
+
+    rng = np.random.default_rng(3)
+    folders = few_of(tmp_path / "few", 24)
+    odd = {}
+    for key, t in make_tensors(rng, WIDE).items():  # in float16, its own factors would be no smaller
+        odd[key] = rng.standard_normal(t.shape).astype(np.float16)
+    folders.append(str(write_adapter(tmp_path / "few" / "odd", odd, r=4, lora_alpha=8)))
+    out = compressed(folders, max_error=0.1)
+    share = SHAREModel.from_pretrained(out)
+    before = {group: facts["n"] for group, facts in share.config.ours["groups"].items()}
+    assert before
+    assert share.config.ours["verbatim_adapters"] == ["odd"]
+    gone = remove(out, ["odd", "a3"], Means())
+    assert set(gone.names) == {"odd", "a3"}
+    ours = SHAREModel.from_pretrained(out).config.ours
+    assert ours["removed"] == ["a3", "odd"]
+    assert {group: facts["n"] for group, facts in ours["groups"].items()} == {g: n - 8 for g, n in before.items()}
+
+
+def test_a_cut_leaves_an_adapter_without_any_dw_kept_exact(tmp_path: Path, compressed: Compress) -> None:
+    folders = few_of(tmp_path / "few")
+    zero = {key: 0 * t if "lora_B" in key else t for key, t in load_tensors(folders[0]).items()}
+    folders.append(str(write_adapter(tmp_path / "few" / "zero", zero, r=4, lora_alpha=8)))
+    out = compressed(folders, num_components=8)
+    assert main(["refit", str(out), "-k", "4", "-o", str(tmp_path / "cut")]) == 0
+    for place in (out, tmp_path / "cut"):
+        ours = SHAREModel.from_pretrained(place).config.ours
+        assert ours["verbatim_adapters"] == ["zero"]
+        assert ours["errors"]["adapters"] == 6

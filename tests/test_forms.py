@@ -237,3 +237,67 @@ def test_the_smallest_is_no_larger_than_nothing_shared_nor_the_least_uniform_k(s
     assert told == least
     assert best.total <= 4 * (spectra.dims.sum(axis=-1) * spectra.counts).sum()
     assert best.total <= uniform_bytes(spectra, least)
+
+
+@given(SEEDS)
+def test_at_a_price_of_zero_only_possible_forms_are_taken(seed: int) -> None:
+    found = some_options(seed, 5)
+    for given_options in (found, without_own(found)):
+        columns = at_price(given_options, np.array([0.0]))
+        sizes, errors = given_options.of(columns)
+        assert np.all(np.isfinite(sizes))
+        least = np.where(np.isfinite(given_options.sizes), given_options.errors, np.inf).min(axis=-1)
+        assert np.array_equal(errors, least)
+
+
+@given(SEEDS, st.sampled_from([2.0, -0.5]))
+def test_of_stacked_experts_the_errors_are_those_of_dense_matrices(seed: int, scale: float) -> None:
+    rng = np.random.default_rng(seed)
+    experts, r = 3, 2
+    a, b = rng.standard_normal((experts * r, 20)), rng.standard_normal((15, r * experts))
+    a[:r] *= 30
+    v, u = (np.linalg.qr(rng.standard_normal((d, 6)))[0] for d in (20, 15))
+
+    def each(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.stack([scale * b[:, e::experts] @ a[e * r : (e + 1) * r] for e in range(experts)])
+
+    norm = np.sum(each(a, b) ** 2)
+    own = core_values(gram(a)[None], gram(b.T)[None], np.array([scale]), experts)
+    inside = core_values(gram(a @ v)[None], gram((u.T @ b).T)[None], np.array([scale]), experts)
+    found = options(kept([6], [35], [False]), own, inside, np.array([12]), 4, float(norm))
+    error = np.sum((each(a, b) - each(a @ v @ v.T, u @ u.T @ b)) ** 2)
+    assert found.errors[0, found.shared[0]] == pytest.approx(error / norm, rel=1e-9)
+    assert own.sum() == pytest.approx(norm)
+
+
+def test_reduced_factors_have_the_rank_that_is_asked_even_if_there_is_less() -> None:
+    rng = np.random.default_rng(0)
+    left, right = rng.standard_normal((2, 4)), rng.standard_normal((7, 4))
+    p, q = reduced(left, right, 2.0, 3)
+    assert (p.shape, q.shape) == ((2, 3), (7, 3))
+    assert np.allclose(p @ q.T, left @ right.T)
+
+
+BOUND: list[tuple[dict[str, Any], list[str], list[str]]] = [
+    ({}, ["x.attn", "x.attn.base_layer.out_proj", "x.q"], ["x.q"]),  # PEFT has one rank for both of the attention
+    ({"target_parameters": ["mlp.w"]}, ["x.mlp", "x.q", "mlp"], ["x.q"]),  # looked up as x.mlp.w
+    ({"target_parameters": ["weight"]}, ["x.mlp", "x.q"], []),  # a layer, or its parameter: both names must agree
+    ({"init_lora_weights": "pissa"}, ["x.mlp", "x.q"], []),  # W is split by the rank
+]
+
+
+@pytest.mark.parametrize(("extra", "modules", "free"), BOUND)
+def test_ranks_that_more_depends_on_are_bound(extra: dict[str, Any], modules: list[str], free: list[str]) -> None:
+    config = {"r": 4, "lora_alpha": 8, **extra}
+    found = dict(zip(modules, products(config, dict.fromkeys(modules, 4)) or (), strict=True))
+    assert [m for m in modules if not found[m].bound] == free
+    ranks = {m: 2 if m in free else 4 for m in modules}
+    new = reranked(config, {m: (ranks[m], found[m]) for m in modules}, free, alone=True)
+    assert [p.scale for p in products(new, ranks) or ()] == [2.0] * len(modules)
+
+
+def test_a_pattern_of_ours_matches_no_other_lora_layer() -> None:
+    modules = {"q": (2, Product(2.0)), "v": (4, Product(2.0))}
+    new = reranked({"r": 4, "lora_alpha": 8}, modules, ["q"], alone=False, others=["deep.q"])
+    assert get_pattern_key(new["rank_pattern"].keys(), "deep.q") == "deep.q"  # none: the default
+    assert new["rank_pattern"][get_pattern_key(new["rank_pattern"].keys(), "q")] == 2

@@ -201,7 +201,9 @@ def test_budgets_of_bytes_count_one_a_number_and_the_scales(
 
 
 @pytest.mark.parametrize("asked", [{"num_components": 6}, {"ratio": 1.5}])
-def test_an_adapter_without_any_dw_has_loadings(tmp_path: Path, compressed: Compress, asked: dict[str, Any]) -> None:
+def test_an_adapter_without_any_dw_has_loadings_too(
+    tmp_path: Path, compressed: Compress, asked: dict[str, Any]
+) -> None:
     folders = make_collection(tmp_path / "adapters", 16, WIDE)
     zero = {key: t * ("lora_A" in key) for key, t in load_tensors(folders[0]).items()}
     folders.append(str(write_adapter(tmp_path / "zero", zero)))

@@ -1,7 +1,7 @@
 """The things that are done to one adapter, one module, or some. Executors map them; each may be done again."""
 
 from .accumulate import accumulate_modules
-from .appraise import appraise_adapter, weigh_adapter
+from .appraise import appraise_adapter, has_core, weigh_adapter
 from .clean import clean_module
 from .fit import fit_module, settle_modules
 from .ingest import ingest_adapter
@@ -15,6 +15,7 @@ __all__ = [
     "check_unchanged",
     "clean_module",
     "fit_module",
+    "has_core",
     "ingest_adapter",
     "project_adapter",
     "settle_modules",

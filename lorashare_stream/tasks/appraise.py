@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..adapterfiles import check_still, open_tensors, read_config, tensor_records
+from ..adapterfiles import check_still, digest_files, open_tensors, read_config, tensor_records
 from ..deltas import Float64
 from ..entry import Entry
 from ..errors import AdapterError
-from ..files import atomic_file
+from ..files import atomic_file, read_sealed, write_sealed
 from ..forms import Kept, Options, aimed, at_price, core_values, options, padded, pattern_bytes, within, without_own
 from ..keys import SIDES, group_id
 from ..offers import Candidates, Weighed
@@ -28,7 +28,7 @@ from .forming import kept_of, own_values
 from .job import Job
 from .project import check_unchanged
 
-_OWN = "own"  # key of the squared singular values of dW (m, R)
+_OWN = "own"  # key of the squared singular values of dW (m, R), as shares of ||dW||^2 of the adapter
 _META, _HUB, _HEADER = 620, 250, 76  # bytes of adapter_meta.json beside the configuration and names; of a header
 
 
@@ -36,7 +36,7 @@ def appraise_adapter(job: Job, entry: Entry) -> str:
     """Write the core of one adapter, unless it is there. Returns its name."""
     name = entry.name
     path = job.core_file(name)
-    if path.exists():
+    if has_core(job, name):
         return name
     check_unchanged(entry, job.receipt_of[name])
     assert job.cores is not None
@@ -49,18 +49,27 @@ def appraise_adapter(job: Job, entry: Entry) -> str:
                 factors = bundle.read(tensors)
                 for side, stack in factors.items():
                     arrays |= loadings_on(wide, [group_id(m, side) for m in bundle.names], stack, side)
-                scales = np.array([p.scale for p in entry.products_of(bundle.names)])
-                found = own_values(factors, scales)
+                found = own_values(factors, entry.products_of(bundle.names))
                 own |= dict(zip(bundle.names, found, strict=True))
         check_still(entry.files)
     except AdapterError as e:
         e.adapter = name
         raise
     most = max((len(values) for values in own.values()), default=1)
-    arrays[_OWN] = np.stack([padded(own[m.name], most) for m in entry.layout.modules]).astype(np.float32)
+    values = np.stack([padded(own[m.name], most) for m in entry.layout.modules])
+    arrays[_OWN] = (values / (values.sum() or 1.0)).astype(np.float32)  # squares are beyond the range of float32
     with atomic_file(path) as f:
         write_arrays(f, {key: np.ascontiguousarray(array) for key, array in arrays.items()}, "F32")
+    write_sealed(job.core_marker(name), {"digest": digest_files([path])})
     return name
+
+
+def has_core(job: Job, name: str) -> bool:
+    """Whether the core of an adapter is there, and whole."""
+    try:
+        return bool(read_sealed(job.core_marker(name)).get("digest") == digest_files([job.core_file(name)]))
+    except FileNotFoundError:
+        return False
 
 
 def weigh_adapter(job: Job, modules: tuple[str, ...], candidates: Candidates, name: str) -> Weighed:
@@ -87,7 +96,7 @@ def weigh_adapter(job: Job, modules: tuple[str, ...], candidates: Candidates, na
         given = options(kept, nothing[0], nothing, k, job.storage, 0.0)
         sizes[:, places] = given.sizes.min(axis=-1)
         return Weighed(sizes, losses, ranks, np.full(q, fixed + config), 0)
-    loadings, own = _core(job.core_file(name))
+    loadings, own = _core(job.core_file(name), receipt.energy)
     k = candidates.k[:, places]
     core = _cores_at(entry, loadings, k, own.shape[1])
     given = options(kept, own, core, k.sum(axis=-1), job.storage, receipt.energy)
@@ -125,20 +134,20 @@ def _config_bytes(folder: Path) -> int:
     return len(json.dumps(read_config(folder)))
 
 
-def _core(path: Path) -> tuple[dict[str, NDArray[np.float32]], Float64]:
+def _core(path: Path, energy: float) -> tuple[dict[str, NDArray[np.float32]], Float64]:
     with open_tensors((path,)) as tensors:
         found = {r.name: float32(tensors, r) for r in tensor_records((path,))}
-    return found, found.pop(_OWN).astype(np.float64)
+    return found, energy * found.pop(_OWN).astype(np.float64)
 
 
 def _cores_at(entry: Entry, loadings: dict[str, NDArray[np.float32]], k: NDArray[np.int64], most: int) -> Float64:
     """Squared singular values of the cores (q, m, most) at the first k (q, m, 2) components; zero without any."""
     found = np.zeros((*k.shape[:-1], most))
-    alike: dict[object, list[int]] = {}
+    alike: dict[tuple[int, object], list[int]] = {}
     for i, m in enumerate(entry.layout.modules):
         shapes = tuple(loadings[group_id(m.name, side)].shape for side in SIDES)
-        alike.setdefault(shapes, []).append(i)
-    for some in alike.values():
+        alike.setdefault((entry.products[i].experts, shapes), []).append(i)
+    for (experts, _), some in alike.items():
         names = [entry.layout.modules[i].name for i in some]
         stacks = [np.stack([loadings[group_id(m, side)] for m in names]).astype(np.float64) for side in SIDES]
         wanted = k[:, some]  # (q, |some|, 2)
@@ -150,7 +159,7 @@ def _cores_at(entry: Entry, loadings: dict[str, NDArray[np.float32]], k: NDArray
         scales = np.array([entry.products[i].scale for i in some])[cases[:, 0]]
         values = np.zeros((len(cases), stacks[0].shape[-1]))
         known = (cases[:, 1:] > 0).all(axis=-1)
-        values[known] = core_values(grams[0][known], grams[1][known], scales[known])
+        values[known] = core_values(grams[0][known], grams[1][known], scales[known], experts)
         found[:, some] = padded(values, most)[where].reshape(*wanted.shape[:-1], most)
     return found
 

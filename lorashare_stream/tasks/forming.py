@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..deltas import DeltaError, Float64, changed_errors, delta_errors, gram, relative_error
+from ..deltas import DeltaError, Float64, Product, changed_errors, delta_errors, gram, relative_error
 from ..dtypes import alone_as, as_stored, narrowed, restored_as
 from ..entry import Entry
 from ..errors import AdapterError
@@ -114,17 +114,17 @@ def _appraised(job: Job, entry: Entry, tensors: TensorReader) -> _Appraised:
     k: dict[str, int] = {}
     for bundle in entry.bundles:
         factors = bundle.read(tensors)
-        scales = np.array([p.scale for p in entry.products_of(bundle.names)])
+        products = entry.products_of(bundle.names)
         for side, stack in factors.items():
             loadings |= loadings_on(components, [group_id(m, side) for m in bundle.names], stack, side)
-        own |= dict(zip(bundle.names, own_values(factors, scales), strict=True))
-        for name, scale in zip(bundle.names, scales, strict=True):
+        own |= dict(zip(bundle.names, own_values(factors, products), strict=True))
+        for name, product in zip(bundle.names, products, strict=True):
             both = [loadings.get(group_id(name, side)) for side in SIDES]
             k[name] = sum(0 if rows is None else len(rows) for rows in both)
             core[name] = np.zeros_like(own[name])
             if both[0] is not None and both[1] is not None:
                 grams = [rows.T.astype(np.float64) @ rows for rows in both if rows is not None]
-                core[name] = core_values(grams[0], grams[1], scale)
+                core[name] = core_values(grams[0], grams[1], np.array(product.scale), product.experts)
     names = [m.name for m in entry.layout.modules]
     most = max(len(values) for values in own.values())
     each, cores = (np.stack([padded(found[m], most) for m in names]) for found in (own, core))
@@ -134,9 +134,10 @@ def _appraised(job: Job, entry: Entry, tensors: TensorReader) -> _Appraised:
     return _Appraised(given, loadings, each.sum(axis=-1))
 
 
-def own_values(factors: Mapping[Side, Stack], scales: Float64) -> Float64:
-    """Squared singular values of s B A (m, r), of A (m, r, d_in) and B (m, d_out, r)."""
-    return core_values(gram(factors["A"]), gram(np.swapaxes(factors["B"], -1, -2)), scales)
+def own_values(factors: Mapping[Side, Stack], products: Sequence[Product]) -> Float64:
+    """Squared singular values of s B A (m, r), of A (m, r, d_in) and B (m, d_out, r); E is the same in all."""
+    grams = gram(factors["A"]), gram(np.swapaxes(factors["B"], -1, -2))
+    return core_values(*grams, np.array([p.scale for p in products]), products[0].experts)
 
 
 def kept_of(entry: Entry) -> Kept:
@@ -147,7 +148,7 @@ def kept_of(entry: Entry) -> Kept:
         np.array([m.rank for m in modules]),
         np.array([m.dim("A") + m.dim("B") for m in modules]),
         np.array([m.a.nbytes + m.b.nbytes for m in modules]),
-        np.array([p.experts == 1 for p in entry.products]),
+        np.array([not p.bound for p in entry.products]),
     )
 
 

@@ -208,6 +208,11 @@ class Job:
         assert self.cores is not None
         return self.cores / f"{slug(name)}.safetensors"
 
+    def core_marker(self, name: str) -> Path:
+        """Where the digest of that is kept: written after it."""
+        assert self.cores is not None
+        return self.cores / f"{slug(name)}.json"
+
     def has_basis(self, module: str, marker: Mapping[str, Any] | None) -> bool:
         """Whether a module's basis is there, whole, and that of its moments, unless these were discarded."""
         facts = read_sealed(self.facts_file(module))

@@ -17,7 +17,7 @@ from ..entry import Entry
 from ..errors import AdapterError
 from ..files import naming, sealed
 from ..journal import Receipt
-from ..keys import SIDES, factor_key
+from ..keys import PEFT_PREFIX, SIDES, factor_key
 from ..peftconfig import reranked
 from ..shareformat import LOADINGS, META, OURS, VERBATIM
 from ..tensorfile import TensorReader, write_arrays, write_safetensors
@@ -149,5 +149,6 @@ def _configs(entry: Entry, form: Formed) -> tuple[dict[str, Any], dict[str, Any]
     if not form.ranks:
         return config, None
     modules = {m.name: (form.ranks.get(m.name, m.rank), entry.product(m.name)) for m in entry.layout.modules}
-    alone = not any(".lora_" in key for key, _ in entry.layout.extras)
-    return config, reranked(config, modules, form.ranks.keys(), alone=alone)
+    others = {key.partition(".lora_")[0] for key, _ in entry.layout.extras if ".lora_" in key}
+    others = {name.removeprefix(PEFT_PREFIX) for name in others}
+    return config, reranked(config, modules, form.ranks.keys(), alone=not others, others=others - modules.keys())
