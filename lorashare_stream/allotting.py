@@ -15,7 +15,7 @@ from .allotment import frontier, largest_within, smallest_with, told, touches
 from .basefiles import Bases, raw_components, shapes_of
 from .dtypes import ITEMSIZE, stored_shape
 from .errors import AdapterError, BudgetError
-from .files import atomic_file, own_folder, remove_tree
+from .files import atomic_file, own_folder
 from .forms import Rule
 from .keys import SIDES, group_id
 from .names import bytes_shown, digest_of
@@ -81,7 +81,7 @@ def _allotted(run: Run, job: Job, spare: int) -> tuple[Job, Bases, Points]:
     most = np.minimum(dims, counts[:, None])
     item, top = ITEMSIZE[job.storage], int(most.max(initial=1))
     even = (limit or 0) / max(1, item * int((dims + counts[:, None]).sum()))  # the k that all could have
-    k = _widest(job, FIRST if limit is None else max(16, int(2 * even)))
+    k = FIRST if limit is None else 1 << max(4, int(2 * even).bit_length())
     while True:
         k = min(k, top)
         wide, bases = _widened(run, job, k)
@@ -98,19 +98,13 @@ def _allotted(run: Run, job: Job, spare: int) -> tuple[Job, Bases, Points]:
     return replace(wide, settings=job.settings, rule=rule, basis_digest=_digest(cut, rule)), cut, points
 
 
-def _widest(job: Job, least: int) -> int:
-    """The most components that were fitted for a budget before; else as many as are needed at least."""
-    found = [int(path.name.rpartition(".")[2]) for path in job.bases.parent.glob(f"{job.bases.name}.*")]
-    return max([least, *found])
-
-
 def _widened(run: Run, job: Job, k: int) -> tuple[Job, Bases]:
-    """The job of fitting k components to every group, which it is then."""
+    """The job of fitting k components to every group, which it is then.
+
+    Those of other k stay: which one a budget takes must not depend on what was asked before.
+    """
     name = f"{job.bases.name}.{k}"
     cores = job.workspace / "cores" / name
-    for path in (*job.bases.parent.iterdir(), *cores.parent.iterdir()):  # of the same adapters, and narrower
-        if path.name.startswith(f"{job.bases.name}.") and int(path.name.rpartition(".")[2]) < k:
-            remove_tree(path)
     settings = replace(job.settings, num_components=k)
     wide = replace(job, settings=settings, bases=own_folder(job.bases.parent / name), cores=own_folder(cores))
     return wide, settle(run, wide)
@@ -163,24 +157,27 @@ def _searched(
         return *smallest_with(spectra, weigh, overhead), []
     found, tried = largest_within(spectra, weigh, limit - spare, overhead)
     if found is None:
+        extras = sum(job.entry(name).layout.extra_bytes for name in names)
         nearest = int(1.01 * (min(a.total for a in tried) + spare)) + 1
         raise BudgetError(
             f"no checkpoint of these adapters is as small as {job.settings.budget} asks",
-            found=bytes_shown(limit), expected=f"at least {bytes_shown(nearest)}", remedy=_remedy(job, nearest),
+            found=f"{bytes_shown(limit)} asked for", remedy=_remedy(job, nearest),
+            expected=f"about {bytes_shown(nearest)} or more, of which {bytes_shown(extras)} are not LoRA",
         )  # fmt: skip
     return found, 0, frontier(tried, sum(job.shares(r) for r in job.journal.receipts))
 
 
 def _remedy(job: Job, size: int) -> str:
-    if job.settings.ratio is not None:
-        return f"Use --ratio {sum(sum(r.sizes) for r in job.journal.receipts) / size * 0.999:.2f} or less."
+    ratio = sum(sum(r.sizes) for r in job.journal.receipts) / size * 0.999
+    if job.settings.ratio is not None and ratio >= 1.01:
+        return f"Use --ratio {ratio - 0.005:.2f} or less."
     return f"Use --max-bytes {size + 1} or more."
 
 
 def _overhead(names: list[str], bases: Bases) -> int:
-    """Bytes of what is neither components nor of one adapter: headers, eigenvalues, configuration."""
+    """Bytes of what is neither components nor of one adapter: headers, configuration."""
     groups = [(m, facts[side]) for m, facts in bases.items() for side in SIDES if side in facts]
-    of_groups = sum(3.5 * len(m) + _GROUP + 8 * facts["k"] for m, facts in groups)
+    of_groups = sum(3.5 * len(m) + _GROUP for m, _ in groups)
     return _CONFIG + int(of_groups) + sum(len(name) + _NAME for name in names)
 
 

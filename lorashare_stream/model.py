@@ -25,7 +25,7 @@ from .pipeline import compress, plan_for
 from .reader import CheckpointReader, Tensors
 from .report import adapter_notes, summary_text
 from .restoring import refuse_originals, restored, save_adapter
-from .settings import Settings
+from .settings import BUDGETS, Settings
 from .shrinking import remove
 from .sources import resolve
 
@@ -64,7 +64,8 @@ class SHAREModel(Opened):
             output_dir: the checkpoint's folder; None is a private temporary one, removed with the object.
             workspace: the folder of resumable state; None is beside `output_dir`.
             executor: a `distributed.Client`, or an executor of `lorashare_stream.executors`.
-            **settings: `objective`, `center`, `dtype`, `memory`, `workers`, ... as in `Settings`.
+            **settings: `max_error`, `max_bytes` or `ratio` instead of k, `trim_rank`, `objective`, `center`, `dtype`,
+                `memory`, `workers`, ... as in `Settings`.
 
         Raises:
             ValueError: our errors are ValueErrors where lorashare's are.
@@ -73,6 +74,9 @@ class SHAREModel(Opened):
             if value and name not in _said:
                 _said.add(name)
                 warnings.warn(f"{name} has no effect: adapters are always streamed", UserWarning, stacklevel=2)
+        budgets = [name for name in BUDGETS if settings.get(name) is not None]
+        if budgets and num_components != 32:
+            raise UsageError("both num_components and a budget", found=listed(budgets), remedy="Give only one of them.")
         mapper = executor_of(executor)
         chosen = Settings.from_mapping(
             {

@@ -39,8 +39,8 @@ class Spectra:
         return np.array([[len(side) for side in both] for both in self.eigenvalues], np.int64).reshape(-1, 2)
 
     def basis_bytes(self, k: Ints) -> Ints:
-        """Bytes of the components k (..., m, 2) of each module (..., m)."""
-        found: Ints = self.item * (k * self.dims).sum(axis=-1)
+        """Bytes of the components k (..., m, 2) of each module (..., m), and of their eigenvalues."""
+        found: Ints = self.item * (k * self.dims).sum(axis=-1) + 8 * k.sum(axis=-1)
         return found
 
     def held_bytes(self, k: Ints, ranks: Float64) -> int:

@@ -224,7 +224,7 @@ def recommended(outlooks: Sequence[Outlook], own: Mapping[float, float]) -> str:
             if own[target] >= enough:
                 other = f"; -k {best.k} gives {described(best)}" if best is not None else "; no k saves bytes then"
                 return (
-                    f"{_little(best, widest)}own truncated SVDs (--max-error {target:g}) are the better way, "
+                    f"{_little(best, widest)}own truncated SVDs (--max-error {target:g}) are the better way, at least "
                     f"{own[target]:.2f} times smaller at that error{other}"
                 )
     if widest is None:

@@ -182,6 +182,7 @@ class Plan:
                 "Leave them out, or go on without them by --on-error skip.",
             )
         check_enough(len(self.entries) + len(self.absent), self.refused, self.fewest)
+        self._check_size()
         self._check_disk_budget()
         least = max((s.least_bytes for s in self.steps), default=0)
         if least > self.settings.memory:
@@ -192,6 +193,22 @@ class Plan:
                 expected=f"at least {bytes_shown(least)} ({least} bytes)",
                 remedy=f"Use --memory {-(-least >> 20) + 1}MiB or more.",
             )
+
+    def _check_size(self) -> None:
+        limit, extras = self.byte_limit, self.sizes["verbatim"]
+        if limit is not None and limit <= extras:
+            ratio = self.sizes["originals"] / max(1, extras)
+            raise BudgetError(
+                "tensors that are not LoRA, which are kept as they are, take more than the checkpoint may have",
+                found=f"{bytes_shown(limit)} asked for", expected=f"more than {bytes_shown(extras)}",
+                remedy=f"Use --max-bytes {int(1.1 * extras)} or more, or --ratio below {ratio:.2f}.",
+            )  # fmt: skip
+
+    @property
+    def byte_limit(self) -> int | None:
+        """The bytes that a checkpoint may have, if there is a budget of bytes."""
+        s = self.settings
+        return s.max_bytes if s.ratio is None else int(self.sizes["originals"] / s.ratio)
 
     def _check_disk_budget(self) -> None:
         budget, largest = self.settings.disk_budget, max((e.hub_bytes for e in self.entries), default=0)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError
 from .names import bytes_shown, counted, listed, shown
+from .settings import BUDGETS
 from .shareformat import PARTS, next_bytes, total_bytes
 
 if TYPE_CHECKING:
@@ -106,10 +107,13 @@ def _our_figures(ours: dict[str, Any], adapters: int) -> list[Fact]:
         pairs.append(("removed", removed))
     if ours["num_skipped"]:
         pairs.append(("left out", f"{ours['num_skipped']}, with reasons in skipped.json"))
+    bought = any(ours["settings"].get(name) is not None for name in BUDGETS)
     if errors["mean"] > 0.5:
-        pairs.append(("note", "the mean error is large: these adapters share little at this k; take more components"))
+        more = "at this budget; allow more bytes, or a smaller error" if bought else "at this k; take more components"
+        pairs.append(("note", f"the mean error is large: these adapters share little {more}"))
     if size["lora_ratio"] < 1:
-        pairs.append(("note", "the shared form is larger than the LoRA tensors: add adapters, or take a smaller k"))
+        less = "a smaller budget, or a larger error" if bought else "a smaller k"
+        pairs.append(("note", f"what is stored is larger than the LoRA tensors: add adapters, or take {less}"))
     return pairs
 
 

@@ -25,7 +25,8 @@ _BASIS = ("d", "k", "energy", "explained")
 class Figures:
     """What the summary needs of one adapter.
 
-    `kept_bytes` are of LoRA tensors that are stored without the bases, `shared` is whether some are not verbatim.
+    `kept_bytes` are of LoRA tensors that are stored without the bases, of which `own_bytes` are truncated SVDs of the
+    adapter's own; `shared` is whether some are not verbatim.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Figures:
     source_bytes: int
     lora_bytes: int
     kept_bytes: int
+    own_bytes: int
     shared: bool
     rank: int
     alpha: float
@@ -47,6 +49,7 @@ def figures_of(meta: Facts) -> Figures:
         ours["source_bytes"],
         ours["lora_bytes"],
         ours.get("kept_bytes", 0),
+        ours.get("own_bytes", 0),
         ours["worst_module"] is not None,
         config["r"],
         config["lora_alpha"],
@@ -223,15 +226,17 @@ def _ours(
         "projected": list(head.projected),
         "removed": list(head.removed),
         "groups": {g: {k: f[k] for k in ("n", *_BASIS)} for g, f in groups.items()},
-        **_of_rule(head, kept),
+        **_of_rule(head, adapters),
     }
 
 
-def _of_rule(head: Head, kept: int) -> dict[str, Any]:
+def _of_rule(head: Head, adapters: Sequence[Figures]) -> dict[str, Any]:
     """By what forms were chosen, if they were; how much LoRA stands on no basis; what else was weighed."""
     if head.rule is None:
         return {}
-    return {"rule": dict(head.rule), "kept_bytes": kept, "weighed": [list(point) for point in head.weighed]}
+    weighed = [list(point) for point in head.weighed]
+    kept, own = sum(a.kept_bytes for a in adapters), sum(a.own_bytes for a in adapters)
+    return {"rule": dict(head.rule), "kept_bytes": kept, "own_bytes": own, "weighed": weighed}
 
 
 def _errors(adapters: Sequence[Figures]) -> dict[str, Any]:

@@ -127,7 +127,8 @@ def _verdict(model: SHAREModel, name: str, entry: Entry, certified: float | None
         kept = kept if isinstance(kept, list) else []
         problem = _verbatim_fault(entry, originals, tensors, kept) or _scale_fault(model, name, entry, tensors)
     total = relative_error(sum(e.error for e in errors.values()), sum(e.norm for e in errors.values()))
-    worst = max(errors, key=lambda m: errors[m].relative, default=None)
+    vanishes = name in model.config.ours.get("verbatim_adapters", ())  # its dW is exact, and no error of others
+    worst = None if vanishes else max(errors, key=lambda m: errors[m].relative, default=None)
     rounding = ROUNDING.get(str(model.config.ours.get("dtype")), 0.0) if "estimated" in model.certified(name) else 0.0
     if problem is None and certified is not None and not abs(total - certified) <= TOLERANCE + rounding:
         problem = f"the checkpoint claims a relative error of {certified:.6f}"

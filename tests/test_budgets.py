@@ -491,3 +491,14 @@ def test_a_cut_leaves_an_adapter_without_any_dw_kept_exact(tmp_path: Path, compr
         ours = SHAREModel.from_pretrained(place).config.ours
         assert ours["verbatim_adapters"] == ["zero"]
         assert ours["errors"]["adapters"] == 6
+
+
+def test_a_ratio_that_cannot_be_had_is_never_answered_by_one_that_is_refused(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    tiny = {"q": (6, 5)}
+    folders = [str(write_adapter(tmp_path / f"a{i}", make_tensors(rng, tiny), r=4, lora_alpha=8)) for i in range(4)]
+    with pytest.raises(BudgetError, match="--max-bytes") as caught:  # metadata alone are more than the originals
+        SHAREModel.from_adapters(folders, output_dir=tmp_path / "out", ratio=3, device="cpu")
+    asked = int(str(caught.value).partition("--max-bytes ")[2].split()[0])
+    SHAREModel.from_adapters(folders, output_dir=tmp_path / "out", max_bytes=asked, device="cpu")
+    assert disk_bytes(tmp_path / "out") <= asked

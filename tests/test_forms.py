@@ -264,7 +264,7 @@ def test_of_stacked_experts_the_errors_are_those_of_dense_matrices(seed: int, sc
     norm = np.sum(each(a, b) ** 2)
     own = core_values(gram(a)[None], gram(b.T)[None], np.array([scale]), experts)
     inside = core_values(gram(a @ v)[None], gram((u.T @ b).T)[None], np.array([scale]), experts)
-    found = options(kept([6], [35], [False]), own, inside, np.array([12]), 4, float(norm))
+    found = options(kept([6], [35], [False]), own, inside, np.array([12]), "F32", float(norm))
     error = np.sum((each(a, b) - each(a @ v @ v.T, u @ u.T @ b)) ** 2)
     assert found.errors[0, found.shared[0]] == pytest.approx(error / norm, rel=1e-9)
     assert own.sum() == pytest.approx(norm)

@@ -50,7 +50,8 @@ def formed(job: Job, entry: Entry, tensors: TensorReader) -> Formed:
     """
     vanishes = not job.shares(job.receipt_of[entry.name])
     exact = Formed(exact=list(entry.layout.by_name))
-    if not entry.layout.modules or (vanishes and not _has_bases(job, entry)):
+    needs_bases = job.rule is None or not job.rule.own
+    if not entry.layout.modules or (vanishes and needs_bases and not _has_bases(job, entry)):
         return exact
     found = _all_shared(job, entry, tensors) if job.rule is None else _by_rule(job, entry, tensors, job.rule)
     return exact if vanishes and any(e.error > 0 for e in found.errors.values()) else found

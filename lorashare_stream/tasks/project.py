@@ -120,11 +120,12 @@ def _write_meta(job: Job, entry: Entry, folder: Path, form: Formed, verbatim: li
         "notes": list(receipt.notes),
         "files": {name: digest_files([folder / name]) for name in files},
     }
+    own = sum(array.nbytes for both in form.own.values() for array in both.values())
     if form.own:
-        ours["own"] = sorted(form.own)
+        ours |= {"own": sorted(form.own), "own_bytes": own}
     if errors and (form.own or form.exact):  # beside those whose dW vanishes
         exact = sum(m.a.nbytes + m.b.nbytes for m in map(entry.layout.by_name.__getitem__, form.exact))
-        ours["kept_bytes"] = exact + sum(array.nbytes for both in form.own.values() for array in both.values())
+        ours["kept_bytes"] = exact + own
     if changed is not None:
         ours["unchanged_config"] = config
     origin = entry.origin
