@@ -201,7 +201,7 @@ def test_budgets_of_bytes_count_one_a_number_and_the_scales(
 
 
 @pytest.mark.parametrize("asked", [{"num_components": 6}, {"ratio": 1.5}])
-def test_an_adapter_without_any_dw_has_loadings_too(
+def test_an_adapter_without_any_dw_is_stored_as_others_are(
     tmp_path: Path, compressed: Compress, asked: dict[str, Any]
 ) -> None:
     folders = make_collection(tmp_path / "adapters", 16, WIDE)
@@ -209,7 +209,7 @@ def test_an_adapter_without_any_dw_has_loadings_too(
     folders.append(str(write_adapter(tmp_path / "zero", zero)))
     out = compressed(folders, dtype="int8", **asked)
     share = SHAREModel.from_pretrained(out)
-    assert share.all_loadings["zero"].keys()
+    assert share.all_loadings["zero"] or share.certified("zero")["own"]  # as a budget has it, but not verbatim
     found = share.reconstruct("zero")
     assert not any(t.any() for key, t in found.items() if "lora_B" in key)
     assert problems(share, folders) == [None] * 17
