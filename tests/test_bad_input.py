@@ -225,7 +225,7 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"objective": ["delta"]}, "objective"),
     ({"center": True}, "center belongs to objective 'factors'"),
     ({"center": "yes", "objective": "factors"}, "center"),
-    ({"dtype": "int8"}, "dtype"),
+    ({"dtype": "int4"}, "dtype"),
     ({"moment_dtype": "float16"}, "moment_dtype"),
     ({"on_error": "ignore"}, "on_error"),
     ({"device": "tpu"}, "device"),
