@@ -73,6 +73,8 @@ def least_memory(folders: list[Path], **options: Any) -> tuple[Plan, int]:
         ({"n": 200, "d": 2048, "r": 16}, {"num_components": 32}),  # more columns than d, block Krylov
         ({"n": 200, "d": 2048, "r": 16}, {"num_components": 800}),  # more columns than d, LAPACK
         ({"n": 200, "d": 1536, "r": 16}, {"num_components": "auto", "variance_threshold": 0.99}),
+        ({"n": 60, "d": 1024, "r": 16}, {"max_error": 0.2}),
+        ({"n": 40, "d": 1536, "r": 16}, {"ratio": 4}),
         ({"n": 6, "d": 512, "r": 8, "extra": 50_000}, {"num_components": 8}),  # 200 MB that is kept verbatim
         ({"n": 4, "d": 512, "r": 8, "extra": 20_000, "suffix": "bin"}, {"num_components": 8}),  # read whole, with torch
     ],
