@@ -90,6 +90,12 @@ def largest_within(spectra: Spectra, weigh: Weigh, limit: int, overhead: int) ->
     return best, [*tried, best]
 
 
+def at_many_prices(spectra: Spectra, weigh: Weigh, overhead: int) -> list[Allotted]:
+    """What is bought at prices over the whole range: how errors go with bytes."""
+    prices = np.geomspace(*price_range(spectra), 2 * GRID).tolist()
+    return _at_prices(spectra, weigh, prices, spectra.counts.astype(float), overhead)
+
+
 def frontier(tried: Sequence[Allotted], adapters: int) -> list[tuple[int, float]]:
     """Bytes and rms relative dW error of what was tried, as predicted, where no smaller one had less error."""
     points: list[tuple[int, float]] = []

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .allotment import frontier, largest_within, smallest_with, told, touches
+from .allotment import at_many_prices, frontier, largest_within, smallest_with, told, touches
 from .basefiles import Bases, raw_components, shapes_of
 from .dtypes import ITEMSIZE, stored_shape
 from .errors import AdapterError, BudgetError
@@ -19,7 +19,7 @@ from .files import atomic_file, own_folder
 from .forms import Rule
 from .keys import SIDES, group_id
 from .names import bytes_shown, digest_of
-from .offers import Allotted, Candidates, Spectra, Weighed, uniform_bytes
+from .offers import Allotted, Candidates, Spectra, Weigh, Weighed, uniform_bytes
 from .running import Run, check_none_lost
 from .summing import settle
 from .tasks import Job, appraise_adapter, has_core, weigh_adapter
@@ -146,16 +146,13 @@ def _appraise(run: Run, job: Job, bases: Bases) -> None:
 def _searched(
     run: Run, job: Job, spectra: Spectra, bases: Bases, limit: int | None, spare: int
 ) -> tuple[Allotted, int, Points]:
-    """The best allotment; the least uniform k that meets a limit on errors; and what else was weighed for bytes."""
-    names = [r.name for r in job.journal.receipts]
-
-    def weigh(candidates: Candidates) -> Weighed:
-        task = partial(weigh_adapter, job, spectra.modules, candidates)
-        return reduce(add, run.map("weigh", task, names, len(names)))  # one by one: of thousands they are large
-
-    overhead = _overhead(names, bases)
-    if limit is None:
-        return *smallest_with(spectra, weigh, overhead), []
+    """The best allotment; the least uniform k that meets a limit on errors; and errors against bytes, as weighed."""
+    names, adapters = [r.name for r in job.journal.receipts], sum(job.shares(r) for r in job.journal.receipts)
+    overhead, weigh = _overhead(names, bases), _weigher(run, job, spectra, names)
+    if limit is None:  # what was weighed has the error of the limit: other errors are weighed to be shown
+        freely = replace(job, settings=replace(job.settings, max_error=None))
+        others = at_many_prices(spectra, _weigher(run, freely, spectra, names), overhead)
+        return *smallest_with(spectra, weigh, overhead), frontier(others, adapters)
     found, tried = largest_within(spectra, weigh, limit - limit // _SPARE - spare, overhead)
     if found is None:
         extras = sum(job.entry(name).layout.extra_bytes for name in names)
@@ -165,7 +162,17 @@ def _searched(
             found=f"{bytes_shown(limit)} asked for", remedy=_remedy(job, nearest),
             expected=f"about {bytes_shown(nearest)} or more, of which {bytes_shown(extras)} are not LoRA",
         )  # fmt: skip
-    return found, 0, frontier(tried, sum(job.shares(r) for r in job.journal.receipts))
+    return found, 0, frontier(tried, adapters)
+
+
+def _weigher(run: Run, job: Job, spectra: Spectra, names: list[str]) -> Weigh:
+    """What weighs candidates, by the cores of a job."""
+
+    def weigh(candidates: Candidates) -> Weighed:
+        task = partial(weigh_adapter, job, spectra.modules, candidates)
+        return reduce(add, run.map("weigh", task, names, len(names)))  # one by one: of thousands they are large
+
+    return weigh
 
 
 def _remedy(job: Job, size: int) -> str:

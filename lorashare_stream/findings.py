@@ -78,7 +78,7 @@ class Origins:
 class Curve:
     """What each smaller k, the same in all groups, would take and lose; arrays are (points,), k ascending.
 
-    Or what was weighed for a budget of bytes; then there is no k.
+    Or what was weighed for a budget; then there is no k.
 
     Attributes:
         k: components at most.
@@ -243,7 +243,7 @@ def curve_of(found: Findings) -> Curve:
     With t the share of a side's summed trace that its bases leave out, the mean square of the relative dW error over
     the adapters of the moments lies between max(t_A, t_B) and t_A + t_B. That holds under `delta`, where traces are
     of dW, if all modules are shared at their full rank; otherwise the explained variance of what is shared is all that
-    the spectra tell. A budget of bytes has recorded what else was weighed for it.
+    the spectra tell. A budget has recorded what else was weighed for it.
     """
     weighed = [point for point in found.ours.get("weighed", ()) if point[0] <= _FARTHER * found.total]
     if weighed:

@@ -192,8 +192,9 @@ _WHAT = (
 
 
 _WEIGHED = (
-    "The line is what was weighed on the way to this budget: components and ranks bought at other prices, with the rms "
-    "relative dW error over the adapters that was predicted for them. The dots are certified, of what is stored."
+    "The line is what was weighed beside what is stored: components and ranks bought at other prices, with the rms "
+    "relative dW error over the adapters that was predicted for them. The dots are certified, of what is stored; under "
+    "a limit on every adapter's error they lie above the line, which is best in the mean."
 )
 
 

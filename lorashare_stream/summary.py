@@ -72,7 +72,7 @@ class Head:
         projected: adapters that were added since the bases were fitted, and are not in them.
         removed: adapters that were taken out since, and are still in them.
         rule: by what the forms of modules were chosen (`forms.Rule`); None if all are shared at their full rank.
-        weighed: bytes and rms relative dW error, as predicted, of what else was weighed for a budget of bytes.
+        weighed: bytes and rms relative dW error, as predicted, of what else was weighed for a budget.
         cut_from: the k from which a smaller one was cut; errors then are not measured.
     """
 

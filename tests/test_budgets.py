@@ -372,14 +372,17 @@ def test_zero_adapters_heads_and_single_modules_are_kept_under_a_budget(tmp_path
         lorashare.SHAREModel.from_pretrained(out).reconstruct("few")
 
 
-def test_the_page_shows_what_was_weighed_for_a_budget_of_bytes(mixed: list[str], compressed: Compress) -> None:
-    out = compressed(mixed, ratio=3)
+@pytest.mark.parametrize("asked", [{"ratio": 3}, {"max_error": 0.2}])
+def test_the_page_shows_what_was_weighed_for_a_budget(
+    mixed: list[str], compressed: Compress, asked: dict[str, Any]
+) -> None:
+    out = compressed(mixed, **asked)
     points = SHAREModel.from_pretrained(out).config.ours["weighed"]
     assert points == sorted(points)
     assert [error for _, error in points] == sorted((error for _, error in points), reverse=True)
     told = page(findings_of(Folder(out)))
     assert "Error against bytes" in told
-    assert "what was weighed on the way to this budget" in told
+    assert "what was weighed beside what is stored" in told
 
 
 def few_of(root: Path, n: int = 6) -> list[str]:
