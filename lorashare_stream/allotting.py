@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 def based(run: Run, job: Job, spare: int = 0) -> tuple[Job, Bases, Points]:
     """The job with the bases on which adapters are projected, and by what rule; the facts of these, by module; and what
-    else was weighed under a budget of bytes.
+    else was weighed under a budget.
 
     Args:
         run, job: all that is admitted.
@@ -52,11 +52,12 @@ def based(run: Run, job: Job, spare: int = 0) -> tuple[Job, Bases, Points]:
 
 
 def byte_limit(job: Job) -> int | None:
-    """The bytes that a checkpoint may have, if there is a budget of bytes."""
-    s = job.settings
-    if s.ratio is not None:
-        return int(sum(sum(r.sizes) for r in job.journal.receipts) / s.ratio)
-    return s.max_bytes
+    """The bytes that the checkpoint of a job may have, if there is a budget of bytes."""
+    return job.settings.byte_limit(_originals(job))
+
+
+def _originals(job: Job) -> int:
+    return sum(sum(r.sizes) for r in job.journal.receipts)
 
 
 def price_of(bases: Bases, item: int) -> float:
@@ -176,7 +177,7 @@ def _weigher(run: Run, job: Job, spectra: Spectra, names: list[str]) -> Weigh:
 
 
 def _remedy(job: Job, size: int) -> str:
-    ratio = sum(sum(r.sizes) for r in job.journal.receipts) / size * 0.999
+    ratio = _originals(job) / size * 0.999
     if job.settings.ratio is not None and ratio >= 1.01:
         return f"Use --ratio {ratio - 0.005:.2f} or less."
     return f"Use --max-bytes {size + 1} or more."

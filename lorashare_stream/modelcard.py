@@ -13,6 +13,7 @@ from typing import Any
 from .errors import CheckpointError
 from .hubid import HubId, is_repo
 from .names import bytes_shown, counted, shown
+from .report import asked
 from .shareconfig import SHAREConfig
 from .shareformat import PARTS, next_bytes, total_bytes
 
@@ -65,10 +66,12 @@ def card(config: SHAREConfig, sources: Sequence[Provenance], repo_id: str) -> st
         fault = f"{type(e).__name__}: {e}"
         raise CheckpointError("the figures in share_config.json cannot be read", found=fault) from e
     base = _base_link(config)
+    kept_beside = int(config.ours.get("kept_bytes", 0)) > 0
+    otherwise = ", or as factors of its own where these would not serve" if kept_beside else ""
     parts = [
         f"---\n{_front_matter(config, sources)}---\n{MARK}",
         f"# {counted(len(sources), 'LoRA adapter')} in one SHARE checkpoint",
-        f"Adapters of {base}, each kept as loadings on bases that all of them share. Any one of them can be "
+        f"Adapters of {base}, each kept as loadings on bases that all of them share{otherwise}. Any one of them can be "
         "reconstructed as a PEFT adapter.",
         _table(("", ""), facts),
         *_errors_explained(config),
@@ -125,15 +128,19 @@ def _base_link(config: SHAREConfig) -> str:
 
 def _facts(config: SHAREConfig) -> Rows:
     stats, ours = config.compression_stats, config.ours
-    auto = ", the most of any group: as many as explain " + _share(config.variance_threshold)
+    auto = "" if config.component_selection != "auto" else ", the most of any group"
+    budget = asked(ours.get("settings", {}))
+    if auto and not budget:
+        auto += ": as many as explain " + _share(config.variance_threshold)
     variance = [f"{word} {_share(stats[f'{key}_explained_variance'])}" for key, word in _VARIANCE]
     rows = [
         ("base model", _base_link(config)),
         ("adapters", str(len(config.adapter_names))),
-        ("adapted modules", str(len(config.layer_keys))),
-        ("components k", f"{config.num_components}{auto if config.component_selection == 'auto' else ''}"),
-        ("explained variance", ", ".join(variance)),
+        *[("asked for", escaped(text)) for text in budget],
+        ("adapted modules on shared bases", str(len(config.layer_keys))),
     ]
+    if config.layer_keys:
+        rows += [("components k", f"{config.num_components}{auto}"), ("explained variance", ", ".join(variance))]
     if not ours:
         return [*rows, ("LoRA parameters", _times(float(stats["compression_ratio"])))]
     return [*rows, *_our_facts(ours, len(config.adapter_names))]

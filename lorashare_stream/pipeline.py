@@ -233,8 +233,9 @@ def recompute(
         if over <= 0:
             work.publishing(out, job.basis_digest, ours.get("basis_digest"))
             staging.commit(out, config, left_out)
-            if job.settings.discard_moments and job.cores is not None:
-                remove_tree(job.cores)
+            if job.settings.discard_moments:
+                for cores in work.cores.iterdir():
+                    remove_tree(cores)
             return "recompute"
     log.info("%s more than the budget: less is bought", bytes_shown(int(over)))
     return recompute(run, given, work, out, left_out, overwrite=overwrite, spare=2 * (spare + int(over)))

@@ -195,7 +195,7 @@ class Plan:
             )
 
     def _check_size(self) -> None:
-        limit, extras = self.byte_limit, self.sizes["verbatim"]
+        limit, extras = self.settings.byte_limit(self.sizes["originals"]), self.sizes["verbatim"]
         if limit is not None and limit <= extras:
             ratio = self.sizes["originals"] / max(1, extras)
             raise BudgetError(
@@ -203,12 +203,6 @@ class Plan:
                 found=f"{bytes_shown(limit)} asked for", expected=f"more than {bytes_shown(extras)}",
                 remedy=f"Use --max-bytes {int(1.1 * extras)} or more, or --ratio below {ratio:.2f}.",
             )  # fmt: skip
-
-    @property
-    def byte_limit(self) -> int | None:
-        """The bytes that a checkpoint may have, if there is a budget of bytes."""
-        s = self.settings
-        return s.max_bytes if s.ratio is None else int(self.sizes["originals"] / s.ratio)
 
     def _check_disk_budget(self) -> None:
         budget, largest = self.settings.disk_budget, max((e.hub_bytes for e in self.entries), default=0)

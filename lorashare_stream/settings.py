@@ -127,6 +127,10 @@ class Settings:
         """Which budget is set, if one is."""
         return next((name for name in BUDGETS if getattr(self, name) is not None), None)
 
+    def byte_limit(self, originals: int) -> int | None:
+        """The bytes that a checkpoint may have, if there is a budget of bytes; `originals` are those of the sources."""
+        return self.max_bytes if self.ratio is None else int(originals / self.ratio)
+
     @property
     def bought(self) -> tuple[Any, ...]:
         """What beside k decides the forms of modules; empty if all are shared at their full rank."""

@@ -21,6 +21,7 @@ from lorashare_stream.executors import Serial
 from lorashare_stream.findings import findings_of
 from lorashare_stream.hubreader import Folder
 from lorashare_stream.model import SHAREModel
+from lorashare_stream.modelcard import card
 from lorashare_stream.page import page
 from lorashare_stream.settings import Settings
 from lorashare_stream.sources import resolve
@@ -505,3 +506,22 @@ def test_a_ratio_that_cannot_be_had_is_never_answered_by_one_that_is_refused(tmp
     asked = int(str(caught.value).partition("--max-bytes ")[2].split()[0])
     SHAREModel.from_adapters(folders, output_dir=tmp_path / "out", max_bytes=asked, device="cpu")
     assert disk_bytes(tmp_path / "out") <= asked
+
+
+def test_discarded_moments_take_the_cores_with_them(mixed: list[str], compressed: Compress, tmp_path: Path) -> None:
+    kept = tree_digest(compressed(mixed, "kept", max_error=0.3))
+    assert list((tmp_path / "kept.workspace" / "cores").iterdir())
+    assert tree_digest(compressed(mixed, max_error=0.3, discard_moments=True)) == kept
+    assert not list((tmp_path / "out.workspace" / "cores").iterdir())
+
+
+def test_the_card_says_what_was_asked_for_and_explains_no_variance_where_nothing_is_shared(
+    tmp_path: Path, compressed: Compress
+) -> None:
+    out = compressed(few_of(tmp_path / "few"), max_error=0.05)
+    config = SHAREModel.from_pretrained(out).config
+    told = card(config, [], "org/name")
+    assert "at most 0.05 of every adapter" in told
+    assert "as many as explain" not in told
+    assert ("factors of its own" in told) == (config.ours["kept_bytes"] > 0)
+    assert ("explained variance" in told) == bool(config.layer_keys)
