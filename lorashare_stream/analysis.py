@@ -17,7 +17,7 @@ from .copies import identical
 from .dtypes import stored_bytes
 from .entry import Entry
 from .errors import AdapterError, CollectionError
-from .executors import Executor, Threads
+from .executors import Executor, Local
 from .fetching import fetching
 from .journal import Receipt
 from .measurement import Subject, Totals, measured
@@ -75,7 +75,7 @@ def analyse(
     Args:
         plan: with the collection, and the settings. Its `memory` holds here too.
         sample: how many adapters; None for as many as are sensible.
-        executor: maps the tasks; threads if None. The result does not depend on it.
+        executor: maps the tasks; those of this machine if None. The result does not depend on it.
         progress: passes what is read and measured on as it comes.
 
     Raises:
@@ -84,7 +84,7 @@ def analyse(
         UnreachableError: if the Hub does not answer.
     """
     entries = [e for e in plan.entries if e.layout.modules]
-    asked, mapper = sampled(entries, sample), executor or Threads()
+    asked, mapper = sampled(entries, sample), executor or Local()
     with threadpool_limits(1, user_api="blas"), _at_hand(plan, asked) as (chosen, lost):
         at_once = max(1, plan.settings.workers or os.cpu_count() or 1)
         results = list(progress("ingest", len(chosen), mapper.map(_ingested, chosen, at_once)))

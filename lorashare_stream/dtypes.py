@@ -8,10 +8,13 @@ know it is told by a product: of V (d + 2, k) and loadings (k + 2, r) there is n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 # Bytes per element of every dtype that safetensors stores in whole bytes.
@@ -77,20 +80,26 @@ def widened(raw: NDArray[np.uint8], dtype: str, shape: tuple[int, ...]) -> NDArr
     return raw.view({"F32": "<f4", "F16": "<f2"}[dtype]).reshape(shape).astype(np.float32, copy=False)
 
 
-def stacked(raws: Sequence[NDArray[np.uint8]], dtype: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Raw bytes of tensors of one dtype and shape, as `widened` gives each, in one array (m, *shape)."""
+def stacked(raw: NDArray[np.uint8], offsets: Sequence[int], dtype: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Tensors of one dtype and shape that lie at offsets of raw bytes, each as `widened`, in one array (m, *shape).
+
+    Tensors in F32 at equal distances are a view of the bytes.
+    """
+    size = math.prod(shape) * ITEMSIZE[dtype]
+    steps = {after - before for before, after in pairwise(offsets)} or {size}
+    if len(steps) == 1:
+        rows = as_strided(raw[offsets[0] :], (len(offsets), size), (steps.pop(), 1))
+    else:
+        rows = np.stack([raw[offset : offset + size] for offset in offsets])
     if dtype == "I8":
-        return np.stack([widened(raw, dtype, shape) for raw in raws])
-    out = np.empty((len(raws), *shape), np.float32)
+        return np.stack([widened(row, dtype, shape) for row in rows])
     if dtype == "BF16":
+        out = np.empty((len(offsets), *shape), np.float32)
         halves = out.view(np.uint32)
-        for i, raw in enumerate(raws):
-            halves[i] = raw.view("<u2").reshape(shape)
+        halves[...] = rows.view("<u2").reshape(halves.shape)
         np.left_shift(halves, 16, out=halves)
         return out
-    for i, raw in enumerate(raws):
-        out[i] = widened(raw, dtype, shape)
-    return out
+    return widened(rows, dtype, (len(offsets), *shape))
 
 
 def narrowed(values: NDArray[np.floating[Any]], dtype: str) -> NDArray[Any]:

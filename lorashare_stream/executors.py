@@ -1,20 +1,22 @@
 """Executors only map: `map(fn, tasks, at_once)` yields results in the order of the tasks.
 
 `Serial` defines what the others must do. None of them knows what a task is. `after` is called with each task as soon as
-it is done, which may be before its result is taken, and before the next task is asked for. A `Cluster` is asked first
-whether it can work at some places (`at`), and is an executor there.
+it is done, which may be before its result is taken, and before the next task is asked for. `Local` is what is used if
+nothing is said. A `Cluster` is asked first whether it can work at some places (`at`), and is an executor there.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
+
+from .forks import can_fork, map_forked
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -97,6 +99,27 @@ class Threads:
         with ThreadPoolExecutor(max(1, at_once), thread_name_prefix="lorashare-stream") as pool:
             ahead = 2 * max(1, at_once)
             yield from in_order(lambda task: pool.submit(fn, task), tasks, lambda: ahead, Future.result, after)
+
+
+class Forks:
+    """Processes of this machine, for tasks that are known beforehand; see `forks`."""
+
+    def map(
+        self, fn: Callable[[T], R], tasks: Iterable[T], at_once: int, after: Callable[[T], object] = nothing
+    ) -> Iterator[R]:
+        """See `Executor.map`."""
+        return map_forked(fn, tasks if isinstance(tasks, Sequence) else list(tasks), at_once, after)
+
+
+class Local:
+    """This machine: processes for several tasks that are known, where they can be; else threads."""
+
+    def map(
+        self, fn: Callable[[T], R], tasks: Iterable[T], at_once: int, after: Callable[[T], object] = nothing
+    ) -> Iterator[R]:
+        """See `Executor.map`."""
+        forks = isinstance(tasks, Sequence) and min(at_once, len(tasks)) > 1 and can_fork()
+        return (Forks() if forks else Threads()).map(fn, tasks, at_once, after)
 
 
 def in_order(

@@ -12,7 +12,7 @@ from typing import Any
 from .checkpoint import mend
 from .dtypes import DTYPES
 from .errors import WorkspaceError
-from .executors import Cluster, Executor, Threads, at
+from .executors import Cluster, Executor, Local, at
 from .fetching import Fetcher
 from .growing import demand_unchanged
 from .names import listed
@@ -35,7 +35,7 @@ class Means:
         changes: settings that are not those that the checkpoint records: memory, workers, device, ...
         accept: share of its dW energy that the bases that are there must keep of an adapter that is added; the
             checkpoint's `variance_threshold` if None.
-        executor: maps the tasks; threads if None.
+        executor: maps the tasks; those of this machine if None.
         take_lock: take over the lock of another host that still seems to be alive.
         progress: passes the results of every step on as they come.
     """
@@ -71,7 +71,7 @@ class Means:
         self, plan: Plan, folder: Path, out: Path, fetcher: Fetcher, check: Callable[[], None] = lambda: None
     ) -> Iterator[Run]:
         """How the tasks of a plan are mapped; `folder` is the workspace, or one of ours."""
-        with at(self.executor or Threads(), lambda: places_of(plan, folder, out)) as executor:
+        with at(self.executor or Local(), lambda: places_of(plan, folder, out)) as executor:
             yield Run(plan, executor, self.progress, fetcher, check)
 
     def settings(self, config: SHAREConfig) -> Settings:

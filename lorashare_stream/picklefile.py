@@ -84,9 +84,9 @@ class PickleReader:
         """The tensor's bytes, little-endian, as stored."""
         return raw_bytes(self._tensors[record.name])
 
-    def raws(self, records: Sequence[TensorRecord]) -> list[NDArray[np.uint8]]:
-        """The bytes of several tensors, little-endian, as stored."""
-        return [self.raw(record) for record in records]
+    def block(self, records: Sequence[TensorRecord]) -> NDArray[np.uint8]:
+        """The bytes of several tensors, little-endian, as stored, one after the other."""
+        return np.concatenate([self.raw(record) for record in records])
 
     def chunks(self, record: TensorRecord) -> Iterator[bytes]:
         """The tensor's bytes, a bounded number at a time."""

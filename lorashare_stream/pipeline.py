@@ -17,7 +17,7 @@ from .catalog import catalog
 from .checkpoint import Staging, mend, sweep
 from .devices import resolve_device
 from .errors import AdapterError, WorkspaceError, skipped_as_json
-from .executors import Cluster, Executor, Threads, at
+from .executors import Cluster, Executor, Local, at
 from .files import own_path, remove_tree, write_sealed
 from .growing import check_kept, check_sources, demand_unchanged, grow, growable, staged_digest
 from .journal import Journal, ModuleShape
@@ -134,7 +134,7 @@ def compress(
         plan: what to do.
         out: the checkpoint's folder.
         workspace: the folder of resumable state; beside `out` if None.
-        executor: maps the tasks; threads if None.
+        executor: maps the tasks; those of this machine if None.
         overwrite: replace a checkpoint of another run at `out`.
         refit: fit the bases to all adapters, even if those that are there hold new ones well enough.
         accept: share of its dW energy that the bases that are there must keep of each new adapter, else all bases are
@@ -161,7 +161,7 @@ def compress(
     with (
         threadpool_limits(1, user_api="blas"),
         Workspace.open(root, plan.binding, take_lock=take_lock) as work,
-        at(executor or Threads(), lambda: places_of(plan, root, out)) as mapper,
+        at(executor or Local(), lambda: places_of(plan, root, out)) as mapper,
         fetching_for(plan.settings, root) as fetcher,
     ):
         run = Run(plan, mapper, progress, fetcher, work.check_held)

@@ -10,7 +10,7 @@ from typing import Any
 
 from .checkpoint import mend
 from .errors import WorkspaceError
-from .executors import Places, Threads, at
+from .executors import Local, Places, at
 from .files import read_sealed
 from .means import Means, check_same, opened
 from .pipeline import plan_for
@@ -119,6 +119,6 @@ def _slice(place: Path, config: SHAREConfig, k: int, out: Path, means: Means, ov
             work.publishing(out, cut.head.basis_digest, ours.get("basis_digest"))
         where = (place / CONFIG).absolute()
         places = Places(out.parent.absolute(), (out.parent.absolute(),), ((where, where.stat().st_size),))
-        with at(means.executor or Threads(), lambda: places) as executor:
+        with at(means.executor or Local(), lambda: places) as executor:
             slice_checkpoint(cut, executor, workers, means.progress)
     return "sliced"

@@ -71,8 +71,11 @@ class Run:
         for _ in self.map(step, fn, tasks, len(tasks)):
             pass
 
-    def arriving(self, entries: Sequence[Entry], lost: list[AdapterError]) -> Iterator[Entry]:
-        """Adapters as they come to this machine; why some cannot be had goes into `lost`."""
+    def arriving(self, entries: Sequence[Entry], lost: list[AdapterError]) -> Iterable[Entry]:
+        """Adapters as they come here, all at once if they are here already; why some cannot be had goes into `lost`."""
+        return entries if all(e.fetched for e in entries) else self._arriving(entries, lost)
+
+    def _arriving(self, entries: Sequence[Entry], lost: list[AdapterError]) -> Iterator[Entry]:
         for result in self.fetcher.arriving(entries):
             if isinstance(result, AdapterError):
                 lost.append(result)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,21 +60,25 @@ class Bundle:
 
     @cached_property
     def _reading(self) -> tuple[list[TensorRecord], dict[Side, list[int]]]:
-        """All records in file order, and where each module's are among them, by side."""
+        """All records in file order, and where each module's tensors are in what is read of them, by side."""
         both = [(m.record(side), side, i) for i, m in enumerate(self.modules) for side in SIDES]
         both.sort(key=lambda item: (item[0].file, item[0].offset))
-        where = {(side, i): place for place, (_, side, i) in enumerate(both)}
+        starts = _starts(record for record, _, _ in both)
+        where = {(side, i): start for start, (_, side, i) in zip(starts, both, strict=True)}
         return [r for r, _, _ in both], {side: [where[side, i] for i in range(len(self.modules))] for side in SIDES}
 
     def read(self, tensors: TensorReader) -> dict[Side, Float32]:
         """The tensors, in their stored shapes: A (m, r, d_in), B (m, d_out, r)."""
-        records, places = self._reading
-        raws = tensors.raws(records)
-        first = self.modules[0]
+        records, starts = self._reading
+        block, first = tensors.block(records), self.modules[0]
         return {
-            side: stacked([raws[i] for i in places[side]], first.record(side).dtype, first.record(side).shape)
-            for side in SIDES
+            side: stacked(block, starts[side], first.record(side).dtype, first.record(side).shape) for side in SIDES
         }
+
+
+def _starts(records: Iterable[TensorRecord]) -> list[int]:
+    """Where tensors begin that lie one after the other."""
+    return [0, *accumulate(record.nbytes for record in records)][:-1]
 
 
 def bundles(modules: Iterable[Module], *, alone: bool = False) -> tuple[Bundle, ...]:
@@ -90,16 +95,20 @@ def bundles(modules: Iterable[Module], *, alone: bool = False) -> tuple[Bundle, 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Neighbours in a file, and which of them are stacked: those of one side, shape and dtype, by place."""
+    """Neighbours in a file, and which of them are stacked: those of one side, shape and dtype, by number."""
 
     records: tuple[TensorRecord, ...]
     stacks: tuple[tuple[Side, tuple[str, ...], tuple[int, ...]], ...]
 
-    def stacks_of(self, raws: Sequence[NDArray[np.uint8]]) -> Iterator[tuple[Side, tuple[str, ...], Float32]]:
+    @cached_property
+    def _starts(self) -> list[int]:
+        return _starts(self.records)
+
+    def stacks_of(self, block: NDArray[np.uint8]) -> Iterator[tuple[Side, tuple[str, ...], Float32]]:
         """Side, names of the modules, and the tensors (m, *shape), of what was read of these records."""
-        for side, names, places in self.stacks:
-            record = self.records[places[0]]
-            yield side, names, stacked([raws[i] for i in places], record.dtype, record.shape)
+        for side, names, numbers in self.stacks:
+            record = self.records[numbers[0]]
+            yield side, names, stacked(block, [self._starts[i] for i in numbers], record.dtype, record.shape)
 
 
 def chunks(items: Iterable[FileItem], *, alone: bool = False) -> tuple[Chunk, ...]:

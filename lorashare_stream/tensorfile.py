@@ -158,14 +158,16 @@ def runs(records: Sequence[TensorRecord]) -> list[list[TensorRecord]]:
 
 
 class TensorReader(Protocol):
-    """An open adapter. `raw` gives the bytes of one tensor as stored, `chunks` a bounded number at a time."""
+    """An open adapter. `raw` gives the bytes of one tensor as stored, `chunks` a bounded number of them
+    at a time, `block` those of several.
+    """
 
     def raw(self, record: TensorRecord) -> NDArray[np.uint8]:
         """The tensor's bytes, as stored."""
         ...
 
-    def raws(self, records: Sequence[TensorRecord]) -> list[NDArray[np.uint8]]:
-        """The bytes of several tensors, as stored."""
+    def block(self, records: Sequence[TensorRecord]) -> NDArray[np.uint8]:
+        """The bytes of several tensors, as stored, one after the other."""
         ...
 
     def chunks(self, record: TensorRecord) -> Iterator[bytes]:
@@ -192,16 +194,16 @@ class SafetensorsReader:
 
     def raw(self, record: TensorRecord) -> NDArray[np.uint8]:
         """The tensor's bytes, as stored."""
-        return self.raws([record])[0]
+        return self.block([record])
 
-    def raws(self, records: Sequence[TensorRecord]) -> list[NDArray[np.uint8]]:
-        """The bytes of several tensors, as stored; neighbours in a file are read at once."""
-        found: list[NDArray[np.uint8]] = []
+    def block(self, records: Sequence[TensorRecord]) -> NDArray[np.uint8]:
+        """The bytes of several tensors, as stored, one after the other; neighbours in a file are read at once."""
+        found = np.empty(sum(r.nbytes for r in records), np.uint8)
+        start = 0
         for run in runs(records):
-            first, last = run[0], run[-1]
-            raw = np.empty(last.offset + last.nbytes - first.offset, np.uint8)
-            self._read_into(raw.data, first, 0)
-            found += [raw[r.offset - first.offset :][: r.nbytes] for r in run]
+            end = start + run[-1].offset + run[-1].nbytes - run[0].offset
+            self._read_into(found[start:end].data, run[0], 0)
+            start = end
         return found
 
     def head(self, first: TensorRecord) -> bytes:

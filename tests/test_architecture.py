@@ -29,8 +29,8 @@ ROOMS = {
         "agreement", "ledger", "survey", "catalog", "budget", "planning", "planfile", "sampling", "copies",
     ],
     "doing": [
-        "executors", "calls", "probing", "cluster", "connecting", "devices", "fetching", "running", "measurement",
-        "remote", "shareformat", "records", "publishing", "checkpoint",
+        "forks", "executors", "calls", "probing", "cluster", "connecting", "devices", "fetching", "running",
+        "measurement", "remote", "shareformat", "records", "publishing", "checkpoint",
         "shareconfig", "hubreader", "tasks.job", "tasks.ingest", "tasks.accumulate", "tasks.clean", "tasks.fit",
         "tasks.components", "tasks.forming", "tasks.project", "tasks.appraise", "tasks", "summary", "reader",
     ],

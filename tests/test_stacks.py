@@ -58,13 +58,19 @@ def test_chunks_hold_every_tensor_once_in_the_order_of_the_file(adapter: Path) -
     assert all(len(places) == 1 for c in chunks(layout.in_file_order, alone=True) for _, _, places in c.stacks)
 
 
+@pytest.mark.parametrize("even", [True, False])
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16", "F64"])
-def test_a_stack_is_what_each_tensor_is(dtype: str) -> None:
+def test_a_stack_is_what_each_tensor_is(dtype: str, even: bool) -> None:
     rng = np.random.default_rng(0)
     values = rng.standard_normal((3, 4, 5))
     raws = [(v if dtype == "F64" else narrowed(v, dtype)).reshape(-1).view(np.uint8) for v in values]
     each = [widened(raw, dtype, (4, 5)) for raw in raws]
-    assert np.array_equal(stacked(raws, dtype, (4, 5)), np.stack(each))
+    gaps = [np.zeros(size, np.uint8) for size in (5, 3, 3 if even else 9)]  # tensors need not be aligned
+    block = np.concatenate([part for pair in zip(gaps, raws, strict=True) for part in pair])
+    offsets = [5, 8 + len(raws[0]), 8 + len(gaps[2]) + 2 * len(raws[0])]
+    assert np.array_equal(stacked(block, offsets, dtype, (4, 5)), np.stack(each))
+    assert np.array_equal(stacked(block, offsets[::-1], dtype, (4, 5)), np.stack(each[::-1]))
+    assert np.array_equal(stacked(block, offsets[1:2], dtype, (4, 5)), np.stack(each[1:2]))
 
 
 @given(

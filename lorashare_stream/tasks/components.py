@@ -99,7 +99,7 @@ class Components:
         if kept is not None:
             return kept
         records = [self._records[group] for group in groups]
-        made = stacked([self._raw(r) for r in records], records[0].dtype, records[0].shape)
+        made = stacked(self._bytes, [r.offset for r in records], records[0].dtype, records[0].shape)
         held = held_on(self._device, made)
         if made.nbytes <= self._room:  # of two threads that make it, one counts too much
             self._room -= made.nbytes

@@ -65,10 +65,9 @@ def _scan(entry: Entry, tensors: TensorReader, *, weigh: bool) -> tuple[float, t
             if not _extra_is_finite(first, tensors, digest.update):
                 notes.append(f"{first.name}: tensors kept verbatim hold values that are not finite")
             continue
-        raws = tensors.raws(chunk.records)
-        for raw in raws:
-            digest.update(raw.data)
-        for side, modules, values in chunk.stacks_of(raws):
+        block = tensors.block(chunk.records)
+        digest.update(block.data)
+        for side, modules, values in chunk.stacks_of(block):
             _demand_finite(values, side, modules, entry)
             if not weigh:
                 continue

@@ -1,0 +1,187 @@
+"""Processes of this machine, forked for each map: threads wait for each other at the interpreter's lock.
+
+A child has the function, the tasks and all that they share without being sent anything. It takes the number of its next
+task from a pipe that all children read, so that none waits for the parent, and sends back what came of it. It has no
+file of the parent's open, locks among them, and the kernel ends it when the parent ends, however that ends.
+
+The parent may have other threads, which a child has not: tasks must not wait for one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import logging
+import os
+import pickle
+import signal
+import struct
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, Pipe, wait
+from types import TracebackType
+from typing import Any, NoReturn, TypeVar
+
+from .errors import Stopped
+
+T = TypeVar("T")
+R = TypeVar("R")
+AHEAD = 8  # tasks a child that may be begun before the first result is taken: small ones take less than a switch
+_NUMBER = struct.Struct("<Q")
+_DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+_PACKAGE = logging.getLogger(__package__)
+
+
+def can_fork() -> bool:
+    """Whether children can do what this process can: torch's threads are not there after a fork, nor is a GPU."""
+    return sys.platform == "linux" and "torch" not in sys.modules
+
+
+def map_forked(fn: Callable[[T], R], tasks: Sequence[T], at_once: int, after: Callable[[T], object]) -> Iterator[R]:
+    """See `executors.Executor.map`. After an exception, tasks that run are waited for, others are dropped.
+
+    Raises:
+        Stopped: if a child was killed.
+    """
+    with _Children(fn, tasks, min(at_once, len(tasks))) as children:
+        done: dict[int, R] = {}
+        for number in range(len(tasks)):
+            while number not in done:
+                for finished, result in children.finished():
+                    after(tasks[finished])
+                    done[finished] = result
+            yield done.pop(number)
+            children.give(number + 1 + AHEAD * children.count)
+
+
+@dataclass
+class _Children:
+    """Children that do tasks: numbers of tasks go to them by one pipe, results come back by one pipe each."""
+
+    fn: Callable[[Any], Any]
+    tasks: Sequence[Any]
+    count: int
+    _given: int = 0
+    _pids: dict[Connection[Any, Any], int] = field(default_factory=dict)  # by where their results come from
+
+    def __enter__(self) -> _Children:
+        self._numbers, self._to_do = os.pipe()
+        sys.stdout.flush()  # else both would write what is buffered
+        self.give(AHEAD * self.count)
+        for _ in range(self.count):
+            results, sending = Pipe(duplex=False)
+            with warnings.catch_warnings(), sending:
+                warnings.simplefilter("ignore", DeprecationWarning)  # other threads: see the top of this module
+                parent, pid = os.getpid(), os.fork()
+                if not pid:
+                    _live(self.fn, self.tasks, self._numbers, sending, parent)
+            self._pids[results] = pid
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Let the children end when they have done what they do now."""
+        os.set_blocking(self._numbers, False)
+        with suppress(BlockingIOError):
+            while os.read(self._numbers, 1 << 16):  # what nobody has begun
+                pass
+        os.close(self._numbers)
+        os.close(self._to_do)
+        for results, pid in self._pids.items():
+            results.close()  # a child does not wait to be heard
+            os.waitpid(pid, 0)
+
+    def give(self, end: int) -> None:
+        """Let tasks be begun up to number `end`."""
+        end = min(end, len(self.tasks))
+        if end > self._given:
+            os.write(self._to_do, b"".join(map(_NUMBER.pack, range(self._given, end))))
+            self._given = end
+
+    def finished(self) -> Iterator[tuple[int, Any]]:
+        """Wait for tasks to be done; their numbers, and what came of them."""
+        for results in wait(list(self._pids)):
+            assert isinstance(results, Connection)
+            try:
+                number, result, error, records = pickle.loads(results.recv_bytes())  # noqa: S301 - by our child
+            except EOFError:
+                raise self._killed(results) from None
+            for record in records:
+                logging.getLogger(record.name).handle(record)
+            if error is not None:
+                raise error
+            yield number, result
+
+    def _killed(self, results: Connection[Any, Any]) -> Stopped:
+        status = os.waitpid(self._pids.pop(results), 0)[1]
+        results.close()
+        code = os.waitstatus_to_exitcode(status)
+        return Stopped(
+            "a process of this run was killed",
+            found=f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}",
+            remedy="Mostly the machine has less memory than --memory says: give what is really free, or fewer "
+            "--workers, and run the same command again. What is done is kept.",
+        )
+
+
+def _live(
+    fn: Callable[[Any], Any], tasks: Sequence[Any], numbers: int, results: Connection[Any, Any], parent: int
+) -> NoReturn:
+    """Be a child: do tasks until there are no more numbers."""
+    code = 1
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of a terminal: the parent decides
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        ctypes.CDLL(None).prctl(_DIES_WITH_PARENT, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+        _close_all_but(numbers, results.fileno())
+        gc.freeze()  # to look at what is shared would copy it
+        records: list[logging.LogRecord] = []
+        _PACKAGE.handlers, _PACKAGE.propagate = [_Ear(records)], False
+        while number := os.read(numbers, _NUMBER.size):
+            results.send_bytes(_done(fn, tasks, _NUMBER.unpack(number)[0], records))
+            records.clear()
+        code = 0
+    except BrokenPipeError:  # nobody wants the result any more
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def _done(fn: Callable[[Any], Any], tasks: Sequence[Any], number: int, records: list[logging.LogRecord]) -> bytes:
+    """Do a task: its number, its result, its error, and what it logged, as a pickle."""
+    try:
+        return pickle.dumps((number, fn(tasks[number]), None, records), pickle.HIGHEST_PROTOCOL)
+    except BaseException as e:
+        try:
+            return pickle.dumps((number, None, e, records), pickle.HIGHEST_PROTOCOL)
+        except Exception:  # of a library's own
+            return pickle.dumps((number, None, RuntimeError(f"{type(e).__name__}: {e}"), records))
+
+
+def _close_all_but(*kept: int) -> None:
+    """Close all files but the standard ones and some: locks of the parent must not outlive it."""
+    first = 3
+    for fd in sorted(kept):
+        os.closerange(first, fd)
+        first = fd + 1
+    os.closerange(first, os.sysconf("SC_OPEN_MAX"))
+
+
+class _Ear(logging.Handler):
+    """Keeps what is logged, for the parent to handle."""
+
+    def __init__(self, records: list[logging.LogRecord]) -> None:
+        super().__init__()
+        self._records = records
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a record, as it can be sent."""
+        record.msg, record.args = record.getMessage(), None
+        record.exc_info = None
+        self._records.append(record)
