@@ -19,6 +19,7 @@ from .tensorfile import CHUNK
 
 # Resident bytes of the process before any work: interpreter, numpy, scipy, zarr; torch where a .bin is read.
 PROCESS_BYTES = 192 << 20
+FORK_BYTES = 64 << 20  # of a forked process: what it writes to of the parent's, and what it keeps of freed memory
 TORCH_BYTES = 224 << 20
 HUB_BYTES = 112 << 20  # its client, and 8 downloads that read 10 MiB at a time
 BYTES_PER_ADAPTER = 4 << 10  # of a catalog entry and its receipt
@@ -61,23 +62,30 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One pass of the pipeline: tasks that need `task_bytes` each beside `shared_bytes` for all.
+    """One pass of the pipeline.
 
-    Where modules are summed together, `task_bytes` is of as many as go into a task; `least_bytes` is of one alone.
+    Attributes:
+        name, tasks, read_bytes: what it is, how many tasks it has, what these read together.
+        concurrency: how many tasks run at a time.
+        shared_bytes: of all of them together.
+        process_bytes: of the process that each has, where several run at a time.
+        task_bytes: of each; of as many modules as are summed together in one.
+        least_bytes: of the step with one task at a time, and that of one module.
     """
 
     name: str
     tasks: int
     read_bytes: int
-    task_bytes: int
-    shared_bytes: int
     concurrency: int
+    shared_bytes: int
+    process_bytes: int
+    task_bytes: int
     least_bytes: int
 
     @property
     def peak_bytes(self) -> int:
         """Resident bytes at the peak of this step."""
-        return self.shared_bytes + max(1, self.concurrency) * self.task_bytes
+        return self.shared_bytes + max(1, self.concurrency) * (self.process_bytes + self.task_bytes)
 
 
 def examples(entries: Iterable[Entry]) -> list[Entry]:
@@ -125,10 +133,12 @@ def steps_of(
     modules, adapters = len(by_module), len(entries)
 
     def step(name: str, tasks: int, read: int, task: int, shared: int = 0, most: int = 0) -> Step:
-        room = s.memory - process - shared
-        at_once = max(1, min(s.workers or os.cpu_count() or 1, room // max(task, 1)))
-        whole = max(task, min(most, room // at_once))
-        return Step(name, tasks, read, whole, process + shared, at_once, process + shared + task)
+        room = s.memory - process
+        at_once = max(1, min(s.workers or os.cpu_count() or 1, room // (FORK_BYTES + shared + task)))
+        own = FORK_BYTES + shared if at_once > 1 else 0  # where threads do the tasks, `shared` is one for all
+        common = process if at_once > 1 else process + shared
+        whole = max(task, min(most, (s.memory - common) // at_once - own))
+        return Step(name, tasks, read, at_once, common, own, whole, process + shared + task)
 
     reading = 4 * pair + TILE_BYTES + pickled
     weighing = 6 * loadings + WEIGHED * sum(len(e.layout.modules) * max(m.rank for m in e.layout.modules)

@@ -64,6 +64,7 @@ def _run(argv: list[str] | None) -> int:
 
 
 def _dispatch(args: dict[str, Any]) -> int:
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # tasks are parallel: threads of BLAS would only wait, and spin
     from . import commands, edits, hubcommands
 
     owners = [module for module in (edits, hubcommands) if args["command"] in module.COMMANDS]

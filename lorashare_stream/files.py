@@ -178,10 +178,12 @@ def read_json(path: Path, limit: int = 64 << 20) -> Any:
     Raises:
         ValueError: if it is too large or no JSON.
     """
-    if path.stat().st_size > limit:
-        raise ValueError(f"{shown(path.name)} is larger than {limit} bytes")
+    with open(path, "rb", buffering=0) as f:
+        if os.fstat(f.fileno()).st_size > limit:
+            raise ValueError(f"{shown(path.name)} is larger than {limit} bytes")
+        raw = f.read(limit + 1)
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(raw)
     except RecursionError as e:
         raise ValueError(f"{shown(path.name)} is nested too deeply") from e
 

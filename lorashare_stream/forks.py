@@ -32,6 +32,7 @@ R = TypeVar("R")
 AHEAD = 8  # tasks a child that may be begun before the first result is taken: small ones take less than a switch
 _NUMBER = struct.Struct("<Q")
 _DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+_MAPPED_FROM, _TRIMMED_FROM = (-3, 16 << 20), (-1, 32 << 20)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 _PACKAGE = logging.getLogger(__package__)
 
 
@@ -136,7 +137,11 @@ def _live(
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of a terminal: the parent decides
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        ctypes.CDLL(None).prctl(_DIES_WITH_PARENT, signal.SIGKILL)
+        libc = ctypes.CDLL(None)
+        libc.prctl(_DIES_WITH_PARENT, signal.SIGKILL)
+        if hasattr(libc, "mallopt"):  # what is freed stays with the process: the next adapter needs as much again
+            libc.mallopt(*_MAPPED_FROM)
+            libc.mallopt(*_TRIMMED_FROM)
         if os.getppid() != parent:
             os._exit(1)
         _close_all_but(numbers, results.fileno())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from .planning import Plan
 
 T = TypeVar("T")
 R = TypeVar("R")
+CHECKED_EVERY = 0.5  # seconds between two looks at the lock while tasks are done; what is published looks itself
 READ = 64  # files of sources that workers of a cluster are asked for, each in another folder
 Progress = Callable[[str, int, Iterator[Any]], Iterator[Any]]  # (step, tasks, results) -> the same results
 
@@ -47,8 +49,11 @@ class Run:
     ) -> Iterator[R]:
         """Results in the order of the tasks, as many at a time as the plan allows for this step."""
         results = self.executor.map(fn, tasks, self.plan.step(step).concurrency, after)
+        checked = 0.0
         for result in self.progress(step, total, results):
-            self.check()
+            if time.monotonic() - checked > CHECKED_EVERY:
+                self.check()
+                checked = time.monotonic()
             yield result
 
     def portions(self, modules: Sequence[str]) -> list[tuple[str, ...]]:

@@ -251,8 +251,16 @@ def write_arrays(
         dtype: of all of them, as safetensors names it.
         metadata: the `__metadata__` of the header.
     """
-    shapes = [(key, dtype, array.shape) for key, array in arrays.items()]
-    write_safetensors(out, shapes, (array.data.cast("B") for array in arrays.values()), metadata)
+    out.writelines(array_parts(arrays, dtype, metadata))
+
+
+def array_parts(
+    arrays: Mapping[str, NDArray[Any]], dtype: str, metadata: Mapping[str, str] | None = None
+) -> list[bytes | memoryview]:
+    """What `write_arrays` writes, part by part."""
+    shapes = tuple((key, dtype, array.shape) for key, array in arrays.items())
+    head, _ = _head(shapes, tuple((metadata or {}).items()))
+    return [head, *(array.data.cast("B") for array in arrays.values())]
 
 
 def write_safetensors(
@@ -269,6 +277,18 @@ def write_safetensors(
         chunks: their bytes, in the same order.
         metadata: the `__metadata__` of the header.
     """
+    head, end = _head(tuple(tensors), tuple((metadata or {}).items()))
+    out.write(head)
+    written = sum(out.write(chunk) for chunk in chunks)
+    if written != end:
+        raise RuntimeError(f"{written} bytes streamed, {end} announced")
+
+
+@lru_cache(maxsize=64)  # adapters of one script have equal ones
+def _head(
+    tensors: tuple[tuple[str, str, tuple[int, ...]], ...], metadata: tuple[tuple[str, str], ...]
+) -> tuple[bytes, int]:
+    """What a safetensors file begins with, and how many bytes of tensors follow."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name, dtype, shape in tensors:
@@ -276,7 +296,4 @@ def write_safetensors(
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)  # tensors start at a multiple of 8, as safetensors has it
-    out.write(struct.pack("<Q", len(raw)) + raw)
-    written = sum(out.write(chunk) for chunk in chunks)
-    if written != end:
-        raise RuntimeError(f"{written} bytes streamed, {end} announced")
+    return struct.pack("<Q", len(raw)) + raw, end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from itertools import chain
 from pathlib import Path
@@ -20,7 +21,7 @@ from ..journal import Receipt
 from ..keys import PEFT_PREFIX, SIDES, factor_key
 from ..peftconfig import reranked
 from ..shareformat import LOADINGS, META, OURS, VERBATIM
-from ..tensorfile import TensorReader, write_arrays, write_safetensors
+from ..tensorfile import TensorReader, array_parts, write_safetensors
 from .forming import Formed, formed
 from .job import Job
 
@@ -41,11 +42,14 @@ def project_adapter(job: Job, entry: Entry) -> str:
             naming(folder),
         ):
             form = formed(job, entry, tensors)
-            with (folder / LOADINGS).open("wb") as f:
-                write_arrays(f, form.loadings, job.storage, {"format": "pt"})
+            loadings = b"".join(array_parts(form.loadings, job.storage, {"format": "pt"}))
+            (folder / LOADINGS).write_bytes(loadings)
+            digests = {LOADINGS: hashlib.sha256(loadings).hexdigest()}
             verbatim = _write_verbatim(job, entry, tensors, folder, form)
+            if (folder / VERBATIM).exists():
+                digests[VERBATIM] = digest_files([folder / VERBATIM])
             check_still(entry.files)
-            _write_meta(job, entry, folder, form, verbatim)
+            _write_meta(job, entry, folder, form, verbatim, digests)
     except AdapterError as e:
         e.adapter = name
         raise
@@ -99,12 +103,13 @@ def _write_verbatim(job: Job, entry: Entry, tensors: TensorReader, folder: Path,
     return [key for key, _ in verbatim]
 
 
-def _write_meta(job: Job, entry: Entry, folder: Path, form: Formed, verbatim: list[str]) -> None:
+def _write_meta(
+    job: Job, entry: Entry, folder: Path, form: Formed, verbatim: list[str], digests: dict[str, str]
+) -> None:
     receipt, errors = job.receipt_of[entry.name], form.errors
     norm = sum(e.norm for e in errors.values())
     measured = [m for m in errors if m not in form.exact and job.shares(receipt)]  # what vanishes has no error
     worst = max(measured, key=lambda m: errors[m].relative, default=None)
-    files = [p for p in (LOADINGS, VERBATIM) if (folder / p).exists()]
     config, changed = _configs(entry, form)
     ours = {
         "basis_digest": job.basis_digest,
@@ -118,7 +123,7 @@ def _write_meta(job: Job, entry: Entry, folder: Path, form: Formed, verbatim: li
         "delta_norm": float(np.sqrt(norm)),
         "verbatim": verbatim,
         "notes": list(receipt.notes),
-        "files": {name: digest_files([folder / name]) for name in files},
+        "files": digests,
     }
     own = sum(array.nbytes for both in form.own.values() for array in both.values())
     if form.own:
