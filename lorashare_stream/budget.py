@@ -17,7 +17,7 @@ from .stacks import STACK_BYTES, Module
 from .subspace import break_even
 from .tensorfile import CHUNK
 
-# Resident bytes of the process before any work: interpreter, numpy, scipy, zarr; torch where a .bin is read.
+# Resident bytes of the process before any work: interpreter, numpy, scipy; torch where a .bin is read.
 PROCESS_BYTES = 192 << 20
 FORK_BYTES = 64 << 20  # of a forked process: what it writes to of the parent's, and what it keeps of freed memory
 TORCH_BYTES = 224 << 20
@@ -27,7 +27,7 @@ BYTES_PER_RECORD = 1 << 10  # of a tensor in a layout; equal layouts are kept on
 ITEM = {"float32": 4, "float64": 8}  # bytes of a number of a moment
 PORTION_BYTES, PORTION_READS = 128 << 20, 4 << 30  # of sums, and of what is read for them; see `portions`
 WEIGHED = 2 * 12 * 6 * 2 * 8  # bytes of forms of a module and rank: candidates, arrays of them, float64
-TILE_BYTES = 32 << 20  # tiles on their way into or out of Zarr
+TILE_BYTES = 10 << 20  # a float64 chunk that is copied to or from the disk, and strips that are squared
 
 
 @dataclass(frozen=True, slots=True)

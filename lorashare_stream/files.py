@@ -90,7 +90,7 @@ def sync(path: str | Path) -> None:
 
 
 def sync_tree(root: Path) -> None:
-    """Make every file and folder under `root` durable (Zarr itself does not sync); a link is its folder's."""
+    """Make every file and folder under `root` durable (arrays are written without); a link is its folder's."""
     for folder, _, names in os.walk(root, onerror=_raised):
         for path in (os.path.join(folder, name) for name in names):
             if not os.path.islink(path):

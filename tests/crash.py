@@ -3,7 +3,7 @@
     python -m tests.crash FOLDER SCENARIO MODE [STRIDE]
 
 Runs a command once to count its calls at the level of `os`: opening for writing, write, rename, replace, link, unlink,
-rmdir, mkdir, truncate, fsync, in all threads, Zarr's too. That none slips past is checked by the audit events of the
+rmdir, mkdir, truncate, fsync, in all threads. That none slips past is checked by the audit events of the
 interpreter and by the kernel's count of written bytes. Then the command is run once for each call, with a fault at it:
 
     kill    the process ends before the call; of a write, half is done
@@ -192,7 +192,7 @@ def install(disk: Disk) -> None:
 
         return wrapped
 
-    for name in ("pwrite", "pwritev", "writev", "sendfile", "copy_file_range", "symlink", "mknod", "removedirs"):
+    for name in ("pwrite", "pwritev", "sendfile", "copy_file_range", "symlink", "mknod", "removedirs"):
         setattr(os, name, forbidden(name))
 
     def created(path: Path) -> None:
@@ -211,12 +211,18 @@ def install(disk: Disk) -> None:
 
     def os_write(fd: int, data: Any) -> int:
         inside = disk.inside(fd) if fd > 2 else None
-        if inside is not None:
-            with disk.lock:
-                disk.call("write", inside, lambda: real["write"](fd, bytes(data)[: len(data) // 2]))
-        return real["write"](fd, data)
+        if inside is None:
+            return int(real["write"](fd, data))
+        with disk.lock:
+            disk.call("write", inside, lambda: real["write"](fd, bytes(data)[: len(data) // 2]))
+            count: int = real["write"](fd, data)
+            disk.bytes += count
+            return count
 
-    os.open, os.write = os_open, os_write
+    def os_writev(fd: int, buffers: Any) -> int:
+        return os_write(fd, b"".join(buffers))
+
+    os.open, os.write, os.writev = os_open, os_write, os_writev
 
     class Raw(io.FileIO):
         def write(self, data: Any) -> int:

@@ -21,8 +21,8 @@ ROOMS = {
         "allotment", "measuring", "spectra", "outlook",
     ],
     "bytes": [
-        "files", "tensorfile", "stacks", "picklecheck", "picklefile", "shards", "adapterfiles", "momentstore", "locks",
-        "journal", "shapes", "workspace", "huberrors", "patience", "hub",
+        "files", "tensorfile", "stacks", "picklecheck", "picklefile", "shards", "adapterfiles", "zarrfile",
+        "momentstore", "locks", "journal", "shapes", "workspace", "huberrors", "patience", "hub",
     ],
     "facts": [
         "sources.source", "sources.manifest", "sources.local", "sources", "sources.pins", "layout", "entry",
@@ -101,7 +101,7 @@ def test_compressing_imports_neither_peft_nor_transformers_nor_torch(tmp_path: P
 import sys
 from lorashare_stream.cli import main
 assert main(["compress", *sys.argv[2:], "-o", sys.argv[1], "-k", "4", "-q", "--device", "cpu"]) == 0
-print({"peft", "transformers", "torch", "huggingface_hub", "dask"} & set(sys.modules))
+print({"peft", "transformers", "torch", "huggingface_hub", "dask", "zarr"} & set(sys.modules))
 """
     assert run(code, str(tmp_path / "out"), *collection).endswith("set()\n")
 

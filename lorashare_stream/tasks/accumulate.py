@@ -26,6 +26,7 @@ from ..momentstore import DamagedMoment
 from ..names import shown
 from ..stacks import Bundle
 from ..workspace import Workspace
+from ..zarrfile import ZarrFile
 from .job import Job
 
 log = logging.getLogger(__name__)
@@ -212,7 +213,7 @@ def _accumulator(
         columns = Accumulator(empty(held.dim, dtype, stacked=True), _Rows(array, 0))
         columns.add(held.columns)
         return columns
-    momentstore.write_tiles(array, held.columns)
+    array.write(held.columns)
     return Accumulator(held, _Rows(array, held.count))
 
 
@@ -231,12 +232,12 @@ def _dim(job: Job, name: str, side: Side) -> int:
 class _Rows:
     """Keeps blocks: writes them below each other into an array (n, d)."""
 
-    def __init__(self, array: Any, first: int) -> None:
+    def __init__(self, array: ZarrFile, first: int) -> None:
         self._array, self._next = array, first
 
     def add(self, block: Array) -> None:
         """Write a block (m, d)."""
-        momentstore.write_tiles(self._array, block, self._next)
+        self._array.write(block, self._next)
         self._next += len(block)
 
     def result(self) -> None:
