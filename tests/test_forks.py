@@ -131,7 +131,7 @@ PARENT = """
 import os, sys, time
 from lorashare_stream.executors import Forks
 def task(n):
-    print(os.getpid(), flush=True)
+    os.write(1, b"%d\\n" % os.getpid())
     time.sleep(60)
 list(Forks().map(task, range(2), 2))
 """
