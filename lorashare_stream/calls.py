@@ -9,7 +9,6 @@ worker that joins or is started again. The file is also the sign that somebody s
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import logging
 import os
@@ -187,6 +186,8 @@ async def look(places: Places, tokens: Sequence[Path], patience: float) -> dict[
     Returns:
         `missing`, a list of paths, and `machine`, as `machine` has it.
     """
+    import asyncio  # a worker of Dask has it; on its own it takes as long to import as NumPy
+
     try:
         missing = await asyncio.wait_for(asyncio.to_thread(_missing, places, tokens), patience)
     except TimeoutError:
