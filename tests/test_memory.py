@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +24,17 @@ from .conftest import CONFIG
 FLAGS = {"variance_threshold": "variance"}
 
 
-def collection_of(root: Path, n: int, d: int, r: int, suffix: str = "safetensors", extra: int = 0) -> list[Path]:
+def collection_of(
+    root: Path, n: int, d: int, r: int, suffix: str = "safetensors", extra: int = 0, modules: tuple[str, ...] = ("q",)
+) -> list[Path]:
     generator = torch.Generator().manual_seed(0)
     for i in range(n):
         folder = root / f"a{i:03}"
         folder.mkdir(parents=True)
-        tensors = {
-            "base_model.model.q.lora_A.weight": torch.randn(r, d, generator=generator),
-            "base_model.model.q.lora_B.weight": torch.randn(d, r, generator=generator),
-        }
+        tensors = {}
+        for module in modules:
+            tensors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(r, d, generator=generator)
+            tensors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(d, r, generator=generator)
         if extra:
             tensors["base_model.model.embed.weight"] = torch.zeros(extra, 1024)
         path = folder / f"adapter_model.{suffix}"
@@ -85,6 +89,46 @@ def test_the_smallest_budget_that_the_plan_names_is_kept(
     folders = collection_of(tmp_path / "adapters", **case)
     _, least = least_memory(folders, **options)
     assert peak_of_a_run(tmp_path / "out", folders, least, **options) <= least
+
+
+def sizes_of(pid: int) -> list[int]:
+    """Proportional sizes in bytes of a process and its children; a page that several have is shared among them."""
+    pids, sizes = [pid], []
+    for thread in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):
+            pids += map(int, thread.read_text().split())
+    for found in pids:
+        with suppress(OSError):  # it has just ended
+            lines = Path(f"/proc/{found}/smaps_rollup").read_text().splitlines()
+            sizes += [int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")]
+    return sizes
+
+
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [
+        ({"n": 200, "d": 2048, "r": 24}, {"num_components": 32}),  # second moments
+        ({"n": 200, "d": 2048, "r": 16}, {"num_components": 64}),  # stacked columns
+        ({"n": 60, "d": 1024, "r": 16}, {"max_error": 0.2}),
+    ],
+)
+def test_processes_keep_the_budget_together(tmp_path: Path, case: dict[str, Any], options: dict[str, Any]) -> None:
+    folders = collection_of(tmp_path / "adapters", modules=("q", "v", "o"), **case)
+    ample, _ = least_memory(folders, workers=2, memory=1 << 34, **options)
+    memory = max(step.peak_bytes for step in ample.steps)
+    exact, _ = least_memory(folders, workers=2, memory=memory, **options)
+    assert {step.concurrency for step in exact.steps} == {2}
+    flags = [f"--{FLAGS.get(k, k).replace('_', '-')}={v}" for k, v in options.items()]
+    command = ["compress", str(tmp_path / "adapters"), "-o", str(tmp_path / "out"), "--device=cpu", "-q", *flags]
+    command += ["--workers=2", f"--memory={memory}"]
+    found = [[0]]
+    with subprocess.Popen([sys.executable, "-m", "lorashare_stream", *command], stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            found.append(sizes_of(process.pid))
+            time.sleep(0.002)
+    assert process.returncode == 0
+    assert max(map(len, found)) == 3
+    assert max(map(sum, found)) <= memory
 
 
 def test_memory_does_not_grow_with_the_number_of_adapters(tmp_path: Path) -> None:
