@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from .dtypes import ITEMSIZE
 from .entry import Entry
 from .keys import SIDES, Side
+from .krylov import capacity, width
 from .moments import stays_stacked
 from .settings import QUANTUM, Settings
-from .solvers import BLOCKS, OVERSAMPLING, suits_krylov
+from .solvers import STRIP, suits_krylov
 from .stacks import STACK_BYTES, Module
 from .subspace import break_even
 from .tensorfile import CHUNK
@@ -223,18 +224,20 @@ def _fit_bytes(g: Group, s: Settings) -> int:
     item, most = ITEM[s.moment_dtype], max(1, min(g.dim, g.count))
     k = most if s.num_components == "auto" and s.budget is None else g.components(s)
     polish = 8 * (6 * g.dim * k + 3 * k * k)  # the solver's vectors, those of QR and Ritz, the rounded ones
-    return moment_bytes(g, s) + polish + _solver_bytes(g, k, item)
+    spectrum = 8 * (most if g.stacked else g.dim) ** 2 if s.num_components == "auto" and s.budget is None else 0
+    return moment_bytes(g, s) + max(polish, spectrum, _solver_bytes(g, k, item))  # one after the other
 
 
 def _solver_bytes(g: Group, k: int, item: int) -> int:
     """What `solvers.leading` needs beside the moment, by its table."""
-    if g.stacked and suits_krylov(g.dim, g.count, k):
-        block = k + OVERSAMPLING
-        return 8 * (g.dim * block * (BLOCKS + 6) + 4 * (BLOCKS * block) ** 2) + 2 * item * g.count * block
     size = min(g.dim, g.count) if g.stacked else g.dim
-    formed = 0 if not g.stacked else size * size * (8 if g.count <= g.dim else item)
-    strips = 8 * 2 * 1024 * g.count if g.stacked else 0
-    return formed + strips + (8 * size * (2 * k + 20) if 16 * k <= size else 3 * 8 * size * size)
+    if suits_krylov(size, k):
+        b, most = width(k), capacity(k)
+        space = item * g.dim * (most + (k + most) // 2 + 6 * b) + 8 * g.dim * b  # and what it is cut to; blocks
+        return space + 8 * 6 * most**2 + (item + 1) * max(g.count if g.stacked else g.dim, STRIP) * b
+    wide = 8 if g.stacked and g.count <= g.dim else item
+    strips = 8 * (1024 * g.count if g.stacked else 0) + 8 * STRIP * g.dim
+    return strips + wide * size * (size + k + 40)
 
 
 def moment_bytes(g: Group, s: Settings) -> int:

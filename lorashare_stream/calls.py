@@ -207,7 +207,9 @@ def _missing(places: Places, tokens: Sequence[Path]) -> list[str]:
 def machine() -> dict[str, str]:
     """What decides the last bits of a result, on this machine."""
     import numpy as np
-    import scipy.linalg
+    import scipy
+
+    from . import lapack  # noqa: F401  # loads SciPy's BLAS
 
     libraries = [lib for lib in threadpool_info() if lib["user_api"] == "blas"]
     kinds = {f"{lib['internal_api']} {lib['version']} {lib.get('architecture', '')}".strip() for lib in libraries}

@@ -8,17 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from .errors import UsageError
-from .lapack import Array
+from .lapack import Array, Float64
 from .moments import HostSum, Moment, Sum
-from .solvers import Float64, krylov, leading, polished, suits_krylov
-
-if TYPE_CHECKING:
-    import torch
+from .solvers import by_krylov, leading, polished, prefers_partial
 
 # A driver's device file; without one there is no GPU, and torch need not be imported to know it.
 _DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
@@ -80,9 +77,9 @@ class TorchSum:
 
 
 def torch_leading(moment: Moment, k: int, device: str) -> tuple[Float64, Float64]:
-    """As `solvers.leading`, with all products on a torch device: block Krylov for small k, else torch's eigh.
+    """As `solvers.leading`, with the products on a torch device: block Krylov or, in float64, torch's eigh.
 
-    Start, orthogonalisation, convergence and polish are those of the CPU, in float64.
+    Start, orthogonalisation, convergence and polish are those of the CPU.
 
     Args:
         moment: of d-vectors; k <= min(d, n).
@@ -91,26 +88,24 @@ def torch_leading(moment: Moment, k: int, device: str) -> tuple[Float64, Float64
     """
     import torch
 
-    found: Float64 | None = None
-    if moment.columns is not None:
-        rows = _tensor(moment.columns, device)  # (n, d)
-        if suits_krylov(moment.dim, moment.count, k):
-            found = krylov(lambda q: _host(rows.T @ (rows @ _tensor(q, device).to(rows.dtype))), moment.dim, k)
-        if found is None:
-            wide = rows.double()
-            if moment.count <= moment.dim:
-                vectors = wide.T @ torch.linalg.eigh(wide @ wide.T)[1][:, -k:].flip(1)
-                found = _host(vectors / torch.linalg.norm(vectors, dim=0).clamp_min(1e-300))
-            else:
-                found = _host(torch.linalg.eigh(wide.T @ wide)[1][:, -k:].flip(1))
-        return polished(moment, found)
-    assert moment.second is not None
-    second = _tensor(moment.second, device)
-    if suits_krylov(moment.dim, moment.dim, k):  # what is exact for columns is for S
-        found = krylov(lambda q: _host(second @ _tensor(q, device).to(second.dtype)), moment.dim, k)
-    if found is None:
-        found = _host(torch.linalg.eigh(second.double())[1][:, -k:].flip(1))
-    return polished(moment, found)
+    stacked = moment.columns is not None
+    form = _tensor(moment.columns if stacked else moment.second, device)  # X' (n, d) or S (d, d)
+    if prefers_partial(moment, k):
+
+        def times(q: Array) -> Array:
+            there = _tensor(q, device)
+            image: Array = (form.T @ (form @ there) if stacked else form @ there).cpu().numpy()
+            return image
+
+        if (found := by_krylov(moment, k, times)) is not None:
+            return found
+    wide = form.double()
+    if stacked and moment.count <= moment.dim:
+        vectors = wide.T @ torch.linalg.eigh(wide @ wide.T)[1][:, -k:].flip(1)
+        vectors = vectors / torch.linalg.norm(vectors, dim=0).clamp_min(1e-300)
+    else:
+        vectors = torch.linalg.eigh(wide.T @ wide if stacked else wide)[1][:, -k:].flip(1)
+    return polished(moment, vectors.cpu().numpy())
 
 
 def held_on(device: str, stack: Array) -> Any:
@@ -126,12 +121,7 @@ def product(left: Any, right: Array) -> Array:
     return result
 
 
-def _host(tensor: torch.Tensor) -> Float64:
-    found: Float64 = tensor.double().cpu().numpy()
-    return found
-
-
-def _tensor(values: Array, device: str) -> torch.Tensor:
+def _tensor(values: Array | None, device: str) -> Any:
     import torch
 
     return torch.from_numpy(np.array(values, order="C")).to(device)  # a copy: the host block is overwritten

@@ -6,13 +6,30 @@ Under that lock nothing else runs for as long as a call takes: no other task, no
 from __future__ import annotations
 
 import ctypes
+import sys
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy.linalg import cython_blas, cython_lapack
 
 Array = NDArray[np.floating[Any]]
+Float64 = NDArray[np.float64]
+
+
+def _capsules(name: str) -> dict[str, Any]:
+    """Addresses of routines by name, of a module of `scipy.linalg`, which itself is not imported: 0.1 s, 7 MB."""
+    full = f"scipy.linalg.{name}"
+    if full not in sys.modules:
+        spec = PathFinder.find_spec(full, [str(Path(scipy.__file__).parent / "linalg")])
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[full] = module_from_spec(spec)  # where whoever does import it finds it
+        spec.loader.exec_module(sys.modules[full])
+    return dict(sys.modules[full].__pyx_capi__)
 
 
 def _routine(capsules: dict[str, Any], name: str, arguments: str) -> Any:
@@ -26,9 +43,9 @@ def _routine(capsules: dict[str, Any], name: str, arguments: str) -> Any:
     return ctypes.CFUNCTYPE(None, *(kinds[a] for a in arguments))(pointer)
 
 
-_BLAS, _LAPACK = dict(cython_blas.__pyx_capi__), dict(cython_lapack.__pyx_capi__)
+_BLAS, _LAPACK = _capsules("cython_blas"), _capsules("cython_lapack")
 _SYRK = {"f": _routine(_BLAS, "ssyrk", "ccpppppppp"), "d": _routine(_BLAS, "dsyrk", "ccpppppppp")}
-_SYEVR = _routine(_LAPACK, "dsyevr", "ccc" + 18 * "p")
+_SYEVR = {dtype: _routine(_LAPACK, f"{name}syevr", "ccc" + 18 * "p") for dtype, name in (("f", "s"), ("d", "d"))}
 
 
 def add_block(second: Array, rows: Array) -> None:
@@ -48,38 +65,39 @@ def add_block(second: Array, rows: Array) -> None:
     )  # fmt: skip
 
 
-def largest_eigenpairs(matrix: NDArray[np.float64], k: int, *, vectors: bool = True) -> tuple[Array, Array]:
-    """The k largest eigenvalues, ascending, and their eigenvectors, of a symmetric matrix: LAPACK dsyevr.
+def largest_eigenpairs(matrix: Array, k: int, *, vectors: bool = True) -> tuple[Array, Array]:
+    """The k largest eigenvalues, ascending, and their eigenvectors, of a symmetric matrix: LAPACK syevr in its dtype.
 
     Args:
-        matrix: (n, n) float64, column-major; its lower triangle is read, and overwritten.
+        matrix: (n, n) float32 or float64, column-major; its lower triangle is read, and overwritten.
         k: how many, from 1.
         vectors: whether eigenvectors are wanted; if not, (n, 0) are given.
 
     Returns:
-        values (k,) ascending, and vectors (n, k), column-major, both float64.
+        values (k,) ascending, and vectors (n, k), column-major, of its dtype.
 
     Raises:
         numpy.linalg.LinAlgError: if LAPACK fails.
     """
     n = len(matrix)
-    if matrix.dtype != np.float64 or not matrix.flags.f_contiguous:
-        raise ValueError("dsyevr needs a column-major float64 matrix")
-    values, found = np.empty(n), np.empty((n, k if vectors else 0), order="F")
+    kind = matrix.dtype
+    if kind.char not in _SYEVR or not matrix.flags.f_contiguous:
+        raise ValueError("syevr needs a column-major matrix, float32 or float64")
+    values, found = np.empty(n, kind), np.empty((n, k if vectors else 0), kind, order="F")
     support = np.empty(2 * k, np.intc)
-    work, iwork = np.empty(1), np.empty(1, np.intc)
+    work, iwork = np.empty(1, kind), np.empty(1, np.intc)
     for asking in (True, False):  # first for the sizes of the work arrays
         if not asking:
-            work, iwork = np.empty(int(work[0])), np.empty(int(iwork[0]), np.intc)
+            work, iwork = np.empty(int(work[0]), kind), np.empty(int(iwork[0]), np.intc)
         lengths = (-1, -1) if asking else (len(work), len(iwork))
         integers = [ctypes.c_int(i) for i in (n, n, n - k + 1, n, 0, n, *lengths, 0)]
         size, lda, first, last, count, ldz, lwork, liwork, info = integers
-        zero, by = ctypes.c_double(0.0), ctypes.byref
-        _SYEVR(
+        zero, by = ctypes.c_double(0.0), ctypes.byref  # all bytes of it are zero in either dtype
+        _SYEVR[kind.char](
             b"V" if vectors else b"N", b"I", b"L", by(size), matrix.ctypes.data, by(lda), by(zero), by(zero),
             by(first), by(last), by(zero), by(count), values.ctypes.data, found.ctypes.data, by(ldz),
             support.ctypes.data, work.ctypes.data, by(lwork), iwork.ctypes.data, by(liwork), by(info),
         )  # fmt: skip
         if info.value != 0:
-            raise np.linalg.LinAlgError(f"dsyevr fails with info {info.value}")
+            raise np.linalg.LinAlgError(f"syevr fails with info {info.value}")
     return values[:k], found

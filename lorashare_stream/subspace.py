@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .dtypes import as_stored
-from .lapack import Array
+from .lapack import Array, Float64
 from .moments import Moment
-from .solvers import Float64, compressed, leading, prefers_partial, spectrum
+from .solvers import compressed, leading, prefers_partial, spectrum
 
 Solver = Callable[[Moment, int], tuple[Float64, Float64]]
 
@@ -106,12 +106,13 @@ def centered(moment: Moment) -> Moment:
 def explained_variance(moment: Moment, components: Array) -> float:
     """1 - ||X - V V'X||^2 / ||X||^2, from the moment alone, exact for columns that are not quite orthonormal.
 
-    With C = V'SV this is (2 tr C - tr(V'V C)) / tr S, which is tr C / tr S for orthonormal V.
+    With C = V'SV this is (2 tr C - tr(V'V C)) / tr S, which is tr C / tr S for orthonormal V. Products of many float32
+    vectors are in float32, whose rounding averages out to some 1e-8; of few it would not.
     """
     if moment.energy <= 0:
         return 1.0
     wide = components.astype(np.float64)
-    c = compressed(moment, wide)
+    c = compressed(moment, wide if min(moment.dim, moment.count) <= 512 else components)
     return float((2 * np.trace(c) - np.sum((wide.T @ wide) * c)) / moment.energy)
 
 

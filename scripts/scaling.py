@@ -52,12 +52,11 @@ def groups_of(model: Model, adapters: int, rank: int) -> list[Group]:
 
 
 def fit_flops(g: Group, k: int) -> float:
-    """Of the solver that the table in `solvers` names; a partial one takes some 8 block products, or 3 k vectors."""
-    if g.stacked and suits_krylov(g.dim, g.count, k):
-        return 8 * 4 * g.dim * g.count * (k + 16)
+    """Of the solver that the table in `solvers` names; Krylov multiplies some 6 k vectors."""
     size = min(g.dim, g.count) if g.stacked else g.dim
-    formed = g.dim * g.count * size if g.stacked else 0
-    return formed + (2 * size**2 * 3 * k if 16 * k <= size else 4 / 3 * size**3)
+    if suits_krylov(size, k):
+        return 6 * k * (4 * g.dim * g.count if g.stacked else 2 * g.dim**2)
+    return (g.dim * g.count * size if g.stacked else 0) + 4 / 3 * size**3
 
 
 def row(model: Model, adapters: int, rank: int, k: int, args: argparse.Namespace) -> list[str]:

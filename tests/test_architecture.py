@@ -17,7 +17,7 @@ ROOT = Path(lorashare_stream.__file__).parent
 ROOMS = {
     "pure": [
         "version", "names", "hubid", "errors", "dtypes", "settings", "keys", "lapack", "moments", "deltas", "patterns",
-        "peftconfig", "solvers", "subspace", "forms", "offers",
+        "peftconfig", "krylov", "solvers", "subspace", "forms", "offers",
         "allotment", "measuring", "spectra", "outlook",
     ],
     "bytes": [
@@ -101,7 +101,7 @@ def test_compressing_imports_neither_peft_nor_transformers_nor_torch(tmp_path: P
 import sys
 from lorashare_stream.cli import main
 assert main(["compress", *sys.argv[2:], "-o", sys.argv[1], "-k", "4", "-q", "--device", "cpu"]) == 0
-print({"peft", "transformers", "torch", "huggingface_hub", "dask", "zarr"} & set(sys.modules))
+print({"peft", "transformers", "torch", "huggingface_hub", "dask", "zarr", "scipy.linalg"} & set(sys.modules))
 """
     assert run(code, str(tmp_path / "out"), *collection).endswith("set()\n")
 
@@ -116,6 +116,19 @@ except SystemExit:
     print({"torch", "numpy", "scipy", "zarr", "yaml", "tqdm"} & set(sys.modules))
 """
     assert run(code).endswith("set()\n")
+
+
+def test_scipys_linear_algebra_can_be_imported_after_ours() -> None:
+    code = """
+import sys
+import lorashare_stream.lapack
+assert "scipy.linalg" not in sys.modules
+import scipy.linalg, scipy.sparse.linalg
+from scipy.linalg import cython_blas
+from scipy.linalg.cython_lapack import __pyx_capi__
+print(len(scipy.linalg.eigh([[2.0, 1.0], [1.0, 2.0]])[0]))
+"""
+    assert run(code) == "2\n"
 
 
 def test_modules_and_functions_stay_small() -> None:

@@ -71,7 +71,7 @@ def least_memory(folders: list[Path], **options: Any) -> tuple[Plan, int]:
 @pytest.mark.parametrize(
     ("case", "options"),
     [
-        ({"n": 300, "d": 2048, "r": 16}, {"num_components": 32}),  # second moments, ARPACK
+        ({"n": 300, "d": 2048, "r": 16}, {"num_components": 32}),  # second moments, block Krylov
         ({"n": 300, "d": 2048, "r": 16}, {"num_components": 1024}),  # second moments, LAPACK
         ({"n": 100, "d": 2048, "r": 16}, {"num_components": 800}),  # stacked columns
         ({"n": 200, "d": 2048, "r": 16}, {"num_components": 32}),  # more columns than d, block Krylov
@@ -134,8 +134,9 @@ def test_processes_keep_the_budget_together(tmp_path: Path, case: dict[str, Any]
 def test_memory_does_not_grow_with_the_number_of_adapters(tmp_path: Path) -> None:
     few, many = collection_of(tmp_path / "few", 60, 1024, 16), collection_of(tmp_path / "many", 240, 1024, 16)
     peaks = [peak_of_a_run(tmp_path / name, f, 1 << 30, workers=1) for name, f in (("x", few), ("y", many))]
-    assert peaks[1] <= 1.1 * peaks[0]
-    assert sum(f.stat().st_size for a in many for f in a.iterdir()) > 0.1 * peaks[1]
+    assert peaks[1] <= 1.2 * peaks[0]
+    sizes = [sum(f.stat().st_size for a in folders for f in a.iterdir()) for folders in (few, many)]
+    assert sizes[1] - sizes[0] > 0.2 * peaks[1]
 
 
 def test_fewer_tasks_run_at_a_time_when_memory_is_short(tmp_path: Path) -> None:
