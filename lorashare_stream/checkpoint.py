@@ -106,6 +106,8 @@ class Staging:
     def done(self, receipt: Receipt, basis_digest: str) -> bool:
         """Whether an adapter is written, whole, and of these components; what is not is removed."""
         folder = self.root / ADAPTERS / receipt.name
+        if not os.path.lexists(folder):
+            return False
         whole = not folder.is_symlink() and is_whole(folder, receipt, basis_digest)
         if not whole:
             remove_tree(folder)

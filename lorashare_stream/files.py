@@ -89,17 +89,15 @@ def sync(path: str | Path) -> None:
         os.close(fd)
 
 
-def sync_tree(root: Path) -> None:
+def sync_tree(root: str | Path) -> None:
     """Make every file and folder under `root` durable (arrays are written without); a link is its folder's."""
-    for folder, _, names in os.walk(root, onerror=_raised):
-        for path in (os.path.join(folder, name) for name in names):
-            if not os.path.islink(path):
-                sync(path)
-        sync(folder)
-
-
-def _raised(error: OSError) -> None:
-    raise error  # what cannot be listed is not synced
+    with os.scandir(root) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                sync_tree(entry.path)
+            elif not entry.is_symlink():
+                sync(entry.path)
+    sync(root)
 
 
 def own_folder(path: Path) -> Path:

@@ -14,6 +14,7 @@ import gc
 import logging
 import os
 import pickle
+import select
 import signal
 import struct
 import sys
@@ -21,7 +22,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection, Pipe, wait
+from multiprocessing.connection import Connection, Pipe
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
@@ -66,7 +67,9 @@ class _Children:
     tasks: Sequence[Any]
     count: int
     _given: int = 0
-    _pids: dict[Connection[Any, Any], int] = field(default_factory=dict)  # by where their results come from
+    _results: dict[int, Connection[Any, Any]] = field(default_factory=dict)  # by their file descriptors
+    _pids: dict[int, int] = field(default_factory=dict)  # likewise
+    _ready: select.poll = field(default_factory=select.poll)
 
     def __enter__(self) -> _Children:
         self._numbers, self._to_do = os.pipe()
@@ -79,7 +82,8 @@ class _Children:
                 parent, pid = os.getpid(), os.fork()
                 if not pid:
                     _live(self.fn, self.tasks, self._numbers, sending, parent)
-            self._pids[results] = pid
+            self._results[results.fileno()], self._pids[results.fileno()] = results, pid
+            self._ready.register(results, select.POLLIN)
         return self
 
     def __exit__(
@@ -92,8 +96,9 @@ class _Children:
                 pass
         os.close(self._numbers)
         os.close(self._to_do)
-        for results, pid in self._pids.items():
+        for results in self._results.values():
             results.close()  # a child does not wait to be heard
+        for pid in self._pids.values():
             os.waitpid(pid, 0)
 
     def give(self, end: int) -> None:
@@ -105,21 +110,20 @@ class _Children:
 
     def finished(self) -> Iterator[tuple[int, Any]]:
         """Wait for tasks to be done; their numbers, and what came of them."""
-        for results in wait(list(self._pids)):
-            assert isinstance(results, Connection)
+        for descriptor, _ in self._ready.poll():
+            results = self._results[descriptor]
             try:
                 number, result, error, records = pickle.loads(results.recv_bytes())  # noqa: S301 - by our child
             except EOFError:
-                raise self._killed(results) from None
+                raise self._killed(descriptor) from None
             for record in records:
                 logging.getLogger(record.name).handle(record)
             if error is not None:
                 raise error
             yield number, result
 
-    def _killed(self, results: Connection[Any, Any]) -> Stopped:
-        status = os.waitpid(self._pids.pop(results), 0)[1]
-        results.close()
+    def _killed(self, descriptor: int) -> Stopped:
+        status = os.waitpid(self._pids.pop(descriptor), 0)[1]
         code = os.waitstatus_to_exitcode(status)
         return Stopped(
             "a process of this run was killed",

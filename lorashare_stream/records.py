@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,8 @@ def check_components(root: Path, sha256: str) -> None:
 
 def has_files(root: Path, names: Iterable[str]) -> bool:
     """Whether the files of a checkpoint with these adapters are there; it is not looked into them."""
-    files = [root / ADAPTERS / name / file for name in names for file in (LOADINGS, META)]
-    return all(file.is_file() for file in (root / COMPONENTS, *files))
+    files = (f"{root}/{ADAPTERS}/{name}/{file}" for name in names for file in (LOADINGS, META))
+    return (root / COMPONENTS).is_file() and all(map(os.path.isfile, files))
 
 
 def receipt_in(meta: Mapping[str, Any]) -> Receipt:
@@ -99,12 +100,12 @@ def sizes_of(root: Path, names: Iterable[str]) -> dict[str, int]:
     sizes = {"basis": _size(root / COMPONENTS), "loadings": 0, "verbatim": 0, "metadata": _size(root / SPECTRUM)}
     for name in names:
         for part, file in (("loadings", LOADINGS), ("verbatim", VERBATIM), ("metadata", META)):
-            sizes[part] += _size(root / ADAPTERS / name / file)
+            sizes[part] += _size(f"{root}/{ADAPTERS}/{name}/{file}")
     return sizes
 
 
-def _size(path: Path) -> int:
+def _size(path: str | Path) -> int:
     try:
-        return path.stat().st_size
+        return os.stat(path).st_size
     except FileNotFoundError:
         return 0

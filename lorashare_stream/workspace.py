@@ -60,6 +60,7 @@ class Workspace:
         self.root = root
         self.moments, self.bases, self.shapes, self.cores = (root / name for name in _FOLDERS)
         self.check_held: Callable[[], None] = lambda: None
+        self._noted: set[str] = set()  # shapes that are known to be kept
 
     @classmethod
     @contextmanager
@@ -163,7 +164,9 @@ class Workspace:
     def admit(self, receipt: Receipt, shapes: Shapes, *, durable: bool) -> None:
         """Append an admission; `durable` ones survive a power cut, with all before them."""
         self.check_held()
-        keep_shapes(self.shapes, receipt, shapes)
+        if receipt.shapes not in self._noted:
+            keep_shapes(self.shapes, receipt, shapes)
+            self._noted.add(receipt.shapes)
         append(self._journal, [receipt], durable=durable)
 
     def shapes_of(self, journal: Journal, known: Mapping[str, Shapes]) -> dict[str, Shapes]:
