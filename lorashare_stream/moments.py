@@ -100,13 +100,14 @@ def second_of(moment: Moment) -> Array:
     return moment.columns.T @ moment.columns
 
 
-def mirror(second: Array, tile: int = 512) -> None:
+def mirror(second: Array, tile: int = 256) -> None:
     """Copy the lower triangle of S (d, d) onto the upper one, in place, tile by tile."""
-    d = second.shape[0]
-    for i in range(0, d, tile):
-        for j in range(0, i + 1, tile):
-            lower = second[i : i + tile, j : j + tile]
-            second[j : j + tile, i : i + tile] = np.tril(lower) + np.tril(lower, -1).T if i == j else lower.T
+    for i in range(0, len(second), tile):
+        rows = second[i : i + tile]
+        for j in range(0, i, tile):
+            second[j : j + tile, i : i + tile] = rows[:, j : j + tile].T
+        middle = rows[:, i : i + tile]
+        np.copyto(middle, middle.T.copy(), where=~np.tri(len(middle), dtype=bool))
 
 
 class Sum(Protocol):
@@ -186,7 +187,7 @@ class Accumulator:
     def _flush(self) -> None:
         block = self.block[: self.filled]
         self.filled = 0
-        for strip in np.array_split(block, max(1, block.size >> 15)):  # float64 copies that stay in the cache
+        for strip in np.array_split(block, max(1, block.size >> 17)):  # float64 copies that stay in the cache
             wide = strip.astype(np.float64)
             self._sum += wide.sum(axis=0)
             self._energy += float(np.vdot(wide, wide))

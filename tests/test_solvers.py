@@ -126,7 +126,7 @@ def test_any_rank_and_scale(rank: int, k: int, scale: int, power: float, double:
     best = np.sum(np.linalg.svd(exact, compute_uv=False)[:k] ** 2)
     for values, vectors in filter(None, (by_krylov(moment, k, product_with(moment)), by_lapack(moment, k))):
         assert np.abs(vectors.T @ vectors - np.eye(k)).max() < 1e-12
-        assert np.sum((exact @ vectors) ** 2) >= (1 - 1e-7) * best
+        assert np.sum((exact @ vectors) ** 2) >= (1 - 3e-7) * best
         assert np.sum(values) == pytest.approx(best, rel=1e-5)
         explained = explained_variance(moment, vectors.astype(np.float32))
         assert explained == pytest.approx(np.sum((exact @ vectors) ** 2) / moment.energy if rank else 1.0, abs=1e-7)
