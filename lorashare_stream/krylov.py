@@ -19,6 +19,7 @@ _PROOF = 3  # products with what grows from a random block
 _PROVED = 1e-6  # of the captured energy: what it may gain, rounding among it
 _SEED = 0
 _WEAK = 1e-7  # of the longest direction of a block: what is shorter is rounding
+_SHORT = 1e-30  # its inverse is near the end of float32
 
 
 def width(k: int) -> int:
@@ -124,7 +125,7 @@ def _orthonormal(block: Array, basis: Array, rng: np.random.Generator) -> Array:
         try:
             factor = np.linalg.cholesky(gram)
             lengths = factor.diagonal()
-            if lengths.min() > _WEAK * lengths.max():
+            if lengths.min() > max(_WEAK * lengths.max(), _SHORT):
                 block = block @ np.linalg.inv(factor).T.astype(block.dtype)
                 if turn and lengths.min() > 0.7 and lengths.max() < 1.4:
                     break

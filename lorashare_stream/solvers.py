@@ -20,6 +20,7 @@ from .krylov import Product, krylov, sketch, width
 from .lapack import Array, Float64, add_block, largest_eigenpairs
 from .moments import Moment, mirror
 
+_SPARE = 8  # eigenvectors of float32 beyond those that are wanted
 _TILE = 1024  # entries of every vector that are turned into float64 at once
 STRIP = 256  # rows that are multiplied at a time, and are still in the cache for their second product
 
@@ -41,15 +42,18 @@ def leading(moment: Moment, k: int) -> tuple[Float64, Float64]:
 def by_lapack(moment: Moment, k: int) -> tuple[Float64, Float64]:
     """The k leading eigenpairs by reducing S, or X'X, to tridiagonal form.
 
-    In float32 that blurs what is smaller than the largest eigenvalue by 1e-5 or more: a product with S takes out of the
-    vectors again what does not belong to it.
+    In float32 squares of what is small vanish, so that S is scaled; and eigenvalues are blurred which are 1e-5 of the
+    largest one, so that some vectors more are taken, out of which a product with S takes what does not belong there.
     """
-    _, vectors = largest_eigenpairs(_symmetric(moment), k)
+    matrix = _symmetric(moment)
+    matrix *= matrix.dtype.type(2.0 ** -np.clip(np.frexp(matrix.diagonal().max(initial=0.0))[1], -126, 126))
+    _, vectors = largest_eigenpairs(matrix, min(k + _SPARE, len(matrix)) if matrix.dtype == np.float32 else k)
     if moment.columns is not None and moment.count <= moment.dim:
         return polished(moment, _restored(moment.columns, vectors))
     if vectors.dtype == np.float32:
         vectors = _normalized(product_with(moment)(vectors))
-    return polished(moment, vectors)
+    values, best = polished(moment, vectors)
+    return values[:k], best[:, :k]
 
 
 def by_krylov(moment: Moment, k: int, times: Product) -> tuple[Float64, Float64] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lorashare_stream.krylov import capacity, krylov, sketch, width
@@ -117,6 +117,8 @@ def test_of_equal_eigenvalues_none_is_missed(k: int, equal: int, rest: float) ->
 
 
 @given(st.integers(0, 300), st.sampled_from([1, 7, 24, 50]), st.integers(-15, 12), st.floats(0.0, 2.0), st.booleans())
+@example(23, 24, -10, 2.0, False)  # float32 LAPACK missed 1.5e-6
+@example(1, 1, -15, 0.0, False)  # what is left of a block is of 1e-42
 @settings(max_examples=30, deadline=None)
 def test_any_rank_and_scale(rank: int, k: int, scale: int, power: float, double: bool) -> None:
     rng = np.random.default_rng(rank)
