@@ -4,7 +4,8 @@ A child has the function, the tasks and all that they share without being sent a
 task from a pipe that all children read, so that none waits for the parent, and sends back what came of it. It has no
 file of the parent's open, locks among them, and the kernel ends it when the parent ends, however that ends.
 
-The parent may have other threads, which a child has not: tasks must not wait for one.
+A lock that another thread holds while the process is forked is held for ever in a child, and libraries take locks when
+they are told of a fork, huggingface_hub among them. So there must be no other thread that holds any.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import select
 import signal
 import struct
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -27,6 +29,7 @@ from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
 from .errors import Stopped
+from .locks import BEATING
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -38,8 +41,9 @@ _PACKAGE = logging.getLogger(__package__)
 
 
 def can_fork() -> bool:
-    """Whether children can do what this process can: torch's threads are not there after a fork, nor is a GPU."""
-    return sys.platform == "linux" and "torch" not in sys.modules
+    """Whether children can do what this process can: not where torch has threads of its own, or there are others."""
+    others = {t for t in threading.enumerate() if t is not threading.current_thread() and t.name != BEATING}
+    return sys.platform == "linux" and "torch" not in sys.modules and not others
 
 
 def map_forked(fn: Callable[[T], R], tasks: Sequence[T], at_once: int, after: Callable[[T], object]) -> Iterator[R]:
@@ -78,7 +82,7 @@ class _Children:
         for _ in range(self.count):
             results, sending = Pipe(duplex=False)
             with warnings.catch_warnings(), sending:
-                warnings.simplefilter("ignore", DeprecationWarning)  # other threads: see the top of this module
+                warnings.simplefilter("ignore", DeprecationWarning)  # a thread that beats: see `can_fork`
                 parent, pid = os.getpid(), os.fork()
                 if not pid:
                     _live(self.fn, self.tasks, self._numbers, sending, parent)

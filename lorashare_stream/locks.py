@@ -63,6 +63,7 @@ class Holder:
             return True
 
 
+BEATING = "heartbeat"  # the thread that shows that a holder lives; it touches a file, and nothing else
 _held: dict[Path, tuple[IO[str], Holder]] = {}  # by this process
 
 
@@ -104,7 +105,7 @@ def held(path: Path, *, take: bool = False) -> Iterator[Callable[[], None]]:
 
         check()
         _held[path] = file, mine
-        threading.Thread(target=_beat, args=(path, mine, done), name="heartbeat", daemon=True).start()
+        threading.Thread(target=_beat, args=(path, mine, done), name=BEATING, daemon=True).start()
         yield check
     finally:
         done.set()

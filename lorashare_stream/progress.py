@@ -32,6 +32,7 @@ def bars(step: str, total: int, results: Iterator[T]) -> Iterator[T]:
     if not total:
         yield from results
         return
+    tqdm.monitor_interval = 0  # no thread that watches bars: what has other threads is not forked
     yield from tqdm(results, desc=f"{step:10}", total=total, unit=_UNITS.get(step, "adapter"), file=sys.stderr)
 
 

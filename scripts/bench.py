@@ -141,6 +141,7 @@ class Bench:
         for package in map(importlib.util.find_spec, ("lorashare_stream", "lorashare", "vlora")):
             for folder in package.submodule_search_locations or () if package is not None else ():
                 compileall.compile_dir(folder, quiet=2)  # as what is installed has been, whatever the environment says
+        self.args.data.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.args.data, prefix=".bench-") as self.scratch:
             self._run()
 

@@ -339,6 +339,7 @@ def test_limits_of_the_process_are_one_sentence_and_nothing_is_lost(
     tmp_path: Path, collection: list[str], limit: str
 ) -> None:
     command = [sys.executable, "-m", "lorashare_stream", "compress", *collection, "-q", "--device", "cpu", "-k", "4"]
+    command += ["--workers", "1"]  # a process more takes another file
     code = f"""
 import resource, sys
 from lorashare_stream import commands, cli

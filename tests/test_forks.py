@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -170,6 +171,9 @@ def test_this_machine_forks_only_where_that_is_safe(monkeypatch: pytest.MonkeyPa
     assert pids(range(8), 2) == here
     monkeypatch.delitem(sys.modules, "torch")
     assert not pids(range(8), 2) & here
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(abs, 1).result()
+        assert pids(range(8), 2) == here  # it may hold a lock
     assert pids(range(8), 1) == pids(range(1), 2) == pids(iter(range(8)), 2) == here
     monkeypatch.setattr(sys, "platform", "darwin")
     assert pids(range(8), 2) == here
