@@ -4,7 +4,7 @@
 
 Linux carries the peak of the memory that a process gives up at exec, its parent's after vfork, into its ru_maxrss: so
 the parent must be small, and this one, at about 10 MB, is. Of a command that has processes of its own, all are looked
-at 50 times a second, and their proportional sizes summed, in which a page that several have counts once. Bytes are
+at five times a second, and their proportional sizes summed, in which a page that several have counts once. Bytes are
 those of /proc/PID/io of the zombie, when all threads and processes have ended and nothing is reaped yet. A command over
 its limits is killed. Prints a JSON object.
 """
@@ -19,7 +19,7 @@ import signal
 import sys
 import time
 
-POLL = 0.02  # seconds
+POLL = 0.2  # seconds; a look at three processes takes some milliseconds of a core
 
 
 def measure(command: list[str], log: str, seconds: float, memory: int, files: int | None) -> dict[str, object]:
