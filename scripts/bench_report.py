@@ -25,9 +25,9 @@ Packages are compiled to byte code beforehand, as installing them does.
 
 - **Peak**: the largest resident size of the process: `ru_maxrss`, read by a parent of 10 MB, since a larger parent's
   own size would show in it; of ours, which has several processes, the sum of their proportional sizes (`Pss`, in which
-  a page that several have counts once), looked at five times a second. **Read, written**: bytes of system calls, `rchar` and `wchar` of `/proc/PID/io` at the end;
-  what is mapped is not in it, and peers map what they read. **To disk**: `write_bytes`. Ours includes its workspace,
-  from which a run resumes.
+  a page that several have counts once), looked at five times a second. **Read, written**: bytes of system calls,
+  `rchar` and `wchar` of `/proc/PID/io` at the end; what is mapped is not in it, and peers map what they read. **To
+  disk**: `write_bytes`. Ours includes its workspace, from which a run resumes.
 - **Captured**: what the stored bases keep of the energy of all columns, as a share of the most that k components can
   keep, both in float64 (`scripts/bench_oracle.py`): columns of A and B as they are for `factors` and lorashare, the
   weighted ones that it fits for `delta`. vlora flattens each tensor of an adapter to one vector, and has no such bases.
