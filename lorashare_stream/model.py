@@ -64,7 +64,8 @@ class SHAREModel(Opened):
             on_error: `"raise"`, or `"skip"` to go on without adapters that cannot be compressed.
             output_dir: the checkpoint's folder; None is a private temporary one, removed with the object.
             workspace: the folder of resumable state; None is beside `output_dir`.
-            executor: a `distributed.Client`, or an executor of `lorashare_stream.executors`.
+            executor: a `distributed.Client`, or an executor of `lorashare_stream.executors`; threads if None, as
+                torch is loaded. `Forks()` is up to twice as fast; without pickles and a GPU torch is not used by it.
             **settings: `max_error`, `max_bytes` or `ratio` instead of k, `trim_rank`, `objective`, `center`, `dtype`,
                 `memory`, `workers`, ... as in `Settings`.
 

@@ -20,12 +20,14 @@ included. Of the peers' a second or two is the import of torch, so their time wi
 given whole only. Systems are interleaved, forwards and backwards in turn; "times ours" is the median over repetitions
 of the ratio to `ours-factors` within one repetition, the other numbers are medians. Absolute times on shared machines
 move by more than a factor of two between runs. Before every run the collection is read once, so that everybody finds
-it in the page cache, and `sync` waits for what was written before.
+it in the page cache, and `sync` waits for what was written before; what was written is removed at the end of all runs.
+Packages are compiled to byte code beforehand, as installing them does.
 
 - **Peak**: the largest resident size of the process: `ru_maxrss`, read by a parent of 10 MB, since a larger parent's
-  own size would show in it. **Read, written**: bytes of system calls, `rchar` and `wchar` of `/proc/PID/io` at the end;
-  what is mapped is not in it, and peers map what they read. **To disk**: `write_bytes`. Ours includes its workspace,
-  from which a run resumes.
+  own size would show in it; of ours, which has several processes, the sum of their proportional sizes (`Pss`, in which
+  a page that several have counts once), looked at five times a second. **Read, written**: bytes of system calls,
+  `rchar` and `wchar` of `/proc/PID/io` at the end; what is mapped is not in it, and peers map what they read. **To
+  disk**: `write_bytes`. Ours includes its workspace, from which a run resumes.
 - **Captured**: what the stored bases keep of the energy of all columns, as a share of the most that k components can
   keep, both in float64 (`scripts/bench_oracle.py`): columns of A and B as they are for `factors` and lorashare, the
   weighted ones that it fits for `delta`. vlora flattens each tensor of an adapter to one vector, and has no such bases.
