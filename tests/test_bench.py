@@ -99,3 +99,11 @@ def test_a_smaller_collection_is_the_beginning_of_a_larger_one(tmp_path: Path) -
     first, second = (sorted((tmp_path / "3").glob("*/adapter_model.safetensors"))[i].read_bytes() for i in (0, 1))
     assert len(first) == len(second)
     assert first != second
+
+
+def test_executors_are_compared_on_the_same_adapters(tmp_path: Path) -> None:
+    script("synthetic.py", "tiny", tmp_path / "tiny", "--adapters", 4)
+    found = script("bench_threads.py", tmp_path / "tiny", "-k", 4, "--repeat", 1)
+    header, _, row = (line.strip("| ").split(" | ") for line in found.splitlines())
+    assert header == ["collection", "serial", "threads", "processes"]
+    assert all(float(seconds) > 0 for seconds in row[1:])

@@ -11,13 +11,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from lorashare_stream.errors import AdapterError, Stopped
 from lorashare_stream.executors import Forks, Local, Serial, nothing
+from lorashare_stream.locks import BEATING
 from lorashare_stream.pipeline import compress, plan_for
 from lorashare_stream.settings import Settings
 from lorashare_stream.sources import resolve
@@ -163,18 +163,21 @@ def _wait(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 
 
 def test_this_machine_forks_only_where_that_is_safe(monkeypatch: pytest.MonkeyPatch) -> None:
-    def pids(tasks: object, at_once: int) -> set[int]:
-        return set(Local().map(lambda _: os.getpid(), tasks, at_once, nothing))  # type: ignore[arg-type]
+    def pids(tasks: Any, at_once: int) -> set[int]:
+        return set(Local().map(lambda _: os.getpid(), tasks, at_once, nothing))
 
-    here = {os.getpid()}
+    here, threads = {os.getpid()}, [threading.current_thread()]
+    monkeypatch.setattr(threading, "enumerate", lambda: threads)
     monkeypatch.setitem(sys.modules, "torch", os)
     assert pids(range(8), 2) == here
     monkeypatch.delitem(sys.modules, "torch")
     assert not pids(range(8), 2) & here
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(abs, 1).result()
-        assert pids(range(8), 2) == here  # it may hold a lock
     assert pids(range(8), 1) == pids(range(1), 2) == pids(iter(range(8)), 2) == here
+    threads.append(threading.Thread(name=BEATING))
+    assert not pids(range(8), 2) & here
+    threads.append(threading.Thread())  # it may hold a lock
+    assert pids(range(8), 2) == here
+    threads.pop()
     monkeypatch.setattr(sys, "platform", "darwin")
     assert pids(range(8), 2) == here
 
