@@ -65,7 +65,7 @@ class SHAREModel(Opened):
             output_dir: the checkpoint's folder; None is a private temporary one, removed with the object.
             workspace: the folder of resumable state; None is beside `output_dir`.
             executor: a `distributed.Client`, or an executor of `lorashare_stream.executors`; threads if None, as
-                torch is loaded. `Forks()` takes a tenth to a quarter less time on two cores; not with pickles or a GPU.
+                torch is loaded. `Forks()` takes an eighth less time on two cores; not for pickles or a GPU.
             **settings: `max_error`, `max_bytes` or `ratio` instead of k, `trim_rank`, `objective`, `center`, `dtype`,
                 `memory`, `workers`, ... as in `Settings`.
 
