@@ -24,7 +24,9 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from logging.handlers import QueueHandler
 from multiprocessing.connection import Connection, Pipe
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
@@ -37,6 +39,7 @@ AHEAD = 8  # tasks a child that may be begun before the first result is taken: s
 _NUMBER = struct.Struct("<Q")
 _DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 _MAPPED_FROM, _TRIMMED_FROM = (-3, 16 << 20), (-1, 32 << 20)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
 _PACKAGE = logging.getLogger(__package__)
 
 
@@ -77,18 +80,28 @@ class _Children:
 
     def __enter__(self) -> _Children:
         self._numbers, self._to_do = os.pipe()
-        sys.stdout.flush()  # else both would write what is buffered
-        self.give(AHEAD * self.count)
-        for _ in range(self.count):
-            results, sending = Pipe(duplex=False)
+        try:
+            self.give(AHEAD * self.count)
+            for _ in range(self.count):
+                self._fork()
+        except BaseException as e:  # too many files or processes: those that are there must not stay
+            self.__exit__(type(e), e, e.__traceback__)
+            raise
+        return self
+
+    def _fork(self) -> None:
+        results, sending = Pipe(duplex=False)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)  # the parent's handlers are not for a child
+        try:
             with warnings.catch_warnings(), sending:
                 warnings.simplefilter("ignore", DeprecationWarning)  # a thread that beats: see `can_fork`
                 parent, pid = os.getpid(), os.fork()
                 if not pid:
                     _live(self.fn, self.tasks, self._numbers, sending, parent)
-            self._results[results.fileno()], self._pids[results.fileno()] = results, pid
-            self._ready.register(results, select.POLLIN)
-        return self
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        self._results[results.fileno()], self._pids[results.fileno()] = results, pid
+        self._ready.register(results, select.POLLIN)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -145,6 +158,7 @@ def _live(
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of a terminal: the parent decides
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
         libc = ctypes.CDLL(None)
         libc.prctl(_DIES_WITH_PARENT, signal.SIGKILL)
         if hasattr(libc, "mallopt"):  # what is freed stays with the process: the next adapter needs as much again
@@ -154,11 +168,10 @@ def _live(
             os._exit(1)
         _close_all_but(numbers, results.fileno())
         gc.freeze()  # to look at what is shared would copy it
-        records: list[logging.LogRecord] = []
-        _PACKAGE.handlers, _PACKAGE.propagate = [_Ear(records)], False
+        logged: SimpleQueue[logging.LogRecord] = SimpleQueue()
+        _PACKAGE.handlers, _PACKAGE.propagate = [QueueHandler(logged)], False
         while number := os.read(numbers, _NUMBER.size):
-            results.send_bytes(_done(fn, tasks, _NUMBER.unpack(number)[0], records))
-            records.clear()
+            results.send_bytes(_done(fn, tasks, _NUMBER.unpack(number)[0], logged))
         code = 0
     except BrokenPipeError:  # nobody wants the result any more
         code = 0
@@ -166,15 +179,19 @@ def _live(
         os._exit(code)
 
 
-def _done(fn: Callable[[Any], Any], tasks: Sequence[Any], number: int, records: list[logging.LogRecord]) -> bytes:
+def _done(fn: Callable[[Any], Any], tasks: Sequence[Any], number: int, logged: SimpleQueue[logging.LogRecord]) -> bytes:
     """Do a task: its number, its result, its error, and what it logged, as a pickle."""
+    result, error = None, None
     try:
-        return pickle.dumps((number, fn(tasks[number]), None, records), pickle.HIGHEST_PROTOCOL)
+        result = fn(tasks[number])
     except BaseException as e:
-        try:
-            return pickle.dumps((number, None, e, records), pickle.HIGHEST_PROTOCOL)
-        except Exception:  # of a library's own
-            return pickle.dumps((number, None, RuntimeError(f"{type(e).__name__}: {e}"), records))
+        error = e
+    records = [logged.get() for _ in range(logged.qsize())]
+    try:
+        return pickle.dumps((number, result, error, records), pickle.HIGHEST_PROTOCOL)
+    except Exception as e:  # pickling runs code of a result's or an error's own, which may raise anything
+        told = e if error is None else error
+        return pickle.dumps((number, None, RuntimeError(f"{type(told).__name__}: {told}"), records))
 
 
 def _close_all_but(*kept: int) -> None:
@@ -184,17 +201,3 @@ def _close_all_but(*kept: int) -> None:
         os.closerange(first, fd)
         first = fd + 1
     os.closerange(first, os.sysconf("SC_OPEN_MAX"))
-
-
-class _Ear(logging.Handler):
-    """Keeps what is logged, for the parent to handle."""
-
-    def __init__(self, records: list[logging.LogRecord]) -> None:
-        super().__init__()
-        self._records = records
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Keep a record, as it can be sent."""
-        record.msg, record.args = record.getMessage(), None
-        record.exc_info = None
-        self._records.append(record)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -88,7 +89,7 @@ def test_an_error_that_cannot_be_sent_is_told() -> None:
 
 
 def test_a_result_that_cannot_be_sent_is_told() -> None:
-    with pytest.raises((TypeError, AttributeError), match=r"pickle|local object"):
+    with pytest.raises(RuntimeError, match=r"TypeError: cannot pickle '_thread.lock' object"):
         list(Forks().map(lambda n: threading.Lock(), range(4), 2))
 
 
@@ -113,6 +114,21 @@ def test_what_is_not_taken_any_more_is_dropped() -> None:
 def _demand_no_children() -> None:
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
+
+
+def test_processes_that_cannot_all_be_made_do_not_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    fork, made = os.fork, []
+
+    def fails_the_third_time() -> int:
+        made.append(1)
+        if len(made) == 3:
+            raise OSError(errno.EAGAIN, "no more processes")
+        return fork()
+
+    monkeypatch.setattr(os, "fork", fails_the_third_time)
+    with pytest.raises(OSError, match="no more processes"):
+        list(Forks().map(abs, range(9), 4))
+    _demand_no_children()
 
 
 def test_what_tasks_log_is_logged_here(caplog: pytest.LogCaptureFixture) -> None:
