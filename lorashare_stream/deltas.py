@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +16,7 @@ _STRIP = 1 << 20  # bytes of a strip of one stack of vectors in float64
 # Of so few vectors a product is faster than NumPy's W'W by syrk, if it is small enough for OpenBLAS to pack nothing (a
 # million multiplications), and is not W'W as a whole: up to twice as fast.
 _FEW, _SMALL = 32, 1 << 18
+PROJECTED = 0.05  # of ||A A'|| ||B'B||: squared errors above it are known to 1e-6, of very few vectors to 1e-5
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,33 @@ def delta_errors(a: Array, b: Array, a_hat: Array, b_hat: Array, products: Seque
     scales = np.array([p.scale for p in products])
     errors, norms = energies(right, left, scales), energies(right[..., :r, :r], grams_b, scales)
     return [DeltaError(error, norm) for error, norm in zip(errors.tolist(), norms.tolist(), strict=True)]
+
+
+def projected_errors(
+    a: Array, b: Array, kept: Mapping[Side, Float64], products: Sequence[Product]
+) -> list[DeltaError | None]:
+    """As `delta_errors`, where A^ and B^ are orthogonal projections: ||dW||^2 - ||U'dW V||^2, by Pythagoras.
+
+    Loadings in float32, and V'V and U'U that are 1 to its rounding, leave it off by some 1e-8 of ||A A'|| ||B'B||,
+    against which ||dW||^2 is small where B and A cancel.
+
+    Args:
+        a: (m, E r, d_in). b: (m, d_out, E r).
+        kept: by side, Gram matrices (m, E, r, r) of the loadings.
+        products: how dW comes of them, of each module; E is the same in all.
+
+    Returns:
+        Errors; None where one is not large against that (`PROJECTED`), or not finite.
+    """
+    scales = np.array([p.scale for p in products])
+    grams = products[0].grams(a, "A"), products[0].grams(np.swapaxes(b, -1, -2), "B")
+    norms = energies(*grams, scales)
+    with np.errstate(invalid="ignore"):  # loadings beyond the range of their dtype
+        found = energies(kept["A"], kept["B"], scales)
+    squares = [np.square(gram).sum(axis=(-3, -2, -1)) for gram in grams]
+    large = norms - found > PROJECTED * scales**2 * np.sqrt(squares[0] * squares[1])  # false for what is not a number
+    errors = zip(large, (norms - found).tolist(), norms.tolist(), strict=True)
+    return [DeltaError(error, norm) if usable else None for usable, error, norm in errors]
 
 
 def changed_errors(a: Array, b: Array, a_hat: Array, b_hat: Array, products: Sequence[Product]) -> list[DeltaError]:

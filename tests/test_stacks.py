@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from lorashare_stream.adapterfiles import open_tensors, tensor_records
 from lorashare_stream.budget import Group, portions, steps_of
-from lorashare_stream.deltas import Product, delta_error, delta_errors, gram
+from lorashare_stream.deltas import Product, delta_error, delta_errors, gram, projected_errors
 from lorashare_stream.dtypes import narrowed, stacked, widened
+from lorashare_stream.keys import SIDES
 from lorashare_stream.layout import read_layout
 from lorashare_stream.moments import Accumulator, HostSum, Lockstep, empty
 from lorashare_stream.settings import Settings
@@ -85,8 +86,12 @@ def test_bits_do_not_depend_on_what_is_computed_beside(seed: int, m: int, r: int
     assert np.array_equal(gram(a), np.concatenate([gram(a[i : i + 1]) for i in range(m)]))
     together = delta_errors(a, b, a_hat, b_hat, products)
     assert together == [delta_error(a[i], b[i], a_hat[i], b_hat[i], products[i]) for i in range(m)]
+    kept = {side: gram(0.1 * rng.standard_normal((m, 1, r, 4))) for side in SIDES}
+    projected = projected_errors(a, b, kept, products)
     rows = weighted_rows(a, b, products, 2.0, "delta")
     for i in range(m):
+        own = {side: grams[i : i + 1] for side, grams in kept.items()}
+        assert projected[i : i + 1] == projected_errors(a[i : i + 1], b[i : i + 1], own, products[i : i + 1])
         alone = weighted_rows(a[i : i + 1], b[i : i + 1], products[i : i + 1], 2.0, "delta")
         for side in ("A", "B"):
             assert np.array_equal(rows[side][i].astype(alone[side].dtype), alone[side][0])

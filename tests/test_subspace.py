@@ -10,7 +10,8 @@ import scipy.linalg
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorashare_stream.deltas import Product, delta_error, delta_norm, relative_error
+from lorashare_stream.deltas import Product, delta_error, delta_norm, projected_errors, relative_error
+from lorashare_stream.keys import SIDES
 from lorashare_stream.lapack import largest_eigenpairs
 from lorashare_stream.moments import Moment, empty, of_columns, second_of
 from lorashare_stream.solvers import leading
@@ -161,6 +162,55 @@ def test_a_nearly_exact_reconstruction_has_a_nearly_vanishing_error() -> None:
     a, b = rng.standard_normal((4, 50)).astype(np.float32), rng.standard_normal((30, 4)).astype(np.float32)
     assert delta_error(a, b, a, b, Product(2.0)).relative == 0.0
     assert delta_error(a, b, np.nextafter(a, 2), b, Product(2.0)).relative < 1e-6
+
+
+@given(
+    st.integers(0, 1000), st.integers(1, 3), st.integers(1, 6), st.integers(1, 8), st.integers(8, 60),
+    st.sampled_from([0.0, 1e-6, 1e-3, 0.1, 1.0]), st.sampled_from([1e-12, 1.0, 1e9]), st.booleans(),
+)  # fmt: skip
+def test_errors_of_projections_are_those_of_what_comes_back(
+    seed: int, experts: int, r: int, k: int, d: int, outside: float, size: float, cancels: bool
+) -> None:
+    """Wherever `projected_errors` says one, it is that of the float64 products; near nothing it says none."""
+    rng = np.random.default_rng(seed)
+    n = experts * r
+    bases = {side: np.linalg.qr(rng.standard_normal((d, k)))[0].astype(np.float32) for side in SIDES}
+    rows = {side: rng.standard_normal((2, n, k)) @ v.T for side, v in bases.items()}
+    rows = {side: x + outside * rng.standard_normal(x.shape) for side, x in rows.items()}
+    if cancels and n > 1:  # dW is small against A and B
+        rows["A"][:, 1:], rows["B"][:, 1:] = rows["A"][:, :1], -rows["B"][:, :1] / (n - 1)
+        rows["B"] *= 1 + 1e-3 * rng.standard_normal(rows["B"].shape)
+    a, b = (size * rows["A"]).astype(np.float32), np.swapaxes(size * rows["B"], -1, -2).astype(np.float32)
+    loadings = {"A": np.swapaxes(a @ bases["A"], -1, -2), "B": bases["B"].T @ b}  # (m, k, n)
+    products = [Product(0.5, experts), Product(3.0, experts)]
+    kept = {side: products[0].grams(np.swapaxes(loadings[side], -1, -2), side) for side in SIDES}
+
+    def delta(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """dW (2, E, d, d) in float64."""
+        by_expert = a.reshape(2, experts, r, d).astype(np.float64), b.reshape(2, d, r, experts)
+        return np.array([0.5, 3.0])[:, None, None, None] * np.einsum("m e r i, m o r e -> m e o i", *by_expert)
+
+    wide = {side: v.astype(np.float64) for side, v in bases.items()}
+    restored = delta(np.swapaxes(wide["A"] @ loadings["A"], -1, -2), wide["B"] @ loadings["B"])
+    errors = np.square(delta(a, b) - restored).sum(axis=(1, 2, 3))
+    norms = np.square(delta(a, b)).sum(axis=(1, 2, 3))
+    found = projected_errors(a, b, kept, products)
+    for f, error, norm in zip(found, errors, norms, strict=True):
+        if f is not None:
+            assert f.error == pytest.approx(error, rel=1e-5)
+            assert f.norm == pytest.approx(norm, rel=1e-9)
+    if outside <= 1e-6:
+        assert found == [None, None]
+    if outside == 1.0 and d > 4 * k and not cancels:
+        assert None not in found
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_errors_of_what_is_not_finite_are_left_to_who_looks_closely(bad: float) -> None:
+    a, b = np.ones((1, 2, 5), np.float32), np.ones((1, 4, 2), np.float32)
+    nothing = {side: np.zeros((1, 1, 2, 2)) for side in SIDES}
+    assert projected_errors(a, b, nothing, [Product(1.0)]) != [None]
+    assert projected_errors(a, b, nothing | {"B": np.full((1, 1, 2, 2), bad)}, [Product(1.0)]) == [None]
 
 
 def test_relative_error_of_nothing() -> None:

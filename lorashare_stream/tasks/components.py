@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,25 +15,43 @@ from numpy.typing import NDArray
 from ..adapterfiles import tensor_records
 from ..budget import keeps_components
 from ..devices import held_on, product
-from ..dtypes import as_stored, narrowed, restored_as, stacked, stored_shape, widened
+from ..dtypes import as_stored, restored_as, stacked, stored_shape, widened
 from ..keys import Side
 from ..tensorfile import TensorRecord
 
+ORTHONORMAL = 1e-6  # entries of V'V - 1; float32 rounds to a tenth of it
 Stack = NDArray[np.float32]  # tensors of one shape, (m, *shape)
 
 
-def projected(
-    components: Components, groups: Sequence[str], stack: Stack, side: Side, storage: str
-) -> tuple[dict[str, NDArray[Any]], Stack]:
-    """Loadings (k, r) by group, as they are stored, and the tensors (m, *shape) that come back from them."""
-    loadings: dict[str, NDArray[Any]] = {}
+@dataclass(frozen=True)
+class Part:
+    """Tensors of one adapter on bases with the same k.
+
+    Attributes:
+        groups: theirs.
+        places: where they are in the stack that they come from.
+        loadings: (m, k, r) float32, as they will be read back.
+    """
+
+    groups: list[str]
+    places: slice | list[int]
+    loadings: Stack
+
+
+def projected(components: Components, groups: Sequence[str], stack: Stack, side: Side, storage: str) -> list[Part]:
+    """A stack of tensors on the bases of their groups."""
+    return [
+        Part(some, places, as_stored(raw, storage)) for some, places, raw in _loaded(components, groups, stack, side)
+    ]
+
+
+def restored(components: Components, parts: Sequence[Part], stack: Stack, side: Side, storage: str) -> Stack:
+    """What comes back of a stack that was projected, as `reconstruct` gives it."""
     hats = np.empty_like(stack)
-    for some, places, v, raw in _loaded(components, groups, stack, side):
-        stored = as_stored(raw, storage)  # (m, k, r)
-        loadings |= zip(some, narrowed(stored, storage), strict=True)
-        restored = product(v, stored)
-        hats[places] = restored.swapaxes(-1, -2) if side == "A" else restored
-    return loadings, as_stored(hats, restored_as(storage))  # as `reconstruct` gives them
+    for part in parts:
+        vectors = product(components.stack(part.groups), part.loadings)
+        hats[part.places] = vectors.swapaxes(-1, -2) if side == "A" else vectors
+    return as_stored(hats, restored_as(storage))
 
 
 def loadings_on(components: Components, groups: Sequence[str], stack: Stack, side: Side) -> dict[str, Stack]:
@@ -40,19 +59,19 @@ def loadings_on(components: Components, groups: Sequence[str], stack: Stack, sid
     known = [i for i, group in enumerate(groups) if group in components]
     of_known = stack if len(known) == len(groups) else stack[known]
     found: dict[str, Stack] = {}
-    for some, _, _, raw in _loaded(components, [groups[i] for i in known], of_known, side):
+    for some, _, raw in _loaded(components, [groups[i] for i in known], of_known, side):
         found |= zip(some, raw, strict=True)
     return found
 
 
 def _loaded(
     components: Components, groups: Sequence[str], stack: Stack, side: Side
-) -> Iterator[tuple[list[str], slice | list[int], Any, Stack]]:
-    """Groups with the same k: which, where they are in the stack, their V (m, d, k), their loadings (m, k, r)."""
+) -> Iterator[tuple[list[str], slice | list[int], Stack]]:
+    """Groups with the same k: which, where they are in the stack, and their loadings (m, k, r), not rounded."""
     for some in components.alike(groups):
         places = slice(None) if len(some) == len(groups) else [groups.index(g) for g in some]
-        v = components.stack(some)
-        yield some, places, v, product(v.mT, stack[places].swapaxes(-1, -2) if side == "A" else stack[places])
+        vectors = stack[places].swapaxes(-1, -2) if side == "A" else stack[places]
+        yield some, places, product(components.stack(some).mT, vectors)
 
 
 class Components:
@@ -68,6 +87,7 @@ class Components:
         size = 4 * sum(math.prod(r.shape) for r in self._records.values())
         self._room = size if keeps_components(size, memory) else 0
         self._stacks: dict[tuple[str, ...], Any] = {}
+        self._orthonormal: dict[tuple[str, ...], bool] = {}
 
     def __contains__(self, group: str) -> bool:
         return group in self._records
@@ -81,6 +101,13 @@ class Components:
         """V (d, k) of a group."""
         r = self._records[group]
         return widened(self._raw(r), r.dtype, r.shape)
+
+    def orthonormal(self, groups: Sequence[str]) -> bool:
+        """Whether V'V is 1 to `ORTHONORMAL` in all of these groups, as it is in bases of ours; looked at once."""
+        key = tuple(groups)
+        if key not in self._orthonormal:
+            self._orthonormal[key] = all(_is_orthonormal(self[group]) for group in groups)
+        return self._orthonormal[key]
 
     def _raw(self, record: TensorRecord) -> NDArray[np.uint8]:
         return self._bytes[record.offset : record.offset + record.nbytes]
@@ -105,6 +132,10 @@ class Components:
             self._room -= made.nbytes
             self._stacks[key] = held
         return held
+
+
+def _is_orthonormal(v: NDArray[np.float32]) -> bool:
+    return bool(np.abs(v.T @ v - np.eye(v.shape[1], dtype=v.dtype)).max(initial=0.0) <= ORTHONORMAL)
 
 
 def components_at(path: Path, digest: str, memory: int = 0, device: str = "cpu") -> Components:

@@ -9,7 +9,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..deltas import DeltaError, Float64, Product, changed_errors, delta_errors, gram, relative_error
+from ..deltas import (
+    DeltaError,
+    Float64,
+    Product,
+    changed_errors,
+    delta_errors,
+    gram,
+    projected_errors,
+    relative_error,
+)
 from ..dtypes import alone_as, as_stored, narrowed, restored_as
 from ..entry import Entry
 from ..errors import AdapterError
@@ -17,7 +26,7 @@ from ..forms import Ints, Kept, Options, Rule, aimed, chosen, core_values, optio
 from ..keys import SIDES, Side, group_id
 from ..stacks import Bundle
 from ..tensorfile import TensorReader
-from .components import Stack, components_at, loadings_on, projected
+from .components import Components, Part, Stack, components_at, loadings_on, projected, restored
 from .job import Job
 
 _NARROWINGS = 4  # of the limit of an adapter, before all of it is kept verbatim
@@ -69,15 +78,46 @@ def _all_shared(job: Job, entry: Entry, tensors: TensorReader) -> Formed:
     errors: dict[str, DeltaError] = {}
     for bundle in entry.bundles:
         factors = bundle.read(tensors)
-        hats: dict[Side, Stack] = {}
+        on: dict[Side, list[Part]] = {}
         for side, stack in factors.items():
-            groups = [group_id(module, side) for module in bundle.names]
-            stored, hats[side] = projected(components, groups, stack, side, job.storage)
-            loadings |= stored
-            _demand_finite(hats[side], groups, job.storage)
-        found = delta_errors(factors["A"], factors["B"], hats["A"], hats["B"], entry.products_of(bundle.names))
+            on[side] = projected(components, [group_id(m, side) for m in bundle.names], stack, side, job.storage)
+            for part in on[side]:
+                loadings |= zip(part.groups, narrowed(part.loadings, job.storage), strict=True)
+        found = _errors(components, factors, on, entry.products_of(bundle.names), job.storage)
         errors |= dict(zip(bundle.names, found, strict=True))
     return Formed(loadings, errors)
+
+
+def _errors(
+    components: Components,
+    factors: Mapping[Side, Stack],
+    on: Mapping[Side, Sequence[Part]],
+    products: Sequence[Product],
+    storage: str,
+) -> list[DeltaError]:
+    """Errors of modules of one shape that are projected. What comes back is formed only where it must be."""
+    found: list[DeltaError | None] = [None] * len(products)
+    if storage == "F32" and all(components.orthonormal(part.groups) for parts in on.values() for part in parts):
+        kept: dict[Side, Float64] = {side: _grams(on[side], products, side) for side in SIDES}
+        found = projected_errors(factors["A"], factors["B"], kept, products)
+    known = [e for e in found if e is not None]
+    if len(known) == len(found):
+        return known
+    hats = {side: restored(components, on[side], stack, side, storage) for side, stack in factors.items()}
+    for side, parts in on.items():
+        for part in parts:
+            _demand_finite(hats[side][part.places], part.groups, storage)
+    exact = delta_errors(factors["A"], factors["B"], hats["A"], hats["B"], products)
+    return [e if f is None else f for f, e in zip(found, exact, strict=True)]
+
+
+def _grams(parts: Sequence[Part], products: Sequence[Product], side: Side) -> Float64:
+    """Gram matrices (m, E, r, r) of the loadings of modules of one shape."""
+    each = [products[0].grams(part.loadings.swapaxes(-1, -2), side) for part in parts]
+    found = np.empty((len(products), *each[0].shape[1:]))
+    for part, grams in zip(parts, each, strict=True):
+        found[part.places] = grams
+    return found
 
 
 def _by_rule(job: Job, entry: Entry, tensors: TensorReader, rule: Rule) -> Formed:
