@@ -25,6 +25,8 @@ from numpy.typing import NDArray
 from .lapack import Array, add_block
 from .settings import QUANTUM
 
+_STRIP = 1 << 17  # numbers that are turned into float64 at once
+
 
 @dataclass(frozen=True)
 class Moment:
@@ -187,10 +189,14 @@ class Accumulator:
     def _flush(self) -> None:
         block = self.block[: self.filled]
         self.filled = 0
-        for strip in np.array_split(block, max(1, block.size >> 17)):  # float64 copies that stay in the cache
-            wide = strip.astype(np.float64)
-            self._sum += wide.sum(axis=0)
-            self._energy += float(np.vdot(wide, wide))
+        height = max(1, _STRIP // block.shape[1])
+        wide = np.empty((min(height, len(block)), block.shape[1]))  # which stays in the cache
+        ones = np.ones(len(wide))
+        for start in range(0, len(block), height):
+            strip = wide[: len(block) - start]
+            strip[...] = block[start : start + height]
+            self._sum += ones[: len(strip)] @ strip
+            self._energy += float(np.vdot(strip, strip))
         self._count += len(block)
         self._into.add(block)
 
