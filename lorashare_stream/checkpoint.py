@@ -20,7 +20,7 @@ import errno
 import fcntl
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ import numpy as np
 
 from .dtypes import stored_shape
 from .errors import LockedError
-from .files import atomic_file, own_folder, read_json, remove_tree, sync, sync_tree, write_json
+from .files import atomic_file, own_folder, read_json, remove_tree, sync, sync_all, sync_tree, write_json
 from .journal import Receipt
 from .publishing import drop, mend_output, publish, replaced_folder, staging_folder
 from .records import is_whole
@@ -45,6 +45,8 @@ from .shareformat import (
     skipped_of,
 )
 from .tensorfile import write_arrays, write_safetensors
+
+MANY = 64  # adapters: for fewer, two files and a folder each are synced sooner than all that is on the disk
 
 
 class Staging:
@@ -135,11 +137,12 @@ class Staging:
                 os.rename(folder, place)
             remove_tree(aside)
 
-    def sync(self, names: Iterable[str]) -> None:
-        """Make adapters durable."""
-        for name in names:
-            sync_tree(self.root / ADAPTERS / name)
-        sync(self.root / ADAPTERS)
+    def sync(self, names: Collection[str]) -> None:
+        """Make adapters durable: many of them together, though that waits for what others write to the disk."""
+        if len(names) < MANY or not sync_all(self.root):
+            for name in names:
+                sync_tree(self.root / ADAPTERS / name)
+            sync(self.root / ADAPTERS)
 
     def commit(self, out: Path, config: Mapping[str, Any], skipped: list[dict[str, Any]]) -> None:
         """Write what is left, share_config.json last, and rename the folder into place."""

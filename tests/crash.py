@@ -3,7 +3,7 @@
     python -m tests.crash FOLDER SCENARIO MODE [STRIDE]
 
 Runs a command once to count its calls at the level of `os`: opening for writing, write, rename, replace, link, unlink,
-rmdir, mkdir, truncate, fsync, in all threads. That none slips past is checked by the audit events of the
+rmdir, mkdir, truncate, fsync, in all threads, and syncfs. That none slips past is checked by the audit events of the
 interpreter and by the kernel's count of written bytes. Then the command is run once for each call, with a fault at it:
 
     kill    the process ends before the call; of a write, half is done
@@ -29,8 +29,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lorashare_stream import checkpoint
+
 KILLED = 99
-TAKES_NO_DISK = {"unlink", "rmdir", "fsync"}
+NO_SYNCFS = "TESTS_NO_SYNCFS"  # set where every file must be synced by itself
+TAKES_NO_DISK = {"unlink", "rmdir", "fsync", "syncfs"}
 real = {name: getattr(os, name) for name in dir(os) if callable(getattr(os, name))}
 real_open = io.open
 
@@ -53,6 +56,15 @@ class Node:
             return cls(content=path.read_bytes())
         now = {p.name: cls.of(p) for p in path.iterdir()}
         return cls(now=now, durable=dict(now))
+
+    def settle(self, path: Path) -> None:
+        """Make all of it durable, as it is at `path`."""
+        if self.now is None:
+            self.content = path.read_bytes()
+            return
+        self.durable = dict(self.now)
+        for name, node in self.now.items():
+            node.settle(path / name)
 
     def write(self, path: Path, names: str, blank: bool, current: Path) -> None:
         """Make `path` what a power cut would leave of this node, which was at `current`."""
@@ -100,7 +112,7 @@ class Disk:
                 return
             half()
             code = errno.EIO if kind in TAKES_NO_DISK else errno.ENOSPC
-            raise OSError(code, os.strerror(code), None if kind in ("write", "fsync") else str(path))
+            raise OSError(code, os.strerror(code), None if kind in ("write", "fsync", "syncfs") else str(path))
         if number == self.at and self.mode != "count":
             half()
             if self.mode in ("power", "names"):
@@ -183,6 +195,17 @@ def install(disk: Disk) -> None:
         return wrapped
 
     os.fsync, os.fdatasync = synced("fsync"), synced("fdatasync")
+
+    def sync_all(path: Path) -> bool:
+        inside = disk.inside(path)
+        if inside is None or os.environ.get(NO_SYNCFS):
+            return False
+        with disk.lock:
+            disk.call("syncfs", inside)
+            disk.top.settle(disk.root)
+        return True
+
+    checkpoint.sync_all, checkpoint.MANY = sync_all, 1
 
     shutil._USE_CP_SENDFILE = False  # copies go through `open` and `write`, which are watched
 
@@ -413,6 +436,8 @@ def crashes(folder: Path, name: str, mode: str, stride: int) -> Iterator[str]:
     from tests.conftest import make_collection
 
     os.environ["HF_HUB_OFFLINE"] = "1"
+    if mode == "names":  # both ways are tried
+        os.environ[NO_SYNCFS] = "1"
     root, start = folder / "root", folder / "start"
     modules = {"q": (20, 6)}  # of 8 vectors: A is kept as stacked columns, B as a second moment
     make_collection(root / "a", 2, modules)

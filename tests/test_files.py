@@ -1,13 +1,18 @@
 from __future__ import annotations
 
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from lorashare_stream import files
 from lorashare_stream.errors import UsageError
-from lorashare_stream.files import atomic_file, own_folder, read_json, remove_tree, write_json
+from lorashare_stream.files import atomic_file, own_folder, read_json, remove_tree, sync_all, write_json
+
+SHM = Path("/dev/shm")
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -65,3 +70,27 @@ def test_json_is_bounded(tmp_path: Path) -> None:
         read_json(tmp_path / "deep")
     with pytest.raises(ValueError, match="larger than 10 bytes"):
         read_json(tmp_path / "large", limit=10)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="syncfs is a call of Linux")
+def test_all_is_synced_at_once_only_where_that_can_be_relied_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = SHM if os.access(SHM, os.W_OK) else tmp_path  # where nobody is waited for
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "_JOURNALS", _Everything())
+        assert sync_all(disk)
+        with pytest.raises(FileNotFoundError):
+            sync_all(tmp_path / "nowhere")
+        for release in ("5.7.19-generic", "4.18.0", "unknown"):
+            patched.setattr(os, "uname", lambda release=release: SimpleNamespace(release=release))
+            assert not sync_all(disk)
+        patched.setattr(os, "uname", lambda: SimpleNamespace(release="6.9-rc3"))
+        assert sync_all(disk)
+    monkeypatch.setattr(files, "_JOURNALS", set())
+    assert not sync_all(disk)
+
+
+class _Everything(set[int]):
+    def __contains__(self, kind: object) -> bool:
+        return isinstance(kind, int)
