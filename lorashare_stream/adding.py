@@ -170,14 +170,14 @@ def _projected(out: Path, config: SHAREConfig, there: Sequence[Receipt], run: Ru
     admitted = tuple(r for r in receipts if isinstance(r, Receipt))
     if not admitted:
         return Outcome(refused, "current")
-    shapes = {e.name: e.shapes for e in plan.entries}
+    shapes = {e.shapes_digest: e.shapes for e in plan.entries}
     journal, choice = Journal((*there, *admitted)), head_of(config).choice
     job = Job(
         settings=settings,
         storage=config.ours["dtype"],
         entries={e.name: e for e in plan.entries},
         journal=journal,
-        shapes={r.shapes: shapes[r.name] for r in admitted},
+        shapes={r.shapes: shapes[r.shapes] for r in admitted},
         workspace=out,
         bases=out,
         out=out,

@@ -112,11 +112,13 @@ class Interned:
         read: by what tells the records that they were read from: their digest, or their identity, which is that of the
             header in this process; with the records, so that it is no other's.
         products: by digests of configuration and layout.
+        configs: texts of configurations, by themselves.
     """
 
     layouts: dict[str, Layout] = field(default_factory=dict)
     read: dict[Hashable, tuple[tuple[TensorRecord, ...], Layout]] = field(default_factory=dict)
     products: dict[Hashable, tuple[Product, ...] | None] = field(default_factory=dict)
+    configs: dict[str, str] = field(default_factory=dict)
 
 
 def read_entry(source: Source, name: str, shared: Interned, settings: Settings, surveyed: Surveyed) -> Entry:
@@ -156,10 +158,12 @@ def _surveyed_entry(
     assert source.hub is not None
     listing = known.listing if known.listing.files else source.listing
     files = tuple(FileFact(Path(file), size, 0) for file, size in known.files)
-    origin = Origin(source.hub, source.asked, listing, known.digest, known.config, known.sha256, known.refused)
-    bare = Entry(name, source.id, Path(source.id), files, NOTHING, (), None, "", origin, fetched=False)
+    origin = Origin(source.hub, source.asked, listing, known.digest, known.sha256, known.refused)
+    bare = Entry(name, source.id, Path(source.id), files, NOTHING, (), None, "", None, origin, fetched=False)
     if known.config is not None:
-        return _entry(bare, json.loads(known.config), known.records, shared, settings)
+        config = json.loads(known.config)
+        peftconfig.check_lora(config)
+        return _entry(bare, config, known.records, shared, settings)
     # A plan that is not run takes it for plain LoRA of the base that the Hub says.
     layout = _layout(shared, known.records, known.digest, None, tied=False)
     products = shared.products.setdefault(layout.digest, (Product(1.0),) * len(layout.modules))
@@ -169,7 +173,6 @@ def _surveyed_entry(
 def _entry(
     bare: Entry, config: Mapping[str, Any], records: tuple[TensorRecord, ...], shared: Interned, settings: Settings
 ) -> Entry:
-    peftconfig.check_lora(config)
     exact = peftconfig.other_product(config)
     if exact is None and not settings.share_initial:
         exact = peftconfig.initial_part(config)
@@ -183,8 +186,9 @@ def _entry(
     if products is None:
         layout = _interned(shared, kept_exact(layout, "only the base model tells which parameter a pattern means"))
         products = ()
-    base = peftconfig.base_model(config)
-    return replace(bare, layout=layout, products=products, base_model=base, config_digest=digest)
+    base, text = peftconfig.base_model(config), json.dumps(config)
+    text = shared.configs.setdefault(text, text)
+    return replace(bare, layout=layout, products=products, base_model=base, config_digest=digest, config=text)
 
 
 def read_entries(

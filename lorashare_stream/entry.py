@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from .adapterfiles import FileFact
 from .deltas import Product
 from .errors import ValuesError
 from .hubid import HubId
-from .journal import ModuleShape
+from .journal import ModuleShape, Shapes
 from .layout import Layout
+from .names import digest_of
 from .sources import Listing
 from .stacks import Bundle, Chunk, bundles, chunks
 
@@ -25,7 +27,6 @@ class Origin:
         asked: the id as it was given.
         listing: what the Hub says of it.
         records: digest of its tensor records.
-        config: its adapter_config.json, as JSON has it; None if it was not read.
         sha256: of its one weight file, if the Hub lists it.
         refused: why its values must not touch a moment, if that is known from before.
     """
@@ -34,7 +35,6 @@ class Origin:
     asked: str
     listing: Listing
     records: str
-    config: str | None
     sha256: str | None = None
     refused: ValuesError | None = None
 
@@ -51,6 +51,7 @@ class Entry:
         products: how dW comes of the factors of each module, in the order of `layout.modules`.
         base_model: the base model that its configuration names, if it names one.
         config_digest: SHA-256 of its configuration's values.
+        config: its adapter_config.json, as JSON has it; None if it was not read.
         origin: where on the Hub it comes from.
         fetched: whether its files are on this machine.
     """
@@ -63,6 +64,7 @@ class Entry:
     products: tuple[Product, ...]
     base_model: str | None
     config_digest: str
+    config: str | None = None
     origin: Origin | None = None
     fetched: bool = True
 
@@ -109,9 +111,20 @@ class Entry:
         return bundles((self.layout.by_name[m] for m in modules), alone=not self.plain)
 
     @property
-    def shapes(self) -> dict[str, ModuleShape]:
+    def shapes(self) -> Shapes:
         """The shapes of its shared modules."""
-        return {
-            m.name: ModuleShape(m.rank, m.dim("A"), m.dim("B"), p.experts, p.parameters)
-            for m, p in zip(self.layout.modules, self.products, strict=True)
-        }
+        return _shapes(self.layout, self.products)[0]
+
+    @property
+    def shapes_digest(self) -> str:
+        """By which the workspace knows these."""
+        return _shapes(self.layout, self.products)[1]
+
+
+@lru_cache(maxsize=256)  # adapters of one script have equal ones
+def _shapes(layout: Layout, products: tuple[Product, ...]) -> tuple[Shapes, str]:
+    found = {
+        m.name: ModuleShape(m.rank, m.dim("A"), m.dim("B"), p.experts, p.parameters)
+        for m, p in zip(layout.modules, products, strict=True)
+    }
+    return found, digest_of(found)

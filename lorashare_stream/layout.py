@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from .dtypes import FLOATS
@@ -25,9 +25,9 @@ class Layout:
         digest: of all records; equal digests mean equal layouts.
     """
 
-    modules: tuple[Module, ...]
-    extras: tuple[tuple[str, TensorRecord], ...]
-    notes: tuple[str, ...]
+    modules: tuple[Module, ...] = field(compare=False)
+    extras: tuple[tuple[str, TensorRecord], ...] = field(compare=False)
+    notes: tuple[str, ...] = field(compare=False)
     digest: str
 
     @cached_property

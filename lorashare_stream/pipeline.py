@@ -218,12 +218,14 @@ def recompute(
     with Staging.open(out, job.digest) as staging:
         check_output(out, own=work.published(), overwrite=overwrite)  # now that nobody else can publish there
         write_bases(staging, job, bases)
-        project(run, job, staging, [r for r in receipts if not staging.done(r, job.basis_digest)])
+        there = [r.name for r in receipts if staging.done(r, job.basis_digest)]
+        figures = {f.name: f for f in map(figures_of, metas_of(staging.root, there))}
+        figures |= {f.name: f for f in project(run, job, staging, [r for r in receipts if r.name not in figures])}
 
         names = [r.name for r in receipts]
         config = share_config(
             head_of_job(run.plan, job, bases, staging, weighed),
-            [figures_of(meta) for meta in metas_of(staging.root, names)],
+            [figures[name] for name in names],
             job.counts,
             digest=job.digest,
             sizes=sizes_of(staging.root, names),

@@ -74,7 +74,7 @@ class Plan:
     @cached_property
     def presumed(self) -> bool:
         """Whether configurations on the Hub were not read, so that the base model is what is asked for or listed."""
-        return any(e.origin is not None and e.origin.config is None for e in self.entries)
+        return any(e.config is None for e in self.entries)
 
     def fingerprint_as(self, *, presumed: bool) -> str:
         """The fingerprint that this plan would have if its configurations were, or were not, read."""

@@ -151,7 +151,7 @@ def _of_large_groups(plan: Plan) -> list[str]:
 def adapter_notes(plan: Plan) -> list[str]:
     """What a user should know of single adapters before the work begins."""
     s = plan.settings
-    presumed = sum(e.origin is not None and e.origin.config is None for e in plan.entries)
+    presumed = sum(e.config is None for e in plan.entries)
     names = Counter(e.base_model for e in plan.entries)
     out = []
     if presumed:

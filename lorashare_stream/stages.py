@@ -9,12 +9,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
 from dataclasses import asdict
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from .adapterfiles import digest_files
-from .checkpoint import Staging
+from .checkpoint import MANY, Staging
 from .entry import Entry
 from .errors import AdapterError, DamagedFetchError, DiskError, LockedError, ValuesError, WorkspaceError, refusal
 from .files import free_bytes, tree_bytes
@@ -28,7 +27,7 @@ from .publishing import staging_folder
 from .remote import loose_id
 from .running import Run, check_none_lost
 from .shareformat import COMPONENTS
-from .summary import Head
+from .summary import Figures, Head
 from .summing import is_complete, sum_batch
 from .tasks import (
     Job,
@@ -38,7 +37,7 @@ from .tasks import (
 )
 from .workspace import FACTS, FILES, HUB, Workspace
 
-SYNC_EVERY = 64  # admissions, or adapters of the checkpoint, that are made durable at once
+SYNC_EVERY = 64  # admissions that are made durable at once
 log = logging.getLogger(__name__)
 
 
@@ -133,11 +132,11 @@ def _check_journal(plan: Plan, work: Workspace) -> set[str]:
 def admit(run: Run, work: Workspace, entries: Sequence[Entry]) -> list[AdapterError]:
     """Ingest adapters, as they come, and admit them in order; those that cannot be are given."""
     refused: list[AdapterError] = []
-    shapes = {e.name: e.shapes for e in entries}
+    shapes = {e.shapes_digest: e.shapes for e in entries}
     remote = {e.name: e.source_id for e in entries if e.origin is not None and e.origin.refused is None}
     for count, result in enumerate(ingested(run, entries), 1):
         if isinstance(result, Receipt):
-            work.admit(result, shapes[result.name], durable=count % SYNC_EVERY == 0 or count == len(entries))
+            work.admit(result, shapes[result.shapes], durable=count % SYNC_EVERY == 0 or count == len(entries))
             continue
         refused.append(result)
         if isinstance(result, DamagedFetchError):
@@ -245,8 +244,11 @@ def digest_of_job(choice: str, receipts: Sequence[Receipt]) -> str:
     return digest_of([choice, [[r.name, r.digest, r.config_digest] for r in receipts]])
 
 
-def project(run: Run, job: Job, staging: Staging, receipts: Sequence[Receipt]) -> None:
+def project(run: Run, job: Job, staging: Staging, receipts: Sequence[Receipt]) -> list[Figures]:
     """Project adapters into the staged checkpoint, as they come, and make them durable, some at a time.
+
+    Returns:
+        Their figures.
 
     Raises:
         CollectionError: at the end, naming those that the Hub has no more.
@@ -255,16 +257,22 @@ def project(run: Run, job: Job, staging: Staging, receipts: Sequence[Receipt]) -
     run.fetcher.only(entries)
     lost: list[AdapterError] = []
     arriving = run.arriving(entries, lost)
-    names = run.map("project", partial(project_adapter, job), arriving, len(entries), run.release)
-    with ThreadPoolExecutor(1) as syncing:  # the disk works while adapters are projected
-        waiting: deque[Future[None]] = deque()
-        while done := list(islice(names, SYNC_EVERY)):
-            waiting.append(syncing.submit(staging.sync, done))
-            if len(waiting) > 1:
-                waiting.popleft().result()
-        for synced in waiting:
-            synced.result()
+    projected = run.map("project", partial(project_adapter, job), arriving, len(entries), run.release)
+    figures: list[Figures] = []
+    written: list[str] = []
+    syncing: Future[None] = Future()
+    syncing.set_result(None)
+    with ThreadPoolExecutor(1) as pool:  # the disk works while adapters are projected; one sync takes what has come
+        for each in projected:
+            figures.append(each)
+            written.append(each.name)
+            if len(written) >= MANY and syncing.done():
+                syncing.result()
+                syncing, written = pool.submit(staging.sync, written), []
+        syncing.result()
+    staging.sync(written)
     check_none_lost(lost)
+    return figures
 
 
 def head_of_job(

@@ -54,7 +54,7 @@ def imagined(args: argparse.Namespace) -> Plan:
     entries = tuple(
         Entry(
             i.name, str(i), Path(str(i)), files, layout, products, "base", "",
-            Origin(i, str(i), Listing(), "", "{}"), fetched=False,
+            "{}", Origin(i, str(i), Listing(), ""), fetched=False,
         )
         for i in ids
     )  # fmt: skip

@@ -31,8 +31,8 @@ ROOMS = {
     "doing": [
         "forks", "executors", "calls", "probing", "cluster", "connecting", "devices", "fetching", "running",
         "measurement", "remote", "shareformat", "records", "publishing", "checkpoint",
-        "shareconfig", "hubreader", "tasks.job", "tasks.ingest", "tasks.accumulate", "tasks.clean", "tasks.fit",
-        "tasks.components", "tasks.forming", "tasks.project", "tasks.appraise", "tasks", "summary", "reader",
+        "shareconfig", "summary", "hubreader", "tasks.job", "tasks.ingest", "tasks.accumulate", "tasks.clean",
+        "tasks.fit", "tasks.components", "tasks.forming", "tasks.project", "tasks.appraise", "tasks", "reader",
     ],
     "story": [
         "summing", "basefiles", "stages", "allotting", "growing", "pipeline", "discovery", "means", "adding",

@@ -6,15 +6,13 @@ of every dW. A narrower basis is a prefix of a wide one, so whatever k and ranks
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..adapterfiles import check_still, digest_files, open_tensors, read_config, tensor_records
+from ..adapterfiles import check_still, digest_files, open_tensors, tensor_records
 from ..deltas import Float64
 from ..entry import Entry
 from ..errors import AdapterError
@@ -121,17 +119,12 @@ def _chosen(given: Options, candidates: Candidates) -> NDArray[np.int64]:
 
 def fixed_bytes(entry: Entry, notes: Sequence[str]) -> tuple[int, int]:
     """Bytes on disk of an adapter that no form changes; and of its configuration, kept beside one with other ranks."""
-    config = _config_bytes(entry.folder) if entry.origin is None else len(str(entry.origin.config))
+    config = len(str(entry.config))
     names = sum(2 * len(key) + _HEADER for key, _ in entry.layout.extras)
     worst = max((len(m.name) for m in entry.layout.modules), default=0)
     hub = _HUB if entry.origin is not None else 0
     told = len(entry.name) + 2 * len(entry.source_id) + worst + sum(len(note) + 4 for note in notes)
     return entry.layout.extra_bytes + names + told + config + hub + _META, config
-
-
-@lru_cache(maxsize=1 << 14)
-def _config_bytes(folder: Path) -> int:
-    return len(json.dumps(read_config(folder)))
 
 
 def _core(path: Path, energy: float) -> tuple[dict[str, NDArray[np.float32]], Float64]:

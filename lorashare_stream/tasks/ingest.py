@@ -15,7 +15,6 @@ from ..entry import Entry
 from ..errors import AdapterError, DamagedFetchError, ValuesError
 from ..journal import Receipt
 from ..keys import SIDES, Side
-from ..names import digest_of
 from ..tensorfile import SafetensorsReader, TensorReader, TensorRecord
 
 LARGEST = 1e12  # of a value: the sum of a million squares, times d, still fits a float32 moment
@@ -36,7 +35,7 @@ def ingest_adapter(objective: str, entry: Entry) -> tuple[str, Receipt | Adapter
         return entry.name, e
     sizes, times = tuple(f.size for f in entry.files), tuple(f.mtime_ns for f in entry.files)
     exact = not entry.layout.modules
-    shapes = digest_of(entry.shapes)
+    shapes = entry.shapes_digest
     of_config, source = entry.config_digest, entry.source_id
     return entry.name, Receipt(entry.name, source, digest, of_config, energy, sizes, times, shapes, notes, exact)
 

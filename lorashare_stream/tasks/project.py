@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..adapterfiles import check_still, digest_files, file_fact, open_tensors, read_config
+from ..adapterfiles import check_still, digest_files, file_fact, open_tensors
 from ..checkpoint import Staging
 from ..deltas import relative_error
 from ..dtypes import alone_as
@@ -21,17 +21,14 @@ from ..journal import Receipt
 from ..keys import PEFT_PREFIX, SIDES, factor_key
 from ..peftconfig import reranked
 from ..shareformat import LOADINGS, META, OURS, VERBATIM
+from ..summary import Figures, figures_of
 from ..tensorfile import TensorReader, array_parts, write_safetensors
 from .forming import Formed, formed
 from .job import Job
 
 
-def project_adapter(job: Job, entry: Entry) -> str:
-    """Write one adapter of the checkpoint: loadings, what is verbatim, and the error of what was stored.
-
-    Returns:
-        Its name.
-    """
+def project_adapter(job: Job, entry: Entry) -> Figures:
+    """Write one adapter of the checkpoint: loadings, what is verbatim, and the error of what was stored."""
     name = entry.name
     receipt = job.receipt_of[name]
     check_unchanged(entry, receipt)
@@ -49,11 +46,12 @@ def project_adapter(job: Job, entry: Entry) -> str:
             if (folder / VERBATIM).exists():
                 digests[VERBATIM] = digest_files([folder / VERBATIM])
             check_still(entry.files)
-            _write_meta(job, entry, folder, form, verbatim, digests)
+            meta = _meta(job, entry, form, verbatim, digests)
+            (folder / META).write_text(json.dumps(sealed(meta)), encoding="utf-8")
     except AdapterError as e:
         e.adapter = name
         raise
-    return name
+    return figures_of(meta)
 
 
 def check_unchanged(entry: Entry, receipt: Receipt) -> None:
@@ -103,9 +101,7 @@ def _write_verbatim(job: Job, entry: Entry, tensors: TensorReader, folder: Path,
     return [key for key, _ in verbatim]
 
 
-def _write_meta(
-    job: Job, entry: Entry, folder: Path, form: Formed, verbatim: list[str], digests: dict[str, str]
-) -> None:
+def _meta(job: Job, entry: Entry, form: Formed, verbatim: list[str], digests: dict[str, str]) -> dict[str, Any]:
     receipt, errors = job.receipt_of[entry.name], form.errors
     norm = sum(e.norm for e in errors.values())
     measured = [m for m in errors if m not in form.exact and job.shares(receipt)]  # what vanishes has no error
@@ -140,18 +136,17 @@ def _write_meta(
             "repo": hub.repo, "revision": hub.revision, "subfolder": hub.subfolder,
             "gated": told.gated, "private": told.private, "license": told.license,
         }  # fmt: skip
-    meta = {
+    return {
         "adapter_name": entry.name,
         "original_config": config if changed is None else changed,
         "original_adapter_path": str(entry.folder.absolute()) if origin is None else entry.source_id,
         OURS: ours,
     }
-    (folder / META).write_text(json.dumps(sealed(meta)), encoding="utf-8")
 
 
 def _configs(entry: Entry, form: Formed) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """The configuration as it came, and as it must be for the ranks that are stored, if these are others."""
-    config = read_config(entry.folder) if entry.origin is None else json.loads(str(entry.origin.config))
+    config = json.loads(str(entry.config))
     if not form.ranks:
         return config, None
     modules = {m.name: (form.ranks.get(m.name, m.rank), entry.product(m.name)) for m in entry.layout.modules}
