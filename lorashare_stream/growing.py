@@ -82,7 +82,7 @@ def grow(
         check_components(out, head.components)
         there = {r.name for r in fresh if is_whole(out / ADAPTERS / r.name, r, head.basis_digest)}
         waiting = [r for r in fresh if r.name not in there]
-        project(run, job, staging, [r for r in waiting if not staging.done(r, head.basis_digest)])
+        project(run, job, staging, waiting)
         metas = {m["adapter_name"]: m for m in metas_of(staging.root, [r.name for r in waiting])}
         metas |= {m["adapter_name"]: m for m in metas_of(out, there)}
         kept = {name: 1 - meta[OURS]["relative_error"] ** 2 for name, meta in metas.items()}

@@ -25,7 +25,7 @@ from .names import bytes_shown
 from .planfile import plan_as_json
 from .planning import Plan, make_plan
 from .publishing import check_output, output_folder
-from .records import has_files, metas_of, sizes_of
+from .records import has_files, sizes_of
 from .remote import bytes_to_fetch, fetching_for, looked_up
 from .running import Progress, Run, places_of, silent
 from .settings import Settings
@@ -33,7 +33,7 @@ from .shareconfig import SHAREConfig
 from .shareformat import OURS, ours_of, skipped_of, total_bytes
 from .sources import Source
 from .stages import check_disk, head_of_job, ingest, make_job, project
-from .summary import figures_of, share_config
+from .summary import share_config
 from .summing import catch_up
 from .tasks import Job
 from .workspace import Workspace
@@ -218,10 +218,7 @@ def recompute(
     with Staging.open(out, job.digest) as staging:
         check_output(out, own=work.published(), overwrite=overwrite)  # now that nobody else can publish there
         write_bases(staging, job, bases)
-        there = [r.name for r in receipts if staging.done(r, job.basis_digest)]
-        figures = {f.name: f for f in map(figures_of, metas_of(staging.root, there))}
-        figures |= {f.name: f for f in project(run, job, staging, [r for r in receipts if r.name not in figures])}
-
+        figures = project(run, job, staging, receipts)
         names = [r.name for r in receipts]
         config = share_config(
             head_of_job(run.plan, job, bases, staging, weighed),

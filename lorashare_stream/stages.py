@@ -24,10 +24,11 @@ from .ledger import note_refusal
 from .names import bytes_shown, digest_of, listed
 from .planning import Plan, check_enough
 from .publishing import staging_folder
+from .records import metas_of
 from .remote import loose_id
 from .running import Run, check_none_lost
 from .shareformat import COMPONENTS
-from .summary import Figures, Head
+from .summary import Figures, Head, figures_of
 from .summing import is_complete, sum_batch
 from .tasks import (
     Job,
@@ -244,27 +245,30 @@ def digest_of_job(choice: str, receipts: Sequence[Receipt]) -> str:
     return digest_of([choice, [[r.name, r.digest, r.config_digest] for r in receipts]])
 
 
-def project(run: Run, job: Job, staging: Staging, receipts: Sequence[Receipt]) -> list[Figures]:
-    """Project adapters into the staged checkpoint, as they come, and make them durable, some at a time.
+def project(run: Run, job: Job, staging: Staging, receipts: Sequence[Receipt]) -> dict[str, Figures]:
+    """Project adapters into the staged checkpoint, as they come, unless they are there; all of them are durable then.
 
     Returns:
-        Their figures.
+        Their figures, by name.
 
     Raises:
         CollectionError: at the end, naming those that the Hub has no more.
     """
-    entries = [job.entry(receipt.name) for receipt in receipts]
+    there = [r.name for r in receipts if staging.done(r, job.basis_digest)]
+    if there:
+        staging.sync(there)  # a run that was killed may not have come to it
+    figures = {f.name: f for f in map(figures_of, metas_of(staging.root, there))}
+    entries = [job.entry(r.name) for r in receipts if r.name not in figures]
     run.fetcher.only(entries)
     lost: list[AdapterError] = []
     arriving = run.arriving(entries, lost)
     projected = run.map("project", partial(project_adapter, job), arriving, len(entries), run.release)
-    figures: list[Figures] = []
     written: list[str] = []
     syncing: Future[None] = Future()
     syncing.set_result(None)
     with ThreadPoolExecutor(1) as pool:  # the disk works while adapters are projected; one sync takes what has come
         for each in projected:
-            figures.append(each)
+            figures[each.name] = each
             written.append(each.name)
             if len(written) >= MANY and syncing.done():
                 syncing.result()

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from lorashare_stream import pipeline, tasks
+from lorashare_stream.checkpoint import Staging
 from lorashare_stream.errors import UsageError
 from lorashare_stream.executors import Serial
 from lorashare_stream.pipeline import compress, default_workspace, plan_for
@@ -168,3 +169,25 @@ def test_a_bit_flipped_in_what_is_staged_is_found(tmp_path: Path, quick: Path) -
             go(collection, out, num_components=3)
             assert tree_digest(out) == tree_digest(quick / "fresh"), path
     assert pipeline.default_workspace(out).exists()
+
+
+def test_what_a_killed_run_did_not_sync_is_synced_before_it_is_published(
+    tmp_path: Path, quick: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collection, out = make_collection(tmp_path / "adapters", 3, {"q": (20, 9)}), quick / "out"
+    synced: list[str] = []
+    original = Staging.sync
+    monkeypatch.setattr(Staging, "sync", lambda self, names: (synced.extend(names), original(self, names))[1])
+
+    def stop(step: str, total: int, results: Iterator[Any]) -> Iterator[Any]:
+        yield from results
+        if step == "project":
+            raise KeyboardInterrupt
+
+    settings = Settings(num_components=3, device="cpu")
+    with pytest.raises(KeyboardInterrupt):
+        compress(plan_for(resolve(collection), settings), out, executor=Serial(), progress=stop)
+    assert synced == []
+    assert len(list((quick / ".out.staging" / "adapters").iterdir())) == 3
+    go(collection, out, num_components=3)
+    assert sorted(synced) == sorted(p.name for p in (out / "adapters").iterdir())
