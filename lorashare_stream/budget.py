@@ -115,6 +115,7 @@ def steps_of(
     pickled = max((f.size for e in entries for f in e.files if f.path.suffix == ".bin"), default=0)
     tensors = sum(len(e.layout.in_file_order) for e in examples(entries))
     process = PROCESS_BYTES + BYTES_PER_ADAPTER * len(entries) + BYTES_PER_RECORD * tensors
+    process += sum(len(text) for text in {e.config for e in entries} if text is not None)
     process += TORCH_BYTES if pickled or s.device != "cpu" else 0
     process += HUB_BYTES if any(e.origin is not None for e in entries) else 0
     total = sum(f.size for e in entries for f in e.files)

@@ -20,7 +20,8 @@ import errno
 import fcntl
 import os
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ import numpy as np
 
 from .dtypes import stored_shape
 from .errors import LockedError
-from .files import atomic_file, own_folder, read_json, remove_tree, sync, sync_all, sync_tree, write_json
+from .files import atomic_file, naming, own_folder, read_json, remove_tree, sync, sync_all, sync_tree, write_json
 from .journal import Receipt
 from .publishing import drop, mend_output, publish, replaced_folder, staging_folder
 from .records import is_whole
@@ -50,10 +51,10 @@ MANY = 64  # adapters: for fewer, two files and a folder each are synced sooner 
 
 
 class Staging:
-    """A checkpoint in the making."""
+    """A checkpoint in the making; with `fd`, the open folder, who may make it durable."""
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, fd: int = -1) -> None:
+        self.root, self._fd = root, fd
 
     @classmethod
     @contextmanager
@@ -75,7 +76,7 @@ class Staging:
             own_folder(root / ADAPTERS)
             for path in (*root.glob(".*.tmp"), *(root / ADAPTERS).glob(".*")):  # of a run that was killed
                 remove_tree(path)
-            yield cls(root)
+            yield cls(root, fd)
         finally:
             os.close(fd)
 
@@ -137,12 +138,36 @@ class Staging:
                 os.rename(folder, place)
             remove_tree(aside)
 
+    @contextmanager
+    def syncing(self) -> Iterator[Callable[[str], None]]:
+        """Takes the names of adapters that are written, and makes these durable while others are projected.
+
+        A sync begins when the last has ended, and takes all that has come since.
+        """
+        names: list[str] = []
+        last: Future[None] = Future()
+        last.set_result(None)
+
+        def written(name: str) -> None:
+            nonlocal names, last
+            names.append(name)
+            if len(names) >= MANY and last.done():
+                last.result()
+                last, names = pool.submit(self.sync, names), []
+
+        with ThreadPoolExecutor(1) as pool:
+            yield written
+            last.result()
+        self.sync(names)
+
     def sync(self, names: Collection[str]) -> None:
         """Make adapters durable: many of them together, though that waits for what others write to the disk."""
-        if len(names) < MANY or not sync_all(self.root):
-            for name in names:
-                sync_tree(self.root / ADAPTERS / name)
-            sync(self.root / ADAPTERS)
+        with naming(self.root):
+            if not names or (len(names) >= MANY and sync_all(self._fd)):
+                return
+        for name in names:
+            sync_tree(self.root / ADAPTERS / name)
+        sync(self.root / ADAPTERS)
 
     def commit(self, out: Path, config: Mapping[str, Any], skipped: list[dict[str, Any]]) -> None:
         """Write what is left, share_config.json last, and rename the folder into place."""

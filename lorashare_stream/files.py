@@ -20,7 +20,8 @@ from .errors import UsageError
 from .names import digest_of, shown
 
 _SEAL = "checksum"
-_JOURNALS = {0xEF53, 0x58465342, 0x9123683E, 0x794C7630, 0x01021994}  # ext4, XFS, btrfs, overlay, tmpfs: statfs(2)
+_JOURNALS = {0xEF53, 0x58465342, 0x9123683E, 0x01021994}  # ext4, XFS, btrfs, tmpfs: statfs(2)
+_TELLS_ERRORS = 5, 17  # the release of Linux from which syncfs does
 
 
 @contextmanager
@@ -93,24 +94,24 @@ def sync(path: str | Path) -> None:
         os.close(fd)
 
 
-def sync_all(path: Path) -> bool:
-    """Make all that lies on the disk of a folder durable, what others wrote among it; false where that is not sure.
+def sync_all(fd: int) -> bool:
+    """Make all that lies on the disk of an open file durable, what others wrote among it; false where that is not sure.
 
     A sync for each of thousands of small files is a commit of the journal for each. This is one for all of them, by
-    syncfs(2), which tells of failed writes since Linux 5.8, and of some file systems is not known to do what it says.
+    syncfs(2). Since Linux 5.17 it tells of writes and commits that failed since the file was opened, on file systems
+    that have these errors themselves: not on overlayfs, whose upper one has them, nor is it known of what others mean.
+
+    Raises:
+        OSError: if something on the disk could not be written since, be it of others.
     """
     release = re.match(r"(\d+)\.(\d+)", os.uname().release)
-    if sys.platform != "linux" or release is None or tuple(map(int, release.groups())) < (5, 8):
+    if sys.platform != "linux" or release is None or tuple(map(int, release.groups())) < _TELLS_ERRORS:
         return False
     libc, kind = ctypes.CDLL(None, use_errno=True), (ctypes.c_long * 32)()
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        if libc.fstatfs(fd, kind) or kind[0] not in _JOURNALS:  # the type is the first field
-            return False
-        if libc.syncfs(fd):
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(path))
-    finally:
-        os.close(fd)
+    if libc.fstatfs(fd, kind) or kind[0] not in _JOURNALS:  # the type is the first field
+        return False
+    if libc.syncfs(fd):
+        raise OSError(ctypes.get_errno(), f"{os.strerror(ctypes.get_errno())} on the disk that holds")
     return True
 
 

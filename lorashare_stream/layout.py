@@ -22,7 +22,7 @@ class Layout:
         modules: what is compressed.
         extras: (key as PEFT saves it, record) of what is kept verbatim.
         notes: what the user should know: LoRA tensors among the extras, with the reason why they are not shared.
-        digest: of all records; equal digests mean equal layouts.
+        digest: of all records and of what else decides a layout; equal digests mean equal layouts.
     """
 
     modules: tuple[Module, ...] = field(compare=False)

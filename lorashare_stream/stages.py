@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
 from dataclasses import asdict
 from functools import partial
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .adapterfiles import digest_files
-from .checkpoint import MANY, Staging
+from .checkpoint import Staging
 from .entry import Entry
 from .errors import AdapterError, DamagedFetchError, DiskError, LockedError, ValuesError, WorkspaceError, refusal
 from .files import free_bytes, tree_bytes
@@ -255,26 +254,17 @@ def project(run: Run, job: Job, staging: Staging, receipts: Sequence[Receipt]) -
         CollectionError: at the end, naming those that the Hub has no more.
     """
     there = [r.name for r in receipts if staging.done(r, job.basis_digest)]
-    if there:
-        staging.sync(there)  # a run that was killed may not have come to it
+    staging.sync(there)  # a run that was killed may not have come to it
     figures = {f.name: f for f in map(figures_of, metas_of(staging.root, there))}
     entries = [job.entry(r.name) for r in receipts if r.name not in figures]
     run.fetcher.only(entries)
     lost: list[AdapterError] = []
     arriving = run.arriving(entries, lost)
     projected = run.map("project", partial(project_adapter, job), arriving, len(entries), run.release)
-    written: list[str] = []
-    syncing: Future[None] = Future()
-    syncing.set_result(None)
-    with ThreadPoolExecutor(1) as pool:  # the disk works while adapters are projected; one sync takes what has come
+    with staging.syncing() as written:
         for each in projected:
             figures[each.name] = each
-            written.append(each.name)
-            if len(written) >= MANY and syncing.done():
-                syncing.result()
-                syncing, written = pool.submit(staging.sync, written), []
-        syncing.result()
-    staging.sync(written)
+            written(each.name)
     check_none_lost(lost)
     return figures
 

@@ -162,10 +162,9 @@ class Workspace:
         return name if isinstance(name, str) and name else None
 
     def admit(self, receipt: Receipt, shapes: Shapes, *, durable: bool) -> None:
-        """Append an admission; `durable` ones survive a power cut, with all before them.
-
-        That the workspace is held is looked at by who maps the tasks, not thousands of times a second.
-        """
+        """Append an admission; `durable` ones survive a power cut, with all before them."""
+        if durable:  # whether it is held is a file to be read: not for every one of thousands a second
+            self.check_held()
         if receipt.shapes not in self._noted:
             keep_shapes(self.shapes, receipt, shapes)
             self._noted.add(receipt.shapes)

@@ -196,8 +196,8 @@ def install(disk: Disk) -> None:
 
     os.fsync, os.fdatasync = synced("fsync"), synced("fdatasync")
 
-    def sync_all(path: Path) -> bool:
-        inside = disk.inside(path)
+    def sync_all(fd: int) -> bool:
+        inside = disk.inside(fd)
         if inside is None or os.environ.get(NO_SYNCFS):
             return False
         with disk.lock:
@@ -205,7 +205,7 @@ def install(disk: Disk) -> None:
             disk.top.settle(disk.root)
         return True
 
-    checkpoint.sync_all, checkpoint.MANY = sync_all, 1
+    checkpoint.sync_all, checkpoint.MANY = sync_all, 2  # as many as are compressed: one sync, whenever it ends
 
     shutil._USE_CP_SENDFILE = False  # copies go through `open` and `write`, which are watched
 

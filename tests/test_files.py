@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from lorashare_stream import files
+from lorashare_stream.checkpoint import MANY, Staging
 from lorashare_stream.errors import UsageError
 from lorashare_stream.files import atomic_file, own_folder, read_json, remove_tree, sync_all, write_json
 
@@ -76,19 +80,39 @@ def test_json_is_bounded(tmp_path: Path) -> None:
 def test_all_is_synced_at_once_only_where_that_can_be_relied_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    disk = SHM if os.access(SHM, os.W_OK) else tmp_path  # where nobody is waited for
-    with monkeypatch.context() as patched:
-        patched.setattr(files, "_JOURNALS", _Everything())
-        assert sync_all(disk)
-        with pytest.raises(FileNotFoundError):
-            sync_all(tmp_path / "nowhere")
-        for release in ("5.7.19-generic", "4.18.0", "unknown"):
-            patched.setattr(os, "uname", lambda release=release: SimpleNamespace(release=release))
-            assert not sync_all(disk)
-        patched.setattr(os, "uname", lambda: SimpleNamespace(release="6.9-rc3"))
-        assert sync_all(disk)
-    monkeypatch.setattr(files, "_JOURNALS", set())
-    assert not sync_all(disk)
+    fd = os.open(SHM if os.access(SHM, os.W_OK) else tmp_path, os.O_RDONLY)  # where nobody is waited for
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(files, "_JOURNALS", _Everything())
+            for release, told in (("5.16.9", False), ("4.18.0-el8", False), ("unknown", False), ("6.9-rc3", True)):
+                patched.setattr(os, "uname", lambda release=release: SimpleNamespace(release=release))
+                assert sync_all(fd) == told
+        monkeypatch.setattr(files, "_JOURNALS", set())
+        assert not sync_all(fd)
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="syncfs is a call of Linux")
+def test_that_the_disk_fails_is_said_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing:
+        def fstatfs(self, fd: int, kind: Any) -> int:
+            kind[0] = next(iter(files._JOURNALS))
+            return 0
+
+        def syncfs(self, fd: int) -> int:
+            ctypes.set_errno(errno.EIO)
+            return -1
+
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(release="6.1.0"))
+    monkeypatch.setattr(ctypes, "CDLL", lambda *args, **kwargs: Failing())
+    fd = os.open(tmp_path, os.O_RDONLY)
+    try:
+        with pytest.raises(OSError, match=f"error on the disk that holds: '{tmp_path}'") as caught:
+            Staging(tmp_path, fd).sync([str(i) for i in range(MANY)])
+        assert caught.value.errno == errno.EIO
+    finally:
+        os.close(fd)
 
 
 class _Everything(set[int]):

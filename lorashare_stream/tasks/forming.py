@@ -97,7 +97,8 @@ def _errors(
 ) -> list[DeltaError]:
     """Errors of modules of one shape that are projected. What comes back is formed only where it must be."""
     found: list[DeltaError | None] = [None] * len(products)
-    if storage == "F32" and all(components.orthonormal(part.groups) for parts in on.values() for part in parts):
+    orthogonal = (components.projects_orthogonally(part.groups) for parts in on.values() for part in parts)
+    if storage == "F32" and all(orthogonal):
         kept: dict[Side, Float64] = {side: _grams(on[side], products, side) for side in SIDES}
         found = projected_errors(factors["A"], factors["B"], kept, products)
     known = [e for e in found if e is not None]

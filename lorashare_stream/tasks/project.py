@@ -43,7 +43,7 @@ def project_adapter(job: Job, entry: Entry) -> Figures:
             (folder / LOADINGS).write_bytes(loadings)
             digests = {LOADINGS: hashlib.sha256(loadings).hexdigest()}
             verbatim = _write_verbatim(job, entry, tensors, folder, form)
-            if (folder / VERBATIM).exists():
+            if verbatim or form.own:
                 digests[VERBATIM] = digest_files([folder / VERBATIM])
             check_still(entry.files)
             meta = _meta(job, entry, form, verbatim, digests)
