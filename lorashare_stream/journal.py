@@ -146,7 +146,7 @@ def append(path: Path, entries: Iterable[Receipt | Removal], *, durable: bool) -
 
 
 def _values(entry: Receipt | Removal) -> dict[str, Any]:
-    return {f.name: getattr(entry, f.name) for f in fields(entry)}  # `asdict` takes ten times as long
+    return {f.name: getattr(entry, f.name) for f in fields(entry)}  # `asdict` copies deeply
 
 
 def _entry(line: bytes) -> Receipt | Removal | None:
