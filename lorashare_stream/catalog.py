@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import sys
 from collections.abc import Hashable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -112,13 +113,11 @@ class Interned:
         read: by what tells the records that they were read from: their digest, or their identity, which is that of the
             header in this process; with the records, so that it is no other's.
         products: by digests of configuration and layout.
-        configs: texts of configurations, by themselves.
     """
 
     layouts: dict[str, Layout] = field(default_factory=dict)
     read: dict[Hashable, tuple[tuple[TensorRecord, ...], Layout]] = field(default_factory=dict)
     products: dict[Hashable, tuple[Product, ...] | None] = field(default_factory=dict)
-    configs: dict[str, str] = field(default_factory=dict)
 
 
 def read_entry(source: Source, name: str, shared: Interned, settings: Settings, surveyed: Surveyed) -> Entry:
@@ -186,8 +185,7 @@ def _entry(
     if products is None:
         layout = _interned(shared, kept_exact(layout, "only the base model tells which parameter a pattern means"))
         products = ()
-    base, text = peftconfig.base_model(config), json.dumps(config)
-    text = shared.configs.setdefault(text, text)
+    base, text = peftconfig.base_model(config), sys.intern(json.dumps(config))  # many have the same
     return replace(bare, layout=layout, products=products, base_model=base, config_digest=digest, config=text)
 
 

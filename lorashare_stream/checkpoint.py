@@ -51,7 +51,12 @@ MANY = 64  # adapters: for fewer, two files and a folder each are synced sooner 
 
 
 class Staging:
-    """A checkpoint in the making; with `fd`, the open folder, who may make it durable."""
+    """A checkpoint in the making.
+
+    Args:
+        root: its folder.
+        fd: the open folder, of who holds it; tasks, which only write into it, have none.
+    """
 
     def __init__(self, root: Path, fd: int = -1) -> None:
         self.root, self._fd = root, fd

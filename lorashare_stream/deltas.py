@@ -16,7 +16,7 @@ _STRIP = 1 << 20  # bytes of a strip of one stack of vectors in float64
 # Of so few vectors a product is faster than NumPy's W'W by syrk, if it is small enough for OpenBLAS to pack nothing (a
 # million multiplications), and is not W'W as a whole: up to twice as fast.
 _FEW, _SMALL = 32, 1 << 18
-PROJECTED = 0.01  # of ||A A'|| ||B'B||: squared errors above it are known to 1e-4 by `projected_errors`, most to 1e-5
+_PROJECTED = 0.01  # of ||A A'|| ||B'B||: squared errors above it are known to 1e-4 by `projected_errors`, most to 1e-5
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,7 @@ def projected_errors(
         products: how dW comes of them, of each module; E is the same in all.
 
     Returns:
-        Errors; None where one is not large against that (`PROJECTED`), or not finite.
+        Errors; None where one is not large against that (`_PROJECTED`), or not finite.
     """
     scales = np.array([p.scale for p in products])
     grams = products[0].grams(a, "A"), products[0].grams(np.swapaxes(b, -1, -2), "B")
@@ -132,7 +132,7 @@ def projected_errors(
     with np.errstate(invalid="ignore"):  # loadings beyond the range of their dtype
         found = energies(kept["A"], kept["B"], scales)
     squares = [np.square(gram).sum(axis=(-3, -2, -1)) for gram in grams]
-    large = norms - found > PROJECTED * scales**2 * np.sqrt(squares[0] * squares[1])  # false for what is not a number
+    large = norms - found > _PROJECTED * scales**2 * np.sqrt(squares[0] * squares[1])  # false for what is not a number
     errors = zip(large, (norms - found).tolist(), norms.tolist(), strict=True)
     return [DeltaError(error, norm) if usable else None for usable, error, norm in errors]
 

@@ -20,7 +20,7 @@ from .errors import UsageError
 from .names import digest_of, shown
 
 _SEAL = "checksum"
-_JOURNALS = {0xEF53, 0x58465342, 0x9123683E, 0x01021994}  # ext4, XFS, btrfs, tmpfs: statfs(2)
+_SYNCED_WHOLE = {0xEF53, 0x58465342, 0x9123683E, 0x01021994}  # ext4, XFS, btrfs, tmpfs: statfs(2)
 _TELLS_ERRORS = 5, 17  # the release of Linux from which syncfs does
 
 
@@ -104,11 +104,13 @@ def sync_all(fd: int) -> bool:
     Raises:
         OSError: if something on the disk could not be written since, be it of others.
     """
+    if sys.platform != "linux":
+        return False
     release = re.match(r"(\d+)\.(\d+)", os.uname().release)
-    if sys.platform != "linux" or release is None or tuple(map(int, release.groups())) < _TELLS_ERRORS:
+    if release is None or tuple(map(int, release.groups())) < _TELLS_ERRORS:
         return False
     libc, kind = ctypes.CDLL(None, use_errno=True), (ctypes.c_long * 32)()
-    if libc.fstatfs(fd, kind) or kind[0] not in _JOURNALS:  # the type is the first field
+    if libc.fstatfs(fd, kind) or kind[0] not in _SYNCED_WHOLE:  # the type is the first field
         return False
     if libc.syncfs(fd):
         raise OSError(ctypes.get_errno(), f"{os.strerror(ctypes.get_errno())} on the disk that holds")

@@ -15,10 +15,10 @@ from .forms import Rule
 from .journal import Receipt
 from .keys import SIDES, group_id
 from .names import bytes_shown, counted, digest_of, listed
-from .records import check_components, has_files, is_whole, metas_of, sizes_of, takes_part
+from .records import check_components, has_files, is_whole, metas_of, sizes_of
 from .running import Run
 from .shareconfig import SHAREConfig, read_share_config
-from .shareformat import ADAPTERS, OURS, ours_of, total_bytes
+from .shareformat import ADAPTERS, ours_of, total_bytes
 from .stages import digest_of_job, project
 from .summary import Head, figures_of, head_of, share_config
 from .tasks import Job
@@ -82,16 +82,15 @@ def grow(
         check_components(out, head.components)
         there = {r.name for r in fresh if is_whole(out / ADAPTERS / r.name, r, head.basis_digest)}
         waiting = [r for r in fresh if r.name not in there]
-        project(run, job, staging, waiting)
-        metas = {m["adapter_name"]: m for m in metas_of(staging.root, [r.name for r in waiting])}
-        metas |= {m["adapter_name"]: m for m in metas_of(out, there)}
-        kept = {name: 1 - meta[OURS]["relative_error"] ** 2 for name, meta in metas.items()}
+        figures = project(run, job, staging, waiting)
+        figures |= {f.name: f for f in map(figures_of, metas_of(out, there))}
+        kept = {name: 1 - f.relative_error**2 for name, f in figures.items()}
         if not _enough(kept, threshold):
             return False, kept
         if _too_large(job, out, staging.root, [r.name for r in waiting]):
             return False, kept
         staging.join(out, [r.name for r in waiting])
-        shared = [r.name for r in fresh if takes_part(metas[r.name])]
+        shared = [r.name for r in fresh if figures[r.name].takes_part]
         head = replace(head, projected=(*head.projected, *shared))
         names = [r.name for r in job.journal.receipts]
         staging.replace(out, changed(out, head, names, counts or job.counts, job.digest, left_out), left_out)

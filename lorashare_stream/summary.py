@@ -12,6 +12,7 @@ import numpy as np
 from .errors import CheckpointError
 from .files import json_bytes
 from .keys import SIDES, split_group_id
+from .records import takes_part
 from .settings import BUDGETS
 from .shareconfig import SHAREConfig
 from .shareformat import OURS
@@ -26,7 +27,7 @@ class Figures:
     """What the summary needs of one adapter.
 
     `kept_bytes` are of LoRA tensors that are stored without the bases, of which `own_bytes` are truncated SVDs of the
-    adapter's own; `shared` is whether some are not verbatim.
+    adapter's own; `shared` is whether some are not verbatim; `takes_part` whether bases are fitted to it.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Figures:
     kept_bytes: int
     own_bytes: int
     shared: bool
+    takes_part: bool
     rank: int
     alpha: float
 
@@ -51,6 +53,7 @@ def figures_of(meta: Facts) -> Figures:
         ours.get("kept_bytes", 0),
         ours.get("own_bytes", 0),
         ours["worst_module"] is not None,
+        takes_part(meta),
         config["r"],
         config["lora_alpha"],
     )

@@ -83,11 +83,11 @@ def test_all_is_synced_at_once_only_where_that_can_be_relied_on(
     fd = os.open(SHM if os.access(SHM, os.W_OK) else tmp_path, os.O_RDONLY)  # where nobody is waited for
     try:
         with monkeypatch.context() as patched:
-            patched.setattr(files, "_JOURNALS", _Everything())
+            patched.setattr(files, "_SYNCED_WHOLE", _Everything())
             for release, told in (("5.16.9", False), ("4.18.0-el8", False), ("unknown", False), ("6.9-rc3", True)):
                 patched.setattr(os, "uname", lambda release=release: SimpleNamespace(release=release))
                 assert sync_all(fd) == told
-        monkeypatch.setattr(files, "_JOURNALS", set())
+        monkeypatch.setattr(files, "_SYNCED_WHOLE", set())
         assert not sync_all(fd)
     finally:
         os.close(fd)
@@ -97,7 +97,7 @@ def test_all_is_synced_at_once_only_where_that_can_be_relied_on(
 def test_that_the_disk_fails_is_said_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Failing:
         def fstatfs(self, fd: int, kind: Any) -> int:
-            kind[0] = next(iter(files._JOURNALS))
+            kind[0] = next(iter(files._SYNCED_WHOLE))
             return 0
 
         def syncfs(self, fd: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,9 @@ import pytest
 
 from lorashare_stream.deltas import Product, delta_errors
 from lorashare_stream.errors import AdapterError
-from lorashare_stream.keys import SIDES, group_id
-from lorashare_stream.tasks.components import Components, projected, restored
-from lorashare_stream.tasks.forming import _errors
+from lorashare_stream.keys import SIDES, Side, group_id
+from lorashare_stream.tasks.components import Components, Part, Stack, projected, restored
+from lorashare_stream.tasks.forming import _projection_errors
 from lorashare_stream.tensorfile import write_arrays
 
 D, R = 90, 4
@@ -51,12 +52,12 @@ def test_what_comes_back_is_formed_only_where_bases_are_not_orthonormal(
     exact = delta_errors(factors["A"], factors["B"], hats["A"], hats["B"], products)
     formed: list[str] = []
 
-    def watched(*args: object) -> np.ndarray:
-        formed.append(str(args[3]))
-        return restored(*args)  # type: ignore[arg-type]
+    def watched(components: Components, parts: Sequence[Part], stack: Stack, side: Side, storage: str) -> Stack:
+        formed.append(side)
+        return restored(components, parts, stack, side, storage)
 
     monkeypatch.setattr("lorashare_stream.tasks.forming.restored", watched)
-    found = _errors(components, factors, on, products, "F32")
+    found = _projection_errors(components, factors, on, products, "F32")
     assert formed == (list(SIDES) if forms else [])
     for f, e in zip(found, exact, strict=True):
         assert f.error == pytest.approx(e.error, rel=1e-5)
@@ -75,7 +76,7 @@ def test_only_modules_that_come_near_are_looked_at_closely(tmp_path: Path, facto
     on = {s: projected(components, [group_id(m, s) for m in "qkv"], factors[s], s, "F32") for s in SIDES}
     hats = {s: restored(components, on[s], factors[s], s, "F32") for s in SIDES}
     exact = delta_errors(factors["A"], factors["B"], hats["A"], hats["B"], products)
-    found = _errors(components, factors, on, products, "F32")
+    found = _projection_errors(components, factors, on, products, "F32")
     assert found[0] == exact[0]
     assert found[0].relative < 1e-6
     assert found[1:] != exact[1:]
@@ -88,5 +89,5 @@ def test_values_beyond_the_range_of_float32_are_refused(tmp_path: Path, factors:
     with np.errstate(over="ignore", invalid="ignore"):
         on = {s: projected(components, [group_id(m, s) for m in "qkv"], factors[s], s, "F32") for s in SIDES}
         with pytest.raises(AdapterError, match="range of F32") as caught:
-            _errors(components, factors, on, [Product(1.0)] * 3, "F32")
+            _projection_errors(components, factors, on, [Product(1.0)] * 3, "F32")
     assert caught.value.key == "k:B"

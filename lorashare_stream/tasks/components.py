@@ -19,7 +19,7 @@ from ..dtypes import as_stored, restored_as, stacked, stored_shape, widened
 from ..keys import Side
 from ..tensorfile import TensorRecord
 
-ORTHONORMAL = 1e-6  # of |(V'V - 1) w| / |w| for random w: rounding to float32 leaves some 1e-8
+_ORTHONORMAL = 1e-6  # of |(V'V - 1) w| / |w| for random w: rounding to float32 leaves some 1e-8
 _PROBES = 4
 Stack = NDArray[np.float32]  # tensors of one shape, (m, *shape)
 
@@ -40,14 +40,14 @@ class Part:
 
 
 def projected(components: Components, groups: Sequence[str], stack: Stack, side: Side, storage: str) -> list[Part]:
-    """A stack of tensors on the bases of their groups."""
+    """A stack of tensors (m, *shape) on the bases of their groups, as it is stored."""
     return [
         Part(some, places, as_stored(raw, storage)) for some, places, raw in _loaded(components, groups, stack, side)
     ]
 
 
 def restored(components: Components, parts: Sequence[Part], stack: Stack, side: Side, storage: str) -> Stack:
-    """What comes back of a stack that was projected, as `reconstruct` gives it."""
+    """What comes back of a stack (m, *shape) that was projected, as `reconstruct` gives it."""
     hats = np.empty_like(stack)
     for part in parts:
         vectors = product(components.stack(part.groups), part.loadings)
@@ -141,7 +141,7 @@ class Components:
 def _is_orthonormal(v: NDArray[np.float32]) -> bool:
     """Whether V'V is 1, as some random vectors see it, which takes as long as to project some adapters."""
     wide, w = v.astype(np.float64), np.random.default_rng(0).standard_normal((v.shape[1], _PROBES))
-    return bool(np.linalg.norm(wide.T @ (wide @ w) - w) <= ORTHONORMAL * np.linalg.norm(w))
+    return bool(np.linalg.norm(wide.T @ (wide @ w) - w) <= _ORTHONORMAL * np.linalg.norm(w))
 
 
 def components_at(path: Path, digest: str, memory: int = 0, device: str = "cpu") -> Components:

@@ -83,19 +83,29 @@ def _all_shared(job: Job, entry: Entry, tensors: TensorReader) -> Formed:
             on[side] = projected(components, [group_id(m, side) for m in bundle.names], stack, side, job.storage)
             for part in on[side]:
                 loadings |= zip(part.groups, narrowed(part.loadings, job.storage), strict=True)
-        found = _errors(components, factors, on, entry.products_of(bundle.names), job.storage)
+        found = _projection_errors(components, factors, on, entry.products_of(bundle.names), job.storage)
         errors |= dict(zip(bundle.names, found, strict=True))
     return Formed(loadings, errors)
 
 
-def _errors(
+def _projection_errors(
     components: Components,
     factors: Mapping[Side, Stack],
     on: Mapping[Side, Sequence[Part]],
     products: Sequence[Product],
     storage: str,
 ) -> list[DeltaError]:
-    """Errors of modules of one shape that are projected. What comes back is formed only where it must be."""
+    """Errors of modules of one shape that are projected. What comes back is formed only where it must be.
+
+    Args:
+        components: the bases.
+        factors: A (m, E r, d_in) and B (m, d_out, E r). on: what they are on the bases.
+        products: how dW comes of them, of each module.
+        storage: dtype of components and loadings.
+
+    Raises:
+        AdapterError: if what comes back is beyond the range of the storage dtype.
+    """
     found: list[DeltaError | None] = [None] * len(products)
     orthogonal = (components.projects_orthogonally(part.groups) for parts in on.values() for part in parts)
     if storage == "F32" and all(orthogonal):

@@ -28,7 +28,11 @@ from .job import Job
 
 
 def project_adapter(job: Job, entry: Entry) -> Figures:
-    """Write one adapter of the checkpoint: loadings, what is verbatim, and the error of what was stored."""
+    """Write one adapter of the checkpoint: loadings, what is verbatim, and the error of what was stored.
+
+    Returns:
+        What the summary of the checkpoint needs of it.
+    """
     name = entry.name
     receipt = job.receipt_of[name]
     check_unchanged(entry, receipt)
