@@ -15,7 +15,7 @@ import sys
 from contextlib import suppress
 from functools import partial
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from .arguments import parser
 from .errors import Stopped, StreamError, UsageError
@@ -31,11 +31,20 @@ _REMEDIES = {errno.EMFILE: "Raise the limit, by ulimit -n, or use fewer --worker
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code."""
     try:
-        return _run(argv)
+        code = _run(argv)
     except BrokenPipeError:  # the reader of our output has gone, before the work was done perhaps
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+        _discard(sys.stdout)
+        _discard(sys.stderr)
         return Stopped.exit_code
+    try:
+        sys.stderr.flush()
+    except BrokenPipeError:  # nobody reads the log: Python would fail to flush it, and exit with 120
+        _discard(sys.stderr)
+    return code
+
+
+def _discard(stream: TextIO) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _run(argv: list[str] | None) -> int:

@@ -409,9 +409,11 @@ def test_a_closed_pipe_is_no_error(tmp_path: Path, collection: list[str]) -> Non
     assert done.stderr == ""
 
 
-def test_a_log_that_nobody_reads_does_not_stop_the_work(tmp_path: Path, slow: list[object]) -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_log_that_nobody_reads_does_not_stop_the_work(tmp_path: Path, slow: list[object], unbuffered: str) -> None:
     command = [sys.executable, "-m", "lorashare_stream", "compress", *map(str, slow)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    env = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env) as process:
         process.stderr.close()
         assert process.stdout.read().startswith(b"base model")
     assert process.returncode == 0
