@@ -74,7 +74,8 @@ def largest_eigenpairs(matrix: Array, k: int, *, vectors: bool = True) -> tuple[
         vectors: whether eigenvectors are wanted; if not, (n, 0) are given.
 
     Returns:
-        values (k,) ascending, and vectors (n, k), column-major, of its dtype.
+        values (m,) ascending, and vectors (n, m), column-major, of its dtype. m is k, or less: syevr's MRRR gives fewer
+        eigenvectors than were asked for where eigenvalues are clustered, and info 0 (106 of 108 at n = 700).
 
     Raises:
         numpy.linalg.LinAlgError: if LAPACK fails.
@@ -100,4 +101,4 @@ def largest_eigenpairs(matrix: Array, k: int, *, vectors: bool = True) -> tuple[
         )  # fmt: skip
         if info.value != 0:
             raise np.linalg.LinAlgError(f"syevr fails with info {info.value}")
-    return values[:k], found
+    return values[: count.value], found[:, : count.value]

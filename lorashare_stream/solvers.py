@@ -45,9 +45,11 @@ def by_lapack(moment: Moment, k: int) -> tuple[Float64, Float64]:
     In float32 squares of what is small vanish, so that S is scaled; and eigenvalues are blurred which are 1e-5 of the
     largest one, so that some vectors more are taken, out of which a product with S takes what does not belong there.
     """
-    matrix = _symmetric(moment)
-    matrix *= matrix.dtype.type(2.0 ** -np.clip(np.frexp(matrix.diagonal().max(initial=0.0))[1], -126, 126))
-    _, vectors = largest_eigenpairs(matrix, min(k + _SPARE, len(matrix)) if matrix.dtype == np.float32 else k)
+    matrix = _scaled(_symmetric(moment))
+    wanted = min(k + _SPARE, len(matrix)) if matrix.dtype == np.float32 else k
+    vectors = largest_eigenpairs(matrix, wanted)[1]
+    if vectors.shape[1] < wanted:
+        vectors = np.linalg.eigh(_scaled(_symmetric(moment)))[1][:, -wanted:]  # syevd: all of them, always
     if moment.columns is not None and moment.count <= moment.dim:
         return polished(moment, _restored(moment.columns, vectors))
     if vectors.dtype == np.float32:
@@ -97,10 +99,18 @@ def orthonormal(vectors: Array) -> Float64:
     return wide @ np.linalg.inv(np.linalg.cholesky(wide.T @ wide)).T
 
 
+def _scaled(matrix: Array) -> Array:
+    """A symmetric matrix (n, n), scaled in place by a power of two to a largest diagonal entry in [0.5, 1)."""
+    matrix *= matrix.dtype.type(2.0 ** -np.clip(np.frexp(matrix.diagonal().max(initial=0.0))[1], -126, 126))
+    return matrix
+
+
 def spectrum(moment: Moment) -> Float64:
     """All eigenvalues that can differ from zero, min(d, n) of them or d, descending, float64."""
     matrix = _symmetric(moment).astype(np.float64, order="F", copy=False)
     values, _ = largest_eigenpairs(matrix, len(matrix), vectors=False)
+    if len(values) < len(matrix):
+        values = np.linalg.eigvalsh(_symmetric(moment).astype(np.float64, copy=False))
     return np.asarray(values[::-1], np.float64)
 
 
