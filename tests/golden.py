@@ -65,9 +65,8 @@ def tensors_digest(path: Path) -> str:
 
 def _compress_here() -> dict[str, dict[str, str]]:
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    from tests.conftest import make_collection
-
     from lorashare_stream import SHAREModel
+    from tests.conftest import make_collection
 
     found = {}
     with tempfile.TemporaryDirectory() as folder:
