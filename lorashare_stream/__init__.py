@@ -21,19 +21,19 @@ from .settings import Settings
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .checkpoint.config import SHAREConfig
     from .model import SHAREModel
     from .pipeline import compress, plan_for
-    from .shareconfig import SHAREConfig
-    from .sources import resolve
-    from .verification import verify
+    from .plan.sources import resolve
+    from .stages.verify import verify
 
 _LAZY = {
-    "SHAREConfig": "shareconfig",
+    "SHAREConfig": "checkpoint.config",
     "SHAREModel": "model",
     "compress": "pipeline",
     "plan_for": "pipeline",
-    "resolve": "sources",
-    "verify": "verification",
+    "resolve": "plan.sources",
+    "verify": "stages.verify",
 }
 
 __all__ = [

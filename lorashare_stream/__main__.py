@@ -1,5 +1,5 @@
 """`python -m lorashare_stream`."""
 
-from .cli import main
+from .cli.app import main
 
 raise SystemExit(main())

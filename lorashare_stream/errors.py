@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
-from .names import listed, shown
+from .text import listed, shown
 
 
 class StreamError(Exception):

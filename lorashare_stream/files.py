@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from .errors import UsageError
-from .names import digest_of, shown
+from .text import digest_of, shown
 
 _SEAL = "checksum"
 _SYNCED_WHOLE = {0xEF53, 0x58465342, 0x9123683E, 0x01021994}  # ext4, XFS, btrfs, tmpfs: statfs(2)

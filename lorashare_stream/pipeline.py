@@ -11,32 +11,34 @@ from typing import Any, Literal
 
 from threadpoolctl import threadpool_limits
 
-from .allotting import based, byte_limit
-from .basefiles import write_bases
-from .catalog import catalog
-from .checkpoint import Staging, mend, sweep
-from .devices import resolve_device
+from .adapters.shapes import ModuleShape
+from .adapters.source import Source
+from .budget.allotting import based, byte_limit
+from .checkpoint.config import SHAREConfig
+from .checkpoint.format import OURS, ours_of, skipped_of, total_bytes
+from .checkpoint.publish import check_output, output_folder
+from .checkpoint.records import has_files, sizes_of
+from .checkpoint.staging import Staging, mend, sweep
+from .checkpoint.summary import share_config
 from .errors import AdapterError, WorkspaceError, skipped_as_json
-from .executors import Cluster, Executor, Local, at
 from .files import own_path, remove_tree, write_sealed
-from .growing import check_kept, check_sources, demand_unchanged, grow, growable, staged_digest
-from .journal import Journal, ModuleShape
-from .names import bytes_shown
-from .planfile import plan_as_json
-from .planning import Plan, make_plan
-from .publishing import check_output, output_folder
-from .records import has_files, sizes_of
-from .remote import bytes_to_fetch, fetching_for, looked_up
-from .running import Progress, Run, places_of, silent
+from .hub.lookup import bytes_to_fetch, fetching_for, looked_up
+from .linalg.device import resolve_device
+from .plan.catalog import catalog
+from .plan.file import plan_as_json
+from .plan.plan import Plan, make_plan
+from .runtime.executors import Cluster, Executor, Local, at
+from .runtime.progress import Progress, silent
 from .settings import Settings
-from .shareconfig import SHAREConfig
-from .shareformat import OURS, ours_of, skipped_of, total_bytes
-from .sources import Source
-from .stages import check_disk, head_of_job, ingest, make_job, project
-from .summary import share_config
-from .summing import catch_up
-from .tasks import Job
-from .workspace import Workspace
+from .stages.bases import write_bases
+from .stages.grow import check_kept, check_sources, demand_unchanged, grow, growable, staged_digest
+from .stages.job import Job
+from .stages.passes import check_disk, head_of_job, ingest, make_job, project
+from .stages.run import Run, places_of
+from .stages.update import catch_up
+from .text import bytes_shown
+from .workspace.journal import Journal
+from .workspace.workspace import Workspace
 
 log = logging.getLogger(__name__)
 

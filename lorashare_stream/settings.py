@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from .errors import UsageError
-from .names import listed, parse_bytes, shown
+from .text import bytes_shown, listed, parse_bytes, shown
 
 Objective = Literal["delta", "factors"]
 QUANTUM = 1024  # columns summed at once; part of a workspace's identity, since it decides rounding
@@ -204,3 +204,14 @@ def _expect(holds: bool, name: str, found: object, expected: str) -> None:
     if not holds:
         flag = _FLAGS.get(name, "--" + name.replace("_", "-"))
         raise UsageError(f"{name} ({flag}) cannot be {shown(repr(found))}", expected=expected)
+
+
+def asked(settings: Mapping[str, Any]) -> list[str]:
+    """The budget by which components and ranks were bought, if there was one."""
+    if settings.get("max_bytes") is not None:
+        return [f"at most {bytes_shown(settings['max_bytes'])}"]
+    if settings.get("ratio") is not None:
+        return [f"{settings['ratio']:g} times smaller than the originals"]
+    if settings.get("max_error") is not None:
+        return [f"a relative dW error of at most {settings['max_error']:g} of every adapter"]
+    return ["ranks that gain too little are trimmed"] if settings.get("trim_rank") else []

@@ -18,21 +18,21 @@ from pathlib import Path
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from lorashare_stream.adapterfiles import FileFact
-from lorashare_stream.catalog import Catalog
-from lorashare_stream.deltas import Product
-from lorashare_stream.entry import Entry, Origin
-from lorashare_stream.hubid import HubId
-from lorashare_stream.lapack import add_block
-from lorashare_stream.layout import read_layout
-from lorashare_stream.moments import of_columns
-from lorashare_stream.names import bytes_shown, parse_bytes
-from lorashare_stream.planning import Plan, make_plan
-from lorashare_stream.report import facts, plan_text
+from lorashare_stream.adapters.adapter import Entry, Origin
+from lorashare_stream.adapters.folder import FileFact
+from lorashare_stream.adapters.hubid import HubId
+from lorashare_stream.adapters.layout import read_layout
+from lorashare_stream.adapters.safetensors import TensorRecord
+from lorashare_stream.adapters.scaling import Product
+from lorashare_stream.adapters.source import Listing
+from lorashare_stream.linalg.basis import fit
+from lorashare_stream.linalg.lapack import add_block
+from lorashare_stream.linalg.moments import of_columns
+from lorashare_stream.plan.catalog import Catalog
+from lorashare_stream.plan.plan import Plan, make_plan
+from lorashare_stream.report.text import facts, plan_text
 from lorashare_stream.settings import Settings
-from lorashare_stream.sources import Listing
-from lorashare_stream.subspace import fit
-from lorashare_stream.tensorfile import TensorRecord
+from lorashare_stream.text import bytes_shown, parse_bytes
 
 
 def imagined(args: argparse.Namespace) -> Plan:

@@ -20,9 +20,9 @@ import numpy as np
 from bench_oracle import WEIGHTS, Data
 from threadpoolctl import threadpool_limits
 
-from lorashare_stream.lapack import add_block
-from lorashare_stream.moments import Moment, mirror, of_columns, stays_stacked
-from lorashare_stream.solvers import leading
+from lorashare_stream.linalg.eigen import leading
+from lorashare_stream.linalg.lapack import add_block
+from lorashare_stream.linalg.moments import Moment, mirror, of_columns, stays_stacked
 
 BLOCK = 1024
 CHUNK = 8 << 20

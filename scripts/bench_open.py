@@ -23,7 +23,7 @@ CHILD = """
 import json, sys, time
 import safetensors.torch, torch
 from lorashare_stream import SHAREModel
-import lorashare_stream.model, lorashare_stream.opened, lorashare_stream.reader
+import lorashare_stream.checkpoint.reader, lorashare_stream.model
 
 def status(key):
     for line in open("/proc/self/status"):

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from lorashare_stream.tensorfile import TensorRecord, read_header
+from lorashare_stream.adapters.safetensors import TensorRecord, read_header
 
 D, R, MODULES = 768, 8, 24
 

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from lorashare_stream.moments import Moment, of_columns
-from lorashare_stream.solvers import by_krylov, by_lapack, compressed, prefers_partial, product_with, spectrum
+from lorashare_stream.linalg.eigen import by_krylov, by_lapack, compressed, prefers_partial, product_with, spectrum
+from lorashare_stream.linalg.moments import Moment, of_columns
 
 SPECTRA = {
     "planted": lambda d: np.hypot(np.where(np.arange(d) < 96, 1 / (1 + np.arange(d)), 0), 0.4 / np.sqrt(d)),

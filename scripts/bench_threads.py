@@ -15,9 +15,9 @@ from pathlib import Path
 from statistics import median
 
 from lorashare_stream import pipeline
-from lorashare_stream.executors import Executor, Forks, Serial, Threads
+from lorashare_stream.plan.sources import resolve
+from lorashare_stream.runtime.executors import Executor, Forks, Serial, Threads
 from lorashare_stream.settings import Settings
-from lorashare_stream.sources import resolve
 
 EXECUTORS: dict[str, Executor] = {"serial": Serial(), "threads": Threads(), "processes": Forks()}
 

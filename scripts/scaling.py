@@ -11,11 +11,18 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from lorashare_stream.budget import BYTES_PER_ADAPTER, PORTION_BYTES, PROCESS_BYTES, TILE_BYTES, Group, moment_bytes
-from lorashare_stream.names import bytes_shown
+from lorashare_stream.linalg.basis import break_even
+from lorashare_stream.linalg.eigen import suits_krylov
+from lorashare_stream.plan.memory import (
+    BYTES_PER_ADAPTER,
+    PORTION_BYTES,
+    PROCESS_BYTES,
+    TILE_BYTES,
+    Group,
+    moment_bytes,
+)
 from lorashare_stream.settings import QUANTUM, Settings
-from lorashare_stream.solvers import suits_krylov
-from lorashare_stream.subspace import break_even
+from lorashare_stream.text import bytes_shown
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, settings
 from safetensors.numpy import save_file
 
 from lorashare_stream.pipeline import compress, default_workspace, plan_for
+from lorashare_stream.plan.sources import resolve
 from lorashare_stream.settings import Settings
-from lorashare_stream.sources import resolve
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the network
 settings.register_profile("here", deadline=None, suppress_health_check=list(HealthCheck))

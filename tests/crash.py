@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lorashare_stream import checkpoint
+from lorashare_stream.checkpoint import staging as checkpoint
 
 KILLED = 99
 NO_SYNCFS = "TESTS_NO_SYNCFS"  # set where every file must be synced by itself
@@ -302,7 +302,7 @@ def forked(root: Path, command: list[str], mode: str, at: int) -> tuple[int, Pat
             fd = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(fd, 1)
             os.dup2(fd, 2)
-            from lorashare_stream.cli import main
+            from lorashare_stream.cli.app import main
 
             disk = None
             if mode != "none":
@@ -384,11 +384,11 @@ def kept_promises(root: Path) -> int:
 
 def broken_promise(root: Path) -> str | None:
     """What is vouched for, by a marker or a configuration, and is not there, whole."""
-    from lorashare_stream import momentstore
+    from lorashare_stream.checkpoint.records import is_whole, metas_of, receipt_in
     from lorashare_stream.files import read_sealed
-    from lorashare_stream.momentstore import DamagedMoment
-    from lorashare_stream.records import is_whole, metas_of, receipt_in
-    from lorashare_stream.workspace import Workspace
+    from lorashare_stream.workspace import moments as momentstore
+    from lorashare_stream.workspace.moments import DamagedMoment
+    from lorashare_stream.workspace.workspace import Workspace
 
     work, out = Workspace(root / "out.workspace"), root / "out"
     for module in work.modules():
@@ -431,8 +431,8 @@ def scenario(name: str, root: Path) -> tuple[list[list[str]], list[str]]:
 
 def crashes(folder: Path, name: str, mode: str, stride: int) -> Iterator[str]:
     """What went wrong, of a scenario with a fault at every call."""
-    import lorashare_stream.commands
-    import lorashare_stream.edits  # noqa: F401 - imported once, before the forks
+    import lorashare_stream.cli.commands
+    import lorashare_stream.cli.edit  # noqa: F401 - imported once, before the forks
     from tests.conftest import make_collection
 
     os.environ["HF_HUB_OFFLINE"] = "1"

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from lorashare_stream.adapters.safetensors import write_arrays
 from lorashare_stream.files import sealed
-from lorashare_stream.tensorfile import write_arrays
 
 KINDS = {"self_attn.q_proj": (4096, 4096), "self_attn.v_proj": (4096, 1024), "mlp.down_proj": (14336, 4096)}
 

@@ -15,11 +15,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lorashare_stream import SHAREConfig, SHAREModel
-from lorashare_stream.cli import main
+from lorashare_stream.cli.app import main
 from lorashare_stream.errors import CheckpointError, CollectionError, StreamError, UsageError
 from lorashare_stream.pipeline import compress, default_workspace, plan_for
+from lorashare_stream.plan.sources import resolve
 from lorashare_stream.settings import Settings
-from lorashare_stream.sources import resolve
 
 from .conftest import CONFIG, factor_keys, load_tensors, make_collection, make_tensors, tree_digest, write_adapter
 
@@ -457,7 +457,7 @@ def test_a_default_workspace_that_is_a_link_is_refused_and_a_named_one_is_follow
 def test_two_runs_with_workspaces_of_their_own_do_not_meet_in_one_output(
     tmp_path: Path, collection: list[str], compressed: Compress
 ) -> None:
-    from lorashare_stream.checkpoint import Staging
+    from lorashare_stream.checkpoint.staging import Staging
     from lorashare_stream.errors import WorkspaceError
 
     with Staging.open(tmp_path / "out", "0123"), pytest.raises(WorkspaceError, match="another run is writing"):
@@ -509,7 +509,7 @@ def test_a_plan_that_cannot_be_written_names_the_path_of_the_user(
 
 
 def test_a_header_with_a_key_twice_is_read_in_linear_time(tmp_path: Path) -> None:
-    from lorashare_stream.tensorfile import repeated
+    from lorashare_stream.adapters.safetensors import repeated
 
     names = [f"k{i}" for i in range(300_000)]
     assert repeated(names) is None
@@ -573,12 +573,12 @@ def test_killed_while_an_old_checkpoint_or_staging_is_removed(
     tmp_path: Path, collection: list[str], compressed: Compress, monkeypatch: pytest.MonkeyPatch, which: str, after: int
 ) -> None:
     """What is left of a folder of ours is known as ours, whatever part of it went first."""
-    from lorashare_stream import publishing
+    from lorashare_stream.checkpoint import publish as publishing
 
     out = compressed(collection, num_components=4)
     (out / "README.md").write_text("mine")
     if which == "staging":
-        monkeypatch.setattr("lorashare_stream.checkpoint.publish", lambda *a: 1 / 0)
+        monkeypatch.setattr("lorashare_stream.checkpoint.staging.publish", lambda *a: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             compressed(collection, num_components=3)
         monkeypatch.undo()

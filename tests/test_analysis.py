@@ -11,20 +11,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lorashare_stream import patience
-from lorashare_stream.analysis import Analysis, analyse
-from lorashare_stream.analysistext import analysis_as_json
-from lorashare_stream.cli import main
-from lorashare_stream.deltas import Product, delta_norm
+from lorashare_stream.adapters.scaling import Product
+from lorashare_stream.checkpoint.config import read_share_config
+from lorashare_stream.cli.app import main
 from lorashare_stream.errors import BudgetError, CollectionError
-from lorashare_stream.executors import Serial
-from lorashare_stream.measuring import factored
-from lorashare_stream.outlook import Outlook, beyond_chance
+from lorashare_stream.hub import retry as patience
+from lorashare_stream.linalg.delta import delta_norm
 from lorashare_stream.pipeline import compress, plan_for
-from lorashare_stream.sampling import chosen_modules, sampled, spread
+from lorashare_stream.plan.sources import resolve
+from lorashare_stream.report.analysis import Analysis, analyse
+from lorashare_stream.report.analysis_text import analysis_as_json
+from lorashare_stream.report.measure import factored
+from lorashare_stream.report.outlook import Outlook, beyond_chance
+from lorashare_stream.report.sample import chosen_modules, sampled, spread
+from lorashare_stream.runtime.executors import Serial
 from lorashare_stream.settings import Settings
-from lorashare_stream.shareconfig import read_share_config
-from lorashare_stream.sources import resolve
 
 from .conftest import factor_keys, load_tensors, write_adapter
 from .fakehub import ALICE, FakeHub, patched

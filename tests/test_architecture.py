@@ -13,38 +13,13 @@ import lorashare_stream
 
 ROOT = Path(lorashare_stream.__file__).parent
 
-# The rooms, bottom to top: a module imports only from rows above its own, or from earlier in its row.
-ROOMS = {
-    "pure": [
-        "version", "names", "hubid", "errors", "dtypes", "settings", "keys", "lapack", "moments", "deltas", "patterns",
-        "peftconfig", "krylov", "solvers", "subspace", "forms", "offers",
-        "allotment", "measuring", "spectra", "outlook",
-    ],
-    "bytes": [
-        "files", "tensorfile", "stacks", "picklecheck", "picklefile", "shards", "adapterfiles", "zarrfile",
-        "momentstore", "locks", "journal", "shapes", "workspace", "huberrors", "patience", "hub",
-    ],
-    "facts": [
-        "sources.source", "sources.manifest", "sources.local", "sources", "sources.pins", "layout", "entry",
-        "agreement", "ledger", "survey", "catalog", "budget", "planning", "planfile", "sampling", "copies",
-    ],
-    "doing": [
-        "forks", "executors", "calls", "probing", "cluster", "connecting", "devices", "fetching", "running",
-        "measurement", "remote", "shareformat", "records", "publishing", "checkpoint",
-        "shareconfig", "summary", "hubreader", "tasks.job", "tasks.ingest", "tasks.accumulate", "tasks.clean",
-        "tasks.fit", "tasks.components", "tasks.forming", "tasks.project", "tasks.appraise", "tasks", "reader",
-    ],
-    "story": [
-        "summing", "basefiles", "stages", "allotting", "growing", "pipeline", "discovery", "means", "adding",
-        "shrinking", "slicing", "refitting", "report", "summarytext", "analysis", "analysistext", "comparison",
-        "restoring", "scrubbing", "markup", "axes", "findings", "charts", "pagestyle", "pageparts", "page",
-        "modelcard", "pusherrors", "pushfiles", "pushtarget", "pushing", "opened", "model", "verification",
-    ],
-    "shell": [
-        "progress", "choices", "output", "edits", "hubcommands", "commands", "arguments", "cli", "__main__", "__init__",
-    ],
-}  # fmt: skip
-ORDER = [module for room in ROOMS.values() for module in room]
+# The rooms, top to bottom: a file imports from its own room, and from rooms below it.
+ROOMS = [
+    "cli", "__main__", "__init__", "model", "edits", "report", "pipeline", "stages", "plan", "hub", "checkpoint",
+    "workspace", "linalg", "adapters", "runtime", "files", "settings", "errors", "text", "version",
+]  # fmt: skip
+GOING = {"budget"}  # beside `stages`, with imports both ways, until the codec takes its place
+BESIDE = 12  # files beside the rooms
 HEAVY = {"peft", "transformers"}
 
 
@@ -70,16 +45,30 @@ def own_imports(path: Path) -> set[str]:
     return found - {""}
 
 
-def test_every_module_has_a_room() -> None:
-    assert set(MODULES) == set(ORDER)
+def room_of(module: str) -> str:
+    return module.partition(".")[0]
 
 
-@pytest.mark.parametrize("module", ORDER)
-def test_imports_point_one_way(module: str) -> None:
-    if module == "__init__":
-        return
-    later = {i for i in own_imports(MODULES[module]) if ORDER.index(i) >= ORDER.index(module)}
-    assert not later, f"{module} imports {later} from its own level or below"
+def test_every_file_has_a_room_and_few_lie_beside_them() -> None:
+    assert {room_of(m) for m in MODULES} == {*ROOMS, *GOING}
+    assert len([m for m, path in MODULES.items() if path.parent == ROOT]) <= BESIDE
+
+
+@pytest.mark.parametrize("room", [r for r in ROOMS if r not in ("__init__", "__main__")])
+def test_imports_point_to_rooms_below(room: str) -> None:
+    for module, path in MODULES.items():
+        if room_of(module) == room:
+            above = {
+                i for i in own_imports(path) if room_of(i) not in GOING and ROOMS.index(room_of(i)) < ROOMS.index(room)
+            }
+            assert not above, f"{module} imports {above} from rooms above its own"
+
+
+@pytest.mark.parametrize(
+    ("room", "never"), [("checkpoint", "hub"), ("hub", "plan"), ("stages", "cli"), ("linalg", "files")]
+)
+def test_a_room_does_not_know_another(room: str, never: str) -> None:
+    assert not {m for m, path in MODULES.items() if room_of(m) == room and never in map(room_of, own_imports(path))}
 
 
 def test_peft_and_transformers_are_imported_where_they_are_used() -> None:
@@ -99,7 +88,7 @@ def run(code: str, *arguments: str) -> str:
 def test_compressing_imports_neither_peft_nor_transformers_nor_torch(tmp_path: Path, collection: list[str]) -> None:
     code = """
 import sys
-from lorashare_stream.cli import main
+from lorashare_stream.cli.app import main
 assert main(["compress", *sys.argv[2:], "-o", sys.argv[1], "-k", "4", "-q", "--device", "cpu"]) == 0
 print({"peft", "transformers", "torch", "huggingface_hub", "dask", "zarr", "scipy.linalg"} & set(sys.modules))
 """
@@ -109,7 +98,7 @@ print({"peft", "transformers", "torch", "huggingface_hub", "dask", "zarr", "scip
 def test_help_imports_nothing_heavy() -> None:
     code = """
 import sys
-from lorashare_stream.cli import main
+from lorashare_stream.cli.app import main
 try:
     main(["--help"])
 except SystemExit:
@@ -118,24 +107,9 @@ except SystemExit:
     assert run(code).endswith("set()\n")
 
 
-def test_scipys_linear_algebra_can_be_imported_after_ours() -> None:
-    code = """
-import sys
-import lorashare_stream.lapack
-assert "scipy.linalg" not in sys.modules
-import scipy.linalg, scipy.sparse.linalg
-from scipy.linalg import cython_blas
-from scipy.linalg.cython_lapack import __pyx_capi__
-print(len(scipy.linalg.eigh([[2.0, 1.0], [1.0, 2.0]])[0]))
-"""
-    assert run(code) == "2\n"
-
-
-def test_modules_and_functions_stay_small() -> None:
+def test_functions_stay_small() -> None:
     for module, path in MODULES.items():
-        text = path.read_text()
-        assert len(text.splitlines()) <= 300, module
-        for node in ast.walk(ast.parse(text)):
+        for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef):
                 body = node.body[1:] if ast.get_docstring(node) else node.body
                 lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0

@@ -17,8 +17,8 @@ from safetensors.numpy import load_file, save_file
 from lorashare_stream.errors import AdapterError, BudgetError, CollectionError, MissingFileError, UsageError
 from lorashare_stream.model import SHAREModel
 from lorashare_stream.pipeline import compress, plan_for
+from lorashare_stream.plan.sources import resolve
 from lorashare_stream.settings import Settings
-from lorashare_stream.sources import resolve
 
 from .conftest import CONFIG, factor_keys, load_tensors, make_collection, tree_digest, write_adapter
 from .oracle import share_config
@@ -252,7 +252,7 @@ def test_a_budget_that_cannot_hold_one_task_names_one_that_can(collection: list[
 def test_a_disk_without_room_is_refused_before_work(
     collection: list[str], compressed: Compress, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("lorashare_stream.stages.free_bytes", lambda path: (1, 1000))
+    monkeypatch.setattr("lorashare_stream.stages.passes.free_bytes", lambda path: (1, 1000))
     with pytest.raises(BudgetError, match=r"not enough disk.*1000 B free"):
         compressed(collection)
     assert not (tmp_path / "out.workspace").exists()

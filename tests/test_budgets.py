@@ -15,17 +15,17 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import get_pattern_key
 from transformers import BertConfig, BertForSequenceClassification
 
-from lorashare_stream.cli import main
+from lorashare_stream.checkpoint.location import Folder
+from lorashare_stream.cli.app import main
 from lorashare_stream.errors import BudgetError, UsageError
-from lorashare_stream.executors import Serial
-from lorashare_stream.findings import findings_of
-from lorashare_stream.hubreader import Folder
+from lorashare_stream.hub.card import card
 from lorashare_stream.model import SHAREModel
-from lorashare_stream.modelcard import card
-from lorashare_stream.page import page
+from lorashare_stream.plan.sources import resolve
+from lorashare_stream.report.page import page
+from lorashare_stream.report.statistics import findings_of
+from lorashare_stream.runtime.executors import Serial
 from lorashare_stream.settings import Settings
-from lorashare_stream.sources import resolve
-from lorashare_stream.verification import originals_of, verify
+from lorashare_stream.stages.verify import originals_of, verify
 
 from .conftest import MODULES, factor_keys, load_tensors, make_collection, make_tensors, tree_digest, write_adapter
 
@@ -249,7 +249,8 @@ def test_nothing_but_the_adapters_and_what_is_asked_decides_the_bytes(mixed: lis
 def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(
     mixed: list[str], compressed: Compress, monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any], step: str
 ) -> None:
-    from lorashare_stream import allotting, stages
+    from lorashare_stream.budget import allotting
+    from lorashare_stream.stages import passes as stages
 
     whole = tree_digest(compressed(mixed, "whole", **asked))
     name = f"{'weigh' if step == 'weigh' else step}_adapter"
@@ -273,7 +274,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(
 def test_the_same_command_does_nothing_again_and_another_budget_reads_no_adapter_for_its_bases(
     mixed: list[str], compressed: Compress, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lorashare_stream import allotting
+    from lorashare_stream.budget import allotting
 
     out = compressed(mixed, max_error=0.2)
     before = tree_digest(out)
@@ -464,8 +465,8 @@ def test_verify_compares_lora_that_is_kept_verbatim_byte_for_byte(tmp_path: Path
 
 
 def test_what_is_verbatim_by_a_budget_is_in_the_bases_all_the_same(tmp_path: Path, compressed: Compress) -> None:
-    from lorashare_stream.means import Means
-    from lorashare_stream.shrinking import remove
+    from lorashare_stream.edits.options import Means
+    from lorashare_stream.edits.remove import remove
 
     rng = np.random.default_rng(3)
     folders = few_of(tmp_path / "few", 24)

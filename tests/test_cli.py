@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 import yaml
 
-from lorashare_stream import momentstore, progress
-from lorashare_stream.cli import main
+from lorashare_stream.cli import progress
+from lorashare_stream.cli.app import main
 from lorashare_stream.settings import Settings
+from lorashare_stream.workspace import moments as momentstore
 
 from .conftest import load_tensors, make_collection, tree_digest, write_adapter
 from .oracle import share_config
@@ -342,7 +343,7 @@ def test_limits_of_the_process_are_one_sentence_and_nothing_is_lost(
     command += ["--workers", "1"]  # a process more takes another file
     code = f"""
 import resource, sys
-from lorashare_stream import commands, cli
+from lorashare_stream.cli import app as cli, commands
 resource.setrlimit(resource.RLIMIT_{limit}, ({7 if limit == "NOFILE" else 5000},) * 2)
 sys.exit(cli.main({[*command[3:], "-o", str(tmp_path / "out")]!r}))
 """

@@ -16,13 +16,14 @@ from typing import Any
 
 import pytest
 
-from lorashare_stream import pipeline, tasks
-from lorashare_stream.checkpoint import Staging
+from lorashare_stream import pipeline
+from lorashare_stream.checkpoint.staging import Staging
 from lorashare_stream.errors import UsageError
-from lorashare_stream.executors import Serial
 from lorashare_stream.pipeline import compress, default_workspace, plan_for
+from lorashare_stream.plan.sources import resolve
+from lorashare_stream.runtime.executors import Serial
 from lorashare_stream.settings import Settings
-from lorashare_stream.sources import resolve
+from lorashare_stream.stages import accumulate
 
 from .conftest import make_collection, tree_digest
 
@@ -121,9 +122,9 @@ def test_a_bit_flipped_anywhere_in_the_workspace_is_found_and_only_its_group_is_
     go(collection, quick / "fresh", num_components=3)
     expected = tree_digest(quick / "fresh")
     summed: list[str] = []
-    original = tasks.accumulate._begin
+    original = accumulate._begin
     monkeypatch.setattr(
-        "lorashare_stream.tasks.accumulate._begin", lambda j, m, g: (summed.append(m), original(j, m, g))[1]
+        "lorashare_stream.stages.accumulate._begin", lambda j, m, g: (summed.append(m), original(j, m, g))[1]
     )
     kept = quick / "kept"
     shutil.copytree(quick / "out.workspace", kept)

@@ -22,23 +22,26 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lorashare_stream import calls, cluster, connecting, probing
-from lorashare_stream.calls import Call, not_seen, one_thread, packed, perform
-from lorashare_stream.checkpoint import Staging
-from lorashare_stream.cli import main
-from lorashare_stream.cluster import DaskClient, _shared
-from lorashare_stream.connecting import connected
+from lorashare_stream.checkpoint.staging import Staging
+from lorashare_stream.cli.app import main
 from lorashare_stream.errors import ClusterError, UnreachableClusterError
-from lorashare_stream.executors import Places, Serial
-from lorashare_stream.fetching import fetching
+from lorashare_stream.hub.fetch import fetching
 from lorashare_stream.pipeline import compress, default_workspace, plan_for
-from lorashare_stream.running import Run, silent
+from lorashare_stream.plan.sources import resolve
+from lorashare_stream.runtime import calls, connecting, probing
+from lorashare_stream.runtime import dask as cluster
+from lorashare_stream.runtime.calls import Call, not_seen, one_thread, packed, perform
+from lorashare_stream.runtime.connecting import connected
+from lorashare_stream.runtime.dask import DaskClient, _shared
+from lorashare_stream.runtime.executors import Places, Serial
+from lorashare_stream.runtime.progress import silent
 from lorashare_stream.settings import Settings
-from lorashare_stream.sources import resolve
-from lorashare_stream.stages import make_job
-from lorashare_stream.tasks import ingest_adapter, project_adapter
+from lorashare_stream.stages.ingest import ingest_adapter
+from lorashare_stream.stages.passes import make_job
+from lorashare_stream.stages.project import project_adapter
+from lorashare_stream.stages.run import Run
 from lorashare_stream.version import __version__
-from lorashare_stream.workspace import Workspace
+from lorashare_stream.workspace.workspace import Workspace
 
 from .conftest import make_collection, tree_digest
 
@@ -510,7 +513,7 @@ def test_the_limit_on_blas_outlasts_the_first_of_several_tasks() -> None:
 
 
 def warn_of(text: str, n: int) -> int:
-    logging.getLogger("lorashare_stream.tasks").warning("%s %d", text, n)
+    logging.getLogger("lorashare_stream.stages").warning("%s %d", text, n)
     return n
 
 

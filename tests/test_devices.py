@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from lorashare_stream.devices import TorchSum, held_on, product, resolve_device, solver_on, torch_leading
 from lorashare_stream.errors import UsageError
-from lorashare_stream.moments import Accumulator, HostSum, Moment, empty, of_columns, second_of
+from lorashare_stream.linalg.basis import fit
+from lorashare_stream.linalg.device import TorchSum, held_on, product, resolve_device, solver_on, torch_leading
+from lorashare_stream.linalg.moments import Accumulator, HostSum, Moment, empty, of_columns, second_of
 from lorashare_stream.pipeline import compress, plan_for
+from lorashare_stream.plan.sources import resolve
 from lorashare_stream.settings import Settings
-from lorashare_stream.sources import resolve
-from lorashare_stream.subspace import fit
 
 from .oracle import share_config
 

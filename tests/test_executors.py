@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from lorashare_stream.cluster import DaskClient
-from lorashare_stream.executors import Serial, Threads
 from lorashare_stream.pipeline import compress, plan_for
+from lorashare_stream.plan.sources import resolve
+from lorashare_stream.runtime.dask import DaskClient
+from lorashare_stream.runtime.executors import Serial, Threads
 from lorashare_stream.settings import Settings
-from lorashare_stream.sources import resolve
 
 from .conftest import tree_digest
 

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from lorashare_stream.model import SHAREModel
 from lorashare_stream.pipeline import plan_for
-from lorashare_stream.report import plan_warnings
+from lorashare_stream.plan.sources import resolve
+from lorashare_stream.report.text import plan_warnings
 from lorashare_stream.settings import Settings
-from lorashare_stream.sources import resolve
 
 from .features import FEATURES, QV, Feature, loaded, loftq, logits, prepared, trained
 

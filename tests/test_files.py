@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lorashare_stream import files
-from lorashare_stream.checkpoint import MANY, Staging
+from lorashare_stream.checkpoint.staging import MANY, Staging
 from lorashare_stream.errors import UsageError
 from lorashare_stream.files import atomic_file, own_folder, read_json, remove_tree, sync_all, write_json
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lorashare_stream.cli import main
+from lorashare_stream.cli.app import main
 from lorashare_stream.errors import CheckpointError, UsageError
 from lorashare_stream.model import SHAREModel
-from lorashare_stream.sources import resolve
+from lorashare_stream.plan.sources import resolve
 
 from .conftest import load_tensors, make_collection, tree_digest, write_adapter
 

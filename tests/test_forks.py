@@ -18,11 +18,11 @@ from typing import Any
 import pytest
 
 from lorashare_stream.errors import AdapterError, Stopped
-from lorashare_stream.executors import Forks, Local, Serial, nothing
-from lorashare_stream.locks import BEATING
 from lorashare_stream.pipeline import compress, plan_for
+from lorashare_stream.plan.sources import resolve
+from lorashare_stream.runtime.executors import Forks, Local, Serial, nothing
+from lorashare_stream.runtime.forks import BEATING
 from lorashare_stream.settings import Settings
-from lorashare_stream.sources import resolve
 
 from .conftest import tree_digest
 
@@ -132,7 +132,7 @@ def test_processes_that_cannot_all_be_made_do_not_stay(monkeypatch: pytest.Monke
 
 
 def test_what_tasks_log_is_logged_here(caplog: pytest.LogCaptureFixture) -> None:
-    log = logging.getLogger("lorashare_stream.tasks.fit")
+    log = logging.getLogger("lorashare_stream.stages.fit")
     with caplog.at_level(logging.INFO, "lorashare_stream"):
         list(Forks().map(lambda n: log.warning("module %s", n), range(3), 2))
     assert sorted(r.getMessage() for r in caplog.records) == ["module 0", "module 1", "module 2"]
@@ -147,7 +147,7 @@ def test_a_child_holds_no_file_of_the_parent(tmp_path: Path) -> None:
 
 PARENT = """
 import os, sys, time
-from lorashare_stream.executors import Forks
+from lorashare_stream.runtime.executors import Forks
 def task(n):
     os.write(1, b"%d\\n" % os.getpid())
     time.sleep(60)

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
-from lorashare_stream.allotment import largest_within, smallest_with
-from lorashare_stream.deltas import Product, gram
-from lorashare_stream.forms import (
+from lorashare_stream.adapters.config import products, reranked
+from lorashare_stream.adapters.scaling import Product
+from lorashare_stream.budget.allotment import largest_within, smallest_with
+from lorashare_stream.budget.forms import (
     Kept,
     Options,
     at_price,
@@ -26,8 +27,8 @@ from lorashare_stream.forms import (
     within,
     without_own,
 )
-from lorashare_stream.offers import Candidates, Spectra, Weighed, candidates_of, uniform_bytes
-from lorashare_stream.peftconfig import products, reranked
+from lorashare_stream.budget.offers import Candidates, Spectra, Weighed, candidates_of, uniform_bytes
+from lorashare_stream.linalg.delta import gram
 
 SEEDS = st.integers(0, 2**32 - 1)
 

@@ -20,13 +20,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lorashare_stream.adapters.keys import adapter_names, foreign_kind, parse_key
 from lorashare_stream.errors import AdapterError, StreamError
-from lorashare_stream.executors import Serial
-from lorashare_stream.keys import adapter_names, foreign_kind, parse_key
 from lorashare_stream.model import SHAREModel
 from lorashare_stream.pipeline import compress, plan_for
+from lorashare_stream.plan.sources import resolve
+from lorashare_stream.runtime.executors import Serial
 from lorashare_stream.settings import Settings
-from lorashare_stream.sources import resolve
 
 from .make_corpus import CONFIG, CORPUS, DATA, GOOD, A, B, packed, saved
 

@@ -13,18 +13,18 @@ import numpy as np
 import pytest
 import torch
 
-from lorashare_stream.adding import add
-from lorashare_stream.cli import main
+from lorashare_stream.cli.app import main
+from lorashare_stream.edits.add import add
+from lorashare_stream.edits.options import Means
+from lorashare_stream.edits.refit import refit
+from lorashare_stream.edits.remove import remove
 from lorashare_stream.errors import AdapterError, CheckpointError, CollectionError, UsageError, WorkspaceError
-from lorashare_stream.means import Means
 from lorashare_stream.model import SHAREModel
 from lorashare_stream.pipeline import Outcome, compress, default_workspace, plan_for
-from lorashare_stream.refitting import refit
+from lorashare_stream.plan.sources import resolve
 from lorashare_stream.settings import Settings
-from lorashare_stream.shrinking import remove
-from lorashare_stream.sources import resolve
-from lorashare_stream.verification import originals_of, verify
-from lorashare_stream.workspace import Workspace
+from lorashare_stream.stages.verify import originals_of, verify
+from lorashare_stream.workspace.workspace import Workspace
 
 from .conftest import MODULES, load_tensors, make_collection, make_tensors, tree_digest, write_adapter
 

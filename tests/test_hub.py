@@ -18,10 +18,8 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from lorashare_stream import hub as hub_module
-from lorashare_stream import patience
-from lorashare_stream.cli import main
-from lorashare_stream.cluster import DaskClient
+from lorashare_stream.adapters.hubid import HubId, parse_hub_id
+from lorashare_stream.cli.app import main
 from lorashare_stream.errors import (
     AdapterError,
     BudgetError,
@@ -33,13 +31,15 @@ from lorashare_stream.errors import (
     UsageError,
     WorkspaceError,
 )
-from lorashare_stream.executors import Serial
-from lorashare_stream.hub import Hub
-from lorashare_stream.hubid import HubId, parse_hub_id
+from lorashare_stream.hub import client as hub_module
+from lorashare_stream.hub import retry as patience
+from lorashare_stream.hub.client import Hub
 from lorashare_stream.model import SHAREModel
 from lorashare_stream.pipeline import compress, default_workspace, plan_for
+from lorashare_stream.plan.sources import resolve
+from lorashare_stream.runtime.dask import DaskClient
+from lorashare_stream.runtime.executors import Serial
 from lorashare_stream.settings import Settings
-from lorashare_stream.sources import resolve
 
 from .conftest import CONFIG, factor_keys, load_tensors, make_collection, tree_digest, write_adapter
 from .fakehub import ALICE, FakeHub, patched
@@ -376,7 +376,7 @@ def test_an_outage_is_survived_and_said_once(
         ends.start()
         compress(made, tmp_path / "out")
         ends.join()
-    assert sum("waiting" in r.getMessage() for r in caplog.records if r.name == "lorashare_stream.patience") == 1
+    assert sum("waiting" in r.getMessage() for r in caplog.records if r.name == "lorashare_stream.hub.retry") == 1
 
 
 def test_an_outage_without_end_stops_the_run_and_keeps_what_is_done(
@@ -859,7 +859,7 @@ def test_pins_outlive_other_commands(tmp_path: Path, hub: FakeHub, collection: l
 def test_a_disk_without_room_for_what_is_fetched(
     tmp_path: Path, hub: FakeHub, pins: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lorashare_stream import stages
+    from lorashare_stream.stages import passes as stages
 
     made = plan(pins, tmp_path / "out")
     room = made.sizes["moments"] + made.sizes["basis"] + made.sizes["checkpoint"] + 4 * 3676
@@ -1061,7 +1061,7 @@ def test_a_server_that_never_answers(tmp_path: Path, hub: FakeHub, monkeypatch: 
 
 
 def test_errors_of_the_storage_client() -> None:
-    from lorashare_stream.huberrors import passing, permanent
+    from lorashare_stream.hub.errors import passing, permanent
 
     for text, waits in (
         ("Task error: File reconstruction error: CAS Client Error: status 503 for url", True),

@@ -17,8 +17,8 @@ import pytest
 import torch
 from huggingface_hub import snapshot_download
 
-import lorashare_stream.opened
-import lorashare_stream.patience
+import lorashare_stream.hub.retry
+import lorashare_stream.model
 from lorashare_stream.errors import (
     CheckpointError,
     MissingCheckpointError,
@@ -28,8 +28,8 @@ from lorashare_stream.errors import (
 )
 from lorashare_stream.model import SHAREModel
 from lorashare_stream.pipeline import compress, default_workspace, plan_for
+from lorashare_stream.plan.sources import resolve
 from lorashare_stream.settings import Settings
-from lorashare_stream.sources import resolve
 
 from .conftest import make_collection, make_tensors, tree_digest, write_adapter
 from .fakehub import ALICE, FakeHub, environment, patched
@@ -66,7 +66,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
     with FakeHub() as hub:
         patched(monkeypatch, hub, tmp_path / "home")
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(lorashare_stream.patience, "LONGEST", 0.01)
+        monkeypatch.setattr(lorashare_stream.hub.retry, "LONGEST", 0.01)
         yield hub
 
 
@@ -310,7 +310,7 @@ def test_a_hub_that_is_down_is_not_answered_from_the_cache(
 ) -> None:
     sha = hub.add("org/share", files_of(checkpoint))
     SHAREModel.from_pretrained("org/share").reconstruct("a00")
-    monkeypatch.setattr(lorashare_stream.patience, "PATIENCE", 0.05)
+    monkeypatch.setattr(lorashare_stream.hub.retry, "PATIENCE", 0.05)
     with hub.outage(), pytest.raises(UnreachableError, match="cannot be reached"):
         SHAREModel.from_pretrained("org/share")
     hub.fault(kind="info", status=503, times=None)
@@ -473,7 +473,7 @@ def test_pushing_takes_the_whole_checkpoint(
         given.append((tree_digest(root), repo_id, how))
         return Pushed()
 
-    monkeypatch.setattr(lorashare_stream.opened, "push", push)
+    monkeypatch.setattr(lorashare_stream.model, "push", push)
     hub.add("org/share", {**files_of(checkpoint), "README.md": b"not mine"})
     how: dict[str, Any] = {"private": True, "token": ALICE, "commit_message": "m", "revision": "b", "create_pr": True}
     how["overwrite"] = True
@@ -512,7 +512,7 @@ def test_a_cache_that_is_only_read(
 def test_the_commands_that_read_take_ids(
     tmp_path: Path, hub: FakeHub, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from lorashare_stream.cli import main
+    from lorashare_stream.cli.app import main
 
     repo = "alice/readable"
     hub.add(repo, {str(p.relative_to(checkpoint)): p.read_bytes() for p in checkpoint.rglob("*") if p.is_file()})

@@ -18,20 +18,20 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from safetensors.torch import load_file, save_file
 
-from lorashare_stream.adding import add
-from lorashare_stream.cli import main
-from lorashare_stream.dtypes import as_stored, narrowed, stacked, stored_bytes, stored_shape, widened
+from lorashare_stream.adapters.dtypes import as_stored, narrowed, stacked, stored_bytes, stored_shape, widened
+from lorashare_stream.cli.app import main
+from lorashare_stream.edits.add import add
+from lorashare_stream.edits.options import Means
+from lorashare_stream.edits.refit import refit
+from lorashare_stream.edits.remove import remove
 from lorashare_stream.errors import CheckpointError, UsageError
-from lorashare_stream.executors import Serial
-from lorashare_stream.means import Means
+from lorashare_stream.hub.push import push
 from lorashare_stream.model import SHAREModel
 from lorashare_stream.pipeline import compress, default_workspace, plan_for
-from lorashare_stream.pushing import push
-from lorashare_stream.refitting import refit
+from lorashare_stream.plan.sources import resolve
+from lorashare_stream.runtime.executors import Serial
 from lorashare_stream.settings import Settings
-from lorashare_stream.shrinking import remove
-from lorashare_stream.sources import resolve
-from lorashare_stream.verification import originals_of, verify
+from lorashare_stream.stages.verify import originals_of, verify
 
 from .conftest import factor_keys, load_tensors, make_collection, tree_digest, write_adapter
 from .fakehub import ALICE, FakeHub, patched

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorashare_stream.executors import Executor, Serial, Threads
+from lorashare_stream.linalg.basis import fit
+from lorashare_stream.linalg.moments import Accumulator, HostSum, empty
 from lorashare_stream.model import SHAREModel
-from lorashare_stream.moments import Accumulator, HostSum, empty
 from lorashare_stream.pipeline import compress, plan_for
+from lorashare_stream.plan.sources import resolve
+from lorashare_stream.runtime.executors import Executor, Serial, Threads
 from lorashare_stream.settings import Settings
-from lorashare_stream.sources import resolve
-from lorashare_stream.subspace import fit
 
 from .conftest import load_tensors, make_collection, tree_digest
 from .oracle import groups, stacked

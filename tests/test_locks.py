@@ -17,18 +17,18 @@ from typing import Any
 import psutil
 import pytest
 
-from lorashare_stream import locks
-from lorashare_stream.adding import add
-from lorashare_stream.cli import main
+from lorashare_stream.checkpoint.config import read_share_config
+from lorashare_stream.cli.app import main
+from lorashare_stream.edits.add import add
+from lorashare_stream.edits.options import Means
+from lorashare_stream.edits.remove import remove
 from lorashare_stream.errors import LockedError, UsageError, WorkspaceError
-from lorashare_stream.locks import SILENCE, held
-from lorashare_stream.means import Means
 from lorashare_stream.pipeline import compress, default_workspace, plan_for
+from lorashare_stream.plan.sources import resolve
 from lorashare_stream.settings import Settings
-from lorashare_stream.shareconfig import read_share_config
-from lorashare_stream.shrinking import remove
-from lorashare_stream.sources import resolve
-from lorashare_stream.workspace import Workspace
+from lorashare_stream.workspace import lock as locks
+from lorashare_stream.workspace.lock import SILENCE, held
+from lorashare_stream.workspace.workspace import Workspace
 
 from .conftest import make_collection
 
@@ -218,7 +218,7 @@ def test_an_output_that_another_run_has_published_meanwhile_is_not_replaced(
 
 def test_a_stopped_process_lets_go_of_its_locks(tmp_path: Path) -> None:
     code = f"""
-from lorashare_stream import locks
+from lorashare_stream.workspace import lock as locks
 with locks.held(locks.Path({str(tmp_path / "lock")!r})):
     locks.let_go()
     print(open({str(tmp_path / "lock")!r}).read() == "")

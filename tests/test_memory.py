@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import save_file
 
 from lorashare_stream.pipeline import plan_for
-from lorashare_stream.planning import Plan
+from lorashare_stream.plan.plan import Plan
+from lorashare_stream.plan.sources import resolve
 from lorashare_stream.settings import Settings
-from lorashare_stream.sources import resolve
 
 from .conftest import CONFIG
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorashare_stream.moments import (
+from lorashare_stream.linalg.moments import (
     Accumulator,
     HostSum,
     Moment,

@@ -18,9 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from zarr.codecs import Crc32cCodec
 
-from lorashare_stream import momentstore, zarrfile
-from lorashare_stream.moments import Accumulator, HostSum, Moment, empty, of_columns
-from lorashare_stream.momentstore import DamagedMoment
+from lorashare_stream.linalg.moments import Accumulator, HostSum, Moment, empty, of_columns
+from lorashare_stream.workspace import moments as momentstore
+from lorashare_stream.workspace import zarrfile
+from lorashare_stream.workspace.moments import DamagedMoment
 
 ARRAYS = [
     ("sum", (1,)), ("sum", (1023,)), ("sum", (1024,)), ("sum", (2500,)), ("sum", (0,)),

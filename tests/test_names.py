@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorashare_stream.names import (
+from lorashare_stream.text import (
     MAX_NAME_BYTES,
     bytes_shown,
     derived_name,

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lorashare_stream.cli import main
-from lorashare_stream.findings import curve_of, findings_of, kind_and_depth
-from lorashare_stream.hubreader import Folder
-from lorashare_stream.markup import element
-from lorashare_stream.page import page
-from lorashare_stream.tensorfile import write_arrays
+from lorashare_stream.adapters.safetensors import write_arrays
+from lorashare_stream.checkpoint.location import Folder
+from lorashare_stream.cli.app import main
+from lorashare_stream.report.markup import element
+from lorashare_stream.report.page import page
+from lorashare_stream.report.statistics import curve_of, findings_of, kind_and_depth
 
 from .browser import Browser, chromium
 from .conftest import make_collection

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lorashare_stream.adapters.config import check_lora, products
+from lorashare_stream.adapters.patterns import matcher
 from lorashare_stream.errors import AdapterError
-from lorashare_stream.patterns import matcher
-from lorashare_stream.peftconfig import check_lora, products
 
 BASE: dict[str, Any] = {"peft_type": "LORA", "r": 8, "lora_alpha": 16}
 

@@ -18,21 +18,24 @@ import pytest
 import torch
 import yaml
 
-from lorashare_stream import modelcard, patience, pushing, pushtarget
+from lorashare_stream.adapters.hubid import HubId
+from lorashare_stream.checkpoint.config import read_share_config
+from lorashare_stream.checkpoint.format import CONFIG, OURS
+from lorashare_stream.checkpoint.records import metas_of
 from lorashare_stream.errors import CheckpointError, StreamError, UnreachableError, UsageError
 from lorashare_stream.files import read_json, sealed, unsealed
-from lorashare_stream.hubid import HubId
+from lorashare_stream.hub import card as modelcard
+from lorashare_stream.hub import push as pushing
+from lorashare_stream.hub import push_target as pushtarget
+from lorashare_stream.hub import retry as patience
+from lorashare_stream.hub.card import MARK, Provenance, card, escaped
+from lorashare_stream.hub.push import push
+from lorashare_stream.hub.scrub import Scrubber
 from lorashare_stream.model import SHAREModel
-from lorashare_stream.modelcard import MARK, Provenance, card, escaped
 from lorashare_stream.pipeline import compress, default_workspace, plan_for
-from lorashare_stream.pushing import push
-from lorashare_stream.records import metas_of
-from lorashare_stream.running import silent
-from lorashare_stream.scrubbing import Scrubber
+from lorashare_stream.plan.sources import resolve
+from lorashare_stream.runtime.progress import silent
 from lorashare_stream.settings import Settings
-from lorashare_stream.shareconfig import read_share_config
-from lorashare_stream.shareformat import CONFIG, OURS
-from lorashare_stream.sources import resolve
 
 from .conftest import make_collection
 from .fakehub import ALICE, FakeHub, patched

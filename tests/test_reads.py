@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from lorashare_stream import tensorfile
+from lorashare_stream.adapters import safetensors as tensorfile
+from lorashare_stream.adapters.safetensors import read_header
 from lorashare_stream.pipeline import compress, plan_for
+from lorashare_stream.plan.sources import resolve
 from lorashare_stream.settings import Settings
-from lorashare_stream.sources import resolve
-from lorashare_stream.tensorfile import read_header
 
 from .conftest import make_collection
 

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from lorashare_stream.adapterfiles import open_tensors, tensor_records, weight_files
+from lorashare_stream.adapters.folder import open_tensors, tensor_records, weight_files
 from lorashare_stream.errors import CollectionError
 from lorashare_stream.model import SHAREModel
 from lorashare_stream.pipeline import plan_for
+from lorashare_stream.plan.sources import resolve
 from lorashare_stream.settings import Settings
-from lorashare_stream.sources import resolve
-from lorashare_stream.verification import originals_of, verify
+from lorashare_stream.stages.verify import originals_of, verify
 
 Compress = Callable[..., Path]
 ZERO = "bhaveshasasik-generative_AI_model--gpt-lora"  # a gpt2 adapter whose every B is zero

@@ -16,14 +16,14 @@ import torch
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from safetensors.numpy import load_file, save_file
 
-from lorashare_stream import peftconfig
+from lorashare_stream.adapters import config as peftconfig
 from lorashare_stream.errors import CollectionError, UsageError, WorkspaceError
 from lorashare_stream.model import SHAREModel
 from lorashare_stream.pipeline import plan_for
-from lorashare_stream.report import plan_text, plan_warnings
+from lorashare_stream.plan.sources import resolve
+from lorashare_stream.report.text import plan_text, plan_warnings
 from lorashare_stream.settings import Settings
-from lorashare_stream.sources import resolve
-from lorashare_stream.verification import originals_of, verify
+from lorashare_stream.stages.verify import originals_of, verify
 
 from .conftest import CONFIG, factor_keys, load_tensors, make_collection, make_tensors, write_adapter
 

@@ -11,18 +11,20 @@ from typing import Any
 import pytest
 import torch
 
-from lorashare_stream import pipeline, reader, tasks
-from lorashare_stream.adding import add
+from lorashare_stream import pipeline
+from lorashare_stream.checkpoint import reader
+from lorashare_stream.edits.add import add
+from lorashare_stream.edits.options import Means
+from lorashare_stream.edits.refit import refit
+from lorashare_stream.edits.remove import remove
 from lorashare_stream.errors import AdapterError, StreamError, UsageError, WorkspaceError
-from lorashare_stream.executors import Serial
-from lorashare_stream.means import Means
 from lorashare_stream.model import SHAREModel
 from lorashare_stream.pipeline import compress, plan_for
-from lorashare_stream.refitting import refit
+from lorashare_stream.plan.sources import resolve
+from lorashare_stream.runtime.executors import Serial
 from lorashare_stream.settings import Settings
-from lorashare_stream.shrinking import remove
-from lorashare_stream.sources import resolve
-from lorashare_stream.workspace import Workspace
+from lorashare_stream.stages import accumulate
+from lorashare_stream.workspace.workspace import Workspace
 
 from .conftest import load_tensors, make_collection, tree_digest, write_adapter
 
@@ -176,9 +178,9 @@ def test_a_damaged_moment_is_found_and_only_its_module_is_summed_again(
     else:
         chunk.write_bytes(content if damage == "flip" else content[:100])
     summed: list[str] = []
-    original = tasks.accumulate._begin
+    original = accumulate._begin
     monkeypatch.setattr(
-        "lorashare_stream.tasks.accumulate._begin", lambda j, m, g: (summed.append(m), original(j, m, g))[1]
+        "lorashare_stream.stages.accumulate._begin", lambda j, m, g: (summed.append(m), original(j, m, g))[1]
     )
     go(collection, out, num_components=3)
     assert summed == ["q"]
@@ -234,7 +236,7 @@ def test_runs_that_never_came_to_publish_do_not_make_the_output_a_strangers(
 
     for k in (2, 3, 4):
         with monkeypatch.context() as patch:
-            patch.setattr("lorashare_stream.checkpoint.publish", killed)
+            patch.setattr("lorashare_stream.checkpoint.staging.publish", killed)
             with pytest.raises(Kill):
                 go(collection, out, num_components=k)
     go(collection, out, num_components=6)

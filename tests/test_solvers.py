@@ -7,10 +7,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lorashare_stream.krylov import capacity, krylov, sketch, width
-from lorashare_stream.moments import Accumulator, HostSum, Moment, empty, of_columns, stays_stacked
-from lorashare_stream.solvers import by_krylov, by_lapack, leading, prefers_partial, product_with, spectrum
-from lorashare_stream.subspace import explained_variance
+from lorashare_stream.linalg.basis import explained_variance
+from lorashare_stream.linalg.eigen import by_krylov, by_lapack, leading, prefers_partial, product_with, spectrum
+from lorashare_stream.linalg.krylov import capacity, krylov, sketch, width
+from lorashare_stream.linalg.moments import Accumulator, HostSum, Moment, empty, of_columns, stays_stacked
 
 SPECTRA = {
     "power law": lambda m: 1.0 / np.arange(1, m + 1),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lorashare_stream.errors import UsageError
-from lorashare_stream.sources import resolve
+from lorashare_stream.plan.sources import resolve
 
 from .conftest import make_collection
 

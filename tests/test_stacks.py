@@ -9,17 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorashare_stream.adapterfiles import open_tensors, tensor_records
-from lorashare_stream.budget import Group, portions, steps_of
-from lorashare_stream.deltas import Product, delta_error, delta_errors, gram, projected_errors
-from lorashare_stream.dtypes import narrowed, stacked, widened
-from lorashare_stream.keys import SIDES
-from lorashare_stream.layout import read_layout
-from lorashare_stream.moments import Accumulator, HostSum, Lockstep, empty
+from lorashare_stream.adapters.dtypes import narrowed, stacked, widened
+from lorashare_stream.adapters.folder import open_tensors, tensor_records
+from lorashare_stream.adapters.keys import SIDES
+from lorashare_stream.adapters.layout import read_layout
+from lorashare_stream.adapters.safetensors import float32, runs
+from lorashare_stream.adapters.scaling import Product
+from lorashare_stream.adapters.stacks import STACK_BYTES, bundles, chunks
+from lorashare_stream.linalg.delta import delta_error, delta_errors, gram, projected_errors
+from lorashare_stream.linalg.moments import Accumulator, HostSum, Lockstep, empty
+from lorashare_stream.plan.memory import Group, portions, steps_of
 from lorashare_stream.settings import Settings
-from lorashare_stream.stacks import STACK_BYTES, bundles, chunks
-from lorashare_stream.tasks.accumulate import weighted_rows
-from lorashare_stream.tensorfile import float32, runs
+from lorashare_stream.stages.accumulate import weighted_rows
 
 from .conftest import make_tensors, write_adapter
 

@@ -10,13 +10,14 @@ import scipy.linalg
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorashare_stream.deltas import Product, delta_error, delta_norm, projected_errors, relative_error
-from lorashare_stream.keys import SIDES
-from lorashare_stream.lapack import largest_eigenpairs
-from lorashare_stream.moments import Moment, empty, of_columns, second_of
-from lorashare_stream.solvers import leading
-from lorashare_stream.subspace import break_even, centered, fit
-from lorashare_stream.tasks.accumulate import weighted_rows
+from lorashare_stream.adapters.keys import SIDES
+from lorashare_stream.adapters.scaling import Product
+from lorashare_stream.linalg.basis import break_even, centered, fit
+from lorashare_stream.linalg.delta import delta_error, delta_norm, projected_errors, relative_error
+from lorashare_stream.linalg.eigen import leading
+from lorashare_stream.linalg.lapack import largest_eigenpairs
+from lorashare_stream.linalg.moments import Moment, empty, of_columns, second_of
+from lorashare_stream.stages.accumulate import weighted_rows
 
 
 def decaying(seed: int, n: int, d: int, power: float = 1.0) -> np.ndarray:

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from safetensors.torch import load_file, save_file
 
-from lorashare_stream.adapterfiles import open_tensors, tensor_records
-from lorashare_stream.dtypes import ITEMSIZE, as_stored, narrowed, widened
+from lorashare_stream.adapters.dtypes import ITEMSIZE, as_stored, narrowed, widened
+from lorashare_stream.adapters.folder import open_tensors, tensor_records
+from lorashare_stream.adapters.safetensors import float32, read_header, write_safetensors
 from lorashare_stream.errors import AdapterError
-from lorashare_stream.tensorfile import float32, read_header, write_safetensors
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 

@@ -1,0 +1,1 @@
+"""One PEFT adapter: its files, keys, configuration and tensors."""

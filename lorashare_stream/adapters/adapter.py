@@ -1,0 +1,130 @@
+"""An adapter of the catalog: where it comes from, its tensors, how its dW comes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from ..errors import ValuesError
+from ..text import digest_of
+from .folder import FileFact
+from .hubid import HubId
+from .layout import Layout
+from .scaling import Product
+from .shapes import ModuleShape, Shapes
+from .source import Listing
+from .stacks import Bundle, Chunk, bundles, chunks
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where on the Hub an adapter comes from, and what it must be when it is fetched.
+
+    Attributes:
+        hub: its pinned id.
+        asked: the id as it was given.
+        listing: what the Hub says of it.
+        records: digest of its tensor records.
+        sha256: of its one weight file, if the Hub lists it.
+        refused: why its values must not touch a moment, if that is known from before.
+    """
+
+    hub: HubId
+    asked: str
+    listing: Listing
+    records: str
+    sha256: str | None = None
+    refused: ValuesError | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An adapter that was admitted to the catalog.
+
+    Attributes:
+        name: unique among all, one path component.
+        source_id, folder: where it comes from; the folder of what is not fetched is no folder yet.
+        files: its weight files as they were; of what is not fetched, names and sizes.
+        layout: its tensors.
+        products: how dW comes of the factors of each module, in the order of `layout.modules`.
+        base_model: the base model that its configuration names, if it names one.
+        config_digest: SHA-256 of its configuration's values.
+        config: its adapter_config.json, as JSON has it; None if it was not read.
+        origin: where on the Hub it comes from.
+        fetched: whether its files are on this machine.
+    """
+
+    name: str
+    source_id: str
+    folder: Path
+    files: tuple[FileFact, ...]
+    layout: Layout
+    products: tuple[Product, ...]
+    base_model: str | None
+    config_digest: str
+    config: str | None = None
+    origin: Origin | None = None
+    fetched: bool = True
+
+    @property
+    def where(self) -> str:
+        """What is shown of where it comes from."""
+        return self.source_id if self.origin is not None else str(self.folder)
+
+    @property
+    def hub_bytes(self) -> int:
+        """Bytes that are fetched from the Hub for it."""
+        return 0 if self.origin is None else sum(f.size for f in self.files)
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Its weight files."""
+        return tuple(f.path for f in self.files)
+
+    def products_of(self, modules: Iterable[str]) -> list[Product]:
+        """How dW of several modules comes of their factors."""
+        return [self.products[self.layout.position[m]] for m in modules]
+
+    def product(self, module: str) -> Product:
+        """How dW of a module comes of its factors."""
+        return self.products[self.layout.position[module]]
+
+    @property
+    def plain(self) -> bool:
+        """Whether no module has stacked experts."""
+        return all(p.experts == 1 for p in self.products)
+
+    @property
+    def chunks(self) -> tuple[Chunk, ...]:
+        """All tensors, in file order; stacked experts, whose number no shape tells, are not stacked once more."""
+        return self.layout.chunks if self.plain else chunks(self.layout.in_file_order, alone=True)
+
+    @property
+    def bundles(self) -> tuple[Bundle, ...]:
+        """The shared modules, with the same E in each bundle."""
+        return self.layout.bundles if self.plain else bundles(self.layout.modules, alone=True)
+
+    def bundles_of(self, modules: Iterable[str]) -> tuple[Bundle, ...]:
+        """Some of the shared modules."""
+        return bundles((self.layout.by_name[m] for m in modules), alone=not self.plain)
+
+    @property
+    def shapes(self) -> Shapes:
+        """The shapes of its shared modules."""
+        return _shapes(self.layout, self.products)[0]
+
+    @property
+    def shapes_digest(self) -> str:
+        """By which the workspace knows these."""
+        return _shapes(self.layout, self.products)[1]
+
+
+@lru_cache(maxsize=256)  # adapters of one script have equal ones
+def _shapes(layout: Layout, products: tuple[Product, ...]) -> tuple[Shapes, str]:
+    found = {
+        m.name: ModuleShape(m.rank, m.dim("A"), m.dim("B"), p.experts, p.parameters)
+        for m, p in zip(layout.modules, products, strict=True)
+    }
+    return found, digest_of(found)

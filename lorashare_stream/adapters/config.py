@@ -1,0 +1,279 @@
+"""The parts of an adapter_config.json that decide what its tensors mean."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ..errors import AdapterError
+from ..text import shown
+from .keys import factor_key
+from .patterns import matcher
+from .scaling import Product
+
+Config = Mapping[str, Any]
+
+# What PEFT 0.21 can write as LoRA; the others change the model in another way than by adding a matrix.
+_CONVERTIBLE = {
+    "BONE", "C3A", "DELORA", "FOURIERFT", "GRALORA", "LOHA", "LOKR", "MISS", "PSOFT", "RANDLORA", "TINYLORA", "UNILORA",
+    "VBLORA", "VERA", "WAVEFT",
+}  # fmt: skip
+_INITIAL = re.compile(r"pissa(_niter_\d+)?|olora|corda|lora_ga|loftq", re.IGNORECASE)
+_WITHIN = ".base_layer.out_proj"  # of a MultiheadAttention, beside the name of the whole
+_MOST_PAIRS = 10**7  # of names in target_parameters and modules
+_MOST_PARAMETERS = 64  # of one module
+# Variants whose dW is not s B A of the two tensors.
+_OTHER_PRODUCTS = {
+    "kasa_config": "KaSA puts a diagonal between B and A",
+    "use_bdlora": "BD-LoRA's tensors are the blocks of block-diagonal matrices",
+    "use_qalora": "QALoRA's lora_A sees averages of the input",
+    "arrow_config": "an Arrow router chooses among other adapters",
+}
+
+
+def check_lora(config: Config) -> None:
+    """Refuse what is not a PEFT LoRA configuration.
+
+    Raises:
+        AdapterError: naming the peft_type or the field.
+    """
+    peft_type = config.get("peft_type")
+    if peft_type != "LORA":
+        raise _other_type(peft_type)
+    if config.get("enable_lora"):
+        raise AdapterError(
+            "a legacy MergedLinear adapter (enable_lora), which current PEFT cannot load",
+            key="enable_lora",
+            remedy="Convert it with the PEFT release that made it, or leave it out.",
+        )
+    if not _is_rank(config.get("r")):
+        _refuse_field("r", config.get("r"), "a whole number from 1")
+    if not _is_alpha(config.get("lora_alpha")):
+        _refuse_field("lora_alpha", config.get("lora_alpha"), "a number")
+    for name, holds in (("rank_pattern", _is_rank), ("alpha_pattern", _is_alpha)):
+        pattern = config.get(name) or {}
+        if not isinstance(pattern, dict) or not all(holds(value) for value in pattern.values()):
+            _refuse_field(name, pattern, "a mapping of module patterns to numbers")
+    parameters = config.get("target_parameters") or []
+    if not isinstance(parameters, list) or not all(isinstance(p, str) for p in parameters):
+        _refuse_field("target_parameters", parameters, "a list of names")
+
+
+def _other_type(peft_type: object) -> AdapterError:
+    if not peft_type:
+        return AdapterError(
+            "adapter_config.json has no peft_type",
+            key="peft_type",
+            found=peft_type,
+            expected="LORA",
+            remedy="It was not saved by PEFT, or is damaged: save it again, or leave it out.",
+        )
+    name = peft_type.upper() if isinstance(peft_type, str) else ""
+    return AdapterError(
+        f"not a LoRA adapter: peft_type is {shown(repr(peft_type), 60)}",
+        key="peft_type",
+        found=peft_type,
+        expected="LORA",
+        remedy="Load it on its base model and convert it with peft.save_as_lora, or leave it out."
+        if name in _CONVERTIBLE
+        else "PEFT cannot convert it to LoRA: leave it out.",
+    )
+
+
+def _is_rank(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 1 << 31
+
+
+def _is_alpha(value: object) -> bool:
+    # Bounded, so that squares of scales stay finite; PEFT itself takes zero and negative ones.
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e30 < value < 1e30
+
+
+def _refuse_field(name: str, found: object, expected: str) -> None:
+    raise AdapterError(
+        f"adapter_config.json has an unusable {name}",
+        key=name,
+        found="nothing" if found is None else found,
+        expected=expected,
+        remedy="Mend the configuration, or leave the adapter out.",
+    )
+
+
+def base_model(config: Config) -> str | None:
+    """The base model that the adapter names, or None if it names none."""
+    name = config.get("base_model_name_or_path")
+    return name if isinstance(name, str) and name else None
+
+
+def initial_part(config: Config) -> str | None:
+    """Why the factors hold a part of the base model beside what was learnt, or None if they do not.
+
+    These initialisations split W into a residual, which becomes the base, and a product of factors, which are then
+    trained. PEFT splits it anew whenever it loads the adapter.
+    """
+    init = config.get("init_lora_weights")
+    if not isinstance(init, str) or not _INITIAL.fullmatch(init):
+        return None
+    return (
+        f"its factors hold a part of the base model (init_lora_weights {init}); "
+        "--share-initial compresses such adapters, into another output, at an error relative to that part as well"
+    )
+
+
+def other_product(config: Config) -> str | None:
+    """Why dW is not s B A of an adapter's tensors, or None if it is."""
+    return next((reason for name, reason in _OTHER_PRODUCTS.items() if config.get(name)), None)
+
+
+def products(config: Config, ranks: Mapping[str, int]) -> tuple[Product, ...] | None:
+    """How dW comes of the factors of each module, or None if that depends on more than the adapter tells.
+
+    PEFT's s is alpha / r, or alpha / sqrt(r) under rsLoRA, with the r and alpha of the module's patterns.
+
+    Args:
+        config: an adapter_config.json that `check_lora` lets pass.
+        ranks: the rank that the tensors of each module have.
+
+    Raises:
+        AdapterError: if a rank is not the configured one: PEFT would not load the tensors.
+
+    >>> products({"r": 8, "lora_alpha": 16, "alpha_pattern": {"q": 32}}, {"h.0.q": 8, "h.0.v": 8})
+    (Product(scale=4.0, experts=1, parameters=()), Product(scale=2.0, experts=1, parameters=()))
+    """
+    targets: Sequence[str] = config.get("target_parameters") or ()
+    if len(targets) * len(ranks) > _MOST_PAIRS:
+        _refuse_field("target_parameters", f"{len(targets)} names", f"fewer, with {len(ranks)} modules")
+    meant: dict[str, tuple[str | None, tuple[str, ...]]] = {}
+    names: set[str] = set()
+    for module in ranks:
+        own, parameters = meant[module] = _meant(targets, module, ranks)
+        names.update(parameters if own is None else (own, *parameters))
+        if len(parameters) > _MOST_PARAMETERS:
+            _refuse_field("target_parameters", f"{len(parameters)} of one module", f"at most {_MOST_PARAMETERS}")
+    configured = _configured(config, names)
+    found = [_product(config, configured, module, rank, *meant[module]) for module, rank in ranks.items()]
+    known = tuple(product for product in found if product is not None)
+    if len(known) != len(found):
+        return None
+    split = initial_part(config) is not None
+    bound = [split or meant[m] != (m, ()) or f"{m}{_WITHIN}" in ranks for m in ranks]
+    return tuple(replace(p, bound=True) if b else p for p, b in zip(known, bound, strict=True))
+
+
+def reranked(
+    config: Config,
+    modules: Mapping[str, tuple[int, Product]],
+    changed: Collection[str],
+    *,
+    alone: bool,
+    others: Collection[str] = (),
+) -> dict[str, Any]:
+    """The configuration of an adapter whose tensors have other ranks, with the scale of every module as it was.
+
+    Args:
+        config: as it came.
+        modules: the rank that the tensors of each module have now, and how its dW comes of them.
+        changed: those with another rank than before.
+        alone: whether these are all the LoRA layers that there are, so that the default may change.
+        others: names of further LoRA layers, which no pattern of ours may match.
+
+    >>> new = reranked({"r": 8, "lora_alpha": 16}, {"q": (2, Product(2.0))}, ["q"], alone=True)
+    >>> new["r"], new["lora_alpha"], products(new, {"q": 2})[0].scale
+    (2, 4, 2.0)
+    """
+    wanted = {m: (rank, _alpha(config, rank, product.scale)) for m, (rank, product) in modules.items()}
+    patterns = {name: dict(config.get(name) or {}) for name in ("rank_pattern", "alpha_pattern")}
+    default: tuple[int, float] = config["r"], config["lora_alpha"]
+    if alone and not any(patterns.values()) and not any(p.bound for _, p in modules.values()):
+        default = Counter(wanted.values()).most_common(1)[0][0]
+        differing = [m for m, values in wanted.items() if values != default]
+    else:
+        differing = [m for m in modules if m in changed]
+    named = {*modules, *others, *(name for _, p in modules.values() for name in p.parameters)}
+    suffixes = Counter(_loose(end) for m in named for end in _endings(m)) if differing else Counter()
+    for place, name in enumerate(patterns):  # those of ours are first: PEFT takes the first that matches
+        exact = {_exactly(m, suffixes): wanted[m][place] for m in differing if wanted[m][place] != default[place]
+                 or patterns[name]}  # fmt: skip
+        patterns[name] = exact | {key: value for key, value in patterns[name].items() if key not in exact}
+    return {**config, "r": default[0], "lora_alpha": default[1], **patterns}
+
+
+def _alpha(config: Config, rank: int, scale: float) -> float:
+    """The alpha by which PEFT comes to a scale at a rank."""
+    alpha = scale * (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return int(alpha) if alpha == int(alpha) and isinstance(config["lora_alpha"], int) else alpha
+
+
+def _exactly(module: str, suffixes: Counter[str]) -> str:
+    """A pattern that matches this module and no other: its name, unless that could match another one."""
+    alone = suffixes[_loose(module)] == 1 and re.fullmatch(r"[\w.]+", module)
+    return module if alone else f"^{re.escape(module)}"
+
+
+def _endings(module: str) -> list[str]:
+    parts = module.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]
+
+
+def _loose(name: str) -> str:
+    """A name as the dots in a pattern see it, which match any character."""
+    return re.sub(r"[^A-Za-z0-9]", "_", name)
+
+
+def _configured(config: Config, names: Collection[str]) -> dict[str, tuple[int, float]]:
+    """The r and the alpha that PEFT uses for each name: what the first pattern that matches says, else the default."""
+    ranks: Mapping[str | None, int] = {None: config["r"]} | (config.get("rank_pattern") or {})
+    alphas: Mapping[str | None, float] = {None: config["lora_alpha"]} | (config.get("alpha_pattern") or {})
+    rank_of, alpha_of = (matcher([p for p in values if p is not None], names) for values in (ranks, alphas))
+    return {name: (ranks[rank_of(name)], alphas[alpha_of(name)]) for name in names}
+
+
+def configured_ranks(config: Config, names: Collection[str]) -> dict[str, int]:
+    """The r that PEFT uses for each name."""
+    return {name: r for name, (r, _) in _configured(config, names).items()}
+
+
+def _meant(targets: Sequence[str], module: str, modules: Collection[str]) -> tuple[str | None, tuple[str, ...]]:
+    """The names by which PEFT may look a module up in patterns: as a layer, and as parameters of one.
+
+    The output projection within a MultiheadAttention has the settings of the whole. Parameters of one module
+    are nested in each other, in an order that only the base model knows. A target without a dot is a parameter of
+    any module, so the module may be a layer as well.
+    """
+    whole = module.removesuffix(_WITHIN)
+    if whole != module and whole in modules:
+        return whole, ()
+    bare = ".".join(part for part in module.split(".") if part != "base_layer")
+    owned = [target.rpartition(".") for target in targets]
+    fitting = [(owner, last) for owner, _, last in owned if not owner or f".{bare}".endswith(f".{owner}")]
+    certain = any(owner for owner, _ in fitting)
+    return None if certain else module, tuple(sorted({f"{bare}.{last}" for _, last in fitting}))
+
+
+def _product(
+    config: Config,
+    configured: Mapping[str, tuple[int, float]],
+    module: str,
+    rank: int,
+    own: str | None,
+    parameters: tuple[str, ...],
+) -> Product | None:
+    possible = {configured[name] for name in (own, *parameters) if name is not None}
+    if len(possible) > 1:  # which of these names it is, only the base model tells
+        return None
+    r, alpha = possible.pop()
+    if rank != r and not (parameters and rank % r == 0):
+        raise AdapterError(
+            "the tensors and adapter_config.json disagree on the rank",
+            key=factor_key(module, "A"),
+            found=rank,
+            expected=f"r = {r}",
+            remedy="Mend r or rank_pattern, or leave the adapter out.",
+        )
+    stacked = own is None or rank != r
+    scale = alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
+    return Product(scale, rank // r, parameters if stacked else ())

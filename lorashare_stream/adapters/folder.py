@@ -1,0 +1,260 @@
+"""The files of one adapter folder: which they are, and the tensors in them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import AdapterError, MissingFileError
+from ..files import read_json
+from ..text import listed, shown
+from .keys import foreign_kind, parse_key
+from .safetensors import CHUNK, SafetensorsReader, TensorReader, TensorRecord, read_header, repeated
+from .shards import AGAIN, INDEXES, check_shards, shard_names
+
+CONFIG = "adapter_config.json"
+SAFETENSORS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+_OF_TRAINERS = ("pytorch_model_fsdp", "global_step", "zero_", "bf16_zero_", "fp16_zero_", "mp_rank_")
+PEFT_TENSORS = "file of PEFT's LoRA tensors"
+MOST_PEEKS = 8  # headers read in a folder without a configuration, to tell what it is
+
+
+@dataclass(frozen=True, slots=True)
+class FileFact:
+    """A weight file as it was when the plan was made; a change of either number is a change of the file."""
+
+    path: Path
+    size: int
+    mtime_ns: int
+
+
+def file_fact(path: Path) -> FileFact:
+    """The facts of one file; links are followed, since the Hub's cache is made of them."""
+    stat = path.stat()
+    return FileFact(path, stat.st_size, stat.st_mtime_ns)
+
+
+def check_still(files: Iterable[FileFact]) -> None:
+    """Demand that files that were read are those of the plan; asked afterwards, it holds of what was read before.
+
+    Raises:
+        AdapterError: if one has changed.
+    """
+    for fact in files:
+        try:
+            same = file_fact(fact.path) == fact
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise AdapterError(
+                "the adapter was changed while the run was reading it",
+                found=fact.path,
+                remedy="Let nothing write to it, restore what was added, and run the same command again.",
+            )
+
+
+def looks_like_adapter(names: Iterable[str]) -> bool:
+    """Whether a folder with these file names is meant as an adapter, whole or broken."""
+    return any(
+        n in (CONFIG, SAFETENSORS, PICKLE)
+        or (n.endswith((".safetensors", ".bin")) and n.startswith(("adapter_model", "pytorch_lora_weights")))
+        for n in names
+    )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The adapter_config.json of a folder.
+
+    Raises:
+        MissingFileError: if there is none, saying what the folder holds instead.
+        AdapterError: if it is no JSON object.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise _no_config(folder)
+    return parse_config(lambda: read_json(path, limit=16 << 20))
+
+
+def parse_config(read: Callable[[], Any]) -> dict[str, Any]:
+    """A configuration, from what reads its JSON.
+
+    Raises:
+        AdapterError: if it is no JSON object.
+    """
+    try:
+        config = read()
+    except (ValueError, RecursionError) as e:
+        raise AdapterError(f"{CONFIG} is not valid JSON", found=str(e), remedy=AGAIN) from e
+    if not isinstance(config, dict):
+        raise AdapterError(
+            f"{CONFIG} is not an object", found=type(config).__name__, expected="an object", remedy=AGAIN
+        )
+    return config
+
+
+def digest_config(config: Mapping[str, Any]) -> str:
+    """SHA-256 of the values of a configuration, however they are written."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def foreign_lora(folder: Path, names: Iterable[str]) -> tuple[str, str] | None:
+    """A file of LoRA and its kind, among the files of a folder without a configuration; None if there is none."""
+    names = sorted(names)
+    diffusers = [n for n in names if n.startswith("pytorch_lora_weights")]
+    if diffusers:
+        return diffusers[0], "diffusers LoRA"
+    for name in [n for n in names if n.endswith(".safetensors")][:MOST_PEEKS]:
+        try:
+            keys = [r.name for r in read_header(folder / name)]
+        except (AdapterError, OSError):
+            continue
+        foreign = foreign_kind(keys, configured=False)
+        if foreign is not None:
+            return name, foreign[0]
+        if any(parse_key(key).module is not None for key in keys):
+            return name, PEFT_TENSORS
+    return None
+
+
+def config_text(config: Mapping[str, Any]) -> str:
+    """A configuration as JSON has it."""
+    return json.dumps(config, separators=(",", ":"))
+
+
+def missing_config(names: Sequence[str]) -> MissingFileError:
+    """The error for a listing without a configuration."""
+    return MissingFileError(
+        f"no {CONFIG}",
+        found=listed(names) or "nothing",
+        expected=f"{CONFIG} and {SAFETENSORS}",
+        remedy="Point to what PEFT's save_pretrained wrote, by org/name//subfolder if it is in one.",
+    )
+
+
+def _no_config(folder: Path) -> MissingFileError:
+    if not folder.is_dir():
+        return MissingFileError("no such folder", found=folder, remedy="Mend its path, or leave it out.")
+    entries = sorted(os.listdir(folder))
+    remedy = "Point to the folder that PEFT's save_pretrained wrote."
+    foreign = foreign_lora(folder, entries)
+    if foreign is not None:
+        name, kind = foreign
+        remedy = remedy_for(kind)
+        if kind != PEFT_TENSORS:
+            return MissingFileError(f"a {kind}: {shown(name)} without {CONFIG}", remedy=remedy)
+    inner = inner_adapters(folder, entries)
+    hint = f" Adapters lie in its subfolders: {listed(inner)}." if inner else ""
+    return MissingFileError(
+        f"no {CONFIG}",
+        found=listed(entries) or "nothing",
+        expected=f"{CONFIG} and {SAFETENSORS}",
+        remedy=remedy + hint,
+    )
+
+
+def remedy_for(kind: str) -> str:
+    """What to do with a file that `foreign_lora` has found."""
+    if kind == PEFT_TENSORS:
+        return f"Put its {CONFIG} beside it, and name it {SAFETENSORS}."
+    return "Only PEFT adapters are taken: load it where it is used, and save it by PEFT's save_pretrained."
+
+
+def inner_adapters(folder: Path, names: Iterable[str]) -> tuple[str, ...]:
+    """The immediate subfolders that hold adapters: PEFT saves those that are not named `default` there."""
+    return tuple(n for n in names if (folder / n / CONFIG).is_file())
+
+
+def weight_files(folder: Path) -> tuple[Path, ...]:
+    """The weight files of an adapter: safetensors before pickle, as PEFT prefers them; or shards by an index.
+
+    Raises:
+        MissingFileError: if there are none.
+        AdapterError: if an index names a file outside the folder.
+    """
+    for name in (SAFETENSORS, PICKLE):
+        if (folder / name).is_file():
+            return (folder / name,)
+    for name in INDEXES:
+        if (folder / name).is_file():
+            return _shards(folder, name)
+    raise missing_weights(sorted(os.listdir(folder)))
+
+
+def missing_weights(entries: Sequence[str]) -> MissingFileError:
+    """The error for a listing without weights."""
+    remedy = AGAIN
+    if any(n.endswith(".distcp") or n.startswith(_OF_TRAINERS) for n in entries):
+        remedy = "It holds the shards of ZeRO-3 or FSDP: gather the weights, and save the adapter again."
+    elif any(n.startswith("adapter_model") for n in entries):
+        remedy = f"If a file among these has the weights, rename it to {SAFETENSORS}."
+    return MissingFileError("no weights", found=listed(entries), expected=f"{SAFETENSORS} or {PICKLE}", remedy=remedy)
+
+
+def _shards(folder: Path, index: str) -> tuple[Path, ...]:
+    try:
+        where = read_json(folder / index)
+    except ValueError as e:
+        raise AdapterError(f"{index} has no usable weight_map", found=str(e), remedy=AGAIN) from e
+    names = shard_names(index, where, sorted(os.listdir(folder)))
+    held = {name: {r.name for r in read_header(folder / name)} for name in names}
+    check_shards(index, where["weight_map"], held)
+    return tuple(folder / name for name in names)
+
+
+def tensor_records(paths: tuple[Path, ...]) -> tuple[TensorRecord, ...]:
+    """All tensors of an adapter's files.
+
+    Raises:
+        AdapterError: if a file is damaged, or two shards hold one key.
+    """
+    if paths[0].suffix == ".bin":
+        from .pickles import pickle_records
+
+        return pickle_records(paths[0])
+    if len(paths) == 1:
+        return read_header(paths[0])
+    return once(record for number, path in enumerate(paths) for record in read_header(path, number))
+
+
+def once(found: Iterable[TensorRecord]) -> tuple[TensorRecord, ...]:
+    """The records of all files of an adapter.
+
+    Raises:
+        AdapterError: if two files hold one key.
+    """
+    records = tuple(found)
+    twice = repeated(r.name for r in records)
+    if twice is not None:
+        raise AdapterError("two shards hold the same key", key=twice, remedy=AGAIN)
+    return records
+
+
+def open_tensors(paths: tuple[Path, ...]) -> TensorReader:
+    """Open the weight files of one adapter: safetensors shards, or one `.bin`.
+
+    Raises:
+        MissingFileError: if one is gone.
+    """
+    gone = [p for p in paths if not p.is_file()]
+    if gone:
+        raise MissingFileError("a weight file is gone", found=shown(gone[0]), remedy="Restore it and run again.")
+    if paths[0].suffix == ".bin":
+        from .pickles import PickleReader
+
+        return PickleReader(paths[0])
+    return SafetensorsReader(paths)
+
+
+def digest_files(paths: Iterable[Path]) -> str:
+    """SHA-256 over the content of files, in order; for one file it is what the Hub lists as its LFS oid."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as f:
+            while chunk := f.read(CHUNK):
+                digest.update(chunk)
+    return digest.hexdigest()

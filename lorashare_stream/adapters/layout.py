@@ -1,0 +1,223 @@
+"""The tensors of one adapter, from its header: modules that are shared, extras that are kept verbatim."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from ..errors import AdapterError
+from .dtypes import FLOATS
+from .keys import PEFT_PREFIX, SIDES, Key, Side, adapter_names, factor_key, foreign_kind, parse_key
+from .safetensors import TensorRecord
+from .stacks import Bundle, Chunk, FileItem, Module, bundles, chunks
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The tensors of an adapter. Adapters saved by one script have equal headers and share one layout.
+
+    Attributes:
+        modules: what is compressed.
+        extras: (key as PEFT saves it, record) of what is kept verbatim.
+        notes: what the user should know: LoRA tensors among the extras, with the reason why they are not shared.
+        digest: of all records and of what else decides a layout; equal digests mean equal layouts.
+    """
+
+    modules: tuple[Module, ...] = field(compare=False)
+    extras: tuple[tuple[str, TensorRecord], ...] = field(compare=False)
+    notes: tuple[str, ...] = field(compare=False)
+    digest: str
+
+    @cached_property
+    def by_name(self) -> dict[str, Module]:
+        """Modules by name."""
+        return {m.name: m for m in self.modules}
+
+    @cached_property
+    def position(self) -> dict[str, int]:
+        """Where each module is in `modules`."""
+        return {m.name: i for i, m in enumerate(self.modules)}
+
+    @cached_property
+    def in_file_order(self) -> tuple[FileItem, ...]:
+        """All tensors as they lie in the files, with module and side of those that are shared."""
+        shared: list[FileItem] = [(m.record(side), m.name, side) for m in self.modules for side in SIDES]
+        everything = [*shared, *((record, None, None) for _, record in self.extras)]
+        return tuple(sorted(everything, key=lambda item: (item[0].file, item[0].offset)))
+
+    @cached_property
+    def chunks(self) -> tuple[Chunk, ...]:
+        """All tensors, in file order."""
+        return chunks(self.in_file_order)
+
+    @cached_property
+    def bundles(self) -> tuple[Bundle, ...]:
+        """The shared modules."""
+        return bundles(self.modules)
+
+    @cached_property
+    def lora_bytes(self) -> int:
+        """Bytes of the tensors that are compressed."""
+        return sum(m.a.nbytes + m.b.nbytes for m in self.modules)
+
+    @cached_property
+    def extra_bytes(self) -> int:
+        """Bytes of the tensors that are kept verbatim."""
+        return sum(record.nbytes for _, record in self.extras)
+
+
+NOTHING = Layout((), (), (), "")
+
+
+def read_layout(records: Sequence[TensorRecord], *, exact: str | None = None, tied: bool = False) -> Layout:
+    """Sort an adapter's tensors into shared modules and extras.
+
+    Args:
+        records: of its files.
+        exact: why nothing of it is shared; None if there is no such reason.
+        tied: whether PEFT ties LoRA of the output layer to that of the embedding, which is kept verbatim.
+
+    Raises:
+        AdapterError: for another kind of file, empty tensors, clashing keys, or several adapters in one file.
+    """
+    named = adapter_names(r.name for r in records)
+    if len(named) > 1:
+        raise AdapterError("several adapters in one file", found=named, remedy="Save each into a folder of its own.")
+    keyed = _keyed(records, named[0] if named else "")
+    _refuse_foreign(records, keyed)
+    if not any(".lora_" in canonical for canonical in keyed):
+        raise AdapterError(
+            "holds no LoRA tensors",
+            found=sorted(keyed)[:3] or "no tensors",
+            expected="lora_A and lora_B",
+            remedy="Leave it out; if it was trained under ZeRO-3 or FSDP, gather the weights and save it again.",
+        )
+    digest = hashlib.sha256(repr((records, exact, tied)).encode("utf-8", "surrogatepass")).hexdigest()
+    if exact is not None:
+        extras = tuple((canonical, record) for canonical, (_, record) in sorted(keyed.items()))
+        return Layout((), extras, (_exact_note(exact), *_key_notes(keyed)), digest)
+    return _paired(keyed, digest, _embeddings(keyed) if tied else frozenset())
+
+
+def kept_exact(layout: Layout, reason: str) -> Layout:
+    """The layout of the same tensors, none of which is shared."""
+    modules = [(factor_key(m.name, side), m.record(side)) for m in layout.modules for side in SIDES]
+    digest = hashlib.sha256(f"{layout.digest} {reason}".encode()).hexdigest()
+    return Layout((), tuple(sorted([*layout.extras, *modules])), (_exact_note(reason), *layout.notes), digest)
+
+
+def _exact_note(reason: str) -> str:
+    return f"kept exact, since {reason}"
+
+
+def _key_notes(keyed: Mapping[str, tuple[Key, TensorRecord]]) -> list[str]:
+    """What the user should know of the form of the keys."""
+    notes = []
+    if any(canonical != record.name for canonical, (_, record) in keyed.items()):
+        notes.append(
+            "keys were not as PEFT saves them (names of adapter or wrappers, no prefix), and are written as it does"
+        )
+    if any(canonical.startswith(2 * PEFT_PREFIX) for canonical in keyed):
+        notes.append(
+            "keys begin with base_model.model. twice, and stay so, since PEFT loads them on a base model that has them"
+        )
+    return notes
+
+
+def _refuse_foreign(records: Sequence[TensorRecord], keyed: Mapping[str, tuple[Key, TensorRecord]]) -> None:
+    """Refuse the keys of another kind of file, unless there are proper factors beside: modules have any name."""
+    modules = {key.module for key, _ in keyed.values() if key.module is not None}
+    if any(factor_key(m, "A") in keyed and factor_key(m, "B") in keyed for m in modules):
+        return
+    foreign = foreign_kind(r.name for r in records)
+    if foreign is not None:
+        raise AdapterError(
+            f"not a PEFT LoRA: the keys are those of {foreign[0]}",
+            key=foreign[1],
+            found=f"{len(records)} tensors, no module with lora_A and lora_B",
+            expected="LORA keys",
+            remedy="Load it where it is used and save it by PEFT's save_pretrained as LoRA, or leave it out.",
+        )
+
+
+def _keyed(records: Sequence[TensorRecord], adapter: str | None) -> dict[str, tuple[Key, TensorRecord]]:
+    keyed: dict[str, tuple[Key, TensorRecord]] = {}
+    for record in records:
+        key = parse_key(record.name, adapter)
+        if 0 in record.shape or (key.module is not None and len(record.shape) < 2):
+            what = "an empty tensor" if 0 in record.shape else "a flattened LoRA tensor"
+            raise AdapterError(
+                f"{what}: ZeRO-3 or FSDP shards that were not gathered before saving",
+                key=record.name,
+                found=list(record.shape),
+                remedy="Gather the weights and save the adapter again.",
+            )
+        if key.canonical in keyed:
+            other = keyed[key.canonical][1].name
+            raise AdapterError(
+                "two keys mean the same tensor",
+                key=record.name,
+                found=other,
+                expected="one key",
+                remedy="Save the adapter again, by PEFT's save_pretrained.",
+            )
+        keyed[key.canonical] = key, record
+    return keyed
+
+
+Shapes = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def _embeddings(keyed: Mapping[str, tuple[Key, TensorRecord]]) -> frozenset[Shapes]:
+    """Shapes (A, B) that LoRA of an output layer has if it is that of an embedding, transposed."""
+    end = ".lora_embedding_A"
+    pairs = [(record, keyed.get(name[:-1] + "B")) for name, (_, record) in keyed.items() if name.endswith(end)]
+    return frozenset((b[1].shape[::-1], a.shape[::-1]) for a, b in pairs if b is not None)
+
+
+def _paired(keyed: Mapping[str, tuple[Key, TensorRecord]], digest: str, embeddings: frozenset[Shapes]) -> Layout:
+    modules: list[Module] = []
+    notes = _key_notes(keyed)
+    names = dict.fromkeys(key.module for key, _ in keyed.values() if key.module is not None)
+    for name in sorted(names):
+        pair = {side: keyed[factor_key(name, side)][1] for side in SIDES if factor_key(name, side) in keyed}
+        reason = _unshared(pair, embeddings)
+        if reason is None:
+            modules.append(Module(name, pair["A"], pair["B"]))
+        else:
+            notes += [f"{factor_key(name, side)}: LoRA tensors kept verbatim, {reason}" for side in pair]
+    shared = {factor_key(m.name, side) for m in modules for side in SIDES}
+    extras = tuple((canonical, record) for canonical, (_, record) in sorted(keyed.items()) if canonical not in shared)
+    return Layout(tuple(modules), extras, tuple(notes), digest)
+
+
+def _unshared(pair: Mapping[Side, TensorRecord], embeddings: frozenset[Shapes]) -> str | None:
+    """Why a module's factors are kept verbatim, or None if they are shared."""
+    if len(pair) < 2:
+        return f"lora_{'B' if 'A' in pair else 'A'} is missing"
+    a, b = pair["A"], pair["B"]
+    if len(a.shape) != len(b.shape):
+        raise AdapterError(
+            "lora_A and lora_B have different numbers of dimensions, as legacy MergedLinear adapters have",
+            key=b.name,
+            found=f"lora_B {list(b.shape)}, lora_A {list(a.shape)}",
+            expected="two matrices, or two kernels of a convolution",
+            remedy="Convert it with the PEFT release that made it, or leave it out.",
+        )
+    if len(a.shape) != 2:
+        return f"{len(a.shape)}-D lora_A and {len(b.shape)}-D lora_B (a convolution)"
+    if a.dtype not in FLOATS or b.dtype not in FLOATS:
+        return f"dtype {a.dtype if a.dtype not in FLOATS else b.dtype}"
+    if a.shape[0] != b.shape[1]:
+        raise AdapterError(
+            "lora_A and lora_B of a module differ in rank",
+            key=b.name,
+            found=f"lora_B {list(b.shape)}",
+            expected=f"lora_A {list(a.shape)}: rank {a.shape[0]}",
+            remedy="Save the adapter again, or leave it out.",
+        )
+    if (a.shape, b.shape) in embeddings:
+        return "tied to the LoRA of the embedding"
+    return None

@@ -1,0 +1,42 @@
+"""LoRA scaling: how dW of a module comes of its factors, dW = s B A, or with stacked experts dW_e = s B_e A_e."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .keys import Side
+
+Array = NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """How dW comes of the factors of one module.
+
+    A plain layer has dW = s B A. PEFT's `target_parameters` stack E experts in one pair of tensors: lora_A
+    (E r, d_in) expert by expert, lora_B (d_out, r E) with the experts innermost, and dW_e = s B_e A_e
+    (peft.tuners.lora.layer.ParamWrapper.get_delta_weight).
+
+    Attributes:
+        scale: PEFT's factor s.
+        experts: E; 1 for a plain layer.
+        parameters: what PEFT may mean by the module's name, of the parameters that are adapted there; empty for a
+            plain layer.
+        bound: whether its rank must stay: PEFT looks it up by another name too, or splits the base model by it.
+    """
+
+    scale: float
+    experts: int = 1
+    parameters: tuple[str, ...] = ()
+    bound: bool = field(default=False, repr=False)
+
+    def blocks(self, rows: Array, side: Side) -> Array:
+        """The vectors of each expert, (..., E, r, d), of all given as rows (..., E r, d): lora_A, or lora_B'."""
+        *stack, count, d = rows.shape
+        if side == "A":
+            return rows.reshape(*stack, self.experts, count // self.experts, d)
+        return rows.reshape(*stack, count // self.experts, self.experts, d).swapaxes(-3, -2)

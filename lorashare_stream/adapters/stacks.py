@@ -1,0 +1,137 @@
+"""Tensors of equal shape, read and computed together: a call for each tensor costs more than its arithmetic."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .dtypes import stacked
+from .keys import SIDES, Side
+from .safetensors import TensorReader, TensorRecord
+
+STACK_BYTES = 2 << 20  # of what is handled at once, in float32; threads wait for each other at every call
+Float32 = NDArray[np.float32]
+FileItem = tuple[TensorRecord, str | None, Side | None]  # a tensor; module and side if it is shared
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """One adapted layer that is shared: lora_A (r, d_in) and lora_B (d_out, r), both 2-D and of float type."""
+
+    name: str
+    a: TensorRecord
+    b: TensorRecord
+
+    @property
+    def rank(self) -> int:
+        """The rank r."""
+        return self.a.shape[0]
+
+    def record(self, side: Side) -> TensorRecord:
+        """The tensor of one side."""
+        return self.a if side == "A" else self.b
+
+    def dim(self, side: Side) -> int:
+        """The length d of the vectors of one side: d_in for A, d_out for B."""
+        return self.a.shape[1] if side == "A" else self.b.shape[0]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of both sides in float32."""
+        return 4 * self.rank * (self.dim("A") + self.dim("B"))
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Modules of one shape and dtype on each side: A is (m, r, d_in), B (m, d_out, r)."""
+
+    modules: tuple[Module, ...]
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Names of the modules."""
+        return tuple(m.name for m in self.modules)
+
+    @cached_property
+    def _reading(self) -> tuple[list[TensorRecord], dict[Side, list[int]]]:
+        """All records in file order, and where each module's tensors are in what is read of them, by side."""
+        both = [(m.record(side), side, i) for i, m in enumerate(self.modules) for side in SIDES]
+        both.sort(key=lambda item: (item[0].file, item[0].offset))
+        starts = _starts(record for record, _, _ in both)
+        where = {(side, i): start for start, (_, side, i) in zip(starts, both, strict=True)}
+        return [r for r, _, _ in both], {side: [where[side, i] for i in range(len(self.modules))] for side in SIDES}
+
+    def read(self, tensors: TensorReader) -> dict[Side, Float32]:
+        """The tensors, in their stored shapes: A (m, r, d_in), B (m, d_out, r)."""
+        records, starts = self._reading
+        block, first = tensors.block(records), self.modules[0]
+        return {
+            side: stacked(block, starts[side], first.record(side).dtype, first.record(side).shape) for side in SIDES
+        }
+
+
+def _starts(records: Iterable[TensorRecord]) -> list[int]:
+    """Where tensors begin that lie one after the other."""
+    return [0, *accumulate(record.nbytes for record in records)][:-1]
+
+
+def bundles(modules: Iterable[Module], *, alone: bool = False) -> tuple[Bundle, ...]:
+    """Modules in bundles of bounded size, in file order; each in one of its own if it is to be `alone`."""
+    alike: dict[object, list[Module]] = {}
+    for i, m in enumerate(sorted(modules, key=lambda m: (m.a.file, m.a.offset))):
+        alike.setdefault((m.a.shape, m.b.shape, m.a.dtype, m.b.dtype, alone and i), []).append(m)
+    found = []
+    for some in alike.values():
+        size = max(1, STACK_BYTES // max(1, some[0].bytes))
+        found += [Bundle(tuple(some[i : i + size])) for i in range(0, len(some), size)]
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Neighbours in a file, and which of them are stacked: those of one side, shape and dtype, by number."""
+
+    records: tuple[TensorRecord, ...]
+    stacks: tuple[tuple[Side, tuple[str, ...], tuple[int, ...]], ...]
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return _starts(self.records)
+
+    def stacks_of(self, block: NDArray[np.uint8]) -> Iterator[tuple[Side, tuple[str, ...], Float32]]:
+        """Side, names of the modules, and the tensors (m, *shape), of what was read of these records."""
+        for side, names, numbers in self.stacks:
+            record = self.records[numbers[0]]
+            yield side, names, stacked(block, [self._starts[i] for i in numbers], record.dtype, record.shape)
+
+
+def chunks(items: Iterable[FileItem], *, alone: bool = False) -> tuple[Chunk, ...]:
+    """All tensors of an adapter, in file order, in chunks of bounded size; what is not shared in chunks of its own."""
+    parts: list[list[FileItem]] = []
+    held = 0
+    for item in items:
+        record, module, _ = item
+        size = 4 * math.prod(record.shape)
+        last = parts[-1][-1] if parts else None
+        fits = last is not None and last[0].file == record.file and None not in (last[1], module)
+        if not fits or held + size > STACK_BYTES:
+            parts.append([])
+            held = 0
+        parts[-1].append(item)
+        held += size
+    return tuple(_chunk(part, alone=alone) for part in parts)
+
+
+def _chunk(items: Sequence[FileItem], *, alone: bool) -> Chunk:
+    alike: dict[tuple[Side, object], list[tuple[str, int]]] = {}
+    for i, (record, module, side) in enumerate(items):
+        if module is not None and side is not None:
+            alike.setdefault((side, (record.shape, record.dtype, alone and i)), []).append((module, i))
+    stacks = tuple((side, tuple(m for m, _ in some), tuple(i for _, i in some)) for (side, _), some in alike.items())
+    return Chunk(tuple(record for record, _, _ in items), stacks)

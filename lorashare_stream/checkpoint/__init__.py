@@ -1,0 +1,1 @@
+"""The SHARE checkpoint: format, staging, publishing, reading."""

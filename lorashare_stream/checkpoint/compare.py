@@ -1,0 +1,120 @@
+"""How far reconstructed tensors are from their originals, as lorashare measures it and in dW."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..adapters.config import other_product, products
+from ..adapters.dtypes import FLOATS
+from ..adapters.folder import open_tensors, tensor_records, weight_files
+from ..adapters.keys import SIDES, adapter_names, factor_key, parse_key
+from ..adapters.safetensors import float32
+from ..adapters.scaling import Product
+from ..errors import MissingSourceError, UsageError
+from ..linalg.delta import DeltaError, changed_errors, delta_error, relative_error
+from ..linalg.lapack import Array
+from .reader import Tensors
+
+
+def comparison(
+    original: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], config: Mapping[str, Any], adapter: str
+) -> dict[str, Any]:
+    """The result of `SHAREModel.reconstruction_error`.
+
+    Args:
+        original: the adapter's tensors, by raw or canonical key.
+        found: the reconstructed ones, by canonical key.
+        config: its adapter_config.json, for PEFT's scale of each module.
+        adapter: its name, for errors.
+
+    Raises:
+        UsageError: if a tensor has another shape than its original, and not only another rank.
+    """
+    per_layer: dict[str, float] = {}
+    for key, tensor in original.items():
+        other = found.get(parse_key(key).canonical)
+        if other is None:
+            continue
+        if _trimmed(tensor.shape, other.shape):
+            continue  # only the product can be compared
+        if tensor.shape != other.shape:
+            raise UsageError(
+                "the original has another shape than the adapter of this name",
+                adapter=adapter,
+                key=key,
+                found=list(tensor.shape),
+                expected=list(other.shape),
+            )
+        wide = tensor.double()
+        norm = float(torch.norm(wide))
+        per_layer[key] = float(torch.norm(wide - other.double())) / norm if norm > 1e-12 else 0.0
+    errors = list(per_layer.values()) or [0.0]
+    deltas = delta_errors(original, found, config)
+    return {
+        "per_layer": per_layer,
+        "mean": sum(errors) / len(errors),
+        "max": max(errors),
+        "delta_per_module": {module: d.relative for module, d in deltas.items()},
+        "delta_relative": relative_error(sum(d.error for d in deltas.values()), sum(d.norm for d in deltas.values())),
+        "delta_worst_module": max(deltas, key=lambda m: deltas[m].relative, default=None),
+    }
+
+
+def delta_errors(
+    original: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], config: Mapping[str, Any]
+) -> dict[str, DeltaError]:
+    """Error of dW by module, for all modules of which both sides are 2-D in both; keys may be raw.
+
+    Empty where dW is not s B A of the tensors, which are then kept as they are.
+    """
+    if other_product(config) is not None:
+        return {}
+    parsed = {(k.module, k.side): tensor for key, tensor in original.items() if (k := parse_key(key)).module}
+    arrays: dict[str, list[NDArray[np.float32]]] = {}
+    for module in sorted({m for m, _ in parsed if m is not None}):
+        pairs = [(parsed.get((module, side)), found.get(factor_key(module, side))) for side in SIDES]
+        matrices = [t.float().numpy() for pair in pairs for t in pair if t is not None and t.ndim == 2]
+        if len(matrices) == 4:
+            arrays[module] = matrices
+    ranks = {module: len(a_hat) for module, (_, a_hat, *_) in arrays.items()}
+    known = products(config, ranks) if "r" in config and "lora_alpha" in config else None
+    each = known or [Product(1.0)] * len(arrays)  # a common factor changes no relative error
+    return {
+        module: (delta_error if a.shape == a_hat.shape else _changed_error)(a, b, a_hat, b_hat, product)
+        for (module, (a, a_hat, b, b_hat)), product in zip(arrays.items(), each, strict=True)
+    }
+
+
+def _changed_error(a: Array, b: Array, a_hat: Array, b_hat: Array, product: Product) -> DeltaError:
+    return changed_errors(a[None], b[None], a_hat[None], b_hat[None], [product])[0]
+
+
+def _trimmed(shape: Sequence[int], found: Sequence[int]) -> bool:
+    """Whether a matrix has lost ranks, and nothing else."""
+    pairs = [(a, b) for a, b in zip(shape, found, strict=False) if a != b]
+    return len(shape) == len(found) == 2 and len(pairs) == 1 and pairs[0][1] < pairs[0][0]
+
+
+def load_adapter(folder: Path) -> Tensors:
+    """The float tensors of an adapter folder, as float32, by canonical key.
+
+    Raises:
+        MissingSourceError: if there is no such folder.
+    """
+    if not folder.is_dir():
+        raise MissingSourceError("no such adapter folder", found=folder)
+    paths = weight_files(folder)
+    records = tensor_records(paths)
+    named = adapter_names(r.name for r in records)
+    with open_tensors(paths) as tensors:
+        return {
+            parse_key(r.name, named[0] if named else None).canonical: torch.from_numpy(float32(tensors, r))
+            for r in records
+            if r.dtype in FLOATS
+        }

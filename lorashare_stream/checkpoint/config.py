@@ -1,0 +1,73 @@
+"""share_config.json: the fields of lorashare's SHAREConfig, read without importing torch."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, MissingCheckpointError
+from ..files import read_json
+from ..text import listed, shown
+from .format import CONFIG, OURS
+
+_NEEDED = {"num_components", "adapter_names", "compression_stats"}
+
+
+@dataclass
+class SHAREConfig:
+    """The fields of share_config.json, as lorashare names them; ours are in `compression_stats`."""
+
+    share_version: str = "0.1.0"
+    num_components: int = 32
+    component_selection: str = "fixed"
+    variance_threshold: float = 0.95
+    base_model_name_or_path: str = ""
+    target_modules: list[str] = field(default_factory=list)
+    lora_rank: int = 0
+    lora_alpha: int = 0
+    adapter_names: list[str] = field(default_factory=list)
+    num_adapters: int = 0
+    layer_keys: list[str] = field(default_factory=list)
+    compression_stats: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ours(self) -> dict[str, Any]:
+        """What this package recorded; empty in a checkpoint that lorashare wrote."""
+        found = self.compression_stats.get(OURS, {})
+        return found if isinstance(found, dict) else {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain values."""
+        return asdict(self)
+
+
+def read_share_config(root: Path) -> SHAREConfig:
+    """The share_config.json of a checkpoint.
+
+    Raises:
+        CheckpointError: if there is none, or it is not what it should be.
+    """
+    try:
+        values = read_json(root / CONFIG)
+    except FileNotFoundError:
+        entries = sorted(os.listdir(root)) if root.is_dir() else []
+        raise MissingCheckpointError(
+            f"no SHARE checkpoint at {shown(root)}", found=listed(entries) or "nothing", expected=CONFIG
+        ) from None
+    except (ValueError, NotADirectoryError) as e:
+        raise CheckpointError(f"{CONFIG} cannot be read", found=str(e)) from e
+    known = SHAREConfig()
+    if not isinstance(values, dict) or not values.keys() >= _NEEDED:
+        raise CheckpointError(f"{CONFIG} is not that of a SHARE checkpoint", found=values, expected=listed(_NEEDED))
+    for name, value in values.items():
+        default = getattr(known, name, None) if name in SHAREConfig.__dataclass_fields__ else None
+        if default is None:
+            continue  # of a later version
+        if not isinstance(value, float | int if isinstance(default, float | int) else type(default)):
+            raise CheckpointError(
+                f"{CONFIG} has an unusable field", key=name, found=value, expected=type(default).__name__
+            )
+        setattr(known, name, value)
+    return known

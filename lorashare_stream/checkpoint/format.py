@@ -1,0 +1,47 @@
+"""The names in a SHARE checkpoint, and what is ours in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..files import read_json
+
+CONFIG, COMPONENTS, ADAPTERS = "share_config.json", "shared_components.safetensors", "adapters"
+LOADINGS, VERBATIM, META = "loadings.safetensors", "classifier_head.safetensors", "adapter_meta.json"
+SKIPPED = "skipped.json"
+SPECTRUM = "eigenvalues.safetensors"  # module:side -> (k,) float64, of the moments, descending
+STAGING = "staging.json"  # in a checkpoint that is not whole yet: the digest of what it will be
+OURS = "lorashare_stream"  # the key of what is ours, in compression_stats and in adapter_meta.json
+FILES = (COMPONENTS, SPECTRUM, ADAPTERS, SKIPPED, CONFIG)  # all that a checkpoint is made of, the configuration last
+
+PARTS = ("basis", "loadings", "verbatim", "metadata")  # of the bytes of a checkpoint on disk
+
+
+def ours_of(out: Path) -> dict[str, Any] | None:
+    """What this package recorded in a checkpoint: {} if lorashare wrote it, None if it is no checkpoint."""
+    try:
+        stats = read_json(out / CONFIG)["compression_stats"]
+        return dict(stats.get(OURS, {}))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def skipped_of(out: Path) -> list[dict[str, Any]]:
+    """The adapters that were left out of a checkpoint, with reasons."""
+    try:
+        skipped: list[dict[str, Any]] = read_json(out / SKIPPED)
+    except (OSError, ValueError):
+        return []
+    return skipped
+
+
+def total_bytes(size: Mapping[str, int]) -> int:
+    """Bytes on disk of a checkpoint, by what it says of its parts."""
+    return sum(size[part] for part in PARTS)
+
+
+def next_bytes(size: Mapping[str, int], adapters: int) -> int:
+    """Bytes that one more adapter costs on the bases that are there: what one costs on average."""
+    return round(sum(size[part] for part in ("loadings", "verbatim", "metadata")) / max(1, adapters))

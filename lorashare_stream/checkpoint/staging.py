@@ -1,0 +1,265 @@
+"""The SHARE checkpoint, written: staged beside the output, then published by one rename.
+
+    share_config.json                     what lorashare's SHAREConfig knows, and `compression_stats`
+    shared_components.safetensors         module:side -> V (d, k)
+    adapters/<name>/loadings.safetensors  module:side -> V'W (k, r)
+    adapters/<name>/classifier_head.safetensors   tensors kept verbatim, under their PEFT keys
+    adapters/<name>/adapter_meta.json     original_config, source, certified error, digest of the basis
+    eigenvalues.safetensors               module:side -> (k,) of its moment
+    skipped.json                          adapters that were left out, with reasons; only if there are some
+
+In int8, V and V'W have two rows more, which hold scales (`dtypes`), and lorashare cannot multiply them.
+
+lorashare 0.1.3 refuses unknown fields of share_config.json, so everything of ours is in
+`compression_stats["lorashare_stream"]`, in adapter_meta.json, or in files of its own.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import uuid
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..adapters.dtypes import stored_shape
+from ..adapters.safetensors import write_arrays, write_safetensors
+from ..errors import LockedError
+from ..files import atomic_file, naming, own_folder, read_json, remove_tree, sync, sync_all, sync_tree, write_json
+from ..workspace.journal import Receipt
+from .format import ADAPTERS, COMPONENTS, CONFIG, META, SKIPPED, SPECTRUM, STAGING, ours_of, skipped_of
+from .publish import drop, mend_output, publish, replaced_folder, staging_folder
+from .records import is_whole
+
+MANY = 64  # adapters: for fewer, two files and a folder each are synced sooner than all that is on the disk
+
+
+class Staging:
+    """A checkpoint in the making.
+
+    Args:
+        root: its folder.
+        fd: the open folder, of who holds it; tasks, which only write into it, have none.
+    """
+
+    def __init__(self, root: Path, fd: int = -1) -> None:
+        self.root, self._fd = root, fd
+
+    @classmethod
+    @contextmanager
+    def open(cls, out: Path, digest: str) -> Iterator[Staging]:
+        """Go on with the staged checkpoint of this digest, or begin it; the staged one of another is dropped.
+
+        Raises:
+            LockedError: if another run is writing the same output.
+        """
+        root = own_folder(staging_folder(out))
+        fd = os.open(root, os.O_RDONLY)
+        try:
+            _lock(fd, out)
+            if not _is_of(root, digest):
+                drop(root, keep=True)
+            if _marker(root) != digest:
+                write_json(root / STAGING, digest)
+                sync(root.parent)
+            own_folder(root / ADAPTERS)
+            for path in (*root.glob(".*.tmp"), *(root / ADAPTERS).glob(".*")):  # of a run that was killed
+                remove_tree(path)
+            yield cls(root, fd)
+        finally:
+            os.close(fd)
+
+    def write_components(
+        self,
+        components: Iterable[bytes | memoryview],
+        shapes: Mapping[str, tuple[int, int]],
+        dtype: str,
+        basis_digest: str,
+    ) -> None:
+        """Stream all bases into shared_components.safetensors.
+
+        Args:
+            components: of the groups, as stored, in the order of `shapes`.
+            shapes: group id -> (d, k).
+            dtype: as safetensors names it.
+            basis_digest: stored in the header.
+        """
+        metadata = {"format": "pt", "basis_digest": basis_digest}
+        with atomic_file(self.root / COMPONENTS) as f:
+            stored = ((g, dtype, stored_shape(shape, dtype)) for g, shape in shapes.items())
+            write_safetensors(f, stored, components, metadata)
+
+    def write_spectrum(self, eigenvalues: Mapping[str, Sequence[float]]) -> None:
+        """Write the eigenvalues of every group (k,): what a smaller k would explain."""
+        arrays = {group: np.asarray(values, "<f8") for group, values in eigenvalues.items()}
+        with atomic_file(self.root / SPECTRUM) as f:
+            write_arrays(f, arrays, "F64", {"format": "pt"})
+
+    def done(self, receipt: Receipt, basis_digest: str) -> bool:
+        """Whether an adapter is written, whole, and of these components; what is not is removed."""
+        folder = self.root / ADAPTERS / receipt.name
+        if not os.path.lexists(folder):
+            return False
+        whole = not folder.is_symlink() and is_whole(folder, receipt, basis_digest)
+        if not whole:
+            remove_tree(folder)
+        return whole
+
+    @contextmanager
+    def adapter(self, name: str) -> Iterator[Path]:
+        """A folder to write one adapter into, which takes its place at the end of the block.
+
+        Its name is used once: a cluster may do a task again while the worker that it has lost still does it. Both
+        write the same bytes, of which the first stay, being read perhaps.
+        """
+        folder, place = self.root / ADAPTERS / f".{uuid.uuid4().hex}", self.root / ADAPTERS / name
+        folder.mkdir()
+        yield folder
+        try:
+            os.rename(folder, place)
+        except OSError as e:
+            if e.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            aside = folder
+            if (place / META).read_bytes() != (folder / META).read_bytes():  # which has the digests of the others
+                aside = folder.with_name(f"{folder.name}.replaced")
+                os.rename(place, aside)
+                os.rename(folder, place)
+            remove_tree(aside)
+
+    @contextmanager
+    def syncing(self) -> Iterator[Callable[[str], None]]:
+        """Takes the names of adapters that are written, and makes these durable while others are projected.
+
+        A sync begins when the last has ended, and takes all that has come since.
+        """
+        names: list[str] = []
+        last: Future[None] = Future()
+        last.set_result(None)
+
+        def written(name: str) -> None:
+            nonlocal names, last
+            names.append(name)
+            if len(names) >= MANY and last.done():
+                last.result()
+                last, names = pool.submit(self.sync, names), []
+
+        with ThreadPoolExecutor(1) as pool:
+            yield written
+            last.result()
+        self.sync(names)
+
+    def sync(self, names: Collection[str]) -> None:
+        """Make adapters durable: many of them together, though that waits for what others write to the disk."""
+        with naming(self.root):
+            if not names or (len(names) >= MANY and sync_all(self._fd)):
+                return
+        for name in names:
+            sync_tree(self.root / ADAPTERS / name)
+        sync(self.root / ADAPTERS)
+
+    def commit(self, out: Path, config: Mapping[str, Any], skipped: list[dict[str, Any]]) -> None:
+        """Write what is left, share_config.json last, and rename the folder into place."""
+        write_skipped(self.root, skipped)
+        write_json(self.root / CONFIG, config)
+        (self.root / STAGING).unlink()
+        sync(self.root)
+        publish(self.root, out)
+
+    def clear(self) -> None:
+        """Remove the folder: all that was in it is published."""
+        drop(self.root)
+
+    def join(self, out: Path, names: Iterable[str]) -> None:
+        """Rename adapters, which are durable, into a checkpoint; its configuration does not name them yet."""
+        for name in names:
+            if (self.root / ADAPTERS / name).exists():  # else it was renamed before
+                self.take_out(out, [name])
+                os.rename(self.root / ADAPTERS / name, out / ADAPTERS / name)
+        sync(out / ADAPTERS)
+
+    def replace(self, out: Path, config: Mapping[str, Any], skipped: list[dict[str, Any]]) -> None:
+        """Replace the configuration of a checkpoint, written here first: no half-written file is ever among its own."""
+        if skipped != skipped_of(out):
+            write_skipped(self.root, skipped)
+            if skipped:
+                os.replace(self.root / SKIPPED, out / SKIPPED)
+            else:
+                (out / SKIPPED).unlink()
+        write_json(self.root / CONFIG, config)
+        os.replace(self.root / CONFIG, out / CONFIG)
+        sync(out)
+
+    def take_out(self, out: Path, names: Iterable[str]) -> None:
+        """Remove adapters, which its configuration does not name, from a checkpoint: each is gone by one rename."""
+        for name in names:
+            aside = self.root / ADAPTERS / f".{name}.removed"
+            remove_tree(aside)
+            if os.path.lexists(out / ADAPTERS / name):
+                os.rename(out / ADAPTERS / name, aside)
+                remove_tree(aside)
+        sync(out / ADAPTERS)
+
+
+def mend(out: Path) -> None:
+    """Undo what a kill between two renames left, unless a run is between them now.
+
+    Raises:
+        LockedError: if it is.
+    """
+    staging = staging_folder(out)
+    if not (replaced_folder(out).exists() and staging.exists()):
+        mend_output(out)
+        return
+    fd = os.open(staging, os.O_RDONLY)
+    try:
+        _lock(fd, out)
+        mend_output(out)
+    finally:
+        os.close(fd)
+
+
+def sweep(out: Path, digest: str) -> None:
+    """Remove what is left beside a checkpoint of a change that was published: what is staged under this digest."""
+    staging = staging_folder(out)
+    if not staging.is_dir():
+        return
+    if not os.listdir(staging) or ((staging / STAGING).exists() and _marker(staging) in (None, digest)):
+        with Staging.open(out, digest) as staged:
+            staged.clear()
+
+
+def write_skipped(root: Path, skipped: list[dict[str, Any]]) -> None:
+    """Write which adapters were left out of a checkpoint; nothing if none was."""
+    (root / SKIPPED).unlink(missing_ok=True)
+    if skipped:
+        write_json(root / SKIPPED, skipped)
+
+
+def _lock(fd: int, out: Path) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise LockedError(
+            "another run is writing the same output", found=out, remedy="Wait for it, or choose another output."
+        ) from None
+
+
+def _is_of(root: Path, digest: str) -> bool:
+    """Whether what is staged is that of this digest: by its marker, or, once it is whole, by its configuration."""
+    if (root / STAGING).exists():
+        return bool(_marker(root) == digest)
+    return (ours_of(root) or {}).get("digest") == digest
+
+
+def _marker(root: Path) -> Any:
+    try:
+        return read_json(root / STAGING)
+    except (FileNotFoundError, ValueError):
+        return None

@@ -1,0 +1,280 @@
+"""What a checkpoint says of itself: the fields of lorashare's SHAREConfig, and our certified figures."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..adapters.keys import SIDES, split_group_id
+from ..errors import CheckpointError
+from ..files import json_bytes
+from ..settings import BUDGETS
+from ..version import __version__
+from .config import SHAREConfig
+from .format import OURS
+from .records import takes_part
+
+Facts = Mapping[str, Any]
+_BASIS = ("d", "k", "energy", "explained")
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What the summary needs of one adapter.
+
+    `kept_bytes` are of LoRA tensors that are stored without the bases, of which `own_bytes` are truncated SVDs of the
+    adapter's own; `shared` is whether some are not verbatim; `takes_part` whether bases are fitted to it.
+    """
+
+    name: str
+    relative_error: float
+    source_bytes: int
+    lora_bytes: int
+    kept_bytes: int
+    own_bytes: int
+    shared: bool
+    takes_part: bool
+    rank: int
+    alpha: float
+
+
+def figures_of(meta: Facts) -> Figures:
+    """The figures in an adapter_meta.json."""
+    ours, config = meta[OURS], meta["original_config"]
+    return Figures(
+        meta["adapter_name"],
+        ours["relative_error"],
+        ours["source_bytes"],
+        ours["lora_bytes"],
+        ours.get("kept_bytes", 0),
+        ours.get("own_bytes", 0),
+        ours["worst_module"] is not None,
+        takes_part(meta),
+        config["r"],
+        config["lora_alpha"],
+    )
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a checkpoint is of, beside its adapters.
+
+    Attributes:
+        base_model: as the configuration names it.
+        settings: those on which the result depends, as they were asked for.
+        dtype: of components and loadings as safetensors names it.
+        choice: digest of settings, dtype and base model.
+        binding: what the numbers of its workspace depend on.
+        basis_digest: of the components; which basis they are.
+        components: SHA-256 of their file; whether they are whole.
+        bases: group -> d, k, energy of its moment, share of it that is explained.
+        projected: adapters that were added since the bases were fitted, and are not in them.
+        removed: adapters that were taken out since, and are still in them.
+        rule: by what the forms of modules were chosen (`forms.Rule`); None if all are shared at their full rank.
+        weighed: bytes and rms relative dW error, as predicted, of what else was weighed for a budget.
+        cut_from: the k from which a smaller one was cut; errors then are not measured.
+    """
+
+    base_model: str
+    settings: Facts
+    dtype: str
+    choice: str
+    binding: Facts
+    basis_digest: str
+    components: str
+    bases: Mapping[str, Facts]
+    projected: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+    rule: Facts | None = None
+    weighed: tuple[tuple[int, float], ...] = ()
+    cut_from: int | None = None
+
+
+def head_of(config: SHAREConfig) -> Head:
+    """The head of a checkpoint of ours.
+
+    Raises:
+        CheckpointError: if this package did not write it.
+    """
+    ours = config.ours
+    try:
+        return Head(
+            config.base_model_name_or_path,
+            dict(ours["settings"]),
+            str(ours["dtype"]),
+            str(ours["choice"]),
+            dict(ours["binding"]),
+            str(ours["basis_digest"]),
+            str(ours["components"]),
+            {group: {k: facts[k] for k in _BASIS} for group, facts in ours["groups"].items()},
+            tuple(ours["projected"]),
+            tuple(ours["removed"]),
+            ours.get("rule"),
+            tuple((int(size), float(error)) for size, error in ours.get("weighed", ())),
+            ours["cut_from"],
+        )
+    except (KeyError, TypeError, AttributeError) as e:
+        raise CheckpointError(
+            "the checkpoint was not written by this version of lorashare-stream, and cannot be changed",
+            found=f"no {e}",
+            remedy="Compress its sources again.",
+        ) from e
+
+
+def counts_of(config: SHAREConfig) -> dict[str, int]:
+    """Group -> n, the vectors of all adapters of a checkpoint of ours."""
+    return {group: int(facts["n"]) for group, facts in config.ours["groups"].items()}
+
+
+def share_config(
+    head: Head,
+    adapters: Sequence[Figures],
+    counts: Mapping[str, int],
+    *,
+    digest: str,
+    sizes: Mapping[str, int],
+    skipped: Sequence[Any],
+) -> dict[str, Any]:
+    """The content of share_config.json.
+
+    Args:
+        head: what it is of.
+        adapters: figures of every adapter, in order.
+        counts: group -> n, the vectors of these adapters.
+        digest: of all that decides the result.
+        sizes: bytes on disk of `basis`, `loadings`, `verbatim` and `metadata`.
+        skipped: the adapters that were left out.
+    """
+    every = {group: {**facts, "n": counts.get(group, 0)} for group, facts in sorted(head.bases.items())}
+    groups = {group: facts for group, facts in every.items() if facts["k"]}
+    explained = {group: facts["explained"] for group, facts in groups.items()}
+    shared = sum(f["k"] * f["d"] for f in groups.values())
+    loadings = sum(f["k"] * f["n"] for f in groups.values())
+    original = sum(f["d"] * f["n"] for f in groups.values())
+    values = list(explained.values()) or [1.0]
+    modules = sorted({split_group_id(group)[0] for group in groups})
+    stats = {
+        "original_total_params": original,
+        "compressed_total_params": shared + loadings,
+        "compression_ratio": original / (shared + loadings) if groups else 1.0,
+        "shared_component_params": shared,
+        "per_adapter_loading_params": loadings,
+        "mean_explained_variance": float(np.mean(values)),
+        "min_explained_variance": min(values),
+        "per_layer_explained_variance": explained,
+        OURS: _ours(head, adapters, every, sizes) | {"digest": digest, "num_skipped": len(skipped)},
+    }
+    config = {
+        "share_version": "0.1.0",
+        "num_components": max((f["k"] for f in groups.values()), default=0),
+        "component_selection": "auto" if head.settings["num_components"] == "auto" or _budget(head) else "fixed",
+        "variance_threshold": head.settings["variance_threshold"],
+        "base_model_name_or_path": head.base_model,
+        "target_modules": sorted({m.rpartition(".")[2] for m in modules}),
+        "lora_rank": _commonest([a.rank for a in adapters]),
+        "lora_alpha": _commonest([a.alpha for a in adapters]),
+        "adapter_names": [a.name for a in adapters],
+        "num_adapters": len(adapters),
+        "layer_keys": modules,
+        "compression_stats": stats,
+    }
+    stats[OURS]["bytes"]["metadata"] = _with_itself(config, sizes["metadata"] + (json_bytes(skipped) if skipped else 0))
+    return config
+
+
+def _with_itself(config: dict[str, Any], others: int) -> int:
+    """Bytes of metadata, share_config.json among them, which says how many they are."""
+    size = config["compression_stats"][OURS]["bytes"]
+    for _ in range(3):  # the number of digits settles
+        size["metadata"] = others + json_bytes(config)
+    found: int = size["metadata"]
+    return found
+
+
+def _budget(head: Head) -> str | None:
+    return next((name for name in BUDGETS if head.settings.get(name) is not None), None)
+
+
+def _ours(
+    head: Head, adapters: Sequence[Figures], groups: Mapping[str, Facts], sizes: Mapping[str, int]
+) -> dict[str, Any]:
+    s = head.settings
+    lora = sum(a.lora_bytes for a in adapters if a.shared)
+    kept = sum(a.kept_bytes for a in adapters if a.shared)
+    shared = sizes["basis"] + sizes["loadings"] + kept
+    return {
+        "version": __version__,
+        "objective": s["objective"],
+        "center": s["center"],
+        "share_initial": s["share_initial"],
+        "dtype": head.dtype,
+        "settings": dict(s),
+        "choice": head.choice,
+        "binding": dict(head.binding),
+        "cut_from": head.cut_from,
+        "basis_digest": head.basis_digest,
+        "components": head.components,
+        "bytes": {
+            **sizes,
+            "originals": sum(a.source_bytes for a in adapters),
+            "lora": lora,
+            "lora_ratio": lora / shared if lora else 1.0,
+        },
+        "errors": _errors(adapters) | ({} if head.projected or head.rule else _bound(groups, s["objective"])),
+        "verbatim_adapters": [a.name for a in adapters if not a.shared],
+        "projected": list(head.projected),
+        "removed": list(head.removed),
+        "groups": {g: {k: f[k] for k in ("n", *_BASIS)} for g, f in groups.items()},
+        **_of_rule(head, adapters),
+    }
+
+
+def _of_rule(head: Head, adapters: Sequence[Figures]) -> dict[str, Any]:
+    """By what forms were chosen, if they were; how much LoRA stands on no basis; what else was weighed."""
+    if head.rule is None:
+        return {}
+    weighed = [list(point) for point in head.weighed]
+    kept, own = sum(a.kept_bytes for a in adapters), sum(a.own_bytes for a in adapters)
+    return {"rule": dict(head.rule), "kept_bytes": kept, "own_bytes": own, "weighed": weighed}
+
+
+def _errors(adapters: Sequence[Figures]) -> dict[str, Any]:
+    """Relative dW error over the adapters that are compressed, those kept exact left aside.
+
+    Returns:
+        mean, median, 95th percentile, maximum, the worst ten, and of how many.
+    """
+    errors = {a.name: a.relative_error for a in adapters if a.shared}
+    values = np.array(list(errors.values()) or [0.0])
+    worst = sorted(errors, key=lambda name: (-errors[name], name))[:10]
+    return {
+        "adapters": len(errors),
+        "mean": float(values.mean()),
+        "median": float(np.median(values)),
+        "p95": float(np.quantile(values, 0.95)),
+        "max": float(values.max()),
+        "worst": [{"name": name, "relative_error": errors[name]} for name in worst],
+    }
+
+
+def _bound(groups: Mapping[str, Facts], objective: str) -> dict[str, Any]:
+    """Bounds of the mean squared relative dW error, known from the bases alone: max(tA, tB) and tA + tB.
+
+    t is the share of a side's summed trace that its bases leave out; it holds under `delta` only.
+    """
+    if objective != "delta" or not groups:
+        return {}
+    left: dict[str, float] = {}
+    for side in SIDES:
+        facts = [f for group, f in groups.items() if group.endswith(f":{side}")]
+        total = sum(f["energy"] for f in facts)
+        left[side] = sum(f["energy"] * (1 - f["explained"]) for f in facts) / total if total > 0 else 0.0
+    return {"mean_square_bounds": [max(0.0, *left.values()), max(0.0, sum(left.values()))]}
+
+
+def _commonest(values: Sequence[Any]) -> Any:
+    return min(Counter(values).items(), key=lambda item: (-item[1], item[0]), default=(0, 0))[0]

@@ -1,0 +1,122 @@
+"""The command line: arguments, exit codes, signals. What the commands do is in `commands`.
+
+Exit codes: 0 done; 1 permanent error; 2 usage; 3 done, but some adapters were left out;
+75 stopped, and a rerun may help (signal, full disk, lost network).
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import signal
+import sys
+from contextlib import suppress
+from functools import partial
+from types import FrameType
+from typing import Any, NoReturn, TextIO
+
+from ..errors import Stopped, StreamError, UsageError
+from ..text import shown
+from .arguments import parser
+
+_RERUN_HELPS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENFILE, errno.ESTALE, errno.ENETDOWN, errno.ENETUNREACH,
+    errno.ETIMEDOUT,
+}  # fmt: skip
+_REMEDIES = {errno.EMFILE: "Raise the limit, by ulimit -n, or use fewer --workers."}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command and return its exit code."""
+    try:
+        code = _run(argv)
+    except BrokenPipeError:  # the reader of our output has gone, before the work was done perhaps
+        _discard(sys.stdout)
+        _discard(sys.stderr)
+        return Stopped.exit_code
+    try:
+        sys.stderr.flush()
+    except BrokenPipeError:  # nobody reads the log: Python would fail to flush it, and exit with 120
+        _discard(sys.stderr)
+    return code
+
+
+def _discard(stream: TextIO) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _run(argv: list[str] | None) -> int:
+    args = vars(parser().parse_args(argv))
+    level = logging.WARNING if args.get("quiet") else logging.DEBUG if args.get("verbose") else logging.INFO
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("lorashare_stream").setLevel(level)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what it warns of is waited out, and said once
+    before = {number: signal.signal(number, partial(_stop, args)) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        return _dispatch(args)
+    except StreamError as e:
+        return _failed(args, e, e.exit_code)
+    except BrokenPipeError:
+        raise
+    except OSError as e:
+        return _failed(args, *_of_the_machine(e))
+    except MemoryError:
+        error = StreamError(
+            "the machine ran out of memory", remedy="Give --memory what is really free, or fewer --workers."
+        )
+        return _failed(args, error, 1)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _dispatch(args: dict[str, Any]) -> int:
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # tasks are parallel: threads of BLAS would only wait, and spin
+    from ..cli import commands
+    from ..cli import edit as edits
+    from ..cli import hub as hubcommands
+
+    owners = [module for module in (edits, hubcommands) if args["command"] in module.COMMANDS]
+    module = owners[0] if owners else commands
+    return int(getattr(module, args["command"])(args))
+
+
+def _stop(args: dict[str, Any], number: int, frame: FrameType | None) -> NoReturn:
+    """End the process at once, as a kill would: what is on disk is whole, and a task may run for minutes yet."""
+    name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+    error = Stopped(f"stopped by {name}", remedy="What is done is kept: run the same command again, and it goes on.")
+    with suppress(OSError):  # a reader that has gone
+        if args.get("json"):
+            os.write(1, f"{_as_json(error, Stopped.exit_code)}\n".encode())
+        os.write(2, f"\nlorashare-stream: {error}\n".encode())
+    for name in ("workspace.lock", "runtime.dask"):
+        module = sys.modules.get(f"lorashare_stream.{name}")  # not loaded, it holds nothing
+        if module is not None:
+            module.let_go()
+    os._exit(Stopped.exit_code)
+
+
+def _of_the_machine(e: OSError) -> tuple[StreamError, int]:
+    where = f" {shown(e.filename)}" if e.filename else ""
+    text = f"{e.strerror or e}:{where}" if where else str(e.strerror or e)
+    if e.errno in _RERUN_HELPS or isinstance(e, ConnectionError):
+        return Stopped(text, remedy="Mend that, and run the same command again: what is done is kept."), 75
+    remedy = _REMEDIES.get(e.errno or 0, "Mend that, and run the same command again.")
+    return StreamError(text, remedy=f"{remedy} What was done is kept."), 1
+
+
+def _failed(args: dict[str, Any], error: StreamError, code: int) -> int:
+    if args.get("json"):
+        print(_as_json(error, code))
+    print(f"lorashare-stream: {error}", file=sys.stderr)
+    if isinstance(error, UsageError):
+        print(f"Try: lorashare-stream {args['command']} --help", file=sys.stderr)
+    return code
+
+
+def _as_json(error: StreamError, code: int) -> str:
+    problems = [str(p) for p in getattr(error, "problems", ())]
+    details = {"problem": error.problem, **error.details()} | ({"problems": problems} if problems else {})
+    return json.dumps({"error": details, "exit_code": code})

@@ -1,0 +1,242 @@
+"""What each command does: choose settings, call the library, print the result."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.config import SHAREConfig, read_share_config
+from ..checkpoint.format import ours_of
+from ..checkpoint.publish import check_output, output_folder
+from ..errors import BudgetError, CollectionError, StreamError, UsageError, skipped_as_json
+from ..files import atomic_file, own_folder, tree_bytes, write_json
+from ..hub.client import Hub
+from ..hub.lookup import recalled, source_of
+from ..hub.pins import pinned
+from ..hub.repository import place_of
+from ..pipeline import compress as run_plan
+from ..pipeline import default_workspace
+from ..plan.file import plan_as_json
+from ..plan.plan import Plan
+from ..plan.sources import resolve
+from ..report.analysis import analyse
+from ..report.analysis_text import analysis_as_json, analysis_text
+from ..report.summary_text import summary_text
+from ..report.text import facts, notes_text, plan_text, plan_warnings, table
+from ..runtime.dask import DaskClient
+from ..text import bytes_shown, counted, listed, name_fault, shown
+from ..workspace.workspace import Workspace
+from .choices import Args, cluster_of, make_plan, names_meant, planned, with_config, with_workers
+from .output import print_result, progress_of, say_left_out, say_what_will_be_left_out
+
+log = logging.getLogger(__name__)
+SKIPPED = 3  # exit code: done, but adapters were left out
+
+
+def plan(args: Args) -> int:
+    """`plan`: print it, write it, and fail for what it already shows to be impossible; with `--analyze`, measure."""
+    chosen, sample = with_config(args), args.get("sample")
+    if sample is not None and ("analyze" not in args or sample < 2):
+        raise UsageError("--sample needs --analyze, and two adapters or more", found=sample)
+    workspace = Path(chosen["workspace"]) if "workspace" in chosen else None
+    made = make_plan(chosen, workspace, runs=False, progress=progress_of(args))
+    value, text, fault = plan_as_json(made), plan_text(made), _fault(made)
+    if "analyze" in args:
+        try:
+            found = analyse(made, sample, progress=progress_of(args))
+        except (CollectionError, BudgetError) as e:
+            fault = fault or e
+        else:
+            value, text = value | {"analysis": analysis_as_json(found)}, f"{text}\n\n{analysis_text(found, made)}"
+    if "output" in args:
+        write_json(Path(args["output"]), value)
+    print_result(args, value | ({"error": fault.problem} if fault else {}), text)
+    say_what_will_be_left_out(made)
+    if fault is not None:
+        print(f"lorashare-stream: {fault}", file=sys.stderr)
+        return fault.exit_code
+    return SKIPPED if made.refused else 0
+
+
+def _fault(made: Plan) -> StreamError | None:
+    try:
+        made.validate()
+    except StreamError as e:
+        return e
+    return None
+
+
+def compress(args: Args) -> int:
+    """`compress`: run a plan, then print what came of it."""
+    chosen = with_config(args)
+    out, named = _places(chosen)
+    workspace = named or default_workspace(out)
+    overwrite = bool(chosen.get("overwrite"))
+    check_output(
+        output_folder(out), own=Workspace(workspace).published(), overwrite=overwrite
+    )  # before the Hub is asked
+    with cluster_of(args) as cluster:
+        return _compress(args, with_workers(chosen, cluster), out, named, overwrite, cluster)
+
+
+def _compress(
+    args: Args, chosen: Args, out: Path, named: Path | None, overwrite: bool, cluster: DaskClient | None
+) -> int:
+    workspace = named or default_workspace(out)
+    make = planned if "plan" in chosen else make_plan
+    made = make(chosen, workspace, progress=progress_of(args))
+    made.validate()
+    log.debug("%s", plan_text(made))
+    before = ours_of(out)
+    for note in plan_warnings(made):
+        log.warning("%s", note)
+    outcome = run_plan(
+        made,
+        out,
+        workspace=named,
+        executor=cluster,
+        overwrite=overwrite,
+        take_lock=bool(chosen.get("take_lock")),
+        progress=progress_of(args),
+    )
+    skipped = outcome.skipped
+    if before is not None:
+        what = {"current": "is up to date", "projection": "has grown", "recompute": "has replaced what was there"}
+        log.info("%s %s", shown(out), what[outcome.method])
+    told = {note for entry in made.entries for note in entry.layout.notes}
+    for note in notes_text(Workspace(workspace).journal().receipts, told):
+        log.info("%s", note)
+    config = read_share_config(out)
+    used = tree_bytes(workspace)
+    result = {
+        "checkpoint": str(out),
+        "workspace": str(workspace),
+        "workspace_bytes": used,
+        "method": outcome.method,
+        "skipped": skipped_as_json(skipped),
+        **info_of(config),
+    }
+    drop = f"{bytes_shown(used)}, kept for growing and refitting; drop it by: rm -r {shlex.quote(shown(workspace))}"
+    print_result(args, result, f"{summary_text(config)}\n{facts([('workspace', drop)])}")
+    say_left_out(skipped, out)
+    return SKIPPED if skipped else 0
+
+
+def _places(chosen: Args) -> tuple[Path, Path | None]:
+    """The output, and the workspace if one is named."""
+    for flag in ("layer_by_layer", "chunk_size"):
+        if flag in chosen:
+            log.warning("--%s has no effect: adapters are always streamed", flag.replace("_", "-"))
+    if "output" not in chosen:
+        raise UsageError("no output", expected="-o OUT", remedy="Name the checkpoint's folder.")
+    return Path(chosen["output"]), Path(chosen["workspace"]) if "workspace" in chosen else None
+
+
+def info(args: Args) -> int:
+    """`info`: what a checkpoint says of itself."""
+    config = read_share_config(place_of(args["checkpoint"], local_files_only="offline" in args).root)
+    print_result(args, info_of(config), summary_text(config))
+    return 0
+
+
+def report(args: Args) -> int:
+    """`report`: a page of pictures of what a checkpoint says of itself."""
+    from ..report.page import page
+    from ..report.statistics import findings_of
+
+    out = Path(args["output"])
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise UsageError("a report is an .html file", found=out, expected="a name that ends in .html")
+    if not out.absolute().parent.is_dir():
+        raise UsageError("no folder for the report", found=out.parent, remedy="Make it, or name another.")
+    content = page(findings_of(place_of(args["checkpoint"], local_files_only="offline" in args))).encode()
+    with atomic_file(out) as f:
+        f.write(content)
+    print_result(args, {"report": str(out), "bytes": len(content)}, f"{bytes_shown(len(content))} in {shown(out)}")
+    return 0
+
+
+def info_of(config: SHAREConfig) -> dict[str, Any]:
+    """What `info` tells, as plain values."""
+    stats = {k: v for k, v in config.compression_stats.items() if k != "lorashare_stream"}
+    ours = {k: v for k, v in config.ours.items() if k != "groups"}
+    return {**{k: v for k, v in config.to_dict().items() if k != "compression_stats"}, **stats, **ours}
+
+
+def reconstruct(args: Args) -> int:
+    """`reconstruct`: one adapter into DIR, several into DIR/NAME."""
+    from ..model import SHAREModel
+
+    model = SHAREModel.from_pretrained(args["checkpoint"], local_files_only="offline" in args)
+    out = Path(args["output"])
+    names = model.adapter_names if "all" in args else names_meant(args["adapter"], model.adapter_names)
+    unknown = [n for n in names if n not in model.all_loadings]
+    if unknown:
+        model.reconstruct(unknown[0])  # raises, naming what is near
+    unsafe = [f"{shown(n)} ({fault})" for n in names if (fault := name_fault(n))]
+    if unsafe and len(names) > 1:
+        raise UsageError("names that cannot be folders", found=listed(unsafe), remedy="Reconstruct them one by one.")
+    if out.exists() and not out.is_dir():
+        raise UsageError("the output is no folder", found=out, remedy="Choose another.")
+    out.mkdir(parents=True, exist_ok=True)
+    folders = {name: own_folder(out / name) if len(names) > 1 else out for name in names}
+    for name in progress_of(args)("reconstruct", len(names), iter(names)):
+        model.reconstruct(name, output_dir=folders[name])
+    print_result(
+        args,
+        {"reconstructed": {n: str(f) for n, f in folders.items()}},
+        f"{counted(len(names), 'adapter')} in {shown(out)}",
+    )
+    return 0
+
+
+def verify(args: Args) -> int:
+    """`verify`: measured errors, worst first; fails if one is not as certified, or an original is missing."""
+    from ..model import SHAREModel
+    from ..stages.verify import originals_of, pins_in
+    from ..stages.verify import verify as verdicts_of
+
+    offline = bool(args.get("offline"))
+    model = SHAREModel.from_pretrained(args["checkpoint"], local_files_only=offline)
+    beside = default_workspace(Path(args["checkpoint"]).absolute())
+    if "sources" in args:
+        sources = pinned(resolve(args["sources"]), lambda: Hub(offline=offline), pins_in(model))
+    elif Workspace(beside).exists():
+        sources = [replace(source, name=None) for source in recalled(beside)]  # matched by their ids
+    else:
+        ids = [str(model.certified(name).get("source_id", "")) for name in model.adapter_names]
+        sources = [source for source in (source_of(i, None) for i in ids) if source.hub is not None]
+        if not sources:
+            missing = f"no {shown(beside)}, and no adapter of the Hub"
+            raise UsageError("no originals to compare with", found=missing, remedy="Name them by --sources.")
+    found = verdicts_of(model, originals_of(model, sources), workspace=beside, offline=offline)
+    verdicts = list(progress_of(args)("verify", len(model.adapter_names), found))
+    verdicts.sort(key=lambda v: (v.problem is None, -v.relative_error if v.relative_error >= 0 else 0, v.name))
+    bad = [v for v in verdicts if v.problem is not None]
+    measured = [v.relative_error for v in verdicts if v.worst_module is not None]  # not of what is kept exact
+    mean = sum(measured) / len(measured) if measured else None
+    rows = [
+        (
+            v.name,
+            _figure(v.relative_error),
+            _figure(v.certified),
+            _figure(v.worst_module_error if v.worst_module else None),
+            v.worst_module or "-",
+        )
+        for v in verdicts
+    ]
+    text = table(rows, ("adapter", "dW error", "certified", "at worst", "in module"))
+    text += f"\nmean dW error {mean:.6f} of {counted(len(measured), 'compressed adapter')}" if mean is not None else ""
+    print_result(args, {"mean": mean, "failed": len(bad), "adapters": [asdict(v) for v in verdicts]}, text)
+    for problem in dict.fromkeys(v.problem for v in bad):
+        names = [v.name for v in bad if v.problem == problem]
+        print(f"FAILED {listed(names)}: {shown(problem, 2000)}", file=sys.stderr)
+    return 1 if bad else 0
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None or value != value else f"{value:.6f}"

@@ -1,0 +1,134 @@
+"""The commands that change a checkpoint: `add`, `remove`, `refit`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.config import read_share_config
+from ..checkpoint.format import ADAPTERS
+from ..edits import add as adding
+from ..edits import refit as refitting
+from ..edits import remove as shrinking
+from ..edits.options import Means, opened
+from ..edits.remove import Removed
+from ..errors import StreamError, skipped_as_json
+from ..files import tree_bytes
+from ..report.summary_text import summary_text
+from ..report.text import facts
+from ..settings import BUDGETS, Settings
+from ..text import bytes_shown, counted, listed, shown
+from .choices import Args, cluster_of, named_sources, names_meant, with_workers
+from .output import print_result, progress_of, say_left_out
+
+COMMANDS = {"add", "remove", "refit"}
+SKIPPED = 3  # exit code: done, but adapters were left out
+log = logging.getLogger(__name__)
+_ASKED = ("num_components", *BUDGETS, "trim_rank")  # of a refit
+
+
+@contextmanager
+def _means(args: Args) -> Iterator[Means]:
+    own = {f.name for f in fields(Settings)} - {*_ASKED}
+    with cluster_of(args) as cluster:
+        yield Means(
+            workspace=Path(args["workspace"]) if "workspace" in args else None,
+            changes={k: v for k, v in with_workers(args, cluster).items() if k in own},
+            accept=args.get("accept"),
+            executor=cluster,
+            take_lock="take_lock" in args,
+            progress=progress_of(args),
+        )
+
+
+def add(args: Args) -> int:
+    """`add`: adapters into a checkpoint."""
+    out, config = opened(Path(args["checkpoint"]))
+    before = set(config.adapter_names)
+    sources = named_sources(args, skipping=args.get("on_error") == "skip")
+    with _means(args) as means:
+        outcome = adding.add(out, sources, means)
+    config = read_share_config(out)
+    tried = list(outcome.kept.items())[:20]
+    added = [name for name in config.adapter_names if name not in before]
+    cost = bytes_shown(sum(tree_bytes(out / ADAPTERS / name) for name in added))
+    text = {
+        "current": "nothing to add: the checkpoint has these adapters",
+        "projection": f"added {listed(added)} on the bases that were there, for {cost}" if added else "nothing to add",
+        "recompute": f"added {listed(added)}; bases were fitted again, and all adapters projected on them",
+    }[outcome.method]
+    kept = [(name, f"keeps {share:.4f} of its dW energy on the bases that were there") for name, share in tried]
+    result: dict[str, Any] = {"added": added, "method": outcome.method, "kept": outcome.kept}
+    result["skipped"] = skipped_as_json(outcome.skipped)
+    print_result(args, result, "\n".join([text, *([facts(kept)] if kept else [])]))
+    say_left_out(outcome.skipped, out)
+    return SKIPPED if outcome.skipped else 0
+
+
+def remove(args: Args) -> int:
+    """`remove`: adapters out of a checkpoint; fails if their trace was to go, and could not."""
+    out = Path(args["checkpoint"])
+    names = names_meant(args.get("adapters", ()), opened(out)[1].adapter_names)
+    with _means(args) as means:
+        done = shrinking.remove(out, names, means, refit="refit" in args)
+    left = sorted({*done.in_bases, *(done.in_moments or {})})
+    result = {
+        "removed": list(done.names),
+        "in_bases": list(done.in_bases),
+        "in_moments": done.in_moments,
+        "absent": list(done.absent),
+    }
+    print_result(
+        args, result, "\n".join([f"took out {listed(done.names) or 'nothing more'}", *_traces(done, "refit" in args)])
+    )
+    if "refit" not in args or not left:
+        return 0
+    fault = StreamError(
+        "adapters were taken out, but their trace could not be",
+        found=listed(left),
+        remedy=f"Restore the sources of {listed(done.absent) or 'others'}, or take them out too, and run it again.",
+    )
+    print(f"lorashare-stream: {fault}", file=sys.stderr)
+    return fault.exit_code
+
+
+def _traces(done: Removed, refit: bool) -> list[str]:
+    """Where what was taken out is left, in words."""
+    lines = []
+    if done.in_bases:
+        lines.append(f"the bases were fitted to {listed(done.in_bases)} too, and still contain their trace")
+    if done.in_moments:
+        most = [f"{name} ({counted(n, 'module')})" for name, n in sorted(done.in_moments.items())]
+        lines.append(f"the moments in the workspace still contain {listed(most)}")
+    if done.in_moments is None:
+        lines.append("there is no workspace: moments kept elsewhere still contain them")
+    if not done.in_bases and not done.in_moments:
+        lines.append("neither the bases nor the moments that are here contain them")
+    elif not refit and done.in_moments is not None:
+        lines.append("remove --refit computes moments and bases anew from the sources of the others")
+    return lines
+
+
+def refit(args: Args) -> int:
+    """`refit`: another k, or bases anew."""
+    asked = {name: args[name] for name in _ASKED if name in args}
+    out = Path(args["output"])
+    with _means(args) as means:
+        method = refitting.refit(Path(args["place"]), asked, out, means, overwrite="overwrite" in args)
+    config = read_share_config(out)
+    note = {
+        "sliced": "cut from what was stored; errors follow from those of the larger k, and are not measured",
+        "recompute": "bases fitted, and all adapters projected from their sources",
+        "current": "nothing to do",
+    }[method]
+    log.info("%s: %s", shown(out), note)
+    if config.ours["removed"]:
+        log.warning("removed adapters are in the moments, and so in the bases, until remove --refit frees them")
+    result: dict[str, Any] = {"checkpoint": str(out), "method": method, "k": config.num_components}
+    print_result(args, result, summary_text(config))
+    return 0

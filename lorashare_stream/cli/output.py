@@ -1,0 +1,57 @@
+"""What commands print: results on stdout, as text or as one JSON object; progress and notes on stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..cli import progress
+from ..errors import AdapterError, problem_lines
+from ..plan.plan import Plan
+from ..runtime.progress import Progress, silent
+from ..text import counted, shown
+from .choices import Args
+
+
+def print_result(args: Args, value: Mapping[str, Any], text: str) -> None:
+    """The result of a command, as it was asked for."""
+    try:
+        print(json.dumps(finite(value)) if "json" in args else text, flush=True)
+    except BrokenPipeError:  # the reader has gone; the work is done
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def finite(value: Any) -> Any:
+    """JSON has neither NaN nor infinity: what could not be measured is null."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {k: finite(v) for k, v in value.items()}
+    return [finite(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def progress_of(args: Args) -> Progress:
+    """A bar on a terminal, lines in a log, nothing if quiet."""
+    if "quiet" in args:
+        return silent
+    return progress.bars if sys.stderr.isatty() else progress.lines
+
+
+def say_what_will_be_left_out(made: Plan) -> None:
+    """Adapters that a plan leaves out, with the reasons."""
+    if made.refused and made.settings.on_error == "skip":
+        print(f"{counted(len(made.refused), 'adapter')} will be left out:", file=sys.stderr)
+        print("\n".join(problem_lines(made.refused)), file=sys.stderr)
+
+
+def say_left_out(skipped: Sequence[AdapterError], out: Path) -> None:
+    """Adapters that were left out, with the reasons."""
+    if skipped:
+        where = shown(out / "skipped.json")
+        print(f"left out {counted(len(skipped), 'adapter')}; the reasons are in {where}:", file=sys.stderr)
+        print("\n".join(problem_lines(skipped)), file=sys.stderr)

@@ -1,0 +1,1 @@
+"""A checkpoint, changed: adapters added, taken out, another k."""

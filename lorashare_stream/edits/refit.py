@@ -1,0 +1,124 @@
+"""Another k from what was computed before."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.config import SHAREConfig
+from ..checkpoint.format import CONFIG, ours_of
+from ..checkpoint.publish import check_output, output_folder
+from ..checkpoint.staging import mend
+from ..checkpoint.summary import head_of
+from ..errors import WorkspaceError
+from ..files import read_sealed
+from ..hub.lookup import recalled
+from ..pipeline import plan_for
+from ..runtime.executors import Local, Places, at
+from ..settings import BUDGETS, Settings, overridden
+from ..stages.slice import cut_of, slice_checkpoint
+from ..workspace.workspace import Workspace
+from .options import Means, check_same, opened
+
+
+def refit(place: Path, asked: Mapping[str, Any], out: Path, means: Means, *, overwrite: bool = False) -> str:
+    """Another k from the same moments, or the same k for all that was added and taken out since.
+
+    A smaller k than the checkpoint has is cut from what it stores, without sources or workspace. Else bases are fitted
+    to the moments, and all adapters are projected from their sources, which are read once.
+
+    Args:
+        place: a checkpoint of ours, or a workspace.
+        asked: k, a budget, or whether ranks are trimmed; what is not named stays as it is.
+        out: the new checkpoint's folder; it may be `place`.
+        means: with what.
+        overwrite: replace a checkpoint of another run at `out`.
+
+    Returns:
+        `sliced`, `recompute` or `current`.
+    """
+    changes = {**means.changes, **asked}
+    if Workspace(place).exists():
+        root, settings = place, Settings.from_mapping(overridden(_last_settings(place), changes))
+    else:
+        place, config = opened(place)
+        settings = Settings.from_mapping(overridden(means.settings(config).as_dict(), asked))
+        in_place, same = place == output_folder(out), _is_so(config, settings)
+        if in_place and (same or (bool(asked) and _is_cut_to(config, settings))):
+            return "current"
+        k = settings.num_components
+        if isinstance(k, int) and _can_cut(config, settings) and (k < config.num_components or (same and not in_place)):
+            return _slice(place, config, k, out, means, overwrite)
+        found = means.root_of(place, config)
+        if found is None:
+            raise WorkspaceError(
+                "only a smaller k can be cut from a checkpoint without its workspace",
+                found=f"k = {config.num_components}",
+                remedy="Name the workspace by --workspace, or compress the sources again.",
+            )
+        check_same(place, config, found)
+        root = found
+    held = recalled(root)
+    plan = plan_for(held, settings, root, recalled=[str(s.name) for s in held], progress=means.progress)
+    return means.compress(plan, out, root, refit=True, overwrite=overwrite).method
+
+
+def _last_settings(workspace: Path) -> dict[str, Any]:
+    settings = read_sealed(workspace / "plan.json").get("settings")
+    if settings is None:
+        raise WorkspaceError(
+            "the workspace's plan is damaged, or not there",
+            found=workspace,
+            remedy="Name the checkpoint instead of the workspace.",
+        )
+    return dict(settings)
+
+
+def _is_so(config: SHAREConfig, settings: Settings) -> bool:
+    """Whether a checkpoint has this k, as it was asked for, and bases that are fitted to its adapters and no others."""
+    head, k = head_of(config), settings.num_components
+    same = _bought(config) == settings.bought and (k == head.settings["num_components"] or bool(settings.budget))
+    same = same and (k != "auto" or settings.variance_threshold == head.settings["variance_threshold"])
+    return same and not head.projected and not head.removed
+
+
+def _bought(config: SHAREConfig) -> tuple[Any, ...]:
+    """What decided the forms of the modules of a checkpoint, beside k."""
+    made = head_of(config).settings
+    return Settings.from_mapping({name: made[name] for name in (*BUDGETS, "trim_rank") if name in made}).bought
+
+
+def _can_cut(config: SHAREConfig, settings: Settings) -> bool:
+    """Whether all that is asked for is another k: forms are chosen anew from the sources only."""
+    return settings.budget is None and _bought(config) == settings.bought
+
+
+def _is_cut_to(config: SHAREConfig, settings: Settings) -> bool:
+    """Whether a checkpoint was cut to this k: the same command has done its work."""
+    head = head_of(config)
+    same = head.settings["num_components"] == settings.num_components
+    return head.cut_from is not None and same and _bought(config) == settings.bought
+
+
+def _slice(place: Path, config: SHAREConfig, k: int, out: Path, means: Means, overwrite: bool) -> str:
+    out = output_folder(out)
+    mend(out)
+    cut = cut_of(place, config, k, out)
+    ours = ours_of(out) or {}
+    if (ours.get("digest"), ours.get("basis_digest")) == (cut.digest, cut.head.basis_digest):
+        return "current"
+    root = means.root_of(place, config)
+    own = {cut.source_digest} if out == place else set() if root is None else Workspace(root).published()
+    check_output(out, own=own, overwrite=overwrite)
+    workers = means.settings(config).workers or os.cpu_count() or 1
+    with nullcontext() if root is None else Workspace.open(root, None, take_lock=means.take_lock) as work:
+        if work is not None:
+            work.publishing(out, cut.head.basis_digest, ours.get("basis_digest"))
+        where = (place / CONFIG).absolute()
+        places = Places(out.parent.absolute(), (out.parent.absolute(),), ((where, where.stat().st_size),))
+        with at(means.executor or Local(), lambda: places) as executor:
+            slice_checkpoint(cut, executor, workers, means.progress)
+    return "sliced"

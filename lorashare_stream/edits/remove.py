@@ -1,0 +1,277 @@
+"""Shrinking: adapters are taken out of a checkpoint, of the moments, and, as far as can be, of the bases."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from threadpoolctl import threadpool_limits
+
+from ..adapters.adapter import Entry
+from ..adapters.config import configured_ranks
+from ..adapters.keys import group_id, parse_key, split_group_id
+from ..adapters.safetensors import read_header
+from ..checkpoint.config import SHAREConfig, read_share_config
+from ..checkpoint.format import ADAPTERS, LOADINGS, OURS, VERBATIM, skipped_of
+from ..checkpoint.records import config_in, metas_of, receipt_in, takes_part
+from ..checkpoint.staging import Staging
+from ..checkpoint.summary import counts_of, head_of
+from ..errors import AdapterError, CheckpointError, StreamError, UsageError, WorkspaceError, unknown_adapter
+from ..files import read_sealed, write_sealed
+from ..hub.lookup import fetching_for, looked_up, recalled, source_of
+from ..linalg.device import resolve_device
+from ..pipeline import plan_for, recompute
+from ..plan.catalog import read_entries
+from ..plan.file import plan_as_json
+from ..plan.plan import Plan
+from ..stages.clean import clean_module
+from ..stages.grow import changed, demand_unchanged
+from ..stages.job import Job
+from ..stages.passes import digest_of_job, journal_of_plan, make_job
+from ..stages.project import check_unchanged
+from ..stages.run import Run
+from ..stages.update import catch_up, forget_unused
+from ..text import digest_of, is_component
+from ..workspace.journal import Journal, Receipt, Removal
+from ..workspace.workspace import Workspace
+from .options import Means, check_same, opened
+
+
+@dataclass(frozen=True)
+class Removed:
+    """What is left of adapters that were taken out.
+
+    Attributes:
+        names: the adapters.
+        in_bases: all that were ever taken out whose vectors the bases of the checkpoint were fitted to.
+        in_moments: name -> in how many modules sums still hold its vectors; None if there is no workspace.
+        absent: adapters that stay, without whose sources, which are gone, bases cannot be fitted anew.
+    """
+
+    names: tuple[str, ...]
+    in_bases: tuple[str, ...]
+    in_moments: Mapping[str, int] | None = None
+    absent: tuple[str, ...] = ()
+
+
+def remove(checkpoint: Path, names: Sequence[str], means: Means, *, refit: bool = False) -> Removed:
+    """Take adapters out of a checkpoint: their files and their stacked columns go.
+
+    Sums and bases still contain what they added, unless they are computed anew.
+
+    Args:
+        checkpoint: one of ours.
+        names: of the adapters.
+        means: with what.
+        refit: free the moments of them, fit the bases anew and project the others anew, where their sources allow it.
+
+    Raises:
+        UnknownAdapterError: if there is, and was, no such adapter.
+        UsageError: if no adapter would stay.
+    """
+    out, config = opened(checkpoint)
+    root = means.root_of(out, config)
+    journal = Journal() if root is None else Workspace(root).journal()
+    _check_names(out, config, journal, names, refit)
+    if root is None and refit:
+        raise WorkspaceError(
+            "no workspace to compute anything anew from",
+            remedy="Name it by --workspace; or leave --refit off, and compress the sources of the others again.",
+        )
+    if root is None:
+        shrink(out, config, names)
+        return Removed(tuple(names), tuple(read_share_config(out).ours["removed"]))
+    if refit:
+        check_same(out, config, root, removing=names)
+    held = [s for s in recalled(root) if s.name not in names]
+    names_held = [str(s.name) for s in held]
+    plan = plan_for(held, means.settings(config), root, recalled=names_held, progress=means.progress)
+    device = resolve_device(plan.settings.device)
+    with (
+        threadpool_limits(1, user_api="blas"),
+        Workspace.open(root, plan.binding, take_lock=means.take_lock) as work,
+        fetching_for(plan.settings, root) as fetcher,
+        means.running(plan, root, out, fetcher, work.check_held) as run,
+    ):
+        demand_unchanged(out, config)
+        take_out(work, journal_of_plan(plan, work), names)
+        plan = _of_unchanged(plan, work.journal())
+        write_sealed(work.root / "plan.json", plan_as_json(plan))
+        run, job = replace(run, plan=plan), make_job(plan, work, out, device)
+        shrink(out, config, names)
+        catch_up(run, job)
+        forget_unused(job)
+        if refit:
+            clean(run, job, _removed_entries(job, root))
+            config = read_share_config(out)
+            if config.ours["removed"] and not plan.absent:
+                recompute(run, job, work, out, skipped_of(out))
+        absent = tuple(str(e.adapter) for e in plan.absent)
+        return Removed(tuple(names), tuple(read_share_config(out).ours["removed"]), traces(job), absent)
+
+
+def _check_names(out: Path, config: SHAREConfig, journal: Journal, names: Sequence[str], refit: bool) -> None:
+    if not names and not refit:
+        raise UsageError("no adapter is named", remedy="Name those to take out, or give --refit.")
+    active = {*config.adapter_names, *(r.name for r in journal.receipts)}
+    before = {e.name for e in journal.entries if isinstance(e, Removal)} | {*config.ours["removed"]}
+    for name in names:
+        if name not in active | before and not (is_component(name) and (out / ADAPTERS / name).is_dir()):
+            raise unknown_adapter(name, sorted(active))
+    if not set(config.adapter_names) - set(names):
+        raise UsageError("no adapter would stay", remedy="To remove the whole checkpoint, delete its folder.")
+
+
+def _of_unchanged(plan: Plan, journal: Journal) -> Plan:
+    """The plan, in which adapters whose sources have changed count as absent."""
+    receipts = {r.name: r for r in journal.receipts}
+    changed: list[AdapterError] = []
+    for entry in plan.entries:
+        try:
+            check_unchanged(entry, receipts[entry.name])
+        except AdapterError as e:
+            changed.append(e)
+    names = {e.adapter for e in changed}
+    entries = tuple(e for e in plan.entries if e.name not in names)
+    return replace(plan, entries=entries, absent=(*plan.absent, *changed))
+
+
+def _removed_entries(job: Job, workspace: Path) -> dict[str, Entry]:
+    """Adapters that were taken out and can be read, or fetched, by source id."""
+    removed = [job.journal.entries[e.admission] for e in job.journal.entries if isinstance(e, Removal)]
+    sources = [source_of(r.source_id, r.name) for r in removed if isinstance(r, Receipt)]
+    found, surveyed = looked_up(sources, job.settings, workspace)
+    return read_entries(found, job.settings, surveyed)
+
+
+def shrink(out: Path, config: SHAREConfig, names: Sequence[str]) -> None:
+    """Take adapters out of a checkpoint: its configuration names them no longer, then their folders go.
+
+    Args:
+        out, config: the checkpoint.
+        names: of adapters that it names, or did before this was interrupted.
+    """
+    head, gone = head_of(config), set(names)
+    counts = _counts_without(out, config, gone)
+    outside = {*_outside(out, config), *head.projected}
+    head = replace(
+        head,
+        projected=tuple(n for n in head.projected if n not in gone),
+        removed=tuple(sorted({*head.removed, *(n for n in config.adapter_names if n in gone - outside)})),
+    )
+    left_out = skipped_of(out)
+    stay = [n for n in config.adapter_names if n not in gone]
+    digest = digest_of_job(head.choice, [receipt_in(meta) for meta in metas_of(out, stay)])
+    with Staging.open(out, digest_of(["shrinking", digest])) as staging:
+        demand_unchanged(out, config)
+        staging.replace(out, changed(out, head, stay, counts, digest, left_out), left_out)
+        staging.take_out(out, names)
+        staging.clear()
+
+
+def _counts_without(out: Path, config: SHAREConfig, gone: Collection[str]) -> dict[str, int]:
+    """Group -> n of the adapters that stay: less those that go, or, if one of these is damaged, counted anew."""
+    outside, groups = _outside(out, config), counts_of(config)
+
+    def vectors(names: Iterable[str]) -> Counter[str]:
+        found: Counter[str] = Counter()
+        for name in set(names) - outside:
+            found.update({group: n for group, n in _vectors(out, name).items() if group in groups})
+        return found
+
+    try:
+        less = vectors(name for name in config.adapter_names if name in gone)
+    except (StreamError, OSError):
+        return dict(vectors(name for name in config.adapter_names if name not in gone))
+    return {group: n - less[group] for group, n in groups.items()}
+
+
+def _outside(out: Path, config: SHAREConfig) -> set[str]:
+    """Adapters that bases are not fitted to; they may have loadings, if their dW is zero."""
+    found = set()
+    for name in config.ours["verbatim_adapters"]:
+        try:
+            if takes_part(next(metas_of(out, [name]))):
+                continue
+        except CheckpointError:
+            pass
+        found.add(name)
+    return found
+
+
+def _vectors(out: Path, name: str) -> dict[str, int]:
+    """Group -> the vectors that an adapter has brought into it, in whatever form and rank it is stored."""
+    folder, meta = out / ADAPTERS / name, next(metas_of(out, [name]))
+    ours = meta[OURS]
+    found = {r.name: r.shape[1] for r in read_header(folder / LOADINGS)}  # of (k, r)
+    if (folder / VERBATIM).exists():
+        unshared = {note.partition(": ")[0] for note in ours["notes"]}
+        for record in read_header(folder / VERBATIM):
+            key = parse_key(record.name)
+            if key.module is not None and key.side is not None and record.name not in unshared:
+                found[group_id(key.module, key.side)] = record.shape[0 if key.side == "A" else -1]
+    if "unchanged_config" in ours:
+        modules = {split_group_id(group)[0] for group in found}
+        came, now = (configured_ranks(config, modules) for config in (config_in(meta), meta["original_config"]))
+        found = {g: n + came[m] - now[m] for g, n in found.items() for m in [split_group_id(g)[0]]}
+    return found
+
+
+def take_out(work: Workspace, journal: Journal, names: Sequence[str]) -> None:
+    """Note in the journal that adapters are taken out, unless they are."""
+    work.take_out([Removal(r.name, i) for i, r in journal.active.items() if r.name in names])
+
+
+def traces(job: Job) -> dict[str, int]:
+    """Adapters that were taken out -> in how many modules moments still hold their vectors."""
+    work = Workspace(job.workspace)
+    found: dict[str, int] = {}
+    for module in work.modules():
+        marker = work.marker(module)
+        for name in job.removed_in(marker) if marker is not None else ():
+            found[name] = found.get(name, 0) + 1
+    return found
+
+
+def clean(run: Run, job: Job, entries: Mapping[str, Entry]) -> None:
+    """Free the moments of the vectors of adapters that were taken out, where that can be done.
+
+    Args:
+        run, job: of the adapters that stay.
+        entries: adapters that can be read, by source id.
+    """
+    for module in _fitted_to_removed(job):
+        Workspace(job.workspace).forget(module)
+    removed = {e.admission: job.journal.entries[e.admission] for e in job.journal.entries if isinstance(e, Removal)}
+    gone = {i: entries[r.source_id] for i, r in removed.items() if isinstance(r, Receipt) and r.source_id in entries}
+    gone = {i: entry for i, entry in gone.items() if _is_unchanged(entry, removed[i])}
+    budget = job.settings.disk_budget
+    fitting: dict[int, Entry] = {}
+    for i, entry in gone.items():  # of what does not fit, the modules are summed anew
+        if budget is None or sum(e.hub_bytes for e in fitting.values()) + entry.hub_bytes <= budget // 2:
+            fitting[i] = entry
+    gone = fitting
+    lost: list[AdapterError] = []
+    here = {e.source_id: e for e in run.arriving(list(gone.values()), lost)}  # sums keep what cannot be had
+    gone = {i: here[entry.source_id] for i, entry in gone.items() if entry.source_id in here}
+    run.all("accumulate", partial(clean_module, job, gone), sorted(Workspace(job.workspace).modules()))
+    run.fetcher.release(here.values())
+
+
+def _fitted_to_removed(job: Job) -> list[str]:
+    """Modules whose bases were fitted to moments with removed adapters in them, that were discarded since."""
+    work = Workspace(job.workspace)
+    bases = {module: read_sealed(job.facts_file(module)) for module in job.modules if work.marker(module) is None}
+    return [module for module, facts in bases.items() if facts.get("removed")]
+
+
+def _is_unchanged(entry: Entry, receipt: Receipt | Removal) -> bool:
+    try:
+        assert isinstance(receipt, Receipt)
+        check_unchanged(entry, receipt)
+    except (AdapterError, OSError):
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""The Hugging Face Hub: lookup, prefetch, repositories, push."""

@@ -1,0 +1,253 @@
+"""The Hugging Face Hub, by its own client: what is permanent is said at once, what is not is waited out.
+
+Permanent is what concerns one adapter (missing, gated, private, refused): an `AdapterError`. Waited out are rate
+limits, errors of the server, and connections that fail, for some minutes; then the run stops, and may be run again.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from ..adapters.hubid import HubId
+from ..errors import AdapterError, StreamError, UsageError
+from .errors import NoSecrets, not_cached
+from .retry import patiently, unheard
+
+T = TypeVar("T")
+FIRST_BYTES = 256 << 10  # of a weight file: the header, unless the adapter has some thousand tensors
+MOST_HEADER = 16 << 20  # bytes of a header: that of a hundred thousand tensors
+TIMEOUT = 20.0  # seconds without a byte
+LONG_TIMEOUT = 120.0  # the same, of requests that make the Hub work: listings, commits
+DEADLINE = 120.0  # seconds for a header
+
+
+class Head(NamedTuple):
+    """The beginning of a file: its first bytes, its size, and the SHA-256 of the whole if the Hub lists it."""
+
+    start: bytes
+    size: int
+    sha256: str | None
+
+
+class _Pages:
+    """A listing that goes on where a request for a page has failed."""
+
+    def __init__(self, hub: Hub, query: dict[str, Any]) -> None:
+        self.hub, self.query = hub, query
+        self.given = 0
+        self.models: Iterator[Any] | None = None
+
+    def one(self) -> Any:
+        """The next model; None after the last."""
+        try:
+            if self.models is None:
+                self.models = islice(self.hub.api.list_models(**self.query), self.given, None)
+            model = next(self.models, None)
+        except Exception:
+            self.models = None
+            raise
+        self.given += 1
+        return model
+
+
+class Hub:
+    """The Hub as the environment has it: HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_CACHE.
+
+    Args:
+        offline: never ask it; HF_HUB_OFFLINE=1 says the same.
+        stopped: set when a run ends, so that nobody waits on.
+    """
+
+    def __init__(self, *, offline: bool = False, stopped: threading.Event | None = None) -> None:
+        from huggingface_hub import get_token, is_offline_mode
+
+        check_token(get_token())
+        for handler in logging.getLogger("huggingface_hub").handlers:
+            if not any(isinstance(f, NoSecrets) for f in handler.filters):
+                handler.addFilter(NoSecrets())
+        self.offline = offline or is_offline_mode()
+        self.stopped = stopped or threading.Event()
+
+    @property
+    def api(self) -> Any:
+        """The client, which takes the token from the environment."""
+        from huggingface_hub import HfApi, get_session
+
+        from ..version import __version__
+
+        session = get_session()
+        if session.timeout.read is None:  # else a server that accepts and never answers is waited for, for ever
+            session.timeout = LONG_TIMEOUT
+        return HfApi(library_name="lorashare-stream", library_version=__version__)
+
+    def patiently(self, call: Callable[[], T], what: str, most: float | None = None) -> T:
+        """The result of a request, as `patience.patiently`."""
+        return patiently(call, what, self.stopped, offline=self.offline, most=most)
+
+    def info(self, hub_id: HubId) -> Any:
+        """The `ModelInfo` of a repository at a revision: one request, of the API.
+
+        If nothing was heard of the Hub yet, what looks like an id may be a path that is mistyped: it is soon said.
+        """
+        self._demand_online(hub_id)
+
+        def get() -> Any:
+            try:
+                return self.api.model_info(hub_id.repo, revision=hub_id.revision or None, timeout=TIMEOUT)
+            except (TypeError, AttributeError, KeyError) as e:
+                problem = "what the Hub says of it cannot be read"
+                raise AdapterError(problem, found=type(e).__name__, remedy="Leave it out.") from e
+
+        return self.patiently(get, str(hub_id), unheard())
+
+    def models(self, **query: Any) -> Iterator[Any]:
+        """The models that a query finds, as `HfApi.list_models` gives them: one request a page.
+
+        A page that fails is asked for again from the beginning; what was given before is not given twice.
+        """
+        if self.offline:
+            raise StreamError("the Hub cannot be asked offline", remedy="Use a manifest that was made before.")
+        pages = _Pages(self, query)
+        while (model := self.patiently(pages.one, "listing models", unheard())) is not None:
+            yield model
+
+    def head(self, hub_id: HubId, file: str) -> Head:
+        """The first bytes of a safetensors file, its header among them: one ranged request.
+
+        A header beyond `FIRST_BYTES` takes a second one.
+        """
+        self._demand_online(hub_id, file)
+
+        def get(first: int, last: int) -> Head:
+            return self.patiently(lambda: self._range(hub_id, file, first, last), f"{hub_id}: {file}")
+
+        start, size, sha256 = get(0, FIRST_BYTES - 1)
+        end = 8 + int.from_bytes(start[:8], "little")
+        if end > MOST_HEADER and end <= size and file.endswith(".safetensors"):
+            raise AdapterError(
+                "a header that is longer than that of an adapter", key=file, found=f"{end} bytes",
+                expected=f"at most {MOST_HEADER}", remedy="Leave it out, or fetch it and name its folder.",
+            )  # fmt: skip
+        if len(start) < end <= min(size, MOST_HEADER):
+            start += get(len(start), end - 1).start
+        return Head(start, size, sha256)
+
+    def text(self, hub_id: HubId, file: str) -> bytes:
+        """A small file, by one ranged request.
+
+        Raises:
+            AdapterError: if it is none.
+        """
+        self._demand_online(hub_id, file)
+        what = f"{hub_id}: {file}"
+        found, size, _ = self.patiently(lambda: self._range(hub_id, file, 0, MOST_HEADER - 1), what)
+        if size > MOST_HEADER:
+            raise AdapterError("a file that is too large", key=file, found=f"{size} bytes", remedy="Leave it out.")
+        return found
+
+    def _range(self, hub_id: HubId, file: str, first: int, last: int) -> Head:
+        from huggingface_hub import get_session, hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
+
+        url = hf_hub_url(hub_id.repo, hub_id.path(file), revision=hub_id.revision)
+        headers = {**build_hf_headers(library_name="lorashare-stream"), "Range": f"bytes={first}-{last}"}
+        headers["Accept-Encoding"] = "identity"  # sizes are those of the file
+        with get_session().stream("GET", url, headers=headers, timeout=TIMEOUT) as response:
+            if response.status_code >= 400:
+                response.read()
+            hf_raise_for_status(response)
+            whole = response.status_code != 206  # a server that ignores the range sends all: it is not read to the end
+            skip = first if whole else 0
+            size = _number(response.headers.get("Content-Length" if whole else "Content-Range", "").rpartition("/")[2])
+            if size is None:
+                raise ConnectionError("an answer without its length")
+            found, end = bytearray(), time.monotonic() + DEADLINE
+            for chunk in response.iter_bytes(1 << 16):
+                found += chunk
+                if time.monotonic() > end:
+                    raise TimeoutError("a server that is too slow")
+                if len(found) >= skip + last - first + 1:
+                    break
+            told = [r.headers.get("X-Linked-Etag", "").strip('"') for r in (*response.history, response)]
+        sha256 = next((text for text in told if re.fullmatch("[0-9a-f]{64}", text)), None)
+        return Head(bytes(found[skip : skip + last - first + 1]), size, sha256)
+
+    def download(self, hub_id: HubId, file: str, folder: Path | None) -> Path:
+        """A file of a pinned adapter, in a folder, or in the user's cache; without a request if it is there."""
+        get = partial(hub_file, hub_id, file, local_dir=folder, tqdm_class=no_bar(), local_files_only=self.offline)
+        return self.patiently(get, f"{hub_id}: {file}")
+
+    def cached(self, hub_id: HubId, file: str) -> Path | None:
+        """A file in the user's cache, if it is there at this revision."""
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(hub_id.repo, hub_id.path(file), revision=hub_id.revision or None)
+        return Path(found) if isinstance(found, str) else None
+
+    def commits(self, hub_id: HubId) -> list[str]:
+        """The commits of a repository that the user's cache has files of."""
+        folder = repo_folder(cache_folder(), hub_id.repo) / "snapshots"
+        return sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+
+    def _demand_online(self, hub_id: HubId, file: str | None = None) -> None:
+        if self.offline:
+            raise not_cached(f"{hub_id}: {file}" if file else str(hub_id))
+
+
+def hub_file(hub_id: HubId, file: str, **how: Any) -> Path:
+    """A file of a repository at a revision, as `hf_hub_download` has it."""
+    from huggingface_hub import hf_hub_download
+
+    return Path(
+        hf_hub_download(
+            hub_id.repo, hub_id.path(file), revision=hub_id.revision, library_name="lorashare-stream", **how
+        )
+    )
+
+
+def cache_folder() -> Path:
+    """Where the Hub's files lie for all programs: HF_HUB_CACHE."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE).expanduser()
+
+
+def repo_folder(cache: Path, repo: str) -> Path:
+    """Where a cache has the files of a repository."""
+    from huggingface_hub.file_download import repo_folder_name
+
+    return cache / repo_folder_name(repo_id=repo, repo_type="model")
+
+
+def check_token(token: str | bool | None) -> None:
+    """Refuse a token that cannot be one, without showing it.
+
+    Raises:
+        UsageError: if it has characters that none has.
+    """
+    if isinstance(token, str) and not (token and token.isascii() and token.isprintable()):
+        raise UsageError("the token has characters that none has", remedy="Look for a line break, or a blank, in it.")
+
+
+def _number(text: str) -> int | None:
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else None
+
+
+def no_bar() -> Any:
+    """A progress bar that shows nothing: many files are fetched at once."""
+    from tqdm import tqdm
+
+    class NoBar(tqdm):  # type: ignore[type-arg]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            kwargs.pop("name", None)
+            super().__init__(*args, **{**kwargs, "disable": True})
+
+    return NoBar

@@ -1,0 +1,135 @@
+"""Which adapters of a base model the Hub lists, pinned: a manifest, by one request a page."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..adapters.folder import CONFIG, PICKLE, SAFETENSORS
+from ..adapters.hubid import HubId, is_repo, parse_hub_id
+from ..adapters.shards import INDEXES, SHARD
+from ..errors import StreamError
+from ..files import atomic_file
+from ..text import listed, shown
+from .client import Hub
+from .pins import listing_of, peft_type_of
+
+EXPAND = ["sha", "siblings", "gated", "private", "config", "cardData", "tags", "downloads", "usedStorage"]
+_KNOWN = {CONFIG, SAFETENSORS, PICKLE, *INDEXES}
+_OF_TRAINING = re.compile(r"(^|/)checkpoint-\d+$")
+Item = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """What a listing gave.
+
+    Attributes:
+        items: the lines of a manifest.
+        left_out: (repository, reason) of what cannot be LoRA, as the listing already shows.
+    """
+
+    items: tuple[Item, ...]
+    left_out: tuple[tuple[str, str], ...]
+
+
+def discover(
+    bases: Sequence[str],
+    *,
+    author: str | None = None,
+    search: str | None = None,
+    limit: int | None = None,
+    min_downloads: int = 0,
+    offline: bool = False,
+) -> Discovery:
+    """The adapters of a base model on the Hub, those with most downloads first.
+
+    Of a repository with an adapter at its root that one is taken; else those in its folders, but for the checkpoints
+    of a training.
+
+    Args:
+        bases: ids of the base model, its aliases included.
+        author, search: as the Hub has them.
+        limit: how many adapters at most.
+        min_downloads: of a repository.
+        offline: refuses, since nothing can be listed then.
+
+    Raises:
+        UnreachableError: if the Hub does not answer.
+        StreamError: if it lists no adapter.
+    """
+    hub = Hub(offline=offline)
+    items: list[Item] = []
+    left_out: list[tuple[str, str]] = []
+    seen: set[str] = set()
+    for base in bases:
+        query = {"author": author, "search": search, "sort": "downloads", "expand": EXPAND}
+        for info in hub.models(filter=[f"base_model:adapter:{base}"], **query):
+            if (info.downloads or 0) < min_downloads or (limit is not None and len(items) >= limit):
+                break
+            if info.id not in seen:
+                seen.add(info.id)
+                found, reason = _adapters_in(info, base)
+                items += found
+                left_out += [(info.id, reason)] if reason else []
+    items = items[:limit]
+    if not items:
+        raise StreamError(
+            f"the Hub lists no LoRA adapter of {shown(', '.join(bases))}",
+            found=listed((f"{repo}: {reason}" for repo, reason in left_out), 3) or "nothing",
+            remedy="Name the base as its adapters name it, and its mirrors by --base-alias; loosen the filters.",
+        )
+    return Discovery(tuple(items), tuple(left_out))
+
+
+def _adapters_in(info: Any, base: str) -> tuple[list[Item], str | None]:
+    """The adapters of a repository; or why there are none."""
+    kind = peft_type_of(info)
+    if kind is not None and kind.upper() != "LORA":
+        return [], f"peft_type {kind}"
+    if not is_repo(info.id) or not HubId(info.id, str(info.sha)).pinned:
+        return [], "no usable id or commit"
+    paths = [s.rfilename for s in info.siblings or ()]
+    folders = [path.rpartition("/")[0] for path in paths if path.rpartition("/")[2] == CONFIG]
+    if not folders:
+        return [], f"no {CONFIG}"
+    chosen = [""] if "" in folders else sorted(f for f in folders if not _OF_TRAINING.search(f))
+    chosen = [f for f in chosen if parse_hub_id(str(HubId(info.id, info.sha, f))) == HubId(info.id, info.sha, f)]
+    items = [_item(info, folder, base) for folder in chosen]
+    usable = [item for item in items if _has_weights(item["files"])]
+    if not chosen:
+        return [], "only checkpoints of a training"
+    return usable, None if usable else f"no {SAFETENSORS} or {PICKLE} in a folder that can be named"
+
+
+def _has_weights(files: Sequence[str]) -> bool:
+    """Whether files of these names are those of an adapter; an index may be that of a whole model."""
+    shards = any(SHARD.fullmatch(name) and name.startswith("adapter_model") for name in files)
+    return SAFETENSORS in files or PICKLE in files or (shards and not set(INDEXES).isdisjoint(files))
+
+
+def _item(info: Any, folder: str, base: str) -> Item:
+    listing = listing_of(info, folder)
+    item: Item = {
+        "repo": info.id,
+        "revision": info.sha,
+        "subfolder": folder,
+        "files": [name for name in listing.files if name in _KNOWN or SHARD.fullmatch(name)],
+        "size": info.used_storage,
+        "gated": listing.gated,
+        "private": listing.private,
+        "base_model": listing.base_model or base,
+        "license": listing.license,
+        "downloads": info.downloads,
+    }
+    return {k: v for k, v in item.items() if v not in (None, "")}
+
+
+def write_manifest(path: Path, items: Sequence[Item]) -> None:
+    """Write a manifest that `compress` takes; whole, or not at all."""
+    with atomic_file(path) as f:
+        f.write(b"".join(json.dumps(item).encode() + b"\n" for item in items))

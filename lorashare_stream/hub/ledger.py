@@ -1,0 +1,169 @@
+"""What was read of adapters of the Hub before they are fetched, kept beside a workspace: nothing is asked twice.
+
+An append-only file, a fact a line, each sealed; what many adapters have in common is there once. It holds facts of
+pinned commits only, which do not change: it needs no lock, and a line that is torn is asked for again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..adapters.safetensors import TensorRecord
+from ..adapters.source import Listing
+from ..errors import ValuesError
+from ..files import sealed, unsealed
+from ..text import digest_of
+
+Records = tuple[TensorRecord, ...]
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a pinned adapter.
+
+    Attributes:
+        files: (name, size in bytes) of its weight files.
+        records: their tensors.
+        digest: of the records.
+        config: its adapter_config.json, as JSON has it; None if it was not read.
+        listing: what the Hub says of it.
+        sha256: of its one weight file, if the Hub lists it.
+        refused: why its values must not touch a moment, if it was fetched before, and they must not.
+    """
+
+    files: tuple[tuple[str, int], ...]
+    records: Records
+    digest: str
+    config: str | None = None
+    listing: Listing = field(default_factory=Listing)
+    sha256: str | None = None
+    refused: ValuesError | None = None
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A line of an adapter: its files, the digests of what it has in common with others, what the Hub says of it."""
+
+    files: tuple[tuple[str, int], ...]
+    tensors: str
+    configuration: str | None
+    listing: Listing
+    sha256: str | None = None
+
+    @classmethod
+    def of(cls, line: dict[str, Any]) -> Fact:
+        """The fact of a line; it must be what was written, of this version."""
+        listing = Listing(**{**line["listing"], "files": tuple(line["listing"]["files"])})
+        files = tuple((str(name), int(size)) for name, size in line["files"])
+        return cls(files, str(line["tensors"]), line["configuration"], listing, line.get("sha256"))
+
+
+def digest_of_records(records: Records) -> str:
+    """A digest by which a file is known to be the one whose header was read."""
+    return digest_of([_plain(r) for r in records])
+
+
+class Ledger:
+    """The facts of a workspace's Hub adapters; of none, they are kept in memory.
+
+    Args:
+        path: of the file, which is made with its folder when there is something to write.
+        writes: whether anything is written.
+    """
+
+    def __init__(self, path: Path | None, *, writes: bool = True) -> None:
+        self._path = path if writes else None
+        self._lock = threading.Lock()
+        self._adapters: dict[str, Fact] = {}
+        self._records: dict[str, Records] = {}
+        self._configs: dict[str, str] = {}
+        self._refused: dict[str, ValuesError] = {}  # by source id: what was fetched, and is not fetched again
+        if path is not None and path.exists():
+            for line in path.read_bytes().splitlines():
+                self._take(line)
+
+    def _take(self, line: bytes) -> None:
+        try:
+            fact = unsealed(json.loads(line))
+            if fact is None:
+                return
+            if "records" in fact:
+                self._records[fact["digest"]] = tuple(
+                    TensorRecord(n, d, tuple(s), *o) for n, d, s, *o in fact["records"]
+                )
+            elif "refused" in fact:
+                self._refused[fact["id"]] = ValuesError(fact["refused"], **fact["details"])
+            elif "config" in fact:
+                self._configs[fact["digest"]] = fact["config"]
+            else:
+                self._adapters[str(fact["id"])] = Fact.of(fact)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return
+
+    def refuses(self, source_id: str) -> bool:
+        """Whether the values of an adapter are known to be such that they must not touch a moment."""
+        return source_id in self._refused
+
+    def get(self, source_id: str) -> Known | None:
+        """What is known of an adapter, if its tensors are."""
+        fact = self._adapters.get(source_id)
+        if fact is None or fact.tensors not in self._records:
+            return None
+        config, refused = self._configs.get(fact.configuration or ""), self._refused.get(source_id)
+        return Known(fact.files, self._records[fact.tensors], fact.tensors, config, fact.listing, fact.sha256, refused)
+
+    def put(self, source_id: str, known: Known) -> Known:
+        """Keep what is known of an adapter; what others have in common with it is shared with them."""
+        configuration = None if known.config is None else digest_of(known.config)
+        with self._lock:
+            lines: list[dict[str, Any]] = []
+            if known.digest not in self._records:
+                self._records[known.digest] = known.records
+                lines.append({"digest": known.digest, "records": [_plain(r) for r in known.records]})
+            if configuration is not None and configuration not in self._configs:
+                self._configs[configuration] = str(known.config)
+                lines.append({"digest": configuration, "config": known.config})
+            fact = Fact(known.files, known.digest, configuration, known.listing, known.sha256)
+            if self._adapters.get(source_id) != fact:
+                self._adapters[source_id] = fact
+                lines.append({"id": source_id, **asdict(fact)})
+            self._write(b"".join(json.dumps(sealed(line)).encode() + b"\n" for line in lines))
+        config = None if configuration is None else self._configs[configuration]
+        return replace(known, records=self._records[known.digest], config=config)
+
+    def _write(self, lines: bytes) -> None:
+        if self._path is not None and lines:
+            _append(self._path, lines)
+
+
+def note_refusal(path: Path, source_id: str, error: ValuesError) -> None:
+    """Keep in a ledger that the values of an adapter must not touch a moment."""
+    details = {k: v for k, v in error.details().items() if k != "adapter"}
+    fact = {"id": source_id, "refused": error.problem, "details": details}
+    _append(path, json.dumps(sealed(fact)).encode() + b"\n")
+
+
+def _append(path: Path, lines: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o666)
+    try:  # not synced: what a power cut takes is asked for again
+        os.write(fd, b"\n" + lines if _is_torn(path) else lines)
+    finally:
+        os.close(fd)
+
+
+def _is_torn(path: Path) -> bool:
+    """Whether a run was killed in the middle of a line."""
+    with path.open("rb") as f:
+        size = f.seek(0, os.SEEK_END)
+        f.seek(max(0, size - 1))
+        return size > 0 and f.read(1) != b"\n"
+
+
+def _plain(r: TensorRecord) -> list[Any]:
+    return [r.name, r.dtype, list(r.shape), r.offset, r.nbytes, r.file]

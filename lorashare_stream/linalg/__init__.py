@@ -1,0 +1,1 @@
+"""Moments, eigenpairs, bases, errors of dW; no file is known here."""

@@ -1,0 +1,1 @@
+"""Sources resolved, adapters read and compared, the work and its memory planned."""

@@ -1,0 +1,246 @@
+"""The arithmetic of a plan: groups, and what each step reads and holds, in bytes."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ..adapters.adapter import Entry
+from ..adapters.dtypes import ITEMSIZE
+from ..adapters.keys import SIDES, Side
+from ..adapters.safetensors import CHUNK
+from ..adapters.stacks import STACK_BYTES, Module
+from ..linalg.basis import break_even
+from ..linalg.eigen import STRIP, suits_krylov
+from ..linalg.krylov import capacity, width
+from ..linalg.moments import stays_stacked
+from ..settings import QUANTUM, Settings
+
+# Resident bytes of the process before any work: interpreter, numpy, scipy; torch where a .bin is read.
+PROCESS_BYTES = 192 << 20
+FORK_BYTES = 64 << 20  # of a forked process: what it writes to of the parent's, and what it keeps of freed memory
+TORCH_BYTES = 224 << 20
+HUB_BYTES = 112 << 20  # its client, and 8 downloads that read 10 MiB at a time
+BYTES_PER_ADAPTER = 4 << 10  # of a catalog entry and its receipt
+BYTES_PER_RECORD = 1 << 10  # of a tensor in a layout; equal layouts are kept once
+ITEM = {"float32": 4, "float64": 8}  # bytes of a number of a moment
+PORTION_BYTES, PORTION_READS = 128 << 20, 4 << 30  # of sums, and of what is read for them; see `portions`
+WEIGHED = 2 * 12 * 6 * 2 * 8  # bytes of forms of a module and rank: candidates, arrays of them, float64
+TILE_BYTES = 10 << 20  # a float64 chunk that is copied to or from the disk, and strips that are squared
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One (module, side): what shares a basis.
+
+    Attributes:
+        module, side: of the group.
+        dim: d.
+        count: n, the sum of ranks over the adapters that have the module.
+        adapters: how many have it.
+    """
+
+    module: str
+    side: Side
+    dim: int
+    count: int
+    adapters: int
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the stacked columns (n, d) are kept, not the second moment (d, d)."""
+        return stays_stacked(self.count, self.dim)
+
+    def components(self, settings: Settings) -> int:
+        """k: as asked, clamped to min(d, n); for `auto` and budgets, which only the moment knows, the break-even."""
+        most = max(1, min(self.dim, self.count))
+        if settings.num_components == "auto" or settings.budget is not None:
+            return max(1, min(most, round(break_even(self.dim, self.count))))
+        return min(settings.num_components, most)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One pass of the pipeline.
+
+    Attributes:
+        name, tasks, read_bytes: what it is, how many tasks it has, what these read together.
+        concurrency: how many tasks run at a time.
+        shared_bytes: of all of them together.
+        process_bytes: of the process that each has, where several run at a time.
+        task_bytes: of each; of as many modules as are summed together in one.
+        least_bytes: of the step with one task at a time, and that of one module.
+    """
+
+    name: str
+    tasks: int
+    read_bytes: int
+    concurrency: int
+    shared_bytes: int
+    process_bytes: int
+    task_bytes: int
+    least_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """Resident bytes at the peak of this step."""
+        return self.shared_bytes + max(1, self.concurrency) * (self.process_bytes + self.task_bytes)
+
+
+def examples(entries: Iterable[Entry]) -> list[Entry]:
+    """One entry of each layout."""
+    return list({e.layout.digest: e for e in entries}.values())
+
+
+def groups_of(entries: Iterable[Entry]) -> tuple[Group, ...]:
+    """The groups that some adapters form, sorted by module, A before B."""
+    uses = Counter(e.layout.digest for e in entries)
+    modules: dict[str, list[tuple[Module, int]]] = {}
+    for entry in examples(entries):
+        for module in entry.layout.modules:
+            modules.setdefault(module.name, []).append((module, uses[entry.layout.digest]))
+    return tuple(
+        Group(name, side, found[0][0].dim(side), sum(m.rank * n for m, n in found), sum(n for _, n in found))
+        for name, found in sorted(modules.items())
+        for side in SIDES
+    )
+
+
+def steps_of(
+    entries: tuple[Entry, ...], groups: tuple[Group, ...], s: Settings, storage: str, *, grows: bool
+) -> tuple[Step, ...]:
+    """What the passes over these adapters and groups cost; `grows` if there may be moments to add to."""
+    pickled = max((f.size for e in entries for f in e.files if f.path.suffix == ".bin"), default=0)
+    tensors = sum(len(e.layout.in_file_order) for e in examples(entries))
+    process = PROCESS_BYTES + BYTES_PER_ADAPTER * len(entries) + BYTES_PER_RECORD * tensors
+    process += sum(len(text) for text in {e.config for e in entries} if text is not None)
+    process += TORCH_BYTES if pickled or s.device != "cpu" else 0
+    process += HUB_BYTES if any(e.origin is not None for e in entries) else 0
+    total = sum(f.size for e in entries for f in e.files)
+    lora = sum(e.layout.lora_bytes for e in entries)
+    pair = max((m.bytes for e in examples(entries) for m in e.layout.modules), default=0)
+    pair = max(pair, STACK_BYTES)
+    components = sum(4 * g.dim * g.components(s) for g in groups)
+    by_module = modules_of(groups)
+    sums = max((held_bytes(both, s, grows=grows) for both in by_module.values()), default=0)
+    fits = max((_fit_bytes(g, s) for g in groups), default=0)
+    widest_pair = max((sum(8 * g.dim * g.components(s) for g in both) for both in by_module.values()), default=0)
+    k = {g.module: sum(h.components(s) for h in by_module[g.module]) for g in groups}
+    loadings = 4 * max((sum(k[m.name] * m.rank for m in e.layout.modules) for e in examples(entries)), default=0)
+    kept = components if keeps_components(components, s.memory) else 0
+    mapped = components * ITEMSIZE[storage] // 4  # pages that are resident
+    buffers = 2 * CHUNK + pickled  # a chunk being hashed or copied; a .bin is read whole
+    modules, adapters = len(by_module), len(entries)
+
+    def step(name: str, tasks: int, read: int, task: int, shared: int = 0, most: int = 0) -> Step:
+        room = s.memory - process
+        at_once = max(1, min(s.workers or os.cpu_count() or 1, room // (FORK_BYTES + shared + task)))
+        own = FORK_BYTES + shared if at_once > 1 else 0  # where threads do the tasks, `shared` is one for all
+        common = process if at_once > 1 else process + shared
+        whole = max(task, min(most, (s.memory - common) // at_once - own))
+        return Step(name, tasks, read, at_once, common, own, whole, process + shared + task)
+
+    reading = 4 * pair + TILE_BYTES + pickled
+    weighing = 6 * loadings + WEIGHED * sum(len(e.layout.modules) * max(m.rank for m in e.layout.modules)
+                                            for e in examples(entries)[:1] if e.layout.modules)  # fmt: skip
+    budgets = (
+        step("appraise", adapters, total, 5 * pair + widest_pair + 3 * loadings + buffers, kept + mapped),
+        step("weigh", adapters, adapters * loadings, weighing),
+    )
+    return (
+        step("ingest", adapters, total, 4 * pair + buffers),
+        step("accumulate", modules, lora, sums + reading, most=PORTION_BYTES + reading),
+        step("fit", modules, 0, fits + TILE_BYTES),
+        *(budgets if s.budget is not None else ()),
+        step("project", adapters, total, 9 * pair + widest_pair + loadings + buffers, kept + mapped),
+    )
+
+
+def modules_of(groups: Iterable[Group]) -> dict[str, list[Group]]:
+    """The groups of each module."""
+    found: dict[str, list[Group]] = {}
+    for g in groups:
+        found.setdefault(g.module, []).append(g)
+    return found
+
+
+def keeps_components(size: int, memory: int) -> bool:
+    """Whether components, `size` bytes in float32, are kept stacked while adapters are projected; else they are read
+    from the page cache, stacked and widened, for each adapter anew.
+    """
+    return size <= memory // 4
+
+
+def portions(
+    modules: Sequence[str], groups: Mapping[str, Sequence[Group]], s: Settings, step: Step, *, grows: bool
+) -> list[tuple[str, ...]]:
+    """Modules in portions that are summed together, so that each adapter is opened once for all of a portion.
+
+    As few as keep the workers busy and hold in `step.task_bytes`, but no more than `PORTION_READS` are read for one: a
+    portion is what is lost if the run is killed. Each alone if moments are freed at once, since disk is short then.
+    """
+    if s.discard_moments:
+        return [(m,) for m in modules]
+    held = {m: held_bytes(groups[m], s, grows=grows) if m in groups else step.task_bytes for m in modules}
+    reads = {m: sum(4 * g.dim * g.count for g in groups.get(m, ())) for m in modules}
+    alone = max((held_bytes(both, s, grows=grows) for both in groups.values()), default=0)
+    most = step.task_bytes - (step.least_bytes - step.shared_bytes - alone)  # beside what reading takes
+    for count in range(step.concurrency, len(modules), step.concurrency):
+        parts = _split(modules, [held[m] + reads[m] for m in modules], count)
+        if all(sum(held[m] for m in p) <= most and sum(reads[m] for m in p) <= PORTION_READS for p in parts):
+            return parts
+    return [(m,) for m in modules]
+
+
+def _split(items: Sequence[str], costs: Sequence[int], count: int) -> list[tuple[str, ...]]:
+    """Items, in order, in `count` parts of nearly the same cost; none is empty."""
+    total, done = max(1, sum(costs)), 0
+    parts: list[list[str]] = [[] for _ in range(count)]
+    for item, cost in zip(items, costs, strict=True):
+        parts[min(count - 1, (done + cost // 2) * count // total)].append(item)
+        done += cost
+    return [tuple(part) for part in parts if part]
+
+
+def held_bytes(both: Iterable[Group], s: Settings, *, grows: bool) -> int:
+    """What is in memory of a module while it is summed, and fitted if moments are freed at once."""
+    both = list(both)
+    sums = sum(_sum_bytes(g, s) + (_kept_bytes(g, s) if grows else 0) for g in both)
+    return max(sums, *(_fit_bytes(g, s) for g in both)) if s.discard_moments else sums
+
+
+def _sum_bytes(g: Group, s: Settings) -> int:
+    item = ITEM[s.moment_dtype]
+    return (0 if g.stacked else g.dim * g.dim * item) + min(QUANTUM, g.count) * g.dim * item  # S, and the block
+
+
+def _kept_bytes(g: Group, s: Settings) -> int:
+    """Of stacked columns that are there already, and go into new ones or into a sum."""
+    return g.dim * min(g.count, 2 * g.dim) * (ITEM[s.moment_dtype] + 8) if g.stacked else 0
+
+
+def _fit_bytes(g: Group, s: Settings) -> int:
+    item, most = ITEM[s.moment_dtype], max(1, min(g.dim, g.count))
+    k = most if s.num_components == "auto" and s.budget is None else g.components(s)
+    polish = 8 * (6 * g.dim * k + 3 * k * k)  # the solver's vectors, those of QR and Ritz, the rounded ones
+    spectrum = 8 * (most if g.stacked else g.dim) ** 2 if s.num_components == "auto" and s.budget is None else 0
+    return moment_bytes(g, s) + max(polish, spectrum, _solver_bytes(g, k, item))  # one after the other
+
+
+def _solver_bytes(g: Group, k: int, item: int) -> int:
+    """What `solvers.leading` needs beside the moment, by its table."""
+    size = min(g.dim, g.count) if g.stacked else g.dim
+    if suits_krylov(size, k):
+        b, most = width(k), capacity(k)
+        space = item * g.dim * (most + (k + most) // 2 + 6 * b) + 8 * g.dim * b  # and what it is cut to; blocks
+        return space + 8 * 6 * most**2 + (item + 1) * max(g.count if g.stacked else g.dim, STRIP) * b
+    wide = 8 if g.stacked and g.count <= g.dim else item
+    strips = 8 * (1024 * g.count if g.stacked else 0) + 8 * STRIP * g.dim
+    return strips + wide * size * (size + k + 40)
+
+
+def moment_bytes(g: Group, s: Settings) -> int:
+    """Bytes of the moment of a group."""
+    return g.dim * (g.count if g.stacked else g.dim) * ITEM[s.moment_dtype]

@@ -1,0 +1,289 @@
+"""The plan: what will be read, computed and written, in bytes, before anything is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
+
+from ..adapters.adapter import Entry
+from ..adapters.dtypes import STORAGE, stored_bytes, widest
+from ..errors import AdapterError, BudgetError, CollectionError, refusal
+from ..settings import Settings
+from ..text import bytes_shown, digest_of
+from .catalog import Catalog
+from .memory import Group, Step, examples, groups_of, modules_of, moment_bytes, portions, steps_of
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do.
+
+    Attributes:
+        settings: as asked.
+        entries: the adapters, in the order in which they will be admitted.
+        refused: those left out, with the reason.
+        absent: adapters in the workspace whose sources cannot be read now: what needs no values of theirs is done.
+        groups: all groups, sorted by module, A before B.
+        storage: dtype of components and loadings as safetensors names it: F32, BF16, F16 or I8.
+        steps: the passes.
+        base_model: the base model that the adapters are taken to be of; empty if nothing names it.
+        inner: name -> subfolders of an adapter's folder that hold adapters too, which are not taken.
+        bound_base: the name of it to which the workspace is bound.
+        grows: whether there may be moments already, to which is added.
+        journal: digest of the workspace's journal when the plan was made; None if no workspace was looked at.
+    """
+
+    settings: Settings
+    entries: tuple[Entry, ...]
+    refused: tuple[AdapterError, ...]
+    absent: tuple[AdapterError, ...]
+    groups: tuple[Group, ...]
+    storage: str
+    steps: tuple[Step, ...]
+    base_model: str
+    inner: Mapping[str, tuple[str, ...]]
+    bound_base: str
+    grows: bool
+    journal: str | None = None
+
+    @cached_property
+    def binding(self) -> dict[str, Any]:
+        """What the numbers of a workspace depend on."""
+        return self.settings.binding() | {"base_model": self.bound_base}
+
+    @cached_property
+    def choice(self) -> str:
+        """Digest of all but the adapters that decides the checkpoint."""
+        s = self.settings
+        return choice_of(self.binding, self.base_model, s.num_components, s.variance_threshold, self.storage, s.bought)
+
+    @cached_property
+    def fitted(self) -> str:
+        """Digest of what decides which bases may be fitted, whatever the budget is."""
+        return choice_of(self.binding, self.base_model, 0, 0.0, self.storage, ("wide",))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of all that decides the checkpoint: settings that change numbers, and the adapters."""
+        return self.fingerprint_as(presumed=self.presumed)
+
+    @cached_property
+    def presumed(self) -> bool:
+        """Whether configurations on the Hub were not read, so that the base model is what is asked for or listed."""
+        return any(e.config is None for e in self.entries)
+
+    def fingerprint_as(self, *, presumed: bool) -> str:
+        """The fingerprint that this plan would have if its configurations were, or were not, read."""
+        s = self.settings
+        asked = [s.binding(), s.base_model, s.num_components, s.variance_threshold, s.dtype, *s.bought]
+        # What is pinned says by its id what its configuration is, which a plan need not have read.
+        adapters = [
+            (e.name, e.source_id, *((e.origin.records,) if e.origin else (e.layout.digest, e.config_digest)))
+            for e in self.entries
+        ]
+        sizes = [[f.size for f in e.files] for e in self.entries]
+        return digest_of([asked if presumed else self.choice, adapters, sizes])
+
+    @cached_property
+    def batches(self) -> tuple[tuple[Entry, ...], ...]:
+        """The adapters in the order in which they are admitted, cut where the disk budget would be exceeded.
+
+        All in one if they fit, or there is no budget; else half of it is for those that are fetched meanwhile.
+        """
+        budget = self.settings.disk_budget
+        if budget is None or sum(e.hub_bytes for e in self.entries) <= budget:
+            return (self.entries,)
+        return tuple(tuple(batch) for batch in cut(self.entries, [e.hub_bytes for e in self.entries], budget // 2))
+
+    @cached_property
+    def _last_batch(self) -> frozenset[str]:
+        return frozenset(e.name for e in self.batches[-1])
+
+    def fetches(self, entry: Entry) -> int:
+        """How often an adapter is fetched at most: for the moments, and, unless it still is there, for projection.
+
+        Where adapters are added, they may be projected on the bases that are there first; under a budget of bytes or
+        error they are appraised before they are projected. A pickle is fetched once more when the plan is made, having
+        no header that could be asked for.
+        """
+        if entry.origin is None:
+            return 0
+        headless = entry.files[0].path.suffix == ".bin"
+        several = len(self.batches) > 1
+        again = (several and entry.name not in self._last_batch) + (several and self.grows)
+        again += several and self.settings.budget is not None
+        return 1 + again + (headless and self.settings.disk_budget is not None)
+
+    @property
+    def fewest(self) -> int:
+        """How many adapters there must be: two, as lorashare has it, unless there were some before."""
+        return 1 if self.grows else 2
+
+    def step(self, name: str) -> Step:
+        """A step by name."""
+        return next(s for s in self.steps if s.name == name)
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Bytes on disk: of the originals, their LoRA part, the workspace and the checkpoint (an estimate
+        where k is `auto`); of moments the most at a time.
+        """
+        k = {(g.module, g.side): g.components(self.settings) for g in self.groups}
+        basis = sum(stored_bytes(g.dim, k[g.module, g.side], self.storage) for g in self.groups)
+        loadings = sum(stored_bytes(k[g.module, g.side], g.count, self.storage) for g in self.groups)
+        return {
+            "originals": sum(f.size for e in self.entries for f in e.files),
+            "lora": sum(e.layout.lora_bytes for e in self.entries),
+            "verbatim": sum(e.layout.extra_bytes for e in self.entries),
+            "moments": self._moments(),
+            "cores": self._cores(),
+            "basis": basis,
+            "loadings": loadings,
+            "checkpoint": basis + loadings + sum(e.layout.extra_bytes for e in self.entries),
+        }
+
+    def _cores(self) -> int:
+        """What adapters are on wide bases, in float32; an estimate, as of the k that a budget takes."""
+        s = self.settings
+        return 4 * sum(g.components(s) * (g.count + g.dim) for g in self.groups) if s.budget else 0
+
+    def _moments(self) -> int:
+        sizes = {m: sum(moment_bytes(g, self.settings) for g in both) for m, both in self._modules.items()}
+        parts = sorted((sum(sizes[m] for m in part) for part in self.portions(list(sizes))), reverse=True)
+        in_work = sum(parts[: self.step("accumulate").concurrency])
+        if self.settings.discard_moments:
+            return in_work
+        return sum(parts) + (in_work if self.grows else 0)  # a new generation lies beside the old one
+
+    @cached_property
+    def _modules(self) -> dict[str, list[Group]]:
+        return modules_of(self.groups)
+
+    def portions(self, modules: Sequence[str]) -> list[tuple[str, ...]]:
+        """Modules in portions that are summed together."""
+        return portions(modules, self._modules, self.settings, self.step("accumulate"), grows=self.grows)
+
+    def validate(self) -> None:
+        """Refuse what headers and arithmetic already show to be impossible.
+
+        Raises:
+            CollectionError: naming every adapter that is refused (unless they may be skipped), or if
+                fewer than two are left.
+            BudgetError: with the smallest memory that suffices.
+        """
+        if self.refused and self.settings.on_error == "raise":
+            raise refusal(
+                f"{len(self.refused)} of {len(self.refused) + len(self.entries)} adapters cannot be compressed",
+                self.refused,
+                "Leave them out, or go on without them by --on-error skip.",
+            )
+        check_enough(len(self.entries) + len(self.absent), self.refused, self.fewest)
+        self._check_size()
+        self._check_disk_budget()
+        least = max((s.least_bytes for s in self.steps), default=0)
+        if least > self.settings.memory:
+            step = max(self.steps, key=lambda s: s.least_bytes)
+            raise BudgetError(
+                f"the memory budget cannot hold one task of the step {step.name!r}",
+                found=bytes_shown(self.settings.memory),
+                expected=f"at least {bytes_shown(least)} ({least} bytes)",
+                remedy=f"Use --memory {-(-least >> 20) + 1}MiB or more.",
+            )
+
+    def _check_size(self) -> None:
+        limit, extras = self.settings.byte_limit(self.sizes["originals"]), self.sizes["verbatim"]
+        if limit is not None and limit <= extras:
+            ratio = self.sizes["originals"] / max(1, extras)
+            raise BudgetError(
+                "tensors that are not LoRA, which are kept as they are, take more than the checkpoint may have",
+                found=f"{bytes_shown(limit)} asked for", expected=f"more than {bytes_shown(extras)}",
+                remedy=f"Use --max-bytes {int(1.1 * extras)} or more, or --ratio below {ratio:.2f}.",
+            )  # fmt: skip
+
+    def _check_disk_budget(self) -> None:
+        budget, largest = self.settings.disk_budget, max((e.hub_bytes for e in self.entries), default=0)
+        if budget is not None and len(self.batches) > 1 and 2 * largest > budget:
+            raise BudgetError(
+                "the disk budget cannot hold two of the largest adapter, one being fetched while one is added",
+                found=bytes_shown(budget),
+                expected=f"at least {bytes_shown(2 * largest)} ({2 * largest} bytes)",
+                remedy=f"Use --disk-budget {-(-2 * largest >> 20)}MiB or more; ten times as much is faster.",
+            )
+
+
+def cut(items: Sequence[T], sizes: Sequence[int], limit: int) -> list[list[T]]:
+    """Items in order, in lists whose sizes sum to `limit` at most, where an item alone does not exceed it.
+
+    >>> cut("abcd", [2, 2, 3, 1], 4)
+    [['a', 'b'], ['c', 'd']]
+    """
+    lists: list[list[T]] = []
+    held = limit
+    for item, size in zip(items, sizes, strict=True):
+        if held + size > limit or not lists:
+            lists.append([])
+            held = 0
+        lists[-1].append(item)
+        held += size
+    return lists
+
+
+def choice_of(
+    binding: Mapping[str, Any],
+    base_model: str,
+    k: int | str,
+    threshold: float,
+    storage: str,
+    bought: Sequence[Any] = (),
+) -> str:
+    """Digest of all but the adapters that decides a checkpoint; `bought` is of `Settings`."""
+    return digest_of([binding, base_model, k, threshold if k == "auto" else None, storage, *bought])
+
+
+def check_enough(count: int, refused: Iterable[AdapterError], fewest: int) -> None:
+    """Demand enough adapters.
+
+    Raises:
+        CollectionError: if there are fewer.
+    """
+    if count < fewest:
+        raise CollectionError(
+            "sharing needs at least two adapters" if fewest > 1 else "no adapter is left",
+            problems=tuple(refused),
+            found=count,
+            expected=f"{fewest} or more",
+            remedy="Add adapters of the same base model.",
+        )
+
+
+def make_plan(
+    found: Catalog,
+    settings: Settings,
+    bound_base: str | None = None,
+    *,
+    grows: bool = False,
+    recalled: Iterable[str] = (),
+) -> Plan:
+    """Arithmetic on a catalog: groups, statistics, bytes of every step, tasks at a time.
+
+    Args:
+        found: the adapters.
+        settings: of the run.
+        bound_base: the base model of the workspace.
+        grows: whether the workspace may hold moments, to which is added.
+        recalled: names of adapters in the workspace whose sources nobody has named; those refused now are absent.
+    """
+    bound = bound_base if bound_base is not None and bound_base in settings.base_aliases else found.base_model
+    groups = groups_of(found.entries)
+    dtypes = {r.dtype for e in examples(found.entries) for m in e.layout.modules for r in (m.a, m.b)}
+    storage = widest(dtypes) if settings.dtype == "auto" else STORAGE[settings.dtype]
+    steps = steps_of(found.entries, groups, settings, storage, grows=grows)
+    names = set(recalled)
+    absent = tuple(e for e in found.refused if e.adapter in names)
+    refused = tuple(e for e in found.refused if e.adapter not in names)
+    base = found.base_model
+    return Plan(settings, found.entries, refused, absent, groups, storage, steps, base, found.inner, bound, grows)

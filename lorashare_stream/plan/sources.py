@@ -1,0 +1,160 @@
+"""Folders, folders of folders, globs, manifests, and ids of the Hub, of which nothing is asked here."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from ..adapters.folder import CONFIG, foreign_lora, inner_adapters, looks_like_adapter, remedy_for
+from ..adapters.hubid import meant_by, parse_hub_id
+from ..adapters.source import Listing, Source, unique
+from ..errors import MissingSourceError, UsageError
+from ..text import listed, name_fault, shown
+from .manifests import SUFFIXES, read_manifest
+
+
+def resolve(
+    sources: Iterable[str | os.PathLike[str]] | Mapping[str, str | os.PathLike[str]], *, missing_ok: bool = False
+) -> list[Source]:
+    """All adapters that `sources` mean, in a fixed order, no folder twice.
+
+    Args:
+        sources: adapter folders, folders that contain some at any depth, globs, manifests, ids of the Hub; or
+            a mapping from names to adapter folders and ids. A path that is there is never taken for an id.
+        missing_ok: whether a folder that is not there is given all the same, for the catalog to refuse.
+
+    Raises:
+        MissingSourceError: naming all that are not there.
+        UsageError: for a source that holds no adapter, or a name that cannot be one.
+    """
+    if isinstance(sources, str | os.PathLike):
+        raise UsageError("sources must be a list or a mapping of names to paths", found=sources)
+    named = sources.items() if isinstance(sources, Mapping) else ((None, source) for source in sources)
+    found = unique(one for name, source in named for one in _expand(name, os.fspath(source)))
+    missing = [os.fspath(source.path) for source in found if source.hub is None and not source.path.is_dir()]
+    if missing and not missing_ok:
+        raise _no_such_source(missing)
+    return found
+
+
+def _expand(name: str | None, text: str) -> Iterator[Source]:
+    path = Path(text)
+    if not text or "\0" in text:
+        raise UsageError("an empty source" if not text else "a source with a NUL character", found=text)
+    if name is not None:
+        if not isinstance(name, str) or (fault := name_fault(name)) is not None:
+            why = "it is not text" if not isinstance(name, str) else fault
+            raise UsageError(
+                f"an adapter cannot be named {shown(name)!r}: {why}",
+                expected="one path component",
+                remedy="Choose another name.",
+            )
+        yield _one(text, name)
+    elif path.is_dir():
+        yield from _walk(path)
+    elif path.is_file():
+        yield from _from_manifest(path)
+    elif glob.has_magic(text):
+        yield from _from_glob(text)
+    else:
+        yield _one(text, None)
+
+
+def _one(text: str, name: str | None, listing: Listing | None = None) -> Source:
+    """A folder, or an id of the Hub; if it is neither, `resolve` or the catalog says so."""
+    path = Path(text)
+    hub = None if path.exists() else parse_hub_id(text)
+    if hub is None:
+        return Source(os.path.realpath(text), path, name)
+    return Source(str(hub), path, name, hub=hub, asked=str(hub), listing=listing or Listing())
+
+
+def _no_such_source(missing: list[str]) -> MissingSourceError:
+    meant = [text for text in map(meant_by, missing) if text is not None]
+    return MissingSourceError(
+        f"no such source: {', '.join(map(repr, map(shown, missing[:8])))}",
+        found=f"{len(missing)} that are not there" if len(missing) > 1 else None,
+        expected="an adapter folder, a folder of adapter folders, a glob, a manifest, or a Hub id org/name",
+        remedy=f"If it is on the Hub: {', '.join(shown(text) for text in meant[:3])}." if meant else None,
+    )
+
+
+def _from_glob(pattern: str) -> Iterator[Source]:
+    """Every adapter under the matching folders, and in the matching manifests; other matches mean nothing."""
+    found = 0
+    for match in sorted(glob.glob(pattern, recursive=True)):
+        inner = _adapters_under(Path(match)) if os.path.isdir(match) else ()
+        for source in _from_manifest(Path(match)) if match.endswith(SUFFIXES) else inner:
+            found += 1
+            yield source
+    if not found:
+        raise UsageError(f"no adapter matches {shown(pattern)!r}", expected="folders or manifests")
+
+
+def _from_manifest(path: Path) -> Iterator[Source]:
+    if path.suffix not in SUFFIXES:
+        raise _no_manifest(path)
+    entries = read_manifest(path)
+    if not entries:
+        raise UsageError(f"manifest {shown(path)} names no adapter")
+    for name, source, listing in entries:
+        beside = os.path.join(path.parent, source) if source else ""
+        if listing is not None or (parse_hub_id(source) is not None and not os.path.exists(beside)):
+            yield _one(source, name, listing)
+        elif os.path.splitext(source)[1] in SUFFIXES:
+            raise UsageError(f"manifest {shown(path)} names another manifest", found=source)
+        else:
+            yield from _expand(name, beside)
+
+
+def _no_manifest(path: Path) -> UsageError:
+    foreign = foreign_lora(path.parent, [path.name])
+    if foreign is not None:
+        return UsageError(
+            f"a {foreign[1]}, not a PEFT adapter: {shown(path)}",
+            expected=f"a folder with {CONFIG}",
+            remedy=f"Name its folder: it has the {CONFIG}."
+            if (path.parent / CONFIG).is_file()
+            else remedy_for(foreign[1]),
+        )
+    return UsageError(
+        f"not a manifest: {shown(path)}",
+        expected=f"a folder, or a file ending in {', '.join(SUFFIXES)}",
+        remedy=f"Name the folder that holds {CONFIG}." if path.suffix in (".safetensors", ".bin", ".json") else None,
+    )
+
+
+def _walk(root: Path) -> Iterator[Source]:
+    sources = list(_adapters_under(root))
+    yield from sources
+    if not sources:
+        raise UsageError(
+            f"no adapter in {shown(root)}",
+            found=listed(sorted(os.listdir(root))) or "nothing",
+            expected=f"a folder with {CONFIG}, here or below",
+        )
+
+
+def _unreadable(error: OSError) -> None:
+    raise error  # a folder that cannot be read may hold adapters: it is not passed over
+
+
+def _adapters_under(root: Path) -> Iterator[Source]:
+    """Adapters at or under `root`, and LoRA of other kinds, for the catalog to refuse.
+
+    An adapter's own subfolders are not entered: they are its training checkpoints, or adapters saved with it.
+    """
+    visited: set[str] = set()
+    for folder, below, files in os.walk(root, onerror=_unreadable, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in visited:  # a link that leads back up
+            below.clear()
+            continue
+        visited.add(real)
+        below[:] = sorted(d for d in below if not d.startswith("."))
+        path = Path(folder)
+        if looks_like_adapter(files) or foreign_lora(path, files):
+            yield Source(real, path, inner=inner_adapters(path, below))
+            below.clear()

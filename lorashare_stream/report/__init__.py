@@ -1,0 +1,1 @@
+"""Text, tables and the page for people."""

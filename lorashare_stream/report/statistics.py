@@ -1,0 +1,280 @@
+"""What the page of a checkpoint shows, gathered: certified errors, bases and their spectra, bytes, where it is from."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..adapters.dtypes import ITEMSIZE, stored_bytes
+from ..adapters.folder import open_tensors, tensor_records
+from ..adapters.keys import SIDES, Side, split_group_id
+from ..checkpoint.config import SHAREConfig, read_share_config
+from ..checkpoint.format import ADAPTERS, CONFIG, META, OURS, PARTS, SKIPPED, SPECTRUM, skipped_of, total_bytes
+from ..checkpoint.location import Folder, Place
+from ..checkpoint.records import metas_of
+from ..errors import AdapterError, CheckpointError
+from ..hub.scrub import Scrubber
+from ..text import is_component, listed
+
+Array = NDArray[np.float64]
+_AT_ONCE = 16  # requests
+_POINTS = 200  # of a curve
+_FARTHER = 3  # times the bytes of a checkpoint, up to which it is shown what was weighed
+
+
+@dataclass(frozen=True, slots=True)
+class Certified:
+    """An adapter that is compressed: its relative dW error, and the module where that is largest."""
+
+    name: str
+    error: float
+    worst_module: str
+    worst_error: float
+
+
+@dataclass(frozen=True, slots=True)
+class Basis:
+    """One group.
+
+    Attributes:
+        kind, depth, side: what it is, where: the last name in the module's path, the first number in it if it has one.
+        d, n, k: length of its vectors, how many there are, components.
+        energy: trace of its moment.
+        explained: share of it that the components hold.
+        eigenvalues: (k,), descending.
+    """
+
+    kind: str
+    depth: int | None
+    side: Side
+    d: int
+    n: int
+    k: int
+    energy: float
+    explained: float
+    eigenvalues: Array
+
+
+@dataclass(frozen=True)
+class Origins:
+    """Where the adapters came from: from folders, from how many repositories of the Hub, on which terms."""
+
+    local: int
+    hub: int
+    repositories: int
+    closed: int
+    licenses: Counter[str]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What each smaller k, the same in all groups, would take and lose; arrays are (points,), k ascending.
+
+    Or what was weighed for a budget; then there is no k.
+
+    Attributes:
+        k: components at most.
+        bytes: on disk, all parts together.
+        low, high: bounds of the rms relative dW error; under another objective than `delta` the explained variance.
+        bounds: whether they are bounds, or what was predicted.
+        here: bytes of this checkpoint.
+    """
+
+    k: NDArray[np.int64]
+    bytes: Array
+    low: Array
+    high: Array
+    bounds: bool
+    here: float
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that the page shows.
+
+    Attributes:
+        config: of the checkpoint.
+        base_model: what its adapters are of; here, and in what follows, without local paths.
+        ours: what this package recorded in it.
+        sizes: bytes on disk by part, and of the originals.
+        certified: the adapters that are compressed, the worst first.
+        bases: of all groups.
+        skipped: adapters that were left out, with reasons.
+        origins: where the adapters came from.
+    """
+
+    config: SHAREConfig
+    base_model: str
+    ours: Mapping[str, Any]
+    sizes: Mapping[str, int]
+    certified: tuple[Certified, ...]
+    bases: tuple[Basis, ...]
+    skipped: tuple[Mapping[str, Any], ...]
+    origins: Origins
+
+    @property
+    def total(self) -> int:
+        """Bytes of the checkpoint on disk."""
+        return total_bytes(self.sizes)
+
+    @property
+    def errors(self) -> Array:
+        """Relative dW errors of the compressed adapters (n,), descending."""
+        return np.array([adapter.error for adapter in self.certified])
+
+
+def findings_of(place: Place) -> Findings:
+    """Read what a checkpoint records of itself; of its tensors only the spectra.
+
+    Raises:
+        CheckpointError: if it is none of ours, or not what was written.
+    """
+    config = read_share_config(place.root)
+    if not config.ours:
+        raise CheckpointError(
+            "this checkpoint has no certified errors, spectra and sizes to draw: lorashare wrote it",
+            found=place,
+            remedy="Compress its sources by lorashare-stream; lorashare-stream info tells what is known.",
+        )
+    unsafe = [name for name in config.adapter_names if not is_component(name)]
+    if unsafe:
+        raise CheckpointError("adapter names that are no path components", found=listed(unsafe))
+    _fetch(place, config.adapter_names)
+    metas = list(metas_of(place.root, config.adapter_names))
+    spectra = _spectra(place)
+    try:
+        skipped = tuple(item for item in skipped_of(place.root) if isinstance(item, dict))
+        scrub = Scrubber(config.base_model_name_or_path)  # a page is sent to others
+        told = scrub({"base_model": config.base_model_name_or_path, "settings": config.ours["settings"]})
+        certified = sorted(_certified(metas), key=lambda adapter: (-adapter.error, adapter.name))
+        bases = tuple(_basis(group, facts, spectra) for group, facts in config.ours["groups"].items())
+        sizes = {part: int(config.ours["bytes"][part]) for part in (*PARTS, "originals", "lora")}
+        ITEMSIZE[config.ours["dtype"]]
+        ours = {**config.ours, "settings": told["settings"]}
+        reasons = tuple(scrub(item) for item in skipped)
+        return Findings(config, told["base_model"], ours, sizes, tuple(certified), bases, reasons, _origins(metas))
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
+        raise CheckpointError("the figures of the checkpoint cannot be read", found=f"{type(e).__name__}: {e}") from e
+
+
+def _fetch(place: Place, names: Iterable[str]) -> None:
+    """Have the files that are read here, if the checkpoint lies on the Hub."""
+    if isinstance(place, Folder):
+        return
+    with suppress(FileNotFoundError):  # it has none if none was left out
+        place.file(SKIPPED)
+    wanted = [SPECTRUM, *(f"{ADAPTERS}/{name}/{META}" for name in names)]
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        try:
+            list(pool.map(place.file, wanted))
+        except FileNotFoundError as e:
+            pool.shutdown(cancel_futures=True)
+            raise CheckpointError(f"{CONFIG} names what is not there", found=str(e)) from e
+
+
+def _spectra(place: Place) -> dict[str, Array]:
+    paths = (place.root / SPECTRUM,)
+    try:
+        with open_tensors(paths) as tensors:
+            return {r.name: tensors.raw(r).view("<f8") for r in tensor_records(paths)}
+    except (FileNotFoundError, AdapterError, ValueError) as e:
+        raise CheckpointError(
+            f"{SPECTRUM} cannot be read", found=str(e), remedy="Compress its sources again, or fetch it again."
+        ) from e
+
+
+def _certified(metas: Iterable[Mapping[str, Any]]) -> Iterable[Certified]:
+    for meta in metas:
+        ours = meta[OURS]
+        if ours["worst_module"] is not None:  # else it is kept exact
+            error, worst = _number(ours["relative_error"]), _number(ours["worst_module_error"])
+            yield Certified(str(meta["adapter_name"]), error, str(ours["worst_module"]), worst)
+
+
+def _basis(group: str, facts: Mapping[str, Any], spectra: Mapping[str, Array]) -> Basis:
+    module, side = split_group_id(group)
+    d, n, k = (int(facts[name]) for name in ("d", "n", "k"))
+    eigenvalues = spectra[group] if k else np.zeros(0)
+    if len(eigenvalues) != k or not np.isfinite(eigenvalues).all():
+        raise ValueError(f"{len(eigenvalues)} eigenvalues of {group}, where k is {k}")
+    energy, explained = _number(facts["energy"]), _number(facts["explained"])
+    kind, depth = kind_and_depth(module)
+    return Basis(kind, depth, side, d, n, k, energy, explained, eigenvalues)
+
+
+def _number(value: Any) -> float:
+    if not math.isfinite(number := float(value)):
+        raise ValueError(f"{value} is no measure")
+    return number
+
+
+def kind_and_depth(module: str) -> tuple[str, int | None]:
+    """The kind of a module, the last name in its path, and the first number in that, if there is one.
+
+    >>> kind_and_depth("model.layers.3.self_attn.q_proj"), kind_and_depth("blocks.0.to_out.1"), kind_and_depth("head")
+    (('q_proj', 3), ('to_out.1', 0), ('head', None))
+    """
+    parts = module.split(".")
+    numbers = [part.isascii() and part.isdecimal() and len(part) < 10 for part in parts]
+    last = max((i for i, number in enumerate(numbers) if not number), default=0)
+    depth = next((int(part) for part, number in zip(parts[:last], numbers[:last], strict=True) if number), None)
+    return ".".join(parts[last:]), depth
+
+
+def _origins(metas: Iterable[Mapping[str, Any]]) -> Origins:
+    told = [meta[OURS].get("hub") for meta in metas]
+    hub = [facts for facts in told if isinstance(facts, dict)]
+    closed = sum(bool(facts.get("gated") or facts.get("private")) for facts in hub)
+    licenses = Counter(str(facts.get("license") or "not stated") for facts in hub)
+    return Origins(len(told) - len(hub), len(hub), len({str(facts.get("repo")) for facts in hub}), closed, licenses)
+
+
+def curve_of(found: Findings) -> Curve:
+    """What smaller k, cut from the bases that are there, would take and lose.
+
+    With t the share of a side's summed trace that its bases leave out, the mean square of the relative dW error over
+    the adapters of the moments lies between max(t_A, t_B) and t_A + t_B. That holds under `delta`, where traces are
+    of dW, if all modules are shared at their full rank; otherwise the explained variance of what is shared is all that
+    the spectra tell. A budget has recorded what else was weighed for it.
+    """
+    weighed = [point for point in found.ours.get("weighed", ()) if point[0] <= _FARTHER * found.total]
+    if weighed:
+        size, error = np.array(weighed, float).T
+        return Curve(np.zeros(0, np.int64), size, error, error, bounds=True, here=found.total)
+    most = max((basis.k for basis in found.bases), default=0)
+    powers = 2 ** np.arange(most.bit_length())
+    k = np.union1d(np.linspace(0, most, min(most + 1, _POINTS)).round().astype(np.int64), powers)
+    dtype = found.ours["dtype"]
+    left = {side: np.zeros(len(k)) for side in SIDES}
+    energy = dict.fromkeys(SIDES, 0.0)
+    basis_bytes, loadings = np.zeros(len(k)), np.zeros(len(k))
+    for basis in found.bases if _all_shared(found) else [basis for basis in found.bases if basis.k]:
+        lost = np.append(np.cumsum(basis.eigenvalues[::-1])[::-1], 0.0)[np.minimum(k, basis.k)]  # by the cut
+        left[basis.side] += np.clip(basis.energy * (1 - basis.explained) + lost, 0.0, basis.energy)
+        energy[basis.side] += basis.energy
+        basis_bytes += np.minimum(k, basis.k) * float(stored_bytes(basis.d, 1, dtype) + 8)  # and an eigenvalue
+        loadings += np.minimum(k, basis.k) * float(ITEMSIZE[dtype] * basis.n)
+    if loadings[-1] > found.sizes["loadings"]:  # not all vectors have loadings on their basis
+        loadings *= found.sizes["loadings"] / loadings[-1]
+    size = basis_bytes + loadings
+    size += found.total - size[-1]  # verbatim, metadata, headers: whatever does not grow with k
+    if found.ours["objective"] != "delta" or not _all_shared(found):
+        whole = energy["A"] + energy["B"]
+        explained = 1 - (left["A"] + left["B"]) / whole if whole else np.zeros(len(k))
+        return Curve(k, size, explained, explained, bounds=False, here=found.total)
+    a, b = (left[side] / (energy[side] or 1.0) for side in SIDES)
+    low, high = np.sqrt(np.maximum(a, b)), np.sqrt(np.minimum(a + b, 1.0))
+    return Curve(k, size, low, high, bounds=True, here=found.total)
+
+
+def _all_shared(found: Findings) -> bool:
+    """Whether all modules are shared at their full rank, and none was bought another form."""
+    return found.ours.get("rule") is None

@@ -1,0 +1,96 @@
+"""Text for people: what a checkpoint holds, how large it is, how far off."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..checkpoint.config import SHAREConfig
+from ..checkpoint.format import PARTS, next_bytes, total_bytes
+from ..errors import CheckpointError
+from ..settings import BUDGETS, asked
+from ..text import bytes_shown, listed
+from .text import Fact, facts
+
+
+def summary_text(config: SHAREConfig) -> str:
+    """What a checkpoint says of itself: adapters, bases, bytes on disk, errors."""
+    try:
+        return facts(_figures_of(config))
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
+        fault = f"{type(e).__name__}: {e}"
+        raise CheckpointError("the figures in share_config.json cannot be read", found=fault) from e
+
+
+def _figures_of(config: SHAREConfig) -> list[Fact]:
+    stats, ours = config.compression_stats, config.ours
+    auto, shares = ", the most of any group" if config.component_selection == "auto" else "", bool(config.layer_keys)
+    mean, least = (_number(stats.get(f"{which}_explained_variance")) for which in ("mean", "min"))
+    pairs: list[Fact] = [
+        ("base model", config.base_model_name_or_path or "not named"),
+        ("adapters", f"{config.num_adapters}: {listed(config.adapter_names, 5)}"),
+        ("shared modules", f"{len(config.layer_keys)} ({listed(config.target_modules, 12)})" if shares else "none"),
+        *([("components k", f"{config.num_components}{auto}")] if shares else []),
+        *([("explained variance", f"mean {mean}, least {least}")] if shares else []),
+    ]
+    if ours:
+        return pairs + _our_figures(ours, config.num_adapters)
+    return [*pairs, ("LoRA parameters", f"{_number(stats.get('compression_ratio'))} times fewer")]
+
+
+def _our_figures(ours: dict[str, Any], adapters: int) -> list[Fact]:
+    """What this package recorded: bytes on disk, certified errors, and who is not shared."""
+    size, errors = ours["bytes"], ours["errors"]
+    total = total_bytes(size)
+    pairs: list[Fact] = [
+        ("objective", ours["objective"] + (", centred" if ours["center"] else "")),
+        *[("asked for", text) for text in asked(ours["settings"])],
+        ("originals", bytes_shown(size["originals"])),
+        ("checkpoint", f"{bytes_shown(total)}, {_times(size['originals'] / max(total, 1))}"),
+        *[(f"  {part}", bytes_shown(size[part])) for part in PARTS],
+        *[(f"    {what}", bytes_shown(part)) for what, part in _beside_bases(ours) if part],
+        ("  next adapter", f"about {bytes_shown(next_bytes(size, adapters))} on these bases"),
+        ("LoRA bytes", f"{bytes_shown(size['lora'])} in the originals, {_times(size['lora_ratio'])}"),
+        ("relative dW error", ", ".join(f"{name} {errors[name]:.4f}" for name in ("mean", "median", "p95", "max"))),
+    ]
+    if ours.get("cut_from"):
+        pairs.append(("  cut", f"from k = {ours['cut_from']}: these errors follow from its, and are not measured"))
+    if "mean_square_bounds" in errors:
+        low, high = (min(1.0, bound**0.5) for bound in errors["mean_square_bounds"])
+        if high > 1e-3:  # below it they are rounding of float32 moments
+            pairs.append(("  bounds of its rms", f"{low:.4f} to {high:.4f}, known from the bases"))
+    worst = [f"{w['name']} {w['relative_error']:.4f}" for w in errors["worst"][:3]]
+    pairs.append(("worst adapters", listed(worst) or "none is compressed"))
+    if ours["verbatim_adapters"]:
+        pairs.append(("kept exact", f"{len(ours['verbatim_adapters'])}: {listed(ours['verbatim_adapters'])}"))
+    if ours["projected"]:
+        pairs.append(
+            ("added since", f"{len(ours['projected'])}, on bases not fitted to them: {listed(ours['projected'])}")
+        )
+    if ours["removed"]:
+        removed = f"{len(ours['removed'])}, still in the bases (remove --refit frees them): {listed(ours['removed'])}"
+        pairs.append(("removed", removed))
+    if ours["num_skipped"]:
+        pairs.append(("left out", f"{ours['num_skipped']}, with reasons in skipped.json"))
+    bought = any(ours["settings"].get(name) is not None for name in BUDGETS)
+    if errors["mean"] > 0.5:
+        remedy = "allow more bytes" if bought else "these adapters share little at this k; take more components"
+        pairs.append(("note", f"the mean error is large: {remedy}"))
+    if size["lora_ratio"] < 1 and not bought:
+        pairs.append(("note", "the shared form is larger than the LoRA tensors: add adapters, or take a smaller k"))
+    if bought and total >= size["originals"]:
+        pairs.append(("note", "the budget allows as much as the originals take: nothing is gained"))
+    return pairs
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f} times smaller" if ratio >= 1 else f"{1 / ratio:.2f} times larger" if ratio > 0 else "nothing"
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, int | float) else "unknown"
+
+
+def _beside_bases(ours: dict[str, Any]) -> list[tuple[str, int]]:
+    """Of what is verbatim for lorashare, how much is LoRA that stands on no basis."""
+    own, kept = (int(ours.get(name, 0)) for name in ("own_bytes", "kept_bytes"))
+    return [("adapters' own SVDs", own), ("LoRA, kept exact", kept - own)]

@@ -1,0 +1,204 @@
+"""Text for people: tables, and what a plan will do."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from ..settings import asked
+from ..text import bytes_shown, counted, listed, shown
+
+if TYPE_CHECKING:
+    from ..plan.plan import Plan
+    from ..workspace.journal import Receipt
+
+Fact = tuple[str, object]
+_OFTEN = {1: "once", 2: "twice"}
+
+
+def table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...] = ()) -> str:
+    """Columns padded to equal width; foreign strings escaped. The first column is text, others numbers.
+
+    >>> print(table([("a", "1"), ("bcd", "22")], ("name", "n")))
+    name   n
+    a      1
+    bcd   22
+    """
+    clean = [tuple(shown(cell, 90) for cell in row) for row in [*([header] if header else []), *rows]]
+    widths = [max(len(row[i]) for row in clean) for i in range(len(clean[0]))] if clean else []
+    return "\n".join(
+        "  ".join(
+            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in clean
+    )
+
+
+def facts(pairs: Sequence[Fact]) -> str:
+    """Aligned `name  value` lines."""
+    width = max(len(name) for name, _ in pairs)
+    return "\n".join(f"{name.ljust(width)}  {shown(value)}" for name, value in pairs)
+
+
+def plan_text(plan: Plan) -> str:
+    """What a plan will do: adapters, groups, bytes on disk, memory by step, and warnings."""
+    s, size = plan.settings, plan.sizes
+    auto = s.num_components == "auto" or s.budget is not None
+    stacked = sum(g.stacked for g in plan.groups)
+    pairs: list[Fact] = [
+        ("base model", plan.base_model or "not named"),
+        *[("  also named", text) for text in _other_names(plan)],
+        ("adapters", f"{len(plan.entries)}" + (f", and {len(plan.refused)} refused" if plan.refused else "")),
+        ("groups", f"{len(plan.groups)}: {stacked} as stacked columns, {len(plan.groups) - stacked} as second moments"),
+        ("objective", s.objective + (", centred" if s.center else "")),
+        ("components k", f"auto, to {s.variance_threshold:.4g} of the energy" if auto else s.num_components)
+        if s.budget is None
+        else ("asked for", asked(s.chosen())[0]),
+        ("originals", f"{bytes_shown(size['originals'])}, of which LoRA {bytes_shown(size['lora'])}"),
+        *_of_the_hub(plan),
+        ("workspace", f"{bytes_shown(size['moments'] + size['basis'])} on disk"),
+        ("checkpoint", f"{'up to ' if auto else ''}about {bytes_shown(size['checkpoint'])} ({plan.storage})"),
+        *[(f"  {part}", bytes_shown(size[part])) for part in ("basis", "loadings", "verbatim")],
+        ("break-even k", break_even_range(plan)),
+    ]
+    steps = [
+        (t.name, f"{t.tasks}", bytes_shown(t.read_bytes), f"{t.concurrency}", bytes_shown(t.peak_bytes))
+        for t in plan.steps
+    ]
+    notes = [f"note: {text}" for text in plan_warnings(plan)]
+    return "\n".join([facts(pairs), "", table(steps, ("step", "tasks", "reads", "at a time", "peak memory")), *notes])
+
+
+def _of_the_hub(plan: Plan) -> list[Fact]:
+    """How much is fetched, and how often."""
+    remote = [e for e in plan.entries if e.origin is not None]
+    if not remote:
+        return []
+    total = bytes_shown(sum(e.hub_bytes for e in remote))
+    times = Counter(plan.fetches(e) for e in remote)
+    often = listed(f"{n} {_OFTEN.get(count, f'{count} times')} at most" for count, n in sorted(times.items()))
+    batches = f"in {len(plan.batches)} batches: " if len(plan.batches) > 1 else ""
+    kept = "" if plan.settings.disk_budget is not None else ", and kept in the Hub's cache"
+    return [("from the Hub", f"{counted(len(remote), 'adapter')}, {total}; fetched {batches}{often}{kept}")]
+
+
+def break_even_range(plan: Plan) -> str:
+    """The range over the groups of the k above which sharing saves nothing."""
+    from ..linalg.basis import break_even
+
+    values = [break_even(g.dim, g.count) for g in plan.groups]
+    ends = sorted({f"{min(values):.0f}", f"{max(values):.0f}"}, key=int) if values else ["no groups"]
+    return " to ".join(ends)
+
+
+def plan_warnings(plan: Plan) -> list[str]:
+    """What a user should know before the work begins."""
+    return [*_of_sizes(plan), *adapter_notes(plan)]
+
+
+def _of_sizes(plan: Plan) -> list[str]:
+    size, s = plan.sizes, plan.settings
+    out = []
+    if plan.entries and not plan.groups:
+        out.append("no LoRA matrix can be shared: everything is kept verbatim")
+    elif plan.groups and s.num_components != "auto" and s.budget is None:
+        clamped = sum(g.components(s) < s.num_components for g in plan.groups)
+        if clamped:
+            out.append(f"k is clamped to min(d, n) in {clamped} of {len(plan.groups)} groups")
+        if size["basis"] + size["loadings"] > size["lora"]:
+            out.append(
+                f"the shared form, {bytes_shown(size['basis'] + size['loadings'])}, is larger than the LoRA tensors, "
+                f"{bytes_shown(size['lora'])}: add adapters, or take k below the break-even"
+            )
+    if s.budget is None and s.num_components != "auto":
+        out += _of_large_groups(plan)
+    whole = [e.name for e in plan.entries if e.layout.modules and e.layout.extra_bytes > 10 * e.layout.lora_bytes]
+    if whole:
+        extra = sum(e.layout.extra_bytes for e in plan.entries)
+        out.append(
+            f"tensors that are not LoRA are most of {counted(len(whole), 'adapter')} ({listed(whole, 3)}), embeddings "
+            f"or whole layers perhaps; they are kept verbatim, {bytes_shown(extra)} in all"
+        )
+    return out
+
+
+def _of_large_groups(plan: Plan) -> list[str]:
+    """Which groups are larger shared than not, where not all are."""
+    from ..linalg.basis import break_even
+
+    ends = [(g, break_even(g.dim, g.count)) for g in plan.groups if g.count]
+    large = [(g, end) for g, end in ends if g.components(plan.settings) > end]
+    if not large or len(large) == len(plan.groups):
+        return []
+    some = [f"{g.module}:{g.side} (break-even k = {end:.1f})" for g, end in large]
+    return [
+        f"{len(large)} of {len(plan.groups)} groups are larger shared than not: {listed(some, 3)}; a budget (--ratio, "
+        "--max-bytes, --max-error) keeps them as they are"
+    ]
+
+
+def adapter_notes(plan: Plan) -> list[str]:
+    """What a user should know of single adapters before the work begins."""
+    s = plan.settings
+    presumed = sum(e.config is None for e in plan.entries)
+    names = Counter(e.base_model for e in plan.entries)
+    out = []
+    if presumed:
+        out.append(f"configurations on the Hub are read when the plan is run: those of {counted(presumed, 'adapter')}")
+    unnamed = [e.name for e in plan.entries if e.base_model is None]
+    if unnamed and plan.base_model:
+        base = shown(plan.base_model)
+        out.append(
+            f"no base model is named by {counted(len(unnamed), 'adapter')} ({listed(unnamed)}); taken to be {base}"
+        )
+    idle = [name for name in ((s.base_model,) if s.base_model else ()) + s.base_aliases if not names[name]]
+    if idle:
+        out.append(f"no adapter names the base model {listed(idle)}: is it written as the adapters write it?")
+    if s.any_base and (others := _other_names(plan)):
+        out.append(f"whatever base model they name, adapters are accepted: {listed(others)}")
+    alone = _alone(plan)
+    if alone:
+        out.append(f"no module is shared with any other adapter by {counted(len(alone), 'adapter')} ({listed(alone)})")
+    out += _by_kind((e.name, note) for e in plan.entries for note in e.layout.notes)
+    if plan.inner:
+        where = listed([f"{name}/{sub}" for name, subs in sorted(plan.inner.items()) for sub in subs], 3)
+        out.append(f"adapters in subfolders of adapters are not taken: {where}; name them as sources to take them")
+    return out
+
+
+def _alone(plan: Plan) -> list[str]:
+    """Adapters that have groups, but none with another adapter in it."""
+    common = {g.module for g in plan.groups if g.adapters > 1}
+    lonely = {e.layout.digest: e.layout for e in plan.entries}
+    digests = {d for d, layout in lonely.items() if layout.modules and not common & layout.by_name.keys()}
+    return [e.name for e in plan.entries if e.layout.digest in digests]
+
+
+def _other_names(plan: Plan) -> list[str]:
+    """Names of the base model that adapters give beside the one that is taken."""
+    counts = Counter(e.base_model for e in plan.entries if e.base_model not in (None, plan.base_model))
+    return [f"{name} by {counted(n, 'adapter')}" for name, n in sorted(counts.items(), key=str)]
+
+
+def notes_text(receipts: Sequence[Receipt], told: Collection[str] = (), limit: int = 6) -> list[str]:
+    """What ingest noted of adapters, a line for each kind of note.
+
+    Args:
+        receipts: the admissions.
+        told: notes that the plan has shown before.
+        limit: how many lines at most.
+    """
+    lines = _by_kind((receipt.name, note) for receipt in receipts for note in receipt.notes if note not in told)
+    return lines[:limit] + ([f"and {len(lines) - limit} kinds more"] if len(lines) > limit else [])
+
+
+def _by_kind(notes: Iterable[tuple[str, str]]) -> list[str]:
+    """Notes of adapters, given with their names, a line for each kind; a note may begin with the key that it is of."""
+    by_kind: dict[str, dict[str, None]] = {}
+    for name, note in notes:
+        by_kind.setdefault(note.rpartition(": ")[2], {})[name] = None
+    return [
+        shown(f"{kind}: in {counted(len(names), 'adapter')} ({listed(names, 3)})")
+        for kind, names in sorted(by_kind.items())
+    ]

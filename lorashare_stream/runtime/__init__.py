@@ -1,0 +1,1 @@
+"""Executors: how tasks are mapped, here or on a cluster."""

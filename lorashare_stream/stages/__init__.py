@@ -1,0 +1,1 @@
+"""The passes over adapters and modules: ingest, accumulate, fit, project, slice, verify."""

@@ -1,0 +1,161 @@
+"""The bases of a checkpoint, mapped, and what tensors are on them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..adapters.dtypes import as_stored, restored_as, stacked, stored_shape, widened
+from ..adapters.folder import tensor_records
+from ..adapters.keys import Side
+from ..adapters.safetensors import TensorRecord
+from ..linalg.device import held_on, product
+from ..plan.memory import keeps_components
+
+_ORTHONORMAL = 1e-6  # of |(V'V - 1) w| / |w| for random w: rounding to float32 leaves some 1e-8
+_PROBES = 4
+Stack = NDArray[np.float32]  # tensors of one shape, (m, *shape)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tensors of one adapter on bases with the same k.
+
+    Attributes:
+        groups: theirs.
+        places: where they are in the stack that they come from.
+        loadings: (m, k, r) float32, as they will be read back.
+    """
+
+    groups: list[str]
+    places: slice | list[int]
+    loadings: Stack
+
+
+def projected(components: Components, groups: Sequence[str], stack: Stack, side: Side, storage: str) -> list[Part]:
+    """A stack of tensors (m, *shape) on the bases of their groups, as it is stored."""
+    return [
+        Part(some, places, as_stored(raw, storage)) for some, places, raw in _loaded(components, groups, stack, side)
+    ]
+
+
+def restored(components: Components, parts: Sequence[Part], stack: Stack, side: Side, storage: str) -> Stack:
+    """What comes back of a stack (m, *shape) that was projected, as `reconstruct` gives it."""
+    hats = np.empty_like(stack)
+    for part in parts:
+        vectors = product(components.stack(part.groups), part.loadings)
+        hats[part.places] = vectors.swapaxes(-1, -2) if side == "A" else vectors
+    return as_stored(hats, restored_as(storage))
+
+
+def loadings_on(components: Components, groups: Sequence[str], stack: Stack, side: Side) -> dict[str, Stack]:
+    """Loadings (k, r) by group, not rounded; of groups without a basis, none."""
+    known = [i for i, group in enumerate(groups) if group in components]
+    of_known = stack if len(known) == len(groups) else stack[known]
+    found: dict[str, Stack] = {}
+    for some, _, raw in _loaded(components, [groups[i] for i in known], of_known, side):
+        found |= zip(some, raw, strict=True)
+    return found
+
+
+def _loaded(
+    components: Components, groups: Sequence[str], stack: Stack, side: Side
+) -> Iterator[tuple[list[str], slice | list[int], Stack]]:
+    """Groups with the same k: which, where they are in the stack, and their loadings (m, k, r), not rounded."""
+    for some in components.alike(groups):
+        places = slice(None) if len(some) == len(groups) else [groups.index(g) for g in some]
+        vectors = stack[places].swapaxes(-1, -2) if side == "A" else stack[places]
+        yield some, places, product(components.stack(some).mT, vectors)
+
+
+class Components:
+    """The bases of all groups, memory-mapped, and stacked in float32 as they are asked for together.
+
+    Stacks are kept, on the device where they are used, while they are no more than `memory` allows.
+    """
+
+    def __init__(self, path: Path, memory: int, device: str) -> None:
+        self._device = device
+        self._records = {r.name: r for r in tensor_records((path,))}
+        self._bytes = np.memmap(path, np.uint8, "r").view(np.ndarray)  # whose slices are cheaper than a memmap's
+        size = 4 * sum(math.prod(r.shape) for r in self._records.values())
+        self._room = size if keeps_components(size, memory) else 0
+        self._stacks: dict[tuple[str, ...], Any] = {}
+        self._projects: dict[tuple[str, ...], bool] = {}
+
+    def __contains__(self, group: str) -> bool:
+        return group in self._records
+
+    def shape(self, group: str) -> tuple[int, int]:
+        """(d, k) of a group."""
+        r = self._records[group]
+        return r.shape[0] - stored_shape((0, 0), r.dtype)[0], r.shape[1]
+
+    def __getitem__(self, group: str) -> NDArray[np.float32]:
+        """V (d, k) of a group."""
+        r = self._records[group]
+        return widened(self._raw(r), r.dtype, r.shape)
+
+    def projects_orthogonally(self, groups: Sequence[str]) -> bool:
+        """Whether V V'x is an orthogonal projection in all of these groups, as far as float32 goes; looked at once.
+
+        On a GPU that is not taken for granted, since torch's products may be in TF32.
+        """
+        key = tuple(groups)
+        if key not in self._projects:
+            self._projects[key] = self._device == "cpu" and all(_is_orthonormal(self[group]) for group in groups)
+        return self._projects[key]
+
+    def _raw(self, record: TensorRecord) -> NDArray[np.uint8]:
+        return self._bytes[record.offset : record.offset + record.nbytes]
+
+    def alike(self, groups: Sequence[str]) -> list[list[str]]:
+        """The groups, those with the same d and k together."""
+        found: dict[tuple[int, ...], list[str]] = {}
+        for group in groups:
+            found.setdefault(self._records[group].shape, []).append(group)
+        return list(found.values())
+
+    def stack(self, groups: Sequence[str]) -> Any:
+        """V (m, d, k) of groups with the same d and k, as `devices.product` takes it."""
+        key = tuple(groups)
+        kept = self._stacks.get(key)
+        if kept is not None:
+            return kept
+        records = [self._records[group] for group in groups]
+        made = stacked(self._bytes, [r.offset for r in records], records[0].dtype, records[0].shape)
+        held = held_on(self._device, made)
+        if made.nbytes <= self._room:  # of two threads that make it, one counts too much
+            self._room -= made.nbytes
+            self._stacks[key] = held
+        return held
+
+
+def _is_orthonormal(v: NDArray[np.float32]) -> bool:
+    """Whether V'V is 1, as some random vectors see it, which takes as long as to project some adapters."""
+    wide, w = v.astype(np.float64), np.random.default_rng(0).standard_normal((v.shape[1], _PROBES))
+    return bool(np.linalg.norm(wide.T @ (wide @ w) - w) <= _ORTHONORMAL * np.linalg.norm(w))
+
+
+def components_at(path: Path, digest: str, memory: int = 0, device: str = "cpu") -> Components:
+    """The components to project on, mapped once in a process; the digest tells one basis from the next.
+
+    Args:
+        path, digest: of the components.
+        memory: the budget, of which a part may keep them in float32.
+        device: where they are used.
+    """
+    file = path.stat()  # another file of the same basis may have taken the place of one that was damaged
+    return _mapped(path, digest, memory, device, file.st_ino, file.st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _mapped(path: Path, digest: str, memory: int, device: str, inode: int, mtime_ns: int) -> Components:
+    return Components(path, memory, device)

@@ -1,0 +1,159 @@
+"""Project: write one adapter of the checkpoint, and certify it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..adapters.adapter import Entry
+from ..adapters.config import reranked
+from ..adapters.dtypes import alone_as
+from ..adapters.folder import check_still, digest_files, file_fact, open_tensors
+from ..adapters.keys import PEFT_PREFIX, SIDES, factor_key
+from ..adapters.safetensors import TensorReader, array_parts, write_safetensors
+from ..budget.forming import Formed, formed
+from ..checkpoint.format import LOADINGS, META, OURS, VERBATIM
+from ..checkpoint.staging import Staging
+from ..checkpoint.summary import Figures, figures_of
+from ..errors import AdapterError
+from ..files import naming, sealed
+from ..linalg.delta import relative_error
+from ..workspace.journal import Receipt
+from .job import Job
+
+
+def project_adapter(job: Job, entry: Entry) -> Figures:
+    """Write one adapter of the checkpoint: loadings, what is verbatim, and the error of what was stored.
+
+    Returns:
+        What the summary of the checkpoint needs of it.
+    """
+    name = entry.name
+    receipt = job.receipt_of[name]
+    check_unchanged(entry, receipt)
+    try:
+        with (
+            open_tensors(entry.paths) as tensors,
+            Staging(job.staging).adapter(name) as folder,
+            naming(folder),
+        ):
+            form = formed(job, entry, tensors)
+            loadings = b"".join(array_parts(form.loadings, job.storage, {"format": "pt"}))
+            (folder / LOADINGS).write_bytes(loadings)
+            digests = {LOADINGS: hashlib.sha256(loadings).hexdigest()}
+            verbatim = _write_verbatim(job, entry, tensors, folder, form)
+            if verbatim or form.own:
+                digests[VERBATIM] = digest_files([folder / VERBATIM])
+            check_still(entry.files)
+            meta = _meta(job, entry, form, verbatim, digests)
+            (folder / META).write_text(json.dumps(sealed(meta)), encoding="utf-8")
+    except AdapterError as e:
+        e.adapter = name
+        raise
+    return figures_of(meta)
+
+
+def check_unchanged(entry: Entry, receipt: Receipt) -> None:
+    """Demand that an adapter is what was ingested: by size and time of its files, else by their digest.
+
+    Raises:
+        AdapterError: if it has changed.
+    """
+    if entry.config_digest != receipt.config_digest:
+        raise AdapterError(
+            "its adapter_config.json has changed since the adapter was added to the moments",
+            adapter=entry.name,
+            remedy="Restore it; or take it out by lorashare-stream remove, and add it again.",
+        )
+    if not entry.fetched:  # it is pinned: what is fetched is compared then
+        return
+    now = [file_fact(path) for path in entry.paths]
+    same = tuple(f.size for f in now) == receipt.sizes
+    if same and tuple(f.mtime_ns for f in now) == receipt.mtimes_ns:
+        return
+    if not same or digest_files(entry.paths) != receipt.digest:
+        raise AdapterError(
+            "the adapter has changed since it was added to the moments",
+            adapter=entry.name,
+            found=", ".join(f"{f.size} bytes" for f in now),
+            expected=f"the files with SHA-256 {receipt.digest}",
+            remedy="Restore it; or take it out by lorashare-stream remove, and add it again.",
+        )
+
+
+def _write_verbatim(job: Job, entry: Entry, tensors: TensorReader, folder: Path, form: Formed) -> list[str]:
+    """Write what PEFT and lorashare take as it is: tensors as they came, then factors of the adapter's own.
+
+    Returns:
+        The keys of the tensors that are as they came.
+    """
+    kept = [(factor_key(m, side), entry.layout.by_name[m].record(side)) for m in form.exact for side in SIDES]
+    verbatim = [*entry.layout.extras, *kept]
+    shapes = [(key, record.dtype, record.shape) for key, record in verbatim]
+    own = {factor_key(m, side): array for m, both in form.own.items() for side, array in both.items()}
+    shapes += [(key, alone_as(job.storage), array.shape) for key, array in own.items()]
+    chunks = (chunk for _, record in verbatim for chunk in tensors.chunks(record))
+    if shapes:
+        with (folder / VERBATIM).open("wb") as f:
+            arrays = (array.data.cast("B") for array in own.values())
+            write_safetensors(f, shapes, chain(chunks, arrays), {"format": "pt"})
+    return [key for key, _ in verbatim]
+
+
+def _meta(job: Job, entry: Entry, form: Formed, verbatim: list[str], digests: dict[str, str]) -> dict[str, Any]:
+    receipt, errors = job.receipt_of[entry.name], form.errors
+    norm = sum(e.norm for e in errors.values())
+    measured = [m for m in errors if m not in form.exact and job.shares(receipt)]  # what vanishes has no error
+    worst = max(measured, key=lambda m: errors[m].relative, default=None)
+    config, changed = _configs(entry, form)
+    ours = {
+        "basis_digest": job.basis_digest,
+        "source_id": receipt.source_id,
+        "sha256": receipt.digest,
+        "source_bytes": sum(receipt.sizes),
+        "lora_bytes": entry.layout.lora_bytes,
+        "relative_error": relative_error(sum(e.error for e in errors.values()), norm),
+        "worst_module": worst,
+        "worst_module_error": errors[worst].relative if worst is not None else 0.0,
+        "delta_norm": float(np.sqrt(norm)),
+        "verbatim": verbatim,
+        "notes": list(receipt.notes),
+        "files": digests,
+    }
+    own = sum(array.nbytes for both in form.own.values() for array in both.values())
+    if form.own:
+        ours |= {"own": sorted(form.own), "own_bytes": own}
+    if errors and (form.own or form.exact):  # beside those whose dW vanishes
+        exact = sum(m.a.nbytes + m.b.nbytes for m in map(entry.layout.by_name.__getitem__, form.exact))
+        ours["kept_bytes"] = exact + own
+    if changed is not None:
+        ours["unchanged_config"] = config
+    origin = entry.origin
+    if origin is not None:
+        hub, told = origin.hub, origin.listing
+        ours["hub"] = {
+            "repo": hub.repo, "revision": hub.revision, "subfolder": hub.subfolder,
+            "gated": told.gated, "private": told.private, "license": told.license,
+        }  # fmt: skip
+    return {
+        "adapter_name": entry.name,
+        "original_config": config if changed is None else changed,
+        "original_adapter_path": str(entry.folder.absolute()) if origin is None else entry.source_id,
+        OURS: ours,
+    }
+
+
+def _configs(entry: Entry, form: Formed) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The configuration as it came, and as it must be for the ranks that are stored, if these are others."""
+    config = json.loads(str(entry.config))
+    if not form.ranks:
+        return config, None
+    modules = {m.name: (form.ranks.get(m.name, m.rank), entry.product(m.name)) for m in entry.layout.modules}
+    others = {key.partition(".lora_")[0] for key, _ in entry.layout.extras if ".lora_" in key}
+    others = {name.removeprefix(PEFT_PREFIX) for name in others}
+    return config, reranked(config, modules, form.ranks.keys(), alone=not others, others=others - modules.keys())

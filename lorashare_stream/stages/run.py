@@ -1,0 +1,153 @@
+"""A plan, an executor, who fetches and who watches: how tasks are mapped."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..adapters.adapter import Entry
+from ..errors import AdapterError, BudgetError, refusal
+from ..hub.client import Hub, cache_folder
+from ..hub.fetch import Fetcher
+from ..plan.plan import Plan
+from ..runtime.executors import Executor, Places, nothing, width
+from ..runtime.progress import Progress
+from ..text import bytes_shown
+
+T = TypeVar("T")
+R = TypeVar("R")
+CHECKED_EVERY = 0.5  # seconds between two looks at the lock while tasks are done; what is published looks itself
+READ = 64  # files of sources that workers of a cluster are asked for, each in another folder
+
+
+@dataclass(frozen=True)
+class Run:
+    """How the tasks of a plan are mapped; `check` raises if the workspace is no longer held."""
+
+    plan: Plan
+    executor: Executor
+    progress: Progress
+    fetcher: Fetcher
+    check: Callable[[], None] = lambda: None
+
+    def map(
+        self,
+        step: str,
+        fn: Callable[[T], R],
+        tasks: Iterable[T],
+        total: int,
+        after: Callable[[T], object] = nothing,
+    ) -> Iterator[R]:
+        """Results in the order of the tasks, as many at a time as the plan allows for this step."""
+        results = self.executor.map(fn, tasks, self.plan.step(step).concurrency, after)
+        checked = 0.0
+        for result in self.progress(step, total, results):
+            if time.monotonic() - checked > CHECKED_EVERY:
+                self.check()
+                checked = time.monotonic()
+            yield result
+
+    def portions(self, modules: Sequence[str]) -> list[tuple[str, ...]]:
+        """Modules in portions that are summed together; more and smaller ones than planned if a cluster is wider."""
+        parts = self.plan.portions(modules)
+        wide = width(self.executor, self.plan.step("accumulate").concurrency)
+        pieces = -(-wide // max(1, len(parts)))
+        return [piece for part in parts for piece in _cut(part, -(-len(part) // pieces))]
+
+    def sum(self, task: Callable[[Sequence[str]], Any], modules: Sequence[str]) -> None:
+        """Do a task for modules, in portions, for what it leaves on disk; progress counts modules."""
+        portions = self.portions(modules)
+        results = self.executor.map(task, portions, self.plan.step("accumulate").concurrency)
+        each = (module for portion, _ in zip(portions, results, strict=True) for module in portion)
+        for _ in self.progress("accumulate", len(modules), each):
+            self.check()
+
+    def all(self, step: str, fn: Callable[[T], Any], tasks: Sequence[T]) -> None:
+        """Do all tasks, for what they leave on disk."""
+        for _ in self.map(step, fn, tasks, len(tasks)):
+            pass
+
+    def arriving(self, entries: Sequence[Entry], lost: list[AdapterError]) -> Iterable[Entry]:
+        """Adapters as they come here, all at once if they are here already; why some cannot be had goes into `lost`."""
+        return entries if all(e.fetched for e in entries) else self._arriving(entries, lost)
+
+    def _arriving(self, entries: Sequence[Entry], lost: list[AdapterError]) -> Iterator[Entry]:
+        for result in self.fetcher.arriving(entries):
+            if isinstance(result, AdapterError):
+                lost.append(result)
+            else:
+                yield result
+
+    def release(self, entry: Entry) -> None:
+        """Say that the files of an adapter are not needed for now."""
+        self.fetcher.release([entry])
+
+    @contextmanager
+    def at_hand(self, entries: Sequence[Entry]) -> Iterator[dict[str, Entry]]:
+        """Adapters by name, all of them on this machine till the end of the block.
+
+        Raises:
+            CollectionError: naming those that the Hub has no more.
+            BudgetError: if the disk budget does not hold them together.
+        """
+        budget = self.plan.settings.disk_budget
+        size = sum({e.source_id: e.hub_bytes for e in entries if not e.fetched}.values())
+        if budget is not None and size > budget:
+            raise BudgetError(
+                "the disk budget does not hold what is needed at a time", found=bytes_shown(budget),
+                expected=bytes_shown(size), remedy=f"Use --disk-budget {-(-size >> 20)}MiB or more.",
+            )  # fmt: skip
+        lost: list[AdapterError] = []
+        here = {entry.name: entry for entry in self.arriving(entries, lost)}
+        check_none_lost(lost)
+        yield here
+        self.fetcher.release(here.values())
+
+
+def _cut(part: tuple[str, ...], size: int) -> Iterator[tuple[str, ...]]:
+    return (part[i : i + size] for i in range(0, len(part), size))
+
+
+def places_of(plan: Plan, folder: Path, out: Path) -> Places:
+    """Where the tasks of a plan read and write, which makes the folders to be written.
+
+    Args:
+        plan: of the run.
+        folder: of ours, where an executor may leave files: the workspace, if there is one.
+        out: the checkpoint.
+    """
+    written = {folder.absolute(), out.absolute().parent}
+    if _uses_cache(plan):
+        written.add(cache_folder().absolute())
+    for path in written:
+        path.mkdir(parents=True, exist_ok=True)
+    roots = {e.folder.parent: e.files[0] for e in plan.entries if e.fetched and e.files}
+    read = tuple((file.path, file.size) for file in list(roots.values())[:READ])
+    return Places(folder.absolute(), tuple(sorted(written)), read)
+
+
+def _uses_cache(plan: Plan) -> bool:
+    """Whether adapters are fetched into the Hub's cache, or read from there, as under a disk budget what it has."""
+    awaited = [(e.origin.hub, f.path.name) for e in plan.entries if e.origin and not e.fetched for f in e.files]
+    if not awaited or plan.settings.disk_budget is None:
+        return bool(awaited)
+    hub = Hub(offline=True)
+    return any(hub.cached(hub_id, name) is not None for hub_id, name in awaited)
+
+
+def check_none_lost(lost: Sequence[AdapterError]) -> None:
+    """Demand adapters whose values are needed again.
+
+    Raises:
+        CollectionError: naming those that the Hub has no more.
+    """
+    if lost:
+        raise refusal(
+            f"{len(lost)} adapters are in the moments, their values are needed again, and the Hub does not give them",
+            lost,
+            "Take them out by lorashare-stream remove, or wait until it does, and run the same command again.",
+        )

@@ -1,0 +1,219 @@
+"""Verify: reconstruct every adapter, compare it with its original, and with what the checkpoint claims."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import isclose
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..adapters.adapter import Entry
+from ..adapters.config import products
+from ..adapters.folder import digest_files, open_tensors
+from ..adapters.keys import SIDES, Side, factor_key
+from ..adapters.pickles import raw_bytes
+from ..adapters.safetensors import TensorReader, float32
+from ..adapters.source import Source
+from ..adapters.stacks import Module
+from ..checkpoint.config import SHAREConfig
+from ..checkpoint.reader import Tensors
+from ..errors import AdapterError, StreamError
+from ..hub.fetch import AT_ONCE, fetching
+from ..hub.lookup import looked_up, loose_ids
+from ..linalg.delta import DeltaError, changed_errors, delta_errors, relative_error
+from ..plan.catalog import Interned, catalog, read_entry
+from ..settings import Settings
+
+TOLERANCE = 1e-3  # between a certified error and the one that is measured
+# Of components, by which the errors that slicing adds up are not orthogonal.
+ROUNDING = {"BF16": 1e-2, "F16": 2e-3, "I8": 1e-2}
+
+
+class Checkpoint(Protocol):
+    """What is verified: the part of `SHAREModel` that gives back adapters, and what was certified of them."""
+
+    config: SHAREConfig
+    adapter_configs: Mapping[str, dict[str, Any]]
+
+    @property
+    def adapter_names(self) -> list[str]:
+        """Names of all adapters."""
+        ...
+
+    def certified(self, adapter_name: str) -> dict[str, Any]:
+        """What compression recorded of one adapter."""
+        ...
+
+    def reconstruct(self, adapter_name: str) -> Tensors:
+        """PEFT key -> tensor, of one adapter."""
+        ...
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found of one adapter.
+
+    Attributes:
+        name: of the adapter.
+        relative_error: ||dW - dW^|| / ||dW|| over its shared modules, measured; NaN if it could not be.
+        certified: what the checkpoint claims, if it claims anything.
+        worst_module, worst_module_error: where it is farthest off.
+        problem: what is wrong, or None.
+    """
+
+    name: str
+    relative_error: float
+    certified: float | None = None
+    worst_module: str | None = None
+    worst_module_error: float = 0.0
+    problem: str | None = None
+
+
+def verify(
+    model: Checkpoint, originals: Mapping[str, Source], *, workspace: Path | None = None, offline: bool = False
+) -> Iterator[Verdict]:
+    """Compare every adapter of a checkpoint with its original, one at a time; those of the Hub as they come.
+
+    Args:
+        model: the checkpoint.
+        originals: name -> where the original lies.
+        workspace: what was read on the Hub for it before is not asked again.
+        offline: never ask the Hub.
+    """
+    settings = Settings(share_initial=bool(model.config.ours.get("share_initial")), offline=offline)
+    settings = replace(settings, disk_budget=settings.memory)  # the cache is not filled with what is read once
+    remote = {name: source for name, source in originals.items() if source.hub is not None}
+    for name in model.adapter_names:
+        if name not in remote:
+            yield _judged(model, name, _local(originals.get(name), settings))
+    if not remote:
+        return
+    _, surveyed = looked_up(list(remote.values()), settings, workspace, writes=False)
+    shared, entries = Interned(), []
+    for name, source in remote.items():
+        try:
+            entries.append(read_entry(source, name, shared, settings, surveyed))
+        except AdapterError as e:
+            yield _judged(model, name, e)
+    room = 2 * AT_ONCE * max((e.hub_bytes for e in entries), default=0)
+    with (
+        tempfile.TemporaryDirectory(prefix="lorashare-stream-") as folder,
+        fetching(offline, Path(folder), room) as fetcher,
+    ):
+        for result in fetcher.arriving(entries):
+            if isinstance(result, AdapterError):
+                yield _judged(model, str(result.adapter), result)
+            else:
+                yield _judged(model, result.name, result)
+                fetcher.release([result])
+
+
+def _local(source: Source | None, settings: Settings) -> Entry | Exception:
+    """An original in a folder; or why it cannot be read."""
+    if source is None:
+        return StreamError("its original is not among the sources")
+    try:
+        found = catalog([source], settings)
+    except OSError as e:
+        return e
+    return found.refused[0] if found.refused else found.entries[0]
+
+
+def _judged(model: Checkpoint, name: str, original: Entry | Exception) -> Verdict:
+    """The verdict on an adapter, whose original may be what kept it from being read."""
+    certified: float | None = None
+    try:
+        certified = _number(model.certified(name).get("relative_error"))
+        if isinstance(original, Exception):
+            raise original
+        return _verdict(model, name, original, certified)
+    except (StreamError, OSError) as e:
+        return Verdict(name, float("nan"), certified, problem=str(e))
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _verdict(model: Checkpoint, name: str, entry: Entry, certified: float | None) -> Verdict:
+    tensors = model.reconstruct(name)
+    with open_tensors(entry.paths) as originals:
+        errors = {m.name: e for m, e in _module_errors(entry, originals, tensors)}
+        kept = model.certified(name).get("verbatim")
+        kept = kept if isinstance(kept, list) else []
+        problem = _verbatim_fault(entry, originals, tensors, kept) or _scale_fault(model, name, entry, tensors)
+    total = relative_error(sum(e.error for e in errors.values()), sum(e.norm for e in errors.values()))
+    vanishes = name in model.config.ours.get("verbatim_adapters", ())  # its dW is exact, and no error of others
+    worst = None if vanishes else max(errors, key=lambda m: errors[m].relative, default=None)
+    rounding = ROUNDING.get(str(model.config.ours.get("dtype")), 0.0) if "estimated" in model.certified(name) else 0.0
+    if problem is None and certified is not None and not abs(total - certified) <= TOLERANCE + rounding:
+        problem = f"the checkpoint claims a relative error of {certified:.6f}"
+    digest = model.certified(name).get("sha256")
+    if problem is not None and digest is not None and digest_files(entry.paths) != digest:
+        problem = "its original is not the one that was compressed: the files have changed"
+    return Verdict(name, total, certified, worst, errors[worst].relative if worst else 0.0, problem)
+
+
+def _module_errors(entry: Entry, originals: TensorReader, tensors: Tensors) -> Iterator[tuple[Any, DeltaError]]:
+    for module in entry.layout.modules:
+        hats = []
+        for side in SIDES:
+            key = factor_key(module.name, side)
+            if key not in tensors or tensors[key].ndim != 2 or not _fits(tensors[key].shape, module, side):
+                raise StreamError("a tensor is missing, or has another shape", key=key)
+            hats.append(tensors[key].float().numpy())
+        a, b = float32(originals, module.a), float32(originals, module.b)
+        alike = hats[0].shape == a.shape
+        measure = delta_errors if alike else changed_errors
+        yield module, measure(a[None], b[None], hats[0][None], hats[1][None], [entry.product(module.name)])[0]
+
+
+def _fits(shape: Sequence[int], module: Module, side: Side) -> bool:
+    """Whether a tensor has the dimensions of its module; its rank may have been trimmed."""
+    rank, dim = shape if side == "A" else shape[::-1]
+    return dim == module.dim(side) and rank <= module.rank
+
+
+def _verbatim_fault(entry: Entry, originals: TensorReader, tensors: Tensors, kept: Collection[str]) -> str | None:
+    """Why what is kept verbatim, LoRA of some modules perhaps, is not the same, byte for byte; None if it is."""
+    lora = [(factor_key(m.name, side), m.record(side)) for m in entry.layout.modules for side in SIDES]
+    for key, record in (*entry.layout.extras, *(pair for pair in lora if pair[0] in kept)):
+        if key not in tensors:
+            return f"{key} is missing"
+        if not np.array_equal(raw_bytes(tensors[key]), originals.raw(record)):
+            return f"{key} differs from the original"
+    extra = tensors.keys() - {key for key, _ in entry.layout.extras}
+    unexpected = extra - {factor_key(m.name, side) for m in entry.layout.modules for side in SIDES}
+    return f"unexpected tensors: {sorted(unexpected)[:3]}" if unexpected else None
+
+
+def _scale_fault(model: Checkpoint, name: str, entry: Entry, tensors: Tensors) -> str | None:
+    """Which module PEFT would scale otherwise than the original, its rank having been changed; None if it would not."""
+    if "unchanged_config" not in model.certified(name):
+        return None
+    ranks = {m.name: tensors[factor_key(m.name, "A")].shape[0] for m in entry.layout.modules}
+    found = products(model.adapter_configs[name], ranks) or ()
+    scales = dict(zip(ranks, (p.scale for p in found), strict=bool(found)))
+    wrong = [m for m in ranks if not isclose(scales.get(m, 0.0), entry.product(m).scale, rel_tol=1e-9)]
+    return f"the configuration gives {wrong[0]} another scale" if wrong else None
+
+
+def pins_in(model: Checkpoint) -> dict[str, str]:
+    """What ids of the Hub without a revision mean in a checkpoint: the adapters of it that have them."""
+    return loose_ids(str(model.certified(name).get("source_id")) for name in model.adapter_names)
+
+
+def originals_of(model: Checkpoint, sources: list[Source]) -> dict[str, Source]:
+    """Match sources to a checkpoint's adapters: by source id where it is recorded, else by name."""
+    by_id = {source.id: source for source in sources if source.name is None}
+    by_name = {source.wanted_name: source for source in sources}
+    matched: dict[str, Source] = {}
+    for name in model.adapter_names:
+        source = by_id.get(str(model.certified(name).get("source_id"))) or by_name.get(name)
+        if source is not None:
+            matched[name] = source
+    return matched

@@ -1,0 +1,1 @@
+"""Resumable state: the journal, moments, the lock."""

@@ -1,0 +1,143 @@
+"""The journal of a workspace: which adapters were admitted, and which were taken out again, in order.
+
+An append-only file, an entry a line, each with a checksum of its own. What a module's moments hold is told by how many
+entries they have seen; an adapter is removed by an entry of its own, a tombstone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..files import naming, sealed, sync, unsealed
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What ingest found out about one adapter: an admission.
+
+    Attributes:
+        name, source_id: the adapter.
+        digest: SHA-256 of its weight files.
+        config_digest: of its configuration's values.
+        energy: sum over its shared modules of ||dW||^2, float64, by which `delta` weights; 0 under `factors`.
+        sizes, mtimes_ns: of its weight files; while they stay, so did the digest.
+        shapes: digest by which the workspace knows the shapes of its shared modules.
+        notes: what the user should know of it.
+        exact: whether nothing of it is shared.
+    """
+
+    name: str
+    source_id: str
+    digest: str
+    config_digest: str
+    energy: float
+    sizes: tuple[int, ...]
+    mtimes_ns: tuple[int, ...]
+    shapes: str
+    notes: tuple[str, ...] = ()
+    exact: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """An adapter was taken out: the admission with the number `admission`."""
+
+    name: str
+    admission: int
+
+
+@dataclass(frozen=True)
+class Journal:
+    """The entries as they stand.
+
+    Attributes:
+        entries: in order; an admission is known by its number in here.
+    """
+
+    entries: tuple[Receipt | Removal, ...] = ()
+
+    @property
+    def active(self) -> dict[int, Receipt]:
+        """Admissions that were not taken out, by number."""
+        return self.active_after(len(self.entries))
+
+    @cached_property
+    def receipts(self) -> tuple[Receipt, ...]:
+        """Admissions that were not taken out, in order."""
+        return tuple(self.active.values())
+
+    def active_after(self, count: int) -> dict[int, Receipt]:
+        """Admissions that the first `count` entries leave, by number; kept, since every module asks for the same."""
+        if count not in self._active:
+            entries = self.entries[:count]
+            gone = {e.admission for e in entries if isinstance(e, Removal)}
+            self._active[count] = {i: e for i, e in enumerate(entries) if isinstance(e, Receipt) and i not in gone}
+        return self._active[count]
+
+    @cached_property
+    def _active(self) -> dict[int, dict[int, Receipt]]:
+        return {}
+
+    def digest(self, count: int) -> str:
+        """Digest of the first `count` entries: what moments that have seen them are moments of."""
+        return self._digests[count]
+
+    @cached_property
+    def _digests(self) -> list[str]:
+        running = hashlib.sha256()
+        digests = [running.hexdigest()[:16]]
+        for entry in self.entries:
+            what = [entry.admission] if isinstance(entry, Removal) else [entry.name, entry.digest, entry.shapes]
+            running.update(json.dumps(what).encode() + b"\n")
+            digests.append(running.hexdigest()[:16])
+        return digests
+
+
+def read_journal(path: Path) -> tuple[Journal, int]:
+    """The whole entries at the beginning of a journal, and their length in bytes."""
+    entries: list[Receipt | Removal] = []
+    whole = 0
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+        entry = _entry(line)
+        if entry is None:
+            break
+        entries.append(entry)
+        whole += len(line)
+    return Journal(tuple(entries)), whole
+
+
+def append(path: Path, entries: Iterable[Receipt | Removal], *, durable: bool) -> None:
+    """Append entries; `durable` ones survive a power cut, with all before them."""
+    with path.open("ab", buffering=0) as f, naming(path):
+        lines = b"".join(json.dumps(sealed(_values(entry))).encode() + b"\n" for entry in entries)
+        while lines:  # a full disk may take a part of them
+            lines = lines[f.write(lines) :]
+        if durable:
+            os.fsync(f.fileno())
+    if durable:
+        sync(path.parent)
+
+
+def _values(entry: Receipt | Removal) -> dict[str, Any]:
+    return {f.name: getattr(entry, f.name) for f in fields(entry)}  # `asdict` copies deeply
+
+
+def _entry(line: bytes) -> Receipt | Removal | None:
+    try:
+        values: dict[str, Any] | None = unsealed(json.loads(line))
+        if values is None or not line.endswith(b"\n"):
+            return None
+        if "admission" in values:
+            return Removal(**values)
+        for name in ("sizes", "mtimes_ns", "notes"):
+            values[name] = tuple(values[name])
+        return Receipt(**values)
+    except (ValueError, TypeError, KeyError):
+        return None

@@ -1,0 +1,61 @@
+"""The shared modules of adapters, noted once for each kind of them: they stay known when sources are gone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from ..adapters.shapes import ModuleShape, Shapes
+from ..errors import WorkspaceError
+from ..files import read_sealed, write_sealed
+from .journal import Journal, Receipt
+
+
+def keep_shapes(folder: Path, receipt: Receipt, shapes: Shapes) -> None:
+    """Note the shared modules of an adapter, unless they are."""
+    path = folder / f"{receipt.shapes}.json"
+    if not read_sealed(path):
+        write_sealed(path, {"modules": shapes})
+
+
+def shapes_of(folder: Path, journal: Journal, known: Mapping[str, Shapes]) -> dict[str, Shapes]:
+    """The shared modules of all admissions, by the digest that these have of them.
+
+    Those of adapters that were taken out may be missing: their moments are summed again.
+
+    Args:
+        folder: of what is noted.
+        journal: the admissions.
+        known: adapters that can be read -> shapes of their modules.
+
+    Raises:
+        WorkspaceError: if those of another adapter are not there, whole.
+    """
+    found: dict[str, Shapes] = {}
+    for receipt in journal.receipts:
+        if receipt.shapes not in found and receipt.name in known:
+            keep_shapes(folder, receipt, known[receipt.name])
+            found[receipt.shapes] = known[receipt.name]
+    for entry in journal.entries:
+        if isinstance(entry, Receipt) and entry.shapes not in found:
+            shapes = _shapes(folder, entry.shapes)
+            if shapes is not None:
+                found[entry.shapes] = shapes
+            elif entry in journal.receipts:
+                raise WorkspaceError(
+                    "the workspace is damaged",
+                    adapter=entry.name,
+                    found=f"shapes/{entry.shapes}.json is missing, or is not what was written",
+                    remedy="Restore its source, from which it is mended; or take it out (lorashare-stream remove).",
+                )
+    return found
+
+
+def _shapes(folder: Path, digest: str) -> Shapes | None:
+    found = read_sealed(folder / f"{digest}.json").get("modules")
+    if found is None:
+        return None
+    return {
+        name: ModuleShape(rank, d_in, d_out, experts, tuple(parameters))
+        for name, (rank, d_in, d_out, experts, parameters) in found.items()
+    }

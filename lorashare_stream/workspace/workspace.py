@@ -1,0 +1,282 @@
+"""The folder of resumable state: what is admitted, what is summed, what is fitted.
+
+    workspace.json            what its numbers depend on (objective, centring, quantum, base model, ...); kept twice
+    lock                      who holds it: one process at a time
+    plan.json                 the last plan
+    journal.jsonl             which adapters were admitted and taken out, in order, append-only
+    shapes/<digest>.json      the shared modules of adapters: rank, d, stacked experts
+    skipped.json              adapters that the last run left out, with the reason
+    moments/<module>.json     marker: which generation holds how many entries of the journal
+    moments/<module>/<n>/A|B  Zarr arrays of that generation
+    bases/<digest>/<module>   components and facts of a basis, for one choice of k and dtype
+    cores/<digest>.<k>/       under a budget: what adapters are on bases of k components, in float32
+    hub/facts.jsonl           headers and configurations of adapters of the Hub
+    hub/files/<adapter>       their files, under a disk budget, while they are needed
+
+A marker is written after the data it vouches for is on disk, and only by a rename. So whatever is killed,
+a group is either done or it is done again. All but the arrays, which Zarr guards, is sealed by a checksum.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..adapters.keys import SIDES
+from ..adapters.shapes import Shapes
+from ..errors import WorkspaceError
+from ..files import (
+    own_folder,
+    read_json,
+    read_sealed,
+    refuse_links,
+    remove_tree,
+    sync,
+    sync_tree,
+    write_json,
+    write_sealed,
+)
+from ..text import shown, slug
+from .journal import Journal, Receipt, Removal, append, read_journal
+from .lock import held
+from .shapes import keep_shapes, shapes_of
+
+FORMAT = 2
+_COPIES = ("workspace.json", "workspace.copy.json")
+_FOLDERS = ("moments", "bases", "shapes", "cores")
+HUB = "hub"  # what is known of adapters of the Hub, and under a disk budget their files
+FACTS, FILES = f"{HUB}/facts.jsonl", f"{HUB}/files"
+log = logging.getLogger(__name__)
+
+
+class Workspace:
+    """An open workspace; hold it through `Workspace.open`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.moments, self.bases, self.shapes, self.cores = (root / name for name in _FOLDERS)
+        self.check_held: Callable[[], None] = lambda: None
+        self._noted: set[str] = set()  # shapes that are known to be kept
+
+    @classmethod
+    @contextmanager
+    def open(cls, root: Path, binding: Mapping[str, Any] | None, *, take_lock: bool = False) -> Iterator[Workspace]:
+        """Open or make a workspace, locked until the end of the block.
+
+        Args:
+            root: its folder.
+            binding: what its numbers depend on; it must be what the workspace was made with. None asks for nothing.
+            take_lock: take over the lock of another host that still seems to be alive.
+
+        Raises:
+            LockedError: if another process holds it.
+            WorkspaceError: if it was made with other settings.
+        """
+        inside = {p.name for p in root.iterdir() if p.suffix != ".tmp"} if root.exists() else set()
+        if inside - {"lock", HUB, *_FOLDERS} and not inside & {*_COPIES}:
+            raise WorkspaceError(
+                "the folder is no workspace, and not empty", found=root, remedy="Choose another --workspace."
+            )
+        root.mkdir(parents=True, exist_ok=True)
+        refuse_links(root, depth=3)
+        work = cls(root)
+        with held(root / "lock", take=take_lock) as work.check_held:
+            for name in _FOLDERS:
+                own_folder(root / name)
+            work._bind(work._binding() if binding is None else {**binding, "format": FORMAT})
+            work._clean()
+            sync(root.parent)
+            yield work
+
+    def exists(self) -> bool:
+        """Whether there is a workspace."""
+        return any((self.root / name).exists() for name in _COPIES)
+
+    def _bind(self, binding: dict[str, Any]) -> None:
+        found = self._binding()
+        if not found and self.exists():
+            raise WorkspaceError(
+                f"the workspace {shown(self.root)} is damaged",
+                found=" and ".join(_COPIES),
+                remedy="Delete it, or choose another.",
+            )
+        differing = sorted(k for k in binding.keys() | found.keys() if binding.get(k) != found.get(k))
+        if found and differing:
+            raise WorkspaceError(
+                f"the workspace {shown(self.root)} was made with other settings",
+                found=", ".join(f"{k}={shown(found.get(k))}" for k in differing),
+                expected=", ".join(f"{k}={shown(binding.get(k))}" for k in differing),
+                remedy="Choose another workspace, and another output, or delete this one.",
+            )
+        for name in _COPIES:
+            if read_sealed(self.root / name) != binding:
+                write_sealed(self.root / name, binding)
+
+    def _binding(self) -> dict[str, Any]:
+        """What it is bound to; empty if it is new, or both copies are damaged."""
+        return next((found for name in _COPIES if (found := read_sealed(self.root / name))), {})
+
+    def _clean(self) -> None:
+        """Remove what dead runs left: generations without a marker, and temporary files."""
+        for folder in (self.root, self.moments, self.shapes, *self.bases.iterdir(), *self.cores.iterdir()):
+            for path in folder.glob(".*.tmp"):
+                path.unlink()
+        for path in self.moments.iterdir():
+            if path.is_dir():
+                marker = _read_marker(self.moments / f"{path.name}.json")
+                for generation in path.iterdir():
+                    if marker is None or generation.name != marker["generation"]:
+                        remove_tree(generation)
+
+    # -- journal -------------------------------------------------------------------------------------
+
+    @property
+    def _journal(self) -> Path:
+        return self.root / "journal.jsonl"
+
+    def journal(self) -> Journal:
+        """The journal as it stands; reads only, and needs no lock."""
+        return read_journal(self._journal)[0]
+
+    def mended_journal(self) -> Journal:
+        """The journal, cut where it is torn: what a crash tore off at the end was never vouched for."""
+        journal, whole = read_journal(self._journal)
+        size = self._journal.stat().st_size if self._journal.exists() else 0
+        if size != whole:
+            lost = self._journal.read_bytes()[whole:].count(b"\n")
+            if lost:  # a whole line is not torn by a crash
+                log.warning(
+                    "the journal is damaged, and cut: its last %d entries are lost, and made again from the sources "
+                    "that are named: %s", lost, shown(self._journal),
+                )  # fmt: skip
+            os.truncate(self._journal, whole)
+        return journal
+
+    def base_model(self) -> str | None:
+        """The base model that it is bound to, if it is there and names one."""
+        name = self._binding().get("base_model")
+        return name if isinstance(name, str) and name else None
+
+    def admit(self, receipt: Receipt, shapes: Shapes, *, durable: bool) -> None:
+        """Append an admission; `durable` ones survive a power cut, with all before them."""
+        if durable:  # whether it is held is a file to be read: not for every one of thousands a second
+            self.check_held()
+        if receipt.shapes not in self._noted:
+            keep_shapes(self.shapes, receipt, shapes)
+            self._noted.add(receipt.shapes)
+        append(self._journal, [receipt], durable=durable)
+
+    def shapes_of(self, journal: Journal, known: Mapping[str, Shapes]) -> dict[str, Shapes]:
+        """The shared modules of all admissions; as `shapes.shapes_of`."""
+        return shapes_of(self.shapes, journal, known)
+
+    def sync_journal(self) -> None:
+        """Make all admissions durable."""
+        append(self._journal, (), durable=True)
+
+    def take_out(self, removals: Iterable[Removal]) -> None:
+        """Append removals, durable."""
+        self.check_held()
+        append(self._journal, removals, durable=True)
+
+    def skip(self, left_out: list[dict[str, Any]]) -> None:
+        """Note which adapters this run leaves out, and why."""
+        write_json(self.root / "skipped.json", left_out)
+
+    def skipped(self) -> set[str]:
+        """The names of adapters that the last run left out."""
+        try:
+            return {str(item["adapter"]) for item in read_json(self.root / "skipped.json")}
+        except (OSError, ValueError, KeyError, TypeError):
+            return set()
+
+    # -- moments -------------------------------------------------------------------------------------
+
+    def marker(self, module: str) -> dict[str, Any] | None:
+        """What is summed of a module: `generation`, `entries` of the journal, facts of sides `A` and `B`."""
+        marker = _read_marker(self.moments / f"{slug(module)}.json")
+        return marker if marker is not None and marker["module"] == module else None
+
+    def modules(self) -> set[str]:
+        """The modules that have moments."""
+        return {str(marker["module"]) for path in self.moments.glob("*.json") if (marker := _read_marker(path))}
+
+    def mark(self, module: str, marker: Mapping[str, Any]) -> None:
+        """Replace the marker of a module's moments, which are on disk."""
+        self.check_held()
+        write_sealed(self.moments / f"{slug(module)}.json", marker)
+
+    def generation(self, module: str, name: str) -> Path:
+        """The folder of one generation of a module's moments."""
+        return self.moments / slug(module) / name
+
+    @contextmanager
+    def new_generation(self, module: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """A fresh folder for a module's moments, and its marker to fill in; published at the end of the block.
+
+        Its name is used once, so that neither a task that outlived its run nor a basis of other moments can be
+        mistaken for one of this generation.
+        """
+        old = self.marker(module)
+        name = uuid.uuid4().hex
+        folder = self.generation(module, name)
+        folder.mkdir(parents=True)
+        marker: dict[str, Any] = {"module": module, "generation": name}
+        yield folder, marker
+        sync_tree(folder)
+        sync(folder.parent)
+        sync(self.moments)
+        self.mark(module, marker)
+        if old is not None:
+            remove_tree(self.generation(module, old["generation"]))
+
+    def discard(self, module: str) -> None:
+        """Remove a module's moments; what is fitted to them stays."""
+        (self.moments / f"{slug(module)}.json").unlink(missing_ok=True)
+        remove_tree(self.moments / slug(module))
+
+    def forget(self, module: str) -> None:
+        """Remove a module's moments and bases: they are computed anew."""
+        for path in self.bases.glob(f"*/{slug(module)}.json"):
+            path.unlink()
+        self.discard(module)
+
+    def has_fitted(self, module: str) -> bool:
+        """Whether there is a basis of a module: its moments, if they are not there, were discarded."""
+        return any(self.bases.glob(f"*/{slug(module)}.json"))
+
+    # -- bases and outputs ---------------------------------------------------------------------------
+
+    def bases_for(self, digest: str) -> Path:
+        """The folder of the bases of one choice of k, dtype and admissions; those of others are dropped.
+
+        Beside it may lie wider ones, and cores, under the same name and a k.
+        """
+        for path in (*self.bases.iterdir(), *self.cores.iterdir()):
+            if path.name.partition(".")[0] != digest:
+                remove_tree(path)
+        return own_folder(self.bases / digest)
+
+    def published(self) -> set[str]:
+        """Digests of the bases that this workspace has published; checkpoints may have been moved since."""
+        outputs = read_sealed(self.root / "published.json")
+        return {digest for digests in outputs.values() for digest in digests}
+
+    def publishing(self, out: Path, basis_digest: str, there: object = None) -> None:
+        """Note, before it happens, that a checkpoint is published; one of ours that is `there` stays ours till then."""
+        self.check_held()
+        path = self.root / "published.json"
+        outputs = read_sealed(path)
+        outputs[str(out.absolute())] = [*({there} & self.published()), basis_digest]
+        write_sealed(path, outputs)
+
+
+def _read_marker(path: Path) -> dict[str, Any] | None:
+    """A marker; None if there is none, or it is not what was written: the module is summed again."""
+    marker = read_sealed(path)
+    return marker if marker.keys() >= {"module", "generation", "entries", "admitted", *SIDES} else None
