@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
-from .text import listed, shown
+from .text import listed, printable
 
 
 class StreamError(Exception):
@@ -42,16 +42,18 @@ class StreamError(Exception):
     def details(self) -> dict[str, Any]:
         """The parts that are known, as plain values (for JSON and for pickling)."""
         parts = {name: getattr(self, name) for name in ("adapter", "key", "found", "expected", "remedy")}
-        return {k: v if isinstance(v, str) else shown(v) for k, v in parts.items() if v is not None}
+        return {k: v if isinstance(v, str) else printable(v) for k, v in parts.items() if v is not None}
 
     def __str__(self) -> str:
-        return self.text(f"adapter {shown(self.adapter)!r}" if self.adapter else "")
+        return self.text(f"adapter {printable(self.adapter)!r}" if self.adapter else "")
 
     def text(self, who: str) -> str:
         """The message, said of `who`."""
-        where = ", ".join(part for part in (who, f"key {shown(self.key)!r}" if self.key else "") if part)
+        where = ", ".join(part for part in (who, f"key {printable(self.key)!r}" if self.key else "") if part)
         text = f"{where}: {self.problem}" if where else self.problem
-        facts = [f"{n} {shown(v)}" for n, v in (("found", self.found), ("expected", self.expected)) if v is not None]
+        facts = [
+            f"{n} {printable(v)}" for n, v in (("found", self.found), ("expected", self.expected)) if v is not None
+        ]
         text += f" ({'; '.join(facts)})" if facts else ""
         return f"{text}. {self.remedy}" if self.remedy else text
 
@@ -114,7 +116,7 @@ def problem_lines(problems: Iterable[StreamError]) -> list[str]:
     """A line for each problem, with the names of all adapters that have it."""
     lines: dict[str, tuple[StreamError, list[str]]] = {}
     for problem in problems:
-        lines.setdefault(problem.text(""), (problem, []))[1].append(repr(shown(problem.adapter)))
+        lines.setdefault(problem.text(""), (problem, []))[1].append(repr(printable(problem.adapter)))
     return [
         "  - " + (str(problem) if len(names) == 1 else problem.text(f"{len(names)} adapters, {', '.join(names)}"))
         for problem, names in lines.values()
@@ -173,7 +175,9 @@ def unknown_adapter(name: str, names: Iterable[str]) -> UnknownAdapterError:
     """The error for a name that is not among others, with those that are near."""
     known = list(names)
     near = difflib.get_close_matches(str(name), known, n=5, cutoff=0.5) or known[:5]
-    return UnknownAdapterError(f"no adapter named {shown(name)!r} among {len(known)}", remedy=f"Near: {listed(near)}.")
+    return UnknownAdapterError(
+        f"no adapter named {printable(name)!r} among {len(known)}", remedy=f"Near: {listed(near)}."
+    )
 
 
 class Stopped(StreamError):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from .errors import UsageError
-from .text import digest_of, shown
+from .text import digest_of, printable
 
 _SEAL = "checksum"
 _SYNCED_WHOLE = {0xEF53, 0x58465342, 0x9123683E, 0x01021994}  # ext4, XFS, btrfs, tmpfs: statfs(2)
@@ -206,12 +206,12 @@ def read_json(path: Path, limit: int = 64 << 20) -> Any:
     """
     with open(path, "rb", buffering=0) as f:
         if os.fstat(f.fileno()).st_size > limit:
-            raise ValueError(f"{shown(path.name)} is larger than {limit} bytes")
+            raise ValueError(f"{printable(path.name)} is larger than {limit} bytes")
         raw = f.read(limit + 1)
     try:
         return json.loads(raw)
     except RecursionError as e:
-        raise ValueError(f"{shown(path.name)} is nested too deeply") from e
+        raise ValueError(f"{printable(path.name)} is nested too deeply") from e
 
 
 def write_sealed(path: Path, values: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from .checkpoint.publish import copy_checkpoint
 from .checkpoint.reader import CheckpointReader, PerAdapter, Tensors
 from .checkpoint.restore import refuse_originals, restored, save_adapter
 from .edits.add import add_one
-from .edits.options import Means
+from .edits.options import RunOptions
 from .edits.remove import remove
 from .errors import CheckpointError, UsageError, problem_lines, unknown_adapter
 from .hub.push import push
@@ -31,7 +31,7 @@ from .report.summary_text import summary_text
 from .report.text import adapter_notes
 from .runtime.dask import executor_of, workers_of
 from .settings import BUDGETS, Settings
-from .text import listed, shown
+from .text import listed, printable
 
 log = logging.getLogger(__name__)
 _said: set[str] = set()
@@ -194,7 +194,7 @@ class SHAREModel:
         self._root = reader.place.root if isinstance(reader.place, Folder) else None
 
     def __repr__(self) -> str:
-        base, k = shown(self.config.base_model_name_or_path), self.config.num_components
+        base, k = printable(self.config.base_model_name_or_path), self.config.num_components
         return f"{type(self).__name__}({len(self.all_loadings)} adapters of {base!r}, k={k})"
 
     @property
@@ -294,10 +294,10 @@ class SHAREModel:
             ValueError: if it is there already, or is none that can be added.
         """
         if name is not None and name in self.all_loadings:
-            raise UsageError(f"there is an adapter named {shown(name)!r} already", remedy="Give it another name.")
-        means = Means(changes={"device": str(device or "auto")}, accept=variance_threshold)
+            raise UsageError(f"there is an adapter named {printable(name)!r} already", remedy="Give it another name.")
+        options = RunOptions(changes={"device": str(device or "auto")}, accept=variance_threshold)
         root = self._folder()
-        result = add_one(root, adapter if name is None else {name: adapter}, means, refit=force_recompute)
+        result = add_one(root, adapter if name is None else {name: adapter}, options, refit=force_recompute)
         self._read_by(CheckpointReader(Folder(root)))
         return result
 
@@ -310,7 +310,7 @@ class SHAREModel:
         """
         self._known(adapter_name)
         root = self._folder()
-        remove(root, [adapter_name], Means())
+        remove(root, [adapter_name], RunOptions())
         self._read_by(CheckpointReader(Folder(root)))
 
     def reconstruct(self, adapter_name: str, output_dir: str | Path | None = None) -> Tensors:

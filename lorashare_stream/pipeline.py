@@ -18,11 +18,11 @@ from .checkpoint.config import SHAREConfig
 from .checkpoint.format import OURS, ours_of, skipped_of, total_bytes
 from .checkpoint.publish import check_output, output_folder
 from .checkpoint.records import has_files, sizes_of
-from .checkpoint.staging import Staging, mend, sweep
+from .checkpoint.staging import Staging, recover, remove_stale
 from .checkpoint.summary import share_config
 from .errors import AdapterError, WorkspaceError, skipped_as_json
 from .files import own_path, remove_tree, write_sealed
-from .hub.lookup import bytes_to_fetch, fetching_for, looked_up
+from .hub.lookup import bytes_to_fetch, fetching_for, resolve_on_hub
 from .linalg.device import resolve_device
 from .plan.catalog import catalog
 from .plan.file import plan_as_json
@@ -33,7 +33,7 @@ from .settings import Settings
 from .stages.bases import write_bases
 from .stages.grow import check_kept, check_sources, demand_unchanged, grow, growable, staged_digest
 from .stages.job import Job
-from .stages.passes import check_disk, head_of_job, ingest, make_job, project
+from .stages.passes import check_disk, ingest, make_job, project, record_of_job
 from .stages.run import Run, places_of
 from .stages.update import catch_up
 from .text import bytes_shown
@@ -84,17 +84,17 @@ def plan_for(
         UnreachableError: if the Hub does not answer.
     """
     if workspace is None:
-        sources, surveyed = looked_up(sources, settings, configs=runs, progress=progress)
+        sources, surveyed = resolve_on_hub(sources, settings, configs=runs, progress=progress)
         return make_plan(catalog(sources, settings, surveyed=surveyed), settings)
     work = Workspace(workspace)
     journal, base = work.journal(), work.base_model()
-    sources, surveyed = looked_up(
+    sources, surveyed = resolve_on_hub(
         sources, settings, workspace, configs=runs, writes=runs or work.exists(), progress=progress
     )
     found = catalog(
         sources,
         settings,
-        receipts=journal.receipts,
+        admissions=journal.admissions,
         known=_known(work, journal),
         bound_base=base,
         surveyed=surveyed,
@@ -108,7 +108,7 @@ def _known(work: Workspace, journal: Journal) -> dict[str, ModuleShape]:
         found = work.shapes_of(journal, {})
     except WorkspaceError:  # damaged: the sources tell, and the run mends it
         return {}
-    return {module: shape for receipt in journal.receipts for module, shape in found[receipt.shapes].items()}
+    return {module: shape for admission in journal.admissions for module, shape in found[admission.shapes].items()}
 
 
 def default_workspace(out: Path) -> Path:
@@ -157,8 +157,8 @@ def compress(
     out = output_folder(out)
     device = resolve_device(plan.settings.device)
     root = (workspace or own_path(default_workspace(out))).absolute()
-    known = {r.name for r in Workspace(root).journal().receipts}
-    check_disk(plan, root, out, adds=out.exists(), fetch=bytes_to_fetch(plan.entries, plan.settings, known))
+    known = {r.name for r in Workspace(root).journal().admissions}
+    check_disk(plan, root, out, adds=out.exists(), fetch=bytes_to_fetch(plan.adapters, plan.settings, known))
     check_output(out, own=Workspace(root).published(), overwrite=overwrite)  # before a workspace is made for it
     with (
         threadpool_limits(1, user_api="blas"),
@@ -167,7 +167,7 @@ def compress(
         fetching_for(plan.settings, root) as fetcher,
     ):
         run = Run(plan, mapper, progress, fetcher, work.check_held)
-        mend(out)
+        recover(out)
         check_output(out, own=work.published(), overwrite=overwrite)
         if there is not None:
             demand_unchanged(out, there)
@@ -181,7 +181,7 @@ def compress(
             check_kept(job, out)
         if not refit and is_current(job, out, left_out):
             catch_up(run, job)
-            sweep(out, staged_digest(job.digest, (ours_of(out) or {}).get("basis_digest")))
+            remove_stale(out, staged_digest(job.checkpoint_key, (ours_of(out) or {}).get("basis_digest")))
             return Outcome(skipped, "current")
 
         kept: dict[str, float] = {}
@@ -214,25 +214,25 @@ def recompute(
     check_disk(run.plan, work.root, out)
     given, (job, bases, weighed) = job, based(run, job, spare)
     ours = ours_of(out) or {}
-    if ours.get("basis_digest") == job.basis_digest and not ours.get("projected") and is_current(job, out, left_out):
+    if ours.get("basis_digest") == job.basis_key and not ours.get("projected") and is_current(job, out, left_out):
         return "current"
-    receipts = job.journal.receipts
-    with Staging.open(out, job.digest) as staging:
+    admissions = job.journal.admissions
+    with Staging.open(out, job.checkpoint_key) as staging:
         check_output(out, own=work.published(), overwrite=overwrite)  # now that nobody else can publish there
         write_bases(staging, job, bases)
-        figures = project(run, job, staging, receipts)
-        names = [r.name for r in receipts]
+        statistics = project(run, job, staging, admissions)
+        names = [r.name for r in admissions]
         config = share_config(
-            head_of_job(run.plan, job, bases, staging, weighed),
-            [figures[name] for name in names],
+            record_of_job(run.plan, job, bases, staging, weighed),
+            [statistics[name] for name in names],
             job.counts,
-            digest=job.digest,
+            digest=job.checkpoint_key,
             sizes=sizes_of(staging.root, names),
             skipped=left_out,
         )
         over = total_bytes(config["compression_stats"][OURS]["bytes"]) - (byte_limit(job) or inf)
         if over <= 0:
-            work.publishing(out, job.basis_digest, ours.get("basis_digest"))
+            work.publishing(out, job.basis_key, ours.get("basis_digest"))
             staging.commit(out, config, left_out)
             if job.settings.discard_moments:
                 for cores in work.cores.iterdir():
@@ -244,5 +244,5 @@ def recompute(
 
 def is_current(job: Job, out: Path, left_out: list[dict[str, Any]]) -> bool:
     """Whether the checkpoint at `out` is what this job would write, and no adapter of it is gone."""
-    same = (ours_of(out) or {}).get("digest") == job.digest and skipped_of(out) == left_out
-    return same and has_files(out, [r.name for r in job.journal.receipts])
+    same = (ours_of(out) or {}).get("digest") == job.checkpoint_key and skipped_of(out) == left_out
+    return same and has_files(out, [r.name for r in job.journal.admissions])

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from .errors import UsageError
-from .text import bytes_shown, listed, parse_bytes, shown
+from .text import bytes_shown, listed, parse_bytes, printable
 
 Objective = Literal["delta", "factors"]
 QUANTUM = 1024  # columns summed at once; part of a workspace's identity, since it decides rounding
@@ -203,7 +203,7 @@ def _is_number(value: object) -> bool:
 def _expect(holds: bool, name: str, found: object, expected: str) -> None:
     if not holds:
         flag = _FLAGS.get(name, "--" + name.replace("_", "-"))
-        raise UsageError(f"{name} ({flag}) cannot be {shown(repr(found))}", expected=expected)
+        raise UsageError(f"{name} ({flag}) cannot be {printable(repr(found))}", expected=expected)
 
 
 def asked(settings: Mapping[str, Any]) -> list[str]:

@@ -20,10 +20,10 @@ _FORBIDDEN = frozenset('/\\:*?"<>|')  # also what Windows and FAT refuse, so a c
 _RESERVED = re.compile(r"(?i:con|prn|aux|nul|com\d|lpt\d)(\..*)?")  # device names on Windows
 
 
-def shown(text: object, limit: int = 300) -> str:
+def printable(text: object, limit: int = 300) -> str:
     r"""`text` for a terminal, a log or an error: unprintable characters escaped, length bounded.
 
-    >>> shown("evil\x1b[2J\u202ename")
+    >>> printable("evil\x1b[2J\u202ename")
     'evil\\x1b[2J\\u202ename'
     """
     raw = text if isinstance(text, str) else _text(text)
@@ -42,7 +42,7 @@ _BOUNDED.maxlevel, _BOUNDED.maxstring, _BOUNDED.maxother = 3, 80, 80
 
 def listed(items: Iterable[object], limit: int = 8) -> str:
     """A bounded, escaped, comma-separated list: `a, b, c and 997 more`."""
-    all_items = [shown(i, 120) for i in items]
+    all_items = [printable(i, 120) for i in items]
     more = len(all_items) - limit
     return ", ".join(all_items[:limit]) + (f" and {more} more" if more > 0 else "")
 
@@ -63,7 +63,7 @@ def name_fault(name: str) -> str | None:
         if c in _FORBIDDEN:
             return f"it holds {c!r}"
         if not c.isprintable():
-            return f"it holds the unprintable character {shown(c)}"
+            return f"it holds the unprintable character {printable(c)}"
     if _RESERVED.fullmatch(name):
         return "it is a reserved device name"
     if len(name.encode("utf-8", "surrogatepass")) > MAX_NAME_BYTES:
@@ -159,7 +159,7 @@ def parse_bytes(text: str) -> int:
     """
     match = re.fullmatch(r"\s*([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([kmgt]?)(i?)b?\s*", text, flags=re.IGNORECASE)
     if match is None:
-        raise ValueError(f"not a size: {shown(text)!r}; write for example 4GiB or 500MB")
+        raise ValueError(f"not a size: {printable(text)!r}; write for example 4GiB or 500MB")
     number, unit, binary = match.groups()
     base = 1000 if unit and not binary and text.strip()[-1] in "bB" else 1024
     return int(float(number) * base ** " kmgt".index(unit.lower() or " "))

@@ -18,12 +18,12 @@ from pathlib import Path
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from lorashare_stream.adapters.adapter import Entry, Origin
+from lorashare_stream.adapters.adapter import Adapter, Origin
 from lorashare_stream.adapters.folder import FileFact
 from lorashare_stream.adapters.hubid import HubId
 from lorashare_stream.adapters.layout import read_layout
 from lorashare_stream.adapters.safetensors import TensorRecord
-from lorashare_stream.adapters.scaling import Product
+from lorashare_stream.adapters.scaling import Scaling
 from lorashare_stream.adapters.source import Listing
 from lorashare_stream.linalg.basis import fit
 from lorashare_stream.linalg.lapack import add_block
@@ -48,18 +48,18 @@ def imagined(args: argparse.Namespace) -> Plan:
                 records.append(TensorRecord(key, "BF16", shape, end, 2 * shape[0] * shape[1]))
                 end += records[-1].nbytes
     layout = read_layout(records)
-    products = (Product(2.0),) * len(layout.modules)
+    scalings = (Scaling(2.0),) * len(layout.modules)
     files = (FileFact(Path("adapter_model.safetensors"), end, 0),)
     ids = [HubId(f"org/adapter-{i}", f"{i:040x}") for i in range(args.adapters)]
-    entries = tuple(
-        Entry(
-            i.name, str(i), Path(str(i)), files, layout, products, "base", "",
+    adapters = tuple(
+        Adapter(
+            i.name, str(i), Path(str(i)), files, layout, scalings, "base", "",
             "{}", Origin(i, str(i), Listing(), ""), fetched=False,
         )
         for i in ids
     )  # fmt: skip
     settings = {"num_components": args.k, "device": "cpu", "memory": args.memory, "disk_budget": args.disk_budget}
-    return make_plan(Catalog(entries, base_model="base"), Settings.from_mapping(settings))
+    return make_plan(Catalog(adapters, base_model="base"), Settings.from_mapping(settings))
 
 
 def syrk_rate() -> float:
@@ -89,13 +89,13 @@ def estimate(plan: Plan, bandwidth: int) -> str:
         rate = syrk_rate()
         solves = {d: solve_seconds(d, plan.groups[0].components(plan.settings)) for d in {g.dim for g in plan.groups}}
     flops = sum(g.count * g.dim * g.dim for g in plan.groups)
-    fetched = sum(e.hub_bytes * plan.fetches(e) for e in plan.entries)
+    fetched = sum(e.hub_bytes * plan.fetches(e) for e in plan.adapters)
     moments = sum(4 * g.dim * min(g.dim, g.count) for g in plan.groups)
     steps = {step.name: step.concurrency for step in plan.steps}
     return facts(
         [
             ("this machine", f"{cores} cores; syrk {rate / 1e9:.0f} GFLOP/s a core"),
-            ("requests", f"{len(plan.entries)} to plan; {sum(4 * plan.fetches(e) for e in plan.entries)} to fetch"),
+            ("requests", f"{len(plan.adapters)} to plan; {sum(4 * plan.fetches(e) for e in plan.adapters)} to fetch"),
             ("fetched", f"{bytes_shown(fetched)}, {fetched / bandwidth / 60:.0f} min at {bandwidth / 1e6:.0f} MB/s"),
             ("moments", f"{bytes_shown(moments * len(plan.batches))} written, once a batch"),
             ("sums", f"{flops / 1e12:.1f} TFLOP, {flops / rate / steps['accumulate'] / 60:.0f} min"),

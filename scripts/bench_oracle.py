@@ -109,8 +109,8 @@ class Data:
     @cached_property
     def energies(self) -> np.ndarray:
         """||dW||^2 of every adapter over all modules."""
-        products = (np.sum(self.grams[m, "A"] * self.grams[m, "B"], axis=(1, 2)) for m in self.modules)
-        return self.scale**2 * np.asarray(sum(products))
+        scalings = (np.sum(self.grams[m, "A"] * self.grams[m, "B"], axis=(1, 2)) for m in self.modules)
+        return self.scale**2 * np.asarray(sum(scalings))
 
     def columns(self, module: str, side: str, objective: str) -> np.ndarray:
         """X' (n, d): what the basis of a group is fitted to, by the definition of the objective."""

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from lorashare_stream.linalg.eigen import by_krylov, by_lapack, compressed, prefers_partial, product_with, spectrum
+from lorashare_stream.linalg.eigen import by_krylov, by_lapack, compressed, matvec_of, prefers_partial, spectrum
 from lorashare_stream.linalg.moments import Moment, of_columns
 
 SPECTRA = {
@@ -57,7 +57,7 @@ def main() -> None:
         for name, form, moment in (each for d in dims for each in moments(d)):
             best = np.cumsum(spectrum(moment))
             for k in (8, 16, 32, 64, 128):
-                partial, a = timed(lambda m=moment, k=k: by_krylov(m, k, product_with(m)))
+                partial, a = timed(lambda m=moment, k=k: by_krylov(m, k, matvec_of(m)))
                 whole, b = timed(lambda m=moment, k=k: by_lapack(m, k))
                 lacks = [1 - np.trace(compressed(moment, v)) / best[k - 1] for v in (a[1], b[1])]
                 chosen = "Krylov" if prefers_partial(moment, k) else "LAPACK"

@@ -345,8 +345,8 @@ class Evidence:
             print(f"{c.name} {system} k={k}: {row['lora'] / 1e6:.2f} MB, error {row['mean']:.4f}", flush=True)
         if wanted and tasks is not None:
             line = self.results.add("task", {**facts, **tasks.measure(found.adapters)})
-            means = [float(np.mean(list(line[key].values()))) for key in ("accuracy", "agreement")]
-            print(f"    accuracy {means[0]:.3f}, agreement {means[1]:.3f}", flush=True)
+            options = [float(np.mean(list(line[key].values()))) for key in ("accuracy", "agreement")]
+            print(f"    accuracy {options[0]:.3f}, agreement {options[1]:.3f}", flush=True)
 
 
 class Tasks:

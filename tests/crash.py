@@ -57,14 +57,14 @@ class Node:
         now = {p.name: cls.of(p) for p in path.iterdir()}
         return cls(now=now, durable=dict(now))
 
-    def settle(self, path: Path) -> None:
+    def sum_and_fit(self, path: Path) -> None:
         """Make all of it durable, as it is at `path`."""
         if self.now is None:
             self.content = path.read_bytes()
             return
         self.durable = dict(self.now)
         for name, node in self.now.items():
-            node.settle(path / name)
+            node.sum_and_fit(path / name)
 
     def write(self, path: Path, names: str, blank: bool, current: Path) -> None:
         """Make `path` what a power cut would leave of this node, which was at `current`."""
@@ -202,7 +202,7 @@ def install(disk: Disk) -> None:
             return False
         with disk.lock:
             disk.call("syncfs", inside)
-            disk.top.settle(disk.root)
+            disk.top.sum_and_fit(disk.root)
         return True
 
     checkpoint.sync_all, checkpoint.MANY = sync_all, 2  # as many as are compressed: one sync, whenever it ends
@@ -384,7 +384,7 @@ def kept_promises(root: Path) -> int:
 
 def broken_promise(root: Path) -> str | None:
     """What is vouched for, by a marker or a configuration, and is not there, whole."""
-    from lorashare_stream.checkpoint.records import is_whole, metas_of, receipt_in
+    from lorashare_stream.checkpoint.records import admission_in, is_whole, metas_of
     from lorashare_stream.files import read_sealed
     from lorashare_stream.workspace import moments as momentstore
     from lorashare_stream.workspace.moments import DamagedMoment
@@ -405,7 +405,7 @@ def broken_promise(root: Path) -> str | None:
     if (out / "share_config.json").exists():
         for meta in metas_of(out, json.loads((out / "share_config.json").read_bytes())["adapter_names"]):
             if not is_whole(
-                out / "adapters" / meta["adapter_name"], receipt_in(meta), meta["lorashare_stream"]["basis_digest"]
+                out / "adapters" / meta["adapter_name"], admission_in(meta), meta["lorashare_stream"]["basis_digest"]
             ):
                 return f"adapter {meta['adapter_name']}"
     return None

@@ -389,14 +389,14 @@ class FakeHub:
         return self._page(request, found, size, lambda repo: _only(self.about(repo, repo.refs["main"]), keys_wanted))
 
     def _page(
-        self, request: Request, rows: Sequence[Any], size: int, shown: Callable[[Any], Any] = lambda row: row
+        self, request: Request, rows: Sequence[Any], size: int, printable: Callable[[Any], Any] = lambda row: row
     ) -> Answer:
         start = int(request.value("cursor", "0"))
         headers = {}
         if start + size < len(rows):
             query = urlencode(parse_qs(request.query) | {"cursor": [start + size]}, doseq=True)
             headers["Link"] = f'<{self.url}{request.path}?{query}>; rel="next"'
-        return _json([shown(row) for row in rows[start : start + size]], headers=headers)
+        return _json([printable(row) for row in rows[start : start + size]], headers=headers)
 
     def info(self, request: Request) -> Answer:
         repo = self._repo(request)

@@ -113,7 +113,7 @@ def test_the_base_model_is_settled_before_shapes(tmp_path: Path) -> None:
             tmp_path / f"y{i}", make_tensors(rng, {"q": (16, 24), "m": (32, 24)}), base_model_name_or_path="z"
         )
     plan = plan_for(resolve([tmp_path]), Settings())
-    assert [e.name for e in plan.entries] == [f"x{i}" for i in range(5)]
+    assert [e.name for e in plan.adapters] == [f"x{i}" for i in range(5)]
     assert {e.adapter for e in plan.refused} == {f"y{i}" for i in range(4)}
     assert all(e.source == str(tmp_path / str(e.adapter)) for e in plan.refused)
 
@@ -519,7 +519,7 @@ def test_a_header_with_a_key_twice_is_read_in_linear_time(tmp_path: Path) -> Non
 def test_layouts_are_shared_whatever_the_metadata(tmp_path: Path) -> None:
     for i, folder in enumerate(make_collection(tmp_path / "a", 3)):
         save_file(load_tensors(folder), Path(folder) / "adapter_model.safetensors", metadata={"run": str(i)})
-    entries = plan_for(resolve([tmp_path / "a"]), Settings()).entries
+    entries = plan_for(resolve([tmp_path / "a"]), Settings()).adapters
     assert len({id(e.layout) for e in entries}) == 1
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lorashare_stream.adapters.scaling import Product
+from lorashare_stream.adapters.scaling import Scaling
 from lorashare_stream.checkpoint.config import read_share_config
 from lorashare_stream.cli.app import main
 from lorashare_stream.errors import BudgetError, CollectionError
@@ -221,7 +221,7 @@ def test_samples_are_spread_and_the_same_every_time(tmp_path: Path) -> None:
     folder = adapters(tmp_path / "in", 30, planted=1.0)
     made = plan(folder)
     found = analysis_as_json(analyse(made, 8))
-    assert list(found["sample"]) == spread([e.name for e in made.entries], 8) != [e.name for e in made.entries[:8]]
+    assert list(found["sample"]) == spread([e.name for e in made.adapters], 8) != [e.name for e in made.adapters[:8]]
     for again in (
         analyse(made, 8, executor=Serial()),
         analyse(plan(folder, workers=3), 8),
@@ -232,9 +232,9 @@ def test_samples_are_spread_and_the_same_every_time(tmp_path: Path) -> None:
 
 def test_work_and_memory_are_bounded(tmp_path: Path) -> None:
     made = plan(adapters(tmp_path / "in", 12, planted=1.0))
-    chosen, in_all = chosen_modules(made.entries, work=1.0)
+    chosen, in_all = chosen_modules(made.adapters, work=1.0)
     assert (chosen, in_all) == (["layers.0.v", "layers.1.q"], 3)  # one of each kind
-    assert len(sampled(made.entries * 10, None)) == 64
+    assert len(sampled(made.adapters * 10, None)) == 64
     with pytest.raises(BudgetError, match="--sample"):
         analyse(plan(tmp_path / "in", memory="192MiB"))
 
@@ -259,13 +259,13 @@ def test_kinds_ranks_and_experts_are_mixed_freely(tmp_path: Path) -> None:
 def test_singular_vectors_are_those_of_dw(experts: int) -> None:
     rng = np.random.default_rng(0)
     a, b = (rng.standard_normal(s).astype(np.float32) for s in ((2, 6, 20), (2, 10, 6)))
-    products = [Product(2.0, experts), Product(0.5, experts)]
-    rows, weights, strengths, values = factored(a, b, products, "delta")
-    for i, product in enumerate(products):
-        assert (weights[i] ** 2).sum() == pytest.approx(delta_norm(a[i], b[i], product), rel=1e-5)
-        blocks = [product.blocks(a[i], "A"), product.blocks(b[i].T, "B")]
+    scalings = [Scaling(2.0, experts), Scaling(0.5, experts)]
+    rows, weights, strengths, values = factored(a, b, scalings, "delta")
+    for i, scaling in enumerate(scalings):
+        assert (weights[i] ** 2).sum() == pytest.approx(delta_norm(a[i], b[i], scaling), rel=1e-5)
+        blocks = [scaling.blocks(a[i], "A"), scaling.blocks(b[i].T, "B")]
         for e in range(experts):
-            dw = product.scale * blocks[1][e].T @ blocks[0][e]
+            dw = scaling.scale * blocks[1][e].T @ blocks[0][e]
             ours = (rows["B"][i, e].T * strengths[i, e]) @ rows["A"][i, e]
             assert np.abs(ours - dw).max() < 1e-4
             assert values[i, e] == pytest.approx(np.linalg.svd(dw)[1][: values.shape[-1]], rel=1e-4)

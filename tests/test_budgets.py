@@ -465,7 +465,7 @@ def test_verify_compares_lora_that_is_kept_verbatim_byte_for_byte(tmp_path: Path
 
 
 def test_what_is_verbatim_by_a_budget_is_in_the_bases_all_the_same(tmp_path: Path, compressed: Compress) -> None:
-    from lorashare_stream.edits.options import Means
+    from lorashare_stream.edits.options import RunOptions
     from lorashare_stream.edits.remove import remove
 
     rng = np.random.default_rng(3)
@@ -479,7 +479,7 @@ def test_what_is_verbatim_by_a_budget_is_in_the_bases_all_the_same(tmp_path: Pat
     before = {group: facts["n"] for group, facts in share.config.ours["groups"].items()}
     assert before
     assert share.config.ours["verbatim_adapters"] == ["odd"]
-    gone = remove(out, ["odd", "a3"], Means())
+    gone = remove(out, ["odd", "a3"], RunOptions())
     assert set(gone.names) == {"odd", "a3"}
     ours = SHAREModel.from_pretrained(out).config.ours
     assert ours["removed"] == ["a3", "odd"]

@@ -464,7 +464,7 @@ def test_a_task_is_small_whatever_the_number_of_adapters(tmp_path: Path) -> None
         for fn in (partial(project_adapter, job), ingest_adapter):
             with _shared(at(folder), fn, 2) as call:
                 name = getattr(fn, "__name__", "project")
-                sizes[n][name] = len(pickle.dumps((perform, call, packed(plan.entries[0]))))
+                sizes[n][name] = len(pickle.dumps((perform, call, packed(plan.adapters[0]))))
                 sizes[n][f"file of {name}"] = call.file.stat().st_size
     assert sizes[40]["project"] < sizes[4]["project"] + 20
     assert sizes[40]["ingest_adapter"] < sizes[4]["ingest_adapter"] + 20

@@ -10,7 +10,7 @@ import pytest
 
 from lorashare_stream.adapters.keys import SIDES, Side, group_id
 from lorashare_stream.adapters.safetensors import write_arrays
-from lorashare_stream.adapters.scaling import Product
+from lorashare_stream.adapters.scaling import Scaling
 from lorashare_stream.budget.forming import _projection_errors
 from lorashare_stream.errors import AdapterError
 from lorashare_stream.linalg.delta import delta_errors
@@ -47,10 +47,10 @@ def test_what_comes_back_is_formed_only_where_bases_are_not_orthonormal(
     tmp_path: Path, factors: Factors, stretch: float, forms: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     components = bases(tmp_path, {"q": 8, "k": 20, "v": 8}, stretch)  # two parts: k differs
-    products = [Product(2.0)] * 3
+    scalings = [Scaling(2.0)] * 3
     on = {s: projected(components, [group_id(m, s) for m in "qkv"], factors[s], s, "F32") for s in SIDES}
     hats = {s: restored(components, on[s], factors[s], s, "F32") for s in SIDES}
-    exact = delta_errors(factors["A"], factors["B"], hats["A"], hats["B"], products)
+    exact = delta_errors(factors["A"], factors["B"], hats["A"], hats["B"], scalings)
     formed: list[str] = []
 
     def watched(components: Components, parts: Sequence[Part], stack: Stack, side: Side, storage: str) -> Stack:
@@ -58,7 +58,7 @@ def test_what_comes_back_is_formed_only_where_bases_are_not_orthonormal(
         return restored(components, parts, stack, side, storage)
 
     monkeypatch.setattr("lorashare_stream.budget.forming.restored", watched)
-    found = _projection_errors(components, factors, on, products, "F32")
+    found = _projection_errors(components, factors, on, scalings, "F32")
     assert formed == (list(SIDES) if forms else [])
     for f, e in zip(found, exact, strict=True):
         assert f.error == pytest.approx(e.error, rel=1e-5)
@@ -73,11 +73,11 @@ def test_only_modules_that_come_near_are_looked_at_closely(tmp_path: Path, facto
         v = components[group_id("q", side)]
         vectors = v @ np.random.default_rng(2).standard_normal((8, R)).astype(np.float32)
         factors[side][0] = vectors.T if side == "A" else vectors
-    products = [Product(1.0)] * 3
+    scalings = [Scaling(1.0)] * 3
     on = {s: projected(components, [group_id(m, s) for m in "qkv"], factors[s], s, "F32") for s in SIDES}
     hats = {s: restored(components, on[s], factors[s], s, "F32") for s in SIDES}
-    exact = delta_errors(factors["A"], factors["B"], hats["A"], hats["B"], products)
-    found = _projection_errors(components, factors, on, products, "F32")
+    exact = delta_errors(factors["A"], factors["B"], hats["A"], hats["B"], scalings)
+    found = _projection_errors(components, factors, on, scalings, "F32")
     assert found[0] == exact[0]
     assert found[0].relative < 1e-6
     assert found[1:] != exact[1:]
@@ -90,5 +90,5 @@ def test_values_beyond_the_range_of_float32_are_refused(tmp_path: Path, factors:
     with np.errstate(over="ignore", invalid="ignore"):
         on = {s: projected(components, [group_id(m, s) for m in "qkv"], factors[s], s, "F32") for s in SIDES}
         with pytest.raises(AdapterError, match="range of F32") as caught:
-            _projection_errors(components, factors, on, [Product(1.0)] * 3, "F32")
+            _projection_errors(components, factors, on, [Scaling(1.0)] * 3, "F32")
     assert caught.value.key == "k:B"

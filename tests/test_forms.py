@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
-from lorashare_stream.adapters.config import products, reranked
-from lorashare_stream.adapters.scaling import Product
+from lorashare_stream.adapters.config import reranked, scalings
+from lorashare_stream.adapters.scaling import Scaling
 from lorashare_stream.budget.allotment import largest_within, smallest_with
 from lorashare_stream.budget.forms import (
     Kept,
@@ -161,21 +161,21 @@ NAMES = ["layers.0.q", "layers.1.q", "layers.0.v", "model.layers.0.q", "layers_0
 def test_other_ranks_leave_every_scale_as_it_was(config: dict[str, Any], seed: int, alone: bool) -> None:
     rng = np.random.default_rng(seed)
 
-    def looked_up(values: dict[str, Any], name: str) -> tuple[int, float]:
+    def resolve_on_hub(values: dict[str, Any], name: str) -> tuple[int, float]:
         ranks, alphas = values.get("rank_pattern") or {}, values.get("alpha_pattern") or {}
         r = ranks.get(get_pattern_key(ranks.keys(), name), values["r"])
         alpha = alphas.get(get_pattern_key(alphas.keys(), name), values["lora_alpha"])
         return r, alpha / (math.sqrt(r) if values.get("use_rslora") else r)
 
-    before = {name: looked_up(config, name) for name in NAMES}
+    before = {name: resolve_on_hub(config, name) for name in NAMES}
     ranks = {name: int(rng.integers(1, before[name][0] + 1)) for name in NAMES}
     changed = [name for name in NAMES if ranks[name] != before[name][0]]
-    modules = {name: (ranks[name], Product(before[name][1])) for name in NAMES}
+    modules = {name: (ranks[name], Scaling(before[name][1])) for name in NAMES}
     new = reranked(config, modules, changed, alone=alone)
-    after = {name: looked_up(new, name) for name in NAMES}
+    after = {name: resolve_on_hub(new, name) for name in NAMES}
     assert {name: r for name, (r, _) in after.items()} == ranks
     assert all(after[name][1] == pytest.approx(before[name][1], rel=1e-12) for name in NAMES)
-    assert [p.scale for p in products(new, ranks) or ()] == pytest.approx([after[name][1] for name in NAMES])
+    assert [p.scale for p in scalings(new, ranks) or ()] == pytest.approx([after[name][1] for name in NAMES])
     if not alone:
         assert (new["r"], new["lora_alpha"]) == (config["r"], config["lora_alpha"])
 
@@ -295,15 +295,15 @@ BOUND: list[tuple[dict[str, Any], list[str], list[str]]] = [
 @pytest.mark.parametrize(("extra", "modules", "free"), BOUND)
 def test_ranks_that_more_depends_on_are_bound(extra: dict[str, Any], modules: list[str], free: list[str]) -> None:
     config = {"r": 4, "lora_alpha": 8, **extra}
-    found = dict(zip(modules, products(config, dict.fromkeys(modules, 4)) or (), strict=True))
+    found = dict(zip(modules, scalings(config, dict.fromkeys(modules, 4)) or (), strict=True))
     assert [m for m in modules if not found[m].bound] == free
     ranks = {m: 2 if m in free else 4 for m in modules}
     new = reranked(config, {m: (ranks[m], found[m]) for m in modules}, free, alone=True)
-    assert [p.scale for p in products(new, ranks) or ()] == [2.0] * len(modules)
+    assert [p.scale for p in scalings(new, ranks) or ()] == [2.0] * len(modules)
 
 
 def test_a_pattern_of_ours_matches_no_other_lora_layer() -> None:
-    modules = {"q": (2, Product(2.0)), "v": (4, Product(2.0))}
+    modules = {"q": (2, Scaling(2.0)), "v": (4, Scaling(2.0))}
     new = reranked({"r": 4, "lora_alpha": 8}, modules, ["q"], alone=False, others=["deep.q"])
     assert get_pattern_key(new["rank_pattern"].keys(), "deep.q") == "deep.q"  # none: the default
     assert new["rank_pattern"][get_pattern_key(new["rank_pattern"].keys(), "q")] == 2

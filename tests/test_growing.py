@@ -15,7 +15,7 @@ import torch
 
 from lorashare_stream.cli.app import main
 from lorashare_stream.edits.add import add
-from lorashare_stream.edits.options import Means
+from lorashare_stream.edits.options import RunOptions
 from lorashare_stream.edits.refit import refit
 from lorashare_stream.edits.remove import remove
 from lorashare_stream.errors import AdapterError, CheckpointError, CollectionError, UsageError, WorkspaceError
@@ -29,8 +29,8 @@ from lorashare_stream.workspace.workspace import Workspace
 from .conftest import MODULES, load_tensors, make_collection, make_tensors, tree_digest, write_adapter
 
 Capture = pytest.CaptureFixture[str]
-ANY = Means(accept=1e-6)
-ALL = Means(accept=1.0)
+ANY = RunOptions(accept=1e-6)
+ALL = RunOptions(accept=1.0)
 
 
 def go(sources: list[str], out: Path, **options: Any) -> Outcome:
@@ -66,7 +66,7 @@ def test_what_the_bases_hold_well_is_projected_and_nothing_else_changes(
     before = tree_digest(out)
     named = {f"m{i}": path for i, path in enumerate(fresh)}
     if way == "add":
-        outcome = add(out, resolve(named), Means())
+        outcome = add(out, resolve(named), RunOptions())
     else:
         settings = Settings(device="cpu", num_components=6)
         outcome = compress(plan_for([*resolve(collection), *resolve(named)], settings, default_workspace(out)), out)
@@ -96,10 +96,10 @@ def test_what_the_bases_hold_well_is_projected_and_nothing_else_changes(
 def test_added_again_or_nothing_new_is_no_change(tmp_path: Path, collection: list[str]) -> None:
     out, fresh = tmp_path / "out", make_collection(tmp_path / "more", 2, seed=1)
     go(collection, out)
-    assert add(out, resolve(collection[2:4]), Means()).method == "current"
-    assert add(out, resolve(fresh), Means()).method == "projection"
+    assert add(out, resolve(collection[2:4]), RunOptions()).method == "current"
+    assert add(out, resolve(fresh), RunOptions()).method == "projection"
     before = tree_digest(out)
-    assert add(out, resolve([*fresh, *collection]), Means()).method == "current"
+    assert add(out, resolve([*fresh, *collection]), RunOptions()).method == "current"
     assert go([*collection, *fresh], out).method == "current"
     assert tree_digest(out) == before
 
@@ -109,7 +109,7 @@ def test_what_the_bases_do_not_hold_is_fitted_with_all_as_from_scratch(
 ) -> None:
     out, whole = tmp_path / "out", tmp_path / "whole"
     go(collection, out)
-    outcome = add(out, resolve(strangers), Means())
+    outcome = add(out, resolve(strangers), RunOptions())
     assert outcome.method == "recompute"
     assert all(share < 0.95 for share in outcome.kept.values())
     go([*collection, *strangers], whole)
@@ -149,11 +149,11 @@ def test_gone_sources_stop_a_refit_and_the_loss_of_doing_without_is_told(
     before = tree_digest(out)
     shutil.rmtree(collection[3])
     with pytest.raises(CollectionError, match=r"sources are gone; what is lossy already is not compressed") as caught:
-        add(out, resolve(strangers), Means())
+        add(out, resolve(strangers), RunOptions())
     assert "'a03'" in str(caught.value)
     assert tree_digest(out) == before
     threshold = float(str(caught.value).split("--variance ")[1].split()[0].rstrip("."))
-    outcome = add(out, resolve(strangers), Means(accept=threshold))
+    outcome = add(out, resolve(strangers), RunOptions(accept=threshold))
     assert outcome.method == "projection"
     assert f"s0 {outcome.kept['s0']:.4f}" in str(caught.value)
     share = SHAREModel.from_pretrained(out)
@@ -165,7 +165,7 @@ def test_a_projection_needs_no_source_but_that_of_the_new_adapter(tmp_path: Path
     go(collection, out)
     for folder in collection:
         shutil.rmtree(folder)
-    assert add(out, resolve({"new": fresh[0]}), Means()).method == "projection"
+    assert add(out, resolve({"new": fresh[0]}), RunOptions()).method == "projection"
     assert SHAREModel.from_pretrained(out).adapter_names[-1] == "new"
 
 
@@ -190,7 +190,7 @@ def test_shapes_in_the_workspace_bind_when_its_sources_are_gone(tmp_path: Path, 
         shutil.rmtree(folder)
     other = make_collection(tmp_path / "more", 3, {"layers.0.q": (48, 24)}, seed=1)
     with pytest.raises(CollectionError, match=r"d = 48; expected d = 40"):
-        add(out, resolve(other), Means())
+        add(out, resolve(other), RunOptions())
 
 
 def test_without_a_workspace_adapters_can_be_projected_only(
@@ -201,17 +201,17 @@ def test_without_a_workspace_adapters_can_be_projected_only(
         go(collection, place)
     shutil.rmtree(default_workspace(out))
     named = {f"m{i}": path for i, path in enumerate(fresh)}
-    assert add(out, resolve(named), Means()).method == "projection"
-    assert add(with_it, resolve(named), Means()).method == "projection"
+    assert add(out, resolve(named), RunOptions()).method == "projection"
+    assert add(with_it, resolve(named), RunOptions()).method == "projection"
     assert tree_digest(out) == tree_digest(with_it)
-    assert add(out, resolve(named), Means()).method == "current"
+    assert add(out, resolve(named), RunOptions()).method == "current"
     with pytest.raises(WorkspaceError, match=r"no workspace with the moments .*s0, s1.*--workspace.*--variance 0"):
-        add(out, resolve(strangers), Means())
+        add(out, resolve(strangers), RunOptions())
     other = make_collection(tmp_path / "other", 1, {"layers.0.q": (48, 24)}, seed=1)
     with pytest.raises(AdapterError, match=r"'o'.*found d = 48; expected d = 40"):
-        add(out, resolve({"o": other[0]}), Means())
+        add(out, resolve({"o": other[0]}), RunOptions())
     with pytest.raises(WorkspaceError, match="no workspace"):
-        add(out, resolve(strangers), Means(workspace=tmp_path / "nowhere"))
+        add(out, resolve(strangers), RunOptions(workspace=tmp_path / "nowhere"))
 
 
 def test_a_vanishing_adapter_is_kept_exact(tmp_path: Path, collection: list[str]) -> None:
@@ -225,7 +225,7 @@ def test_a_vanishing_adapter_is_kept_exact(tmp_path: Path, collection: list[str]
     assert share.config.ours["projected"] == []
     found = share.reconstruct("zero")
     assert all(np.array_equal(found[k].numpy(), v) for k, v in zero.items() if "lora_A" not in k)
-    remove(out, ["zero"], Means())
+    remove(out, ["zero"], RunOptions())
     assert SHAREModel.from_pretrained(out).config.ours["groups"] == share.config.ours["groups"]
 
 
@@ -234,13 +234,13 @@ def test_a_changed_old_source_is_named(tmp_path: Path, collection: list[str], st
     go(collection, out)
     write_adapter(Path(collection[1]), {k: v + 1 for k, v in load_tensors(collection[1]).items()}, lora_alpha=8)
     with pytest.raises(AdapterError, match=r"'a01'.*has changed since"):
-        add(out, resolve(strangers), Means())
+        add(out, resolve(strangers), RunOptions())
 
 
 def test_only_a_checkpoint_of_ours_grows(tmp_path: Path, collection: list[str], strangers: list[str]) -> None:
     lorashare.SHAREModel.from_adapters(collection, num_components=4).save_pretrained(tmp_path / "theirs")
     with pytest.raises(CheckpointError, match="not written by this version of lorashare-stream"):
-        add(tmp_path / "theirs", resolve(strangers), Means())
+        add(tmp_path / "theirs", resolve(strangers), RunOptions())
 
 
 def test_a_removal_without_the_workspace_is_not_undone_by_an_addition_with_it(
@@ -249,26 +249,26 @@ def test_a_removal_without_the_workspace_is_not_undone_by_an_addition_with_it(
     out, elsewhere, fresh = tmp_path / "out", tmp_path / "W", make_collection(tmp_path / "more", 1, seed=1)
     settings = Settings(device="cpu", num_components=6)
     compress(plan_for(resolve(collection), settings), out, workspace=elsewhere)
-    remove(out, ["a03"], Means())
+    remove(out, ["a03"], RunOptions())
     with pytest.raises(WorkspaceError, match=r"workspace has adapters that the checkpoint has not.*a03"):
-        add(out, resolve({"new": fresh[0]}), Means(workspace=elsewhere))
+        add(out, resolve({"new": fresh[0]}), RunOptions(workspace=elsewhere))
     with pytest.raises(WorkspaceError, match="a03"):
-        refit(out, {}, out, Means(workspace=elsewhere))
+        refit(out, {}, out, RunOptions(workspace=elsewhere))
     with pytest.raises(WorkspaceError, match="a03"):
-        remove(out, ["a04"], Means(workspace=elsewhere), refit=True)
-    assert remove(out, ["a03"], Means(workspace=elsewhere)).in_bases == ("a03",)
-    assert add(out, resolve({"new": fresh[0]}), Means(workspace=elsewhere)).method == "projection"
+        remove(out, ["a04"], RunOptions(workspace=elsewhere), refit=True)
+    assert remove(out, ["a03"], RunOptions(workspace=elsewhere)).in_bases == ("a03",)
+    assert add(out, resolve({"new": fresh[0]}), RunOptions(workspace=elsewhere)).method == "projection"
     assert "a03" not in SHAREModel.from_pretrained(out).adapter_names
 
 
 def test_an_addition_without_the_workspace_is_not_lost_with_it(tmp_path: Path, collection: list[str]) -> None:
     out, elsewhere, fresh = tmp_path / "out", tmp_path / "W", make_collection(tmp_path / "more", 2, seed=1)
     compress(plan_for(resolve(collection), Settings(device="cpu", num_components=6)), out, workspace=elsewhere)
-    add(out, resolve({"m0": fresh[0]}), Means())
+    add(out, resolve({"m0": fresh[0]}), RunOptions())
     for change in (
-        lambda: add(out, resolve({"m1": fresh[1]}), Means(workspace=elsewhere)),
-        lambda: remove(out, ["a03"], Means(workspace=elsewhere), refit=True),
-        lambda: refit(out, {"num_components": 8}, tmp_path / "larger", Means(workspace=elsewhere)),
+        lambda: add(out, resolve({"m1": fresh[1]}), RunOptions(workspace=elsewhere)),
+        lambda: remove(out, ["a03"], RunOptions(workspace=elsewhere), refit=True),
+        lambda: refit(out, {"num_components": 8}, tmp_path / "larger", RunOptions(workspace=elsewhere)),
     ):
         with pytest.raises(WorkspaceError, match=r"checkpoint has adapters that the workspace has not.*m0"):
             change()
@@ -282,17 +282,17 @@ def test_an_addition_that_failed_waits_for_its_end_and_is_not_published_by_anoth
     go(collection, out)
     shutil.move(collection[3], tmp_path / "away")
     with pytest.raises(CollectionError, match=r"take out s0, which the workspace has by now"):
-        add(out, resolve(strangers[:1]), Means())
+        add(out, resolve(strangers[:1]), RunOptions())
     shutil.move(tmp_path / "away", collection[3])
     for change in (
-        lambda: add(out, resolve({"m": fresh[0]}), Means()),
-        lambda: refit(out, {"num_components": 8}, tmp_path / "larger", Means()),
-        lambda: remove(out, ["a00"], Means(), refit=True),
+        lambda: add(out, resolve({"m": fresh[0]}), RunOptions()),
+        lambda: refit(out, {"num_components": 8}, tmp_path / "larger", RunOptions()),
+        lambda: remove(out, ["a00"], RunOptions(), refit=True),
     ):
         with pytest.raises(WorkspaceError, match=r"workspace has adapters that the checkpoint has not.*s0"):
             change()
-    remove(out, ["s0"], Means(), refit=True)
-    assert add(out, resolve({"m": fresh[0]}), Means()).method == "projection"
+    remove(out, ["s0"], RunOptions(), refit=True)
+    assert add(out, resolve({"m": fresh[0]}), RunOptions()).method == "projection"
 
 
 def test_what_must_be_kept_is_asked_for_once_and_not_recorded(
@@ -301,12 +301,12 @@ def test_what_must_be_kept_is_asked_for_once_and_not_recorded(
     out, fresh = tmp_path / "out", make_collection(tmp_path / "more", 2, seed=1)
     go(collection, out, num_components="auto")
     k = SHAREModel.from_pretrained(out).config.num_components
-    assert add(out, resolve({"m0": fresh[0]}), Means(accept=0.3)).method == "projection"
-    assert add(out, resolve(strangers[:1]), Means(accept=1.0)).method == "recompute"
+    assert add(out, resolve({"m0": fresh[0]}), RunOptions(accept=0.3)).method == "projection"
+    assert add(out, resolve(strangers[:1]), RunOptions(accept=1.0)).method == "recompute"
     config = SHAREModel.from_pretrained(out).config
     assert config.variance_threshold == config.ours["settings"]["variance_threshold"] == 0.95
     assert config.num_components >= k
-    assert add(out, resolve({"m1": fresh[1]}), Means(accept=1e-6)).method == "projection"
+    assert add(out, resolve({"m1": fresh[1]}), RunOptions(accept=1e-6)).method == "projection"
 
 
 def test_adapters_of_one_source_and_names_that_are_taken(tmp_path: Path, collection: list[str]) -> None:
@@ -328,15 +328,15 @@ def test_a_changed_adapter_is_named_without_a_workspace_too(tmp_path: Path, coll
     shutil.rmtree(default_workspace(out))
     write_adapter(Path(collection[1]), {k: v + 1 for k, v in load_tensors(collection[1]).items()}, r=4, lora_alpha=8)
     with pytest.raises(AdapterError, match=r"'a01'.*has changed since it was compressed.*remove, then add it again"):
-        add(out, resolve(collection[:2]), Means())
+        add(out, resolve(collection[:2]), RunOptions())
 
 
 def test_adapters_that_were_left_out_stay_listed(tmp_path: Path, collection: list[str]) -> None:
     out, fresh = tmp_path / "out", make_collection(tmp_path / "more", 1, seed=1)
     bad = write_adapter(tmp_path / "bad", {k: v * np.nan for k, v in load_tensors(collection[0]).items()})
     go([*collection, str(bad)], out, on_error="skip")
-    assert add(out, resolve(collection[:1]), Means()).method == "current"
-    add(out, resolve({"new": fresh[0]}), Means())
+    assert add(out, resolve(collection[:1]), RunOptions()).method == "current"
+    add(out, resolve({"new": fresh[0]}), RunOptions())
     assert [e["adapter"] for e in json.loads((out / "skipped.json").read_text())] == ["bad"]
     assert SHAREModel.from_pretrained(out).config.ours["num_skipped"] == 1
 
@@ -344,17 +344,17 @@ def test_adapters_that_were_left_out_stay_listed(tmp_path: Path, collection: lis
 def test_a_cut_checkpoint_grows_like_any_other(tmp_path: Path, collection: list[str]) -> None:
     out, fresh = tmp_path / "out", make_collection(tmp_path / "more", 1, seed=1)
     go(collection, out, num_components=8)
-    assert refit(out, {"num_components": 6}, out, Means()) == "sliced"
+    assert refit(out, {"num_components": 6}, out, RunOptions()) == "sliced"
     shutil.rmtree(collection[0])
-    assert add(out, resolve({"new": fresh[0]}), Means()).method == "projection"
+    assert add(out, resolve({"new": fresh[0]}), RunOptions()).method == "projection"
 
 
 def test_a_link_to_a_checkpoint_leads_to_its_workspace(tmp_path: Path, collection: list[str]) -> None:
     go(collection, tmp_path / "out")
     (tmp_path / "current").symlink_to(tmp_path / "out")
-    done = remove(tmp_path / "current", ["a03"], Means())
+    done = remove(tmp_path / "current", ["a03"], RunOptions())
     assert done.in_moments is not None
-    assert "a03" not in {r.name for r in Workspace(default_workspace(tmp_path / "out")).journal().receipts}
+    assert "a03" not in {r.name for r in Workspace(default_workspace(tmp_path / "out")).journal().admissions}
 
 
 def test_several_at_once_are_refused_before_anything_is_done(tmp_path: Path, collection: list[str]) -> None:

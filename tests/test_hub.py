@@ -129,7 +129,7 @@ def test_sources_of_the_hub_and_local_ones_are_mixed_freely(
     (tmp_path / "lists" / "m.yaml").write_text(f"- {pins[3]}\n- name: sub\n  repo: org/many\n  subfolder: deep/er\n")
     sources = [collection[0], pins[1], "org/a02@main", "org/here", "lists/m.txt", "lists/m.jsonl", "lists/m.yaml"]
     made = plan([*sources, "org/a02", "hf://org/a06"])
-    named = {e.name: e.source_id for e in made.entries}
+    named = {e.name: e.source_id for e in made.adapters}
     at = dict(pin.split("@") for pin in pins)
     assert named == {
         "a00": os.path.realpath(collection[0]),
@@ -223,8 +223,8 @@ def test_long_headers_and_servers_without_ranges(
     assert hub.count(file=WEIGHTS, method="GET") == 16
     hub.fault(kind="resolve", file=WEIGHTS, ignore_range=True, times=None)
     again = plan(pins)
-    assert [e.layout for e in again.entries] == [e.layout for e in first.entries]
-    assert [e.files for e in again.entries] == [e.files for e in first.entries]
+    assert [e.layout for e in again.adapters] == [e.layout for e in first.adapters]
+    assert [e.files for e in again.adapters] == [e.files for e in first.adapters]
 
 
 def test_pickle_and_shards_and_subfolders(tmp_path: Path, hub: FakeHub, collection: list[str]) -> None:
@@ -466,8 +466,8 @@ def test_a_disk_budget_is_kept_and_the_plan_says_how_often_each_is_fetched(
     gauge = Gauge(hub, default_workspace(out) / "hub")
     compress(made, out)
     assert size < gauge.end() <= 8 * size
-    fetched = {e.source_id: hub.count(repo=e.origin.hub.repo, method="GET", file=WEIGHTS) for e in made.entries}
-    for entry in made.entries:
+    fetched = {e.source_id: hub.count(repo=e.origin.hub.repo, method="GET", file=WEIGHTS) for e in made.adapters}
+    for entry in made.adapters:
         assert 1 <= fetched[entry.source_id] <= made.fetches(entry) <= 2
         assert hub.count(repo=entry.origin.hub.repo) <= 4 * made.fetches(entry)
     assert sum(fetched.values()) < 60  # those of the last batch are not fetched again
@@ -496,7 +496,7 @@ def test_a_limit_on_errors_fetches_once_more_than_a_fixed_k(tmp_path: Path, hub:
     made = plan(pins, out, disk_budget=8 * size, max_error=0.3)
     hub.requests.clear()
     compress(made, out)
-    for entry in made.entries:
+    for entry in made.adapters:
         assert hub.count(repo=entry.origin.hub.repo, method="GET", file=WEIGHTS) <= made.fetches(entry) <= 3
     share = SHAREModel.from_pretrained(out)
     assert share.config.ours["errors"]["max"] <= 0.3
@@ -564,7 +564,7 @@ def test_stopped_in_any_batch_it_gives_the_same_bytes_and_fetches_no_more_than_p
     assert tree_digest(out) == tree_digest(whole)
     served = [r for r in hub.requests if r.file == WEIGHTS and r.status == 200 and r.method == "GET" and r.whole]
     fetched = Counter(r.repo for r in served)
-    planned = {e.origin.hub.repo: made.fetches(e) for e in made.entries}
+    planned = {e.origin.hub.repo: made.fetches(e) for e in made.adapters}
     assert {repo: n for repo, n in fetched.items() if n > planned[repo]} == {}
 
 
@@ -674,7 +674,7 @@ def test_offline_a_branch_is_what_the_cache_says(tmp_path: Path, hub: FakeHub, p
             hf_hub_download(repo, name)
     hub.update("org/a00", {"x": b""})
     made = plan(["org/a00", "org/a01", "org/a02"], offline=True)
-    assert [e.source_id for e in made.entries] == pins[:2]
+    assert [e.source_id for e in made.adapters] == pins[:2]
     assert [type(e) for e in made.refused] == [MissingFileError]
 
 
@@ -760,7 +760,7 @@ def test_discover_lists_by_page_and_leaves_out_what_cannot_be_lora(
     assert main([*common, "--json"]) == 0
     assert len(manifest_of(out)) == 25 + 2 + 1
     chosen = plan([out], on_error="skip", any_base=True, base_model="tiny-base")
-    assert len(chosen.entries) == 27  # one is gated
+    assert len(chosen.adapters) == 27  # one is gated
     assert hub.count("info") == 0
 
 
@@ -1033,7 +1033,7 @@ def test_odd_names_on_the_hub_spoil_no_manifest(tmp_path: Path, hub: FakeHub, co
     out = tmp_path / "m.jsonl"
     assert main(["discover", "--base-model", "tiny-base", "-o", str(out)]) == 0
     assert [item["repo"] for item in manifest_of(out)] == ["org/odd"]
-    assert len(plan([out]).entries) == 1
+    assert len(plan([out]).adapters) == 1
     assert "no weights" in str(plan(["org/merged"]).refused[0])
     assert hub.count(repo="org/merged", file="model-*") == 0
 

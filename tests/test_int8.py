@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from lorashare_stream.adapters.dtypes import as_stored, narrowed, stacked, stored_bytes, stored_shape, widened
 from lorashare_stream.cli.app import main
 from lorashare_stream.edits.add import add
-from lorashare_stream.edits.options import Means
+from lorashare_stream.edits.options import RunOptions
 from lorashare_stream.edits.refit import refit
 from lorashare_stream.edits.remove import remove
 from lorashare_stream.errors import CheckpointError, UsageError
@@ -273,7 +273,7 @@ def raw_of(out: Path, name: str) -> dict[str, torch.Tensor]:
 def test_a_smaller_k_is_cut_without_rounding_again(tmp_path: Path, compressed: Compress) -> None:
     folders = make_collection(tmp_path / "adapters", 20, WIDE)
     out, small = compressed(folders, num_components=12, dtype="int8"), tmp_path / "small"
-    assert refit(out, {"num_components": 5}, small, Means()) == "sliced"
+    assert refit(out, {"num_components": 5}, small, RunOptions()) == "sliced"
     whole, cut = SHAREModel.from_pretrained(out), SHAREModel.from_pretrained(small)
     for name, folder in zip(cut.adapter_names, folders, strict=True):
         before, after = raw_of(out, name), raw_of(small, name)
@@ -285,7 +285,7 @@ def test_a_smaller_k_is_cut_without_rounding_again(tmp_path: Path, compressed: C
                 assert torch.equal(cut.components[key], whole.components[key][:, :5])
         assert cut.certified(name)["relative_error"] == pytest.approx(error_of(cut, folder), abs=5e-3)
     assert problems(cut, folders) == [None] * 20
-    assert refit(small, {"num_components": 9}, small, Means(workspace=default_workspace(out))) == "recompute"
+    assert refit(small, {"num_components": 9}, small, RunOptions(workspace=default_workspace(out))) == "recompute"
     assert problems(SHAREModel.from_pretrained(small), folders) == [None] * 20
 
 
@@ -305,17 +305,17 @@ def test_adapters_come_and_go(tmp_path: Path, compressed: Compress, asked: dict[
     if not workspace:
         shutil.rmtree(default_workspace(out))
     before = raw_of(out, "a00")
-    done = add(out, resolve(folders[14:]), Means(accept=0.5))
+    done = add(out, resolve(folders[14:]), RunOptions(accept=0.5))
     share = SHAREModel.from_pretrained(out)
     assert share.adapter_names == [Path(f).name for f in folders]
     assert share.config.ours["dtype"] == "I8"
     assert problems(share, folders) == [None] * 16
     if done.method == "projection":
         assert all(torch.equal(tensor, before[key]) for key, tensor in raw_of(out, "a00").items())
-    remove(out, ["a03"], Means())
+    remove(out, ["a03"], RunOptions())
     assert problems(SHAREModel.from_pretrained(out), folders) == [None] * 15
     if workspace:
-        remove(out, [], Means(), refit=True)
+        remove(out, [], RunOptions(), refit=True)
         assert problems(SHAREModel.from_pretrained(out), folders) == [None] * 15
 
 

@@ -84,7 +84,7 @@ def test_names_do_not_depend_on_the_order_of_the_sources(tmp_path: Path) -> None
     make_collection(tmp_path / "x", 2)
     make_collection(tmp_path / "y", 3)
     found = [
-        {e.source_id: e.name for e in plan_for(resolve(order), Settings()).entries}
+        {e.source_id: e.name for e in plan_for(resolve(order), Settings()).adapters}
         for order in ([tmp_path / "x", tmp_path / "y"], [tmp_path / "y", tmp_path / "x"])
     ]
     assert found[0] == found[1]

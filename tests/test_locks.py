@@ -20,7 +20,7 @@ import pytest
 from lorashare_stream.checkpoint.config import read_share_config
 from lorashare_stream.cli.app import main
 from lorashare_stream.edits.add import add
-from lorashare_stream.edits.options import Means
+from lorashare_stream.edits.options import RunOptions
 from lorashare_stream.edits.remove import remove
 from lorashare_stream.errors import LockedError, UsageError, WorkspaceError
 from lorashare_stream.pipeline import compress, default_workspace, plan_for
@@ -177,22 +177,22 @@ def test_what_another_run_has_changed_meanwhile_is_not_undone(
     compress(plan_for(resolve(collection), Settings(num_components=5, device="cpu")), out)
     if not with_workspace:
         shutil.rmtree(default_workspace(out))
-    means = Means(accept=1e-6)
+    options = RunOptions(accept=1e-6)
 
     def change(what: str) -> None:
         if what == "add":
-            add(out, resolve({"new": fresh[0]}), means)
+            add(out, resolve({"new": fresh[0]}), options)
         else:
-            remove(out, ["a01"], means)
+            remove(out, ["a01"], options)
 
-    real = Means.root_of
+    real = RunOptions.root_of
 
-    def another_run_comes_first(self: Means, *arguments: Any) -> Path | None:
-        monkeypatch.setattr(Means, "root_of", real)
+    def another_run_comes_first(self: RunOptions, *arguments: Any) -> Path | None:
+        monkeypatch.setattr(RunOptions, "root_of", real)
         change("remove" if mine == "add" else "add")
         return real(self, *arguments)
 
-    monkeypatch.setattr(Means, "root_of", another_run_comes_first)
+    monkeypatch.setattr(RunOptions, "root_of", another_run_comes_first)
     with pytest.raises(LockedError, match=r"another run has changed the (checkpoint|workspace) meanwhile"):
         change(mine)
     change(mine)

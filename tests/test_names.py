@@ -11,7 +11,7 @@ from lorashare_stream.text import (
     folded,
     name_fault,
     parse_bytes,
-    shown,
+    printable,
     slug,
     unique_names,
 )
@@ -19,7 +19,7 @@ from lorashare_stream.text import (
 
 @given(st.text())
 def test_shown_prints_no_control_and_no_bidirectional_character(text: str) -> None:
-    assert shown(text).isprintable()
+    assert printable(text).isprintable()
 
 
 @given(st.text(), st.text(min_size=1))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorashare_stream.adapters.config import check_lora, products
+from lorashare_stream.adapters.config import check_lora, scalings
 from lorashare_stream.adapters.patterns import matcher
 from lorashare_stream.errors import AdapterError
 
@@ -15,7 +15,7 @@ BASE: dict[str, Any] = {"peft_type": "LORA", "r": 8, "lora_alpha": 16}
 
 
 def scale(config: dict[str, Any], module: str, rank: int = 8) -> float:
-    found = products(BASE | config, {module: rank})
+    found = scalings(BASE | config, {module: rank})
     assert found is not None
     assert found[0].experts == 1
     return found[0].scale
@@ -93,16 +93,16 @@ def test_a_pattern_that_could_take_forever_is_refused(pattern: str) -> None:
 def test_patterns_and_names_are_bounded_together() -> None:
     modules = {f"layers.{i}.q": 8 for i in range(20)}
     many = {f"layers.{i}.x": 1 for i in range(15_000)}
-    assert products(BASE | {"alpha_pattern": many}, modules) is not None
-    assert products(BASE | {"alpha_pattern": {rf"layers\.{i}\.x": 1 for i in range(15_000)}}, modules) is not None
+    assert scalings(BASE | {"alpha_pattern": many}, modules) is not None
+    assert scalings(BASE | {"alpha_pattern": {rf"layers\.{i}\.x": 1 for i in range(15_000)}}, modules) is not None
     for patterns in ({f"{i}.*.*.*": 1 for i in range(20_000)}, {str(i): 1 for i in range(40_000)}):
         with pytest.raises(AdapterError, match="take forever"):
-            products(BASE | {"alpha_pattern": patterns}, modules)
+            scalings(BASE | {"alpha_pattern": patterns}, modules)
     for targets in ([f"q.w{i}" for i in range(9000)], [f"w{i}" for i in range(600_000)]):
         with pytest.raises(AdapterError, match="target_parameters"):
-            products(BASE | {"target_parameters": targets}, modules)
+            scalings(BASE | {"target_parameters": targets}, modules)
     with pytest.raises(AdapterError, match="too long"):
-        products(BASE | {"alpha_pattern": {"q" * 20_000: 1}}, modules)
+        scalings(BASE | {"alpha_pattern": {"q" * 20_000: 1}}, modules)
 
 
 @pytest.mark.parametrize(

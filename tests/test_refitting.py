@@ -15,7 +15,7 @@ import torch
 
 from lorashare_stream.cli.app import main
 from lorashare_stream.edits.add import add
-from lorashare_stream.edits.options import Means
+from lorashare_stream.edits.options import RunOptions
 from lorashare_stream.edits.refit import refit
 from lorashare_stream.edits.remove import remove
 from lorashare_stream.errors import CollectionError, UsageError, WorkspaceError
@@ -54,7 +54,7 @@ def test_a_smaller_k_is_cut_from_what_is_stored_and_its_error_is_what_it_says(
     shutil.rmtree(default_workspace(out))
     for folder in collection:
         shutil.move(folder, f"{folder}.away")
-    assert refit(out, {"num_components": 3}, small, Means()) == "sliced"
+    assert refit(out, {"num_components": 3}, small, RunOptions()) == "sliced"
     for folder in collection:
         shutil.move(f"{folder}.away", folder)
     a, b = SHAREModel.from_pretrained(small), SHAREModel.from_pretrained(fresh)
@@ -78,9 +78,9 @@ def test_a_smaller_k_is_cut_from_what_is_stored_and_its_error_is_what_it_says(
 def test_cut_twice_or_at_once_is_the_same(tmp_path: Path, collection: list[str]) -> None:
     out = tmp_path / "out"
     go(collection, out)
-    assert refit(out, {"num_components": 4}, tmp_path / "four", Means()) == "sliced"
-    assert refit(tmp_path / "four", {"num_components": 2}, tmp_path / "twice", Means()) == "sliced"
-    assert refit(out, {"num_components": 2}, tmp_path / "once", Means()) == "sliced"
+    assert refit(out, {"num_components": 4}, tmp_path / "four", RunOptions()) == "sliced"
+    assert refit(tmp_path / "four", {"num_components": 2}, tmp_path / "twice", RunOptions()) == "sliced"
+    assert refit(out, {"num_components": 2}, tmp_path / "once", RunOptions()) == "sliced"
     a, b = (SHAREModel.from_pretrained(tmp_path / n) for n in ("twice", "once"))
     for name in a.adapter_names:
         assert all(torch.equal(v, b.reconstruct(name)[k]) for k, v in a.reconstruct(name).items())
@@ -97,25 +97,25 @@ def test_a_larger_k_reads_the_sources_once_and_sums_nothing(
     go(collection, out)
     go(collection, fresh, num_components=k)
     steps: dict[str, int] = {}
-    means = Means(progress=counting(steps))
+    options = RunOptions(progress=counting(steps))
     source = out if place == "checkpoint" else default_workspace(out)
-    assert refit(source, {"num_components": k}, larger, means) == "recompute"
+    assert refit(source, {"num_components": k}, larger, options) == "recompute"
     assert steps == {"ingest": 0, "accumulate": 0, "fit": 3, "project": 8}
     assert tree_digest(larger) == tree_digest(fresh)
-    assert refit(source, {"num_components": k}, larger, means) == "current"
+    assert refit(source, {"num_components": k}, larger, options) == "current"
 
 
 def test_in_place(tmp_path: Path, collection: list[str]) -> None:
     out, fresh = tmp_path / "out", tmp_path / "fresh"
     go(collection, out)
-    assert refit(out, {"num_components": 3}, out, Means()) == "sliced"
-    assert refit(out, {"num_components": 3}, out, Means()) == "current"
+    assert refit(out, {"num_components": 3}, out, RunOptions()) == "sliced"
+    assert refit(out, {"num_components": 3}, out, RunOptions()) == "current"
     assert SHAREModel.from_pretrained(out).config.num_components == 3
     go(collection, fresh, num_components=8)
-    assert refit(out, {"num_components": 8}, out, Means()) == "recompute"
+    assert refit(out, {"num_components": 8}, out, RunOptions()) == "recompute"
     assert tree_digest(out) == tree_digest(fresh)
     assert go(collection, out, num_components=8).method == "current"
-    refit(out, {"num_components": 3}, out, Means())
+    refit(out, {"num_components": 3}, out, RunOptions())
     assert go(collection, out, num_components=8).method == "recompute"  # it is still this workspace's own
     assert tree_digest(out) == tree_digest(fresh)
 
@@ -124,15 +124,15 @@ def test_the_same_k_for_all_that_was_added_since(tmp_path: Path, collection: lis
     out = tmp_path / "out"
     go(collection, out)
     fresh = {f"m{i}": p for i, p in enumerate(make_collection(tmp_path / "more", 3, seed=1))}
-    assert add(out, resolve(fresh), Means()).method == "projection"
-    assert refit(out, {}, out, Means()) == "recompute"
+    assert add(out, resolve(fresh), RunOptions()).method == "projection"
+    assert refit(out, {}, out, RunOptions()) == "recompute"
     assert SHAREModel.from_pretrained(out).config.ours["projected"] == []
     whole = tmp_path / "whole"
     settings = Settings(device="cpu", num_components=6)
     compress(plan_for([*resolve(collection), *resolve(fresh)], settings), whole)
     a, b = (SHAREModel.from_pretrained(p).config.ours["groups"] for p in (out, whole))
     assert all(a[g]["explained"] == pytest.approx(b[g]["explained"], abs=1e-6) for g in b)
-    assert refit(out, {}, out, Means()) == "current"
+    assert refit(out, {}, out, RunOptions()) == "current"
 
 
 def test_what_cannot_be_done_is_said(tmp_path: Path, collection: list[str]) -> None:
@@ -140,47 +140,49 @@ def test_what_cannot_be_done_is_said(tmp_path: Path, collection: list[str]) -> N
     go(collection, out)
     go(collection, tmp_path / "other", num_components=2)
     with pytest.raises(UsageError, match="another run"):
-        refit(out, {"num_components": 3}, tmp_path / "other", Means())
-    assert refit(out, {"num_components": 3}, tmp_path / "other", Means(), overwrite=True) == "sliced"
+        refit(out, {"num_components": 3}, tmp_path / "other", RunOptions())
+    assert refit(out, {"num_components": 3}, tmp_path / "other", RunOptions(), overwrite=True) == "sliced"
     shutil.rmtree(collection[2])
     with pytest.raises(CollectionError, match=r"sources are gone(.|\n)*'a02'"):
-        refit(out, {"num_components": 8}, tmp_path / "larger", Means())
+        refit(out, {"num_components": 8}, tmp_path / "larger", RunOptions())
     assert not (tmp_path / "larger").exists()
     shutil.rmtree(default_workspace(out))
     with pytest.raises(WorkspaceError, match="only a smaller k can be cut"):
-        refit(out, {"num_components": 8}, tmp_path / "larger", Means())
+        refit(out, {"num_components": 8}, tmp_path / "larger", RunOptions())
     with pytest.raises(FileNotFoundError):
-        refit(tmp_path / "nowhere", {"num_components": 8}, tmp_path / "larger", Means())
+        refit(tmp_path / "nowhere", {"num_components": 8}, tmp_path / "larger", RunOptions())
 
 
 def test_a_cut_of_what_has_changed_is_made_anew(tmp_path: Path, collection: list[str]) -> None:
     out, small = tmp_path / "out", tmp_path / "small"
     go(collection, out)
-    remove(out, ["a03"], Means())
-    assert refit(out, {"num_components": 3}, small, Means()) == "sliced"
+    remove(out, ["a03"], RunOptions())
+    assert refit(out, {"num_components": 3}, small, RunOptions()) == "sliced"
     assert SHAREModel.from_pretrained(small).config.ours["removed"] == ["a03"]
-    remove(out, ["a03"], Means(), refit=True)
-    assert refit(out, {"num_components": 3}, small, Means()) == "sliced"  # it is this workspace's own, and is replaced
+    remove(out, ["a03"], RunOptions(), refit=True)
+    assert (
+        refit(out, {"num_components": 3}, small, RunOptions()) == "sliced"
+    )  # it is this workspace's own, and is replaced
     assert SHAREModel.from_pretrained(small).config.ours["removed"] == []
-    assert refit(out, {"num_components": 3}, small, Means()) == "current"
+    assert refit(out, {"num_components": 3}, small, RunOptions()) == "current"
 
 
 def test_another_share_that_auto_keeps_is_another_k(tmp_path: Path, collection: list[str]) -> None:
     out = tmp_path / "out"
     go(collection, out, num_components="auto", variance_threshold=0.8)
     before = SHAREModel.from_pretrained(out).config.num_components
-    assert refit(out, {"num_components": "auto"}, out, Means(changes={"variance_threshold": 0.8})) == "current"
-    assert refit(out, {"num_components": "auto"}, out, Means(changes={"variance_threshold": 0.99})) == "recompute"
+    assert refit(out, {"num_components": "auto"}, out, RunOptions(changes={"variance_threshold": 0.8})) == "current"
+    assert refit(out, {"num_components": "auto"}, out, RunOptions(changes={"variance_threshold": 0.99})) == "recompute"
     assert SHAREModel.from_pretrained(out).config.num_components > before
 
 
 def test_a_trace_in_discarded_moments_goes_too(tmp_path: Path) -> None:
     collection, out = make_collection(tmp_path / "adapters", 8, {"q": (20, 12)}), tmp_path / "out"
     go(collection, out)
-    remove(out, ["a03"], Means())
-    refit(out, {"num_components": 7}, out, Means(changes={"discard_moments": True}))
+    remove(out, ["a03"], RunOptions())
+    refit(out, {"num_components": 7}, out, RunOptions(changes={"discard_moments": True}))
     assert SHAREModel.from_pretrained(out).config.ours["removed"] == ["a03"]
-    assert remove(out, [], Means(), refit=True).in_bases == ()
+    assert remove(out, [], RunOptions(), refit=True).in_bases == ()
     go([p for p in collection if not p.endswith("a03")], tmp_path / "rest", num_components=7)
     assert tree_digest(out) == tree_digest(tmp_path / "rest")
 
@@ -205,9 +207,9 @@ def test_moments_are_freed_group_by_group(tmp_path: Path, monkeypatch: pytest.Mo
     assert not list((default_workspace(out) / "moments").iterdir())
     assert tree_digest(out) == tree_digest(fresh)
     assert go(collection, out).method == "current"
-    assert add(out, resolve(make_collection(tmp_path / "m", 1, {"layers.0.q": (20, 12)}, seed=1)), Means()).method
+    assert add(out, resolve(make_collection(tmp_path / "m", 1, {"layers.0.q": (20, 12)}, seed=1)), RunOptions()).method
     assert (
-        refit(out, {"num_components": 8}, tmp_path / "eight", Means()) == "recompute"
+        refit(out, {"num_components": 8}, tmp_path / "eight", RunOptions()) == "recompute"
     )  # sums all again, from the sources
     share = SHAREModel.from_pretrained(tmp_path / "eight")
     assert share.config.num_adapters == 9

@@ -327,7 +327,7 @@ def test_another_d_in_a_group_is_refused_whoever_comes_first(tmp_path: Path) -> 
     for name, shape in {"a": (41, 24), "b": (40, 24), "c": (40, 24), "d": (40, 25)}.items():
         write_adapter(tmp_path / "in" / name, make_tensors(rng, modules | {"layers.0.q": shape}))
     plan = plan_for(resolve([tmp_path / "in"]), Settings())
-    assert [e.name for e in plan.entries] == ["b", "c"]
+    assert [e.name for e in plan.adapters] == ["b", "c"]
     first, second = map(str, plan.refused)
     assert all(part in first for part in ("'a'", A, "d = 41", "d = 40, as most"))
     assert all(part in second for part in ("'d'", B, "d = 25", "d = 24, as most"))
@@ -367,7 +367,7 @@ def test_what_a_workspace_has_summed_is_not_outvoted_by_what_comes_later(tmp_pat
         assert share.config.ours["verbatim_adapters"] == [n for n in names if parameters[n] == "down"]
         assert share.config.ours["groups"]["experts:A"]["n"] == 8 * sum(parameters[n] == "gate" for n in names)
     fresh = plan_for(resolve([tmp_path / "in"]), Settings())
-    assert [e.name for e in fresh.entries if e.layout.modules] == ["c", "d", "e", "f"]
+    assert [e.name for e in fresh.adapters if e.layout.modules] == ["c", "d", "e", "f"]
 
 
 def test_another_number_of_experts_is_another_shape(tmp_path: Path) -> None:
@@ -454,7 +454,7 @@ def test_one_base_model_goes_by_many_names(
     for error in plan.refused:
         assert all(part in str(error) for part in ("base_model_name_or_path", base, "--base-alias", "--any-base"))
     text = plan_text(plan)
-    for name in {e.base_model for e in plan.entries} - {None, base}:
+    for name in {e.base_model for e in plan.adapters} - {None, base}:
         assert f"{name} by" in text  # what differs is listed before work
     assert any("no base model is named by 1 adapter" in w for w in plan_warnings(plan))
     assert any("adapters are accepted" in w for w in plan_warnings(plan)) == ("any_base" in settings)
@@ -556,7 +556,7 @@ def test_what_holds_a_part_of_the_base_is_exact_unless_asked_otherwise(
 def test_other_initialisations_are_compressed(tmp_path: Path, init: object) -> None:
     folders = make_collection(tmp_path / "in", 2, init_lora_weights=init)
     plan = plan_for(resolve(folders), Settings())
-    assert all(len(e.layout.modules) == 3 for e in plan.entries)
+    assert all(len(e.layout.modules) == 3 for e in plan.adapters)
 
 
 @pytest.mark.parametrize("field", ["kasa_config", "use_bdlora", "use_qalora", "arrow_config"])

@@ -14,7 +14,7 @@ import torch
 from lorashare_stream import pipeline
 from lorashare_stream.checkpoint import reader
 from lorashare_stream.edits.add import add
-from lorashare_stream.edits.options import Means
+from lorashare_stream.edits.options import RunOptions
 from lorashare_stream.edits.refit import refit
 from lorashare_stream.edits.remove import remove
 from lorashare_stream.errors import AdapterError, StreamError, UsageError, WorkspaceError
@@ -273,9 +273,9 @@ def test_a_damaged_journal_never_makes_a_checkpoint_smaller(
     if damage == "gone":
         journal.unlink()
     for change in (
-        lambda: add(out, resolve({"new": fresh[0]}), Means()),
-        lambda: remove(out, ["a00"], Means(), refit=True),
-        lambda: refit(out, {"num_components": 8}, out, Means()),
+        lambda: add(out, resolve({"new": fresh[0]}), RunOptions()),
+        lambda: remove(out, ["a00"], RunOptions(), refit=True),
+        lambda: refit(out, {"num_components": 8}, out, RunOptions()),
     ):
         with pytest.raises(WorkspaceError, match=r"checkpoint has adapters that the workspace has not.*a07"):
             change()
@@ -284,7 +284,7 @@ def test_a_damaged_journal_never_makes_a_checkpoint_smaller(
     assert ("the journal is damaged" in caplog.text) == (damage == "a line")
     go(collection, tmp_path / "fresh", num_components=3)
     assert tree_digest(out) == tree_digest(tmp_path / "fresh")
-    assert add(out, resolve({"new": fresh[0]}), Means(accept=1e-6)).method == "projection"
+    assert add(out, resolve({"new": fresh[0]}), RunOptions(accept=1e-6)).method == "projection"
 
 
 def test_a_damaged_journal_and_fewer_sources_do_not_make_a_checkpoint_smaller(
@@ -304,10 +304,10 @@ def test_a_damaged_journal_and_fewer_sources_do_not_make_a_checkpoint_smaller(
 def test_a_damaged_tombstone_brings_nobody_back(tmp_path: Path, collection: list[str]) -> None:
     out, fresh = tmp_path / "out", make_collection(tmp_path / "more", 1, seed=1)
     go(collection, out)
-    remove(out, ["a01"], Means(), refit=True)
+    remove(out, ["a01"], RunOptions(), refit=True)
     flip_line(pipeline.default_workspace(out) / "journal.jsonl", -1)
     with pytest.raises(WorkspaceError, match=r"workspace has adapters that the checkpoint has not.*a01"):
-        add(out, resolve({"new": fresh[0]}), Means())
+        add(out, resolve({"new": fresh[0]}), RunOptions())
     assert "a01" not in SHAREModel.from_pretrained(out).adapter_names
 
 
@@ -349,7 +349,7 @@ def test_shapes_of_an_adapter_that_was_taken_out_are_not_needed(tmp_path: Path) 
     settings = Settings(num_components=5, device="cpu")
     compress(plan_for([*resolve(collection), *resolve({"big": big})], settings), out)
     before = set((pipeline.default_workspace(out) / "shapes").iterdir())
-    remove(out, ["big"], Means())
+    remove(out, ["big"], RunOptions())
     for path in before:
         path.write_text("{}")
     go(collection, out, num_components=3)
@@ -361,7 +361,7 @@ def test_shapes_of_an_adapter_that_was_taken_out_are_not_needed(tmp_path: Path) 
     for folder in collection:
         shutil.rmtree(folder)
     with pytest.raises(WorkspaceError, match=r"'a00': the workspace is damaged"):
-        add(out, resolve({"big": big}), Means())
+        add(out, resolve({"big": big}), RunOptions())
 
 
 def test_a_reader_that_is_overtaken_between_two_files_gets_an_error(
@@ -392,15 +392,15 @@ def test_a_checkpoint_that_lost_a_file_is_not_up_to_date(tmp_path: Path, collect
         assert tree_digest(out) == before
     (out / "adapters" / "a03" / "adapter_meta.json").write_text("{}")
     for change in (
-        lambda: remove(out, ["a00"], Means()),
-        lambda: refit(out, {"num_components": 2}, tmp_path / "small", Means()),
+        lambda: remove(out, ["a00"], RunOptions()),
+        lambda: refit(out, {"num_components": 2}, tmp_path / "small", RunOptions()),
     ):
         with pytest.raises(StreamError, match=r"'a03': adapter_meta.json is damaged"):
             change()
-    remove(out, ["a03"], Means())
+    remove(out, ["a03"], RunOptions())
     (out / "adapters" / "a04" / "loadings.safetensors").write_bytes(b"torn")
     with pytest.raises(StreamError, match=r"'a04': loadings.safetensors is damaged"):
-        refit(out, {"num_components": 2}, tmp_path / "small", Means())
+        refit(out, {"num_components": 2}, tmp_path / "small", RunOptions())
 
 
 def test_damaged_components_are_not_projected_on(tmp_path: Path, collection: list[str]) -> None:
@@ -412,10 +412,10 @@ def test_damaged_components_are_not_projected_on(tmp_path: Path, collection: lis
     (out / "shared_components.safetensors").write_bytes(content)
     message = r"shared_components.safetensors is damaged.*Delete the checkpoint, not"
     with pytest.raises(StreamError, match=message):
-        refit(out, {"num_components": 2}, tmp_path / "small", Means())
+        refit(out, {"num_components": 2}, tmp_path / "small", RunOptions())
     shutil.copytree(out, tmp_path / "damaged")
     with pytest.raises(StreamError, match=message):
-        add(tmp_path / "damaged", resolve({"new": fresh[0]}), Means(accept=1e-6))
+        add(tmp_path / "damaged", resolve({"new": fresh[0]}), RunOptions(accept=1e-6))
     shutil.rmtree(out)
     go(collection, out)  # from the workspace
     assert tree_digest(out) == before
@@ -424,8 +424,8 @@ def test_damaged_components_are_not_projected_on(tmp_path: Path, collection: lis
 def test_cutting_in_place_again_changes_nothing(tmp_path: Path, collection: list[str]) -> None:
     out, fresh = tmp_path / "out", make_collection(tmp_path / "more", 1, seed=1)
     go(collection, out)
-    add(out, resolve({"new": fresh[0]}), Means(accept=1e-6))
-    assert refit(out, {"num_components": 2}, out, Means()) == "sliced"
+    add(out, resolve({"new": fresh[0]}), RunOptions(accept=1e-6))
+    assert refit(out, {"num_components": 2}, out, RunOptions()) == "sliced"
     before = tree_digest(out)
-    assert refit(out, {"num_components": 2}, out, Means()) == "current"
+    assert refit(out, {"num_components": 2}, out, RunOptions()) == "current"
     assert tree_digest(out) == before

@@ -14,7 +14,7 @@ import zarr
 
 from lorashare_stream.cli.app import main
 from lorashare_stream.edits.add import add
-from lorashare_stream.edits.options import Means
+from lorashare_stream.edits.options import RunOptions
 from lorashare_stream.edits.remove import remove
 from lorashare_stream.errors import UnknownAdapterError, UsageError, WorkspaceError
 from lorashare_stream.model import SHAREModel
@@ -58,7 +58,7 @@ def test_its_files_go_and_sums_still_contain_it_and_say_so(tmp_path: Path) -> No
     collection, out = make_collection(tmp_path / "adapters", 8, SUMS), tmp_path / "out"
     go(collection, out)
     before = tree_digest(out)
-    done = remove(out, ["a03", "a05"], Means())
+    done = remove(out, ["a03", "a05"], RunOptions())
     assert done.in_bases == ("a03", "a05")
     assert done.in_moments == {"a03": 2, "a05": 2}
     after = tree_digest(out)
@@ -72,7 +72,7 @@ def test_its_files_go_and_sums_still_contain_it_and_say_so(tmp_path: Path) -> No
     assert share.config.ours["groups"]["q:A"]["n"] == 24
     assert lorashare.SHAREModel.from_pretrained(out).adapter_names == share.adapter_names
     measured(out, [p for p in collection if p[-3:] not in ("a03", "a05")])
-    assert remove(out, ["a03", "a05"], Means()) == done  # again: nothing to do, and the same is said
+    assert remove(out, ["a03", "a05"], RunOptions()) == done  # again: nothing to do, and the same is said
     assert tree_digest(out) == after
 
 
@@ -81,7 +81,7 @@ def test_its_stacked_columns_go(tmp_path: Path) -> None:
     rest = [p for p in collection if not p.endswith("a03")]
     go(collection, out)
     go(rest, tmp_path / "rest")
-    done = remove(out, ["a03"], Means())
+    done = remove(out, ["a03"], RunOptions())
     assert (done.in_bases, done.in_moments) == (("a03",), {})
     for module in COLUMNS:
         for side in "AB":
@@ -121,7 +121,7 @@ def test_computed_anew_it_is_as_if_it_had_never_been_there(
     go(rest, tmp_path / "rest")
     if source == "gone":  # so that its vectors cannot be taken away from a sum: the others are summed anew
         shutil.rmtree(collection[3])
-    done = remove(out, ["a03"], Means(), refit=True)
+    done = remove(out, ["a03"], RunOptions(), refit=True)
     assert (done.in_bases, done.in_moments, done.absent) == ((), {}, ())
     if source == "gone" or modules is COLUMNS:
         assert tree_digest(out) == tree_digest(tmp_path / "rest")
@@ -145,7 +145,7 @@ def test_a_dominant_one_is_not_taken_away_but_the_others_are_summed_anew(
     taken: list[int] = []
     original = cleaning.downdate
     monkeypatch.setattr(cleaning, "downdate", lambda a, b: (taken.append(1), original(a, b))[1])
-    done = remove(out, ["a03"], Means(), refit=True)
+    done = remove(out, ["a03"], RunOptions(), refit=True)
     assert (done.in_bases, done.in_moments) == ((), {})
     assert taken  # it was tried, and not used
     assert tree_digest(out) == tree_digest(tmp_path / "rest")
@@ -156,7 +156,7 @@ def test_where_neither_can_be_done_it_is_named(tmp_path: Path, capsys: Capture) 
     go(collection, out)
     for gone in (3, 6):
         shutil.rmtree(collection[gone])
-    done = remove(out, ["a03"], Means(), refit=True)
+    done = remove(out, ["a03"], RunOptions(), refit=True)
     assert done.in_bases == ("a03",)
     assert done.in_moments == {"a03": 2}
     assert done.absent == ("a06",)
@@ -170,7 +170,7 @@ def test_moments_are_cleaned_even_if_the_bases_cannot_be(tmp_path: Path) -> None
     collection, out = make_collection(tmp_path / "adapters", 8, SUMS), tmp_path / "out"
     go(collection, out)
     shutil.rmtree(collection[6])  # of one that stays; a03 itself can be read, and is taken away
-    done = remove(out, ["a03"], Means(), refit=True)
+    done = remove(out, ["a03"], RunOptions(), refit=True)
     assert (done.in_bases, done.in_moments, done.absent) == (("a03",), {}, ("a06",))
 
 
@@ -178,10 +178,10 @@ def test_a_trace_in_the_moments_is_told_of_every_basis_that_is_fitted_to_them(tm
     collection, out = make_collection(tmp_path / "adapters", 8, SUMS), tmp_path / "out"
     rest = [p for p in collection if not p.endswith("a03")]
     go(collection, out)
-    remove(out, ["a03"], Means())
+    remove(out, ["a03"], RunOptions())
     go(rest, out, num_components=4)  # another k from the same moments
     assert SHAREModel.from_pretrained(out).config.ours["removed"] == ["a03"]
-    remove(out, ["a03"], Means(), refit=True)
+    remove(out, ["a03"], RunOptions(), refit=True)
     assert SHAREModel.from_pretrained(out).config.ours["removed"] == []
     go(rest, tmp_path / "rest", num_components=4)
     a, b = (SHAREModel.from_pretrained(p).config.ours["groups"] for p in (out, tmp_path / "rest"))
@@ -193,17 +193,17 @@ def test_one_that_was_only_projected_leaves_no_trace_in_the_bases(tmp_path: Path
     go(collection, out)
     before = tree_digest(out)
     fresh = make_collection(tmp_path / "more", 1, seed=1)
-    assert add(out, resolve({"new": fresh[0]}), Means()).method == "projection"
-    done = remove(out, ["new"], Means())
+    assert add(out, resolve({"new": fresh[0]}), RunOptions()).method == "projection"
+    done = remove(out, ["new"], RunOptions())
     assert done.in_bases == ()
     assert tree_digest(out) == before
-    assert add(out, resolve({"new": fresh[0]}), Means()).method == "projection"  # and may come back
+    assert add(out, resolve({"new": fresh[0]}), RunOptions()).method == "projection"  # and may come back
 
 
 def test_added_again_after_it_was_taken_out_it_is_there_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     collection, out = make_collection(tmp_path / "adapters", 8, COLUMNS), tmp_path / "out"
     go(collection, out)
-    remove(out, ["a03"], Means())
+    remove(out, ["a03"], RunOptions())
     go_refit(collection, out)
     assert "taken out before, and added again since their sources are named: a03" in caplog.text
     share = SHAREModel.from_pretrained(out)
@@ -216,17 +216,17 @@ def test_without_a_workspace_the_checkpoint_alone_is_changed(tmp_path: Path) -> 
     collection, out = make_collection(tmp_path / "adapters", 8, SUMS), tmp_path / "out"
     go(collection, out)
     shutil.copytree(out, tmp_path / "copy")
-    done = remove(tmp_path / "copy", ["a03"], Means())
+    done = remove(tmp_path / "copy", ["a03"], RunOptions())
     assert (done.in_bases, done.in_moments) == (("a03",), None)
-    remove(out, ["a03"], Means())
+    remove(out, ["a03"], RunOptions())
     assert tree_digest(tmp_path / "copy") == tree_digest(out)
     before = tree_digest(out)
     with pytest.raises(WorkspaceError, match="no workspace to compute anything anew from"):
-        remove(tmp_path / "copy", ["a04"], Means(), refit=True)
+        remove(tmp_path / "copy", ["a04"], RunOptions(), refit=True)
     assert tree_digest(tmp_path / "copy") == before
-    assert remove(tmp_path / "copy", ["a03"], Means()).in_bases == ("a03",)  # again
+    assert remove(tmp_path / "copy", ["a03"], RunOptions()).in_bases == ("a03",)  # again
     with pytest.raises(UsageError, match="no adapter is named"):
-        remove(out, [], Means())
+        remove(out, [], RunOptions())
 
 
 def test_a_checkpoint_is_not_changed_by_a_workspace_that_is_not_its_own(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_a_checkpoint_is_not_changed_by_a_workspace_that_is_not_its_own(tmp_path
     go(make_collection(tmp_path / "others", 4, SUMS, seed=1), tmp_path / "other")
     before = tree_digest(out)
     with pytest.raises(WorkspaceError, match="not the one that the checkpoint was made with"):
-        remove(out, ["a03"], Means(workspace=default_workspace(tmp_path / "other")), refit=True)
+        remove(out, ["a03"], RunOptions(workspace=default_workspace(tmp_path / "other")), refit=True)
     assert tree_digest(out) == before
 
 
@@ -244,16 +244,16 @@ def test_names_that_are_not_there_and_the_last_adapter(tmp_path: Path, collectio
     go(collection, out)
     before = tree_digest(out)
     with pytest.raises(UnknownAdapterError, match=r"'a99'.*Near: a0"):
-        remove(out, ["a01", "a99"], Means())
+        remove(out, ["a01", "a99"], RunOptions())
     for name in ("../adapters", "..", "", "a01/../a02"):
         with pytest.raises(UnknownAdapterError):
-            remove(out, [name], Means())
+            remove(out, [name], RunOptions())
     with pytest.raises(UsageError, match="no adapter would stay"):
-        remove(out, [f"a{i:02}" for i in range(8)], Means())
+        remove(out, [f"a{i:02}" for i in range(8)], RunOptions())
     with pytest.raises(WorkspaceError, match="no workspace"):
-        remove(out, ["a01"], Means(workspace=tmp_path / "nowhere"))
+        remove(out, ["a01"], RunOptions(workspace=tmp_path / "nowhere"))
     assert tree_digest(out) == before
-    remove(out, [f"a{i:02}" for i in range(1, 8)], Means(), refit=True)
+    remove(out, [f"a{i:02}" for i in range(1, 8)], RunOptions(), refit=True)
     assert SHAREModel.from_pretrained(out).adapter_names == ["a00"]
     measured(out, collection[:1])
 
@@ -265,7 +265,7 @@ def test_damaged_sums_without_sources_do_not_stop_a_removal(tmp_path: Path, capl
     chunk.write_bytes(b"torn")
     for folder in collection:
         shutil.rmtree(folder)
-    done = remove(out, ["a03"], Means())
+    done = remove(out, ["a03"], RunOptions())
     assert (done.in_bases, done.in_moments) == (("a03",), {})
     assert "the moments of q are damaged, and are dropped" in caplog.text
     assert list(markers(out)) == ["v"]
@@ -278,19 +278,19 @@ def test_a_checkpoint_that_was_moved_with_its_workspace_is_changed_as_before(tmp
     moved = Path(shutil.move(out, tmp_path / "to"))
     shutil.move(default_workspace(out), tmp_path / "to")
     fresh = make_collection(tmp_path / "more", 1, SUMS, seed=1)
-    assert add(moved, resolve({"new": fresh[0]}), Means()).method == "projection"
-    assert add(moved, resolve({"again": fresh[0]}), Means(accept=1.0)).method == "recompute"
-    assert remove(moved, ["a03"], Means(), refit=True).in_bases == ()
+    assert add(moved, resolve({"new": fresh[0]}), RunOptions()).method == "projection"
+    assert add(moved, resolve({"again": fresh[0]}), RunOptions(accept=1.0)).method == "recompute"
+    assert remove(moved, ["a03"], RunOptions(), refit=True).in_bases == ()
     go(collection, tmp_path / "other")
     with pytest.raises(WorkspaceError, match="not the one that the checkpoint was made with"):
-        add(moved, resolve({"x": fresh[0]}), Means(workspace=default_workspace(tmp_path / "other")))
+        add(moved, resolve({"x": fresh[0]}), RunOptions(workspace=default_workspace(tmp_path / "other")))
 
 
 def test_an_adapter_whose_files_are_damaged_can_be_taken_out(tmp_path: Path) -> None:
     collection, out = make_collection(tmp_path / "adapters", 8, SUMS), tmp_path / "out"
     go(collection, out)
     (out / "adapters" / "a03" / "loadings.safetensors").write_bytes(b"torn")
-    remove(out, ["a03"], Means())
+    remove(out, ["a03"], RunOptions())
     assert SHAREModel.from_pretrained(out).config.ours["groups"]["q:A"]["n"] == 28
     measured(out, [p for p in collection if not p.endswith("a03")])
 
@@ -304,7 +304,7 @@ def test_a_module_that_nobody_has_any_more_is_forgotten(tmp_path: Path) -> None:
         SHAREModel.from_pretrained(out).adapter_names[0]
     }
     assert "k" in markers(out)
-    remove(out, [name], Means(), refit=True)
+    remove(out, [name], RunOptions(), refit=True)
     assert "k" not in markers(out)
     assert "k:A" not in SHAREModel.from_pretrained(out).components
 

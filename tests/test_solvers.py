@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lorashare_stream.linalg.basis import explained_variance
-from lorashare_stream.linalg.eigen import by_krylov, by_lapack, leading, prefers_partial, product_with, spectrum
+from lorashare_stream.linalg.eigen import by_krylov, by_lapack, leading, matvec_of, prefers_partial, spectrum
 from lorashare_stream.linalg.krylov import capacity, krylov, sketch, width
 from lorashare_stream.linalg.moments import Accumulator, HostSum, Moment, empty, of_columns, stays_stacked
 
@@ -100,7 +100,7 @@ def test_nothing_is_read_that_was_not_written(kind: str, n: int, d: int, k: int,
     moment = moment_of(x)
     best = np.linalg.svd(x.astype(np.float64), compute_uv=False) ** 2
     assert np.allclose(spectrum(moment)[:k], best[:k], atol=1e-5 * best[0])
-    for found in (by_lapack(moment, k), by_krylov(moment, k, product_with(moment)), leading(moment, k)):
+    for found in (by_lapack(moment, k), by_krylov(moment, k, matvec_of(moment)), leading(moment, k)):
         if found is None:  # not converged, which is said
             continue
         values, vectors = found
@@ -119,7 +119,7 @@ def test_the_same_bits_every_time(kind: str) -> None:
 @pytest.mark.parametrize(("k", "products"), [(4, 8), (56, 16)])
 def test_few_products_suffice(k: int, products: int) -> None:
     moment = of_columns(vectors_of("power law", 700, 800))
-    times, calls = product_with(moment), []
+    times, calls = matvec_of(moment), []
     assert by_krylov(moment, k, lambda q: (calls.append(1), times(q))[1]) is not None
     assert len(calls) <= products
 
@@ -163,7 +163,7 @@ def test_any_rank_and_scale(rank: int, k: int, scale: int, power: float, double:
     x = np.asarray(wide * 10.0**scale, np.float64 if double else np.float32)
     moment, exact = of_columns(x), x.astype(np.float64)
     best = np.sum(np.linalg.svd(exact, compute_uv=False)[:k] ** 2)
-    for values, vectors in filter(None, (by_krylov(moment, k, product_with(moment)), by_lapack(moment, k))):
+    for values, vectors in filter(None, (by_krylov(moment, k, matvec_of(moment)), by_lapack(moment, k))):
         assert np.abs(vectors.T @ vectors - np.eye(k)).max() < 1e-12
         assert np.sum((exact @ vectors) ** 2) >= (1 - 3e-7) * best
         assert np.sum(values) == pytest.approx(best, rel=1e-5)

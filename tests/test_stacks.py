@@ -14,8 +14,8 @@ from lorashare_stream.adapters.folder import open_tensors, tensor_records
 from lorashare_stream.adapters.keys import SIDES
 from lorashare_stream.adapters.layout import read_layout
 from lorashare_stream.adapters.safetensors import float32, runs
-from lorashare_stream.adapters.scaling import Product
-from lorashare_stream.adapters.stacks import STACK_BYTES, bundles, chunks
+from lorashare_stream.adapters.scaling import Scaling
+from lorashare_stream.adapters.stacks import STACK_BYTES, chunks, module_batches
 from lorashare_stream.linalg.delta import delta_error, delta_errors, gram, projected_errors
 from lorashare_stream.linalg.moments import Accumulator, HostSum, Lockstep, empty
 from lorashare_stream.plan.memory import Group, portions, steps_of
@@ -36,15 +36,15 @@ def adapter(tmp_path: Path) -> Path:
 
 def test_bundles_hold_every_module_once_and_read_what_is_there(adapter: Path) -> None:
     layout = read_layout(tensor_records((adapter,)))
-    assert sorted(n for b in layout.bundles for n in b.names) == sorted(SHAPES)
-    assert {b.names for b in layout.bundles} == {("a.q", "b.q", "c.q"), ("a.v",), ("wide",)}
+    assert sorted(n for b in layout.module_batches for n in b.names) == sorted(SHAPES)
+    assert {b.names for b in layout.module_batches} == {("a.q", "b.q", "c.q"), ("a.v",), ("wide",)}
     with open_tensors((adapter,)) as tensors:
-        for bundle in layout.bundles:
-            found = bundle.read(tensors)
-            for i, module in enumerate(bundle.modules):
+        for module_batch in layout.module_batches:
+            found = module_batch.read(tensors)
+            for i, module in enumerate(module_batch.modules):
                 assert np.array_equal(found["A"][i], float32(tensors, module.a))
                 assert np.array_equal(found["B"][i], float32(tensors, module.b))
-    assert all(len(b.modules) == 1 for b in bundles(layout.modules, alone=True))
+    assert all(len(b.modules) == 1 for b in module_batches(layout.modules, alone=True))
 
 
 def test_chunks_hold_every_tensor_once_in_the_order_of_the_file(adapter: Path) -> None:
@@ -83,17 +83,17 @@ def test_bits_do_not_depend_on_what_is_computed_beside(seed: int, m: int, r: int
     a, a_hat = (rng.standard_normal((m, r, d)).astype(np.float32) for _ in range(2))
     b, b_hat = (rng.standard_normal((m, d + 3, r)).astype(np.float32) for _ in range(2))
     b[0] *= size  # its root is out of the range of float32, and that of others is not
-    products = [Product(1.0 + i) for i in range(m)]
+    scalings = [Scaling(1.0 + i) for i in range(m)]
     assert np.array_equal(gram(a), np.concatenate([gram(a[i : i + 1]) for i in range(m)]))
-    together = delta_errors(a, b, a_hat, b_hat, products)
-    assert together == [delta_error(a[i], b[i], a_hat[i], b_hat[i], products[i]) for i in range(m)]
+    together = delta_errors(a, b, a_hat, b_hat, scalings)
+    assert together == [delta_error(a[i], b[i], a_hat[i], b_hat[i], scalings[i]) for i in range(m)]
     kept = {side: gram(0.1 * rng.standard_normal((m, 1, r, 4))) for side in SIDES}
-    projected = projected_errors(a, b, kept, products)
-    rows = weighted_rows(a, b, products, 2.0, "delta")
+    projected = projected_errors(a, b, kept, scalings)
+    rows = weighted_rows(a, b, scalings, 2.0, "delta")
     for i in range(m):
         own = {side: grams[i : i + 1] for side, grams in kept.items()}
-        assert projected[i : i + 1] == projected_errors(a[i : i + 1], b[i : i + 1], own, products[i : i + 1])
-        alone = weighted_rows(a[i : i + 1], b[i : i + 1], products[i : i + 1], 2.0, "delta")
+        assert projected[i : i + 1] == projected_errors(a[i : i + 1], b[i : i + 1], own, scalings[i : i + 1])
+        alone = weighted_rows(a[i : i + 1], b[i : i + 1], scalings[i : i + 1], 2.0, "delta")
         for side in ("A", "B"):
             assert np.array_equal(rows[side][i].astype(alone[side].dtype), alone[side][0])
 

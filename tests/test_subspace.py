@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorashare_stream.adapters.keys import SIDES
-from lorashare_stream.adapters.scaling import Product
+from lorashare_stream.adapters.scaling import Scaling
 from lorashare_stream.linalg.basis import break_even, centered, fit
-from lorashare_stream.linalg.delta import delta_error, delta_norm, projected_errors, relative_error
+from lorashare_stream.linalg.delta import delta_error, delta_norm, grams, projected_errors, relative_error
 from lorashare_stream.linalg.eigen import leading
 from lorashare_stream.linalg.lapack import largest_eigenpairs
 from lorashare_stream.linalg.moments import Moment, empty, of_columns, second_of
@@ -126,11 +126,11 @@ def test_the_certified_error_is_that_of_the_product(seed: int, r: int, d_in: int
     rng = np.random.default_rng(seed)
     a, b = rng.standard_normal((r, d_in)), rng.standard_normal((d_out, r))
     a_hat, b_hat = a + 0.1 * rng.standard_normal(a.shape), b * 0.7
-    found = delta_error(a, b, a_hat, b_hat, Product(scale))
+    found = delta_error(a, b, a_hat, b_hat, Scaling(scale))
     assert found.error == pytest.approx(scale**2 * np.sum((b @ a - b_hat @ a_hat) ** 2), rel=1e-8, abs=1e-10)
     assert (
         found.norm
-        == pytest.approx(delta_norm(a, b, Product(scale)))
+        == pytest.approx(delta_norm(a, b, Scaling(scale)))
         == pytest.approx(scale**2 * np.sum((b @ a) ** 2), rel=1e-8)
     )
 
@@ -145,11 +145,11 @@ def test_stacked_experts_are_multiplied_as_peft_does(seed: int, experts: int, r:
         by_expert = a.reshape(experts, -1, d_in), b.reshape(d_out, -1, experts)
         return 2.0 * np.einsum("o r e, e r i -> e o i", by_expert[1], by_expert[0])
 
-    found = delta_error(a, b, a_hat, b_hat, Product(2.0, experts))
+    found = delta_error(a, b, a_hat, b_hat, Scaling(2.0, experts))
     assert found.error == pytest.approx(np.sum((stack(a, b) - stack(a_hat, b_hat)) ** 2), rel=1e-8, abs=1e-10)
     assert found.norm == pytest.approx(np.sum(stack(a, b) ** 2), rel=1e-8)
     single = a[None].astype(np.float32), b[None].astype(np.float32)
-    rows = weighted_rows(*single, [Product(2.0, experts)], found.norm, "delta")
+    rows = weighted_rows(*single, [Scaling(2.0, experts)], found.norm, "delta")
     for side, axis in (("A", 2), ("B", 1)):  # each side's moment is that of all dW_e, over ||dW||^2
         matrices = np.moveaxis(stack(a, b), axis, 0).reshape((d_in, d_out)["AB".index(side)], -1)
         moment = matrices @ matrices.T / found.norm
@@ -161,8 +161,8 @@ def test_a_nearly_exact_reconstruction_has_a_nearly_vanishing_error() -> None:
     """The identity ||dW||^2 - ||core||^2 would leave 1e-8 of cancellation here, an error of 1e-4."""
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal((4, 50)).astype(np.float32), rng.standard_normal((30, 4)).astype(np.float32)
-    assert delta_error(a, b, a, b, Product(2.0)).relative == 0.0
-    assert delta_error(a, b, np.nextafter(a, 2), b, Product(2.0)).relative < 1e-6
+    assert delta_error(a, b, a, b, Scaling(2.0)).relative == 0.0
+    assert delta_error(a, b, np.nextafter(a, 2), b, Scaling(2.0)).relative < 1e-6
 
 
 @given(
@@ -183,8 +183,8 @@ def test_errors_of_projections_are_those_of_what_comes_back(
         rows["B"] *= 1 + 1e-3 * rng.standard_normal(rows["B"].shape)
     a, b = (size * rows["A"]).astype(np.float32), np.swapaxes(size * rows["B"], -1, -2).astype(np.float32)
     loadings = {"A": np.swapaxes(a @ bases["A"], -1, -2), "B": bases["B"].T @ b}  # (m, k, n)
-    products = [Product(0.5, experts), Product(3.0, experts)]
-    kept = {side: products[0].grams(np.swapaxes(loadings[side], -1, -2), side) for side in SIDES}
+    scalings = [Scaling(0.5, experts), Scaling(3.0, experts)]
+    kept = {side: grams(scalings[0], np.swapaxes(loadings[side], -1, -2), side) for side in SIDES}
 
     def delta(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         """dW (2, E, d, d) in float64."""
@@ -195,7 +195,7 @@ def test_errors_of_projections_are_those_of_what_comes_back(
     restored = delta(np.swapaxes(wide["A"] @ loadings["A"], -1, -2), wide["B"] @ loadings["B"])
     errors = np.square(delta(a, b) - restored).sum(axis=(1, 2, 3))
     norms = np.square(delta(a, b)).sum(axis=(1, 2, 3))
-    found = projected_errors(a, b, kept, products)
+    found = projected_errors(a, b, kept, scalings)
     for f, error, norm in zip(found, errors, norms, strict=True):
         if f is not None:
             assert f.error == pytest.approx(error, rel=5e-5)
@@ -210,8 +210,8 @@ def test_errors_of_projections_are_those_of_what_comes_back(
 def test_errors_of_what_is_not_finite_are_left_to_who_looks_closely(bad: float) -> None:
     a, b = np.ones((1, 2, 5), np.float32), np.ones((1, 4, 2), np.float32)
     nothing = {side: np.zeros((1, 1, 2, 2)) for side in SIDES}
-    assert projected_errors(a, b, nothing, [Product(1.0)]) != [None]
-    assert projected_errors(a, b, nothing | {"B": np.full((1, 1, 2, 2), bad)}, [Product(1.0)]) == [None]
+    assert projected_errors(a, b, nothing, [Scaling(1.0)]) != [None]
+    assert projected_errors(a, b, nothing | {"B": np.full((1, 1, 2, 2), bad)}, [Scaling(1.0)]) == [None]
 
 
 def test_relative_error_of_nothing() -> None:

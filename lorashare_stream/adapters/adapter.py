@@ -12,10 +12,10 @@ from ..text import digest_of
 from .folder import FileFact
 from .hubid import HubId
 from .layout import Layout
-from .scaling import Product
+from .scaling import Scaling
 from .shapes import ModuleShape, Shapes
 from .source import Listing
-from .stacks import Bundle, Chunk, bundles, chunks
+from .stacks import Chunk, ModuleBatch, chunks, module_batches
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Entry:
+class Adapter:
     """An adapter that was admitted to the catalog.
 
     Attributes:
@@ -48,7 +48,7 @@ class Entry:
         source_id, folder: where it comes from; the folder of what is not fetched is no folder yet.
         files: its weight files as they were; of what is not fetched, names and sizes.
         layout: its tensors.
-        products: how dW comes of the factors of each module, in the order of `layout.modules`.
+        scalings: how dW comes of the factors of each module, in the order of `layout.modules`.
         base_model: the base model that its configuration names, if it names one.
         config_digest: SHA-256 of its configuration's values.
         config: its adapter_config.json, as JSON has it; None if it was not read.
@@ -61,7 +61,7 @@ class Entry:
     folder: Path
     files: tuple[FileFact, ...]
     layout: Layout
-    products: tuple[Product, ...]
+    scalings: tuple[Scaling, ...]
     base_model: str | None
     config_digest: str
     config: str | None = None
@@ -83,18 +83,18 @@ class Entry:
         """Its weight files."""
         return tuple(f.path for f in self.files)
 
-    def products_of(self, modules: Iterable[str]) -> list[Product]:
+    def scalings_of(self, modules: Iterable[str]) -> list[Scaling]:
         """How dW of several modules comes of their factors."""
-        return [self.products[self.layout.position[m]] for m in modules]
+        return [self.scalings[self.layout.position[m]] for m in modules]
 
-    def product(self, module: str) -> Product:
+    def scaling(self, module: str) -> Scaling:
         """How dW of a module comes of its factors."""
-        return self.products[self.layout.position[module]]
+        return self.scalings[self.layout.position[module]]
 
     @property
     def plain(self) -> bool:
         """Whether no module has stacked experts."""
-        return all(p.experts == 1 for p in self.products)
+        return all(p.experts == 1 for p in self.scalings)
 
     @property
     def chunks(self) -> tuple[Chunk, ...]:
@@ -102,29 +102,29 @@ class Entry:
         return self.layout.chunks if self.plain else chunks(self.layout.in_file_order, alone=True)
 
     @property
-    def bundles(self) -> tuple[Bundle, ...]:
+    def module_batches(self) -> tuple[ModuleBatch, ...]:
         """The shared modules, with the same E in each bundle."""
-        return self.layout.bundles if self.plain else bundles(self.layout.modules, alone=True)
+        return self.layout.module_batches if self.plain else module_batches(self.layout.modules, alone=True)
 
-    def bundles_of(self, modules: Iterable[str]) -> tuple[Bundle, ...]:
+    def batches_of(self, modules: Iterable[str]) -> tuple[ModuleBatch, ...]:
         """Some of the shared modules."""
-        return bundles((self.layout.by_name[m] for m in modules), alone=not self.plain)
+        return module_batches((self.layout.by_name[m] for m in modules), alone=not self.plain)
 
     @property
     def shapes(self) -> Shapes:
         """The shapes of its shared modules."""
-        return _shapes(self.layout, self.products)[0]
+        return _shapes(self.layout, self.scalings)[0]
 
     @property
-    def shapes_digest(self) -> str:
+    def shapes_key(self) -> str:
         """By which the workspace knows these."""
-        return _shapes(self.layout, self.products)[1]
+        return _shapes(self.layout, self.scalings)[1]
 
 
 @lru_cache(maxsize=256)  # adapters of one script have equal ones
-def _shapes(layout: Layout, products: tuple[Product, ...]) -> tuple[Shapes, str]:
+def _shapes(layout: Layout, scalings: tuple[Scaling, ...]) -> tuple[Shapes, str]:
     found = {
         m.name: ModuleShape(m.rank, m.dim("A"), m.dim("B"), p.experts, p.parameters)
-        for m, p in zip(layout.modules, products, strict=True)
+        for m, p in zip(layout.modules, scalings, strict=True)
     }
     return found, digest_of(found)

@@ -10,10 +10,10 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import AdapterError
-from ..text import shown
+from ..text import printable
 from .keys import factor_key
 from .patterns import matcher
-from .scaling import Product
+from .scaling import Scaling
 
 Config = Mapping[str, Any]
 
@@ -74,7 +74,7 @@ def _other_type(peft_type: object) -> AdapterError:
         )
     name = peft_type.upper() if isinstance(peft_type, str) else ""
     return AdapterError(
-        f"not a LoRA adapter: peft_type is {shown(repr(peft_type), 60)}",
+        f"not a LoRA adapter: peft_type is {printable(repr(peft_type), 60)}",
         key="peft_type",
         found=peft_type,
         expected="LORA",
@@ -124,12 +124,12 @@ def initial_part(config: Config) -> str | None:
     )
 
 
-def other_product(config: Config) -> str | None:
+def other_scaling(config: Config) -> str | None:
     """Why dW is not s B A of an adapter's tensors, or None if it is."""
     return next((reason for name, reason in _OTHER_PRODUCTS.items() if config.get(name)), None)
 
 
-def products(config: Config, ranks: Mapping[str, int]) -> tuple[Product, ...] | None:
+def scalings(config: Config, ranks: Mapping[str, int]) -> tuple[Scaling, ...] | None:
     """How dW comes of the factors of each module, or None if that depends on more than the adapter tells.
 
     PEFT's s is alpha / r, or alpha / sqrt(r) under rsLoRA, with the r and alpha of the module's patterns.
@@ -141,8 +141,8 @@ def products(config: Config, ranks: Mapping[str, int]) -> tuple[Product, ...] | 
     Raises:
         AdapterError: if a rank is not the configured one: PEFT would not load the tensors.
 
-    >>> products({"r": 8, "lora_alpha": 16, "alpha_pattern": {"q": 32}}, {"h.0.q": 8, "h.0.v": 8})
-    (Product(scale=4.0, experts=1, parameters=()), Product(scale=2.0, experts=1, parameters=()))
+    >>> scalings({"r": 8, "lora_alpha": 16, "alpha_pattern": {"q": 32}}, {"h.0.q": 8, "h.0.v": 8})
+    (Scaling(scale=4.0, experts=1, parameters=()), Scaling(scale=2.0, experts=1, parameters=()))
     """
     targets: Sequence[str] = config.get("target_parameters") or ()
     if len(targets) * len(ranks) > _MOST_PAIRS:
@@ -156,7 +156,7 @@ def products(config: Config, ranks: Mapping[str, int]) -> tuple[Product, ...] | 
             _refuse_field("target_parameters", f"{len(parameters)} of one module", f"at most {_MOST_PARAMETERS}")
     configured = _configured(config, names)
     found = [_product(config, configured, module, rank, *meant[module]) for module, rank in ranks.items()]
-    known = tuple(product for product in found if product is not None)
+    known = tuple(scaling for scaling in found if scaling is not None)
     if len(known) != len(found):
         return None
     split = initial_part(config) is not None
@@ -166,7 +166,7 @@ def products(config: Config, ranks: Mapping[str, int]) -> tuple[Product, ...] | 
 
 def reranked(
     config: Config,
-    modules: Mapping[str, tuple[int, Product]],
+    modules: Mapping[str, tuple[int, Scaling]],
     changed: Collection[str],
     *,
     alone: bool,
@@ -181,11 +181,11 @@ def reranked(
         alone: whether these are all the LoRA layers that there are, so that the default may change.
         others: names of further LoRA layers, which no pattern of ours may match.
 
-    >>> new = reranked({"r": 8, "lora_alpha": 16}, {"q": (2, Product(2.0))}, ["q"], alone=True)
-    >>> new["r"], new["lora_alpha"], products(new, {"q": 2})[0].scale
+    >>> new = reranked({"r": 8, "lora_alpha": 16}, {"q": (2, Scaling(2.0))}, ["q"], alone=True)
+    >>> new["r"], new["lora_alpha"], scalings(new, {"q": 2})[0].scale
     (2, 4, 2.0)
     """
-    wanted = {m: (rank, _alpha(config, rank, product.scale)) for m, (rank, product) in modules.items()}
+    wanted = {m: (rank, _alpha(config, rank, scaling.scale)) for m, (rank, scaling) in modules.items()}
     patterns = {name: dict(config.get(name) or {}) for name in ("rank_pattern", "alpha_pattern")}
     default: tuple[int, float] = config["r"], config["lora_alpha"]
     if alone and not any(patterns.values()) and not any(p.bound for _, p in modules.values()):
@@ -261,7 +261,7 @@ def _product(
     rank: int,
     own: str | None,
     parameters: tuple[str, ...],
-) -> Product | None:
+) -> Scaling | None:
     possible = {configured[name] for name in (own, *parameters) if name is not None}
     if len(possible) > 1:  # which of these names it is, only the base model tells
         return None
@@ -276,4 +276,4 @@ def _product(
         )
     stacked = own is None or rank != r
     scale = alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
-    return Product(scale, rank // r, parameters if stacked else ())
+    return Scaling(scale, rank // r, parameters if stacked else ())

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import AdapterError, MissingFileError
 from ..files import read_json
-from ..text import listed, shown
+from ..text import listed, printable
 from .keys import foreign_kind, parse_key
 from .safetensors import CHUNK, SafetensorsReader, TensorReader, TensorRecord, read_header, repeated
 from .shards import AGAIN, INDEXES, check_shards, shard_names
@@ -146,7 +146,7 @@ def _no_config(folder: Path) -> MissingFileError:
         name, kind = foreign
         remedy = remedy_for(kind)
         if kind != PEFT_TENSORS:
-            return MissingFileError(f"a {kind}: {shown(name)} without {CONFIG}", remedy=remedy)
+            return MissingFileError(f"a {kind}: {printable(name)} without {CONFIG}", remedy=remedy)
     inner = inner_adapters(folder, entries)
     hint = f" Adapters lie in its subfolders: {listed(inner)}." if inner else ""
     return MissingFileError(
@@ -242,7 +242,7 @@ def open_tensors(paths: tuple[Path, ...]) -> TensorReader:
     """
     gone = [p for p in paths if not p.is_file()]
     if gone:
-        raise MissingFileError("a weight file is gone", found=shown(gone[0]), remedy="Restore it and run again.")
+        raise MissingFileError("a weight file is gone", found=printable(gone[0]), remedy="Restore it and run again.")
     if paths[0].suffix == ".bin":
         from .pickles import PickleReader
 

@@ -110,8 +110,8 @@ def adapter_names(raw_keys: Iterable[str]) -> list[str]:
         elif (factor := _FACTOR.match(key)) is not None:
             unnamed.setdefault(f"{factor['module']}.", set()).add(factor["side"])
     both = set(SIDES)
-    shown = {n for (m, n), sides in named.items() if sides | unnamed.get(m, set()) >= both > unnamed.get(m, set())}
-    return sorted(shown or (set() if unnamed else {name for _, name in named}))
+    printable = {n for (m, n), sides in named.items() if sides | unnamed.get(m, set()) >= both > unnamed.get(m, set())}
+    return sorted(printable or (set() if unnamed else {name for _, name in named}))
 
 
 def _name_in(key: str) -> str | None:

@@ -11,7 +11,7 @@ from ..errors import AdapterError
 from .dtypes import FLOATS
 from .keys import PEFT_PREFIX, SIDES, Key, Side, adapter_names, factor_key, foreign_kind, parse_key
 from .safetensors import TensorRecord
-from .stacks import Bundle, Chunk, FileItem, Module, bundles, chunks
+from .stacks import Chunk, FileItem, Module, ModuleBatch, chunks, module_batches
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class Layout:
         return chunks(self.in_file_order)
 
     @cached_property
-    def bundles(self) -> tuple[Bundle, ...]:
+    def module_batches(self) -> tuple[ModuleBatch, ...]:
         """The shared modules."""
-        return bundles(self.modules)
+        return module_batches(self.modules)
 
     @cached_property
     def lora_bytes(self) -> int:

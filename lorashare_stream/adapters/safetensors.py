@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import AdapterError
-from ..text import shown
+from ..text import printable
 from .dtypes import ITEMSIZE, widened
 
 CHUNK = 8 << 20  # bytes read or hashed at once
@@ -102,7 +102,7 @@ def _record(path: Path, name: str, entry: Any, data: int, file: int) -> TensorRe
         raise bad_file(path, "a tensor is not described as safetensors demands", entry, key=name) from e
     if not name.isprintable():
         raise AdapterError(
-            f"{shown(path.name)}: a key with unprintable characters",
+            f"{printable(path.name)}: a key with unprintable characters",
             key=name,
             remedy="Give its module a name that can be shown, or leave the adapter out.",
         )
@@ -118,7 +118,7 @@ def _record(path: Path, name: str, entry: Any, data: int, file: int) -> TensorRe
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     twice = repeated(name for name, _ in pairs)
     if twice is not None:
-        raise ValueError(f"duplicate key {shown(twice)!r}")
+        raise ValueError(f"duplicate key {printable(twice)!r}")
     return dict(pairs)
 
 
@@ -137,7 +137,7 @@ def bad_file(
 ) -> AdapterError:
     """The error for a damaged weight file."""
     return AdapterError(
-        f"{shown(path.name)}: {problem}",
+        f"{printable(path.name)}: {problem}",
         key=key,
         found=found,
         expected=expected,

@@ -14,7 +14,7 @@ Array = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True, slots=True)
-class Product:
+class Scaling:
     """How dW comes of the factors of one module.
 
     A plain layer has dW = s B A. PEFT's `target_parameters` stack E experts in one pair of tensors: lora_A

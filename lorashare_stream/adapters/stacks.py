@@ -48,7 +48,7 @@ class Module:
 
 
 @dataclass(frozen=True)
-class Bundle:
+class ModuleBatch:
     """Modules of one shape and dtype on each side: A is (m, r, d_in), B (m, d_out, r)."""
 
     modules: tuple[Module, ...]
@@ -81,7 +81,7 @@ def _starts(records: Iterable[TensorRecord]) -> list[int]:
     return [0, *accumulate(record.nbytes for record in records)][:-1]
 
 
-def bundles(modules: Iterable[Module], *, alone: bool = False) -> tuple[Bundle, ...]:
+def module_batches(modules: Iterable[Module], *, alone: bool = False) -> tuple[ModuleBatch, ...]:
     """Modules in bundles of bounded size, in file order; each in one of its own if it is to be `alone`."""
     alike: dict[object, list[Module]] = {}
     for i, m in enumerate(sorted(modules, key=lambda m: (m.a.file, m.a.offset))):
@@ -89,7 +89,7 @@ def bundles(modules: Iterable[Module], *, alone: bool = False) -> tuple[Bundle, 
     found = []
     for some in alike.values():
         size = max(1, STACK_BYTES // max(1, some[0].bytes))
-        found += [Bundle(tuple(some[i : i + size])) for i in range(0, len(some), size)]
+        found += [ModuleBatch(tuple(some[i : i + size])) for i in range(0, len(some), size)]
     return tuple(found)
 
 

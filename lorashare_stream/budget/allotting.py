@@ -19,7 +19,7 @@ from ..files import atomic_file, own_folder
 from ..stages.bases import Bases, raw_components, shapes_of
 from ..stages.job import Job
 from ..stages.run import Run, check_none_lost
-from ..stages.update import settle
+from ..stages.update import sum_and_fit
 from ..text import bytes_shown, digest_of
 from .allotment import at_many_prices, frontier, largest_within, smallest_with, told, touches
 from .appraise import appraise_adapter, has_core, weigh_adapter
@@ -47,9 +47,9 @@ def based(run: Run, job: Job, spare: int = 0) -> tuple[Job, Bases, Points]:
     s = job.settings
     if s.budget is not None:
         return _allotted(run, job, spare)
-    bases = settle(run, job)
+    bases = sum_and_fit(run, job)
     rule = Rule(price_of(bases, ITEMSIZE[job.storage]), own=False) if s.trim_rank else None
-    return replace(job, rule=rule, basis_digest=_digest(bases, rule)), bases, []
+    return replace(job, rule=rule, basis_key=_digest(bases, rule)), bases, []
 
 
 def byte_limit(job: Job) -> int | None:
@@ -58,7 +58,7 @@ def byte_limit(job: Job) -> int | None:
 
 
 def _originals(job: Job) -> int:
-    return sum(sum(r.sizes) for r in job.journal.receipts)
+    return sum(sum(r.sizes) for r in job.journal.admissions)
 
 
 def price_of(bases: Bases, item: int) -> float:
@@ -95,10 +95,10 @@ def _allotted(run: Run, job: Job, spare: int) -> tuple[Job, Bases, Points]:
         if k == top or not (short or touches(spectra, found)):
             break
         k *= 2
-    log.info("%s: %s", job.settings.budget, told(found, len(job.journal.receipts)))
+    log.info("%s: %s", job.settings.budget, told(found, len(job.journal.admissions)))
     rule = Rule(found.price, own=found.own) if limit is not None else Rule(limit=job.settings.max_error)
     cut = {m: _cut(facts, found.k[i].tolist()) for i, (m, facts) in enumerate(bases.items())}
-    return replace(wide, settings=job.settings, rule=rule, basis_digest=_digest(cut, rule)), cut, points
+    return replace(wide, settings=job.settings, rule=rule, basis_key=_digest(cut, rule)), cut, points
 
 
 def _widened(run: Run, job: Job, k: int) -> tuple[Job, Bases]:
@@ -110,7 +110,7 @@ def _widened(run: Run, job: Job, k: int) -> tuple[Job, Bases]:
     cores = job.workspace / "cores" / name
     settings = replace(job.settings, num_components=k)
     wide = replace(job, settings=settings, bases=own_folder(job.bases.parent / name), cores=own_folder(cores))
-    return wide, settle(run, wide)
+    return wide, sum_and_fit(run, wide)
 
 
 def _spectra(job: Job, bases: Bases, dims: Any, counts: Any, most: Any) -> Spectra:
@@ -125,7 +125,7 @@ def _spectra(job: Job, bases: Bases, dims: Any, counts: Any, most: Any) -> Spect
 
 def _appraise(run: Run, job: Job, bases: Bases) -> None:
     """Keep what every adapter is on wide bases; what is there stays."""
-    entries = [job.entry(r.name) for r in job.journal.receipts if job.shares(r)]
+    entries = [job.adapter(r.name) for r in job.journal.admissions if job.shares(r)]
     there = [e.name for e in entries if e.layout.modules and job.core_file(e.name).exists()]
     whole = dict(zip(there, run.map("weigh", partial(has_core, job), there, len(there)), strict=True))
     todo = [e for e in entries if e.layout.modules and not whole.get(e.name)]
@@ -136,7 +136,7 @@ def _appraise(run: Run, job: Job, bases: Bases) -> None:
     with atomic_file(path) as f:
         shapes = [(group, job.storage, stored_shape(shape, job.storage)) for group, shape in shapes_of(bases).items()]
         write_safetensors(f, shapes, raw_components(job, bases))
-    run.fetcher.only(todo)
+    run.fetcher.cancel_except(todo)
     lost: list[AdapterError] = []
     arriving = run.arriving(todo, lost)
     for _ in run.map("appraise", partial(appraise_adapter, job), arriving, len(todo), run.release):
@@ -149,7 +149,7 @@ def _searched(
     run: Run, job: Job, spectra: Spectra, bases: Bases, limit: int | None, spare: int
 ) -> tuple[Allotted, int, Points]:
     """The best allotment; the least uniform k that meets a limit on errors; and errors against bytes, as weighed."""
-    names, adapters = [r.name for r in job.journal.receipts], sum(job.shares(r) for r in job.journal.receipts)
+    names, adapters = [r.name for r in job.journal.admissions], sum(job.shares(r) for r in job.journal.admissions)
     overhead, weigh = _overhead(names, bases), _weigher(run, job, spectra, names)
     if limit is None:  # what was weighed has the error of the limit: other errors are weighed to be shown
         freely = replace(job, settings=replace(job.settings, max_error=None))
@@ -157,7 +157,7 @@ def _searched(
         return *smallest_with(spectra, weigh, overhead), frontier(others, adapters)
     found, tried = largest_within(spectra, weigh, limit - limit // _SPARE - spare, overhead)
     if found is None:
-        extras = sum(job.entry(name).layout.extra_bytes for name in names)
+        extras = sum(job.adapter(name).layout.extra_bytes for name in names)
         nearest = int(1.01 * (min(a.total for a in tried) + spare)) + 1
         raise BudgetError(
             f"no checkpoint of these adapters is as small as {job.settings.budget} asks",

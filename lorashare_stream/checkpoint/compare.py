@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..adapters.config import other_product, products
+from ..adapters.config import other_scaling, scalings
 from ..adapters.dtypes import FLOATS
 from ..adapters.folder import open_tensors, tensor_records, weight_files
 from ..adapters.keys import SIDES, adapter_names, factor_key, parse_key
 from ..adapters.safetensors import float32
-from ..adapters.scaling import Product
+from ..adapters.scaling import Scaling
 from ..errors import MissingSourceError, UsageError
 from ..linalg.delta import DeltaError, changed_errors, delta_error, relative_error
 from ..linalg.lapack import Array
@@ -73,7 +73,7 @@ def delta_errors(
 
     Empty where dW is not s B A of the tensors, which are then kept as they are.
     """
-    if other_product(config) is not None:
+    if other_scaling(config) is not None:
         return {}
     parsed = {(k.module, k.side): tensor for key, tensor in original.items() if (k := parse_key(key)).module}
     arrays: dict[str, list[NDArray[np.float32]]] = {}
@@ -83,16 +83,16 @@ def delta_errors(
         if len(matrices) == 4:
             arrays[module] = matrices
     ranks = {module: len(a_hat) for module, (_, a_hat, *_) in arrays.items()}
-    known = products(config, ranks) if "r" in config and "lora_alpha" in config else None
-    each = known or [Product(1.0)] * len(arrays)  # a common factor changes no relative error
+    known = scalings(config, ranks) if "r" in config and "lora_alpha" in config else None
+    each = known or [Scaling(1.0)] * len(arrays)  # a common factor changes no relative error
     return {
-        module: (delta_error if a.shape == a_hat.shape else _changed_error)(a, b, a_hat, b_hat, product)
-        for (module, (a, a_hat, b, b_hat)), product in zip(arrays.items(), each, strict=True)
+        module: (delta_error if a.shape == a_hat.shape else _changed_error)(a, b, a_hat, b_hat, scaling)
+        for (module, (a, a_hat, b, b_hat)), scaling in zip(arrays.items(), each, strict=True)
     }
 
 
-def _changed_error(a: Array, b: Array, a_hat: Array, b_hat: Array, product: Product) -> DeltaError:
-    return changed_errors(a[None], b[None], a_hat[None], b_hat[None], [product])[0]
+def _changed_error(a: Array, b: Array, a_hat: Array, b_hat: Array, scaling: Scaling) -> DeltaError:
+    return changed_errors(a[None], b[None], a_hat[None], b_hat[None], [scaling])[0]
 
 
 def _trimmed(shape: Sequence[int], found: Sequence[int]) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import CheckpointError, MissingCheckpointError
 from ..files import read_json
-from ..text import listed, shown
+from ..text import listed, printable
 from .format import CONFIG, OURS
 
 _NEEDED = {"num_components", "adapter_names", "compression_stats"}
@@ -54,7 +54,7 @@ def read_share_config(root: Path) -> SHAREConfig:
     except FileNotFoundError:
         entries = sorted(os.listdir(root)) if root.is_dir() else []
         raise MissingCheckpointError(
-            f"no SHARE checkpoint at {shown(root)}", found=listed(entries) or "nothing", expected=CONFIG
+            f"no SHARE checkpoint at {printable(root)}", found=listed(entries) or "nothing", expected=CONFIG
         ) from None
     except (ValueError, NotADirectoryError) as e:
         raise CheckpointError(f"{CONFIG} cannot be read", found=str(e)) from e

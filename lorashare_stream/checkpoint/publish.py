@@ -10,7 +10,7 @@ from pathlib import Path
 from ..adapters.hubid import parse_hub_id
 from ..errors import UsageError
 from ..files import atomic_path, remove_tree, sync, sync_tree, write_json
-from ..text import shown
+from ..text import printable
 from .format import ADAPTERS, FILES, STAGING, ours_of
 
 
@@ -94,7 +94,7 @@ def demand_folder(folder: Path) -> None:
     if not folder.exists() and parse_hub_id(str(folder)) is not None:
         raise UsageError(
             "no such folder; a checkpoint on the Hub cannot be worked on where it is", found=folder,
-            remedy=f"Fetch it first: hf download {shown(folder)} --local-dir FOLDER.",
+            remedy=f"Fetch it first: hf download {printable(folder)} --local-dir FOLDER.",
         )  # fmt: skip
 
 
@@ -129,7 +129,7 @@ def check_output(out: Path, *, own: Collection[str], overwrite: bool) -> None:
         )
 
 
-def mend_output(out: Path) -> None:
+def recover_output(out: Path) -> None:
     """Undo what a kill between two renames left: the old checkpoint takes its place again, or is removed."""
     aside = replaced_folder(out)
     if out.exists():
@@ -152,7 +152,7 @@ def copy_checkpoint(source: Path, out: Path) -> None:
         return
     out = output_folder(out)
     check_output(out, own=(), overwrite=True)
-    mend_output(out)
+    recover_output(out)
     staged = staging_folder(out)
     drop(staged)
     staged.mkdir()

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from ..adapters.dtypes import stored_shape, widened
 from ..errors import CheckpointError
 from ..files import read_json
-from ..text import is_component, listed, shown
+from ..text import is_component, listed, printable
 from .config import read_share_config
 from .format import ADAPTERS, COMPONENTS, CONFIG, LOADINGS, META, OURS, SKIPPED, SPECTRUM, VERBATIM
 from .location import Folder, Place
@@ -112,7 +112,7 @@ class CheckpointReader:
         """A file that must be there."""
         path = self._optional(relative)
         if path is None:
-            raise CheckpointError(f"{shown(relative)} is missing", found=self.place)
+            raise CheckpointError(f"{printable(relative)} is missing", found=self.place)
         return path
 
     def _optional(self, relative: str) -> Path | None:
@@ -127,7 +127,7 @@ class CheckpointReader:
         expected = self.config.ours.get("basis_digest")
         if None not in (expected, found) and found != expected:  # lorashare, saving ours again, drops the digests
             raise CheckpointError(
-                f"{shown(file)} belongs to another basis: {self.place.mixed}",
+                f"{printable(file)} belongs to another basis: {self.place.mixed}",
                 found=found,
                 expected=expected,
             )
@@ -224,9 +224,9 @@ def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError:
-        raise CheckpointError(f"{shown(path.name)} is missing", found=shown(path.parent)) from None
+        raise CheckpointError(f"{printable(path.name)} is missing", found=printable(path.parent)) from None
     except (SafetensorError, OSError, json.JSONDecodeError) as e:
-        raise CheckpointError(f"{shown(path.name)} cannot be read", found=str(e)) from e
+        raise CheckpointError(f"{printable(path.name)} cannot be read", found=str(e)) from e
 
 
 def was_reconstructed(path: Path) -> bool:

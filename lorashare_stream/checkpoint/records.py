@@ -10,30 +10,30 @@ from typing import Any
 from ..adapters.folder import digest_config, digest_files
 from ..errors import CheckpointError
 from ..files import read_json, unsealed
-from ..workspace.journal import Receipt
+from ..workspace.journal import Admission
 from .format import ADAPTERS, COMPONENTS, LOADINGS, META, OURS, SPECTRUM, VERBATIM
 
 REPAIR = "Take the adapter out (lorashare-stream remove) and add it again; or delete the checkpoint and compress again."
 
 
-def is_whole(folder: Path, receipt: Receipt, basis_digest: str) -> bool:
+def is_whole(folder: Path, admission: Admission, basis_key: str) -> bool:
     """Whether the folder of an adapter in a checkpoint is whole, by its digests, and that of an admission.
 
     A power cut may leave names without content.
 
     Args:
         folder: of the adapter.
-        receipt: its admission.
-        basis_digest: of the components to which it must belong.
+        admission: its admission.
+        basis_key: of the components to which it must belong.
     """
     try:
         meta = read_json(folder / META)
         ours = meta[OURS]
         return (
             unsealed(meta) is not None
-            and ours["sha256"] == receipt.digest
-            and digest_config(config_in(meta)) == receipt.config_digest
-            and ours["basis_digest"] == basis_digest
+            and ours["sha256"] == admission.digest
+            and digest_config(config_in(meta)) == admission.config_digest
+            and ours["basis_digest"] == basis_key
             and all(digest_files([folder / file]) == digest for file, digest in ours["files"].items())
         )
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
@@ -65,10 +65,10 @@ def has_files(root: Path, names: Iterable[str]) -> bool:
     return (root / COMPONENTS).is_file() and all(map(os.path.isfile, files))
 
 
-def receipt_in(meta: Mapping[str, Any]) -> Receipt:
+def admission_in(meta: Mapping[str, Any]) -> Admission:
     """What of an admission a checkpoint of ours records: enough to know the adapter again."""
     ours, config = meta[OURS], digest_config(config_in(meta))
-    return Receipt(meta["adapter_name"], ours["source_id"], ours["sha256"], config, 0.0, (), (), "")
+    return Admission(meta["adapter_name"], ours["source_id"], ours["sha256"], config, 0.0, (), (), "")
 
 
 def takes_part(meta: Mapping[str, Any]) -> bool:

@@ -32,9 +32,9 @@ from ..adapters.dtypes import stored_shape
 from ..adapters.safetensors import write_arrays, write_safetensors
 from ..errors import LockedError
 from ..files import atomic_file, naming, own_folder, read_json, remove_tree, sync, sync_all, sync_tree, write_json
-from ..workspace.journal import Receipt
+from ..workspace.journal import Admission
 from .format import ADAPTERS, COMPONENTS, CONFIG, META, SKIPPED, SPECTRUM, STAGING, ours_of, skipped_of
-from .publish import drop, mend_output, publish, replaced_folder, staging_folder
+from .publish import drop, publish, recover_output, replaced_folder, staging_folder
 from .records import is_whole
 
 MANY = 64  # adapters: for fewer, two files and a folder each are synced sooner than all that is on the disk
@@ -80,7 +80,7 @@ class Staging:
         components: Iterable[bytes | memoryview],
         shapes: Mapping[str, tuple[int, int]],
         dtype: str,
-        basis_digest: str,
+        basis_key: str,
     ) -> None:
         """Stream all bases into shared_components.safetensors.
 
@@ -88,9 +88,9 @@ class Staging:
             components: of the groups, as stored, in the order of `shapes`.
             shapes: group id -> (d, k).
             dtype: as safetensors names it.
-            basis_digest: stored in the header.
+            basis_key: stored in the header.
         """
-        metadata = {"format": "pt", "basis_digest": basis_digest}
+        metadata = {"format": "pt", "basis_digest": basis_key}
         with atomic_file(self.root / COMPONENTS) as f:
             stored = ((g, dtype, stored_shape(shape, dtype)) for g, shape in shapes.items())
             write_safetensors(f, stored, components, metadata)
@@ -101,12 +101,12 @@ class Staging:
         with atomic_file(self.root / SPECTRUM) as f:
             write_arrays(f, arrays, "F64", {"format": "pt"})
 
-    def done(self, receipt: Receipt, basis_digest: str) -> bool:
+    def done(self, admission: Admission, basis_key: str) -> bool:
         """Whether an adapter is written, whole, and of these components; what is not is removed."""
-        folder = self.root / ADAPTERS / receipt.name
+        folder = self.root / ADAPTERS / admission.name
         if not os.path.lexists(folder):
             return False
-        whole = not folder.is_symlink() and is_whole(folder, receipt, basis_digest)
+        whole = not folder.is_symlink() and is_whole(folder, admission, basis_key)
         if not whole:
             remove_tree(folder)
         return whole
@@ -207,7 +207,7 @@ class Staging:
         sync(out / ADAPTERS)
 
 
-def mend(out: Path) -> None:
+def recover(out: Path) -> None:
     """Undo what a kill between two renames left, unless a run is between them now.
 
     Raises:
@@ -215,17 +215,17 @@ def mend(out: Path) -> None:
     """
     staging = staging_folder(out)
     if not (replaced_folder(out).exists() and staging.exists()):
-        mend_output(out)
+        recover_output(out)
         return
     fd = os.open(staging, os.O_RDONLY)
     try:
         _lock(fd, out)
-        mend_output(out)
+        recover_output(out)
     finally:
         os.close(fd)
 
 
-def sweep(out: Path, digest: str) -> None:
+def remove_stale(out: Path, digest: str) -> None:
     """Remove what is left beside a checkpoint of a change that was published: what is staged under this digest."""
     staging = staging_folder(out)
     if not staging.is_dir():

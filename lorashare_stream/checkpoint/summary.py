@@ -23,7 +23,7 @@ _BASIS = ("d", "k", "energy", "explained")
 
 
 @dataclass(frozen=True, slots=True)
-class Figures:
+class Statistics:
     """What the summary needs of one adapter.
 
     `kept_bytes` are of LoRA tensors that are stored without the bases, of which `own_bytes` are truncated SVDs of the
@@ -42,10 +42,10 @@ class Figures:
     alpha: float
 
 
-def figures_of(meta: Facts) -> Figures:
+def statistics_of(meta: Facts) -> Statistics:
     """The figures in an adapter_meta.json."""
     ours, config = meta[OURS], meta["original_config"]
-    return Figures(
+    return Statistics(
         meta["adapter_name"],
         ours["relative_error"],
         ours["source_bytes"],
@@ -60,16 +60,16 @@ def figures_of(meta: Facts) -> Figures:
 
 
 @dataclass(frozen=True)
-class Head:
+class CheckpointRecord:
     """What a checkpoint is of, beside its adapters.
 
     Attributes:
         base_model: as the configuration names it.
         settings: those on which the result depends, as they were asked for.
         dtype: of components and loadings as safetensors names it.
-        choice: digest of settings, dtype and base model.
+        settings_key: digest of settings, dtype and base model.
         binding: what the numbers of its workspace depend on.
-        basis_digest: of the components; which basis they are.
+        basis_key: of the components; which basis they are.
         components: SHA-256 of their file; whether they are whole.
         bases: group -> d, k, energy of its moment, share of it that is explained.
         projected: adapters that were added since the bases were fitted, and are not in them.
@@ -82,9 +82,9 @@ class Head:
     base_model: str
     settings: Facts
     dtype: str
-    choice: str
+    settings_key: str
     binding: Facts
-    basis_digest: str
+    basis_key: str
     components: str
     bases: Mapping[str, Facts]
     projected: tuple[str, ...] = ()
@@ -94,15 +94,15 @@ class Head:
     cut_from: int | None = None
 
 
-def head_of(config: SHAREConfig) -> Head:
-    """The head of a checkpoint of ours.
+def record_of(config: SHAREConfig) -> CheckpointRecord:
+    """The record of a checkpoint of ours.
 
     Raises:
         CheckpointError: if this package did not write it.
     """
     ours = config.ours
     try:
-        return Head(
+        return CheckpointRecord(
             config.base_model_name_or_path,
             dict(ours["settings"]),
             str(ours["dtype"]),
@@ -131,8 +131,8 @@ def counts_of(config: SHAREConfig) -> dict[str, int]:
 
 
 def share_config(
-    head: Head,
-    adapters: Sequence[Figures],
+    record: CheckpointRecord,
+    adapters: Sequence[Statistics],
     counts: Mapping[str, int],
     *,
     digest: str,
@@ -142,14 +142,14 @@ def share_config(
     """The content of share_config.json.
 
     Args:
-        head: what it is of.
+        record: what it is of.
         adapters: figures of every adapter, in order.
         counts: group -> n, the vectors of these adapters.
         digest: of all that decides the result.
         sizes: bytes on disk of `basis`, `loadings`, `verbatim` and `metadata`.
         skipped: the adapters that were left out.
     """
-    every = {group: {**facts, "n": counts.get(group, 0)} for group, facts in sorted(head.bases.items())}
+    every = {group: {**facts, "n": counts.get(group, 0)} for group, facts in sorted(record.bases.items())}
     groups = {group: facts for group, facts in every.items() if facts["k"]}
     explained = {group: facts["explained"] for group, facts in groups.items()}
     shared = sum(f["k"] * f["d"] for f in groups.values())
@@ -166,14 +166,14 @@ def share_config(
         "mean_explained_variance": float(np.mean(values)),
         "min_explained_variance": min(values),
         "per_layer_explained_variance": explained,
-        OURS: _ours(head, adapters, every, sizes) | {"digest": digest, "num_skipped": len(skipped)},
+        OURS: _ours(record, adapters, every, sizes) | {"digest": digest, "num_skipped": len(skipped)},
     }
     config = {
         "share_version": "0.1.0",
         "num_components": max((f["k"] for f in groups.values()), default=0),
-        "component_selection": "auto" if head.settings["num_components"] == "auto" or _budget(head) else "fixed",
-        "variance_threshold": head.settings["variance_threshold"],
-        "base_model_name_or_path": head.base_model,
+        "component_selection": "auto" if record.settings["num_components"] == "auto" or _budget(record) else "fixed",
+        "variance_threshold": record.settings["variance_threshold"],
+        "base_model_name_or_path": record.base_model,
         "target_modules": sorted({m.rpartition(".")[2] for m in modules}),
         "lora_rank": _commonest([a.rank for a in adapters]),
         "lora_alpha": _commonest([a.alpha for a in adapters]),
@@ -195,14 +195,14 @@ def _with_itself(config: dict[str, Any], others: int) -> int:
     return found
 
 
-def _budget(head: Head) -> str | None:
-    return next((name for name in BUDGETS if head.settings.get(name) is not None), None)
+def _budget(record: CheckpointRecord) -> str | None:
+    return next((name for name in BUDGETS if record.settings.get(name) is not None), None)
 
 
 def _ours(
-    head: Head, adapters: Sequence[Figures], groups: Mapping[str, Facts], sizes: Mapping[str, int]
+    record: CheckpointRecord, adapters: Sequence[Statistics], groups: Mapping[str, Facts], sizes: Mapping[str, int]
 ) -> dict[str, Any]:
-    s = head.settings
+    s = record.settings
     lora = sum(a.lora_bytes for a in adapters if a.shared)
     kept = sum(a.kept_bytes for a in adapters if a.shared)
     shared = sizes["basis"] + sizes["loadings"] + kept
@@ -211,38 +211,38 @@ def _ours(
         "objective": s["objective"],
         "center": s["center"],
         "share_initial": s["share_initial"],
-        "dtype": head.dtype,
+        "dtype": record.dtype,
         "settings": dict(s),
-        "choice": head.choice,
-        "binding": dict(head.binding),
-        "cut_from": head.cut_from,
-        "basis_digest": head.basis_digest,
-        "components": head.components,
+        "choice": record.settings_key,
+        "binding": dict(record.binding),
+        "cut_from": record.cut_from,
+        "basis_digest": record.basis_key,
+        "components": record.components,
         "bytes": {
             **sizes,
             "originals": sum(a.source_bytes for a in adapters),
             "lora": lora,
             "lora_ratio": lora / shared if lora else 1.0,
         },
-        "errors": _errors(adapters) | ({} if head.projected or head.rule else _bound(groups, s["objective"])),
+        "errors": _errors(adapters) | ({} if record.projected or record.rule else _bound(groups, s["objective"])),
         "verbatim_adapters": [a.name for a in adapters if not a.shared],
-        "projected": list(head.projected),
-        "removed": list(head.removed),
+        "projected": list(record.projected),
+        "removed": list(record.removed),
         "groups": {g: {k: f[k] for k in ("n", *_BASIS)} for g, f in groups.items()},
-        **_of_rule(head, adapters),
+        **_of_rule(record, adapters),
     }
 
 
-def _of_rule(head: Head, adapters: Sequence[Figures]) -> dict[str, Any]:
+def _of_rule(record: CheckpointRecord, adapters: Sequence[Statistics]) -> dict[str, Any]:
     """By what forms were chosen, if they were; how much LoRA stands on no basis; what else was weighed."""
-    if head.rule is None:
+    if record.rule is None:
         return {}
-    weighed = [list(point) for point in head.weighed]
+    weighed = [list(point) for point in record.weighed]
     kept, own = sum(a.kept_bytes for a in adapters), sum(a.own_bytes for a in adapters)
-    return {"rule": dict(head.rule), "kept_bytes": kept, "own_bytes": own, "weighed": weighed}
+    return {"rule": dict(record.rule), "kept_bytes": kept, "own_bytes": own, "weighed": weighed}
 
 
-def _errors(adapters: Sequence[Figures]) -> dict[str, Any]:
+def _errors(adapters: Sequence[Statistics]) -> dict[str, Any]:
     """Relative dW error over the adapters that are compressed, those kept exact left aside.
 
     Returns:

@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any, NoReturn, TextIO
 
 from ..errors import Stopped, StreamError, UsageError
-from ..text import shown
+from ..text import printable
 from .arguments import parser
 
 _RERUN_HELPS = {
@@ -99,7 +99,7 @@ def _stop(args: dict[str, Any], number: int, frame: FrameType | None) -> NoRetur
 
 
 def _of_the_machine(e: OSError) -> tuple[StreamError, int]:
-    where = f" {shown(e.filename)}" if e.filename else ""
+    where = f" {printable(e.filename)}" if e.filename else ""
     text = f"{e.strerror or e}:{where}" if where else str(e.strerror or e)
     if e.errno in _RERUN_HELPS or isinstance(e, ConnectionError):
         return Stopped(text, remedy="Mend that, and run the same command again: what is done is kept."), 75

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import NoReturn
 
-from ..text import shown
+from ..text import printable
 from ..version import __version__
 
 _EPILOG = "Exit codes: 0 done, 1 permanent error, 2 usage, 3 done but adapters were left out, 75 stopped: run it again."
@@ -17,7 +17,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print usage and a message, and exit with 2."""
-        super().error(shown(message, 1000))
+        super().error(printable(message, 1000))
 
 
 def parser() -> argparse.ArgumentParser:

@@ -20,7 +20,7 @@ from ..plan.sources import resolve
 from ..runtime.dask import DaskClient, workers_of
 from ..runtime.progress import Progress, silent
 from ..settings import BUDGETS, Settings, overridden
-from ..text import listed, name_fault, shown
+from ..text import listed, name_fault, printable
 
 Args = Mapping[str, Any]
 log = logging.getLogger(__name__)
@@ -43,18 +43,20 @@ def with_config(args: Args) -> dict[str, Any]:
     values = read_yaml(path) or {}
     allowed = _SETTINGS | _PLACES.keys()
     if not isinstance(values, dict) or not all(isinstance(k, str) for k in values):
-        raise UsageError("the configuration is not a mapping of settings", found=shown(values))
+        raise UsageError("the configuration is not a mapping of settings", found=printable(values))
     unknown = sorted(k for k in values if k not in allowed)
     if unknown:
         raise UsageError(
-            f"unknown setting in {shown(path)}", found=listed(unknown), expected=listed(sorted(allowed), 20)
+            f"unknown setting in {printable(path)}", found=listed(unknown), expected=listed(sorted(allowed), 20)
         )
     for name, kind in _PLACES.items():
         if not isinstance(values.get(name, kind()), kind):
-            raise UsageError(f"{name} in {shown(path)} cannot be meant", found=values[name], expected=kind.__name__)
+            raise UsageError(f"{name} in {printable(path)} cannot be meant", found=values[name], expected=kind.__name__)
     several = [name for name in ("num_components", *BUDGETS) if values.get(name) is not None]
     if len(several) > 1:
-        raise UsageError(f"{shown(path)} says twice how large it may be", found=listed(several), expected="one of them")
+        raise UsageError(
+            f"{printable(path)} says twice how large it may be", found=listed(several), expected="one of them"
+        )
     return overridden(values, chosen)
 
 
@@ -99,7 +101,7 @@ def named_sources(chosen: Args, skipping: bool) -> list[Source]:
             remedy=f"Write them first: {listed(greedy)} takes all words that follow." if greedy else None,
         )
     if not isinstance(sources, list | dict) or not all(isinstance(s, str) for s in _paths(sources)):
-        raise UsageError("sources must be a list of paths, or a mapping of names to paths", found=shown(sources))
+        raise UsageError("sources must be a list of paths, or a mapping of names to paths", found=printable(sources))
     if "names" in chosen:
         names = chosen["names"]
         if isinstance(sources, dict) or len(names) != len(sources):
@@ -133,7 +135,7 @@ def planned(chosen: Args, workspace: Path, progress: Progress = silent) -> Plan:
         settings, fingerprint, presumed = dict(saved["settings"]), saved["fingerprint"], bool(saved.get("presumed"))
         refused = [AdapterError(**{k: str(r[k]) for k in ("problem", *_DETAILS) if k in r}) for r in saved["refused"]]
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UsageError(f"{shown(chosen['plan'])} is not a plan", found=f"{type(e).__name__}: {e}") from e
+        raise UsageError(f"{printable(chosen['plan'])} is not a plan", found=f"{type(e).__name__}: {e}") from e
     settings = overridden(settings, {k: v for k, v in chosen.items() if k in _SETTINGS})
     made = plan_for(sources, Settings.from_mapping(settings), workspace, progress=progress)
     if made.fingerprint_as(presumed=presumed) != fingerprint and not made.refused:
@@ -155,8 +157,8 @@ def names_meant(given: Sequence[str], known: Collection[str]) -> list[str]:
 def _saved_source(adapter: Mapping[str, Any]) -> Source:
     name, path, source_id = adapter["name"], adapter.get("path", adapter.get("asked")), adapter["source_id"]
     if not all(isinstance(text, str) for text in (name, path, source_id)) or "\0" in path or name_fault(name):
-        raise ValueError(f"an adapter is not described as a plan does: {shown(adapter)}")
+        raise ValueError(f"an adapter is not described as a plan does: {printable(adapter)}")
     hub = None if "path" in adapter else parse_hub_id(source_id)
     if "asked" in adapter and (hub is None or not hub.pinned):
-        raise ValueError(f"an adapter of the Hub is not pinned: {shown(adapter)}")
+        raise ValueError(f"an adapter of the Hub is not pinned: {printable(adapter)}")
     return Source(source_id, Path(path), name, hub=hub, asked=path if hub is not None else "")

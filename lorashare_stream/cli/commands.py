@@ -28,7 +28,7 @@ from ..report.analysis_text import analysis_as_json, analysis_text
 from ..report.summary_text import summary_text
 from ..report.text import facts, notes_text, plan_text, plan_warnings, table
 from ..runtime.dask import DaskClient
-from ..text import bytes_shown, counted, listed, name_fault, shown
+from ..text import bytes_shown, counted, listed, name_fault, printable
 from ..workspace.workspace import Workspace
 from .choices import Args, cluster_of, make_plan, names_meant, planned, with_config, with_workers
 from .output import print_result, progress_of, say_left_out, say_what_will_be_left_out
@@ -106,9 +106,9 @@ def _compress(
     skipped = outcome.skipped
     if before is not None:
         what = {"current": "is up to date", "projection": "has grown", "recompute": "has replaced what was there"}
-        log.info("%s %s", shown(out), what[outcome.method])
-    told = {note for entry in made.entries for note in entry.layout.notes}
-    for note in notes_text(Workspace(workspace).journal().receipts, told):
+        log.info("%s %s", printable(out), what[outcome.method])
+    told = {note for adapter in made.adapters for note in adapter.layout.notes}
+    for note in notes_text(Workspace(workspace).journal().admissions, told):
         log.info("%s", note)
     config = read_share_config(out)
     used = tree_bytes(workspace)
@@ -120,7 +120,7 @@ def _compress(
         "skipped": skipped_as_json(skipped),
         **info_of(config),
     }
-    drop = f"{bytes_shown(used)}, kept for growing and refitting; drop it by: rm -r {shlex.quote(shown(workspace))}"
+    drop = f"{bytes_shown(used)}, kept for growing and refitting; drop it by: rm -r {shlex.quote(printable(workspace))}"
     print_result(args, result, f"{summary_text(config)}\n{facts([('workspace', drop)])}")
     say_left_out(skipped, out)
     return SKIPPED if skipped else 0
@@ -156,7 +156,7 @@ def report(args: Args) -> int:
     content = page(findings_of(place_of(args["checkpoint"], local_files_only="offline" in args))).encode()
     with atomic_file(out) as f:
         f.write(content)
-    print_result(args, {"report": str(out), "bytes": len(content)}, f"{bytes_shown(len(content))} in {shown(out)}")
+    print_result(args, {"report": str(out), "bytes": len(content)}, f"{bytes_shown(len(content))} in {printable(out)}")
     return 0
 
 
@@ -177,7 +177,7 @@ def reconstruct(args: Args) -> int:
     unknown = [n for n in names if n not in model.all_loadings]
     if unknown:
         model.reconstruct(unknown[0])  # raises, naming what is near
-    unsafe = [f"{shown(n)} ({fault})" for n in names if (fault := name_fault(n))]
+    unsafe = [f"{printable(n)} ({fault})" for n in names if (fault := name_fault(n))]
     if unsafe and len(names) > 1:
         raise UsageError("names that cannot be folders", found=listed(unsafe), remedy="Reconstruct them one by one.")
     if out.exists() and not out.is_dir():
@@ -189,7 +189,7 @@ def reconstruct(args: Args) -> int:
     print_result(
         args,
         {"reconstructed": {n: str(f) for n, f in folders.items()}},
-        f"{counted(len(names), 'adapter')} in {shown(out)}",
+        f"{counted(len(names), 'adapter')} in {printable(out)}",
     )
     return 0
 
@@ -211,7 +211,7 @@ def verify(args: Args) -> int:
         ids = [str(model.certified(name).get("source_id", "")) for name in model.adapter_names]
         sources = [source for source in (source_of(i, None) for i in ids) if source.hub is not None]
         if not sources:
-            missing = f"no {shown(beside)}, and no adapter of the Hub"
+            missing = f"no {printable(beside)}, and no adapter of the Hub"
             raise UsageError("no originals to compare with", found=missing, remedy="Name them by --sources.")
     found = verdicts_of(model, originals_of(model, sources), workspace=beside, offline=offline)
     verdicts = list(progress_of(args)("verify", len(model.adapter_names), found))
@@ -234,7 +234,7 @@ def verify(args: Args) -> int:
     print_result(args, {"mean": mean, "failed": len(bad), "adapters": [asdict(v) for v in verdicts]}, text)
     for problem in dict.fromkeys(v.problem for v in bad):
         names = [v.name for v in bad if v.problem == problem]
-        print(f"FAILED {listed(names)}: {shown(problem, 2000)}", file=sys.stderr)
+        print(f"FAILED {listed(names)}: {printable(problem, 2000)}", file=sys.stderr)
     return 1 if bad else 0
 
 

@@ -15,14 +15,14 @@ from ..checkpoint.format import ADAPTERS
 from ..edits import add as adding
 from ..edits import refit as refitting
 from ..edits import remove as shrinking
-from ..edits.options import Means, opened
+from ..edits.options import RunOptions, opened
 from ..edits.remove import Removed
 from ..errors import StreamError, skipped_as_json
 from ..files import tree_bytes
 from ..report.summary_text import summary_text
 from ..report.text import facts
 from ..settings import BUDGETS, Settings
-from ..text import bytes_shown, counted, listed, shown
+from ..text import bytes_shown, counted, listed, printable
 from .choices import Args, cluster_of, named_sources, names_meant, with_workers
 from .output import print_result, progress_of, say_left_out
 
@@ -33,10 +33,10 @@ _ASKED = ("num_components", *BUDGETS, "trim_rank")  # of a refit
 
 
 @contextmanager
-def _means(args: Args) -> Iterator[Means]:
+def _means(args: Args) -> Iterator[RunOptions]:
     own = {f.name for f in fields(Settings)} - {*_ASKED}
     with cluster_of(args) as cluster:
-        yield Means(
+        yield RunOptions(
             workspace=Path(args["workspace"]) if "workspace" in args else None,
             changes={k: v for k, v in with_workers(args, cluster).items() if k in own},
             accept=args.get("accept"),
@@ -51,8 +51,8 @@ def add(args: Args) -> int:
     out, config = opened(Path(args["checkpoint"]))
     before = set(config.adapter_names)
     sources = named_sources(args, skipping=args.get("on_error") == "skip")
-    with _means(args) as means:
-        outcome = adding.add(out, sources, means)
+    with _means(args) as options:
+        outcome = adding.add(out, sources, options)
     config = read_share_config(out)
     tried = list(outcome.kept.items())[:20]
     added = [name for name in config.adapter_names if name not in before]
@@ -74,8 +74,8 @@ def remove(args: Args) -> int:
     """`remove`: adapters out of a checkpoint; fails if their trace was to go, and could not."""
     out = Path(args["checkpoint"])
     names = names_meant(args.get("adapters", ()), opened(out)[1].adapter_names)
-    with _means(args) as means:
-        done = shrinking.remove(out, names, means, refit="refit" in args)
+    with _means(args) as options:
+        done = shrinking.remove(out, names, options, refit="refit" in args)
     left = sorted({*done.in_bases, *(done.in_moments or {})})
     result = {
         "removed": list(done.names),
@@ -118,15 +118,15 @@ def refit(args: Args) -> int:
     """`refit`: another k, or bases anew."""
     asked = {name: args[name] for name in _ASKED if name in args}
     out = Path(args["output"])
-    with _means(args) as means:
-        method = refitting.refit(Path(args["place"]), asked, out, means, overwrite="overwrite" in args)
+    with _means(args) as options:
+        method = refitting.refit(Path(args["place"]), asked, out, options, overwrite="overwrite" in args)
     config = read_share_config(out)
     note = {
         "sliced": "cut from what was stored; errors follow from those of the larger k, and are not measured",
         "recompute": "bases fitted, and all adapters projected from their sources",
         "current": "nothing to do",
     }[method]
-    log.info("%s: %s", shown(out), note)
+    log.info("%s: %s", printable(out), note)
     if config.ours["removed"]:
         log.warning("removed adapters are in the moments, and so in the bases, until remove --refit frees them")
     result: dict[str, Any] = {"checkpoint": str(out), "method": method, "k": config.num_components}

@@ -11,7 +11,7 @@ from ..checkpoint.publish import demand_folder
 from ..errors import UsageError
 from ..hub.discover import discover as listed_by_hub
 from ..hub.discover import write_manifest
-from ..text import bytes_shown, counted, listed, shown
+from ..text import bytes_shown, counted, listed, printable
 from .choices import Args
 from .output import print_result, progress_of
 
@@ -41,19 +41,19 @@ def discover(args: Args) -> int:
     write_manifest(out, found.items)
     for reason, number in Counter(reason for _, reason in found.left_out).most_common(8):
         some = listed((repo for repo, why in found.left_out if why == reason), 3)
-        print(f"left out {number} ({some}): {shown(reason)}", file=sys.stderr)
+        print(f"left out {number} ({some}): {printable(reason)}", file=sys.stderr)
     size = sum({item["repo"]: item.get("size") or 0 for item in found.items}.values())
     gated = sum(bool(item.get("gated")) for item in found.items)
     others = Counter(item["base_model"] for item in found.items if item["base_model"] not in (base, *aliases))
-    names = f"--base-model {shlex.quote(shown(base))}"
-    names += f" --base-alias {' '.join(shlex.quote(shown(a)) for a in aliases)}" if aliases else ""
-    text = f"{counted(len(found.items), 'adapter')} in {shown(out)}, in repositories of {bytes_shown(size)}"
+    names = f"--base-model {shlex.quote(printable(base))}"
+    names += f" --base-alias {' '.join(shlex.quote(printable(a)) for a in aliases)}" if aliases else ""
+    text = f"{counted(len(found.items), 'adapter')} in {printable(out)}, in repositories of {bytes_shown(size)}"
     text += f"; {gated} gated" if gated else ""
     if others:
         some = listed(f"{name} by {n}" for name, n in others.most_common(5))
         text += f"\nOther names of the base, which compress takes for other models unless --base-alias has them: {some}"
     skip = " --on-error skip" if gated or others else ""
-    text += f"\nCompress them: lorashare-stream compress {shlex.quote(shown(out))} -o OUT {names}{skip}"
+    text += f"\nCompress them: lorashare-stream compress {shlex.quote(printable(out))} -o OUT {names}{skip}"
     left_out = [{"repo": repo, "reason": reason} for repo, reason in found.left_out]
     print_result(args, {"manifest": str(out), "adapters": len(found.items), "left_out": left_out}, text)
     return 0
@@ -74,8 +74,8 @@ def push(args: Args) -> int:
         overwrite="overwrite" in args,
         progress=progress_of(args),
     )
-    to = f" at {shown(args['revision'])}" if "revision" in args else ""
-    text = f"pushed to {done.repo}{to} ({'private' if done.private else 'public'}): {shown(done.url)}"
+    to = f" at {printable(args['revision'])}" if "revision" in args else ""
+    text = f"pushed to {done.repo}{to} ({'private' if done.private else 'public'}): {printable(done.url)}"
     text += f"\n{counted(done.files, 'file')} uploaded, {done.deleted} deleted, {done.present} there already"
     text += "" if done.files or done.deleted else ": nothing had changed"
     result = {"repo": done.repo, "url": done.url, "revision": done.revision, "uploaded": done.files}

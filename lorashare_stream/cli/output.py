@@ -14,7 +14,7 @@ from ..cli import progress
 from ..errors import AdapterError, problem_lines
 from ..plan.plan import Plan
 from ..runtime.progress import Progress, silent
-from ..text import counted, shown
+from ..text import counted, printable
 from .choices import Args
 
 
@@ -52,6 +52,6 @@ def say_what_will_be_left_out(made: Plan) -> None:
 def say_left_out(skipped: Sequence[AdapterError], out: Path) -> None:
     """Adapters that were left out, with the reasons."""
     if skipped:
-        where = shown(out / "skipped.json")
+        where = printable(out / "skipped.json")
         print(f"left out {counted(len(skipped), 'adapter')}; the reasons are in {where}:", file=sys.stderr)
         print("\n".join(problem_lines(skipped)), file=sys.stderr)

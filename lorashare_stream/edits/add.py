@@ -14,11 +14,11 @@ from ..adapters.folder import digest_files
 from ..adapters.source import Source
 from ..checkpoint.config import SHAREConfig, read_share_config
 from ..checkpoint.format import OURS, skipped_of
-from ..checkpoint.records import metas_of, receipt_in
-from ..checkpoint.staging import sweep
-from ..checkpoint.summary import counts_of, head_of
+from ..checkpoint.records import admission_in, metas_of
+from ..checkpoint.staging import remove_stale
+from ..checkpoint.summary import counts_of, record_of
 from ..errors import AdapterError, CheckpointError, UsageError, WorkspaceError, refusal, skipped_as_json
-from ..hub.lookup import fetching_for, looked_up, loose_ids, recalled
+from ..hub.lookup import fetching_for, loose_ids, recalled, resolve_on_hub
 from ..pipeline import Outcome, plan_for
 from ..plan.catalog import Surveyed, catalog, read_entries
 from ..plan.plan import make_plan
@@ -26,16 +26,16 @@ from ..plan.sources import resolve
 from ..settings import Settings
 from ..stages.grow import demand_unchanged, grow, offer, staged_digest
 from ..stages.job import Job
-from ..stages.passes import digest_of_job, ingested
+from ..stages.passes import checkpoint_key_of, ingested
 from ..stages.run import Run
-from ..text import folded, listed, shown
-from ..workspace.journal import Journal, Receipt
-from .options import Means, check_same, opened
+from ..text import folded, listed, printable
+from ..workspace.journal import Admission, Journal
+from .options import RunOptions, check_same, opened
 
 log = logging.getLogger(__name__)
 
 
-def add(checkpoint: Path, sources: Sequence[Source], means: Means, *, refit: bool = False) -> Outcome:
+def add(checkpoint: Path, sources: Sequence[Source], options: RunOptions, *, refit: bool = False) -> Outcome:
     """Add adapters to a checkpoint: project them on its bases if these keep enough of each, else fit bases anew.
 
     Without a workspace, adapters can only be projected.
@@ -43,40 +43,40 @@ def add(checkpoint: Path, sources: Sequence[Source], means: Means, *, refit: boo
     Args:
         checkpoint: one of ours.
         sources: the adapters; those that it has are passed over.
-        means: with what, and what share of dW energy must be kept.
+        options: with what, and what share of dW energy must be kept.
         refit: fit bases anew in any case, for which the workspace is needed.
 
     Raises:
         CollectionError: if bases must be fitted anew, and cannot: it says what the bases that are there keep.
     """
     out, config = opened(checkpoint)
-    settings, root = means.settings(config), means.root_of(out, config)
+    settings, root = options.settings(config), options.root_of(out, config)
     loose = any(s.hub is not None and not s.hub.pinned for s in sources)
     pins = _pins_in(out, config) if loose else None
-    sources, surveyed = looked_up(sources, settings, root, pins=pins, progress=means.progress)
+    sources, surveyed = resolve_on_hub(sources, settings, root, pins=pins, progress=options.progress)
     _check_names(config, out, sources)
     if root is None:
         if refit:
             raise WorkspaceError("no workspace to fit bases anew from", remedy="Compress the sources again.")
-        return _add_by_projection(out, config, sources, surveyed, settings, means)
+        return _add_by_projection(out, config, sources, surveyed, settings, options)
     check_same(out, config, root, adding={s.id for s in sources})
     held = recalled(root)
     fresh = _fresh(sources, [(s.id, s.name) for s in held])
     names = [str(s.name) for s in held]
-    plan = plan_for([*held, *fresh], settings, root, recalled=names, progress=means.progress)
-    before = [e for e in skipped_of(out) if e.get("adapter") not in {x.name for x in plan.entries}]
-    return means.compress(
-        plan, out, root, refit=refit and bool(fresh), accept=means.accept, there=config, also_left_out=before
+    plan = plan_for([*held, *fresh], settings, root, recalled=names, progress=options.progress)
+    before = [e for e in skipped_of(out) if e.get("adapter") not in {x.name for x in plan.adapters}]
+    return options.compress(
+        plan, out, root, refit=refit and bool(fresh), accept=options.accept, there=config, also_left_out=before
     )
 
 
-def add_one(checkpoint: Path, adapter: str | Mapping[str, str], means: Means, *, refit: bool) -> dict[str, Any]:
+def add_one(checkpoint: Path, adapter: str | Mapping[str, str], options: RunOptions, *, refit: bool) -> dict[str, Any]:
     """Add one adapter, as lorashare's `add_adapter` does.
 
     Args:
         checkpoint: one of ours.
         adapter: its folder, or its name and its folder.
-        means, refit: as for `add`.
+        options, refit: as for `add`.
 
     Returns:
         `method` (`"projection"` or `"recompute"`), `adapter_name`; and `min_explained_variance` and
@@ -86,7 +86,7 @@ def add_one(checkpoint: Path, adapter: str | Mapping[str, str], means: Means, *,
     if len(sources) != 1:
         raise UsageError("one adapter can be added at a time", found=listed(s.wanted_name for s in sources))
     before = set(read_share_config(checkpoint).adapter_names)
-    outcome = add(checkpoint, sources, means, refit=refit)
+    outcome = add(checkpoint, sources, options, refit=refit)
     added = [name for name in read_share_config(checkpoint).adapter_names if name not in before]
     if not added:
         raise UsageError("the checkpoint has this adapter already", found=sources[0].where)
@@ -101,20 +101,20 @@ def _check_names(config: SHAREConfig, out: Path, sources: Sequence[Source]) -> N
         name = None if source.name is None else taken.get(folded(source.name))
         if name is not None and next(metas_of(out, [name]))[OURS]["source_id"] != source.id:
             raise UsageError(
-                f"there is an adapter named {shown(name)!r} already", found=source.path, remedy="Give another name."
+                f"there is an adapter named {printable(name)!r} already", found=source.path, remedy="Give another name."
             )
 
 
-def _check_unchanged(there: Sequence[Receipt], sources: Sequence[Source], settings: Settings) -> None:
+def _check_unchanged(there: Sequence[Admission], sources: Sequence[Source], settings: Settings) -> None:
     """Refuse sources that are in the checkpoint, and have changed since."""
     known = {r.source_id: r for r in there}
     sources = [s for s in sources if s.hub is None]  # what is pinned does not change
     for source_id, entry in read_entries([s for s in sources if s.id in known], settings).items():
-        receipt = known[source_id]
-        if entry.config_digest != receipt.config_digest or digest_files(entry.paths) != receipt.digest:
+        admission = known[source_id]
+        if entry.config_digest != admission.config_digest or digest_files(entry.paths) != admission.digest:
             raise AdapterError(
                 "the adapter has changed since it was compressed",
-                adapter=receipt.name,
+                adapter=admission.name,
                 remedy="Take it out by lorashare-stream remove, then add it again.",
             )
 
@@ -130,10 +130,10 @@ def _pins_in(out: Path, config: SHAREConfig) -> dict[str, str]:
     return loose_ids(str(meta[OURS]["source_id"]) for meta in metas_of(out, config.adapter_names))
 
 
-def _receipts_in(out: Path, config: SHAREConfig) -> list[Receipt]:
+def _receipts_in(out: Path, config: SHAREConfig) -> list[Admission]:
     """What a checkpoint records of its adapters."""
     try:
-        return [receipt_in(meta) for meta in metas_of(out, config.adapter_names)]
+        return [admission_in(meta) for meta in metas_of(out, config.adapter_names)]
     except CheckpointError:
         demand_unchanged(out, config)  # else another run is taking the adapter out
         raise
@@ -145,46 +145,46 @@ def _add_by_projection(
     sources: Sequence[Source],
     surveyed: Surveyed,
     settings: Settings,
-    means: Means,
+    options: RunOptions,
 ) -> Outcome:
     log.info("no workspace is named, nor beside the checkpoint: adapters are projected on its bases only")
     there = _receipts_in(out, config)
     fresh = _fresh(sources, [(r.source_id, r.name) for r in there])
     _check_unchanged(there, sources, settings)
     if not fresh:
-        sweep(out, staged_digest(config.ours["digest"], config.ours["basis_digest"]))
+        remove_stale(out, staged_digest(config.ours["digest"], config.ours["basis_digest"]))
         return Outcome([], "current")
-    plan = make_plan(catalog(fresh, settings, receipts=there, surveyed=surveyed), settings, grows=True)
+    plan = make_plan(catalog(fresh, settings, admissions=there, surveyed=surveyed), settings, grows=True)
     plan.validate()
-    with fetching_for(settings, None) as fetcher, means.running(plan, out.parent, out, fetcher) as run:
-        return _projected(out, config, there, run, means)
+    with fetching_for(settings, None) as fetcher, options.running(plan, out.parent, out, fetcher) as run:
+        return _projected(out, config, there, run, options)
 
 
-def _projected(out: Path, config: SHAREConfig, there: Sequence[Receipt], run: Run, means: Means) -> Outcome:
+def _projected(out: Path, config: SHAREConfig, there: Sequence[Admission], run: Run, options: RunOptions) -> Outcome:
     """Project the adapters of a run's plan on the bases of a checkpoint that has others."""
     plan, settings = run.plan, run.plan.settings
-    threshold = config.variance_threshold if means.accept is None else means.accept
-    receipts = list(ingested(run, plan.entries))
-    refused = [*plan.refused, *(r for r in receipts if isinstance(r, AdapterError))]
+    threshold = config.variance_threshold if options.accept is None else options.accept
+    admissions = list(ingested(run, plan.adapters))
+    refused = [*plan.refused, *(r for r in admissions if isinstance(r, AdapterError))]
     if refused and settings.on_error == "raise":
         raise refusal(f"{len(refused)} adapters cannot be added", refused, "Leave them out, or use --on-error skip.")
-    admitted = tuple(r for r in receipts if isinstance(r, Receipt))
+    admitted = tuple(r for r in admissions if isinstance(r, Admission))
     if not admitted:
         return Outcome(refused, "current")
-    shapes = {e.shapes_digest: e.shapes for e in plan.entries}
-    journal, choice = Journal((*there, *admitted)), head_of(config).choice
+    shapes = {e.shapes_key: e.shapes for e in plan.adapters}
+    journal, settings_key = Journal((*there, *admitted)), record_of(config).settings_key
     job = Job(
         settings=settings,
         storage=config.ours["dtype"],
-        entries={e.name: e for e in plan.entries},
+        adapters={e.name: e for e in plan.adapters},
         journal=journal,
         shapes={r.shapes: shapes[r.shapes] for r in admitted},
         workspace=out,
         bases=out,
         out=out,
         device="cpu",
-        choice=choice,
-        digest=digest_of_job(choice, journal.receipts),
+        settings_key=settings_key,
+        checkpoint_key=checkpoint_key_of(settings_key, journal.admissions),
     )
     counts = counts_of(config)
     for group, n in replace(job, journal=Journal(admitted)).counts.items():

@@ -12,8 +12,8 @@ from typing import Any
 from ..adapters.dtypes import DTYPES
 from ..checkpoint.config import SHAREConfig, read_share_config
 from ..checkpoint.publish import demand_folder, output_folder
-from ..checkpoint.staging import mend
-from ..checkpoint.summary import head_of
+from ..checkpoint.staging import recover
+from ..checkpoint.summary import record_of
 from ..errors import WorkspaceError
 from ..hub.fetch import Fetcher
 from ..pipeline import Outcome, compress, default_workspace
@@ -28,7 +28,7 @@ from ..workspace.workspace import Workspace
 
 
 @dataclass(frozen=True)
-class Means:
+class RunOptions:
     """With what a checkpoint is changed.
 
     Attributes:
@@ -59,7 +59,7 @@ class Means:
             if self.workspace is not None:
                 raise WorkspaceError("no workspace", found=root, remedy="Name the one of the checkpoint.")
             return None
-        if head_of(config).basis_digest not in Workspace(root).published():
+        if record_of(config).basis_key not in Workspace(root).published():
             raise WorkspaceError(
                 "the workspace is not the one that the checkpoint was made with",
                 found=root,
@@ -78,7 +78,7 @@ class Means:
     def settings(self, config: SHAREConfig) -> Settings:
         """Those with which a checkpoint was made, but for the changes."""
         base = config.base_model_name_or_path or None
-        made = {**head_of(config).settings, "base_model": base, "dtype": DTYPES[config.ours["dtype"]]}
+        made = {**record_of(config).settings, "base_model": base, "dtype": DTYPES[config.ours["dtype"]]}
         return Settings.from_mapping(overridden(made, self.changes))
 
     def compress(self, plan: Plan, out: Path, root: Path, **options: Any) -> Outcome:
@@ -108,9 +108,9 @@ def check_same(
     Raises:
         WorkspaceError: naming those that one has and the other has not.
     """
-    receipts = Workspace(workspace).journal().receipts
-    there, active = set(config.adapter_names) - set(removing), {r.name for r in receipts} - set(removing)
-    waiting = [r.name for r in receipts if r.name in active - there and r.source_id not in adding]
+    admissions = Workspace(workspace).journal().admissions
+    there, active = set(config.adapter_names) - set(removing), {r.name for r in admissions} - set(removing)
+    waiting = [r.name for r in admissions if r.name in active - there and r.source_id not in adding]
     if waiting or there - active:
         demand_unchanged(out, config)  # else another run is between the two
     if waiting:
@@ -137,5 +137,5 @@ def opened(folder: Path) -> tuple[Path, SHAREConfig]:
     """
     demand_folder(folder)
     out = output_folder(Path(os.path.realpath(folder)))  # the workspace lies beside what a link leads to
-    mend(out)
+    recover(out)
     return out, read_share_config(out)

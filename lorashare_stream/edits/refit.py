@@ -11,8 +11,8 @@ from typing import Any
 from ..checkpoint.config import SHAREConfig
 from ..checkpoint.format import CONFIG, ours_of
 from ..checkpoint.publish import check_output, output_folder
-from ..checkpoint.staging import mend
-from ..checkpoint.summary import head_of
+from ..checkpoint.staging import recover
+from ..checkpoint.summary import record_of
 from ..errors import WorkspaceError
 from ..files import read_sealed
 from ..hub.lookup import recalled
@@ -21,10 +21,10 @@ from ..runtime.executors import Local, Places, at
 from ..settings import BUDGETS, Settings, overridden
 from ..stages.slice import cut_of, slice_checkpoint
 from ..workspace.workspace import Workspace
-from .options import Means, check_same, opened
+from .options import RunOptions, check_same, opened
 
 
-def refit(place: Path, asked: Mapping[str, Any], out: Path, means: Means, *, overwrite: bool = False) -> str:
+def refit(place: Path, asked: Mapping[str, Any], out: Path, options: RunOptions, *, overwrite: bool = False) -> str:
     """Another k from the same moments, or the same k for all that was added and taken out since.
 
     A smaller k than the checkpoint has is cut from what it stores, without sources or workspace. Else bases are fitted
@@ -34,25 +34,25 @@ def refit(place: Path, asked: Mapping[str, Any], out: Path, means: Means, *, ove
         place: a checkpoint of ours, or a workspace.
         asked: k, a budget, or whether ranks are trimmed; what is not named stays as it is.
         out: the new checkpoint's folder; it may be `place`.
-        means: with what.
+        options: with what.
         overwrite: replace a checkpoint of another run at `out`.
 
     Returns:
         `sliced`, `recompute` or `current`.
     """
-    changes = {**means.changes, **asked}
+    changes = {**options.changes, **asked}
     if Workspace(place).exists():
         root, settings = place, Settings.from_mapping(overridden(_last_settings(place), changes))
     else:
         place, config = opened(place)
-        settings = Settings.from_mapping(overridden(means.settings(config).as_dict(), asked))
+        settings = Settings.from_mapping(overridden(options.settings(config).as_dict(), asked))
         in_place, same = place == output_folder(out), _is_so(config, settings)
         if in_place and (same or (bool(asked) and _is_cut_to(config, settings))):
             return "current"
         k = settings.num_components
         if isinstance(k, int) and _can_cut(config, settings) and (k < config.num_components or (same and not in_place)):
-            return _slice(place, config, k, out, means, overwrite)
-        found = means.root_of(place, config)
+            return _slice(place, config, k, out, options, overwrite)
+        found = options.root_of(place, config)
         if found is None:
             raise WorkspaceError(
                 "only a smaller k can be cut from a checkpoint without its workspace",
@@ -62,8 +62,8 @@ def refit(place: Path, asked: Mapping[str, Any], out: Path, means: Means, *, ove
         check_same(place, config, found)
         root = found
     held = recalled(root)
-    plan = plan_for(held, settings, root, recalled=[str(s.name) for s in held], progress=means.progress)
-    return means.compress(plan, out, root, refit=True, overwrite=overwrite).method
+    plan = plan_for(held, settings, root, recalled=[str(s.name) for s in held], progress=options.progress)
+    return options.compress(plan, out, root, refit=True, overwrite=overwrite).method
 
 
 def _last_settings(workspace: Path) -> dict[str, Any]:
@@ -79,15 +79,15 @@ def _last_settings(workspace: Path) -> dict[str, Any]:
 
 def _is_so(config: SHAREConfig, settings: Settings) -> bool:
     """Whether a checkpoint has this k, as it was asked for, and bases that are fitted to its adapters and no others."""
-    head, k = head_of(config), settings.num_components
-    same = _bought(config) == settings.bought and (k == head.settings["num_components"] or bool(settings.budget))
-    same = same and (k != "auto" or settings.variance_threshold == head.settings["variance_threshold"])
-    return same and not head.projected and not head.removed
+    record, k = record_of(config), settings.num_components
+    same = _bought(config) == settings.bought and (k == record.settings["num_components"] or bool(settings.budget))
+    same = same and (k != "auto" or settings.variance_threshold == record.settings["variance_threshold"])
+    return same and not record.projected and not record.removed
 
 
 def _bought(config: SHAREConfig) -> tuple[Any, ...]:
     """What decided the forms of the modules of a checkpoint, beside k."""
-    made = head_of(config).settings
+    made = record_of(config).settings
     return Settings.from_mapping({name: made[name] for name in (*BUDGETS, "trim_rank") if name in made}).bought
 
 
@@ -98,27 +98,27 @@ def _can_cut(config: SHAREConfig, settings: Settings) -> bool:
 
 def _is_cut_to(config: SHAREConfig, settings: Settings) -> bool:
     """Whether a checkpoint was cut to this k: the same command has done its work."""
-    head = head_of(config)
-    same = head.settings["num_components"] == settings.num_components
-    return head.cut_from is not None and same and _bought(config) == settings.bought
+    record = record_of(config)
+    same = record.settings["num_components"] == settings.num_components
+    return record.cut_from is not None and same and _bought(config) == settings.bought
 
 
-def _slice(place: Path, config: SHAREConfig, k: int, out: Path, means: Means, overwrite: bool) -> str:
+def _slice(place: Path, config: SHAREConfig, k: int, out: Path, options: RunOptions, overwrite: bool) -> str:
     out = output_folder(out)
-    mend(out)
+    recover(out)
     cut = cut_of(place, config, k, out)
     ours = ours_of(out) or {}
-    if (ours.get("digest"), ours.get("basis_digest")) == (cut.digest, cut.head.basis_digest):
+    if (ours.get("digest"), ours.get("basis_digest")) == (cut.digest, cut.record.basis_key):
         return "current"
-    root = means.root_of(place, config)
+    root = options.root_of(place, config)
     own = {cut.source_digest} if out == place else set() if root is None else Workspace(root).published()
     check_output(out, own=own, overwrite=overwrite)
-    workers = means.settings(config).workers or os.cpu_count() or 1
-    with nullcontext() if root is None else Workspace.open(root, None, take_lock=means.take_lock) as work:
+    workers = options.settings(config).workers or os.cpu_count() or 1
+    with nullcontext() if root is None else Workspace.open(root, None, take_lock=options.take_lock) as work:
         if work is not None:
-            work.publishing(out, cut.head.basis_digest, ours.get("basis_digest"))
+            work.publishing(out, cut.record.basis_key, ours.get("basis_digest"))
         where = (place / CONFIG).absolute()
         places = Places(out.parent.absolute(), (out.parent.absolute(),), ((where, where.stat().st_size),))
-        with at(means.executor or Local(), lambda: places) as executor:
-            slice_checkpoint(cut, executor, workers, means.progress)
+        with at(options.executor or Local(), lambda: places) as executor:
+            slice_checkpoint(cut, executor, workers, options.progress)
     return "sliced"

@@ -10,18 +10,18 @@ from pathlib import Path
 
 from threadpoolctl import threadpool_limits
 
-from ..adapters.adapter import Entry
+from ..adapters.adapter import Adapter
 from ..adapters.config import configured_ranks
 from ..adapters.keys import group_id, parse_key, split_group_id
 from ..adapters.safetensors import read_header
 from ..checkpoint.config import SHAREConfig, read_share_config
 from ..checkpoint.format import ADAPTERS, LOADINGS, OURS, VERBATIM, skipped_of
-from ..checkpoint.records import config_in, metas_of, receipt_in, takes_part
+from ..checkpoint.records import admission_in, config_in, metas_of, takes_part
 from ..checkpoint.staging import Staging
-from ..checkpoint.summary import counts_of, head_of
+from ..checkpoint.summary import counts_of, record_of
 from ..errors import AdapterError, CheckpointError, StreamError, UsageError, WorkspaceError, unknown_adapter
 from ..files import read_sealed, write_sealed
-from ..hub.lookup import fetching_for, looked_up, recalled, source_of
+from ..hub.lookup import fetching_for, recalled, resolve_on_hub, source_of
 from ..linalg.device import resolve_device
 from ..pipeline import plan_for, recompute
 from ..plan.catalog import read_entries
@@ -30,14 +30,14 @@ from ..plan.plan import Plan
 from ..stages.clean import clean_module
 from ..stages.grow import changed, demand_unchanged
 from ..stages.job import Job
-from ..stages.passes import digest_of_job, journal_of_plan, make_job
+from ..stages.passes import checkpoint_key_of, journal_of_plan, make_job
 from ..stages.project import check_unchanged
 from ..stages.run import Run
 from ..stages.update import catch_up, forget_unused
 from ..text import digest_of, is_component
-from ..workspace.journal import Journal, Receipt, Removal
+from ..workspace.journal import Admission, Journal, Removal
 from ..workspace.workspace import Workspace
-from .options import Means, check_same, opened
+from .options import RunOptions, check_same, opened
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Removed:
     absent: tuple[str, ...] = ()
 
 
-def remove(checkpoint: Path, names: Sequence[str], means: Means, *, refit: bool = False) -> Removed:
+def remove(checkpoint: Path, names: Sequence[str], options: RunOptions, *, refit: bool = False) -> Removed:
     """Take adapters out of a checkpoint: their files and their stacked columns go.
 
     Sums and bases still contain what they added, unless they are computed anew.
@@ -65,7 +65,7 @@ def remove(checkpoint: Path, names: Sequence[str], means: Means, *, refit: bool 
     Args:
         checkpoint: one of ours.
         names: of the adapters.
-        means: with what.
+        options: with what.
         refit: free the moments of them, fit the bases anew and project the others anew, where their sources allow it.
 
     Raises:
@@ -73,7 +73,7 @@ def remove(checkpoint: Path, names: Sequence[str], means: Means, *, refit: bool 
         UsageError: if no adapter would stay.
     """
     out, config = opened(checkpoint)
-    root = means.root_of(out, config)
+    root = options.root_of(out, config)
     journal = Journal() if root is None else Workspace(root).journal()
     _check_names(out, config, journal, names, refit)
     if root is None and refit:
@@ -88,13 +88,13 @@ def remove(checkpoint: Path, names: Sequence[str], means: Means, *, refit: bool 
         check_same(out, config, root, removing=names)
     held = [s for s in recalled(root) if s.name not in names]
     names_held = [str(s.name) for s in held]
-    plan = plan_for(held, means.settings(config), root, recalled=names_held, progress=means.progress)
+    plan = plan_for(held, options.settings(config), root, recalled=names_held, progress=options.progress)
     device = resolve_device(plan.settings.device)
     with (
         threadpool_limits(1, user_api="blas"),
-        Workspace.open(root, plan.binding, take_lock=means.take_lock) as work,
+        Workspace.open(root, plan.binding, take_lock=options.take_lock) as work,
         fetching_for(plan.settings, root) as fetcher,
-        means.running(plan, root, out, fetcher, work.check_held) as run,
+        options.running(plan, root, out, fetcher, work.check_held) as run,
     ):
         demand_unchanged(out, config)
         take_out(work, journal_of_plan(plan, work), names)
@@ -116,7 +116,7 @@ def remove(checkpoint: Path, names: Sequence[str], means: Means, *, refit: bool 
 def _check_names(out: Path, config: SHAREConfig, journal: Journal, names: Sequence[str], refit: bool) -> None:
     if not names and not refit:
         raise UsageError("no adapter is named", remedy="Name those to take out, or give --refit.")
-    active = {*config.adapter_names, *(r.name for r in journal.receipts)}
+    active = {*config.adapter_names, *(r.name for r in journal.admissions)}
     before = {e.name for e in journal.entries if isinstance(e, Removal)} | {*config.ours["removed"]}
     for name in names:
         if name not in active | before and not (is_component(name) and (out / ADAPTERS / name).is_dir()):
@@ -127,23 +127,23 @@ def _check_names(out: Path, config: SHAREConfig, journal: Journal, names: Sequen
 
 def _of_unchanged(plan: Plan, journal: Journal) -> Plan:
     """The plan, in which adapters whose sources have changed count as absent."""
-    receipts = {r.name: r for r in journal.receipts}
+    admissions = {r.name: r for r in journal.admissions}
     changed: list[AdapterError] = []
-    for entry in plan.entries:
+    for adapter in plan.adapters:
         try:
-            check_unchanged(entry, receipts[entry.name])
+            check_unchanged(adapter, admissions[adapter.name])
         except AdapterError as e:
             changed.append(e)
     names = {e.adapter for e in changed}
-    entries = tuple(e for e in plan.entries if e.name not in names)
-    return replace(plan, entries=entries, absent=(*plan.absent, *changed))
+    adapters = tuple(e for e in plan.adapters if e.name not in names)
+    return replace(plan, adapters=adapters, absent=(*plan.absent, *changed))
 
 
-def _removed_entries(job: Job, workspace: Path) -> dict[str, Entry]:
+def _removed_entries(job: Job, workspace: Path) -> dict[str, Adapter]:
     """Adapters that were taken out and can be read, or fetched, by source id."""
     removed = [job.journal.entries[e.admission] for e in job.journal.entries if isinstance(e, Removal)]
-    sources = [source_of(r.source_id, r.name) for r in removed if isinstance(r, Receipt)]
-    found, surveyed = looked_up(sources, job.settings, workspace)
+    sources = [source_of(r.source_id, r.name) for r in removed if isinstance(r, Admission)]
+    found, surveyed = resolve_on_hub(sources, job.settings, workspace)
     return read_entries(found, job.settings, surveyed)
 
 
@@ -154,20 +154,20 @@ def shrink(out: Path, config: SHAREConfig, names: Sequence[str]) -> None:
         out, config: the checkpoint.
         names: of adapters that it names, or did before this was interrupted.
     """
-    head, gone = head_of(config), set(names)
+    record, gone = record_of(config), set(names)
     counts = _counts_without(out, config, gone)
-    outside = {*_outside(out, config), *head.projected}
-    head = replace(
-        head,
-        projected=tuple(n for n in head.projected if n not in gone),
-        removed=tuple(sorted({*head.removed, *(n for n in config.adapter_names if n in gone - outside)})),
+    outside = {*_outside(out, config), *record.projected}
+    record = replace(
+        record,
+        projected=tuple(n for n in record.projected if n not in gone),
+        removed=tuple(sorted({*record.removed, *(n for n in config.adapter_names if n in gone - outside)})),
     )
     left_out = skipped_of(out)
     stay = [n for n in config.adapter_names if n not in gone]
-    digest = digest_of_job(head.choice, [receipt_in(meta) for meta in metas_of(out, stay)])
+    digest = checkpoint_key_of(record.settings_key, [admission_in(meta) for meta in metas_of(out, stay)])
     with Staging.open(out, digest_of(["shrinking", digest])) as staging:
         demand_unchanged(out, config)
-        staging.replace(out, changed(out, head, stay, counts, digest, left_out), left_out)
+        staging.replace(out, changed(out, record, stay, counts, digest, left_out), left_out)
         staging.take_out(out, names)
         staging.clear()
 
@@ -236,27 +236,29 @@ def traces(job: Job) -> dict[str, int]:
     return found
 
 
-def clean(run: Run, job: Job, entries: Mapping[str, Entry]) -> None:
+def clean(run: Run, job: Job, adapters: Mapping[str, Adapter]) -> None:
     """Free the moments of the vectors of adapters that were taken out, where that can be done.
 
     Args:
         run, job: of the adapters that stay.
-        entries: adapters that can be read, by source id.
+        adapters: adapters that can be read, by source id.
     """
     for module in _fitted_to_removed(job):
         Workspace(job.workspace).forget(module)
     removed = {e.admission: job.journal.entries[e.admission] for e in job.journal.entries if isinstance(e, Removal)}
-    gone = {i: entries[r.source_id] for i, r in removed.items() if isinstance(r, Receipt) and r.source_id in entries}
-    gone = {i: entry for i, entry in gone.items() if _is_unchanged(entry, removed[i])}
+    gone = {
+        i: adapters[r.source_id] for i, r in removed.items() if isinstance(r, Admission) and r.source_id in adapters
+    }
+    gone = {i: adapter for i, adapter in gone.items() if _is_unchanged(adapter, removed[i])}
     budget = job.settings.disk_budget
-    fitting: dict[int, Entry] = {}
-    for i, entry in gone.items():  # of what does not fit, the modules are summed anew
-        if budget is None or sum(e.hub_bytes for e in fitting.values()) + entry.hub_bytes <= budget // 2:
-            fitting[i] = entry
+    fitting: dict[int, Adapter] = {}
+    for i, adapter in gone.items():  # of what does not fit, the modules are summed anew
+        if budget is None or sum(e.hub_bytes for e in fitting.values()) + adapter.hub_bytes <= budget // 2:
+            fitting[i] = adapter
     gone = fitting
     lost: list[AdapterError] = []
     here = {e.source_id: e for e in run.arriving(list(gone.values()), lost)}  # sums keep what cannot be had
-    gone = {i: here[entry.source_id] for i, entry in gone.items() if entry.source_id in here}
+    gone = {i: here[adapter.source_id] for i, adapter in gone.items() if adapter.source_id in here}
     run.all("accumulate", partial(clean_module, job, gone), sorted(Workspace(job.workspace).modules()))
     run.fetcher.release(here.values())
 
@@ -268,10 +270,10 @@ def _fitted_to_removed(job: Job) -> list[str]:
     return [module for module, facts in bases.items() if facts.get("removed")]
 
 
-def _is_unchanged(entry: Entry, receipt: Receipt | Removal) -> bool:
+def _is_unchanged(adapter: Adapter, admission: Admission | Removal) -> bool:
     try:
-        assert isinstance(receipt, Receipt)
-        check_unchanged(entry, receipt)
+        assert isinstance(admission, Admission)
+        check_unchanged(adapter, admission)
     except (AdapterError, OSError):
         return False
     return True

@@ -15,7 +15,7 @@ from ..checkpoint.config import SHAREConfig
 from ..checkpoint.format import PARTS, next_bytes, total_bytes
 from ..errors import CheckpointError
 from ..settings import asked
-from ..text import bytes_shown, counted, shown
+from ..text import bytes_shown, counted, printable
 
 MARK = "<!-- lorashare-stream writes this card anew with each push; without this line it is yours, and kept -->"
 ROWS = 1000  # sources in the table
@@ -225,7 +225,7 @@ def escaped(text: object) -> str:
     >>> escaped("a|b](javascript:x)<b>")
     'a\\|b\\]\\(javascript\\:x\\)&lt;b&gt;'
     """
-    plain = _SPECIAL.sub(r"\\\1", shown(text, 200))
+    plain = _SPECIAL.sub(r"\\\1", printable(text, 200))
     return re.sub(r"(?i)www\.", r"www\\.", "".join(_HTML.get(c, c) for c in plain))
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 from ..adapters.hubid import HubId
 from ..errors import AdapterError, StreamError, UsageError
 from .errors import NoSecrets, not_cached
-from .retry import patiently, unheard
+from .retry import retry, unheard
 
 T = TypeVar("T")
 FIRST_BYTES = 256 << 10  # of a weight file: the header, unless the adapter has some thousand tensors
@@ -88,9 +88,9 @@ class Hub:
             session.timeout = LONG_TIMEOUT
         return HfApi(library_name="lorashare-stream", library_version=__version__)
 
-    def patiently(self, call: Callable[[], T], what: str, most: float | None = None) -> T:
-        """The result of a request, as `patience.patiently`."""
-        return patiently(call, what, self.stopped, offline=self.offline, most=most)
+    def retry(self, call: Callable[[], T], what: str, most: float | None = None) -> T:
+        """The result of a request, as `patience.retry`."""
+        return retry(call, what, self.stopped, offline=self.offline, most=most)
 
     def info(self, hub_id: HubId) -> Any:
         """The `ModelInfo` of a repository at a revision: one request, of the API.
@@ -106,7 +106,7 @@ class Hub:
                 problem = "what the Hub says of it cannot be read"
                 raise AdapterError(problem, found=type(e).__name__, remedy="Leave it out.") from e
 
-        return self.patiently(get, str(hub_id), unheard())
+        return self.retry(get, str(hub_id), unheard())
 
     def models(self, **query: Any) -> Iterator[Any]:
         """The models that a query finds, as `HfApi.list_models` gives them: one request a page.
@@ -116,7 +116,7 @@ class Hub:
         if self.offline:
             raise StreamError("the Hub cannot be asked offline", remedy="Use a manifest that was made before.")
         pages = _Pages(self, query)
-        while (model := self.patiently(pages.one, "listing models", unheard())) is not None:
+        while (model := self.retry(pages.one, "listing models", unheard())) is not None:
             yield model
 
     def head(self, hub_id: HubId, file: str) -> Head:
@@ -127,7 +127,7 @@ class Hub:
         self._demand_online(hub_id, file)
 
         def get(first: int, last: int) -> Head:
-            return self.patiently(lambda: self._range(hub_id, file, first, last), f"{hub_id}: {file}")
+            return self.retry(lambda: self._range(hub_id, file, first, last), f"{hub_id}: {file}")
 
         start, size, sha256 = get(0, FIRST_BYTES - 1)
         end = 8 + int.from_bytes(start[:8], "little")
@@ -148,7 +148,7 @@ class Hub:
         """
         self._demand_online(hub_id, file)
         what = f"{hub_id}: {file}"
-        found, size, _ = self.patiently(lambda: self._range(hub_id, file, 0, MOST_HEADER - 1), what)
+        found, size, _ = self.retry(lambda: self._range(hub_id, file, 0, MOST_HEADER - 1), what)
         if size > MOST_HEADER:
             raise AdapterError("a file that is too large", key=file, found=f"{size} bytes", remedy="Leave it out.")
         return found
@@ -183,7 +183,7 @@ class Hub:
     def download(self, hub_id: HubId, file: str, folder: Path | None) -> Path:
         """A file of a pinned adapter, in a folder, or in the user's cache; without a request if it is there."""
         get = partial(hub_file, hub_id, file, local_dir=folder, tqdm_class=no_bar(), local_files_only=self.offline)
-        return self.patiently(get, f"{hub_id}: {file}")
+        return self.retry(get, f"{hub_id}: {file}")
 
     def cached(self, hub_id: HubId, file: str) -> Path | None:
         """A file in the user's cache, if it is there at this revision."""

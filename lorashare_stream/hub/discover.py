@@ -14,7 +14,7 @@ from ..adapters.hubid import HubId, is_repo, parse_hub_id
 from ..adapters.shards import INDEXES, SHARD
 from ..errors import StreamError
 from ..files import atomic_file
-from ..text import listed, shown
+from ..text import listed, printable
 from .client import Hub
 from .pins import listing_of, peft_type_of
 
@@ -79,7 +79,7 @@ def discover(
     items = items[:limit]
     if not items:
         raise StreamError(
-            f"the Hub lists no LoRA adapter of {shown(', '.join(bases))}",
+            f"the Hub lists no LoRA adapter of {printable(', '.join(bases))}",
             found=listed((f"{repo}: {reason}" for repo, reason in left_out), 3) or "nothing",
             remedy="Name the base as its adapters name it, and its mirrors by --base-alias; loosen the filters.",
         )

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from ..adapters.adapter import Entry
+from ..adapters.adapter import Adapter
 from ..adapters.hubid import parse_hub_id
 from ..adapters.source import Source
 from ..errors import AdapterError
@@ -23,7 +23,7 @@ from .pins import pinned
 from .survey import survey
 
 
-def looked_up(
+def resolve_on_hub(
     sources: Sequence[Source],
     settings: Settings,
     workspace: Path | None = None,
@@ -62,7 +62,7 @@ def pins_of(workspace: Path) -> dict[str, str]:
     adapters = read_sealed(workspace / "plan.json").get("adapters", [])
     refused = Workspace(workspace).skipped()  # they may be mended on the Hub
     pins = {str(a["asked"]): str(a["source_id"]) for a in adapters if "asked" in a and a["name"] not in refused}
-    return loose_ids(r.source_id for r in Workspace(workspace).journal().receipts) | pins
+    return loose_ids(r.source_id for r in Workspace(workspace).journal().admissions) | pins
 
 
 def loose_ids(source_ids: Iterable[str]) -> dict[str, str]:
@@ -79,8 +79,8 @@ def loose_id(source_id: str) -> str:
 def recalled(workspace: Path) -> list[Source]:
     """The adapters of a workspace, from where they came from; ids of the Hub stay those that were given."""
     asked = {pinned_id: given for given, pinned_id in pins_of(workspace).items()}  # as it was given, if it was
-    receipts = Workspace(workspace).journal().receipts
-    return [source_of(r.source_id, r.name, asked.get(r.source_id, "")) for r in receipts]
+    admissions = Workspace(workspace).journal().admissions
+    return [source_of(r.source_id, r.name, asked.get(r.source_id, "")) for r in admissions]
 
 
 def source_of(source_id: str, name: str | None, asked: str = "") -> Source:
@@ -89,9 +89,9 @@ def source_of(source_id: str, name: str | None, asked: str = "") -> Source:
     return Source(source_id, Path(source_id), name, hub=hub, asked=asked or source_id)
 
 
-def bytes_to_fetch(entries: Iterable[Entry], settings: Settings, known: Collection[str]) -> int:
+def bytes_to_fetch(adapters: Iterable[Adapter], settings: Settings, known: Collection[str]) -> int:
     """Bytes of adapters of the Hub that are not in its cache, but for those `known` by name."""
-    fresh = [e for e in entries if e.origin is not None and e.name not in known]
+    fresh = [e for e in adapters if e.origin is not None and e.name not in known]
     if not fresh:
         return 0
     hub = Hub(offline=settings.offline)

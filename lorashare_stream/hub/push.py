@@ -140,7 +140,7 @@ def _readme(local: _Local, repo_id: str) -> Item:
     found = path.read_bytes() if path.is_file() and not path.is_symlink() else None  # a link may lead to any file
     if found is not None and MARK.encode() not in found:
         return Item.of(found)
-    return Item.of(card(local.figures, local.sources, repo_id).encode())
+    return Item.of(card(local.statistics, local.sources, repo_id).encode())
 
 
 class _Local:
@@ -155,7 +155,7 @@ class _Local:
     Attributes:
         names: of its adapters.
         config: the content of share_config.json.
-        figures: the same, typed.
+        statistics: the same, typed.
         sources: where the adapters came from, known once `items` has run.
     """
 
@@ -174,12 +174,12 @@ class _Local:
         self._scrub = Scrubber(read.base_model_name_or_path, paths)
         self.config: dict[str, Any] = self._scrub(read_json(root / CONFIG))
         known = {k: v for k, v in self.config.items() if k in SHAREConfig.__dataclass_fields__}
-        self.figures = replace(read, **known)
+        self.statistics = replace(read, **known)
         self.sources: list[Provenance] = []
 
     def items(self, progress: Progress) -> dict[str, Item]:
         """All files but the configuration and the card: path in the repository -> what is uploaded."""
-        digest = self.figures.ours.get("components")
+        digest = self.statistics.ours.get("components")
         if digest is not None:
             check_components(self.root, str(digest))
         found = {COMPONENTS: self._tensors(COMPONENTS, digest)}
@@ -218,7 +218,7 @@ class _Local:
         values = unsealed(meta)
         if values is None or not isinstance(values[OURS], dict):
             raise CheckpointError(f"{META} is damaged", adapter=name, remedy=REPAIR)
-        basis, expected = values[OURS].get("basis_digest"), self.figures.ours.get("basis_digest")
+        basis, expected = values[OURS].get("basis_digest"), self.statistics.ours.get("basis_digest")
         if None not in (basis, expected) and basis != expected:
             raise CheckpointError("an adapter belongs to another basis", adapter=name, found=basis, expected=expected)
         return sealed(self._scrub(values))
@@ -267,7 +267,7 @@ def _settled(hub: Hub, sources: Sequence[Provenance], token: Token) -> list[Prov
     def ask(source: Provenance) -> Provenance:
         assert source.hub is not None
         repo, what = source.hub.repo, ["gated", "private", "cardData", "tags"]
-        told = listing_of(hub.patiently(lambda: hub.api.model_info(repo, expand=what, token=token), repo))
+        told = listing_of(hub.retry(lambda: hub.api.model_info(repo, expand=what, token=token), repo))
         private = told.private is not False or told.gated is None  # what is not said is not for everybody
         return replace(source, gated=bool(told.gated), private=private, license=source.license or told.license)
 

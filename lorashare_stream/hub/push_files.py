@@ -10,7 +10,7 @@ from typing import Any
 
 from ..checkpoint.format import ADAPTERS, COMPONENTS, CONFIG, LOADINGS, META, SKIPPED, SPECTRUM, VERBATIM
 from ..errors import CheckpointError
-from ..text import shown
+from ..text import printable
 
 _COMMON = {SKIPPED, SPECTRUM, COMPONENTS, "README.md", ".gitattributes", ".gitignore", "LICENSE", "LICENSE.md"}
 
@@ -97,6 +97,6 @@ def operation_for(path: str, item: Item | None) -> Any:
         operation = None
     if operation is None or operation.upload_info.sha256.hex() != item.sha256:
         raise CheckpointError(
-            "the checkpoint was changed during the push", found=shown(path), remedy="Run the same command again."
+            "the checkpoint was changed during the push", found=printable(path), remedy="Run the same command again."
         )
     return operation

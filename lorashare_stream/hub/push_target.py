@@ -248,7 +248,7 @@ class Target:
                 raise ConnectionError("an answer that is no JSON") from e
 
         try:
-            return self._hub.patiently(answered, f"push to {self._repo}", unheard())
+            return self._hub.retry(answered, f"push to {self._repo}", unheard())
         except (UnreachableError, UsageError, CheckpointError):
             raise
         except StreamError as e:

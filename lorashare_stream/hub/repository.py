@@ -21,7 +21,7 @@ from ..checkpoint.format import ADAPTERS, COMPONENTS, CONFIG, FILES, LOADINGS, M
 from ..checkpoint.location import Folder, Place
 from ..errors import CheckpointError, MissingCheckpointError, StreamError, UnreachableError, UsageError
 from ..files import atomic_path
-from ..text import listed, shown
+from ..text import listed, printable
 from .client import Hub, check_token, hub_file, no_bar, repo_folder
 from .retry import unheard
 
@@ -160,7 +160,7 @@ class Repository:
     def _patiently(self, call: Callable[[], T], what: str, most: float | None = None) -> T:
         """The result of a request, with errors that are said of a checkpoint, not of an adapter."""
         try:
-            return self._hub.patiently(call, what, most)
+            return self._hub.retry(call, what, most)
         except UnreachableError:
             raise
         except StreamError as e:
@@ -173,8 +173,8 @@ class Repository:
 
     def _not_cached(self, relative: str) -> MissingCheckpointError:
         return MissingCheckpointError(
-            f"{shown(relative)} is not in the cache of the Hub's files, and this is offline",
-            found=f"{shown(self.id)}, in {shown(self._cache)}",
+            f"{printable(relative)} is not in the cache of the Hub's files, and this is offline",
+            found=f"{printable(self.id)}, in {printable(self._cache)}",
             remedy="Have it once without local_files_only and HF_HUB_OFFLINE, or name a folder.",
         )
 
@@ -193,7 +193,7 @@ class Repository:
             but = ", but a PEFT adapter"
             remedy = "Load it by PEFT, or compress it with others: lorashare-stream compress."
         return MissingCheckpointError(
-            f"no SHARE checkpoint at {shown(self.id)}{but}",
+            f"no SHARE checkpoint at {printable(self.id)}{but}",
             found=listed(names) or "nothing",
             expected=CONFIG,
             remedy=remedy,

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from ..errors import AdapterError, StreamError, UnreachableError
-from ..text import shown
+from ..text import printable
 from .errors import CUT_SHORT, passing, permanent
 
 T = TypeVar("T")
@@ -26,7 +26,7 @@ _said: dict[str, float] = {}  # when which kind of message was last given
 _SAY = threading.Lock()
 
 
-def patiently(
+def retry(
     call: Callable[[], T], what: str, stopped: threading.Event, *, offline: bool = False, most: float | None = None
 ) -> T:
     """The result of a request; what may pass is waited out.
@@ -100,4 +100,4 @@ def _say_once(text: str, kind: str) -> None:
             return
         else:
             _said[kind] = now
-        log.warning("%s", shown(text))
+        log.warning("%s", printable(text))

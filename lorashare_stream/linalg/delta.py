@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..adapters.keys import Side
-from ..adapters.scaling import Product
+from ..adapters.scaling import Scaling
 from .lapack import Array
 
 Float64 = NDArray[np.float64]
@@ -20,9 +20,9 @@ _FEW, _SMALL = 32, 1 << 18
 _PROJECTED = 0.01  # of ||A A'|| ||B'B||: squared errors above it are known to 1e-4 by `projected_errors`, most to 1e-5
 
 
-def grams(product: Product, rows: Array, side: Side) -> Float64:
-    """Gram matrices (..., E, r, r) of the vectors of each expert, given as for `Product.blocks`."""
-    return gram(product.blocks(rows, side))
+def grams(scaling: Scaling, rows: Array, side: Side) -> Float64:
+    """Gram matrices (..., E, r, r) of the vectors of each expert, given as for `Scaling.blocks`."""
+    return gram(scaling.blocks(rows, side))
 
 
 def energies(grams_a: Float64, grams_b: Float64, scales: Float64) -> Float64:
@@ -51,18 +51,18 @@ def relative_error(error: float, norm: float) -> float:
     return 0.0 if error <= 0 else float("inf")
 
 
-def delta_norm(a: Array, b: Array, product: Product) -> float:
+def delta_norm(a: Array, b: Array, scaling: Scaling) -> float:
     """||dW||^2 for A (E r, d_in), B (d_out, E r), by Gram matrices in float64."""
-    scale = np.asarray(product.scale)
-    return float(energies(grams(product, a, "A"), grams(product, b.T, "B"), scale))
+    scale = np.asarray(scaling.scale)
+    return float(energies(grams(scaling, a, "A"), grams(scaling, b.T, "B"), scale))
 
 
-def delta_error(a: Array, b: Array, a_hat: Array, b_hat: Array, product: Product) -> DeltaError:
+def delta_error(a: Array, b: Array, a_hat: Array, b_hat: Array, scaling: Scaling) -> DeltaError:
     """`delta_errors` of one module: a, a_hat (E r, d_in), b, b_hat (d_out, E r)."""
-    return delta_errors(a[None], b[None], a_hat[None], b_hat[None], [product])[0]
+    return delta_errors(a[None], b[None], a_hat[None], b_hat[None], [scaling])[0]
 
 
-def delta_errors(a: Array, b: Array, a_hat: Array, b_hat: Array, products: Sequence[Product]) -> list[DeltaError]:
+def delta_errors(a: Array, b: Array, a_hat: Array, b_hat: Array, scalings: Sequence[Scaling]) -> list[DeltaError]:
     """Error of dW^ = s B^ A^ against dW = s B A for modules of one shape, exact to rounding, never forming dW.
 
     dW - dW^ = s [B - B^, B^] [A ; A - A^], whose squared norm is a product of two 2r x 2r Gram matrices, in
@@ -70,21 +70,21 @@ def delta_errors(a: Array, b: Array, a_hat: Array, b_hat: Array, products: Seque
 
     Args:
         a, a_hat: (m, E r, d_in). b, b_hat: (m, d_out, E r).
-        products: how dW comes of them, of each module; E is the same in all.
+        scalings: how dW comes of them, of each module; E is the same in all.
     """
-    blocks = products[0].blocks
+    blocks = scalings[0].blocks
     b_rows, b_hat_rows = np.swapaxes(b, -1, -2), np.swapaxes(b_hat, -1, -2)
     left = gram(blocks(b_rows - b_hat_rows, "B"), blocks(b_hat_rows, "B"))  # (m, E, 2r, 2r)
     right = gram(blocks(a, "A"), blocks(a - a_hat, "A"))
     r = right.shape[-1] // 2
     grams_b = left[..., :r, :r] + left[..., :r, r:] + left[..., r:, :r] + left[..., r:, r:]
-    scales = np.array([p.scale for p in products])
+    scales = np.array([p.scale for p in scalings])
     errors, norms = energies(right, left, scales), energies(right[..., :r, :r], grams_b, scales)
     return [DeltaError(error, norm) for error, norm in zip(errors.tolist(), norms.tolist(), strict=True)]
 
 
 def projected_errors(
-    a: Array, b: Array, kept: Mapping[Side, Float64], products: Sequence[Product]
+    a: Array, b: Array, kept: Mapping[Side, Float64], scalings: Sequence[Scaling]
 ) -> list[DeltaError | None]:
     """As `delta_errors`, where A^ and B^ are orthogonal projections: ||dW||^2 - ||U'dW V||^2, by Pythagoras.
 
@@ -94,13 +94,13 @@ def projected_errors(
     Args:
         a: (m, E r, d_in). b: (m, d_out, E r).
         kept: by side, Gram matrices (m, E, r, r) of the loadings.
-        products: how dW comes of them, of each module; E is the same in all.
+        scalings: how dW comes of them, of each module; E is the same in all.
 
     Returns:
         Errors; None where one is not large against that (`_PROJECTED`), or not finite.
     """
-    scales = np.array([p.scale for p in products])
-    both = grams(products[0], a, "A"), grams(products[0], np.swapaxes(b, -1, -2), "B")
+    scales = np.array([p.scale for p in scalings])
+    both = grams(scalings[0], a, "A"), grams(scalings[0], np.swapaxes(b, -1, -2), "B")
     norms = energies(*both, scales)
     with np.errstate(invalid="ignore"):  # loadings beyond the range of their dtype
         found = energies(kept["A"], kept["B"], scales)
@@ -110,18 +110,18 @@ def projected_errors(
     return [DeltaError(error, norm) if usable else None for usable, error, norm in errors]
 
 
-def changed_errors(a: Array, b: Array, a_hat: Array, b_hat: Array, products: Sequence[Product]) -> list[DeltaError]:
+def changed_errors(a: Array, b: Array, a_hat: Array, b_hat: Array, scalings: Sequence[Scaling]) -> list[DeltaError]:
     """As `delta_errors`, where only the products of the factors are alike: another rank, another gauge.
 
     dW - dW^ = s [B, -B^] [A ; A^]: what they have in common cancels in float64, to some 1e-8 of ||dW||.
 
     Args:
         a: (m, r, d_in). b: (m, d_out, r). a_hat, b_hat: likewise, of any rank.
-        products: how dW comes of them; E = 1.
+        scalings: how dW comes of them; E = 1.
     """
     left = gram(np.swapaxes(b, -1, -2), -np.swapaxes(b_hat, -1, -2))[:, None]
     right = gram(a, a_hat)[:, None]
-    r, scales = a.shape[-2], np.array([p.scale for p in products])
+    r, scales = a.shape[-2], np.array([p.scale for p in scalings])
     errors, norms = energies(right, left, scales), energies(right[..., :r, :r], left[..., :r, :r], scales)
     return [DeltaError(error, norm) for error, norm in zip(errors.tolist(), norms.tolist(), strict=True)]
 

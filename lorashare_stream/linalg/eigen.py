@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .krylov import Product, krylov, sketch, width
+from .krylov import MatVec, krylov, sketch, width
 from .lapack import Array, Float64, add_block, largest_eigenpairs
 from .moments import Moment, mirror
 
@@ -34,7 +34,7 @@ def leading(moment: Moment, k: int) -> tuple[Float64, Float64]:
     Returns:
         values (k,) descending, float64; vectors (d, k) float64, orthonormal to 1e-12.
     """
-    if prefers_partial(moment, k) and (found := by_krylov(moment, k, product_with(moment))) is not None:
+    if prefers_partial(moment, k) and (found := by_krylov(moment, k, matvec_of(moment))) is not None:
         return found
     return by_lapack(moment, k)
 
@@ -53,12 +53,12 @@ def by_lapack(moment: Moment, k: int) -> tuple[Float64, Float64]:
     if moment.columns is not None and moment.count <= moment.dim:
         return polished(moment, _restored(moment.columns, vectors))
     if vectors.dtype == np.float32:
-        vectors = _normalized(product_with(moment)(vectors))
+        vectors = _normalized(matvec_of(moment)(vectors))
     values, best = polished(moment, vectors)
     return values[:k], best[:, :k]
 
 
-def by_krylov(moment: Moment, k: int, times: Product) -> tuple[Float64, Float64] | None:
+def by_krylov(moment: Moment, k: int, times: MatVec) -> tuple[Float64, Float64] | None:
     """The k leading eigenpairs by products `times`, Q -> S Q; None if they do not converge."""
     found = krylov(times, sketch(_form(moment), width(k)), k)
     return None if found is None else (found[0], orthonormal(found[1]))
@@ -74,7 +74,7 @@ def prefers_partial(moment: Moment, k: int) -> bool:
     return suits_krylov(min(moment.dim, moment.count) if moment.columns is not None else moment.dim, k)
 
 
-def product_with(moment: Moment) -> Product:
+def matvec_of(moment: Moment) -> MatVec:
     """Q (d, b) -> S Q (d, b), by columns X' (n, d) or by S, in their dtype."""
     form = _form(moment)
     if moment.columns is None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from .lapack import Array, Float64
 
-Product = Callable[[Array], Array]  # Q (d, b) -> S Q (d, b)
+MatVec = Callable[[Array], Array]  # Q (d, b) -> S Q (d, b)
 CONVERGED = 2e-8  # of the captured energy, expected of the next block: about what is missed, if not less
 _STEPS = 64  # products before it is given up, or as many as 16 k columns take
 _PROOF = 3  # products with what grows from a random block
@@ -36,7 +36,7 @@ def capacity(k: int) -> int:
     return max(4 * k, 6 * width(k))
 
 
-def krylov(times: Product, start: Array, k: int) -> tuple[Float64, Array] | None:
+def krylov(times: MatVec, start: Array, k: int) -> tuple[Float64, Array] | None:
     """The k leading eigenpairs: block Lanczos with full orthogonalisation and thick restarts (Wu and Simon, 2000).
 
     It ends when the next block is expected to gain less than 2e-8 of the energy. To go by how fast gains fall would be

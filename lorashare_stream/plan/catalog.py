@@ -13,18 +13,18 @@ from types import MappingProxyType
 from typing import Any
 
 from ..adapters import config as peftconfig
-from ..adapters.adapter import Entry, Origin
+from ..adapters.adapter import Adapter, Origin
 from ..adapters.folder import FileFact, digest_config, file_fact, read_config, tensor_records, weight_files
 from ..adapters.layout import NOTHING, Layout, kept_exact, read_layout
 from ..adapters.safetensors import TensorRecord
-from ..adapters.scaling import Product
+from ..adapters.scaling import Scaling
 from ..adapters.shapes import Shapes
 from ..adapters.source import Source
 from ..errors import AdapterError
 from ..hub.ledger import Known
 from ..settings import Settings
 from ..text import unique_names
-from ..workspace.journal import Receipt
+from ..workspace.journal import Admission
 from .compatibility import common_base, of_base, of_shape, other_parameters
 
 Surveyed = Mapping[str, Known | AdapterError]  # by source id: what is known of adapters of the Hub
@@ -35,13 +35,13 @@ class Catalog:
     """What the sources hold.
 
     Attributes:
-        entries: adapters, in the order of the sources.
+        adapters: adapters, in the order of the sources.
         refused: one error for each adapter that was refused.
         base_model: what all are taken to be of; empty if nothing names it.
         inner: name -> subfolders of an adapter's folder that hold adapters too, which are not taken.
     """
 
-    entries: tuple[Entry, ...]
+    adapters: tuple[Adapter, ...]
     refused: tuple[AdapterError, ...] = ()
     base_model: str = ""
     inner: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -51,7 +51,7 @@ def catalog(
     sources: Sequence[Source],
     settings: Settings,
     *,
-    receipts: Sequence[Receipt] = (),
+    admissions: Sequence[Admission] = (),
     known: Shapes = MappingProxyType({}),
     bound_base: str | None = None,
     surveyed: Surveyed = MappingProxyType({}),
@@ -61,18 +61,18 @@ def catalog(
     Args:
         sources: what `sources.resolve` gives.
         settings: which base models are accepted, and what is kept exact.
-        receipts: admissions of a workspace: they keep their names.
+        admissions: admissions of a workspace: they keep their names.
         known: shapes of the modules in that workspace.
         bound_base: the base model of that workspace.
         surveyed: what is known of adapters of the Hub, by source id.
     """
-    entries: list[Entry] = []
+    adapters: list[Adapter] = []
     refused: list[AdapterError] = []
     shared = Interned()
-    names = _names(sources, {r.name: r.source_id for r in receipts})
+    names = _names(sources, {r.name: r.source_id for r in admissions})
     for source, name in zip(sources, names, strict=True):
         try:
-            entries.append(read_entry(source, name, shared, settings, surveyed))
+            adapters.append(read_entry(source, name, shared, settings, surveyed))
         except AdapterError as e:
             e.adapter = name
             refused.append(e)
@@ -81,18 +81,18 @@ def catalog(
                 raise
             remedy = "Mend its permissions or its disk, or leave it out."
             refused.append(AdapterError("cannot be read", adapter=name, found=e.strerror or str(e), remedy=remedy))
-    base = common_base((e.base_model for e in entries), settings, bound_base)
-    entries, strangers = of_base(entries, base, settings)
-    exact = {r.name for r in receipts if r.exact}
-    differing = other_parameters([e for e in entries if e.name not in exact], known) | exact
-    entries = [_exact(e, shared) if e.name in differing else e for e in entries]
-    entries, misshapen = of_shape(entries, known)
+    base = common_base((e.base_model for e in adapters), settings, bound_base)
+    adapters, strangers = of_base(adapters, base, settings)
+    exact = {r.name for r in admissions if r.exact}
+    differing = other_parameters([e for e in adapters if e.name not in exact], known) | exact
+    adapters = [_exact(e, shared) if e.name in differing else e for e in adapters]
+    adapters, misshapen = of_shape(adapters, known)
     refused += [*strangers, *misshapen]
     by_name = dict(zip(names, sources, strict=True))
     for error in refused:
         error.source = by_name[str(error.adapter)].where
     inner = {name: source.inner for name, source in by_name.items() if source.inner}
-    return Catalog(tuple(entries), tuple(refused), base, inner)
+    return Catalog(tuple(adapters), tuple(refused), base, inner)
 
 
 def _names(sources: Sequence[Source], admitted: Mapping[str, str]) -> list[str]:
@@ -113,15 +113,15 @@ class Interned:
         layouts: by their digest.
         read: by what tells the records that they were read from: their digest, or their identity, which is that of the
             header in this process; with the records, so that it is no other's.
-        products: by digests of configuration and layout.
+        scalings: by digests of configuration and layout.
     """
 
     layouts: dict[str, Layout] = field(default_factory=dict)
     read: dict[Hashable, tuple[tuple[TensorRecord, ...], Layout]] = field(default_factory=dict)
-    products: dict[Hashable, tuple[Product, ...] | None] = field(default_factory=dict)
+    scalings: dict[Hashable, tuple[Scaling, ...] | None] = field(default_factory=dict)
 
 
-def read_entry(source: Source, name: str, shared: Interned, settings: Settings, surveyed: Surveyed) -> Entry:
+def read_entry(source: Source, name: str, shared: Interned, settings: Settings, surveyed: Surveyed) -> Adapter:
     """One adapter's header and configuration.
 
     Args:
@@ -141,7 +141,7 @@ def read_entry(source: Source, name: str, shared: Interned, settings: Settings, 
     paths = weight_files(folder)
     files = tuple(file_fact(p) for p in paths)
     return _entry(
-        Entry(name, source.id, folder, files, NOTHING, (), None, ""),
+        Adapter(name, source.id, folder, files, NOTHING, (), None, ""),
         config,
         tensor_records(paths),
         shared,
@@ -151,7 +151,7 @@ def read_entry(source: Source, name: str, shared: Interned, settings: Settings, 
 
 def _surveyed_entry(
     source: Source, name: str, shared: Interned, settings: Settings, known: Known | AdapterError
-) -> Entry:
+) -> Adapter:
     """An adapter of the Hub, of which header and configuration were read, or the header alone."""
     if isinstance(known, AdapterError):
         raise copy(known)
@@ -159,48 +159,48 @@ def _surveyed_entry(
     listing = known.listing if known.listing.files else source.listing
     files = tuple(FileFact(Path(file), size, 0) for file, size in known.files)
     origin = Origin(source.hub, source.asked, listing, known.digest, known.sha256, known.refused)
-    bare = Entry(name, source.id, Path(source.id), files, NOTHING, (), None, "", None, origin, fetched=False)
+    bare = Adapter(name, source.id, Path(source.id), files, NOTHING, (), None, "", None, origin, fetched=False)
     if known.config is not None:
         config = json.loads(known.config)
         peftconfig.check_lora(config)
         return _entry(bare, config, known.records, shared, settings)
     # A plan that is not run takes it for plain LoRA of the base that the Hub says.
     layout = _layout(shared, known.records, known.digest, None, tied=False)
-    products = shared.products.setdefault(layout.digest, (Product(1.0),) * len(layout.modules))
-    return replace(bare, layout=layout, products=products or (), base_model=listing.base_model)
+    scalings = shared.scalings.setdefault(layout.digest, (Scaling(1.0),) * len(layout.modules))
+    return replace(bare, layout=layout, scalings=scalings or (), base_model=listing.base_model)
 
 
 def _entry(
-    bare: Entry, config: Mapping[str, Any], records: tuple[TensorRecord, ...], shared: Interned, settings: Settings
-) -> Entry:
-    exact = peftconfig.other_product(config)
+    bare: Adapter, config: Mapping[str, Any], records: tuple[TensorRecord, ...], shared: Interned, settings: Settings
+) -> Adapter:
+    exact = peftconfig.other_scaling(config)
     if exact is None and not settings.share_initial:
         exact = peftconfig.initial_part(config)
     tied = bool(config.get("ensure_weight_tying"))
     layout = _layout(shared, records, None if bare.origin is None else bare.origin.records, exact, tied=tied)
     digest = digest_config(config)
     key = digest, layout.digest
-    if key not in shared.products:
-        shared.products[key] = peftconfig.products(config, {m.name: m.rank for m in layout.modules})
-    products = shared.products[key]
-    if products is None:
+    if key not in shared.scalings:
+        shared.scalings[key] = peftconfig.scalings(config, {m.name: m.rank for m in layout.modules})
+    scalings = shared.scalings[key]
+    if scalings is None:
         layout = _interned(shared, kept_exact(layout, "only the base model tells which parameter a pattern means"))
-        products = ()
+        scalings = ()
     base, text = peftconfig.base_model(config), sys.intern(json.dumps(config))  # many have the same
-    return replace(bare, layout=layout, products=products, base_model=base, config_digest=digest, config=text)
+    return replace(bare, layout=layout, scalings=scalings, base_model=base, config_digest=digest, config=text)
 
 
 def read_entries(
     sources: Sequence[Source], settings: Settings, surveyed: Surveyed = MappingProxyType({})
-) -> dict[str, Entry]:
+) -> dict[str, Adapter]:
     """The adapters that can be read, by source id, whatever they have in common."""
-    shared, entries = Interned(), {}
+    shared, adapters = Interned(), {}
     for source in sources:
         try:
-            entries[source.id] = read_entry(source, source.wanted_name, shared, settings, surveyed)
+            adapters[source.id] = read_entry(source, source.wanted_name, shared, settings, surveyed)
         except (AdapterError, OSError):
             continue
-    return entries
+    return adapters
 
 
 def _layout(
@@ -212,11 +212,11 @@ def _layout(
     return shared.read[key][1]
 
 
-def _exact(entry: Entry, shared: Interned) -> Entry:
-    if not entry.layout.modules:
-        return entry
+def _exact(adapter: Adapter, shared: Interned) -> Adapter:
+    if not adapter.layout.modules:
+        return adapter
     reason = "its target_parameters are others than those of most adapters, or of those that were summed before"
-    return replace(entry, layout=_interned(shared, kept_exact(entry.layout, reason)), products=())
+    return replace(adapter, layout=_interned(shared, kept_exact(adapter.layout, reason)), scalings=())
 
 
 def _interned(shared: Interned, layout: Layout) -> Layout:

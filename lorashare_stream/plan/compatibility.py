@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
-from ..adapters.adapter import Entry
+from ..adapters.adapter import Adapter
 from ..adapters.shapes import ModuleShape, Shapes
 from ..errors import AdapterError
 from ..settings import Settings
@@ -32,41 +32,41 @@ def common_base(named: Iterable[str | None], settings: Settings, bound: str | No
     return _commonest(proper or counts) if counts else ""
 
 
-def of_base(entries: Sequence[Entry], base: str, settings: Settings) -> tuple[list[Entry], list[AdapterError]]:
+def of_base(adapters: Sequence[Adapter], base: str, settings: Settings) -> tuple[list[Adapter], list[AdapterError]]:
     """Split off adapters that name another base model, unless it is an alias or any is accepted."""
     accepted = {None, base, *settings.base_aliases}
-    others = [e for e in entries if e.base_model not in accepted and not settings.any_base]
+    others = [e for e in adapters if e.base_model not in accepted and not settings.any_base]
     refused = [
         AdapterError(
             "made for another base model than the collection",
-            adapter=entry.name,
+            adapter=adapter.name,
             key="base_model_name_or_path",
-            found=entry.base_model,
+            found=adapter.base_model,
             expected=" or ".join([base, *settings.base_aliases]),
             remedy="If it is the same model under another name, say so by --base-alias, or accept all names "
             "by --any-base; if not, compress the adapters of each base model on their own.",
         )
-        for entry in others
+        for adapter in others
     ]
     gone = {e.name for e in others}
-    return [e for e in entries if e.name not in gone], refused
+    return [e for e in adapters if e.name not in gone], refused
 
 
-def other_parameters(entries: Sequence[Entry], known: Shapes) -> set[str]:
+def other_parameters(adapters: Sequence[Adapter], known: Shapes) -> set[str]:
     """The names of adapters in which some module's name means other parameters than in most.
 
     PEFT nests the `target_parameters` of a module in each other, so that a key means one parameter if that alone is
     adapted, and another if two are. Here and in `of_shape`, what is `known` of a workspace's modules is not outvoted.
     """
-    odd, _ = _odd(entries, _parameters, known)
+    odd, _ = _odd(adapters, _parameters, known)
     return set(odd)
 
 
-def of_shape(entries: Sequence[Entry], known: Shapes) -> tuple[list[Entry], list[AdapterError]]:
+def of_shape(adapters: Sequence[Adapter], known: Shapes) -> tuple[list[Adapter], list[AdapterError]]:
     """Split off adapters in which some module has another shape than most have: they mean another layer by its name."""
-    odd, common = _odd(entries, _shape, known)
-    refused = [_other_shape(e, odd[e.name], common[odd[e.name]]) for e in entries if e.name in odd]
-    return [e for e in entries if e.name not in odd], refused
+    odd, common = _odd(adapters, _shape, known)
+    refused = [_other_shape(e, odd[e.name], common[odd[e.name]]) for e in adapters if e.name in odd]
+    return [e for e in adapters if e.name not in odd], refused
 
 
 def _shape(shape: ModuleShape) -> Shape:
@@ -78,7 +78,7 @@ def _parameters(shape: ModuleShape) -> tuple[str, ...]:
 
 
 def _odd(
-    entries: Sequence[Entry], trait: Callable[[ModuleShape], T], known: Shapes
+    adapters: Sequence[Adapter], trait: Callable[[ModuleShape], T], known: Shapes
 ) -> tuple[dict[str, str], dict[str, T]]:
     """Adapters in which a trait of some module is not the known one, or that of most.
 
@@ -86,11 +86,11 @@ def _odd(
         The first such module by the adapter's name, and what an adapter must have by module.
     """
     # Equal layouts and products are kept once, so that few have to be looked at.
-    kinds = [(e.layout.digest, id(e.products)) for e in entries]
+    kinds = [(e.layout.digest, id(e.scalings)) for e in adapters]
     uses = Counter(kinds)
     found = {
-        kind: {module: trait(shape) for module, shape in entry.shapes.items()}
-        for kind, entry in dict(zip(kinds, entries, strict=True)).items()
+        kind: {module: trait(shape) for module, shape in adapter.shapes.items()}
+        for kind, adapter in dict(zip(kinds, adapters, strict=True)).items()
     }
     counts: dict[str, Counter[T]] = {}
     for kind, of_modules in found.items():
@@ -101,7 +101,7 @@ def _odd(
         kind: next((m for m, value in of_modules.items() if value != common[m]), None)
         for kind, of_modules in found.items()
     }
-    odd = {e.name: first[kind] for kind, e in zip(kinds, entries, strict=True)}
+    odd = {e.name: first[kind] for kind, e in zip(kinds, adapters, strict=True)}
     return {name: module for name, module in odd.items() if module is not None}, common
 
 
@@ -109,14 +109,14 @@ def _commonest(counts: Counter[T]) -> T:
     return min(counts, key=lambda value: (-counts[value], str(value)))
 
 
-def _other_shape(entry: Entry, module: str, common: Shape) -> AdapterError:
-    shape = _shape(entry.shapes[module])
+def _other_shape(adapter: Adapter, module: str, common: Shape) -> AdapterError:
+    shape = _shape(adapter.shapes[module])
     number = next(i for i in range(3) if shape[i] != common[i])
     what = "stacked experts" if number == 2 else "d"
     return AdapterError(
         "a shape that differs from the rest of its group",
-        adapter=entry.name,
-        key=entry.layout.by_name[module].record("B" if number == 1 else "A").name,
+        adapter=adapter.name,
+        key=adapter.layout.by_name[module].record("B" if number == 1 else "A").name,
         found=f"{what} = {shape[number]}",
         expected=f"{what} = {common[number]}, as most adapters have, or those in the workspace",
         remedy="It belongs to another base model, or to a resized one: leave it out.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..adapters.adapter import Entry
+from ..adapters.adapter import Adapter
 from ..adapters.keys import group_id
 from ..errors import skipped_as_json
 from ..linalg.basis import break_even
@@ -36,13 +36,13 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
             for g in plan.groups
         ],
         "batches": len(plan.batches),
-        "adapters": [_entry_as_json(plan, e) for e in plan.entries],
+        "adapters": [_entry_as_json(plan, e) for e in plan.adapters],
         "refused": skipped_as_json(plan.refused),
         "absent": skipped_as_json(plan.absent),
     }  # fmt: skip
 
 
-def _entry_as_json(plan: Plan, e: Entry) -> dict[str, Any]:
+def _entry_as_json(plan: Plan, e: Adapter) -> dict[str, Any]:
     if e.origin is None:
         return {"name": e.name, "path": str(e.folder.absolute()), "source_id": e.source_id}
     size, fetches = e.hub_bytes, plan.fetches(e)

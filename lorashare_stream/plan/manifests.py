@@ -9,7 +9,7 @@ from typing import Any
 from ..adapters.hubid import HubId, parse_hub_id
 from ..adapters.source import Listing
 from ..errors import UsageError
-from ..text import listed, name_fault, shown
+from ..text import listed, name_fault, printable
 
 SUFFIXES = (".txt", ".jsonl", ".yaml", ".yml")
 _OF_THE_HUB = {"revision", "subfolder", "files", "base_model", "gated", "private", "license"}
@@ -37,7 +37,7 @@ def read_manifest(path: Path) -> list[Item]:
         entries = read_yaml(path)
         if not isinstance(entries, list):
             raise UsageError(
-                f"manifest {shown(path)} is not a list",
+                f"manifest {printable(path)} is not a list",
                 found=type(entries).__name__,
                 expected="a list of name and path",
             )
@@ -48,14 +48,14 @@ def _json_line(path: Path, number: int, line: str) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as e:
-        raise UsageError(f"manifest {shown(path)}, line {number}: not JSON", found=str(e)) from e
+        raise UsageError(f"manifest {printable(path)}, line {number}: not JSON", found=str(e)) from e
 
 
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
-        raise UsageError(f"{shown(path)} is not UTF-8 text", found=str(e)) from e
+        raise UsageError(f"{printable(path)} is not UTF-8 text", found=str(e)) from e
 
 
 def read_yaml(path: Path) -> Any:
@@ -70,11 +70,11 @@ def read_yaml(path: Path) -> Any:
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError) as e:
-        raise UsageError(f"{shown(path)} is not YAML of plain values", found=" ".join(str(e).split())) from e
+        raise UsageError(f"{printable(path)} is not YAML of plain values", found=" ".join(str(e).split())) from e
 
 
 def _entry(path: Path, number: int, entry: Any) -> Item:
-    where = f"manifest {shown(path)}, entry {number}"
+    where = f"manifest {printable(path)}, entry {number}"
     if isinstance(entry, str):
         return None, entry, None
     of_the_hub = isinstance(entry, dict) and "repo" in entry
@@ -83,7 +83,7 @@ def _entry(path: Path, number: int, entry: Any) -> Item:
             f"{where}: not a source", found=entry, expected="an object with path, or with repo, and perhaps name"
         )
     known = {"repo", *_OF_THE_HUB, *_TOLD} if of_the_hub else {"path"}
-    unknown = sorted(shown(k) for k in entry if k not in known | {"name"})
+    unknown = sorted(printable(k) for k in entry if k not in known | {"name"})
     if unknown:
         raise UsageError(
             f"{where}: unknown field", found=listed(unknown), expected=listed(["name", *sorted(known)], 20)

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..adapters.adapter import Entry
+from ..adapters.adapter import Adapter
 from ..adapters.dtypes import ITEMSIZE
 from ..adapters.keys import SIDES, Side
 from ..adapters.safetensors import CHUNK
@@ -89,18 +89,18 @@ class Step:
         return self.shared_bytes + max(1, self.concurrency) * (self.process_bytes + self.task_bytes)
 
 
-def examples(entries: Iterable[Entry]) -> list[Entry]:
+def examples(adapters: Iterable[Adapter]) -> list[Adapter]:
     """One entry of each layout."""
-    return list({e.layout.digest: e for e in entries}.values())
+    return list({e.layout.digest: e for e in adapters}.values())
 
 
-def groups_of(entries: Iterable[Entry]) -> tuple[Group, ...]:
+def groups_of(adapters: Iterable[Adapter]) -> tuple[Group, ...]:
     """The groups that some adapters form, sorted by module, A before B."""
-    uses = Counter(e.layout.digest for e in entries)
+    uses = Counter(e.layout.digest for e in adapters)
     modules: dict[str, list[tuple[Module, int]]] = {}
-    for entry in examples(entries):
-        for module in entry.layout.modules:
-            modules.setdefault(module.name, []).append((module, uses[entry.layout.digest]))
+    for adapter in examples(adapters):
+        for module in adapter.layout.modules:
+            modules.setdefault(module.name, []).append((module, uses[adapter.layout.digest]))
     return tuple(
         Group(name, side, found[0][0].dim(side), sum(m.rank * n for m, n in found), sum(n for _, n in found))
         for name, found in sorted(modules.items())
@@ -109,18 +109,18 @@ def groups_of(entries: Iterable[Entry]) -> tuple[Group, ...]:
 
 
 def steps_of(
-    entries: tuple[Entry, ...], groups: tuple[Group, ...], s: Settings, storage: str, *, grows: bool
+    adapters: tuple[Adapter, ...], groups: tuple[Group, ...], s: Settings, storage: str, *, grows: bool
 ) -> tuple[Step, ...]:
     """What the passes over these adapters and groups cost; `grows` if there may be moments to add to."""
-    pickled = max((f.size for e in entries for f in e.files if f.path.suffix == ".bin"), default=0)
-    tensors = sum(len(e.layout.in_file_order) for e in examples(entries))
-    process = PROCESS_BYTES + BYTES_PER_ADAPTER * len(entries) + BYTES_PER_RECORD * tensors
-    process += sum(len(text) for text in {e.config for e in entries} if text is not None)
+    pickled = max((f.size for e in adapters for f in e.files if f.path.suffix == ".bin"), default=0)
+    tensors = sum(len(e.layout.in_file_order) for e in examples(adapters))
+    process = PROCESS_BYTES + BYTES_PER_ADAPTER * len(adapters) + BYTES_PER_RECORD * tensors
+    process += sum(len(text) for text in {e.config for e in adapters} if text is not None)
     process += TORCH_BYTES if pickled or s.device != "cpu" else 0
-    process += HUB_BYTES if any(e.origin is not None for e in entries) else 0
-    total = sum(f.size for e in entries for f in e.files)
-    lora = sum(e.layout.lora_bytes for e in entries)
-    pair = max((m.bytes for e in examples(entries) for m in e.layout.modules), default=0)
+    process += HUB_BYTES if any(e.origin is not None for e in adapters) else 0
+    total = sum(f.size for e in adapters for f in e.files)
+    lora = sum(e.layout.lora_bytes for e in adapters)
+    pair = max((m.bytes for e in examples(adapters) for m in e.layout.modules), default=0)
     pair = max(pair, STACK_BYTES)
     components = sum(4 * g.dim * g.components(s) for g in groups)
     by_module = modules_of(groups)
@@ -128,11 +128,11 @@ def steps_of(
     fits = max((_fit_bytes(g, s) for g in groups), default=0)
     widest_pair = max((sum(8 * g.dim * g.components(s) for g in both) for both in by_module.values()), default=0)
     k = {g.module: sum(h.components(s) for h in by_module[g.module]) for g in groups}
-    loadings = 4 * max((sum(k[m.name] * m.rank for m in e.layout.modules) for e in examples(entries)), default=0)
+    loadings = 4 * max((sum(k[m.name] * m.rank for m in e.layout.modules) for e in examples(adapters)), default=0)
     kept = components if keeps_components(components, s.memory) else 0
     mapped = components * ITEMSIZE[storage] // 4  # pages that are resident
     buffers = 2 * CHUNK + pickled  # a chunk being hashed or copied; a .bin is read whole
-    modules, adapters = len(by_module), len(entries)
+    modules, count = len(by_module), len(adapters)
 
     def step(name: str, tasks: int, read: int, task: int, shared: int = 0, most: int = 0) -> Step:
         room = s.memory - process
@@ -144,17 +144,17 @@ def steps_of(
 
     reading = 4 * pair + TILE_BYTES + pickled
     weighing = 6 * loadings + WEIGHED * sum(len(e.layout.modules) * max(m.rank for m in e.layout.modules)
-                                            for e in examples(entries)[:1] if e.layout.modules)  # fmt: skip
+                                            for e in examples(adapters)[:1] if e.layout.modules)  # fmt: skip
     budgets = (
-        step("appraise", adapters, total, 5 * pair + widest_pair + 3 * loadings + buffers, kept + mapped),
-        step("weigh", adapters, adapters * loadings, weighing),
+        step("appraise", count, total, 5 * pair + widest_pair + 3 * loadings + buffers, kept + mapped),
+        step("weigh", count, count * loadings, weighing),
     )
     return (
-        step("ingest", adapters, total, 4 * pair + buffers),
+        step("ingest", count, total, 4 * pair + buffers),
         step("accumulate", modules, lora, sums + reading, most=PORTION_BYTES + reading),
         step("fit", modules, 0, fits + TILE_BYTES),
         *(budgets if s.budget is not None else ()),
-        step("project", adapters, total, 9 * pair + widest_pair + loadings + buffers, kept + mapped),
+        step("project", count, total, 9 * pair + widest_pair + loadings + buffers, kept + mapped),
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
 
-from ..adapters.adapter import Entry
+from ..adapters.adapter import Adapter
 from ..adapters.dtypes import STORAGE, stored_bytes, widest
 from ..errors import AdapterError, BudgetError, CollectionError, refusal
 from ..settings import Settings
@@ -24,7 +24,7 @@ class Plan:
 
     Attributes:
         settings: as asked.
-        entries: the adapters, in the order in which they will be admitted.
+        adapters: the adapters, in the order in which they will be admitted.
         refused: those left out, with the reason.
         absent: adapters in the workspace whose sources cannot be read now: what needs no values of theirs is done.
         groups: all groups, sorted by module, A before B.
@@ -38,7 +38,7 @@ class Plan:
     """
 
     settings: Settings
-    entries: tuple[Entry, ...]
+    adapters: tuple[Adapter, ...]
     refused: tuple[AdapterError, ...]
     absent: tuple[AdapterError, ...]
     groups: tuple[Group, ...]
@@ -56,15 +56,17 @@ class Plan:
         return self.settings.binding() | {"base_model": self.bound_base}
 
     @cached_property
-    def choice(self) -> str:
+    def settings_key(self) -> str:
         """Digest of all but the adapters that decides the checkpoint."""
         s = self.settings
-        return choice_of(self.binding, self.base_model, s.num_components, s.variance_threshold, self.storage, s.bought)
+        return settings_key_of(
+            self.binding, self.base_model, s.num_components, s.variance_threshold, self.storage, s.bought
+        )
 
     @cached_property
     def fitted(self) -> str:
         """Digest of what decides which bases may be fitted, whatever the budget is."""
-        return choice_of(self.binding, self.base_model, 0, 0.0, self.storage, ("wide",))
+        return settings_key_of(self.binding, self.base_model, 0, 0.0, self.storage, ("wide",))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -74,7 +76,7 @@ class Plan:
     @cached_property
     def presumed(self) -> bool:
         """Whether configurations on the Hub were not read, so that the base model is what is asked for or listed."""
-        return any(e.config is None for e in self.entries)
+        return any(e.config is None for e in self.adapters)
 
     def fingerprint_as(self, *, presumed: bool) -> str:
         """The fingerprint that this plan would have if its configurations were, or were not, read."""
@@ -83,38 +85,38 @@ class Plan:
         # What is pinned says by its id what its configuration is, which a plan need not have read.
         adapters = [
             (e.name, e.source_id, *((e.origin.records,) if e.origin else (e.layout.digest, e.config_digest)))
-            for e in self.entries
+            for e in self.adapters
         ]
-        sizes = [[f.size for f in e.files] for e in self.entries]
-        return digest_of([asked if presumed else self.choice, adapters, sizes])
+        sizes = [[f.size for f in e.files] for e in self.adapters]
+        return digest_of([asked if presumed else self.settings_key, adapters, sizes])
 
     @cached_property
-    def batches(self) -> tuple[tuple[Entry, ...], ...]:
+    def batches(self) -> tuple[tuple[Adapter, ...], ...]:
         """The adapters in the order in which they are admitted, cut where the disk budget would be exceeded.
 
         All in one if they fit, or there is no budget; else half of it is for those that are fetched meanwhile.
         """
         budget = self.settings.disk_budget
-        if budget is None or sum(e.hub_bytes for e in self.entries) <= budget:
-            return (self.entries,)
-        return tuple(tuple(batch) for batch in cut(self.entries, [e.hub_bytes for e in self.entries], budget // 2))
+        if budget is None or sum(e.hub_bytes for e in self.adapters) <= budget:
+            return (self.adapters,)
+        return tuple(tuple(batch) for batch in cut(self.adapters, [e.hub_bytes for e in self.adapters], budget // 2))
 
     @cached_property
     def _last_batch(self) -> frozenset[str]:
         return frozenset(e.name for e in self.batches[-1])
 
-    def fetches(self, entry: Entry) -> int:
+    def fetches(self, adapter: Adapter) -> int:
         """How often an adapter is fetched at most: for the moments, and, unless it still is there, for projection.
 
         Where adapters are added, they may be projected on the bases that are there first; under a budget of bytes or
         error they are appraised before they are projected. A pickle is fetched once more when the plan is made, having
         no header that could be asked for.
         """
-        if entry.origin is None:
+        if adapter.origin is None:
             return 0
-        headless = entry.files[0].path.suffix == ".bin"
+        headless = adapter.files[0].path.suffix == ".bin"
         several = len(self.batches) > 1
-        again = (several and entry.name not in self._last_batch) + (several and self.grows)
+        again = (several and adapter.name not in self._last_batch) + (several and self.grows)
         again += several and self.settings.budget is not None
         return 1 + again + (headless and self.settings.disk_budget is not None)
 
@@ -136,14 +138,14 @@ class Plan:
         basis = sum(stored_bytes(g.dim, k[g.module, g.side], self.storage) for g in self.groups)
         loadings = sum(stored_bytes(k[g.module, g.side], g.count, self.storage) for g in self.groups)
         return {
-            "originals": sum(f.size for e in self.entries for f in e.files),
-            "lora": sum(e.layout.lora_bytes for e in self.entries),
-            "verbatim": sum(e.layout.extra_bytes for e in self.entries),
+            "originals": sum(f.size for e in self.adapters for f in e.files),
+            "lora": sum(e.layout.lora_bytes for e in self.adapters),
+            "verbatim": sum(e.layout.extra_bytes for e in self.adapters),
             "moments": self._moments(),
             "cores": self._cores(),
             "basis": basis,
             "loadings": loadings,
-            "checkpoint": basis + loadings + sum(e.layout.extra_bytes for e in self.entries),
+            "checkpoint": basis + loadings + sum(e.layout.extra_bytes for e in self.adapters),
         }
 
     def _cores(self) -> int:
@@ -177,11 +179,11 @@ class Plan:
         """
         if self.refused and self.settings.on_error == "raise":
             raise refusal(
-                f"{len(self.refused)} of {len(self.refused) + len(self.entries)} adapters cannot be compressed",
+                f"{len(self.refused)} of {len(self.refused) + len(self.adapters)} adapters cannot be compressed",
                 self.refused,
                 "Leave them out, or go on without them by --on-error skip.",
             )
-        check_enough(len(self.entries) + len(self.absent), self.refused, self.fewest)
+        check_enough(len(self.adapters) + len(self.absent), self.refused, self.fewest)
         self._check_size()
         self._check_disk_budget()
         least = max((s.least_bytes for s in self.steps), default=0)
@@ -205,7 +207,7 @@ class Plan:
             )  # fmt: skip
 
     def _check_disk_budget(self) -> None:
-        budget, largest = self.settings.disk_budget, max((e.hub_bytes for e in self.entries), default=0)
+        budget, largest = self.settings.disk_budget, max((e.hub_bytes for e in self.adapters), default=0)
         if budget is not None and len(self.batches) > 1 and 2 * largest > budget:
             raise BudgetError(
                 "the disk budget cannot hold two of the largest adapter, one being fetched while one is added",
@@ -232,7 +234,7 @@ def cut(items: Sequence[T], sizes: Sequence[int], limit: int) -> list[list[T]]:
     return lists
 
 
-def choice_of(
+def settings_key_of(
     binding: Mapping[str, Any],
     base_model: str,
     k: int | str,
@@ -278,12 +280,12 @@ def make_plan(
         recalled: names of adapters in the workspace whose sources nobody has named; those refused now are absent.
     """
     bound = bound_base if bound_base is not None and bound_base in settings.base_aliases else found.base_model
-    groups = groups_of(found.entries)
-    dtypes = {r.dtype for e in examples(found.entries) for m in e.layout.modules for r in (m.a, m.b)}
+    groups = groups_of(found.adapters)
+    dtypes = {r.dtype for e in examples(found.adapters) for m in e.layout.modules for r in (m.a, m.b)}
     storage = widest(dtypes) if settings.dtype == "auto" else STORAGE[settings.dtype]
-    steps = steps_of(found.entries, groups, settings, storage, grows=grows)
+    steps = steps_of(found.adapters, groups, settings, storage, grows=grows)
     names = set(recalled)
     absent = tuple(e for e in found.refused if e.adapter in names)
     refused = tuple(e for e in found.refused if e.adapter not in names)
     base = found.base_model
-    return Plan(settings, found.entries, refused, absent, groups, storage, steps, base, found.inner, bound, grows)
+    return Plan(settings, found.adapters, refused, absent, groups, storage, steps, base, found.inner, bound, grows)

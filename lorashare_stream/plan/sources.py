@@ -11,7 +11,7 @@ from ..adapters.folder import CONFIG, foreign_lora, inner_adapters, looks_like_a
 from ..adapters.hubid import meant_by, parse_hub_id
 from ..adapters.source import Listing, Source, unique
 from ..errors import MissingSourceError, UsageError
-from ..text import listed, name_fault, shown
+from ..text import listed, name_fault, printable
 from .manifests import SUFFIXES, read_manifest
 
 
@@ -47,7 +47,7 @@ def _expand(name: str | None, text: str) -> Iterator[Source]:
         if not isinstance(name, str) or (fault := name_fault(name)) is not None:
             why = "it is not text" if not isinstance(name, str) else fault
             raise UsageError(
-                f"an adapter cannot be named {shown(name)!r}: {why}",
+                f"an adapter cannot be named {printable(name)!r}: {why}",
                 expected="one path component",
                 remedy="Choose another name.",
             )
@@ -74,10 +74,10 @@ def _one(text: str, name: str | None, listing: Listing | None = None) -> Source:
 def _no_such_source(missing: list[str]) -> MissingSourceError:
     meant = [text for text in map(meant_by, missing) if text is not None]
     return MissingSourceError(
-        f"no such source: {', '.join(map(repr, map(shown, missing[:8])))}",
+        f"no such source: {', '.join(map(repr, map(printable, missing[:8])))}",
         found=f"{len(missing)} that are not there" if len(missing) > 1 else None,
         expected="an adapter folder, a folder of adapter folders, a glob, a manifest, or a Hub id org/name",
-        remedy=f"If it is on the Hub: {', '.join(shown(text) for text in meant[:3])}." if meant else None,
+        remedy=f"If it is on the Hub: {', '.join(printable(text) for text in meant[:3])}." if meant else None,
     )
 
 
@@ -90,7 +90,7 @@ def _from_glob(pattern: str) -> Iterator[Source]:
             found += 1
             yield source
     if not found:
-        raise UsageError(f"no adapter matches {shown(pattern)!r}", expected="folders or manifests")
+        raise UsageError(f"no adapter matches {printable(pattern)!r}", expected="folders or manifests")
 
 
 def _from_manifest(path: Path) -> Iterator[Source]:
@@ -98,13 +98,13 @@ def _from_manifest(path: Path) -> Iterator[Source]:
         raise _no_manifest(path)
     entries = read_manifest(path)
     if not entries:
-        raise UsageError(f"manifest {shown(path)} names no adapter")
+        raise UsageError(f"manifest {printable(path)} names no adapter")
     for name, source, listing in entries:
         beside = os.path.join(path.parent, source) if source else ""
         if listing is not None or (parse_hub_id(source) is not None and not os.path.exists(beside)):
             yield _one(source, name, listing)
         elif os.path.splitext(source)[1] in SUFFIXES:
-            raise UsageError(f"manifest {shown(path)} names another manifest", found=source)
+            raise UsageError(f"manifest {printable(path)} names another manifest", found=source)
         else:
             yield from _expand(name, beside)
 
@@ -113,14 +113,14 @@ def _no_manifest(path: Path) -> UsageError:
     foreign = foreign_lora(path.parent, [path.name])
     if foreign is not None:
         return UsageError(
-            f"a {foreign[1]}, not a PEFT adapter: {shown(path)}",
+            f"a {foreign[1]}, not a PEFT adapter: {printable(path)}",
             expected=f"a folder with {CONFIG}",
             remedy=f"Name its folder: it has the {CONFIG}."
             if (path.parent / CONFIG).is_file()
             else remedy_for(foreign[1]),
         )
     return UsageError(
-        f"not a manifest: {shown(path)}",
+        f"not a manifest: {printable(path)}",
         expected=f"a folder, or a file ending in {', '.join(SUFFIXES)}",
         remedy=f"Name the folder that holds {CONFIG}." if path.suffix in (".safetensors", ".bin", ".json") else None,
     )
@@ -131,7 +131,7 @@ def _walk(root: Path) -> Iterator[Source]:
     yield from sources
     if not sources:
         raise UsageError(
-            f"no adapter in {shown(root)}",
+            f"no adapter in {printable(root)}",
             found=listed(sorted(os.listdir(root))) or "nothing",
             expected=f"a folder with {CONFIG}, here or below",
         )

@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from ..adapters.adapter import Entry
+from ..adapters.adapter import Adapter
 from ..adapters.copies import identical
 from ..adapters.dtypes import stored_bytes
 from ..errors import AdapterError, CollectionError
@@ -24,7 +24,7 @@ from ..plan.plan import Plan
 from ..runtime.executors import Executor, Local
 from ..runtime.progress import Progress, silent
 from ..stages.ingest import ingest_adapter
-from ..workspace.journal import Receipt
+from ..workspace.journal import Admission
 from .measurement import Subject, Totals, measured
 from .outlook import TARGETS, Errors, Outlook, ladder, near_duplicates, own_ratio, recommended, with_common_initial
 from .sample import chosen_modules, rows_in, sampled, spread
@@ -83,12 +83,12 @@ def analyse(
         BudgetError: if memory does not hold one module of the sample.
         UnreachableError: if the Hub does not answer.
     """
-    entries = [e for e in plan.entries if e.layout.modules]
-    asked, mapper = sampled(entries, sample), executor or Local()
+    adapters = [e for e in plan.adapters if e.layout.modules]
+    asked, mapper = sampled(adapters, sample), executor or Local()
     with threadpool_limits(1, user_api="blas"), _at_hand(plan, asked) as (chosen, lost):
         at_once = max(1, plan.settings.workers or os.cpu_count() or 1)
         results = list(progress("ingest", len(chosen), mapper.map(_ingested, chosen, at_once)))
-        norms = {r.name: r.energy**0.5 for r in results if isinstance(r, Receipt)}
+        norms = {r.name: r.energy**0.5 for r in results if isinstance(r, Admission)}
         problems = (*lost, *(r for r in results if isinstance(r, AdapterError)))
         used = [e for e in chosen if norms.get(e.name, 0.0) > 0]
         if len(used) < 2:
@@ -102,13 +102,13 @@ def analyse(
     each = [norms[name] for name in names]
     middle = median(each)
     pairs = near_duplicates(totals.inner * np.outer(each, each))
-    rest = rows_in(entries, modules) - rows_in(asked, modules)
+    rest = rows_in(adapters, modules) - rows_in(asked, modules)
     share = rows_in(used, modules) / (rows_in(used, modules) + rest)  # what is wrong with some is not so with the rest
     outlooks = _outlooks(plan, totals, share)
     own = {target: own_ratio(totals.singular, target) for target in TARGETS}
     return Analysis(
         sample=tuple(names),
-        compressed=len(entries),
+        compressed=len(adapters),
         modules=len(modules),
         modules_in_all=in_all,
         problems=problems,
@@ -119,14 +119,14 @@ def analyse(
         own=own,
         initial=tuple(tuple(names[i] for i in g) for g in with_common_initial(totals.parallel, totals.compared)),
         duplicates=tuple((names[i], names[j], d, c) for i, j, d, c in pairs),
-        identical=identical(plan.entries),
+        identical=identical(plan.adapters),
         recommended=recommended(outlooks, own),
     )
 
 
-def _ingested(entry: Entry) -> Receipt | AdapterError:
+def _ingested(adapter: Adapter) -> Admission | AdapterError:
     """All values looked at, and ||dW||, which is of interest under `factors` too."""
-    return ingest_adapter("delta", entry)[1]
+    return ingest_adapter("delta", adapter)[1]
 
 
 def _outlooks(plan: Plan, totals: Totals, share: float) -> tuple[Outlook, ...]:
@@ -152,7 +152,7 @@ def _outlooks(plan: Plan, totals: Totals, share: float) -> tuple[Outlook, ...]:
 
 
 @contextmanager
-def _at_hand(plan: Plan, chosen: list[Entry]) -> Iterator[tuple[list[Entry], tuple[AdapterError, ...]]]:
+def _at_hand(plan: Plan, chosen: list[Adapter]) -> Iterator[tuple[list[Adapter], tuple[AdapterError, ...]]]:
     """The adapters of a sample, on this machine until the end of the block; and those that cannot be had.
 
     What a plan does not read of adapters of the Hub is read of these: their configurations, and files, which go into
@@ -170,8 +170,8 @@ def _at_hand(plan: Plan, chosen: list[Entry]) -> Iterator[tuple[list[Entry], tup
     with ExitStack() as stack:
         folder = None if s.disk_budget is None else Path(stack.enter_context(TemporaryDirectory()))
         fetcher = stack.enter_context(fetching(s.offline, folder, s.disk_budget))
-        come = list(fetcher.arriving([e for e in read.entries if e.layout.modules]))
-        here = {e.source_id: e for e in [*come, *(e for e in chosen if e.fetched)] if isinstance(e, Entry)}
+        come = list(fetcher.arriving([e for e in read.adapters if e.layout.modules]))
+        here = {e.source_id: e for e in [*come, *(e for e in chosen if e.fetched)] if isinstance(e, Adapter)}
         lost = (*read.refused, *(e for e in come if isinstance(e, AdapterError)))
         yield [here[e.source_id] for e in chosen if e.source_id in here], lost
         fetcher.release(here.values())

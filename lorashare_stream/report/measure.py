@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..adapters.keys import SIDES, Side
-from ..adapters.scaling import Product
+from ..adapters.scaling import Scaling
 from ..linalg.delta import Float64, gram
 from ..linalg.lapack import Array
 
@@ -112,7 +112,7 @@ class Measured:
 
 
 def factored(
-    a: Float32, b: Float32, products: Sequence[Product], objective: str
+    a: Float32, b: Float32, scalings: Sequence[Scaling], objective: str
 ) -> tuple[dict[Side, Float32], Float64, Float64, Float64]:
     """Modules of one shape of one adapter as `Blocks` have them.
 
@@ -125,9 +125,9 @@ def factored(
         of dW (m, E, r). Under `delta` r may be less than that of the files, where it is larger than d.
     """
     blocks: dict[Side, Array] = {
-        "A": products[0].blocks(a, "A"), "B": products[0].blocks(np.swapaxes(b, -1, -2), "B"),
+        "A": scalings[0].blocks(a, "A"), "B": scalings[0].blocks(np.swapaxes(b, -1, -2), "B"),
     }  # fmt: skip
-    scales = np.array([p.scale for p in products])[:, None, None]
+    scales = np.array([p.scale for p in scalings])[:, None, None]
     bases, triangles = zip(*(np.linalg.qr(np.swapaxes(blocks[side], -1, -2)) for side in SIDES), strict=True)
     core = scales[..., None] * (triangles[1].astype(np.float64) @ np.swapaxes(triangles[0], -1, -2).astype(np.float64))
     left, values, right = np.linalg.svd(core, full_matrices=False)
@@ -199,7 +199,7 @@ def _kept(
 
 
 def _loadings(
-    rows: Float32, products: Float64, weights: Float64, train: NDArray[np.bool_], most: int, *, center: bool
+    rows: Float32, scalings: Float64, weights: Float64, train: NDArray[np.bool_], most: int, *, center: bool
 ) -> tuple[Float64, Float64]:
     """Eigenvalues of the moment of some weighted rows, and the loadings V'w of all rows, unweighted.
 
@@ -222,13 +222,13 @@ def _loadings(
     if not k:
         return np.zeros(0), np.zeros((len(rows), 0))
     if len(chosen) <= rows.shape[1]:
-        matrix = own[:, None] * products[np.ix_(chosen, chosen)] * own
+        matrix = own[:, None] * scalings[np.ix_(chosen, chosen)] * own
         values, vectors = np.linalg.eigh(_about_mean(_about_mean(matrix).T) if center else matrix)
         values, vectors = values[::-1], vectors[:, ::-1][:, :k]
         good = values[:k] > NEGLIGIBLE * max(values[0], 0.0)
         vectors = np.where(good, vectors / np.sqrt(np.where(good, values[:k], 1.0)), 0.0)
         mixing = own[:, None] * (_about_mean(vectors) if center else vectors)
-        return np.clip(values, 0.0, None), products[:, chosen] @ mixing
+        return np.clip(values, 0.0, None), scalings[:, chosen] @ mixing
     columns = own[:, None] * rows[chosen].astype(np.float64)
     columns = _about_mean(columns) if center else columns
     values, vectors = np.linalg.eigh(columns.T @ columns)

@@ -10,7 +10,7 @@ from functools import partial
 
 import numpy as np
 
-from ..adapters.adapter import Entry
+from ..adapters.adapter import Adapter
 from ..adapters.keys import SIDES, Side
 from ..errors import BudgetError
 from ..linalg.delta import Float64
@@ -71,7 +71,7 @@ class Subject:
     """An adapter that is measured, its number, and its ||dW||, above 0."""
 
     number: int
-    entry: Entry
+    adapter: Adapter
     norm: float
 
 
@@ -85,8 +85,8 @@ def measured(
         BudgetError: if memory does not hold one module.
     """
     count, objective = len(subjects), plan.settings.objective
-    shapes = {m.name: (m.dim("A"), m.dim("B")) for s in subjects for m in s.entry.layout.modules}
-    rows = {name: sum(s.entry.layout.by_name[name].rank for s in subjects if name in s.entry.layout.by_name)
+    shapes = {m.name: (m.dim("A"), m.dim("B")) for s in subjects for m in s.adapter.layout.modules}
+    rows = {name: sum(s.adapter.layout.by_name[name].rank for s in subjects if name in s.adapter.layout.by_name)
             for name in modules}  # fmt: skip
     held = {m: 4 * rows[m] * (2 * shapes[m][0] + shapes[m][1]) for m in modules}
     work = max(5 * held[m] + 12 * 8 * rows[m] ** 2 for m in modules)  # copies, noise, and a dozen Gram matrices
@@ -109,7 +109,7 @@ def measured(
 
 
 def _read(subject: Subject, modules: Sequence[str], objective: str) -> dict[str, Part]:
-    return read_parts(subject.entry, modules, objective, subject.norm)
+    return read_parts(subject.adapter, modules, objective, subject.norm)
 
 
 def _measure(task: tuple[str, Mapping[int, Part]], adapters: int, ks: Sequence[int], *, center: bool) -> Measured:
@@ -125,7 +125,7 @@ def _room(plan: Plan, subjects: Sequence[Subject], held: int, work: int) -> tupl
         BudgetError: if memory does not hold one.
     """
     s = plan.settings
-    pickled = max((f.size for e in subjects for f in e.entry.files if f.path.suffix == ".bin"), default=0)
+    pickled = max((f.size for e in subjects for f in e.adapter.files if f.path.suffix == ".bin"), default=0)
     process = PROCESS_BYTES + (TORCH_BYTES + pickled if pickled else 0)
     least = process + held + work
     if least > s.memory:

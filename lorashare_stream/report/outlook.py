@@ -113,8 +113,8 @@ class Errors:
         return max(low, 0.0), float(np.clip(trend, max(low, 0.0), max(high, 0.0))), max(high, 0.0)
 
     def _curve(self, kept: Float64) -> Curve:
-        points, means = [0.0, *self.ks], [0.0, *kept.mean(axis=1)]
-        return lambda k: np.interp(k, points, means)
+        points, options = [0.0, *self.ks], [0.0, *kept.mean(axis=1)]
+        return lambda k: np.interp(k, points, options)
 
     def _taken_in(self, k: int, own: Float64) -> Float64:
         """Share of what `own` of k components leave of dW that the others take in by chance; mean over the modules."""

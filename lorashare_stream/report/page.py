@@ -6,19 +6,19 @@ import numpy as np
 
 from ..checkpoint.format import PARTS
 from ..errors import CheckpointError
-from ..text import bytes_shown, counted, shown
+from ..text import bytes_shown, counted, printable
 from ..version import __version__
 from .charts import bytes_bars, error_histogram, tradeoff
 from .markup import Html, element, joined
 from .page_parts import bases_part, provenance_part, skipped_part, table
 from .page_style import STYLE
-from .statistics import Findings, curve_of
+from .statistics import PageData, curve_of
 
 WORST, SEEN = 20, 8  # adapters that are named, and those that are seen at once
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
-def page(found: Findings) -> str:
+def page(found: PageData) -> str:
     """The whole page; its size does not depend on the number of adapters.
 
     Raises:
@@ -30,7 +30,7 @@ def page(found: Findings) -> str:
         raise CheckpointError("the figures of the checkpoint cannot be drawn", found=f"{type(e).__name__}: {e}") from e
 
 
-def _page(found: Findings) -> str:
+def _page(found: PageData) -> str:
     count = _many(len(found.config.adapter_names), "LoRA adapter")
     head = element(
         "head",
@@ -63,11 +63,11 @@ def _many(count: int, thing: str) -> str:
     return counted(count, thing).replace(str(count), f"{count:,}", 1)
 
 
-def _base(found: Findings) -> str:
-    return shown(found.base_model or "a base model that is not named", 120)
+def _base(found: PageData) -> str:
+    return printable(found.base_model or "a base model that is not named", 120)
 
 
-def _lead(found: Findings) -> str:
+def _lead(found: PageData) -> str:
     k = sorted(basis.k for basis in found.bases if basis.k)
     text = f"A SHARE checkpoint: {len(k)} shared {'basis' if len(k) == 1 else 'bases'}"
     text += "" if not k else f" with k = {k[0]}" if k[0] == k[-1] else f" with k from {k[0]} to {k[-1]}"
@@ -77,7 +77,7 @@ def _lead(found: Findings) -> str:
     return text + (f"; {counted(kept, 'adapter')} kept exact." if kept else ".")
 
 
-def _tiles(found: Findings) -> Html:
+def _tiles(found: PageData) -> Html:
     originals, total = found.sizes["originals"], found.total
     each = sum(found.sizes[part] for part in PARTS[1:]) / max(len(found.config.adapter_names), 1)
     tiles = [
@@ -90,7 +90,7 @@ def _tiles(found: Findings) -> Html:
         tiles += [
             ("mean error", f"{errors.mean():.4f}", f"median {np.median(errors):.4f}"),
             ("p95 error", f"{np.quantile(errors, 0.95):.4f}", "of relative dW error"),
-            ("worst error", f"{errors[0]:.4f}", shown(found.certified[0].name, 40)),
+            ("worst error", f"{errors[0]:.4f}", printable(found.certified[0].name, 40)),
         ]
     cells = [
         element("div", element("dt", name), element("dd", value, element("small", element("bdi", more))))
@@ -99,7 +99,7 @@ def _tiles(found: Findings) -> Html:
     return element("dl", *cells, class_="tiles")
 
 
-def _notes(found: Findings) -> Html:
+def _notes(found: PageData) -> Html:
     """What a reader should know before the figures are believed."""
     ours, notes = found.ours, []
     if ours.get("cut_from"):
@@ -117,7 +117,7 @@ def _notes(found: Findings) -> Html:
     return element("ul", *[element("li", note) for note in notes], class_="notes") if notes else Html("")
 
 
-def _errors_part(found: Findings) -> Html:
+def _errors_part(found: PageData) -> Html:
     title = element("h2", "Error over the adapters")
     if not found.certified:
         return joined(title, element("p", "No adapter is compressed: all are kept exact.", class_="soft"))
@@ -130,14 +130,16 @@ def _errors_part(found: Findings) -> Html:
     return joined(title, element("div", left, element("div", *_worst(found)), class_="two"))
 
 
-def _worst(found: Findings) -> list[Html]:
+def _worst(found: PageData) -> list[Html]:
     """The worst adapters: some to be seen, more on demand."""
     top = found.certified[0].error or 1.0
     rows = [
         (
             joined(
-                element("bdi", shown(adapter.name, 90)),
-                element("small", f"{adapter.worst_error:.4f} in ", element("bdi", shown(adapter.worst_module, 120))),
+                element("bdi", printable(adapter.name, 90)),
+                element(
+                    "small", f"{adapter.worst_error:.4f} in ", element("bdi", printable(adapter.worst_module, 120))
+                ),
             ),
             joined(_meter(adapter.error / top), f"{adapter.error:.4f}"),
         )
@@ -157,7 +159,7 @@ def _meter(share: float) -> Html:
     return element("span", element("i", style=f"width:{100 * share:.0f}%"), class_="meter", aria_hidden="true")
 
 
-def _bytes_part(found: Findings) -> Html:
+def _bytes_part(found: PageData) -> Html:
     total = found.total
     rows: list[tuple[object, ...]] = [
         (
@@ -198,7 +200,7 @@ _WEIGHED = (
 )
 
 
-def _tradeoff(found: Findings) -> Html:
+def _tradeoff(found: PageData) -> Html:
     weighed = bool(found.ours.get("weighed"))
     if not weighed and not any(basis.k for basis in found.bases):
         nothing = element("p", "Nothing is shared: there is no k to choose.", class_="soft")

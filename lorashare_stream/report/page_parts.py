@@ -8,10 +8,10 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 
 from ..adapters.keys import SIDES
-from ..text import counted, listed, shown
+from ..text import counted, listed, printable
 from .charts import heatmap, spectrum
 from .markup import Html, element, joined
-from .statistics import Basis, Findings
+from .statistics import Basis, PageData
 
 KINDS = 12  # of modules that are drawn
 _DEPTHS = 96  # columns
@@ -36,7 +36,7 @@ def facts_list(pairs: Sequence[tuple[str, object]]) -> Html:
     return element("dl", *[joined(element("dt", name), element("dd", value)) for name, value in pairs], class_="facts")
 
 
-def bases_part(found: Findings) -> Html:
+def bases_part(found: PageData) -> Html:
     """Spectra by kind, k and explained variance by kind and depth, and a table of the same."""
     title = element("h2", "Bases by kind of module and depth")
     if not found.bases:
@@ -46,7 +46,11 @@ def bases_part(found: Findings) -> Html:
     most = max(b.k for bases in drawn.values() for b in bases)
     floor = _floor([b for bases in drawn.values() for b in bases])
     spectra = [
-        element("figure", element("h3", element("bdi", shown(kind, 40))), spectrum(shown(kind, 40), bases, floor, most))
+        element(
+            "figure",
+            element("h3", element("bdi", printable(kind, 40))),
+            spectrum(printable(kind, 40), bases, floor, most),
+        )
         for kind, bases in drawn.items()
     ]
     more = f" {counted(len(kinds) - KINDS, 'kind')} more, with less energy, not drawn." if len(kinds) > KINDS else ""
@@ -88,13 +92,13 @@ def _heatmaps(kinds: Mapping[str, Sequence[Basis]]) -> list[Html]:
             sums[(slice(None), *at)] += (b.k, b.explained, 1)
     with np.errstate(invalid="ignore"):
         k, explained = sums[0] / sums[2], sums[1] / sums[2]
-    rows = [f"{shown(kind, 40)} {side}" for kind in kinds for side in SIDES]
+    rows = [f"{printable(kind, 40)} {side}" for kind in kinds for side in SIDES]
     names = ["none" if depth < 0 else str(depth) for depth in columns]
-    figures = [
+    statistics = [
         heatmap("k", rows, names, k, whole=True),
         heatmap("explained variance", rows, names, explained, whole=False),
     ]
-    return [element("figure", figure) for figure in figures]
+    return [element("figure", figure) for figure in statistics]
 
 
 def _kinds_table(kinds: Mapping[str, Sequence[Basis]]) -> Html:
@@ -107,7 +111,7 @@ def _kinds_table(kinds: Mapping[str, Sequence[Basis]]) -> Html:
                 values = [b.explained for b in some]
                 share = sum(b.energy for b in some) / total[side] if total[side] else 0.0
                 rows.append((
-                    element("bdi", shown(kind, 60)), side, len(some), _range([b.d for b in some]),
+                    element("bdi", printable(kind, 60)), side, len(some), _range([b.d for b in some]),
                     _range([b.n for b in some]), _range([b.k for b in some]), f"{100 * share:.1f} %",
                     f"{np.mean(values):.4f}", f"{min(values):.4f}",
                 ))  # fmt: skip
@@ -120,21 +124,21 @@ def _range(values: Sequence[int]) -> str:
     return f"{min(values)}" if min(values) == max(values) else f"{min(values)}\u2013{max(values)}"
 
 
-def skipped_part(found: Findings) -> Html:
+def skipped_part(found: PageData) -> Html:
     """Adapters that were left out, by reason; and those that are kept exact."""
     title, count = element("h2", "Adapters that were left out"), max(int(found.ours["num_skipped"]), len(found.skipped))
     if not count:
         return joined(title, element("p", "None.", class_="soft"))
     by_reason: dict[str, list[str]] = {}
     for item in found.skipped:
-        reason = shown(item.get("problem") or item.get("reason") or "no reason is recorded", 200)
+        reason = printable(item.get("problem") or item.get("reason") or "no reason is recorded", 200)
         by_reason.setdefault(reason, []).append(str(item.get("adapter") or item.get("source") or "not named"))
     some = sorted(by_reason.items(), key=lambda item: (-len(item[1]), item[0]))
     rows = [(element("bdi", reason), len(names), element("bdi", listed(names, 3))) for reason, names in some[:_REASONS]]
     more = f" {counted(len(some) - _REASONS, 'reason')} more in skipped.json." if len(some) > _REASONS else ""
     each = [
-        (element("bdi", shown(item.get("adapter") or item.get("source") or "not named", 90)),
-         element("bdi", shown(item.get("reason") or "no reason is recorded", 400)))
+        (element("bdi", printable(item.get("adapter") or item.get("source") or "not named", 90)),
+         element("bdi", printable(item.get("reason") or "no reason is recorded", 400)))
         for item in found.skipped[:_ROWS]
     ]  # fmt: skip
     name = f"The first {_ROWS} of {count}, in full" if count > _ROWS else "Each, in full"
@@ -145,15 +149,15 @@ def skipped_part(found: Findings) -> Html:
     )  # fmt: skip
 
 
-def provenance_part(found: Findings) -> Html:
+def provenance_part(found: PageData) -> Html:
     """What the checkpoint was made of, and how."""
     ours, origins = found.ours, found.origins
     centred = ", centred" if ours.get("center") else ""
     pairs: list[tuple[str, object]] = [
-        ("base model", element("bdi", shown(found.base_model or "not named", 120))),
-        ("written by", f"lorashare-stream {shown(ours.get('version', 'of unknown version'), 40)}"),
-        ("objective", f"{shown(ours['objective'], 40)}{centred}"),
-        ("stored as", shown(ours["dtype"], 20)),
+        ("base model", element("bdi", printable(found.base_model or "not named", 120))),
+        ("written by", f"lorashare-stream {printable(ours.get('version', 'of unknown version'), 40)}"),
+        ("objective", f"{printable(ours['objective'], 40)}{centred}"),
+        ("stored as", printable(ours["dtype"], 20)),
         ("adapters", _sources(found)),
     ]
     if origins.hub:
@@ -165,19 +169,21 @@ def provenance_part(found: Findings) -> Html:
         names = ours.get(key) or ()
         pairs.append((name, element("bdi", f"{len(names)}: {listed(names, 5)}") if names else "none"))
     if ours.get("cut_from"):
-        pairs.append(("cut from", f"k = {shown(ours['cut_from'], 20)}"))
+        pairs.append(("cut from", f"k = {printable(ours['cut_from'], 20)}"))
     for name, key in (
         ("digest", "digest"),
         ("digest of the bases", "basis_digest"),
         ("SHA-256 of the components", "components"),
     ):
-        pairs.append((name, element("code", shown(ours.get(key, "not recorded"), 80))))
-    settings = [(shown(k, 60), element("code", shown(v, 120))) for k, v in list(ours["settings"].items())[:_ROWS]]
+        pairs.append((name, element("code", printable(ours.get(key, "not recorded"), 80))))
+    settings = [
+        (printable(k, 60), element("code", printable(v, 120))) for k, v in list(ours["settings"].items())[:_ROWS]
+    ]
     asked = element("details", element("summary", "Settings, as they were asked for"), facts_list(settings))
     return joined(element("h2", "Provenance"), facts_list(pairs), asked)
 
 
-def _sources(found: Findings) -> str:
+def _sources(found: PageData) -> str:
     origins = found.origins
     parts = [f"{origins.local} from local folders"] if origins.local else []
     if origins.hub:

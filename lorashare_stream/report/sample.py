@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from ..adapters.adapter import Entry
+from ..adapters.adapter import Adapter
 from ..adapters.folder import check_still, open_tensors
 from ..adapters.keys import SIDES, Side
 from ..errors import AdapterError
@@ -45,28 +45,28 @@ def spread(items: Sequence[T], count: int) -> list[T]:
     return list(items) if n <= count else [items[(2 * i + 1) * n // (2 * count)] for i in range(count)]
 
 
-def sampled(entries: Sequence[Entry], count: int | None) -> list[Entry]:
+def sampled(adapters: Sequence[Adapter], count: int | None) -> list[Adapter]:
     """The adapters to look at: `count`, or as many as give `ROWS` vectors to a group, from `FEWEST` to `ADAPTERS`."""
     if count is not None:
-        return spread(entries, count)
-    chosen = spread(entries, ADAPTERS)
+        return spread(adapters, count)
+    chosen = spread(adapters, ADAPTERS)
     while len(chosen) > FEWEST and max(_rows(chosen).values(), default=0) > ROWS:
-        chosen = spread(entries, max(FEWEST, 3 * len(chosen) // 4))
+        chosen = spread(adapters, max(FEWEST, 3 * len(chosen) // 4))
     return chosen
 
 
-def _rows(entries: Iterable[Entry]) -> Counter[str]:
+def _rows(adapters: Iterable[Adapter]) -> Counter[str]:
     """Vectors of every module, n."""
     count: Counter[str] = Counter()
-    for entry in entries:
-        for m in entry.layout.modules:
+    for adapter in adapters:
+        for m in adapter.layout.modules:
             count[m.name] += m.rank
     return count
 
 
-def rows_in(entries: Iterable[Entry], modules: Iterable[str]) -> int:
+def rows_in(adapters: Iterable[Adapter], modules: Iterable[str]) -> int:
     """Vectors of some modules, n, summed over them."""
-    rows = _rows(entries)
+    rows = _rows(adapters)
     return sum(rows[m] for m in modules)
 
 
@@ -79,10 +79,10 @@ def kind_of(module: str) -> str:
     return module.rpartition(".")[2]
 
 
-def chosen_modules(entries: Iterable[Entry], work: float = WORK) -> tuple[list[str], int]:
+def chosen_modules(adapters: Iterable[Adapter], work: float = WORK) -> tuple[list[str], int]:
     """The modules to look at, of every kind as large a part, spread over the depth; and how many there are."""
-    entries = list(entries)
-    rows, shapes = _rows(entries), {m.name: m for e in entries for m in e.layout.modules}
+    adapters = list(adapters)
+    rows, shapes = _rows(adapters), {m.name: m for e in adapters for m in e.layout.modules}
     total = sum(work_of(rows[name], m.dim(side)) for name, m in shapes.items() for side in SIDES)
     share = min(1.0, work / max(1.0, total))
     kinds: dict[str, list[str]] = {}
@@ -103,11 +103,11 @@ def _by_depth(module: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", module)]
 
 
-def read_parts(entry: Entry, modules: Iterable[str], objective: str, norm: float) -> dict[str, Part]:
+def read_parts(adapter: Adapter, modules: Iterable[str], objective: str, norm: float) -> dict[str, Part]:
     """What an adapter brings to some modules, of which it may lack some.
 
     Args:
-        entry: the adapter. modules: their names.
+        adapter: the adapter. modules: their names.
         objective: as for `factored`.
         norm: ||dW_i||, above 0.
 
@@ -115,22 +115,22 @@ def read_parts(entry: Entry, modules: Iterable[str], objective: str, norm: float
         AdapterError: if its files are not what they were.
     """
     parts: dict[str, Part] = {}
-    held = [m for m in modules if m in entry.layout.by_name]
-    with open_tensors(entry.paths) as tensors:
-        for bundle in entry.bundles_of(held):
-            factors = bundle.read(tensors)
-            products = entry.products_of(bundle.names)
-            rows, weights, strengths, singular = factored(factors["A"], factors["B"], products, objective)
+    held = [m for m in modules if m in adapter.layout.by_name]
+    with open_tensors(adapter.paths) as tensors:
+        for module_batch in adapter.batches_of(held):
+            factors = module_batch.read(tensors)
+            scalings = adapter.scalings_of(module_batch.names)
+            rows, weights, strengths, singular = factored(factors["A"], factors["B"], scalings, objective)
             weights = weights if objective == "factors" else weights / norm
             lengths = np.linalg.norm(factors["A"], axis=-1, keepdims=True)
             initial = factors["A"] / np.where(lengths > 0, lengths, 1.0)
-            for i, name in enumerate(bundle.names):
+            for i, name in enumerate(module_batch.names):
                 own = {side: rows[side][i] for side in SIDES}
                 parts[name] = Part(own, weights[i], strengths[i] / norm, singular[i] / norm, initial[i])
     try:
-        check_still(entry.files)
+        check_still(adapter.files)
     except AdapterError as e:
-        e.adapter = entry.name
+        e.adapter = adapter.name
         raise
     return parts
 

@@ -97,7 +97,7 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Findings:
+class PageData:
     """All that the page shows.
 
     Attributes:
@@ -131,7 +131,7 @@ class Findings:
         return np.array([adapter.error for adapter in self.certified])
 
 
-def findings_of(place: Place) -> Findings:
+def findings_of(place: Place) -> PageData:
     """Read what a checkpoint records of itself; of its tensors only the spectra.
 
     Raises:
@@ -160,7 +160,7 @@ def findings_of(place: Place) -> Findings:
         ITEMSIZE[config.ours["dtype"]]
         ours = {**config.ours, "settings": told["settings"]}
         reasons = tuple(scrub(item) for item in skipped)
-        return Findings(config, told["base_model"], ours, sizes, tuple(certified), bases, reasons, _origins(metas))
+        return PageData(config, told["base_model"], ours, sizes, tuple(certified), bases, reasons, _origins(metas))
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
         raise CheckpointError("the figures of the checkpoint cannot be read", found=f"{type(e).__name__}: {e}") from e
 
@@ -237,7 +237,7 @@ def _origins(metas: Iterable[Mapping[str, Any]]) -> Origins:
     return Origins(len(told) - len(hub), len(hub), len({str(facts.get("repo")) for facts in hub}), closed, licenses)
 
 
-def curve_of(found: Findings) -> Curve:
+def curve_of(found: PageData) -> Curve:
     """What smaller k, cut from the bases that are there, would take and lose.
 
     With t the share of a side's summed trace that its bases leave out, the mean square of the relative dW error over
@@ -275,6 +275,6 @@ def curve_of(found: Findings) -> Curve:
     return Curve(k, size, low, high, bounds=True, here=found.total)
 
 
-def _all_shared(found: Findings) -> bool:
+def _all_shared(found: PageData) -> bool:
     """Whether all modules are shared at their full rank, and none was bought another form."""
     return found.ours.get("rule") is None

@@ -7,11 +7,11 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from ..settings import asked
-from ..text import bytes_shown, counted, listed, shown
+from ..text import bytes_shown, counted, listed, printable
 
 if TYPE_CHECKING:
     from ..plan.plan import Plan
-    from ..workspace.journal import Receipt
+    from ..workspace.journal import Admission
 
 Fact = tuple[str, object]
 _OFTEN = {1: "once", 2: "twice"}
@@ -25,7 +25,7 @@ def table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...] = ()) -> str:
     a      1
     bcd   22
     """
-    clean = [tuple(shown(cell, 90) for cell in row) for row in [*([header] if header else []), *rows]]
+    clean = [tuple(printable(cell, 90) for cell in row) for row in [*([header] if header else []), *rows]]
     widths = [max(len(row[i]) for row in clean) for i in range(len(clean[0]))] if clean else []
     return "\n".join(
         "  ".join(
@@ -38,7 +38,7 @@ def table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...] = ()) -> str:
 def facts(pairs: Sequence[Fact]) -> str:
     """Aligned `name  value` lines."""
     width = max(len(name) for name, _ in pairs)
-    return "\n".join(f"{name.ljust(width)}  {shown(value)}" for name, value in pairs)
+    return "\n".join(f"{name.ljust(width)}  {printable(value)}" for name, value in pairs)
 
 
 def plan_text(plan: Plan) -> str:
@@ -49,7 +49,7 @@ def plan_text(plan: Plan) -> str:
     pairs: list[Fact] = [
         ("base model", plan.base_model or "not named"),
         *[("  also named", text) for text in _other_names(plan)],
-        ("adapters", f"{len(plan.entries)}" + (f", and {len(plan.refused)} refused" if plan.refused else "")),
+        ("adapters", f"{len(plan.adapters)}" + (f", and {len(plan.refused)} refused" if plan.refused else "")),
         ("groups", f"{len(plan.groups)}: {stacked} as stacked columns, {len(plan.groups) - stacked} as second moments"),
         ("objective", s.objective + (", centred" if s.center else "")),
         ("components k", f"auto, to {s.variance_threshold:.4g} of the energy" if auto else s.num_components)
@@ -72,7 +72,7 @@ def plan_text(plan: Plan) -> str:
 
 def _of_the_hub(plan: Plan) -> list[Fact]:
     """How much is fetched, and how often."""
-    remote = [e for e in plan.entries if e.origin is not None]
+    remote = [e for e in plan.adapters if e.origin is not None]
     if not remote:
         return []
     total = bytes_shown(sum(e.hub_bytes for e in remote))
@@ -100,7 +100,7 @@ def plan_warnings(plan: Plan) -> list[str]:
 def _of_sizes(plan: Plan) -> list[str]:
     size, s = plan.sizes, plan.settings
     out = []
-    if plan.entries and not plan.groups:
+    if plan.adapters and not plan.groups:
         out.append("no LoRA matrix can be shared: everything is kept verbatim")
     elif plan.groups and s.num_components != "auto" and s.budget is None:
         clamped = sum(g.components(s) < s.num_components for g in plan.groups)
@@ -113,9 +113,9 @@ def _of_sizes(plan: Plan) -> list[str]:
             )
     if s.budget is None and s.num_components != "auto":
         out += _of_large_groups(plan)
-    whole = [e.name for e in plan.entries if e.layout.modules and e.layout.extra_bytes > 10 * e.layout.lora_bytes]
+    whole = [e.name for e in plan.adapters if e.layout.modules and e.layout.extra_bytes > 10 * e.layout.lora_bytes]
     if whole:
-        extra = sum(e.layout.extra_bytes for e in plan.entries)
+        extra = sum(e.layout.extra_bytes for e in plan.adapters)
         out.append(
             f"tensors that are not LoRA are most of {counted(len(whole), 'adapter')} ({listed(whole, 3)}), embeddings "
             f"or whole layers perhaps; they are kept verbatim, {bytes_shown(extra)} in all"
@@ -141,14 +141,14 @@ def _of_large_groups(plan: Plan) -> list[str]:
 def adapter_notes(plan: Plan) -> list[str]:
     """What a user should know of single adapters before the work begins."""
     s = plan.settings
-    presumed = sum(e.config is None for e in plan.entries)
-    names = Counter(e.base_model for e in plan.entries)
+    presumed = sum(e.config is None for e in plan.adapters)
+    names = Counter(e.base_model for e in plan.adapters)
     out = []
     if presumed:
         out.append(f"configurations on the Hub are read when the plan is run: those of {counted(presumed, 'adapter')}")
-    unnamed = [e.name for e in plan.entries if e.base_model is None]
+    unnamed = [e.name for e in plan.adapters if e.base_model is None]
     if unnamed and plan.base_model:
-        base = shown(plan.base_model)
+        base = printable(plan.base_model)
         out.append(
             f"no base model is named by {counted(len(unnamed), 'adapter')} ({listed(unnamed)}); taken to be {base}"
         )
@@ -160,7 +160,7 @@ def adapter_notes(plan: Plan) -> list[str]:
     alone = _alone(plan)
     if alone:
         out.append(f"no module is shared with any other adapter by {counted(len(alone), 'adapter')} ({listed(alone)})")
-    out += _by_kind((e.name, note) for e in plan.entries for note in e.layout.notes)
+    out += _by_kind((e.name, note) for e in plan.adapters for note in e.layout.notes)
     if plan.inner:
         where = listed([f"{name}/{sub}" for name, subs in sorted(plan.inner.items()) for sub in subs], 3)
         out.append(f"adapters in subfolders of adapters are not taken: {where}; name them as sources to take them")
@@ -170,26 +170,26 @@ def adapter_notes(plan: Plan) -> list[str]:
 def _alone(plan: Plan) -> list[str]:
     """Adapters that have groups, but none with another adapter in it."""
     common = {g.module for g in plan.groups if g.adapters > 1}
-    lonely = {e.layout.digest: e.layout for e in plan.entries}
+    lonely = {e.layout.digest: e.layout for e in plan.adapters}
     digests = {d for d, layout in lonely.items() if layout.modules and not common & layout.by_name.keys()}
-    return [e.name for e in plan.entries if e.layout.digest in digests]
+    return [e.name for e in plan.adapters if e.layout.digest in digests]
 
 
 def _other_names(plan: Plan) -> list[str]:
     """Names of the base model that adapters give beside the one that is taken."""
-    counts = Counter(e.base_model for e in plan.entries if e.base_model not in (None, plan.base_model))
+    counts = Counter(e.base_model for e in plan.adapters if e.base_model not in (None, plan.base_model))
     return [f"{name} by {counted(n, 'adapter')}" for name, n in sorted(counts.items(), key=str)]
 
 
-def notes_text(receipts: Sequence[Receipt], told: Collection[str] = (), limit: int = 6) -> list[str]:
+def notes_text(admissions: Sequence[Admission], told: Collection[str] = (), limit: int = 6) -> list[str]:
     """What ingest noted of adapters, a line for each kind of note.
 
     Args:
-        receipts: the admissions.
+        admissions: the admissions.
         told: notes that the plan has shown before.
         limit: how many lines at most.
     """
-    lines = _by_kind((receipt.name, note) for receipt in receipts for note in receipt.notes if note not in told)
+    lines = _by_kind((admission.name, note) for admission in admissions for note in admission.notes if note not in told)
     return lines[:limit] + ([f"and {len(lines) - limit} kinds more"] if len(lines) > limit else [])
 
 
@@ -199,6 +199,6 @@ def _by_kind(notes: Iterable[tuple[str, str]]) -> list[str]:
     for name, note in notes:
         by_kind.setdefault(note.rpartition(": ")[2], {})[name] = None
     return [
-        shown(f"{kind}: in {counted(len(names), 'adapter')} ({listed(names, 3)})")
+        printable(f"{kind}: in {counted(len(names), 'adapter')} ({listed(names, 3)})")
         for kind, names in sorted(by_kind.items())
     ]

@@ -28,7 +28,7 @@ from typing import Any
 from threadpoolctl import OpenBLASController, threadpool_info, threadpool_limits
 
 from ..errors import ClusterError, StreamError
-from ..text import shown
+from ..text import printable
 from ..version import __version__
 from .executors import Places
 
@@ -147,7 +147,7 @@ def check_version(worker: str, found: object, expected: str) -> None:
         ClusterError: if it has another, or, `found` being an error, none.
     """
     if found != expected:
-        what = f"{type(found).__name__}: {found}" if isinstance(found, BaseException) else f"version {shown(found)}"
+        what = f"{type(found).__name__}: {found}" if isinstance(found, BaseException) else f"version {printable(found)}"
         raise ClusterError(
             "a worker has another version of lorashare-stream", found=f"{what} on {worker}", expected=expected,
             remedy="Install the same version where workers run, and start them again.",

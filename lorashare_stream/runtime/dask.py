@@ -18,7 +18,7 @@ from typing import IO, Any, TypeVar
 
 from ..errors import ClusterError, UnreachableClusterError
 from ..files import naming
-from ..text import counted, listed, shown
+from ..text import counted, listed, printable
 from ..version import __version__
 from .calls import Call, Done, packed, perform, size_of
 from .executors import Cluster, Executor, Places, in_order, nothing
@@ -98,7 +98,7 @@ class _DaskMap:
 
         def submit(task: T) -> Any:
             key = f"{name}-{uuid.uuid4().hex}"  # Dask keeps the mean time of what has the same name
-            labels[key] = listed(task, 3) if isinstance(task, tuple) else shown(getattr(task, "name", task), 80)
+            labels[key] = listed(task, 3) if isinstance(task, tuple) else printable(getattr(task, "name", task), 80)
             return self.client.submit(perform, call, packed(task), key=key, pure=False, retries=RETRIES)
 
         def taken(future: Any) -> R:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ClusterError, UnreachableClusterError
-from ..text import counted, listed, shown
+from ..text import counted, listed, printable
 from ..version import __version__
 from .calls import check_version, look, machine, unseen
 from .executors import Places
@@ -81,7 +81,7 @@ def cannot_run(worker: str, error: BaseException) -> ClusterError:
 
 
 def _text(error: BaseException) -> str:
-    return shown(f"{type(error).__name__}: {error}")
+    return printable(f"{type(error).__name__}: {error}")
 
 
 def _asked(client: Any, fn: Callable[..., Any], *args: Any) -> dict[str, Any]:
@@ -145,5 +145,5 @@ def _warn_of_others(machines: Mapping[str, Mapping[str, str]]) -> None:
     for what, workers in others.items():
         log.warning(
             "%s of %d (%s) with %s here: the last bits may be others than those of a run on this machine alone",
-            counted(len(workers), "worker"), len(machines), listed(workers, 3), shown(what),
+            counted(len(workers), "worker"), len(machines), listed(workers, 3), printable(what),
         )  # fmt: skip

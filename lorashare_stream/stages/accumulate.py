@@ -12,19 +12,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..adapters.adapter import Entry
+from ..adapters.adapter import Adapter
 from ..adapters.folder import check_still, open_tensors
 from ..adapters.keys import SIDES, Side
-from ..adapters.scaling import Product
-from ..adapters.stacks import Bundle
+from ..adapters.scaling import Scaling
+from ..adapters.stacks import ModuleBatch
 from ..errors import AdapterError
 from ..linalg.delta import gram
 from ..linalg.device import sum_on
 from ..linalg.lapack import Array
 from ..linalg.moments import Accumulator, Lockstep, Moment, empty, of_columns, partner_root, stays_stacked
-from ..text import shown
+from ..text import printable
 from ..workspace import moments as momentstore
-from ..workspace.journal import Receipt
+from ..workspace.journal import Admission
 from ..workspace.moments import DamagedMoment
 from ..workspace.workspace import Workspace
 from ..workspace.zarrfile import ZarrFile
@@ -39,7 +39,7 @@ class _Sums:
 
     name: str
     sides: dict[Side, Accumulator]
-    added: Mapping[int, Receipt]
+    added: Mapping[int, Admission]
     removed: Mapping[Side, list[int]]
     folder: Path
     marker: dict[str, Any]
@@ -63,7 +63,7 @@ def accumulate_modules(job: Job, names: Sequence[str]) -> None:
             try:
                 sums = _begin(job, name, generations)
             except DamagedMoment as e:
-                log.warning("the moments of %s are summed again: %s", shown(name), e)
+                log.warning("the moments of %s are summed again: %s", printable(name), e)
                 Workspace(job.workspace).forget(name)
             else:
                 begun += [] if sums is None else [sums]
@@ -111,17 +111,17 @@ def _add(job: Job, begun: Sequence[_Sums]) -> None:
     for sums in begun:
         for number in sums.added:
             lacking.setdefault(number, []).append(sums.name)
-    known: dict[tuple[str, tuple[str, ...], bool], list[tuple[Bundle, dict[Side, Lockstep]]]] = {}
+    known: dict[tuple[str, tuple[str, ...], bool], list[tuple[ModuleBatch, dict[Side, Lockstep]]]] = {}
     for number in sorted(lacking):
-        receipt = by_name[lacking[number][0]].added[number]
-        entry, modules = job.entry(receipt.name), tuple(lacking[number])
-        kind = entry.layout.digest, modules, entry.plain  # adapters of one kind are cut alike
+        admission = by_name[lacking[number][0]].added[number]
+        adapter, modules = job.adapter(admission.name), tuple(lacking[number])
+        kind = adapter.layout.digest, modules, adapter.plain  # adapters of one kind are cut alike
         if kind not in known:
             known[kind] = [
                 (b, {side: Lockstep([by_name[m].sides[side] for m in b.names]) for side in SIDES})
-                for b in entry.bundles_of(modules)
+                for b in adapter.batches_of(modules)
             ]
-        every = rows_of(entry, [b for b, _ in known[kind]], receipt.energy, job.settings.objective)
+        every = rows_of(adapter, [b for b, _ in known[kind]], admission.energy, job.settings.objective)
         for (_, lockstep), rows in zip(known[kind], every, strict=True):
             for side in SIDES:
                 lockstep[side].add(rows[side])
@@ -135,22 +135,22 @@ def _removed(marker: Mapping[str, Any] | None, side: Side, gone: Sequence[int]) 
 
 
 def rows_of(
-    entry: Entry, bundles: Iterable[Bundle], energy: float, objective: str
+    adapter: Adapter, module_batches: Iterable[ModuleBatch], energy: float, objective: str
 ) -> Iterator[dict[Side, NDArray[np.floating[Any]]]]:
     """The vectors of one adapter that are summed, read from its files: rows (m, E r, d) of each bundle."""
-    with open_tensors(entry.paths) as tensors:
-        for bundle in bundles:
-            factors = bundle.read(tensors)
-            yield weighted_rows(factors["A"], factors["B"], entry.products_of(bundle.names), energy, objective)
+    with open_tensors(adapter.paths) as tensors:
+        for module_batch in module_batches:
+            factors = module_batch.read(tensors)
+            yield weighted_rows(factors["A"], factors["B"], adapter.scalings_of(module_batch.names), energy, objective)
     try:
-        check_still(entry.files)
+        check_still(adapter.files)
     except AdapterError as e:
-        e.adapter = entry.name
+        e.adapter = adapter.name
         raise
 
 
 def weighted_rows(
-    a: NDArray[np.float32], b: NDArray[np.float32], products: Sequence[Product], energy: float, objective: str
+    a: NDArray[np.float32], b: NDArray[np.float32], scalings: Sequence[Scaling], energy: float, objective: str
 ) -> dict[Side, NDArray[np.floating[Any]]]:
     """The vectors of modules of one shape that are summed, as rows (m, E r, d).
 
@@ -165,8 +165,8 @@ def weighted_rows(
     rows: dict[Side, NDArray[Any]] = {"A": a, "B": np.swapaxes(b, -1, -2)}
     if objective == "factors":
         return rows
-    factors = np.array([p.scale for p in products]) / np.sqrt(energy)
-    blocks = {side: products[0].blocks(rows[side], side) for side in SIDES}  # (m, E, r, d)
+    factors = np.array([p.scale for p in scalings]) / np.sqrt(energy)
+    blocks = {side: scalings[0].blocks(rows[side], side) for side in SIDES}  # (m, E, r, d)
     roots = {side: partner_root(gram(blocks[side]), factors[:, None, None, None]) for side in SIDES}
     return {
         side: np.stack(
@@ -193,7 +193,7 @@ def _held_moment(job: Job, name: str, side: Side, marker: Mapping[str, Any] | No
 
 
 def _accumulator(
-    job: Job, name: str, folder: Path, added: Iterable[Receipt], held: Moment, *, anew: bool
+    job: Job, name: str, folder: Path, added: Iterable[Admission], held: Moment, *, anew: bool
 ) -> Accumulator:
     """An accumulator that holds what was summed before, in the form for all there will be.
 

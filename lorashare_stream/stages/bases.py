@@ -17,7 +17,7 @@ Bases = Mapping[str, Mapping[str, Any]]  # module -> facts of its sides
 
 def write_bases(staging: Staging, job: Job, bases: Bases) -> None:
     """Stream the bases, and their eigenvalues, into the staged checkpoint."""
-    staging.write_components(raw_components(job, bases), shapes_of(bases), job.storage, job.basis_digest)
+    staging.write_components(raw_components(job, bases), shapes_of(bases), job.storage, job.basis_key)
     sides = {group_id(m, side): facts[side] for m, facts in bases.items() for side in SIDES if side in facts}
     staging.write_spectrum({group: facts["eigenvalues"] for group, facts in sides.items()})
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..adapters.adapter import Entry
+from ..adapters.adapter import Adapter
 from ..adapters.keys import SIDES, Side
 from ..linalg.moments import Moment, downdate, of_columns
 from ..workspace import moments as momentstore
-from ..workspace.journal import Receipt
+from ..workspace.journal import Admission
 from ..workspace.moments import DamagedMoment
 from ..workspace.workspace import Workspace
 from .accumulate import rows_of
@@ -17,7 +17,7 @@ from .job import Job
 MOST_REMOVED = 10.0  # times the kept energy, up to which float32 leaves enough digits of what is kept
 
 
-def clean_module(job: Job, gone: Mapping[int, Entry], name: str) -> None:
+def clean_module(job: Job, gone: Mapping[int, Adapter], name: str) -> None:
     """Take away the vectors of removed adapters from a module's sums, at the cost of reading only these.
 
     Where they cannot be read, or dominate, and the adapters that stay can be read, the moments are forgotten: they are
@@ -41,11 +41,11 @@ def clean_module(job: Job, gone: Mapping[int, Entry], name: str) -> None:
             for side in SIDES:
                 fresh[side] = momentstore.save(folder / side, cleaned[side]) | {"removed": []}
             fresh |= {k: marker[k] for k in ("entries", "admitted", "never") if k in marker}
-    elif all(r.name in job.entries for r in job.holders(name, len(job.journal.entries)).values()):
+    elif all(r.name in job.adapters for r in job.holders(name, len(job.journal.entries)).values()):
         work.forget(name)
 
 
-def _cleaned(job: Job, gone: Mapping[int, Entry], name: str) -> dict[Side, Moment] | None:
+def _cleaned(job: Job, gone: Mapping[int, Adapter], name: str) -> dict[Side, Moment] | None:
     """The moments without what was removed; None if that cannot be read, or dominates."""
     work = Workspace(job.workspace)
     marker = work.marker(name)
@@ -58,9 +58,9 @@ def _cleaned(job: Job, gone: Mapping[int, Entry], name: str) -> dict[Side, Momen
         moment = momentstore.load(work.generation(name, marker["generation"]) / side, marker[side])
         energy = moment.energy
         for i in marker[side]["removed"]:
-            receipt = job.journal.entries[i]
-            assert isinstance(receipt, Receipt)
-            (rows,) = rows_of(gone[i], gone[i].bundles_of([name]), receipt.energy, job.settings.objective)
+            admission = job.journal.entries[i]
+            assert isinstance(admission, Admission)
+            (rows,) = rows_of(gone[i], gone[i].batches_of([name]), admission.energy, job.settings.objective)
             moment = downdate(moment, of_columns(rows[side][0]))
         if energy - moment.energy > MOST_REMOVED * moment.energy:
             return None

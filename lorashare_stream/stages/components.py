@@ -124,7 +124,7 @@ class Components:
         return list(found.values())
 
     def stack(self, groups: Sequence[str]) -> Any:
-        """V (m, d, k) of groups with the same d and k, as `devices.product` takes it."""
+        """V (m, d, k) of groups with the same d and k, as `device.product` takes it."""
         key = tuple(groups)
         kept = self._stacks.get(key)
         if kept is not None:

@@ -16,7 +16,7 @@ from ..adapters.safetensors import write_arrays
 from ..files import atomic_file, write_sealed
 from ..linalg.basis import fit
 from ..linalg.device import solver_on
-from ..text import shown
+from ..text import printable
 from ..workspace import moments as momentstore
 from ..workspace.moments import DamagedMoment
 from ..workspace.workspace import Workspace
@@ -29,12 +29,12 @@ log = logging.getLogger(__name__)
 def fit_module(job: Job, name: str) -> None:
     """Fit the bases of a module's two groups and write them, rounded to the storage dtype.
 
-    A module whose moments are found to be damaged is forgotten, for `summing.settle` to begin it again.
+    A module whose moments are found to be damaged is forgotten, for `summing.sum_and_fit` to begin it again.
     """
     try:
         sides, origin = _fit_sides(job, name)
     except DamagedMoment as e:  # found by its checksum: only this module is summed again
-        log.warning("the moments of %s are summed again: %s", shown(name), e)
+        log.warning("the moments of %s are summed again: %s", printable(name), e)
         Workspace(job.workspace).forget(name)
         return
     path = job.basis_file(name)
@@ -47,7 +47,7 @@ def fit_module(job: Job, name: str) -> None:
     write_sealed(job.facts_file(name), facts | origin | {"module": name, "digest": digest_files([path])})
 
 
-def settle_modules(job: Job, names: Sequence[str]) -> None:
+def sum_and_fit_modules(job: Job, names: Sequence[str]) -> None:
     """Sum modules, fit them, and free their moments, so that never more than those in work take disk."""
     accumulate_modules(job, names)
     for name in names:

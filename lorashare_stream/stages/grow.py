@@ -15,12 +15,12 @@ from ..checkpoint.config import SHAREConfig, read_share_config
 from ..checkpoint.format import ADAPTERS, ours_of, total_bytes
 from ..checkpoint.records import check_components, has_files, is_whole, metas_of, sizes_of
 from ..checkpoint.staging import Staging
-from ..checkpoint.summary import Head, figures_of, head_of, share_config
+from ..checkpoint.summary import CheckpointRecord, record_of, share_config, statistics_of
 from ..errors import AdapterError, CollectionError, LockedError, WorkspaceError
 from ..text import bytes_shown, counted, digest_of, listed
-from ..workspace.journal import Receipt
+from ..workspace.journal import Admission
 from .job import Job
-from .passes import digest_of_job, project
+from .passes import checkpoint_key_of, project
 from .run import Run
 
 log = logging.getLogger(__name__)
@@ -35,11 +35,11 @@ def growable(job: Job, out: Path, own: Collection[str]) -> SHAREConfig | None:
         own: digests of the bases that the workspace has published.
     """
     ours = ours_of(out) or {}
-    if ours.get("choice") != job.choice or ours.get("basis_digest") not in own:
+    if ours.get("choice") != job.settings_key or ours.get("basis_digest") not in own:
         return None
     config = read_share_config(out)
-    held = [job.receipt_of[name] for name in config.adapter_names if name in job.receipt_of]
-    same = digest_of_job(job.choice, held) == ours["digest"]
+    held = [job.admission_of[name] for name in config.adapter_names if name in job.admission_of]
+    same = checkpoint_key_of(job.settings_key, held) == ours["digest"]
     return config if same and has_files(out, config.adapter_names) else None
 
 
@@ -66,34 +66,34 @@ def grow(
     Returns:
         Whether they were published; and the share of its dW energy that each keeps.
     """
-    head = head_of(config)
+    record = record_of(config)
     named = set(config.adapter_names)
-    fresh = [r for r in job.journal.receipts if r.name not in named]
-    outside = [r.name for r in fresh if not _is_covered(head, job, r)]
+    fresh = [r for r in job.journal.admissions if r.name not in named]
+    outside = [r.name for r in fresh if not _is_covered(record, job, r)]
     if outside:
         log.info("%s modules for which there is no basis: bases are fitted again", _have(outside))
         return False, dict.fromkeys(outside, 0.0)
-    rule = None if head.rule is None else Rule(**head.rule)
+    rule = None if record.rule is None else Rule(**record.rule)
     if rule is not None and rule.limit is not None:
         threshold = min(threshold, 1 - rule.limit**2)  # it is certified, whatever form it takes
-    job = replace(job, basis_digest=head.basis_digest, grows=True, rule=rule)
-    with Staging.open(out, staged_digest(job.digest, head.basis_digest)) as staging:
+    job = replace(job, basis_key=record.basis_key, grows=True, rule=rule)
+    with Staging.open(out, staged_digest(job.checkpoint_key, record.basis_key)) as staging:
         demand_unchanged(out, config)
-        check_components(out, head.components)
-        there = {r.name for r in fresh if is_whole(out / ADAPTERS / r.name, r, head.basis_digest)}
+        check_components(out, record.components)
+        there = {r.name for r in fresh if is_whole(out / ADAPTERS / r.name, r, record.basis_key)}
         waiting = [r for r in fresh if r.name not in there]
-        figures = project(run, job, staging, waiting)
-        figures |= {f.name: f for f in map(figures_of, metas_of(out, there))}
-        kept = {name: 1 - f.relative_error**2 for name, f in figures.items()}
+        statistics = project(run, job, staging, waiting)
+        statistics |= {f.name: f for f in map(statistics_of, metas_of(out, there))}
+        kept = {name: 1 - f.relative_error**2 for name, f in statistics.items()}
         if not _enough(kept, threshold):
             return False, kept
         if _too_large(job, out, staging.root, [r.name for r in waiting]):
             return False, kept
         staging.join(out, [r.name for r in waiting])
-        shared = [r.name for r in fresh if figures[r.name].takes_part]
-        head = replace(head, projected=(*head.projected, *shared))
-        names = [r.name for r in job.journal.receipts]
-        staging.replace(out, changed(out, head, names, counts or job.counts, job.digest, left_out), left_out)
+        shared = [r.name for r in fresh if statistics[r.name].takes_part]
+        record = replace(record, projected=(*record.projected, *shared))
+        names = [r.name for r in job.journal.admissions]
+        staging.replace(out, changed(out, record, names, counts or job.counts, job.checkpoint_key, left_out), left_out)
         staging.clear()
     return True, kept
 
@@ -121,23 +121,23 @@ def demand_unchanged(out: Path, config: SHAREConfig) -> None:
         )
 
 
-def staged_digest(digest: str, basis_digest: object) -> str:
+def staged_digest(digest: str, basis_key: object) -> str:
     """Under which adapters are staged that are projected on a basis to make a checkpoint of this digest."""
-    return digest_of(["growing", digest, basis_digest])
+    return digest_of(["growing", digest, basis_key])
 
 
-def _is_covered(head: Head, job: Job, receipt: Receipt) -> bool:
+def _is_covered(record: CheckpointRecord, job: Job, admission: Admission) -> bool:
     """Whether there is a basis for every module of an adapter."""
-    shapes = job.shapes[receipt.shapes] if job.shares(receipt) else {}
+    shapes = job.shapes[admission.shapes] if job.shares(admission) else {}
     for module, shape in shapes.items():
         for side, d in zip(SIDES, (shape.d_in, shape.d_out), strict=True):
-            basis = head.bases.get(group_id(module, side))
+            basis = record.bases.get(group_id(module, side))
             if basis is None:
                 return False
             if basis["d"] != d:
                 raise AdapterError(
                     "a shape that differs from the checkpoint's",
-                    adapter=receipt.name,
+                    adapter=admission.name,
                     key=group_id(module, side),
                     found=f"d = {d}",
                     expected=f"d = {basis['d']}",
@@ -171,11 +171,16 @@ def _have(names: Sequence[str]) -> str:
 
 
 def changed(
-    out: Path, head: Head, names: Sequence[str], counts: Mapping[str, int], digest: str, skipped: list[dict[str, Any]]
+    out: Path,
+    record: CheckpointRecord,
+    names: Sequence[str],
+    counts: Mapping[str, int],
+    digest: str,
+    skipped: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """The configuration of a checkpoint whose adapters are others than it says."""
-    figures = [figures_of(meta) for meta in metas_of(out, names)]
-    return share_config(head, figures, counts, digest=digest, sizes=sizes_of(out, names), skipped=skipped)
+    statistics = [statistics_of(meta) for meta in metas_of(out, names)]
+    return share_config(record, statistics, counts, digest=digest, sizes=sizes_of(out, names), skipped=skipped)
 
 
 def check_kept(job: Job, out: Path) -> None:
@@ -202,7 +207,7 @@ def check_sources(job: Job, absent: Sequence[AdapterError], kept: Mapping[str, f
     Raises:
         CollectionError: naming those that are gone, and what is possible without them.
     """
-    gone = [e for e in absent if e.adapter in job.receipt_of]
+    gone = [e for e in absent if e.adapter in job.admission_of]
     if not gone:
         return
     raise CollectionError(

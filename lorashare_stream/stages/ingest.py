@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from ..adapters.adapter import Entry
+from ..adapters.adapter import Adapter
 from ..adapters.dtypes import FLOATS, widened
 from ..adapters.folder import digest_files, open_tensors
 from ..adapters.keys import SIDES, Side
@@ -16,34 +16,34 @@ from ..adapters.safetensors import SafetensorsReader, TensorReader, TensorRecord
 from ..errors import AdapterError, DamagedFetchError, ValuesError
 from ..linalg.delta import Float64, energies
 from ..linalg.delta import grams as grams_of
-from ..workspace.journal import Receipt
+from ..workspace.journal import Admission
 
 LARGEST = 1e12  # of a value: the sum of a million squares, times d, still fits a float32 moment
 
 
-def ingest_adapter(objective: str, entry: Entry) -> tuple[str, Receipt | AdapterError]:
+def ingest_adapter(objective: str, adapter: Adapter) -> tuple[str, Admission | AdapterError]:
     """Read an adapter once, in file order: all values finite? digest; under `delta` ||dW||^2 of its shared modules.
 
     Returns:
         Its name, and the receipt; or why the adapter must not touch a moment.
     """
     try:
-        with open_tensors(entry.paths) as tensors:
-            energy, notes, digest = _scan(entry, tensors, weigh=objective == "delta")
-        _check_digest(entry, digest)
+        with open_tensors(adapter.paths) as tensors:
+            energy, notes, digest = _scan(adapter, tensors, weigh=objective == "delta")
+        _check_digest(adapter, digest)
     except AdapterError as e:
-        e.adapter, e.source = entry.name, entry.where
-        return entry.name, e
-    sizes, times = tuple(f.size for f in entry.files), tuple(f.mtime_ns for f in entry.files)
-    exact = not entry.layout.modules
-    shapes = entry.shapes_digest
-    of_config, source = entry.config_digest, entry.source_id
-    return entry.name, Receipt(entry.name, source, digest, of_config, energy, sizes, times, shapes, notes, exact)
+        e.adapter, e.source = adapter.name, adapter.where
+        return adapter.name, e
+    sizes, times = tuple(f.size for f in adapter.files), tuple(f.mtime_ns for f in adapter.files)
+    exact = not adapter.layout.modules
+    shapes = adapter.shapes_key
+    of_config, source = adapter.config_digest, adapter.source_id
+    return adapter.name, Admission(adapter.name, source, digest, of_config, energy, sizes, times, shapes, notes, exact)
 
 
-def _check_digest(entry: Entry, digest: str) -> None:
+def _check_digest(adapter: Adapter, digest: str) -> None:
     """Demand that what was fetched is what the Hub lists."""
-    listed = None if entry.origin is None else entry.origin.sha256
+    listed = None if adapter.origin is None else adapter.origin.sha256
     if listed not in (None, digest):
         raise DamagedFetchError(
             "what was fetched is not what the Hub lists", found=f"SHA-256 {digest}", expected=f"SHA-256 {listed}",
@@ -51,12 +51,12 @@ def _check_digest(entry: Entry, digest: str) -> None:
         )  # fmt: skip
 
 
-def _scan(entry: Entry, tensors: TensorReader, *, weigh: bool) -> tuple[float, tuple[str, ...], str]:
+def _scan(adapter: Adapter, tensors: TensorReader, *, weigh: bool) -> tuple[float, tuple[str, ...], str]:
     digest = hashlib.sha256()
     grams: dict[tuple[Side, str], Float64] = {}
-    notes = list(entry.layout.notes)
+    notes = list(adapter.layout.notes)
     file = -1
-    for chunk in entry.chunks:
+    for chunk in adapter.chunks:
         first = chunk.records[0]
         if first.file != file and isinstance(tensors, SafetensorsReader):
             file = first.file
@@ -68,30 +68,30 @@ def _scan(entry: Entry, tensors: TensorReader, *, weigh: bool) -> tuple[float, t
         block = tensors.block(chunk.records)
         digest.update(block.data)
         for side, modules, values in chunk.stacks_of(block):
-            _demand_finite(values, side, modules, entry)
+            _demand_finite(values, side, modules, adapter)
             if not weigh:
                 continue
             rows = values if side == "A" else np.swapaxes(values, -1, -2)
-            found = grams_of(entry.product(modules[0]), rows, side)  # (m, E, r, r)
+            found = grams_of(adapter.scaling(modules[0]), rows, side)  # (m, E, r, r)
             grams |= {(side, module): own for module, own in zip(modules, found, strict=True)}
-    whole_digest = digest.hexdigest() if file >= 0 else digest_files(entry.paths)
-    return _energy(entry, grams) if weigh else 0.0, tuple(notes), whole_digest
+    whole_digest = digest.hexdigest() if file >= 0 else digest_files(adapter.paths)
+    return _energy(adapter, grams) if weigh else 0.0, tuple(notes), whole_digest
 
 
-def _energy(entry: Entry, grams: Mapping[tuple[Side, str], Float64]) -> float:
+def _energy(adapter: Adapter, grams: Mapping[tuple[Side, str], Float64]) -> float:
     """||dW||^2 of all shared modules, from the Gram matrices (E, r, r) of their sides."""
     alike: dict[tuple[int, ...], list[str]] = {}
-    for module in entry.layout.by_name:
+    for module in adapter.layout.by_name:
         alike.setdefault(grams["A", module].shape, []).append(module)
     total = 0.0
     for modules in alike.values():
         a, b = (np.stack([grams[side, m] for m in modules]) for side in SIDES)
-        scales = np.array([p.scale for p in entry.products_of(modules)])
+        scales = np.array([p.scale for p in adapter.scalings_of(modules)])
         total += float(energies(a, b, scales).sum())
     return total
 
 
-def _demand_finite(values: NDArray[np.float32], side: Side, modules: Sequence[str], entry: Entry) -> None:
+def _demand_finite(values: NDArray[np.float32], side: Side, modules: Sequence[str], adapter: Adapter) -> None:
     """Demand tensors (m, *shape) of finite values that a moment can hold.
 
     Raises:
@@ -100,7 +100,7 @@ def _demand_finite(values: NDArray[np.float32], side: Side, modules: Sequence[st
     if values.min(initial=0.0) >= -LARGEST and values.max(initial=0.0) <= LARGEST:  # false if one is not a number
         return
     for module, tensor in zip(modules, values, strict=True):
-        key = entry.layout.by_name[module].record(side).name
+        key = adapter.layout.by_name[module].record(side).name
         bad = np.argwhere(~np.isfinite(tensor))
         if len(bad):
             raise ValuesError(

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..adapters.adapter import Entry
+from ..adapters.adapter import Adapter
 from ..adapters.folder import digest_files
 from ..adapters.keys import SIDES, group_id
 from ..adapters.shapes import Shapes
@@ -20,7 +20,7 @@ from ..errors import GoneError
 from ..files import read_sealed
 from ..settings import Settings
 from ..text import slug
-from ..workspace.journal import Journal, Receipt
+from ..workspace.journal import Admission, Journal
 from ..workspace.workspace import Workspace
 
 
@@ -31,34 +31,34 @@ class Job:
     Attributes:
         settings: of the run.
         storage: dtype of components and loadings as safetensors names it.
-        entries: adapters by name; those of the journal whose source is gone are not among them.
+        adapters: adapters by name; those of the journal whose source is gone are not among them.
         journal: admissions and removals.
-        shapes: shared modules of adapters, by the digest that their receipts have.
+        shapes: shared modules of adapters, by the digest that their admissions have.
         workspace, bases, out: folders, absolute.
         device: where sums and fits are computed.
-        choice: digest of all but the adapters that decides the result.
-        digest: of all that decides the result.
+        settings_key: digest of all but the adapters that decides the result.
+        checkpoint_key: digest of all that decides the result.
         rule: by what the form of a module is chosen; None if all are shared at their full rank.
         cores: folder of what adapters are on wide bases, if a budget is to be met.
-        basis_digest: of the components, once they are written.
+        basis_key: of the components, once they are written.
         grows: whether adapters are projected on the components that `out` has already.
         later: admissions in this part of a journal that are taken out in the rest of it: they are not summed any more.
     """
 
     settings: Settings
     storage: str
-    entries: Mapping[str, Entry]
+    adapters: Mapping[str, Adapter]
     journal: Journal
     shapes: Mapping[str, Shapes]
     workspace: Path
     bases: Path
     out: Path
     device: str
-    choice: str
-    digest: str
+    settings_key: str
+    checkpoint_key: str
     rule: Rule | None = None
     cores: Path | None = None
-    basis_digest: str = ""
+    basis_key: str = ""
     grows: bool = False
     later: frozenset[int] = frozenset()
 
@@ -70,35 +70,35 @@ class Job:
         return replace(self, journal=part, later=frozenset(part.active.keys() - self.journal.active.keys()))
 
     @cached_property
-    def receipt_of(self) -> Mapping[str, Receipt]:
+    def admission_of(self) -> Mapping[str, Admission]:
         """Admissions by name."""
-        return {r.name: r for r in self.journal.receipts}
+        return {r.name: r for r in self.journal.admissions}
 
-    def entry(self, name: str) -> Entry:
+    def adapter(self, name: str) -> Adapter:
         """An adapter whose values are needed.
 
         Raises:
             GoneError: if its source is gone.
         """
-        if name not in self.entries:
+        if name not in self.adapters:
             raise GoneError(
                 "its source is gone, and its values are needed again",
                 adapter=name,
-                found=self.receipt_of[name].source_id,
+                found=self.admission_of[name].source_id,
                 remedy="Restore it; or take the adapter out by lorashare-stream remove.",
             )
-        return self.entries[name]
+        return self.adapters[name]
 
-    def shares(self, receipt: Receipt) -> bool:
+    def shares(self, admission: Admission) -> bool:
         """Whether an adapter takes part in bases; under `delta`, one whose dW vanishes is kept verbatim."""
-        return self.settings.objective == "factors" or receipt.energy > 0
+        return self.settings.objective == "factors" or admission.energy > 0
 
-    def rank(self, receipt: Receipt, module: str) -> int:
+    def rank(self, admission: Admission, module: str) -> int:
         """How many vectors an adapter has in a module; 0 if it has none there that are shared."""
-        shape = self.shapes.get(receipt.shapes, {}).get(module) if self.shares(receipt) else None
+        shape = self.shapes.get(admission.shapes, {}).get(module) if self.shares(admission) else None
         return 0 if shape is None else shape.rank
 
-    def holders(self, module: str, count: int) -> Mapping[int, Receipt]:
+    def holders(self, module: str, count: int) -> Mapping[int, Admission]:
         """The admissions whose vectors a moment of `module` has once it has seen `count` entries, by number."""
         kinds = frozenset(kind for kind, shapes in self.shapes.items() if module in shapes)
         if (count, kinds) not in self._holders:  # the same for most modules: looked up once
@@ -107,7 +107,7 @@ class Job:
         return self._holders[count, kinds]
 
     @cached_property
-    def _holders(self) -> dict[tuple[int, frozenset[str]], dict[int, Receipt]]:
+    def _holders(self) -> dict[tuple[int, frozenset[str]], dict[int, Admission]]:
         return {}
 
     def lacks(self, module: str, marker: Mapping[str, Any] | None) -> bool:
@@ -118,9 +118,9 @@ class Job:
         count: int = marker["entries"]
         return count < end or (count == end and not self.continues(marker))
 
-    def unfetched(self, modules: Sequence[str]) -> list[Entry]:
+    def unfetched(self, modules: Sequence[str]) -> list[Adapter]:
         """The adapters of the Hub whose values modules lack, and which may not be on this machine."""
-        if all(e.fetched for e in self.entries.values()):
+        if all(e.fetched for e in self.adapters.values()):
             return []
         work = Workspace(self.workspace)
         after: dict[int, list[str]] = {}  # how much modules have seen -> these
@@ -133,20 +133,20 @@ class Job:
         lacking: set[str] = set()
         for seen, some in after.items():
             kinds = {kind for kind, shapes in self.shapes.items() if any(m in shapes for m in some)}
-            receipts = [r for i, r in self.journal.active.items() if i >= seen and i not in self.later]
-            lacking |= {r.name for r in receipts if r.shapes in kinds and self.shares(r)}
-        return [e for name, e in self.entries.items() if name in lacking and not e.fetched]
+            admissions = [r for i, r in self.journal.active.items() if i >= seen and i not in self.later]
+            lacking |= {r.name for r in admissions if r.shapes in kinds and self.shares(r)}
+        return [e for name, e in self.adapters.items() if name in lacking and not e.fetched]
 
-    def with_files(self, here: Mapping[str, Entry]) -> Job:
+    def with_files(self, here: Mapping[str, Adapter]) -> Job:
         """The job with adapters that were fetched, which must be those of the same names."""
-        assert all(self.entries[name].source_id == entry.source_id for name, entry in here.items())
-        return replace(self, entries={**self.entries, **here}) if here else self
+        assert all(self.adapters[name].source_id == adapter.source_id for name, adapter in here.items())
+        return replace(self, adapters={**self.adapters, **here}) if here else self
 
     def hub_bytes(self, name: str) -> int:
         """Bytes that are fetched for an adapter."""
-        return self.entries[name].hub_bytes if name in self.entries else 0
+        return self.adapters[name].hub_bytes if name in self.adapters else 0
 
-    def held(self, module: str, marker: Mapping[str, Any] | None) -> dict[int, Receipt]:
+    def held(self, module: str, marker: Mapping[str, Any] | None) -> dict[int, Admission]:
         """The admissions whose vectors a module's moments hold, by number, those taken out since included."""
         if marker is None:
             return {}
@@ -156,12 +156,12 @@ class Job:
     @cached_property
     def modules(self) -> list[str]:
         """Modules of the admitted adapters, sorted."""
-        return sorted({m for digest in {r.shapes for r in self.journal.receipts} for m in self.shapes[digest]})
+        return sorted({m for digest in {r.shapes for r in self.journal.admissions} for m in self.shapes[digest]})
 
     @cached_property
     def counts(self) -> dict[str, int]:
         """Group -> n, the vectors of the admitted adapters that take part in bases."""
-        uses = Counter(r.shapes for r in self.journal.receipts if self.shares(r))
+        uses = Counter(r.shapes for r in self.journal.admissions if self.shares(r))
         counts: Counter[str] = Counter()
         for digest, times in uses.items():
             for module, shape in self.shapes[digest].items():

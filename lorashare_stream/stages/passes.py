@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..adapters.adapter import Entry
+from ..adapters.adapter import Adapter
 from ..adapters.folder import digest_files
 from ..adapters.keys import SIDES, group_id
 from ..adapters.shapes import Shapes
@@ -19,7 +19,7 @@ from ..checkpoint.format import COMPONENTS
 from ..checkpoint.publish import staging_folder
 from ..checkpoint.records import metas_of
 from ..checkpoint.staging import Staging
-from ..checkpoint.summary import Figures, Head, figures_of
+from ..checkpoint.summary import CheckpointRecord, Statistics, statistics_of
 from ..errors import AdapterError, DamagedFetchError, DiskError, LockedError, ValuesError, WorkspaceError, refusal
 from ..files import free_bytes, tree_bytes
 from ..hub.client import cache_folder
@@ -27,7 +27,7 @@ from ..hub.ledger import note_refusal
 from ..hub.lookup import loose_id
 from ..plan.plan import Plan, check_enough
 from ..text import bytes_shown, digest_of, listed
-from ..workspace.journal import Journal, Receipt, Removal
+from ..workspace.journal import Admission, Journal, Removal
 from ..workspace.workspace import FACTS, FILES, HUB, Workspace
 from .ingest import ingest_adapter
 from .job import Job
@@ -97,7 +97,7 @@ def ingest(run: Run, work: Workspace, out: Path, device: str) -> list[AdapterErr
             done += len(plan.batches[number])
             continue
         if batch and several:
-            log.info("batch %d of %d: %d of %d adapters", number + 1, len(plan.batches), done, len(plan.entries))
+            log.info("batch %d of %d: %d of %d adapters", number + 1, len(plan.batches), done, len(plan.adapters))
         refused += admit(run, work, batch)
         done += len(plan.batches[number])
         if several:
@@ -106,51 +106,51 @@ def ingest(run: Run, work: Workspace, out: Path, device: str) -> list[AdapterErr
         run.fetcher.release(batch)
     if refused and plan.settings.on_error == "raise":
         raise refusal(
-            f"{len(refused)} of {len(plan.entries)} adapters cannot be compressed; the others are ingested",
+            f"{len(refused)} of {len(plan.adapters)} adapters cannot be compressed; the others are ingested",
             refused,
             "Leave them out, or go on without them by --on-error skip.",
         )
-    check_enough(len(plan.entries) + len(plan.absent) - len(refused), refused, plan.fewest)
+    check_enough(len(plan.adapters) + len(plan.absent) - len(refused), refused, plan.fewest)
     return refused
 
 
 def _check_journal(plan: Plan, work: Workspace) -> set[str]:
     """The names of admitted adapters, all of which the plan must have, unchanged."""
-    entries = {e.name: e for e in plan.entries}
+    adapters = {e.name: e for e in plan.adapters}
     journal = journal_of_plan(plan, work)
     absent = {e.adapter for e in plan.absent}
-    gone = [r for r in journal.receipts if r.name not in entries and r.name not in absent]
+    gone = [r for r in journal.admissions if r.name not in adapters and r.name not in absent]
     if gone:
         raise _gone([r.name for r in gone], plan.refused, _moved(gone, plan))
-    for receipt in (r for r in journal.receipts if r.name in entries):
-        check_unchanged(entries[receipt.name], receipt)
-    return {r.name for r in journal.receipts}
+    for admission in (r for r in journal.admissions if r.name in adapters):
+        check_unchanged(adapters[admission.name], admission)
+    return {r.name for r in journal.admissions}
 
 
-def admit(run: Run, work: Workspace, entries: Sequence[Entry]) -> list[AdapterError]:
+def admit(run: Run, work: Workspace, adapters: Sequence[Adapter]) -> list[AdapterError]:
     """Ingest adapters, as they come, and admit them in order; those that cannot be are given."""
     refused: list[AdapterError] = []
-    shapes = {e.shapes_digest: e.shapes for e in entries}
-    remote = {e.name: e.source_id for e in entries if e.origin is not None and e.origin.refused is None}
-    for count, result in enumerate(ingested(run, entries), 1):
-        if isinstance(result, Receipt):
-            work.admit(result, shapes[result.shapes], durable=count % SYNC_EVERY == 0 or count == len(entries))
+    shapes = {e.shapes_key: e.shapes for e in adapters}
+    remote = {e.name: e.source_id for e in adapters if e.origin is not None and e.origin.refused is None}
+    for count, result in enumerate(ingested(run, adapters), 1):
+        if isinstance(result, Admission):
+            work.admit(result, shapes[result.shapes], durable=count % SYNC_EVERY == 0 or count == len(adapters))
             continue
         refused.append(result)
         if isinstance(result, DamagedFetchError):
-            run.fetcher.drop(next(e for e in entries if e.name == result.adapter))
+            run.fetcher.evict(next(e for e in adapters if e.name == result.adapter))
         if isinstance(result, ValuesError) and result.adapter in remote:  # it is not fetched for that again
             note_refusal(work.root / FACTS, remote[result.adapter], result)
     work.sync_journal()
     return refused
 
 
-def ingested(run: Run, entries: Sequence[Entry]) -> Iterator[Receipt | AdapterError]:
+def ingested(run: Run, adapters: Sequence[Adapter]) -> Iterator[Admission | AdapterError]:
     """What ingest finds of adapters, in their order, though they may come in another one."""
-    done: dict[str, Receipt | AdapterError] = {}
-    waiting = deque(e.name for e in entries)
-    lost = [e for entry in entries if (e := _refused_before(entry)) is not None]
-    fresh, task = _unrefused(entries), partial(ingest_adapter, run.plan.settings.objective)
+    done: dict[str, Admission | AdapterError] = {}
+    waiting = deque(e.name for e in adapters)
+    lost = [e for adapter in adapters if (e := _refused_before(adapter)) is not None]
+    fresh, task = _unrefused(adapters), partial(ingest_adapter, run.plan.settings.objective)
     for name, result in run.map("ingest", task, run.arriving(fresh, lost), len(fresh)):
         done |= {name: result} | {str(e.adapter): e for e in lost}
         while waiting and waiting[0] in done:
@@ -159,16 +159,16 @@ def ingested(run: Run, entries: Sequence[Entry]) -> Iterator[Receipt | AdapterEr
     yield from (done[name] for name in waiting)
 
 
-def _unrefused(entries: Sequence[Entry]) -> list[Entry]:
-    return [e for e in entries if e.origin is None or e.origin.refused is None]
+def _unrefused(adapters: Sequence[Adapter]) -> list[Adapter]:
+    return [e for e in adapters if e.origin is None or e.origin.refused is None]
 
 
-def _refused_before(entry: Entry) -> AdapterError | None:
+def _refused_before(adapter: Adapter) -> AdapterError | None:
     """Why the values of a pinned adapter must not touch a moment, if it was fetched for that before."""
-    if entry.origin is None or entry.origin.refused is None:
+    if adapter.origin is None or adapter.origin.refused is None:
         return None
-    error = copy(entry.origin.refused)
-    error.adapter, error.source = entry.name, entry.where
+    error = copy(adapter.origin.refused)
+    error.adapter, error.source = adapter.name, adapter.where
     return error
 
 
@@ -178,7 +178,7 @@ def journal_of_plan(plan: Plan, work: Workspace) -> Journal:
     Raises:
         LockedError: if another run has changed it since.
     """
-    journal = work.mended_journal()
+    journal = work.recover_journal()
     if plan.journal not in (None, journal.digest(len(journal.entries))):
         raise LockedError(
             "another run has changed the workspace meanwhile", found=work.root, remedy="Run the same command again."
@@ -186,9 +186,9 @@ def journal_of_plan(plan: Plan, work: Workspace) -> Journal:
     return journal
 
 
-def _moved(gone: Sequence[Receipt], plan: Plan) -> dict[str, str]:
+def _moved(gone: Sequence[Admission], plan: Plan) -> dict[str, str]:
     """Admitted adapters whose repository is named at another commit: name -> the id now."""
-    now = {loose_id(e.source_id): e.source_id for e in plan.entries if e.origin is not None}
+    now = {loose_id(e.source_id): e.source_id for e in plan.adapters if e.origin is not None}
     return {r.name: now[loose_id(r.source_id)] for r in gone if loose_id(r.source_id) in now}
 
 
@@ -213,36 +213,36 @@ def _gone(names: Sequence[str], refused: Sequence[AdapterError], moved: Mapping[
 
 def make_job(plan: Plan, work: Workspace, out: Path, device: str, *, begins: bool = False) -> Job:
     """What the tasks need to know, after ingest; `begins` is before all are ingested, when no basis can be fitted."""
-    journal, entries = work.journal(), {e.name: e for e in plan.entries}
-    digest = digest_of_job(plan.choice, journal.receipts)
-    fitted = digest if plan.settings.budget is None else digest_of_job(plan.fitted, journal.receipts)
+    journal, adapters = work.journal(), {e.name: e for e in plan.adapters}
+    digest = checkpoint_key_of(plan.settings_key, journal.admissions)
+    fitted = digest if plan.settings.budget is None else checkpoint_key_of(plan.fitted, journal.admissions)
     return Job(
         settings=plan.settings,
         storage=plan.storage,
-        entries=entries,
+        adapters=adapters,
         journal=journal,
-        shapes=work.shapes_of(journal, _shapes(journal, entries)),
+        shapes=work.shapes_of(journal, _shapes(journal, adapters)),
         workspace=work.root.absolute(),
         bases=work.bases.absolute() if begins else work.bases_for(fitted).absolute(),
         out=out.absolute(),
         device=device,
-        choice=plan.choice,
-        digest=digest,
+        settings_key=plan.settings_key,
+        checkpoint_key=digest,
     )
 
 
-def _shapes(journal: Journal, entries: Mapping[str, Entry]) -> dict[str, Shapes]:
+def _shapes(journal: Journal, adapters: Mapping[str, Adapter]) -> dict[str, Shapes]:
     """Shapes of the modules of one adapter of each kind, of those that can be read."""
-    kinds = {r.shapes: r.name for r in journal.receipts if r.name in entries}
-    return {name: entries[name].shapes for name in kinds.values()}
+    kinds = {r.shapes: r.name for r in journal.admissions if r.name in adapters}
+    return {name: adapters[name].shapes for name in kinds.values()}
 
 
-def digest_of_job(choice: str, receipts: Sequence[Receipt]) -> str:
+def checkpoint_key_of(settings_key: str, admissions: Sequence[Admission]) -> str:
     """Digest of all that decides a checkpoint: settings and adapters."""
-    return digest_of([choice, [[r.name, r.digest, r.config_digest] for r in receipts]])
+    return digest_of([settings_key, [[r.name, r.digest, r.config_digest] for r in admissions]])
 
 
-def project(run: Run, job: Job, staging: Staging, receipts: Sequence[Receipt]) -> dict[str, Figures]:
+def project(run: Run, job: Job, staging: Staging, admissions: Sequence[Admission]) -> dict[str, Statistics]:
     """Project adapters into the staged checkpoint, as they come, unless they are there; all of them are durable then.
 
     Returns:
@@ -251,39 +251,39 @@ def project(run: Run, job: Job, staging: Staging, receipts: Sequence[Receipt]) -
     Raises:
         CollectionError: at the end, naming those that the Hub has no more.
     """
-    there = [r.name for r in receipts if staging.done(r, job.basis_digest)]
+    there = [r.name for r in admissions if staging.done(r, job.basis_key)]
     staging.sync(there)  # a run that was killed may not have come to it
-    figures = {f.name: f for f in map(figures_of, metas_of(staging.root, there))}
-    entries = [job.entry(r.name) for r in receipts if r.name not in figures]
-    run.fetcher.only(entries)
+    statistics = {f.name: f for f in map(statistics_of, metas_of(staging.root, there))}
+    adapters = [job.adapter(r.name) for r in admissions if r.name not in statistics]
+    run.fetcher.cancel_except(adapters)
     lost: list[AdapterError] = []
-    arriving = run.arriving(entries, lost)
-    projected = run.map("project", partial(project_adapter, job), arriving, len(entries), run.release)
+    arriving = run.arriving(adapters, lost)
+    projected = run.map("project", partial(project_adapter, job), arriving, len(adapters), run.release)
     with staging.syncing() as written:
         for each in projected:
-            figures[each.name] = each
+            statistics[each.name] = each
             written(each.name)
     check_none_lost(lost)
-    return figures
+    return statistics
 
 
-def head_of_job(
+def record_of_job(
     plan: Plan,
     job: Job,
     bases: Mapping[str, Mapping[str, Any]],
     staging: Staging,
     weighed: Sequence[tuple[int, float]] = (),
-) -> Head:
-    """What the checkpoint of a job is of, whose bases are staged; `weighed` is of `Head`."""
+) -> CheckpointRecord:
+    """What the checkpoint of a job is of, whose bases are staged; `weighed` is of `CheckpointRecord`."""
     groups = {group_id(m, side): facts[side] for m, facts in bases.items() for side in SIDES if side in facts}
     removed = sorted({name for facts in bases.values() for name in facts["removed"]})
-    return Head(
+    return CheckpointRecord(
         plan.base_model,
         plan.settings.chosen(),
         plan.storage,
-        plan.choice,
+        plan.settings_key,
         plan.binding,
-        job.basis_digest,
+        job.basis_key,
         digest_files([staging.root / COMPONENTS]),
         {group: {k: facts[k] for k in ("d", "k", "energy", "explained")} for group, facts in groups.items()},
         removed=tuple(removed),

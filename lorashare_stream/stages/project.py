@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..adapters.adapter import Entry
+from ..adapters.adapter import Adapter
 from ..adapters.config import reranked
 from ..adapters.dtypes import alone_as
 from ..adapters.folder import check_still, digest_files, file_fact, open_tensors
@@ -19,81 +19,81 @@ from ..adapters.safetensors import TensorReader, array_parts, write_safetensors
 from ..budget.forming import Formed, formed
 from ..checkpoint.format import LOADINGS, META, OURS, VERBATIM
 from ..checkpoint.staging import Staging
-from ..checkpoint.summary import Figures, figures_of
+from ..checkpoint.summary import Statistics, statistics_of
 from ..errors import AdapterError
 from ..files import naming, sealed
 from ..linalg.delta import relative_error
-from ..workspace.journal import Receipt
+from ..workspace.journal import Admission
 from .job import Job
 
 
-def project_adapter(job: Job, entry: Entry) -> Figures:
+def project_adapter(job: Job, adapter: Adapter) -> Statistics:
     """Write one adapter of the checkpoint: loadings, what is verbatim, and the error of what was stored.
 
     Returns:
         What the summary of the checkpoint needs of it.
     """
-    name = entry.name
-    receipt = job.receipt_of[name]
-    check_unchanged(entry, receipt)
+    name = adapter.name
+    admission = job.admission_of[name]
+    check_unchanged(adapter, admission)
     try:
         with (
-            open_tensors(entry.paths) as tensors,
+            open_tensors(adapter.paths) as tensors,
             Staging(job.staging).adapter(name) as folder,
             naming(folder),
         ):
-            form = formed(job, entry, tensors)
+            form = formed(job, adapter, tensors)
             loadings = b"".join(array_parts(form.loadings, job.storage, {"format": "pt"}))
             (folder / LOADINGS).write_bytes(loadings)
             digests = {LOADINGS: hashlib.sha256(loadings).hexdigest()}
-            verbatim = _write_verbatim(job, entry, tensors, folder, form)
+            verbatim = _write_verbatim(job, adapter, tensors, folder, form)
             if verbatim or form.own:
                 digests[VERBATIM] = digest_files([folder / VERBATIM])
-            check_still(entry.files)
-            meta = _meta(job, entry, form, verbatim, digests)
+            check_still(adapter.files)
+            meta = _meta(job, adapter, form, verbatim, digests)
             (folder / META).write_text(json.dumps(sealed(meta)), encoding="utf-8")
     except AdapterError as e:
         e.adapter = name
         raise
-    return figures_of(meta)
+    return statistics_of(meta)
 
 
-def check_unchanged(entry: Entry, receipt: Receipt) -> None:
+def check_unchanged(adapter: Adapter, admission: Admission) -> None:
     """Demand that an adapter is what was ingested: by size and time of its files, else by their digest.
 
     Raises:
         AdapterError: if it has changed.
     """
-    if entry.config_digest != receipt.config_digest:
+    if adapter.config_digest != admission.config_digest:
         raise AdapterError(
             "its adapter_config.json has changed since the adapter was added to the moments",
-            adapter=entry.name,
+            adapter=adapter.name,
             remedy="Restore it; or take it out by lorashare-stream remove, and add it again.",
         )
-    if not entry.fetched:  # it is pinned: what is fetched is compared then
+    if not adapter.fetched:  # it is pinned: what is fetched is compared then
         return
-    now = [file_fact(path) for path in entry.paths]
-    same = tuple(f.size for f in now) == receipt.sizes
-    if same and tuple(f.mtime_ns for f in now) == receipt.mtimes_ns:
+    now = [file_fact(path) for path in adapter.paths]
+    same = tuple(f.size for f in now) == admission.sizes
+    if same and tuple(f.mtime_ns for f in now) == admission.mtimes_ns:
         return
-    if not same or digest_files(entry.paths) != receipt.digest:
+    if not same or digest_files(adapter.paths) != admission.digest:
         raise AdapterError(
             "the adapter has changed since it was added to the moments",
-            adapter=entry.name,
+            adapter=adapter.name,
             found=", ".join(f"{f.size} bytes" for f in now),
-            expected=f"the files with SHA-256 {receipt.digest}",
+            expected=f"the files with SHA-256 {admission.digest}",
             remedy="Restore it; or take it out by lorashare-stream remove, and add it again.",
         )
 
 
-def _write_verbatim(job: Job, entry: Entry, tensors: TensorReader, folder: Path, form: Formed) -> list[str]:
+def _write_verbatim(job: Job, adapter: Adapter, tensors: TensorReader, folder: Path, form: Formed) -> list[str]:
     """Write what PEFT and lorashare take as it is: tensors as they came, then factors of the adapter's own.
 
     Returns:
         The keys of the tensors that are as they came.
     """
-    kept = [(factor_key(m, side), entry.layout.by_name[m].record(side)) for m in form.exact for side in SIDES]
-    verbatim = [*entry.layout.extras, *kept]
+    kept = [(factor_key(m, side), adapter.layout.by_name[m].record(side)) for m in form.exact for side in SIDES]
+    verbatim = [*adapter.layout.extras, *kept]
     shapes = [(key, record.dtype, record.shape) for key, record in verbatim]
     own = {factor_key(m, side): array for m, both in form.own.items() for side, array in both.items()}
     shapes += [(key, alone_as(job.storage), array.shape) for key, array in own.items()]
@@ -105,35 +105,35 @@ def _write_verbatim(job: Job, entry: Entry, tensors: TensorReader, folder: Path,
     return [key for key, _ in verbatim]
 
 
-def _meta(job: Job, entry: Entry, form: Formed, verbatim: list[str], digests: dict[str, str]) -> dict[str, Any]:
-    receipt, errors = job.receipt_of[entry.name], form.errors
+def _meta(job: Job, adapter: Adapter, form: Formed, verbatim: list[str], digests: dict[str, str]) -> dict[str, Any]:
+    admission, errors = job.admission_of[adapter.name], form.errors
     norm = sum(e.norm for e in errors.values())
-    measured = [m for m in errors if m not in form.exact and job.shares(receipt)]  # what vanishes has no error
+    measured = [m for m in errors if m not in form.exact and job.shares(admission)]  # what vanishes has no error
     worst = max(measured, key=lambda m: errors[m].relative, default=None)
-    config, changed = _configs(entry, form)
+    config, changed = _configs(adapter, form)
     ours = {
-        "basis_digest": job.basis_digest,
-        "source_id": receipt.source_id,
-        "sha256": receipt.digest,
-        "source_bytes": sum(receipt.sizes),
-        "lora_bytes": entry.layout.lora_bytes,
+        "basis_digest": job.basis_key,
+        "source_id": admission.source_id,
+        "sha256": admission.digest,
+        "source_bytes": sum(admission.sizes),
+        "lora_bytes": adapter.layout.lora_bytes,
         "relative_error": relative_error(sum(e.error for e in errors.values()), norm),
         "worst_module": worst,
         "worst_module_error": errors[worst].relative if worst is not None else 0.0,
         "delta_norm": float(np.sqrt(norm)),
         "verbatim": verbatim,
-        "notes": list(receipt.notes),
+        "notes": list(admission.notes),
         "files": digests,
     }
     own = sum(array.nbytes for both in form.own.values() for array in both.values())
     if form.own:
         ours |= {"own": sorted(form.own), "own_bytes": own}
     if errors and (form.own or form.exact):  # beside those whose dW vanishes
-        exact = sum(m.a.nbytes + m.b.nbytes for m in map(entry.layout.by_name.__getitem__, form.exact))
+        exact = sum(m.a.nbytes + m.b.nbytes for m in map(adapter.layout.by_name.__getitem__, form.exact))
         ours["kept_bytes"] = exact + own
     if changed is not None:
         ours["unchanged_config"] = config
-    origin = entry.origin
+    origin = adapter.origin
     if origin is not None:
         hub, told = origin.hub, origin.listing
         ours["hub"] = {
@@ -141,19 +141,19 @@ def _meta(job: Job, entry: Entry, form: Formed, verbatim: list[str], digests: di
             "gated": told.gated, "private": told.private, "license": told.license,
         }  # fmt: skip
     return {
-        "adapter_name": entry.name,
+        "adapter_name": adapter.name,
         "original_config": config if changed is None else changed,
-        "original_adapter_path": str(entry.folder.absolute()) if origin is None else entry.source_id,
+        "original_adapter_path": str(adapter.folder.absolute()) if origin is None else adapter.source_id,
         OURS: ours,
     }
 
 
-def _configs(entry: Entry, form: Formed) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def _configs(adapter: Adapter, form: Formed) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """The configuration as it came, and as it must be for the ranks that are stored, if these are others."""
-    config = json.loads(str(entry.config))
+    config = json.loads(str(adapter.config))
     if not form.ranks:
         return config, None
-    modules = {m.name: (form.ranks.get(m.name, m.rank), entry.product(m.name)) for m in entry.layout.modules}
-    others = {key.partition(".lora_")[0] for key, _ in entry.layout.extras if ".lora_" in key}
+    modules = {m.name: (form.ranks.get(m.name, m.rank), adapter.scaling(m.name)) for m in adapter.layout.modules}
+    others = {key.partition(".lora_")[0] for key, _ in adapter.layout.extras if ".lora_" in key}
     others = {name.removeprefix(PEFT_PREFIX) for name in others}
     return config, reranked(config, modules, form.ranks.keys(), alone=not others, others=others - modules.keys())

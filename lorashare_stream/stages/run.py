@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..adapters.adapter import Entry
+from ..adapters.adapter import Adapter
 from ..errors import AdapterError, BudgetError, refusal
 from ..hub.client import Hub, cache_folder
 from ..hub.fetch import Fetcher
@@ -71,23 +71,23 @@ class Run:
         for _ in self.map(step, fn, tasks, len(tasks)):
             pass
 
-    def arriving(self, entries: Sequence[Entry], lost: list[AdapterError]) -> Iterable[Entry]:
+    def arriving(self, adapters: Sequence[Adapter], lost: list[AdapterError]) -> Iterable[Adapter]:
         """Adapters as they come here, all at once if they are here already; why some cannot be had goes into `lost`."""
-        return entries if all(e.fetched for e in entries) else self._arriving(entries, lost)
+        return adapters if all(e.fetched for e in adapters) else self._arriving(adapters, lost)
 
-    def _arriving(self, entries: Sequence[Entry], lost: list[AdapterError]) -> Iterator[Entry]:
-        for result in self.fetcher.arriving(entries):
+    def _arriving(self, adapters: Sequence[Adapter], lost: list[AdapterError]) -> Iterator[Adapter]:
+        for result in self.fetcher.arriving(adapters):
             if isinstance(result, AdapterError):
                 lost.append(result)
             else:
                 yield result
 
-    def release(self, entry: Entry) -> None:
+    def release(self, adapter: Adapter) -> None:
         """Say that the files of an adapter are not needed for now."""
-        self.fetcher.release([entry])
+        self.fetcher.release([adapter])
 
     @contextmanager
-    def at_hand(self, entries: Sequence[Entry]) -> Iterator[dict[str, Entry]]:
+    def at_hand(self, adapters: Sequence[Adapter]) -> Iterator[dict[str, Adapter]]:
         """Adapters by name, all of them on this machine till the end of the block.
 
         Raises:
@@ -95,14 +95,14 @@ class Run:
             BudgetError: if the disk budget does not hold them together.
         """
         budget = self.plan.settings.disk_budget
-        size = sum({e.source_id: e.hub_bytes for e in entries if not e.fetched}.values())
+        size = sum({e.source_id: e.hub_bytes for e in adapters if not e.fetched}.values())
         if budget is not None and size > budget:
             raise BudgetError(
                 "the disk budget does not hold what is needed at a time", found=bytes_shown(budget),
                 expected=bytes_shown(size), remedy=f"Use --disk-budget {-(-size >> 20)}MiB or more.",
             )  # fmt: skip
         lost: list[AdapterError] = []
-        here = {entry.name: entry for entry in self.arriving(entries, lost)}
+        here = {adapter.name: adapter for adapter in self.arriving(adapters, lost)}
         check_none_lost(lost)
         yield here
         self.fetcher.release(here.values())
@@ -125,14 +125,14 @@ def places_of(plan: Plan, folder: Path, out: Path) -> Places:
         written.add(cache_folder().absolute())
     for path in written:
         path.mkdir(parents=True, exist_ok=True)
-    roots = {e.folder.parent: e.files[0] for e in plan.entries if e.fetched and e.files}
+    roots = {e.folder.parent: e.files[0] for e in plan.adapters if e.fetched and e.files}
     read = tuple((file.path, file.size) for file in list(roots.values())[:READ])
     return Places(folder.absolute(), tuple(sorted(written)), read)
 
 
 def _uses_cache(plan: Plan) -> bool:
     """Whether adapters are fetched into the Hub's cache, or read from there, as under a disk budget what it has."""
-    awaited = [(e.origin.hub, f.path.name) for e in plan.entries if e.origin and not e.fetched for f in e.files]
+    awaited = [(e.origin.hub, f.path.name) for e in plan.adapters if e.origin and not e.fetched for f in e.files]
     if not awaited or plan.settings.disk_budget is None:
         return bool(awaited)
     hub = Hub(offline=True)

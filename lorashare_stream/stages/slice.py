@@ -22,26 +22,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..adapters.config import products
+from ..adapters.config import scalings
 from ..adapters.dtypes import ITEMSIZE, as_stored, restored_as, stored_bytes, stored_shape
 from ..adapters.folder import digest_files, open_tensors, tensor_records
 from ..adapters.keys import SIDES, group_id, split_group_id
 from ..adapters.safetensors import TensorReader, TensorRecord, float32, write_safetensors
 from ..checkpoint.config import SHAREConfig, read_share_config
 from ..checkpoint.format import ADAPTERS, COMPONENTS, LOADINGS, META, OURS, SPECTRUM, VERBATIM, skipped_of
-from ..checkpoint.records import REPAIR, check_components, metas_of, receipt_in, sizes_of
+from ..checkpoint.records import REPAIR, admission_in, check_components, metas_of, sizes_of
 from ..checkpoint.staging import Staging
-from ..checkpoint.summary import Head, counts_of, figures_of, head_of, share_config
+from ..checkpoint.summary import CheckpointRecord, counts_of, record_of, share_config, statistics_of
 from ..errors import CheckpointError
 from ..files import naming, sealed, unsealed
 from ..linalg.basis import restore
 from ..linalg.delta import DeltaError, delta_error
-from ..plan.plan import choice_of
+from ..plan.plan import settings_key_of
 from ..runtime.executors import Executor
 from ..runtime.progress import Progress, silent
 from ..text import digest_of
 from .components import components_at
-from .passes import digest_of_job
+from .passes import checkpoint_key_of
 
 
 @dataclass(frozen=True)
@@ -50,23 +50,25 @@ class Cut:
 
     Attributes:
         source, out: their folders.
-        head: of the smaller one.
+        record: of the smaller one.
         digest: of all that decides the result.
         source_digest: of the components of `source`.
     """
 
     source: Path
     out: Path
-    head: Head
+    record: CheckpointRecord
     digest: str
     source_digest: str
 
 
 def cut_of(source: Path, config: SHAREConfig, num_components: int, out: Path) -> Cut:
     """What slicing a checkpoint of ours comes to, before it is done."""
-    head = _sliced_head(head_of(config), num_components, _spectrum(source), config.num_components)
-    digest = digest_of_job(head.choice, [receipt_in(meta) for meta in metas_of(source, config.adapter_names)])
-    return Cut(source, out, head, digest, str(config.ours["basis_digest"]))
+    record = _sliced_record(record_of(config), num_components, _spectrum(source), config.num_components)
+    digest = checkpoint_key_of(
+        record.settings_key, [admission_in(meta) for meta in metas_of(source, config.adapter_names)]
+    )
+    return Cut(source, out, record, digest, str(config.ours["basis_digest"]))
 
 
 def slice_checkpoint(cut: Cut, executor: Executor, workers: int, progress: Progress = silent) -> None:
@@ -79,31 +81,35 @@ def slice_checkpoint(cut: Cut, executor: Executor, workers: int, progress: Progr
     """
     config = read_share_config(cut.source)
     names, left_out = config.adapter_names, skipped_of(cut.source)
-    check_components(cut.source, cut.head.components)
-    with Staging.open(cut.out, digest_of([cut.digest, cut.head.basis_digest])) as staging:
+    check_components(cut.source, cut.record.components)
+    with Staging.open(cut.out, digest_of([cut.digest, cut.record.basis_key])) as staging:
         _write_bases(cut, staging)
-        head = replace(cut.head, components=digest_files([staging.root / COMPONENTS]))
-        receipts = [receipt_in(meta) for meta in metas_of(cut.source, names)]
-        todo = [r.name for r in receipts if not staging.done(r, cut.head.basis_digest)]
+        record = replace(cut.record, components=digest_files([staging.root / COMPONENTS]))
+        admissions = [admission_in(meta) for meta in metas_of(cut.source, names)]
+        todo = [r.name for r in admissions if not staging.done(r, cut.record.basis_key)]
         for _ in progress("project", len(todo), executor.map(partial(slice_adapter, cut, staging), todo, workers)):
             pass
         staging.sync(names)
-        figures = [figures_of(meta) for meta in metas_of(staging.root, names)]
+        statistics = [statistics_of(meta) for meta in metas_of(staging.root, names)]
         sizes = sizes_of(staging.root, names)
-        new = share_config(head, figures, counts_of(config), digest=cut.digest, sizes=sizes, skipped=left_out)
+        new = share_config(record, statistics, counts_of(config), digest=cut.digest, sizes=sizes, skipped=left_out)
         staging.commit(cut.out, new, left_out)
 
 
-def _sliced_head(head: Head, k: int, spectrum: dict[str, NDArray[np.float64]], cut_from: int) -> Head:
+def _sliced_record(
+    record: CheckpointRecord, k: int, spectrum: dict[str, NDArray[np.float64]], cut_from: int
+) -> CheckpointRecord:
     bases: dict[str, dict[str, Any]] = {}
-    for group, facts in head.bases.items():
+    for group, facts in record.bases.items():
         lost = float(spectrum[group][k:].sum()) / facts["energy"] if facts["energy"] > 0 else 0.0
         bases[group] = {**facts, "k": min(k, facts["k"]), "explained": facts["explained"] - lost}
     return replace(
-        head,
-        settings={**head.settings, "num_components": k},
-        choice=choice_of(head.binding, head.base_model, k, 0.0, head.dtype, ("trim_rank",) if head.rule else ()),
-        basis_digest=digest_of(["sliced", head.basis_digest, k]),
+        record,
+        settings={**record.settings, "num_components": k},
+        settings_key=settings_key_of(
+            record.binding, record.base_model, k, 0.0, record.dtype, ("trim_rank",) if record.rule else ()
+        ),
+        basis_key=digest_of(["sliced", record.basis_key, k]),
         bases=bases,
         cut_from=cut_from,
     )
@@ -121,16 +127,16 @@ def _write_bases(cut: Cut, staging: Staging) -> None:
     source = (cut.source / COMPONENTS,)
     with open_tensors(source) as tensors:
         records = {r.name: r for r in tensor_records(source)}
-        shapes = {group: (cut.head.bases[group]["d"], cut.head.bases[group]["k"]) for group in records}
+        shapes = {group: (cut.record.bases[group]["d"], cut.record.bases[group]["k"]) for group in records}
         chunks = (
             np.ascontiguousarray(tensors.raw(r).reshape(r.shape[0], -1)[:, : ITEMSIZE[r.dtype] * k])
             for r, (_, k) in zip(records.values(), shapes.values(), strict=True)
         )
         staging.write_components(
-            (chunk.data.cast("B") for chunk in chunks), shapes, cut.head.dtype, cut.head.basis_digest
+            (chunk.data.cast("B") for chunk in chunks), shapes, cut.record.dtype, cut.record.basis_key
         )
     spectrum = _spectrum(cut.source)
-    staging.write_spectrum({g: values[: cut.head.bases[g]["k"]].tolist() for g, values in spectrum.items()})
+    staging.write_spectrum({g: values[: cut.record.bases[g]["k"]].tolist() for g, values in spectrum.items()})
 
 
 def slice_adapter(cut: Cut, staging: Staging, name: str) -> None:
@@ -143,12 +149,12 @@ def slice_adapter(cut: Cut, staging: Staging, name: str) -> None:
     paths = (origin / LOADINGS,)
     with staging.adapter(name) as folder, naming(folder), open_tensors(paths) as tensors:
         stored = {r.name: float32(tensors, r) for r in tensor_records(paths)}
-        kept = {group: array[: cut.head.bases[group]["k"]] for group, array in stored.items()}
-        _write_rows(folder / LOADINGS, tensors, {r: len(kept[r.name]) for r in tensor_records(paths)}, cut.head.dtype)
+        kept = {group: array[: cut.record.bases[group]["k"]] for group, array in stored.items()}
+        _write_rows(folder / LOADINGS, tensors, {r: len(kept[r.name]) for r in tensor_records(paths)}, cut.record.dtype)
         if (origin / VERBATIM).exists():
             shutil.copyfile(origin / VERBATIM, folder / VERBATIM)
         lost = _lost(cut, stored, kept, meta["original_config"])
-        ours = _sliced_facts(meta[OURS], lost, cut.head.basis_digest)
+        ours = _sliced_facts(meta[OURS], lost, cut.record.basis_key)
         ours["files"] = {file: digest_files([folder / file]) for file in ours["files"]}
         (folder / META).write_text(
             json.dumps(sealed({**(unsealed(meta) or meta), OURS: ours}), indent=2), encoding="utf-8"
@@ -170,25 +176,25 @@ def _lost(
     components = components_at(cut.source / COMPONENTS, cut.source_digest)
     ranks = {split_group_id(group)[0]: array.shape[1] for group, array in stored.items()}
     lost: dict[str, DeltaError] = {}
-    given = restored_as(cut.head.dtype)
-    for module, product in zip(ranks, products(config, ranks) or (), strict=True):
+    given = restored_as(cut.record.dtype)
+    for module, scaling in zip(ranks, scalings(config, ranks) or (), strict=True):
         before, after = [], []
         for group in (group_id(module, side) for side in SIDES):
             v = components[group]
             before.append(as_stored(restore(v, stored[group]), given))  # (d, r)
             after.append(as_stored(restore(v[:, : len(kept[group])], kept[group]), given))
-        lost[module] = delta_error(before[0].T, before[1], after[0].T, after[1], product)
+        lost[module] = delta_error(before[0].T, before[1], after[0].T, after[1], scaling)
     return lost
 
 
-def _sliced_facts(ours: dict[str, Any], lost: dict[str, DeltaError], basis_digest: str) -> dict[str, Any]:
+def _sliced_facts(ours: dict[str, Any], lost: dict[str, DeltaError], basis_key: str) -> dict[str, Any]:
     measured = lost if ours["worst_module"] is not None else {}  # of what vanishes, nothing is lost
     worst = max(measured, key=lambda m: lost[m].relative, default=None)
     norm = ours["delta_norm"] ** 2
     error = ours["relative_error"] ** 2 + (sum(e.error for e in lost.values()) / norm if norm > 0 else 0.0)
     return {
         **ours,
-        "basis_digest": basis_digest,
+        "basis_digest": basis_key,
         "relative_error": error**0.5,
         "worst_module": worst,
         "worst_module_error": lost[worst].relative if worst is not None else 0.0,

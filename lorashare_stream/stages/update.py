@@ -8,14 +8,14 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-from ..adapters.adapter import Entry
+from ..adapters.adapter import Adapter
 from ..errors import GoneError, WorkspaceError
 from ..files import read_sealed
 from ..plan.plan import Plan, cut
-from ..text import listed, shown
+from ..text import listed, printable
 from ..workspace.workspace import Workspace
 from .accumulate import accumulate_modules
-from .fit import fit_module, settle_modules
+from .fit import fit_module, sum_and_fit_modules
 from .job import Job
 from .project import check_unchanged
 from .run import Run
@@ -24,7 +24,7 @@ ATTEMPTS = 3  # to sum and fit a module whose moments are found to be damaged
 log = logging.getLogger(__name__)
 
 
-def sum_batch(run: Run, job: Job, names: Collection[str], after: Sequence[Entry]) -> None:
+def sum_batch(run: Run, job: Job, names: Collection[str], after: Sequence[Adapter]) -> None:
     """Bring the moments up to the adapters of a batch while these are at hand; discarded ones stay so.
 
     Args:
@@ -36,8 +36,8 @@ def sum_batch(run: Run, job: Job, names: Collection[str], after: Sequence[Entry]
     last = max((i for i, r in job.journal.active.items() if r.name in names), default=-1)
     job = job.up_to(last + 1)
     modules = [m for m in job.modules if work.marker(m) is not None or not work.has_fitted(m)]
-    run.fetcher.ahead(job.unfetched(modules))
-    run.fetcher.ahead(after)
+    run.fetcher.prefetch(job.unfetched(modules))
+    run.fetcher.prefetch(after)
     sum_up(run, job, modules)
 
 
@@ -47,21 +47,21 @@ def is_complete(job: Job) -> bool:
     return all(job.holds_all(work.marker(m)) or (work.marker(m) is None and work.has_fitted(m)) for m in job.modules)
 
 
-def settle(run: Run, job: Job) -> dict[str, dict[str, Any]]:
+def sum_and_fit(run: Run, job: Job) -> dict[str, dict[str, Any]]:
     """Bring the moments up to the journal and fit what is not fitted; the facts of all bases, by module."""
     work = Workspace(job.workspace)
     forget_unused(job)
     todo = [m for m in job.modules if not job.has_basis(m, work.marker(m))]
     for _ in range(ATTEMPTS):
-        run.fetcher.only(())
+        run.fetcher.cancel_except(())
         if job.settings.discard_moments and len(run.plan.batches) == 1:
             with run.at_hand(job.unfetched(todo)) as here:
-                run.sum(partial(settle_modules, job.with_files(here)), todo)
+                run.sum(partial(sum_and_fit_modules, job.with_files(here)), todo)
         else:
             sum_up(run, job, [m for m in todo if not job.holds_all(work.marker(m))])
             summed = [m for m in todo if job.holds_all(work.marker(m))]
             if summed:  # what is projected after it is fetched meanwhile; nothing of it is there yet
-                run.fetcher.ahead(job.entries[r.name] for r in job.journal.receipts if r.name in job.entries)
+                run.fetcher.prefetch(job.adapters[r.name] for r in job.journal.admissions if r.name in job.adapters)
             run.all("fit", partial(fit_module, job), summed)
         if job.settings.discard_moments:
             for module in job.modules:
@@ -91,8 +91,8 @@ def sum_up(
         if not todo and part is not job:
             continue
         with run.at_hand(part.unfetched(todo)) as here:
-            for entry in here.values():
-                check_unchanged(entry, part.receipt_of[entry.name])
+            for adapter in here.values():
+                check_unchanged(adapter, part.admission_of[adapter.name])
             run.sum(partial(task, part.with_files(here)), todo)
 
 
@@ -139,4 +139,4 @@ def _accumulate_or_leave(job: Job, modules: Sequence[str]) -> None:
         try:
             accumulate_modules(job, [module])
         except GoneError as e:
-            log.warning("the moments of %s are damaged, and are dropped: %s", shown(module), e)
+            log.warning("the moments of %s are damaged, and are dropped: %s", printable(module), e)

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..adapters.adapter import Entry
-from ..adapters.config import products
+from ..adapters.adapter import Adapter
+from ..adapters.config import scalings
 from ..adapters.folder import digest_files, open_tensors
 from ..adapters.keys import SIDES, Side, factor_key
 from ..adapters.pickles import raw_bytes
@@ -23,7 +23,7 @@ from ..checkpoint.config import SHAREConfig
 from ..checkpoint.reader import Tensors
 from ..errors import AdapterError, StreamError
 from ..hub.fetch import AT_ONCE, fetching
-from ..hub.lookup import looked_up, loose_ids
+from ..hub.lookup import loose_ids, resolve_on_hub
 from ..linalg.delta import DeltaError, changed_errors, delta_errors, relative_error
 from ..plan.catalog import Interned, catalog, read_entry
 from ..settings import Settings
@@ -92,19 +92,19 @@ def verify(
             yield _judged(model, name, _local(originals.get(name), settings))
     if not remote:
         return
-    _, surveyed = looked_up(list(remote.values()), settings, workspace, writes=False)
-    shared, entries = Interned(), []
+    _, surveyed = resolve_on_hub(list(remote.values()), settings, workspace, writes=False)
+    shared, adapters = Interned(), []
     for name, source in remote.items():
         try:
-            entries.append(read_entry(source, name, shared, settings, surveyed))
+            adapters.append(read_entry(source, name, shared, settings, surveyed))
         except AdapterError as e:
             yield _judged(model, name, e)
-    room = 2 * AT_ONCE * max((e.hub_bytes for e in entries), default=0)
+    room = 2 * AT_ONCE * max((e.hub_bytes for e in adapters), default=0)
     with (
         tempfile.TemporaryDirectory(prefix="lorashare-stream-") as folder,
         fetching(offline, Path(folder), room) as fetcher,
     ):
-        for result in fetcher.arriving(entries):
+        for result in fetcher.arriving(adapters):
             if isinstance(result, AdapterError):
                 yield _judged(model, str(result.adapter), result)
             else:
@@ -112,7 +112,7 @@ def verify(
                 fetcher.release([result])
 
 
-def _local(source: Source | None, settings: Settings) -> Entry | Exception:
+def _local(source: Source | None, settings: Settings) -> Adapter | Exception:
     """An original in a folder; or why it cannot be read."""
     if source is None:
         return StreamError("its original is not among the sources")
@@ -120,10 +120,10 @@ def _local(source: Source | None, settings: Settings) -> Entry | Exception:
         found = catalog([source], settings)
     except OSError as e:
         return e
-    return found.refused[0] if found.refused else found.entries[0]
+    return found.refused[0] if found.refused else found.adapters[0]
 
 
-def _judged(model: Checkpoint, name: str, original: Entry | Exception) -> Verdict:
+def _judged(model: Checkpoint, name: str, original: Adapter | Exception) -> Verdict:
     """The verdict on an adapter, whose original may be what kept it from being read."""
     certified: float | None = None
     try:
@@ -139,13 +139,13 @@ def _number(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def _verdict(model: Checkpoint, name: str, entry: Entry, certified: float | None) -> Verdict:
+def _verdict(model: Checkpoint, name: str, adapter: Adapter, certified: float | None) -> Verdict:
     tensors = model.reconstruct(name)
-    with open_tensors(entry.paths) as originals:
-        errors = {m.name: e for m, e in _module_errors(entry, originals, tensors)}
+    with open_tensors(adapter.paths) as originals:
+        errors = {m.name: e for m, e in _module_errors(adapter, originals, tensors)}
         kept = model.certified(name).get("verbatim")
         kept = kept if isinstance(kept, list) else []
-        problem = _verbatim_fault(entry, originals, tensors, kept) or _scale_fault(model, name, entry, tensors)
+        problem = _verbatim_fault(adapter, originals, tensors, kept) or _scale_fault(model, name, adapter, tensors)
     total = relative_error(sum(e.error for e in errors.values()), sum(e.norm for e in errors.values()))
     vanishes = name in model.config.ours.get("verbatim_adapters", ())  # its dW is exact, and no error of others
     worst = None if vanishes else max(errors, key=lambda m: errors[m].relative, default=None)
@@ -153,13 +153,13 @@ def _verdict(model: Checkpoint, name: str, entry: Entry, certified: float | None
     if problem is None and certified is not None and not abs(total - certified) <= TOLERANCE + rounding:
         problem = f"the checkpoint claims a relative error of {certified:.6f}"
     digest = model.certified(name).get("sha256")
-    if problem is not None and digest is not None and digest_files(entry.paths) != digest:
+    if problem is not None and digest is not None and digest_files(adapter.paths) != digest:
         problem = "its original is not the one that was compressed: the files have changed"
     return Verdict(name, total, certified, worst, errors[worst].relative if worst else 0.0, problem)
 
 
-def _module_errors(entry: Entry, originals: TensorReader, tensors: Tensors) -> Iterator[tuple[Any, DeltaError]]:
-    for module in entry.layout.modules:
+def _module_errors(adapter: Adapter, originals: TensorReader, tensors: Tensors) -> Iterator[tuple[Any, DeltaError]]:
+    for module in adapter.layout.modules:
         hats = []
         for side in SIDES:
             key = factor_key(module.name, side)
@@ -169,7 +169,7 @@ def _module_errors(entry: Entry, originals: TensorReader, tensors: Tensors) -> I
         a, b = float32(originals, module.a), float32(originals, module.b)
         alike = hats[0].shape == a.shape
         measure = delta_errors if alike else changed_errors
-        yield module, measure(a[None], b[None], hats[0][None], hats[1][None], [entry.product(module.name)])[0]
+        yield module, measure(a[None], b[None], hats[0][None], hats[1][None], [adapter.scaling(module.name)])[0]
 
 
 def _fits(shape: Sequence[int], module: Module, side: Side) -> bool:
@@ -178,27 +178,27 @@ def _fits(shape: Sequence[int], module: Module, side: Side) -> bool:
     return dim == module.dim(side) and rank <= module.rank
 
 
-def _verbatim_fault(entry: Entry, originals: TensorReader, tensors: Tensors, kept: Collection[str]) -> str | None:
+def _verbatim_fault(adapter: Adapter, originals: TensorReader, tensors: Tensors, kept: Collection[str]) -> str | None:
     """Why what is kept verbatim, LoRA of some modules perhaps, is not the same, byte for byte; None if it is."""
-    lora = [(factor_key(m.name, side), m.record(side)) for m in entry.layout.modules for side in SIDES]
-    for key, record in (*entry.layout.extras, *(pair for pair in lora if pair[0] in kept)):
+    lora = [(factor_key(m.name, side), m.record(side)) for m in adapter.layout.modules for side in SIDES]
+    for key, record in (*adapter.layout.extras, *(pair for pair in lora if pair[0] in kept)):
         if key not in tensors:
             return f"{key} is missing"
         if not np.array_equal(raw_bytes(tensors[key]), originals.raw(record)):
             return f"{key} differs from the original"
-    extra = tensors.keys() - {key for key, _ in entry.layout.extras}
-    unexpected = extra - {factor_key(m.name, side) for m in entry.layout.modules for side in SIDES}
+    extra = tensors.keys() - {key for key, _ in adapter.layout.extras}
+    unexpected = extra - {factor_key(m.name, side) for m in adapter.layout.modules for side in SIDES}
     return f"unexpected tensors: {sorted(unexpected)[:3]}" if unexpected else None
 
 
-def _scale_fault(model: Checkpoint, name: str, entry: Entry, tensors: Tensors) -> str | None:
+def _scale_fault(model: Checkpoint, name: str, adapter: Adapter, tensors: Tensors) -> str | None:
     """Which module PEFT would scale otherwise than the original, its rank having been changed; None if it would not."""
     if "unchanged_config" not in model.certified(name):
         return None
-    ranks = {m.name: tensors[factor_key(m.name, "A")].shape[0] for m in entry.layout.modules}
-    found = products(model.adapter_configs[name], ranks) or ()
+    ranks = {m.name: tensors[factor_key(m.name, "A")].shape[0] for m in adapter.layout.modules}
+    found = scalings(model.adapter_configs[name], ranks) or ()
     scales = dict(zip(ranks, (p.scale for p in found), strict=bool(found)))
-    wrong = [m for m in ranks if not isclose(scales.get(m, 0.0), entry.product(m).scale, rel_tol=1e-9)]
+    wrong = [m for m in ranks if not isclose(scales.get(m, 0.0), adapter.scaling(m).scale, rel_tol=1e-9)]
     return f"the configuration gives {wrong[0]} another scale" if wrong else None
 
 

@@ -19,7 +19,7 @@ from ..files import naming, sealed, sync, unsealed
 
 
 @dataclass(frozen=True, slots=True)
-class Receipt:
+class Admission:
     """What ingest found out about one adapter: an admission.
 
     Attributes:
@@ -61,28 +61,28 @@ class Journal:
         entries: in order; an admission is known by its number in here.
     """
 
-    entries: tuple[Receipt | Removal, ...] = ()
+    entries: tuple[Admission | Removal, ...] = ()
 
     @property
-    def active(self) -> dict[int, Receipt]:
+    def active(self) -> dict[int, Admission]:
         """Admissions that were not taken out, by number."""
         return self.active_after(len(self.entries))
 
     @cached_property
-    def receipts(self) -> tuple[Receipt, ...]:
+    def admissions(self) -> tuple[Admission, ...]:
         """Admissions that were not taken out, in order."""
         return tuple(self.active.values())
 
-    def active_after(self, count: int) -> dict[int, Receipt]:
+    def active_after(self, count: int) -> dict[int, Admission]:
         """Admissions that the first `count` entries leave, by number; kept, since every module asks for the same."""
         if count not in self._active:
             entries = self.entries[:count]
             gone = {e.admission for e in entries if isinstance(e, Removal)}
-            self._active[count] = {i: e for i, e in enumerate(entries) if isinstance(e, Receipt) and i not in gone}
+            self._active[count] = {i: e for i, e in enumerate(entries) if isinstance(e, Admission) and i not in gone}
         return self._active[count]
 
     @cached_property
-    def _active(self) -> dict[int, dict[int, Receipt]]:
+    def _active(self) -> dict[int, dict[int, Admission]]:
         return {}
 
     def digest(self, count: int) -> str:
@@ -102,7 +102,7 @@ class Journal:
 
 def read_journal(path: Path) -> tuple[Journal, int]:
     """The whole entries at the beginning of a journal, and their length in bytes."""
-    entries: list[Receipt | Removal] = []
+    entries: list[Admission | Removal] = []
     whole = 0
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
         entry = _entry(line)
@@ -113,7 +113,7 @@ def read_journal(path: Path) -> tuple[Journal, int]:
     return Journal(tuple(entries)), whole
 
 
-def append(path: Path, entries: Iterable[Receipt | Removal], *, durable: bool) -> None:
+def append(path: Path, entries: Iterable[Admission | Removal], *, durable: bool) -> None:
     """Append entries; `durable` ones survive a power cut, with all before them."""
     with path.open("ab", buffering=0) as f, naming(path):
         lines = b"".join(json.dumps(sealed(_values(entry))).encode() + b"\n" for entry in entries)
@@ -125,11 +125,11 @@ def append(path: Path, entries: Iterable[Receipt | Removal], *, durable: bool) -
         sync(path.parent)
 
 
-def _values(entry: Receipt | Removal) -> dict[str, Any]:
+def _values(entry: Admission | Removal) -> dict[str, Any]:
     return {f.name: getattr(entry, f.name) for f in fields(entry)}  # `asdict` copies deeply
 
 
-def _entry(line: bytes) -> Receipt | Removal | None:
+def _entry(line: bytes) -> Admission | Removal | None:
     try:
         values: dict[str, Any] | None = unsealed(json.loads(line))
         if values is None or not line.endswith(b"\n"):
@@ -138,6 +138,6 @@ def _entry(line: bytes) -> Receipt | Removal | None:
             return Removal(**values)
         for name in ("sizes", "mtimes_ns", "notes"):
             values[name] = tuple(values[name])
-        return Receipt(**values)
+        return Admission(**values)
     except (ValueError, TypeError, KeyError):
         return None

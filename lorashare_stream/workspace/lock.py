@@ -26,7 +26,7 @@ import psutil
 from ..errors import LockedError
 from ..files import naming
 from ..runtime.forks import BEATING
-from ..text import shown
+from ..text import printable
 
 HEARTBEAT = 30.0  # seconds between two signs of life
 SILENCE = 300.0  # seconds without one after which another host's lock is taken over
@@ -97,7 +97,7 @@ def held(path: Path, *, take: bool = False) -> Iterator[Callable[[], None]]:
         def check() -> None:
             if not _is_mine(path, mine):
                 raise LockedError(
-                    f"the lock of {shown(path.parent)} was taken over",
+                    f"the lock of {printable(path.parent)} was taken over",
                     found=_holder(path) or "no holder",
                     expected=f"pid {mine.pid} on {mine.host}",
                     remedy="Two runs wrote to it: let the other one finish, then run the same command again.",
@@ -181,7 +181,7 @@ def _held_by(path: Path, holder: Holder | None) -> LockedError:
         who = f"host {holder.host}, pid {holder.pid}, since {holder.since}"
         if not holder.is_here():
             remedy += f" If it is dead, its lock falls after {SILENCE / 60:.0f} minutes of silence, or by --take-lock."
-    return LockedError(f"another run holds {shown(path.parent)}", found=who, remedy=remedy)
+    return LockedError(f"another run holds {printable(path.parent)}", found=who, remedy=remedy)
 
 
 def _holder(path: Path) -> Holder | None:

@@ -8,12 +8,12 @@ from pathlib import Path
 from ..adapters.shapes import ModuleShape, Shapes
 from ..errors import WorkspaceError
 from ..files import read_sealed, write_sealed
-from .journal import Journal, Receipt
+from .journal import Admission, Journal
 
 
-def keep_shapes(folder: Path, receipt: Receipt, shapes: Shapes) -> None:
+def keep_shapes(folder: Path, admission: Admission, shapes: Shapes) -> None:
     """Note the shared modules of an adapter, unless they are."""
-    path = folder / f"{receipt.shapes}.json"
+    path = folder / f"{admission.shapes}.json"
     if not read_sealed(path):
         write_sealed(path, {"modules": shapes})
 
@@ -32,16 +32,16 @@ def shapes_of(folder: Path, journal: Journal, known: Mapping[str, Shapes]) -> di
         WorkspaceError: if those of another adapter are not there, whole.
     """
     found: dict[str, Shapes] = {}
-    for receipt in journal.receipts:
-        if receipt.shapes not in found and receipt.name in known:
-            keep_shapes(folder, receipt, known[receipt.name])
-            found[receipt.shapes] = known[receipt.name]
+    for admission in journal.admissions:
+        if admission.shapes not in found and admission.name in known:
+            keep_shapes(folder, admission, known[admission.name])
+            found[admission.shapes] = known[admission.name]
     for entry in journal.entries:
-        if isinstance(entry, Receipt) and entry.shapes not in found:
+        if isinstance(entry, Admission) and entry.shapes not in found:
             shapes = _shapes(folder, entry.shapes)
             if shapes is not None:
                 found[entry.shapes] = shapes
-            elif entry in journal.receipts:
+            elif entry in journal.admissions:
                 raise WorkspaceError(
                     "the workspace is damaged",
                     adapter=entry.name,

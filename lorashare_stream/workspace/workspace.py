@@ -41,8 +41,8 @@ from ..files import (
     write_json,
     write_sealed,
 )
-from ..text import shown, slug
-from .journal import Journal, Receipt, Removal, append, read_journal
+from ..text import printable, slug
+from .journal import Admission, Journal, Removal, append, read_journal
 from .lock import held
 from .shapes import keep_shapes, shapes_of
 
@@ -101,16 +101,16 @@ class Workspace:
         found = self._binding()
         if not found and self.exists():
             raise WorkspaceError(
-                f"the workspace {shown(self.root)} is damaged",
+                f"the workspace {printable(self.root)} is damaged",
                 found=" and ".join(_COPIES),
                 remedy="Delete it, or choose another.",
             )
         differing = sorted(k for k in binding.keys() | found.keys() if binding.get(k) != found.get(k))
         if found and differing:
             raise WorkspaceError(
-                f"the workspace {shown(self.root)} was made with other settings",
-                found=", ".join(f"{k}={shown(found.get(k))}" for k in differing),
-                expected=", ".join(f"{k}={shown(binding.get(k))}" for k in differing),
+                f"the workspace {printable(self.root)} was made with other settings",
+                found=", ".join(f"{k}={printable(found.get(k))}" for k in differing),
+                expected=", ".join(f"{k}={printable(binding.get(k))}" for k in differing),
                 remedy="Choose another workspace, and another output, or delete this one.",
             )
         for name in _COPIES:
@@ -143,7 +143,7 @@ class Workspace:
         """The journal as it stands; reads only, and needs no lock."""
         return read_journal(self._journal)[0]
 
-    def mended_journal(self) -> Journal:
+    def recover_journal(self) -> Journal:
         """The journal, cut where it is torn: what a crash tore off at the end was never vouched for."""
         journal, whole = read_journal(self._journal)
         size = self._journal.stat().st_size if self._journal.exists() else 0
@@ -152,7 +152,7 @@ class Workspace:
             if lost:  # a whole line is not torn by a crash
                 log.warning(
                     "the journal is damaged, and cut: its last %d entries are lost, and made again from the sources "
-                    "that are named: %s", lost, shown(self._journal),
+                    "that are named: %s", lost, printable(self._journal),
                 )  # fmt: skip
             os.truncate(self._journal, whole)
         return journal
@@ -162,14 +162,14 @@ class Workspace:
         name = self._binding().get("base_model")
         return name if isinstance(name, str) and name else None
 
-    def admit(self, receipt: Receipt, shapes: Shapes, *, durable: bool) -> None:
+    def admit(self, admission: Admission, shapes: Shapes, *, durable: bool) -> None:
         """Append an admission; `durable` ones survive a power cut, with all before them."""
         if durable:  # whether it is held is a file to be read: not for every one of thousands a second
             self.check_held()
-        if receipt.shapes not in self._noted:
-            keep_shapes(self.shapes, receipt, shapes)
-            self._noted.add(receipt.shapes)
-        append(self._journal, [receipt], durable=durable)
+        if admission.shapes not in self._noted:
+            keep_shapes(self.shapes, admission, shapes)
+            self._noted.add(admission.shapes)
+        append(self._journal, [admission], durable=durable)
 
     def shapes_of(self, journal: Journal, known: Mapping[str, Shapes]) -> dict[str, Shapes]:
         """The shared modules of all admissions; as `shapes.shapes_of`."""
@@ -267,12 +267,12 @@ class Workspace:
         outputs = read_sealed(self.root / "published.json")
         return {digest for digests in outputs.values() for digest in digests}
 
-    def publishing(self, out: Path, basis_digest: str, there: object = None) -> None:
+    def publishing(self, out: Path, basis_key: str, there: object = None) -> None:
         """Note, before it happens, that a checkpoint is published; one of ours that is `there` stays ours till then."""
         self.check_held()
         path = self.root / "published.json"
         outputs = read_sealed(path)
-        outputs[str(out.absolute())] = [*({there} & self.published()), basis_digest]
+        outputs[str(out.absolute())] = [*({there} & self.published()), basis_key]
         write_sealed(path, outputs)
 
 
