@@ -1,7 +1,7 @@
 """The folder of resumable state: what is admitted, what is summed, what is fitted.
 
     workspace.json            what its numbers depend on (objective, centring, quantum, base model, ...); kept twice
-    lock                      who holds it: one process at a time
+    lock, holder.json         who holds it: one process at a time
     plan.json                 the last plan
     journal.jsonl             which adapters were admitted and taken out, in order, append-only
     shapes/<digest>.json      the shared modules of adapters: rank, d, stacked experts
@@ -43,7 +43,7 @@ from ..files import (
 )
 from ..text import printable, slug
 from .journal import Admission, Journal, Removal, append, read_journal
-from .lock import held
+from .lock import HOLDER, LOCK, held
 from .shapes import keep_shapes, shapes_of
 
 FORMAT = 2
@@ -78,14 +78,14 @@ class Workspace:
             WorkspaceError: if it was made with other settings.
         """
         inside = {p.name for p in root.iterdir() if p.suffix != ".tmp"} if root.exists() else set()
-        if inside - {"lock", HUB, *_FOLDERS} and not inside & {*_COPIES}:
+        if inside - {LOCK, HOLDER, HUB, *_FOLDERS} and not inside & {*_COPIES}:
             raise WorkspaceError(
                 "the folder is no workspace, and not empty", found=root, remedy="Choose another --workspace."
             )
         root.mkdir(parents=True, exist_ok=True)
         refuse_links(root, depth=3)
         work = cls(root)
-        with held(root / "lock", take=take_lock) as work.check_held:
+        with held(root, take=take_lock) as work.check_held:
             for name in _FOLDERS:
                 own_folder(root / name)
             work._bind(work._binding() if binding is None else {**binding, "format": FORMAT})
