@@ -30,7 +30,7 @@ from lorashare_stream.linalg.lapack import add_block
 from lorashare_stream.linalg.moments import of_columns
 from lorashare_stream.plan.catalog import Catalog
 from lorashare_stream.plan.plan import Plan, make_plan
-from lorashare_stream.report.text import facts, plan_text
+from lorashare_stream.report.text import plan_text, rows_text
 from lorashare_stream.settings import Settings
 from lorashare_stream.text import bytes_shown, parse_bytes
 
@@ -92,7 +92,7 @@ def estimate(plan: Plan, bandwidth: int) -> str:
     fetched = sum(e.hub_bytes * plan.fetches(e) for e in plan.adapters)
     moments = sum(4 * g.dim * min(g.dim, g.count) for g in plan.groups)
     steps = {step.name: step.concurrency for step in plan.steps}
-    return facts(
+    return rows_text(
         [
             ("this machine", f"{cores} cores; syrk {rate / 1e9:.0f} GFLOP/s a core"),
             ("requests", f"{len(plan.adapters)} to plan; {sum(4 * plan.fetches(e) for e in plan.adapters)} to fetch"),

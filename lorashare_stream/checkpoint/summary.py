@@ -18,7 +18,7 @@ from .config import SHAREConfig
 from .format import OURS
 from .records import takes_part
 
-Facts = Mapping[str, Any]
+Json = Mapping[str, Any]
 _BASIS = ("d", "k", "energy", "explained")
 
 
@@ -42,7 +42,7 @@ class Statistics:
     alpha: float
 
 
-def statistics_of(meta: Facts) -> Statistics:
+def statistics_of(meta: Json) -> Statistics:
     """The figures in an adapter_meta.json."""
     ours, config = meta[OURS], meta["original_config"]
     return Statistics(
@@ -80,16 +80,16 @@ class CheckpointRecord:
     """
 
     base_model: str
-    settings: Facts
+    settings: Json
     dtype: str
     settings_key: str
-    binding: Facts
+    binding: Json
     basis_key: str
     components: str
-    bases: Mapping[str, Facts]
+    bases: Mapping[str, Json]
     projected: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
-    rule: Facts | None = None
+    rule: Json | None = None
     weighed: tuple[tuple[int, float], ...] = ()
     cut_from: int | None = None
 
@@ -200,7 +200,7 @@ def _budget(record: CheckpointRecord) -> str | None:
 
 
 def _ours(
-    record: CheckpointRecord, adapters: Sequence[Statistics], groups: Mapping[str, Facts], sizes: Mapping[str, int]
+    record: CheckpointRecord, adapters: Sequence[Statistics], groups: Mapping[str, Json], sizes: Mapping[str, int]
 ) -> dict[str, Any]:
     s = record.settings
     lora = sum(a.lora_bytes for a in adapters if a.shared)
@@ -261,7 +261,7 @@ def _errors(adapters: Sequence[Statistics]) -> dict[str, Any]:
     }
 
 
-def _bound(groups: Mapping[str, Facts], objective: str) -> dict[str, Any]:
+def _bound(groups: Mapping[str, Json], objective: str) -> dict[str, Any]:
     """Bounds of the mean squared relative dW error, known from the bases alone: max(tA, tB) and tA + tB.
 
     t is the share of a side's summed trace that its bases leave out; it holds under `delta` only.

@@ -26,7 +26,7 @@ from ..plan.sources import resolve
 from ..report.analysis import analyse
 from ..report.analysis_text import analysis_as_json, analysis_text
 from ..report.summary_text import summary_text
-from ..report.text import facts, notes_text, plan_text, plan_warnings, table
+from ..report.text import notes_text, plan_text, plan_warnings, rows_text, table
 from ..runtime.dask import DaskClient
 from ..text import bytes_shown, counted, listed, name_fault, printable
 from ..workspace.workspace import Workspace
@@ -121,7 +121,7 @@ def _compress(
         **info_of(config),
     }
     drop = f"{bytes_shown(used)}, kept for growing and refitting; drop it by: rm -r {shlex.quote(printable(workspace))}"
-    print_result(args, result, f"{summary_text(config)}\n{facts([('workspace', drop)])}")
+    print_result(args, result, f"{summary_text(config)}\n{rows_text([('workspace', drop)])}")
     say_left_out(skipped, out)
     return SKIPPED if skipped else 0
 

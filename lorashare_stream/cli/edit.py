@@ -20,7 +20,7 @@ from ..edits.remove import Removed
 from ..errors import StreamError, skipped_as_json
 from ..files import tree_bytes
 from ..report.summary_text import summary_text
-from ..report.text import facts
+from ..report.text import rows_text
 from ..settings import BUDGETS, Settings
 from ..text import bytes_shown, counted, listed, printable
 from .choices import Args, cluster_of, named_sources, names_meant, with_workers
@@ -65,7 +65,7 @@ def add(args: Args) -> int:
     kept = [(name, f"keeps {share:.4f} of its dW energy on the bases that were there") for name, share in tried]
     result: dict[str, Any] = {"added": added, "method": outcome.method, "kept": outcome.kept}
     result["skipped"] = skipped_as_json(outcome.skipped)
-    print_result(args, result, "\n".join([text, *([facts(kept)] if kept else [])]))
+    print_result(args, result, "\n".join([text, *([rows_text(kept)] if kept else [])]))
     say_left_out(outcome.skipped, out)
     return SKIPPED if outcome.skipped else 0
 

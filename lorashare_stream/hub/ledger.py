@@ -1,7 +1,7 @@
-"""What was read of adapters of the Hub before they are fetched, kept beside a workspace: nothing is asked twice.
+"""Ledger of Hub adapters: headers and configurations read before they are fetched, kept in a workspace.
 
-An append-only file, a fact a line, each sealed; what many adapters have in common is there once. It holds facts of
-pinned commits only, which do not change: it needs no lock, and a line that is torn is asked for again.
+An append-only file of sealed lines; what many adapters have in common is there once. It holds pinned commits only,
+which do not change: it needs no lock, and a line that is torn is asked for again.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Known:
 
 
 @dataclass(frozen=True)
-class Fact:
+class _Line:
     """A line of an adapter: its files, the digests of what it has in common with others, what the Hub says of it."""
 
     files: tuple[tuple[str, int], ...]
@@ -56,8 +56,8 @@ class Fact:
     sha256: str | None = None
 
     @classmethod
-    def of(cls, line: dict[str, Any]) -> Fact:
-        """The fact of a line; it must be what was written, of this version."""
+    def of(cls, line: dict[str, Any]) -> _Line:
+        """The parsed line; it must be of this version."""
         listing = Listing(**{**line["listing"], "files": tuple(line["listing"]["files"])})
         files = tuple((str(name), int(size)) for name, size in line["files"])
         return cls(files, str(line["tensors"]), line["configuration"], listing, line.get("sha256"))
@@ -69,7 +69,7 @@ def digest_of_records(records: Records) -> str:
 
 
 class Ledger:
-    """The facts of a workspace's Hub adapters; of none, they are kept in memory.
+    """The ledger of a workspace; without one, it is kept in memory.
 
     Args:
         path: of the file, which is made with its folder when there is something to write.
@@ -79,29 +79,29 @@ class Ledger:
     def __init__(self, path: Path | None, *, writes: bool = True) -> None:
         self._path = path if writes else None
         self._lock = threading.Lock()
-        self._adapters: dict[str, Fact] = {}
+        self._adapters: dict[str, _Line] = {}
         self._records: dict[str, Records] = {}
         self._configs: dict[str, str] = {}
         self._refused: dict[str, ValuesError] = {}  # by source id: what was fetched, and is not fetched again
         if path is not None and path.exists():
-            for line in path.read_bytes().splitlines():
-                self._take(line)
+            for raw in path.read_bytes().splitlines():
+                self._take(raw)
 
-    def _take(self, line: bytes) -> None:
+    def _take(self, raw: bytes) -> None:
         try:
-            fact = unsealed(json.loads(line))
-            if fact is None:
+            line = unsealed(json.loads(raw))
+            if line is None:
                 return
-            if "records" in fact:
-                self._records[fact["digest"]] = tuple(
-                    TensorRecord(n, d, tuple(s), *o) for n, d, s, *o in fact["records"]
+            if "records" in line:
+                self._records[line["digest"]] = tuple(
+                    TensorRecord(n, d, tuple(s), *o) for n, d, s, *o in line["records"]
                 )
-            elif "refused" in fact:
-                self._refused[fact["id"]] = ValuesError(fact["refused"], **fact["details"])
-            elif "config" in fact:
-                self._configs[fact["digest"]] = fact["config"]
+            elif "refused" in line:
+                self._refused[line["id"]] = ValuesError(line["refused"], **line["details"])
+            elif "config" in line:
+                self._configs[line["digest"]] = line["config"]
             else:
-                self._adapters[str(fact["id"])] = Fact.of(fact)
+                self._adapters[str(line["id"])] = _Line.of(line)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return
 
@@ -111,11 +111,11 @@ class Ledger:
 
     def get(self, source_id: str) -> Known | None:
         """What is known of an adapter, if its tensors are."""
-        fact = self._adapters.get(source_id)
-        if fact is None or fact.tensors not in self._records:
+        line = self._adapters.get(source_id)
+        if line is None or line.tensors not in self._records:
             return None
-        config, refused = self._configs.get(fact.configuration or ""), self._refused.get(source_id)
-        return Known(fact.files, self._records[fact.tensors], fact.tensors, config, fact.listing, fact.sha256, refused)
+        config, refused = self._configs.get(line.configuration or ""), self._refused.get(source_id)
+        return Known(line.files, self._records[line.tensors], line.tensors, config, line.listing, line.sha256, refused)
 
     def put(self, source_id: str, known: Known) -> Known:
         """Keep what is known of an adapter; what others have in common with it is shared with them."""
@@ -128,10 +128,10 @@ class Ledger:
             if configuration is not None and configuration not in self._configs:
                 self._configs[configuration] = str(known.config)
                 lines.append({"digest": configuration, "config": known.config})
-            fact = Fact(known.files, known.digest, configuration, known.listing, known.sha256)
-            if self._adapters.get(source_id) != fact:
-                self._adapters[source_id] = fact
-                lines.append({"id": source_id, **asdict(fact)})
+            line = _Line(known.files, known.digest, configuration, known.listing, known.sha256)
+            if self._adapters.get(source_id) != line:
+                self._adapters[source_id] = line
+                lines.append({"id": source_id, **asdict(line)})
             self._write(b"".join(json.dumps(sealed(line)).encode() + b"\n" for line in lines))
         config = None if configuration is None else self._configs[configuration]
         return replace(known, records=self._records[known.digest], config=config)
@@ -144,8 +144,8 @@ class Ledger:
 def note_refusal(path: Path, source_id: str, error: ValuesError) -> None:
     """Keep in a ledger that the values of an adapter must not touch a moment."""
     details = {k: v for k, v in error.details().items() if k != "adapter"}
-    fact = {"id": source_id, "refused": error.problem, "details": details}
-    _append(path, json.dumps(sealed(fact)).encode() + b"\n")
+    line = {"id": source_id, "refused": error.problem, "details": details}
+    _append(path, json.dumps(sealed(line)).encode() + b"\n")
 
 
 def _append(path: Path, lines: bytes) -> None:

@@ -11,7 +11,7 @@ from ..plan.plan import Plan
 from ..text import bytes_shown, counted, listed
 from .analysis import LOUD, Analysis
 from .outlook import COPY, SAME_DIRECTION, Outlook
-from .text import facts, table
+from .text import rows_text, table
 
 _ROWS = 14  # of the table of errors, at most
 
@@ -30,7 +30,7 @@ def analysis_as_json(a: Analysis) -> dict[str, Any]:
 def analysis_text(a: Analysis, plan: Plan) -> str:
     """An analysis of a plan's adapters, the recommendation last."""
     parts = [
-        facts(_looked_at(a)),
+        rows_text(_looked_at(a)),
         _spectra(a),
         _errors(a, plan.settings.num_components),
         f"recommended: {a.recommended}",

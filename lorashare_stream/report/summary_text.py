@@ -9,23 +9,23 @@ from ..checkpoint.format import PARTS, next_bytes, total_bytes
 from ..errors import CheckpointError
 from ..settings import BUDGETS, asked
 from ..text import bytes_shown, listed
-from .text import Fact, facts
+from .text import Row, rows_text
 
 
 def summary_text(config: SHAREConfig) -> str:
     """What a checkpoint says of itself: adapters, bases, bytes on disk, errors."""
     try:
-        return facts(_figures_of(config))
+        return rows_text(_rows_of(config))
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
         fault = f"{type(e).__name__}: {e}"
         raise CheckpointError("the figures in share_config.json cannot be read", found=fault) from e
 
 
-def _figures_of(config: SHAREConfig) -> list[Fact]:
+def _rows_of(config: SHAREConfig) -> list[Row]:
     stats, ours = config.compression_stats, config.ours
     auto, shares = ", the most of any group" if config.component_selection == "auto" else "", bool(config.layer_keys)
     mean, least = (_number(stats.get(f"{which}_explained_variance")) for which in ("mean", "min"))
-    pairs: list[Fact] = [
+    pairs: list[Row] = [
         ("base model", config.base_model_name_or_path or "not named"),
         ("adapters", f"{config.num_adapters}: {listed(config.adapter_names, 5)}"),
         ("shared modules", f"{len(config.layer_keys)} ({listed(config.target_modules, 12)})" if shares else "none"),
@@ -33,15 +33,15 @@ def _figures_of(config: SHAREConfig) -> list[Fact]:
         *([("explained variance", f"mean {mean}, least {least}")] if shares else []),
     ]
     if ours:
-        return pairs + _our_figures(ours, config.num_adapters)
+        return pairs + _our_rows(ours, config.num_adapters)
     return [*pairs, ("LoRA parameters", f"{_number(stats.get('compression_ratio'))} times fewer")]
 
 
-def _our_figures(ours: dict[str, Any], adapters: int) -> list[Fact]:
+def _our_rows(ours: dict[str, Any], adapters: int) -> list[Row]:
     """What this package recorded: bytes on disk, certified errors, and who is not shared."""
     size, errors = ours["bytes"], ours["errors"]
     total = total_bytes(size)
-    pairs: list[Fact] = [
+    pairs: list[Row] = [
         ("objective", ours["objective"] + (", centred" if ours["center"] else "")),
         *[("asked for", text) for text in asked(ours["settings"])],
         ("originals", bytes_shown(size["originals"])),

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ..plan.plan import Plan
     from ..workspace.journal import Admission
 
-Fact = tuple[str, object]
+Row = tuple[str, object]
 _OFTEN = {1: "once", 2: "twice"}
 
 
@@ -35,7 +35,7 @@ def table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...] = ()) -> str:
     )
 
 
-def facts(pairs: Sequence[Fact]) -> str:
+def rows_text(pairs: Sequence[Row]) -> str:
     """Aligned `name  value` lines."""
     width = max(len(name) for name, _ in pairs)
     return "\n".join(f"{name.ljust(width)}  {printable(value)}" for name, value in pairs)
@@ -46,7 +46,7 @@ def plan_text(plan: Plan) -> str:
     s, size = plan.settings, plan.sizes
     auto = s.num_components == "auto" or s.budget is not None
     stacked = sum(g.stacked for g in plan.groups)
-    pairs: list[Fact] = [
+    pairs: list[Row] = [
         ("base model", plan.base_model or "not named"),
         *[("  also named", text) for text in _other_names(plan)],
         ("adapters", f"{len(plan.adapters)}" + (f", and {len(plan.refused)} refused" if plan.refused else "")),
@@ -67,10 +67,12 @@ def plan_text(plan: Plan) -> str:
         for t in plan.steps
     ]
     notes = [f"note: {text}" for text in plan_warnings(plan)]
-    return "\n".join([facts(pairs), "", table(steps, ("step", "tasks", "reads", "at a time", "peak memory")), *notes])
+    return "\n".join(
+        [rows_text(pairs), "", table(steps, ("step", "tasks", "reads", "at a time", "peak memory")), *notes]
+    )
 
 
-def _of_the_hub(plan: Plan) -> list[Fact]:
+def _of_the_hub(plan: Plan) -> list[Row]:
     """How much is fetched, and how often."""
     remote = [e for e in plan.adapters if e.origin is not None]
     if not remote:
