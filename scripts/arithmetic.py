@@ -26,8 +26,7 @@ from lorashare_stream.adapters.safetensors import TensorRecord
 from lorashare_stream.adapters.scaling import Scaling
 from lorashare_stream.adapters.source import Listing
 from lorashare_stream.linalg.basis import fit
-from lorashare_stream.linalg.lapack import add_block
-from lorashare_stream.linalg.moments import of_columns
+from lorashare_stream.linalg.moments import add_block, of_columns
 from lorashare_stream.plan.catalog import Catalog
 from lorashare_stream.plan.plan import Plan, make_plan
 from lorashare_stream.report.text import plan_text, rows_text

@@ -3,7 +3,7 @@
 floor = 3 bytes / bandwidth + sum over groups of d d n / rate + sum over groups of solver seconds / cores
 
 Bandwidth is that of positioned reads from the page cache by a thread a core; the rate that of syrk on blocks of 1024 by
-a thread a core, each with its own S and one BLAS thread; a solver is timed alone, with one BLAS thread, on the moment
+a process a core, each with its own S and one BLAS thread; a solver is timed alone, with one BLAS thread, on the moment
 of one group of each shape. Groups whose columns are kept have no syrk. Imports, writing, and the journal are not in it.
 """
 
@@ -13,7 +13,8 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,7 @@ from bench_oracle import WEIGHTS, Data
 from threadpoolctl import threadpool_limits
 
 from lorashare_stream.linalg.eigen import leading
-from lorashare_stream.linalg.lapack import add_block
-from lorashare_stream.linalg.moments import Moment, mirror, of_columns, stays_stacked
+from lorashare_stream.linalg.moments import Moment, add_block, mirror, of_columns, stays_stacked
 
 BLOCK = 1024
 CHUNK = 8 << 20
@@ -82,17 +82,23 @@ def _bandwidth(data: Data) -> float:
 
 
 def _syrk_rate(d: int) -> float:
-    """Multiply-adds d d n of the whole product a second, of which syrk does half; all threads together."""
-    rows = np.random.default_rng(0).standard_normal((BLOCK, d), np.float32)
-    seconds = [np.zeros((d, d), np.float32, order="F") for _ in range(CORES)]
+    """Multiply-adds d d n of the whole product a second, of which syrk does half; all processes together."""
     rounds = max(1, (1 << 34) // (d * d * BLOCK))
+    with ProcessPoolExecutor(CORES, get_context("spawn")) as pool:
+        seconds = max(pool.map(_syrk_seconds, [d] * CORES, [rounds] * CORES))
+    return CORES * rounds * d * d * BLOCK / seconds
 
-    def work(second: np.ndarray) -> None:
+
+def _syrk_seconds(d: int, rounds: int) -> float:
+    rows = np.random.default_rng(0).standard_normal((BLOCK, d), np.float32)
+    second = np.zeros((d, d), np.float32, order="F")
+
+    def work() -> None:
         for _ in range(rounds):
             add_block(second, rows)
 
-    with ThreadPoolExecutor(CORES) as pool:
-        return CORES * rounds * d * d * BLOCK / _best(lambda: list(pool.map(work, seconds)))
+    with threadpool_limits(1, user_api="blas"):
+        return _best(work)
 
 
 def _moment(rows: np.ndarray) -> Moment:

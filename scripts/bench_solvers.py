@@ -1,4 +1,4 @@
-"""The choice in lorashare_stream/solvers.py: block Krylov or LAPACK, of a (d, d) moment and of columns.
+"""The choice in lorashare_stream/linalg/eigen.py: block Krylov or LAPACK, of a (d, d) moment and of columns.
 
     python scripts/bench_solvers.py [--dims 512 1024 2048]
 

@@ -45,20 +45,29 @@ def collection_of(
 
 RUN = """
 import sys
-from lorashare_stream.cli import main
+from lorashare_stream.cli.app import main
 assert main(sys.argv[1:]) == 0
 print([line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")][0])
 """
 
+LACKING = """
+from scipy.linalg import eigh
+from lorashare_stream.linalg import eigen
+def lacking(a, *, driver, **options):
+    values, vectors = eigh(a, driver=driver, **options)
+    return (values[2:], vectors[:, 2:]) if driver == "evr" else (values, vectors)
+eigen.eigh = lacking
+"""
 
-def peak_of_a_run(out: Path, folders: list[Path], memory: int, **options: Any) -> int:
+
+def peak_of_a_run(out: Path, folders: list[Path], memory: int, before: str = "", **options: Any) -> int:
     """Peak resident bytes of the whole process, imports included, as the kernel counts them.
 
     Not `ru_maxrss`, which for a child begins with what its parent held when it forked.
     """
     flags = [f"--{FLAGS.get(k, k).replace('_', '-')}={v}" for k, v in options.items()]
     command = ["compress", str(folders[0].parent), "-o", str(out), f"--memory={memory}", "--device=cpu", "--json", "-q"]
-    done = subprocess.run([sys.executable, "-c", RUN, *command, *flags], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", before + RUN, *command, *flags], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return int(done.stdout.splitlines()[-1]) * 1024
 
@@ -89,6 +98,12 @@ def test_the_smallest_budget_that_the_plan_names_is_kept(
     folders = collection_of(tmp_path / "adapters", **case)
     _, least = least_memory(folders, **options)
     assert peak_of_a_run(tmp_path / "out", folders, least, **options) <= least
+
+
+def test_so_it_is_where_lapack_finds_too_few_vectors(tmp_path: Path) -> None:
+    folders, options = collection_of(tmp_path / "adapters", 200, 1536, 16), {"num_components": 200}
+    _, least = least_memory(folders, moment_dtype="float64", **options)
+    assert peak_of_a_run(tmp_path / "out", folders, least, LACKING, moment_dtype="float64", **options) <= least
 
 
 def sizes_of(pid: int) -> list[int]:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import tracemalloc
+from typing import Any
+
 import numpy as np
 import pytest
+import scipy.linalg
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from lorashare_stream.linalg import eigen
 from lorashare_stream.linalg.basis import explained_variance
 from lorashare_stream.linalg.eigen import by_krylov, by_lapack, leading, matvec_of, prefers_partial, spectrum
 from lorashare_stream.linalg.krylov import capacity, krylov, sketch, width
-from lorashare_stream.linalg.moments import Accumulator, HostSum, Moment, empty, of_columns, stays_stacked
+from lorashare_stream.linalg.moments import Accumulator, HostSum, Moment, add_block, empty, of_columns, stays_stacked
 
 SPECTRA = {
     "power law": lambda m: 1.0 / np.arange(1, m + 1),
@@ -108,6 +116,70 @@ def test_nothing_is_read_that_was_not_written(kind: str, n: int, d: int, k: int,
         assert np.abs(vectors.T @ vectors - np.eye(k)).max() < 1e-12
         assert np.sum((x.astype(np.float64) @ vectors) ** 2) >= (1 - 1e-6) * best[:k].sum()
         assert np.allclose(values, best[:k], atol=1e-5 * best[0])
+
+
+POISONED = """
+import sys
+import numpy as np
+from tests.test_solvers import by_lapack, leading, moment_of, spectrum, vectors_of
+
+assert np.empty(10**6, np.float32).min() > 1e38
+for n, d, k in ((700, 800, 4), (100, 800, 40), (800, 700, 100), (900, 256, 64)):
+    for dtype in (np.float32, np.float64):
+        moment = moment_of(vectors_of("clustered at k", n, d).astype(dtype))
+        for values, vectors in (leading(moment, k), by_lapack(moment, k)):
+            assert np.abs(vectors.T @ vectors - np.eye(k)).max() < 1e-12
+            assert np.isfinite(values).all() and values.max() < 2
+        assert spectrum(moment).max() < 2
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="MALLOC_PERTURB_ is of the GNU C library")
+def test_neither_does_compiled_code_read_it() -> None:
+    """Fresh memory is 3e38 in float32, whoever asks for it: mallopt(3) writes the complement."""
+    environment = {**os.environ, "MALLOC_PERTURB_": str(0x7F ^ 0xFF)}
+    done = subprocess.run([sys.executable, "-c", POISONED], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("n", "d", "k"), [(100, 200, 40), (300, 200, 40), (900, 200, 40)])
+def test_where_lapack_finds_too_few_another_driver_is_taken(
+    n: int, d: int, k: int, dtype: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drivers = []
+
+    def lacking(a: np.ndarray, *, driver: str, **options: Any) -> Any:
+        drivers.append(driver)
+        values, vectors = scipy.linalg.eigh(a, driver=driver, **options)
+        return (values, vectors) if driver == "evd" else (values[2:], vectors[:, 2:])
+
+    moment = moment_of(vectors_of("power law", n, d).astype(dtype))
+    expected = leading(moment, k)
+    monkeypatch.setattr(eigen, "eigh", lacking)
+    values, vectors = leading(moment, k)
+    assert drivers == ["evr", "evd"]
+    assert np.allclose(values, expected[0], rtol=1e-5)
+    assert np.abs(vectors.T @ vectors - np.eye(k)).max() < 1e-12
+    assert np.linalg.norm(vectors.T @ expected[1]) ** 2 == pytest.approx(k, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_sums_are_made_in_place(dtype: type) -> None:
+    """What SciPy's wrapper cannot write to, it copies, and the sum would be in the copy."""
+    rows = np.random.default_rng(0).standard_normal((40, 600)).astype(dtype)
+    second = np.asfortranarray(np.ones((600, 600), dtype))
+    tracemalloc.start()
+    add_block(second, rows)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < rows.nbytes
+    assert np.allclose(np.tril(second), np.tril(1 + rows.T @ rows), atol=1e-4)
+    assert (second[~np.tri(600, dtype=bool)] == 1).all()
+    for s, x in ((np.ones((600, 600), dtype), rows), (second, rows.astype("f8" if dtype == np.float32 else "f4")),
+                 (second, np.asfortranarray(rows))):  # fmt: skip
+        with pytest.raises(ValueError, match="column-major S"):
+            add_block(s, x)
 
 
 @pytest.mark.parametrize("kind", SPECTRA)

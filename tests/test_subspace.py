@@ -1,12 +1,9 @@
 from __future__ import annotations
 
-import threading
-import time
 from typing import Any
 
 import numpy as np
 import pytest
-import scipy.linalg
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,7 +12,6 @@ from lorashare_stream.adapters.scaling import Scaling
 from lorashare_stream.linalg.basis import break_even, centered, fit
 from lorashare_stream.linalg.delta import delta_error, delta_norm, grams, projected_errors, relative_error
 from lorashare_stream.linalg.eigen import leading
-from lorashare_stream.linalg.lapack import largest_eigenpairs
 from lorashare_stream.linalg.moments import Moment, empty, of_columns, second_of
 from lorashare_stream.stages.accumulate import weighted_rows
 
@@ -230,30 +226,3 @@ def test_the_moment_of_nothing_is_fitted_to_nothing() -> None:
     values, vectors = leading(empty(5, "float64"), 2)
     assert np.array_equal(values, np.zeros(2))
     assert np.allclose(vectors.T @ vectors, np.eye(2))
-
-
-@pytest.mark.parametrize(("n", "k"), [(1, 1), (6, 2), (40, 40), (120, 7)])
-def test_eigenpairs_are_those_of_scipy(n: int, k: int) -> None:
-    x = np.random.default_rng(n).standard_normal((n, n))
-    matrix = np.asfortranarray(x @ x.T)
-    values, vectors = largest_eigenpairs(matrix.copy(order="F"), k)
-    expected, others = scipy.linalg.eigh(matrix, subset_by_index=[n - k, n - 1])
-    assert np.allclose(values, expected, rtol=1e-12)
-    assert np.allclose(np.abs(np.sum(vectors * others, axis=0)), 1, rtol=1e-9)
-    everything, none = largest_eigenpairs(matrix.copy(order="F"), n, vectors=False)
-    assert np.allclose(everything, scipy.linalg.eigvalsh(matrix), rtol=1e-9, atol=1e-12 * np.trace(matrix))
-    assert none.shape == (n, 0)
-    with pytest.raises(ValueError, match="column-major"):
-        largest_eigenpairs(np.ones((3, 3), np.float32), 1)
-
-
-def test_an_eigenproblem_lets_others_run() -> None:
-    """A signal must be heard, and a sign of life be given, while a solver works."""
-    x = np.random.default_rng(0).standard_normal((900, 900))
-    solver = threading.Thread(target=largest_eigenpairs, args=(np.asfortranarray(x @ x.T), 300))
-    solver.start()
-    turns = 0
-    while solver.is_alive():
-        turns += 1
-        time.sleep(0.001)
-    assert turns > 5

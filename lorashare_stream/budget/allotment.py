@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..linalg.delta import Float64
+from ..linalg.types import Float64
 from ..text import bytes_shown
 from .offers import Allotted, Spectra, Weigh, best_of, bought_at, candidates_of, joined, uniform_bytes, weighed
 

@@ -18,7 +18,7 @@ from ..adapters.keys import SIDES, group_id
 from ..adapters.safetensors import float32, write_arrays
 from ..errors import AdapterError
 from ..files import atomic_file, read_sealed, write_sealed
-from ..linalg.delta import Float64
+from ..linalg.types import Float64
 from ..stages.components import components_at, loadings_on
 from ..stages.job import Job
 from ..stages.project import check_unchanged

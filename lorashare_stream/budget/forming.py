@@ -18,7 +18,6 @@ from ..adapters.stacks import ModuleBatch
 from ..errors import AdapterError
 from ..linalg.delta import (
     DeltaError,
-    Float64,
     changed_errors,
     delta_errors,
     gram,
@@ -26,6 +25,7 @@ from ..linalg.delta import (
     projected_errors,
     relative_error,
 )
+from ..linalg.types import Float64
 from ..stages.components import Components, Part, Stack, components_at, loadings_on, projected, restored
 from ..stages.job import Job
 from .forms import Ints, Kept, Options, Rule, aimed, chosen, core_values, options, padded, reduced

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..adapters.dtypes import ITEMSIZE, alone_as, stored_bytes
-from ..linalg.delta import Float64
 from ..linalg.moments import partner_root
+from ..linalg.types import Float64
 
 Ints = NDArray[np.int64]
 _HEADER = 70  # bytes of a safetensors header for a tensor, beside its key

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..linalg.delta import Float64
+from ..linalg.types import Float64
 from .forms import Ints
 
 

@@ -18,7 +18,7 @@ from ..adapters.safetensors import float32
 from ..adapters.scaling import Scaling
 from ..errors import MissingSourceError, UsageError
 from ..linalg.delta import DeltaError, changed_errors, delta_error, relative_error
-from ..linalg.lapack import Array
+from ..linalg.types import Array
 from .reader import Tensors
 
 

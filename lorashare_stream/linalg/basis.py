@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from ..adapters.dtypes import as_stored
 from .eigen import compressed, leading, prefers_partial, spectrum
-from .lapack import Array, Float64
 from .moments import Moment
+from .types import Array, Float64
 
 Solver = Callable[[Moment, int], tuple[Float64, Float64]]
 

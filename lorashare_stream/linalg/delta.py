@@ -6,13 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..adapters.keys import Side
 from ..adapters.scaling import Scaling
-from .lapack import Array
+from .types import Array, Float64
 
-Float64 = NDArray[np.float64]
 _STRIP = 1 << 20  # bytes of a strip of one stack of vectors in float64
 # Of so few vectors a product is faster than NumPy's W'W by syrk, if it is small enough for OpenBLAS to pack nothing (a
 # million multiplications), and is not W'W as a whole: up to twice as fast.

@@ -14,8 +14,8 @@ import numpy as np
 
 from ..errors import UsageError
 from .eigen import by_krylov, leading, polished, prefers_partial
-from .lapack import Array, Float64
 from .moments import HostSum, Moment, Sum
+from .types import Array, Float64
 
 # A driver's device file; without one there is no GPU, and torch need not be imported to know it.
 _DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")

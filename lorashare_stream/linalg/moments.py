@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from scipy.linalg import blas
 
 from ..settings import QUANTUM
-from .lapack import Array, add_block
+from .types import Array, Float64
 
 _STRIP = 1 << 17  # numbers that are turned into float64 at once
 
@@ -42,7 +42,7 @@ class Moment:
 
     second: Array | None
     columns: Array | None
-    sum: NDArray[np.float64]
+    sum: Float64
     count: int
     energy: float
 
@@ -110,6 +110,22 @@ def mirror(second: Array, tile: int = 256) -> None:
             second[j : j + tile, i : i + tile] = rows[:, j : j + tile].T
         middle = rows[:, i : i + tile]
         np.copyto(middle, middle.T.copy(), where=~np.tri(len(middle), dtype=bool))
+
+
+def add_block(second: Array, rows: Array) -> None:
+    """S += X X' in place, lower triangle only: BLAS syrk, half the flops of a product.
+
+    Args:
+        second: S (d, d), column-major, float32 or float64.
+        rows: X' (m, d), row-major, of the same dtype.
+
+    Raises:
+        ValueError: for other arrays, of which SciPy would make copies.
+    """
+    if not second.flags.f_contiguous or not rows.flags.c_contiguous or second.dtype != rows.dtype:
+        raise ValueError("syrk needs column-major S and row-major X' of one dtype")
+    syrk = blas.dsyrk if second.dtype == np.float64 else blas.ssyrk
+    syrk(1.0, rows.T, beta=1.0, c=second, overwrite_c=True, lower=True)
 
 
 class Sum(Protocol):
@@ -237,7 +253,7 @@ class Lockstep:
             accumulator.fill(end)
 
 
-def partner_root(gram: NDArray[np.float64], factor: float | NDArray[np.float64]) -> NDArray[np.float64]:
+def partner_root(gram: Float64, factor: float | Float64) -> Float64:
     """Factor * M^(1/2) of the partner's Gram matrices M (..., r, r): what weights a side under `delta`.
 
     With R this root, (W R)(W R)' = factor^2 W M W'. Symmetric, so (A, B) -> (QA, BQ') leaves W R a
@@ -245,5 +261,5 @@ def partner_root(gram: NDArray[np.float64], factor: float | NDArray[np.float64])
     """
     values, vectors = np.linalg.eigh(gram)
     halves = np.sqrt(np.clip(values, 0.0, None))[..., None, :]
-    root: NDArray[np.float64] = factor * (vectors * halves) @ np.swapaxes(vectors, -1, -2)
+    root: Float64 = factor * (vectors * halves) @ np.swapaxes(vectors, -1, -2)
     return root

@@ -225,12 +225,11 @@ def _fit_bytes(g: Group, s: Settings) -> int:
     item, most = ITEM[s.moment_dtype], max(1, min(g.dim, g.count))
     k = most if s.num_components == "auto" and s.budget is None else g.components(s)
     polish = 8 * (6 * g.dim * k + 3 * k * k)  # the solver's vectors, those of QR and Ritz, the rounded ones
-    spectrum = 8 * (most if g.stacked else g.dim) ** 2 if s.num_components == "auto" and s.budget is None else 0
-    return moment_bytes(g, s) + max(polish, spectrum, _solver_bytes(g, k, item))  # one after the other
+    return moment_bytes(g, s) + max(polish, _solver_bytes(g, k, item))  # one after the other
 
 
 def _solver_bytes(g: Group, k: int, item: int) -> int:
-    """What `solvers.leading` needs beside the moment, by its table."""
+    """What `eigen.leading` needs beside the moment, by its table; `eigen.spectrum` needs no more."""
     size = min(g.dim, g.count) if g.stacked else g.dim
     if suits_krylov(size, k):
         b, most = width(k), capacity(k)
@@ -238,7 +237,7 @@ def _solver_bytes(g: Group, k: int, item: int) -> int:
         return space + 8 * 6 * most**2 + (item + 1) * max(g.count if g.stacked else g.dim, STRIP) * b
     wide = 8 if g.stacked and g.count <= g.dim else item
     strips = 8 * (1024 * g.count if g.stacked else 0) + 8 * STRIP * g.dim
-    return strips + wide * size * (size + k + 40)
+    return strips + wide * size * (3 * size + 40)  # of syevd, where syevr, whose size + k is less, finds too few
 
 
 def moment_bytes(g: Group, s: Settings) -> int:

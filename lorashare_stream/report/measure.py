@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from ..adapters.keys import SIDES, Side
 from ..adapters.scaling import Scaling
-from ..linalg.delta import Float64, gram
-from ..linalg.lapack import Array
+from ..linalg.delta import gram
+from ..linalg.types import Array, Float64
 
 Float32 = NDArray[np.float32]
 Indices = NDArray[np.intp]

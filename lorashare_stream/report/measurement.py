@@ -13,7 +13,7 @@ import numpy as np
 from ..adapters.adapter import Adapter
 from ..adapters.keys import SIDES, Side
 from ..errors import BudgetError
-from ..linalg.delta import Float64
+from ..linalg.types import Float64
 from ..plan.memory import PROCESS_BYTES, TORCH_BYTES
 from ..plan.plan import Plan, cut
 from ..runtime.executors import Executor

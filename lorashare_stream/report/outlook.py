@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..linalg.delta import Float64
+from ..linalg.types import Float64
 from .measure import Capture
 
 Curve = Callable[[Float64], Float64]  # k, which need not be whole -> mean energy

@@ -14,7 +14,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.folder import check_still, open_tensors
 from ..adapters.keys import SIDES, Side
 from ..errors import AdapterError
-from ..linalg.delta import Float64
+from ..linalg.types import Float64
 from .measure import Blocks, Float32, factored
 
 T = TypeVar("T")

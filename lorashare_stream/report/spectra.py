@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..adapters.keys import Side
-from ..linalg.delta import Float64
+from ..linalg.types import Float64
 from .measure import Measured, SideSpectrum
 
 TOPS = 1, 8, 16, 32, 64

@@ -20,8 +20,8 @@ from ..adapters.stacks import ModuleBatch
 from ..errors import AdapterError
 from ..linalg.delta import gram
 from ..linalg.device import sum_on
-from ..linalg.lapack import Array
 from ..linalg.moments import Accumulator, Lockstep, Moment, empty, of_columns, partner_root, stays_stacked
+from ..linalg.types import Array
 from ..text import printable
 from ..workspace import moments as momentstore
 from ..workspace.journal import Admission

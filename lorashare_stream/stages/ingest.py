@@ -14,8 +14,9 @@ from ..adapters.folder import digest_files, open_tensors
 from ..adapters.keys import SIDES, Side
 from ..adapters.safetensors import SafetensorsReader, TensorReader, TensorRecord
 from ..errors import AdapterError, DamagedFetchError, ValuesError
-from ..linalg.delta import Float64, energies
+from ..linalg.delta import energies
 from ..linalg.delta import grams as grams_of
+from ..linalg.types import Float64
 from ..workspace.journal import Admission
 
 LARGEST = 1e12  # of a value: the sum of a million squares, times d, still fits a float32 moment

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import WorkspaceError
-from ..linalg.lapack import Array
 from ..linalg.moments import Moment
+from ..linalg.types import Array
 from ..text import digest_of
 from ..workspace import zarrfile
 from .zarrfile import ZarrFile

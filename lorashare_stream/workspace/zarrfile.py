@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..files import naming
-from ..linalg.lapack import Array
+from ..linalg.types import Array
 
 METADATA = "zarr.json"
 
