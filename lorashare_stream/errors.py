@@ -76,6 +76,10 @@ class AdapterError(StreamError, ValueError):
     """One adapter that cannot be compressed: `--on-error skip` goes on without it."""
 
 
+class UndecidedError(AdapterError):
+    """How dW comes of an adapter's factors cannot be told from it alone: a plan keeps it exact, for this reason."""
+
+
 class ValuesError(AdapterError):
     """Values that must not touch a moment: of a pinned adapter, for ever."""
 

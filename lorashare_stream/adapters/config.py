@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..errors import AdapterError
+from ..errors import AdapterError, UndecidedError
 from ..text import printable
 from .keys import factor_key
 from .patterns import matcher
@@ -129,8 +129,8 @@ def other_scaling(config: Config) -> str | None:
     return next((reason for name, reason in _OTHER_PRODUCTS.items() if config.get(name)), None)
 
 
-def scalings(config: Config, ranks: Mapping[str, int]) -> tuple[Scaling, ...] | None:
-    """How dW comes of the factors of each module, or None if that depends on more than the adapter tells.
+def scalings(config: Config, ranks: Mapping[str, int]) -> tuple[Scaling, ...]:
+    """How dW comes of the factors of each module.
 
     PEFT's s is alpha / r, or alpha / sqrt(r) under rsLoRA, with the r and alpha of the module's patterns.
 
@@ -140,6 +140,7 @@ def scalings(config: Config, ranks: Mapping[str, int]) -> tuple[Scaling, ...] | 
 
     Raises:
         AdapterError: if a rank is not the configured one: PEFT would not load the tensors.
+        UndecidedError: if that depends on more than the adapter tells, or on a pattern that RE2 does not decide.
 
     >>> scalings({"r": 8, "lora_alpha": 16, "alpha_pattern": {"q": 32}}, {"h.0.q": 8, "h.0.v": 8})
     (Scaling(scale=4.0, experts=1, parameters=()), Scaling(scale=2.0, experts=1, parameters=()))
@@ -156,12 +157,9 @@ def scalings(config: Config, ranks: Mapping[str, int]) -> tuple[Scaling, ...] | 
             _refuse_field("target_parameters", f"{len(parameters)} of one module", f"at most {_MOST_PARAMETERS}")
     configured = _configured(config, names)
     found = [_product(config, configured, module, rank, *meant[module]) for module, rank in ranks.items()]
-    known = tuple(scaling for scaling in found if scaling is not None)
-    if len(known) != len(found):
-        return None
     split = initial_part(config) is not None
     bound = [split or meant[m] != (m, ()) or f"{m}{_WITHIN}" in ranks for m in ranks]
-    return tuple(replace(p, bound=True) if b else p for p, b in zip(known, bound, strict=True))
+    return tuple(replace(p, bound=True) if b else p for p, b in zip(found, bound, strict=True))
 
 
 def reranked(
@@ -261,10 +259,10 @@ def _product(
     rank: int,
     own: str | None,
     parameters: tuple[str, ...],
-) -> Scaling | None:
+) -> Scaling:
     possible = {configured[name] for name in (own, *parameters) if name is not None}
-    if len(possible) > 1:  # which of these names it is, only the base model tells
-        return None
+    if len(possible) > 1:
+        raise UndecidedError("only the base model tells which parameter a pattern means")
     r, alpha = possible.pop()
     if rank != r and not (parameters and rank % r == 0):
         raise AdapterError(

@@ -1,94 +1,98 @@
-"""Module patterns of PEFT configurations: regular expressions from strangers, matched in bounded time."""
+"""Module patterns of PEFT configurations: regular expressions from strangers, matched in linear time by RE2."""
 
 from __future__ import annotations
 
-import math
 import re
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+import string
+import warnings
+from collections.abc import Callable, Collection
 from functools import lru_cache
-from re import _constants, _parser  # type: ignore[attr-defined]  # the parse tree of an expression has no public name
 from typing import Any
 
-from ..errors import AdapterError
+import re2
 
-_MOST_STEPS = 3 * 10**8  # of a matcher that does some 10**8 a second
-_STEPS_TO_COMPILE, _STEPS_A_CHARACTER = 10**4, 500
+from ..errors import AdapterError, UndecidedError
+from ..text import printable
+
+_MOST_STEPS = 10**9  # of RE2, an instruction at a character; some 10**8 a second at worst
+_STEPS_TO_COMPILE, _STEPS_A_CHARACTER = 20_000, 500
 _MOST_CHARACTERS = 10_000  # of one pattern
-_REPEATS = (_constants.MAX_REPEAT, _constants.MIN_REPEAT, _constants.POSSESSIVE_REPEAT)
-_SINGLE = (_constants.LITERAL, _constants.NOT_LITERAL, _constants.ANY, _constants.IN, _constants.CATEGORY)
+_MOST_MEMORY = 1 << 18  # bytes of a compiled pattern
+_WORD = f"{string.ascii_letters}{string.digits}_-"
 _LITERAL = re.compile(r"[\w.-]*")
+_UNDECIDABLE = re.compile(r"[\n\ud800-\udfff]")  # of names: $ is before a last line break, too; surrogates are no UTF-8
+# What both take, and mean differently: POSIX classes, octal numbers or references, counts that are text to RE2.
+_DIFFERS = re.compile(r"[\ud800-\udfff]|\[:|\\\d|\{(?!(0|[1-9]\d{0,3})(,(0|[1-9]\d{0,3})?)?\})")
+_ASCII_TO_RE2 = re.compile(r"\\[A-Za-z]|\(\?")  # classes and flags: of Unicode to Python
 
 
 def matcher(patterns: Collection[str], names: Collection[str]) -> Callable[[str], str | None]:
     """What finds the first pattern that matches the end of a name at a dot (peft.utils.get_pattern_key), or None.
 
-    Matching backtracks. At worst it tries every way to cut the name into as many parts as the pattern has loops
-    over single characters, one more for PEFT's own in front, and with each cut every choice between alternatives.
-
     Args:
-        patterns: of a configuration.
+        patterns: of a configuration, as PEFT gives them to `re`.
         names: all that will be looked up.
 
     Raises:
-        AdapterError: for a pattern that is no expression, or if looking all names up could take more than seconds.
+        AdapterError: for a pattern that is no regular expression.
+        UndecidedError: where RE2 does not take a pattern, could mean another thing by it than `re`, or would need long.
     """
-    longest = max(map(len, names), default=0)
-    steps, ends = 0, Counter(name[-1:] for name in names)
+    plain = all(name and name.isascii() and name.isprintable() for name in names)
+    longest, steps = max(map(len, names), default=0), 0
+    reach: dict[str, int] = {}  # characters of all names with this ending
+    compiled: list[tuple[str, str, Any]] = []
     for pattern in patterns:
-        loops, choices = _complexity(pattern)
-        steps += _STEPS_TO_COMPILE + _STEPS_A_CHARACTER * len(pattern)
-        if _LITERAL.fullmatch(pattern):
-            steps += ends[_ending(pattern)[-1:]] * max(16, longest // 8)
-        else:
-            steps += len(names) * math.comb(longest + loops + 1, loops + 1) * choices
+        if _LITERAL.fullmatch(pattern) and len(pattern) > longest:
+            continue
+        ending = _ending(pattern)
+        steps += _STEPS_TO_COMPILE + _STEPS_A_CHARACTER * len(pattern) + (ending not in reach) * len(names)
+        if steps <= _MOST_STEPS:
+            compiled.append((pattern, ending, _compiled(pattern, plain and pattern.isascii())))
+            if ending not in reach:
+                reach[ending] = sum(len(name) for name in names if name.endswith(ending))
+            steps += compiled[-1][-1].programsize * reach[ending]
         if steps > _MOST_STEPS:
-            raise AdapterError(
-                "module patterns that could take forever to match",
-                key=pattern,
-                found=f"{len(patterns)} patterns, {len(names)} names of up to {longest} characters",
-                remedy="Write them with fewer wildcards or alternatives, or fewer of them.",
-            )
-    endings = [(pattern, _ending(pattern)) for pattern in patterns]
-    compiled: dict[str, re.Pattern[str]] = {}
+            raise UndecidedError(f"{len(patterns)} patterns are too many for {len(names)} modules")
+    if compiled and any(_UNDECIDABLE.search(name) for name in names):
+        raise UndecidedError("the name of a module has a line break or a surrogate")
 
     def first_match(name: str) -> str | None:
-        for pattern, ending in endings:
-            if name.endswith(ending):
-                if pattern not in compiled:
-                    compiled[pattern] = _compiled(pattern)
-                if compiled[pattern].match(name):
-                    return pattern
-        return None
+        return next((p for p, ending, found in compiled if name.endswith(ending) and found.match(name)), None)
 
     return first_match
 
 
 def _ending(pattern: str) -> str:
-    """How a name must end that a pattern without special characters matches; a dot is any character."""
-    return pattern.rpartition(".")[2] if _LITERAL.fullmatch(pattern) else ""
+    """How every name must end that a pattern matches."""
+    head = pattern.rstrip(_WORD)
+    return "" if "|" in pattern or head.endswith("\\") else pattern[len(head) :]
 
 
-@lru_cache(maxsize=1 << 14)
-def _compiled(pattern: str) -> re.Pattern[str]:
-    """PEFT's expression for a pattern key."""
-    return re.compile(rf"(.*\.)?({pattern})$")
+@lru_cache(maxsize=1 << 10)
+def _compiled(pattern: str, plain: bool) -> Any:
+    """PEFT's expression for a pattern, which Python has taken as well; `plain`: of, and for, printable ASCII."""
+    expression = rf"(.*\.)?({pattern})$"
+    reason = "it is too long" if len(pattern) > _MOST_CHARACTERS else None
+    if reason is None and not _LITERAL.fullmatch(pattern):
+        reason = _difference(pattern, expression, plain)
+    if reason is None:
+        try:
+            return re2.compile(expression, _options())
+        except (re2.error, UnicodeEncodeError) as e:
+            reason = e.args[0].decode(errors="replace") if isinstance(e, re2.error) else "it has surrogates"
+    raise UndecidedError(
+        f"RE2 cannot decide the module pattern {printable(repr(pattern), 60)} ({printable(reason, 60)})"
+    )
 
 
-@lru_cache(maxsize=1 << 14)
-def _complexity(pattern: str) -> tuple[int, int]:
-    """Loops over single characters, and choices beside them, of a pattern."""
-    if len(pattern) > _MOST_CHARACTERS:
-        raise AdapterError(
-            "a module pattern is too long",
-            key=pattern,
-            found=f"{len(pattern)} characters",
-            expected=f"at most {_MOST_CHARACTERS}",
-            remedy="Write it shorter, or leave the adapter out.",
-        )
+def _difference(pattern: str, expression: str, plain: bool) -> str | None:
+    """Why RE2 could answer otherwise than Python; None if it cannot."""
     try:
-        tree = _parser.parse(pattern)
-        _compiled(pattern)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            re.compile(expression)
+    except FutureWarning as e:
+        return str(e)
     except (re.error, RecursionError, OverflowError) as e:
         raise AdapterError(
             "a module pattern is no regular expression",
@@ -96,56 +100,11 @@ def _complexity(pattern: str) -> tuple[int, int]:
             found=str(e),
             remedy="Mend rank_pattern or alpha_pattern, or leave the adapter out.",
         ) from e
-    found = _counted(tree)
-    if found is None:
-        raise AdapterError(
-            "a module pattern could take forever to match",
-            key=pattern,
-            found="a loop over more than single characters",
-            expected="no loop within a loop",
-            remedy="Write it without, or leave the adapter out.",
-        )
-    return found
+    differs = _DIFFERS.search(pattern) or (None if plain else _ASCII_TO_RE2.search(pattern))
+    return differs and f"{differs[0]} means another thing to Python"
 
 
-def _counted(tree: Iterable[Any]) -> tuple[int, int] | None:
-    """Loops and choices of a parsed expression, one after the other; None if it loops over more than characters."""
-    loops, choices = 0, 1
-    for operator, argument in tree:
-        if operator in _REPEATS:
-            least, most, body = argument
-            found: tuple[int, int] | None
-            if len(body) == 1 and body[0][0] in _SINGLE:
-                found = (0, 1) if least == most else (0, 2) if most == 1 else (1, 1)
-            elif most <= 1:
-                inner = _counted(body)
-                found = None if inner is None else (inner[0], 1 + inner[1])
-            else:
-                return None
-        else:
-            found = _alternatives(operator, argument)
-        if found is None:
-            return None
-        loops, choices = loops + found[0], choices * found[1]
-    return loops, choices
-
-
-def _alternatives(operator: Any, argument: Any) -> tuple[int, int] | None:
-    """Of one element that is no repeat: a group, a branch, a look-around, a character."""
-    again = 0  # a look-around reads on without consuming, and so does a back-reference
-    if operator is _constants.BRANCH:
-        parts = argument[1]
-    elif operator is _constants.GROUPREF_EXISTS:
-        parts = [part for part in argument[1:] if part]
-    elif operator in (_constants.SUBPATTERN, _constants.ASSERT, _constants.ASSERT_NOT):
-        parts = [argument[-1]]
-        again = int(operator is not _constants.SUBPATTERN)
-    elif operator is _constants.ATOMIC_GROUP:
-        parts = [argument]
-    else:
-        return int(str(operator).startswith("GROUPREF")), 1
-    inner = [_counted(part) for part in parts]
-    known = [found for found in inner if found is not None]
-    if len(known) < len(inner):
-        return None
-    return again + max((loops for loops, _ in known), default=0), sum(choices for _, choices in known)
+def _options() -> Any:
+    options = re2.Options()
+    options.max_mem, options.never_capture, options.log_errors = _MOST_MEMORY, True, False
+    return options

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..adapters.folder import open_tensors, tensor_records, weight_files
 from ..adapters.keys import SIDES, adapter_names, factor_key, parse_key
 from ..adapters.safetensors import float32
 from ..adapters.scaling import Scaling
-from ..errors import MissingSourceError, UsageError
+from ..errors import MissingSourceError, UndecidedError, UsageError
 from ..linalg.delta import DeltaError, changed_errors, delta_error, relative_error
 from ..linalg.types import Array
 from .reader import Tensors
@@ -83,8 +84,10 @@ def delta_errors(
         if len(matrices) == 4:
             arrays[module] = matrices
     ranks = {module: len(a_hat) for module, (_, a_hat, *_) in arrays.items()}
-    known = scalings(config, ranks) if "r" in config and "lora_alpha" in config else None
-    each = known or [Scaling(1.0)] * len(arrays)  # a common factor changes no relative error
+    each: Sequence[Scaling] = [Scaling(1.0)] * len(arrays)  # a common factor changes no relative error
+    if "r" in config and "lora_alpha" in config:
+        with suppress(UndecidedError):
+            each = scalings(config, ranks)
     return {
         module: (delta_error if a.shape == a_hat.shape else _changed_error)(a, b, a_hat, b_hat, scaling)
         for (module, (a, a_hat, b, b_hat)), scaling in zip(arrays.items(), each, strict=True)

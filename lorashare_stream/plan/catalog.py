@@ -20,7 +20,7 @@ from ..adapters.safetensors import TensorRecord
 from ..adapters.scaling import Scaling
 from ..adapters.shapes import Shapes
 from ..adapters.source import Source
-from ..errors import AdapterError
+from ..errors import AdapterError, UndecidedError
 from ..hub.ledger import Known
 from ..settings import Settings
 from ..text import unique_names
@@ -113,12 +113,12 @@ class Interned:
         layouts: by their digest.
         read: by what tells the records that they were read from: their digest, or their identity, which is that of the
             header in this process; with the records, so that it is no other's.
-        scalings: by digests of configuration and layout.
+        scalings: by digests of configuration and layout; or the reason why they are not known.
     """
 
     layouts: dict[str, Layout] = field(default_factory=dict)
     read: dict[Hashable, tuple[tuple[TensorRecord, ...], Layout]] = field(default_factory=dict)
-    scalings: dict[Hashable, tuple[Scaling, ...] | None] = field(default_factory=dict)
+    scalings: dict[Hashable, tuple[Scaling, ...] | str] = field(default_factory=dict)
 
 
 def read_entry(source: Source, name: str, shared: Interned, settings: Settings, surveyed: Surveyed) -> Adapter:
@@ -167,7 +167,8 @@ def _surveyed_entry(
     # A plan that is not run takes it for plain LoRA of the base that the Hub says.
     layout = _layout(shared, known.records, known.digest, None, tied=False)
     scalings = shared.scalings.setdefault(layout.digest, (Scaling(1.0),) * len(layout.modules))
-    return replace(bare, layout=layout, scalings=scalings or (), base_model=listing.base_model)
+    assert not isinstance(scalings, str)
+    return replace(bare, layout=layout, scalings=scalings, base_model=listing.base_model)
 
 
 def _entry(
@@ -181,11 +182,13 @@ def _entry(
     digest = digest_config(config)
     key = digest, layout.digest
     if key not in shared.scalings:
-        shared.scalings[key] = peftconfig.scalings(config, {m.name: m.rank for m in layout.modules})
+        try:
+            shared.scalings[key] = peftconfig.scalings(config, {m.name: m.rank for m in layout.modules})
+        except UndecidedError as e:
+            shared.scalings[key] = e.problem
     scalings = shared.scalings[key]
-    if scalings is None:
-        layout = _interned(shared, kept_exact(layout, "only the base model tells which parameter a pattern means"))
-        scalings = ()
+    if isinstance(scalings, str):
+        layout, scalings = _interned(shared, kept_exact(layout, scalings)), ()
     base, text = peftconfig.base_model(config), sys.intern(json.dumps(config))  # many have the same
     return replace(bare, layout=layout, scalings=scalings, base_model=base, config_digest=digest, config=text)
 

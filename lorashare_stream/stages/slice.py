@@ -177,7 +177,7 @@ def _lost(
     ranks = {split_group_id(group)[0]: array.shape[1] for group, array in stored.items()}
     lost: dict[str, DeltaError] = {}
     given = restored_as(cut.record.dtype)
-    for module, scaling in zip(ranks, scalings(config, ranks) or (), strict=True):
+    for module, scaling in zip(ranks, scalings(config, ranks), strict=True):
         before, after = [], []
         for group in (group_id(module, side) for side in SIDES):
             v = components[group]

@@ -196,9 +196,9 @@ def _scale_fault(model: Checkpoint, name: str, adapter: Adapter, tensors: Tensor
     if "unchanged_config" not in model.certified(name):
         return None
     ranks = {m.name: tensors[factor_key(m.name, "A")].shape[0] for m in adapter.layout.modules}
-    found = scalings(model.adapter_configs[name], ranks) or ()
-    scales = dict(zip(ranks, (p.scale for p in found), strict=bool(found)))
-    wrong = [m for m in ranks if not isclose(scales.get(m, 0.0), adapter.scaling(m).scale, rel_tol=1e-9)]
+    found = scalings(model.adapter_configs[name], ranks)
+    scales = dict(zip(ranks, (p.scale for p in found), strict=True))
+    wrong = [m for m in ranks if not isclose(scales[m], adapter.scaling(m).scale, rel_tol=1e-9)]
     return f"the configuration gives {wrong[0]} another scale" if wrong else None
 
 
