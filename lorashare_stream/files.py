@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import json
 import os
-import re
 import shutil
-import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -20,8 +17,6 @@ from .errors import UsageError
 from .text import digest_of, printable
 
 _SEAL = "checksum"
-_SYNCED_WHOLE = {0xEF53, 0x58465342, 0x9123683E, 0x01021994}  # ext4, XFS, btrfs, tmpfs: statfs(2)
-_TELLS_ERRORS = 5, 17  # the release of Linux from which syncfs does
 
 
 @contextmanager
@@ -92,29 +87,6 @@ def sync(path: str | Path) -> None:
             os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def sync_all(fd: int) -> bool:
-    """Make all that lies on the disk of an open file durable, what others wrote among it; false where that is not sure.
-
-    A sync for each of thousands of small files is a commit of the journal for each. This is one for all of them, by
-    syncfs(2). Since Linux 5.17 it tells of writes and commits that failed since the file was opened, on file systems
-    that have these errors themselves: not on overlayfs, whose upper one has them, nor is it known of what others mean.
-
-    Raises:
-        OSError: if something on the disk could not be written since, be it of others.
-    """
-    if sys.platform != "linux":
-        return False
-    release = re.match(r"(\d+)\.(\d+)", os.uname().release)
-    if release is None or tuple(map(int, release.groups())) < _TELLS_ERRORS:
-        return False
-    libc, kind = ctypes.CDLL(None, use_errno=True), (ctypes.c_long * 32)()
-    if libc.fstatfs(fd, kind) or kind[0] not in _SYNCED_WHOLE:  # the type is the first field
-        return False
-    if libc.syncfs(fd):
-        raise OSError(ctypes.get_errno(), f"{os.strerror(ctypes.get_errno())} on the disk that holds")
-    return True
 
 
 def sync_tree(root: str | Path) -> None:

@@ -3,7 +3,7 @@
     python -m tests.crash FOLDER SCENARIO MODE [STRIDE]
 
 Runs a command once to count its calls at the level of `os`: opening for writing, write, rename, replace, link, unlink,
-rmdir, mkdir, truncate, fsync, in all threads, and syncfs. That none slips past is checked by the audit events of the
+rmdir, mkdir, truncate, fsync, in all threads. That none slips past is checked by the audit events of the
 interpreter and by the kernel's count of written bytes. Then the command is run once for each call, with a fault at it:
 
     kill    the process ends before the call; of a write, half is done
@@ -32,8 +32,7 @@ from typing import Any
 from lorashare_stream.checkpoint import staging as checkpoint
 
 KILLED = 99
-NO_SYNCFS = "TESTS_NO_SYNCFS"  # set where every file must be synced by itself
-TAKES_NO_DISK = {"unlink", "rmdir", "fsync", "syncfs"}
+TAKES_NO_DISK = {"unlink", "rmdir", "fsync"}
 real = {name: getattr(os, name) for name in dir(os) if callable(getattr(os, name))}
 real_open = io.open
 
@@ -56,15 +55,6 @@ class Node:
             return cls(content=path.read_bytes())
         now = {p.name: cls.of(p) for p in path.iterdir()}
         return cls(now=now, durable=dict(now))
-
-    def sum_and_fit(self, path: Path) -> None:
-        """Make all of it durable, as it is at `path`."""
-        if self.now is None:
-            self.content = path.read_bytes()
-            return
-        self.durable = dict(self.now)
-        for name, node in self.now.items():
-            node.sum_and_fit(path / name)
 
     def write(self, path: Path, names: str, blank: bool, current: Path) -> None:
         """Make `path` what a power cut would leave of this node, which was at `current`."""
@@ -112,7 +102,7 @@ class Disk:
                 return
             half()
             code = errno.EIO if kind in TAKES_NO_DISK else errno.ENOSPC
-            raise OSError(code, os.strerror(code), None if kind in ("write", "fsync", "syncfs") else str(path))
+            raise OSError(code, os.strerror(code), None if kind in ("write", "fsync") else str(path))
         if number == self.at and self.mode != "count":
             half()
             if self.mode in ("power", "names"):
@@ -196,16 +186,7 @@ def install(disk: Disk) -> None:
 
     os.fsync, os.fdatasync = synced("fsync"), synced("fdatasync")
 
-    def sync_all(fd: int) -> bool:
-        inside = disk.inside(fd)
-        if inside is None or os.environ.get(NO_SYNCFS):
-            return False
-        with disk.lock:
-            disk.call("syncfs", inside)
-            disk.top.sum_and_fit(disk.root)
-        return True
-
-    checkpoint.sync_all, checkpoint.MANY = sync_all, 2  # as many as are compressed: one sync, whenever it ends
+    checkpoint.MANY = 2  # as many as are compressed: one sync, whenever it ends
 
     shutil._USE_CP_SENDFILE = False  # copies go through `open` and `write`, which are watched
 
@@ -436,8 +417,6 @@ def crashes(folder: Path, name: str, mode: str, stride: int) -> Iterator[str]:
     from tests.conftest import make_collection
 
     os.environ["HF_HUB_OFFLINE"] = "1"
-    if mode == "names":  # both ways are tried
-        os.environ[NO_SYNCFS] = "1"
     root, start = folder / "root", folder / "start"
     modules = {"q": (20, 6)}  # of 8 vectors: A is kept as stacked columns, B as a second moment
     make_collection(root / "a", 2, modules)

@@ -1,22 +1,16 @@
 from __future__ import annotations
 
-import ctypes
-import errno
 import os
-import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
-from lorashare_stream import files
+from lorashare_stream.checkpoint import staging
 from lorashare_stream.checkpoint.staging import MANY, Staging
 from lorashare_stream.errors import UsageError
-from lorashare_stream.files import atomic_file, own_folder, read_json, remove_tree, sync_all, write_json
-
-SHM = Path("/dev/shm")
+from lorashare_stream.files import atomic_file, own_folder, read_json, remove_tree, write_json
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -76,45 +70,18 @@ def test_json_is_bounded(tmp_path: Path) -> None:
         read_json(tmp_path / "large", limit=10)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="syncfs is a call of Linux")
-def test_all_is_synced_at_once_only_where_that_can_be_relied_on(
+def test_staged_adapters_are_synced_in_lots_while_others_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fd = os.open(SHM if os.access(SHM, os.W_OK) else tmp_path, os.O_RDONLY)  # where nobody is waited for
-    try:
-        with monkeypatch.context() as patched:
-            patched.setattr(files, "_SYNCED_WHOLE", _Everything())
-            for release, told in (("5.16.9", False), ("4.18.0-el8", False), ("unknown", False), ("6.9-rc3", True)):
-                patched.setattr(os, "uname", lambda release=release: SimpleNamespace(release=release))
-                assert sync_all(fd) == told
-        monkeypatch.setattr(files, "_SYNCED_WHOLE", set())
-        assert not sync_all(fd)
-    finally:
-        os.close(fd)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="syncfs is a call of Linux")
-def test_that_the_disk_fails_is_said_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Failing:
-        def fstatfs(self, fd: int, kind: Any) -> int:
-            kind[0] = next(iter(files._SYNCED_WHOLE))
-            return 0
-
-        def syncfs(self, fd: int) -> int:
-            ctypes.set_errno(errno.EIO)
-            return -1
-
-    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(release="6.1.0"))
-    monkeypatch.setattr(ctypes, "CDLL", lambda *args, **kwargs: Failing())
-    fd = os.open(tmp_path, os.O_RDONLY)
-    try:
-        with pytest.raises(OSError, match=f"error on the disk that holds: '{tmp_path}'") as caught:
-            Staging(tmp_path, fd).sync([str(i) for i in range(MANY)])
-        assert caught.value.errno == errno.EIO
-    finally:
-        os.close(fd)
-
-
-class _Everything(set[int]):
-    def __contains__(self, kind: object) -> bool:
-        return isinstance(kind, int)
+    synced: list[str] = []
+    begun = threading.Event()
+    monkeypatch.setattr(staging, "sync_tree", lambda path: (begun.set(), synced.append(path.name)))
+    (tmp_path / "adapters").mkdir()
+    names = [f"a{i}" for i in range(MANY + 3)]
+    with Staging(tmp_path).syncing() as written:
+        for name in names[:MANY]:
+            written(name)
+        assert begun.wait(60)
+        for name in names[MANY:]:
+            written(name)
+    assert sorted(synced) == sorted(names)

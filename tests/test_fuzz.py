@@ -41,6 +41,8 @@ TAKEN = {
     "config/good", "config/alpha-zero", "config/base-a-number", "config/init-a-list", "config/byte-order-mark",
     "config/pattern-of-counts", "config/pattern-of-wildcards", "config/parameters-empty-text",
     "config/tied-without-an-embedding", "config/parameters-of-everything", "config/pattern-of-many",
+    "config/pattern-exponential", "config/pattern-of-choices", "config/pattern-of-optionals",
+    "config/pattern-very-long",
     "index/good", "index/map-lists-too-little",
 }  # fmt: skip
 

@@ -31,25 +31,20 @@ import numpy as np
 from ..adapters.dtypes import stored_shape
 from ..adapters.safetensors import write_arrays, write_safetensors
 from ..errors import LockedError
-from ..files import atomic_file, naming, own_folder, read_json, remove_tree, sync, sync_all, sync_tree, write_json
+from ..files import atomic_file, own_folder, read_json, remove_tree, sync, sync_tree, write_json
 from ..workspace.journal import Admission
 from .format import ADAPTERS, COMPONENTS, CONFIG, META, SKIPPED, SPECTRUM, STAGING, ours_of, skipped_of
 from .publish import drop, publish, recover_output, replaced_folder, staging_folder
 from .records import is_whole
 
-MANY = 64  # adapters: for fewer, two files and a folder each are synced sooner than all that is on the disk
+MANY = 64  # adapters that are synced at a time
 
 
 class Staging:
-    """A checkpoint in the making.
+    """A checkpoint in the making, in the folder `root`."""
 
-    Args:
-        root: its folder.
-        fd: the open folder, of who holds it; tasks, which only write into it, have none.
-    """
-
-    def __init__(self, root: Path, fd: int = -1) -> None:
-        self.root, self._fd = root, fd
+    def __init__(self, root: Path) -> None:
+        self.root = root
 
     @classmethod
     @contextmanager
@@ -71,7 +66,7 @@ class Staging:
             own_folder(root / ADAPTERS)
             for path in (*root.glob(".*.tmp"), *(root / ADAPTERS).glob(".*")):  # of a run that was killed
                 remove_tree(path)
-            yield cls(root, fd)
+            yield cls(root)
         finally:
             os.close(fd)
 
@@ -156,13 +151,11 @@ class Staging:
         self.sync(names)
 
     def sync(self, names: Collection[str]) -> None:
-        """Make adapters durable: many of them together, though that waits for what others write to the disk."""
-        with naming(self.root):
-            if not names or (len(names) >= MANY and sync_all(self._fd)):
-                return
+        """Make adapters durable."""
         for name in names:
             sync_tree(self.root / ADAPTERS / name)
-        sync(self.root / ADAPTERS)
+        if names:
+            sync(self.root / ADAPTERS)
 
     def commit(self, out: Path, config: Mapping[str, Any], skipped: list[dict[str, Any]]) -> None:
         """Write what is left, share_config.json last, and rename the folder into place."""
