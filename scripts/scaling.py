@@ -59,7 +59,7 @@ def groups_of(model: Model, adapters: int, rank: int) -> list[Group]:
 
 
 def fit_flops(g: Group, k: int) -> float:
-    """Of the solver that the table in `solvers` names; Krylov multiplies some 6 k vectors."""
+    """Of the solver that the table in `linalg.eigen` names; Krylov multiplies some 6 k vectors."""
     size = min(g.dim, g.count) if g.stacked else g.dim
     if suits_krylov(size, k):
         return 6 * k * (4 * g.dim * g.count if g.stacked else 2 * g.dim**2)

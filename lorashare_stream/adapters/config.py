@@ -130,7 +130,7 @@ def other_scaling(config: Config) -> str | None:
 
 
 def scalings(config: Config, ranks: Mapping[str, int]) -> tuple[Scaling, ...]:
-    """How dW comes of the factors of each module.
+    """The LoRA scaling of each module.
 
     PEFT's s is alpha / r, or alpha / sqrt(r) under rsLoRA, with the r and alpha of the module's patterns.
 
@@ -140,7 +140,7 @@ def scalings(config: Config, ranks: Mapping[str, int]) -> tuple[Scaling, ...]:
 
     Raises:
         AdapterError: if a rank is not the configured one: PEFT would not load the tensors.
-        UndecidedError: if that depends on more than the adapter tells, or on a pattern that RE2 does not decide.
+        UndecidedError: if it depends on more than the adapter tells, or on a pattern that RE2 does not decide.
 
     >>> scalings({"r": 8, "lora_alpha": 16, "alpha_pattern": {"q": 32}}, {"h.0.q": 8, "h.0.v": 8})
     (Scaling(scale=4.0, experts=1, parameters=()), Scaling(scale=2.0, experts=1, parameters=()))
@@ -156,7 +156,7 @@ def scalings(config: Config, ranks: Mapping[str, int]) -> tuple[Scaling, ...]:
         if len(parameters) > _MOST_PARAMETERS:
             _refuse_field("target_parameters", f"{len(parameters)} of one module", f"at most {_MOST_PARAMETERS}")
     configured = _configured(config, names)
-    found = [_product(config, configured, module, rank, *meant[module]) for module, rank in ranks.items()]
+    found = [_scaling(config, configured, module, rank, *meant[module]) for module, rank in ranks.items()]
     split = initial_part(config) is not None
     bound = [split or meant[m] != (m, ()) or f"{m}{_WITHIN}" in ranks for m in ranks]
     return tuple(replace(p, bound=True) if b else p for p, b in zip(found, bound, strict=True))
@@ -174,7 +174,7 @@ def reranked(
 
     Args:
         config: as it came.
-        modules: the rank that the tensors of each module have now, and how its dW comes of them.
+        modules: the present rank of each module's tensors, and its LoRA scaling.
         changed: those with another rank than before.
         alone: whether these are all the LoRA layers that there are, so that the default may change.
         others: names of further LoRA layers, which no pattern of ours may match.
@@ -223,7 +223,7 @@ def _loose(name: str) -> str:
 
 
 def _configured(config: Config, names: Collection[str]) -> dict[str, tuple[int, float]]:
-    """The r and the alpha that PEFT uses for each name: what the first pattern that matches says, else the default."""
+    """PEFT's r and alpha of each name: those of the first pattern that matches, else the defaults."""
     ranks: Mapping[str | None, int] = {None: config["r"]} | (config.get("rank_pattern") or {})
     alphas: Mapping[str | None, float] = {None: config["lora_alpha"]} | (config.get("alpha_pattern") or {})
     rank_of, alpha_of = (matcher([p for p in values if p is not None], names) for values in (ranks, alphas))
@@ -231,7 +231,7 @@ def _configured(config: Config, names: Collection[str]) -> dict[str, tuple[int, 
 
 
 def configured_ranks(config: Config, names: Collection[str]) -> dict[str, int]:
-    """The r that PEFT uses for each name."""
+    """PEFT's r of each name."""
     return {name: r for name, (r, _) in _configured(config, names).items()}
 
 
@@ -252,7 +252,7 @@ def _meant(targets: Sequence[str], module: str, modules: Collection[str]) -> tup
     return None if certain else module, tuple(sorted({f"{bare}.{last}" for _, last in fitting}))
 
 
-def _product(
+def _scaling(
     config: Config,
     configured: Mapping[str, tuple[int, float]],
     module: str,

@@ -55,7 +55,7 @@ _DIFFUSERS_PEFT = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """A tensor key, understood.
+    """A parsed tensor key.
 
     Attributes:
         canonical: the key as PEFT saves it: prefixed, without an adapter name.
@@ -69,7 +69,7 @@ class Key:
 
 
 def parse_key(raw: str, adapter: str | None = None) -> Key:
-    """Understand one tensor key.
+    """Parse one tensor key.
 
     Args:
         raw: as it stands in the file.
@@ -110,8 +110,8 @@ def adapter_names(raw_keys: Iterable[str]) -> list[str]:
         elif (factor := _FACTOR.match(key)) is not None:
             unnamed.setdefault(f"{factor['module']}.", set()).add(factor["side"])
     both = set(SIDES)
-    printable = {n for (m, n), sides in named.items() if sides | unnamed.get(m, set()) >= both > unnamed.get(m, set())}
-    return sorted(printable or (set() if unnamed else {name for _, name in named}))
+    paired = {n for (m, n), sides in named.items() if sides | unnamed.get(m, set()) >= both > unnamed.get(m, set())}
+    return sorted(paired or (set() if unnamed else {name for _, name in named}))
 
 
 def _name_in(key: str) -> str | None:

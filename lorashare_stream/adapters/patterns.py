@@ -27,7 +27,7 @@ _ASCII_TO_RE2 = re.compile(r"\\[A-Za-z]|\(\?")  # classes and flags: of Unicode 
 
 
 def matcher(patterns: Collection[str], names: Collection[str]) -> Callable[[str], str | None]:
-    """What finds the first pattern that matches the end of a name at a dot (peft.utils.get_pattern_key), or None.
+    """The lookup of the first pattern that matches the end of a name at a dot (peft.utils.get_pattern_key), or None.
 
     Args:
         patterns: of a configuration, as PEFT gives them to `re`.

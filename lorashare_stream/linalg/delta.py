@@ -1,4 +1,4 @@
-"""dW, which the model sees, from the factors, which the files hold: its norm and its error, never forming it."""
+"""Norms and errors of dW = s B A from the factors, without forming dW."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def delta_errors(a: Array, b: Array, a_hat: Array, b_hat: Array, scalings: Seque
 
     Args:
         a, a_hat: (m, E r, d_in). b, b_hat: (m, d_out, E r).
-        scalings: how dW comes of them, of each module; E is the same in all.
+        scalings: of each module; E is the same in all.
     """
     blocks = scalings[0].blocks
     b_rows, b_hat_rows = np.swapaxes(b, -1, -2), np.swapaxes(b_hat, -1, -2)
@@ -92,7 +92,7 @@ def projected_errors(
     Args:
         a: (m, E r, d_in). b: (m, d_out, E r).
         kept: by side, Gram matrices (m, E, r, r) of the loadings.
-        scalings: how dW comes of them, of each module; E is the same in all.
+        scalings: of each module; E is the same in all.
 
     Returns:
         Errors; None where one is not large against that (`_PROJECTED`), or not finite.
@@ -115,7 +115,7 @@ def changed_errors(a: Array, b: Array, a_hat: Array, b_hat: Array, scalings: Seq
 
     Args:
         a: (m, r, d_in). b: (m, d_out, r). a_hat, b_hat: likewise, of any rank.
-        scalings: how dW comes of them; E = 1.
+        scalings: of each module; E = 1.
     """
     left = gram(np.swapaxes(b, -1, -2), -np.swapaxes(b_hat, -1, -2))[:, None]
     right = gram(a, a_hat)[:, None]

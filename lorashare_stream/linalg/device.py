@@ -39,12 +39,12 @@ def resolve_device(asked: str) -> str:
 
 
 def sum_on(device: str, start: Moment) -> Sum:
-    """What sums blocks into S, beginning with `start`."""
+    """The sum S = X X' of blocks on a device, beginning with `start`."""
     return HostSum(start) if device == "cpu" else TorchSum(start, device)
 
 
 def solver_on(device: str) -> Callable[[Moment, int], tuple[Float64, Float64]]:
-    """What finds leading eigenpairs."""
+    """The solver of leading eigenpairs on a device."""
     return leading if device == "cpu" else partial(torch_leading, device=device)
 
 
@@ -77,7 +77,7 @@ class TorchSum:
 
 
 def torch_leading(moment: Moment, k: int, device: str) -> tuple[Float64, Float64]:
-    """As `solvers.leading`, with the products on a torch device: block Krylov or, in float64, torch's eigh.
+    """As `eigen.leading`, with the products on a torch device: block Krylov or, in float64, torch's eigh.
 
     Start, orthogonalisation, convergence and polish are those of the CPU.
 
@@ -109,12 +109,12 @@ def torch_leading(moment: Moment, k: int, device: str) -> tuple[Float64, Float64
 
 
 def held_on(device: str, stack: Array) -> Any:
-    """An array for `product` with others: itself, or a tensor on a torch device."""
+    """The left factor of `product`: the array itself, or a tensor on a torch device."""
     return stack if device == "cpu" else _tensor(stack, device)
 
 
 def product(left: Any, right: Array) -> Array:
-    """The matrix product (..., a, c) of what is held somewhere (..., a, b) with an array (..., b, c), as an array."""
+    """The matrix product (..., a, c) of a factor of `held_on` (..., a, b) and an array (..., b, c), as an array."""
     if isinstance(left, np.ndarray):
         return left @ right
     result: Array = (left @ _tensor(right, left.device)).cpu().numpy()

@@ -67,7 +67,7 @@ def suits_krylov(size: int, k: int) -> bool:
 
 
 def prefers_partial(moment: Moment, k: int) -> bool:
-    """Whether k eigenpairs are had for much less than all eigenvalues."""
+    """Whether k eigenpairs cost much less than all eigenvalues."""
     return suits_krylov(min(moment.dim, moment.count) if moment.columns is not None else moment.dim, k)
 
 

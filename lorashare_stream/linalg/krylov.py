@@ -1,7 +1,7 @@
 """Block Krylov: the leading eigenvectors of a symmetric matrix S by few products with it.
 
 Large arrays have the dtype of S. Rounding spoils an eigenvector in the first order, and the energy that it captures in
-the second; what must be orthonormal to 1e-12 is made so at the end (`solvers`).
+the second; what must be orthonormal to 1e-12 is made so at the end (`eigen`).
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _next_look(step: int, share: float) -> int:
 
 
 def _next_gain(r: Array, last: Float64, values: Float64, rotation: Float64) -> float:
-    """What the next block Q would add to the sum of the k largest Ritz values.
+    """The gain in the sum of the k largest Ritz values by the next block Q.
 
     The Ritz vector V s has the residual Q R s', s' of the last block. With mu for what S is on Q, and e = |R s'|, the
     larger eigenvalue of [[value, e], [e, mu]] is e^2 / (h + sqrt(h^2 + e^2)) above the value, h = (value - mu) / 2. As
@@ -112,7 +112,7 @@ def _next_gain(r: Array, last: Float64, values: Float64, rotation: Float64) -> f
 
 
 def _orthonormal(block: Array, basis: Array, rng: np.random.Generator) -> Array:
-    """An orthonormal block (d, b) of what is new in `block`, already orthogonal to the basis (d, m) but for rounding.
+    """An orthonormal basis (d, b) of `block`, which is orthogonal to `basis` (d, m) but for rounding.
 
     Cholesky QR, by Gram matrices in float64, again until it hardly changes anything: twice, mostly. What is only
     rounding gives way to random directions.

@@ -8,7 +8,7 @@ A moment of oriented vectors X (d, n), one column a vector, is what a basis is f
     energy  tr S             float64, summed from the vectors themselves
 
 Both forms are exact and hold the same. Columns are kept up to n = 2d: S would save half of them at most, and costs
-n d^2 flops, while few components of columns are had for a fraction of that (`solvers`). Laws (tested): `merge` is
+n d^2 flops, while few components of columns cost a fraction of that (`eigen`). Laws (tested): `merge` is
 associative and commutative up to rounding; adding vectors in blocks of any size gives the same moment up to rounding;
 `downdate(merge(a, b), b)` is `a` up to rounding times the ratio of their traces.
 """
@@ -129,7 +129,7 @@ def add_block(second: Array, rows: Array) -> None:
 
 
 class Sum(Protocol):
-    """Takes blocks of vectors (m, d); `result` is S (d, d) if they were summed, None if they were kept."""
+    """A sum of blocks of vectors (m, d): S (d, d), or None where the columns are kept."""
 
     def add(self, block: Array) -> None:
         """Take a block (m, d), which is overwritten afterwards."""
@@ -172,11 +172,11 @@ class Accumulator:
 
     Args:
         start: the moment to add to.
-        into: takes the blocks, each of which is overwritten afterwards; it already holds `start`.
+        into: the sum of the blocks, each of which is overwritten afterwards; `start` is in it.
         quantum: vectors summed at once.
 
     Attributes:
-        block: what is not yet summed (quantum, d), as far as it is `filled`.
+        block: vectors that are not summed yet (quantum, d), as far as it is `filled`.
     """
 
     def __init__(self, start: Moment, into: Sum, quantum: int = QUANTUM) -> None:
