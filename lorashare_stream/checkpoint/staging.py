@@ -37,7 +37,7 @@ from .format import ADAPTERS, COMPONENTS, CONFIG, META, SKIPPED, SPECTRUM, STAGI
 from .publish import drop, publish, recover_output, replaced_folder, staging_folder
 from .records import is_whole
 
-MANY = 64  # adapters that are synced at a time
+MANY, SYNCS = 64, 16  # adapters in a lot, and threads that sync one: one alone takes ten times as long on ext4
 
 
 class Staging:
@@ -151,9 +151,10 @@ class Staging:
         self.sync(names)
 
     def sync(self, names: Collection[str]) -> None:
-        """Make adapters durable."""
-        for name in names:
-            sync_tree(self.root / ADAPTERS / name)
+        """Make adapters durable: syncs at one time share a commit of the file system's journal."""
+        with ThreadPoolExecutor(SYNCS) as pool:
+            for _ in pool.map(lambda name: sync_tree(self.root / ADAPTERS / name), names):
+                pass
         if names:
             sync(self.root / ADAPTERS)
 
