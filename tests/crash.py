@@ -209,7 +209,11 @@ def install(disk: Disk) -> None:
             return real["open"](path, flags, *args, **kwargs)
         with disk.lock:
             disk.call("open", inside)
-            fd: int = real["open"](path, flags, *args, **kwargs)
+            try:
+                fd: int = real["open"](path, flags, *args, **kwargs)
+            except FileExistsError:  # with O_EXCL: seen, though nothing is changed
+                disk.opened += 1
+                raise
             created(inside)
             return fd
 
