@@ -32,6 +32,7 @@ from .runtime.progress import Progress, silent
 from .settings import Settings
 from .stages.bases import write_bases
 from .stages.grow import check_kept, check_sources, demand_unchanged, grow, growable, staged_digest
+from .stages.ingest import pickles_kept
 from .stages.job import Job
 from .stages.passes import check_disk, ingest, make_job, project, record_of_job
 from .stages.run import Run, places_of
@@ -165,6 +166,7 @@ def compress(
         Workspace.open(root, plan.binding, take_lock=take_lock) as work,
         at(executor or Local(), lambda: places_of(plan, root, out)) as mapper,
         fetching_for(plan.settings, root) as fetcher,
+        pickles_kept(plan, root) as plan,
     ):
         run = Run(plan, mapper, progress, fetcher, work.check_held)
         recover(out)

@@ -36,7 +36,7 @@ PLACES = {"header": WEIGHTS, "pickle": PICKLE, "config": "adapter_config.json", 
 TAKEN = {
     "header/good", "header/key-with-a-path", "header/key-with-a-colon", "header/key-very-long", "header/key-empty",
     "header/key-a-marker-alone", "header/key-of-markers",
-    "header/metadata-a-number", "header/integers", "header/booleans-that-are-none", "header/sides-of-two-dtypes",
+    "header/integers", "header/booleans-that-are-none", "header/sides-of-two-dtypes",
     "pickle/good", "pickle/good-old", "pickle/archive-behind-a-pickle", "pickle/transposed",
     "config/good", "config/alpha-zero", "config/base-a-number", "config/init-a-list", "config/byte-order-mark",
     "config/pattern-of-counts", "config/pattern-of-wildcards", "config/parameters-empty-text",

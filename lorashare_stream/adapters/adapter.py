@@ -9,9 +9,10 @@ from pathlib import Path
 
 from ..errors import ValuesError
 from ..text import digest_of
-from .folder import FileFact
+from .folder import FileFact, check_still, open_tensors
 from .hubid import HubId
 from .layout import Layout
+from .safetensors import TensorReader
 from .scaling import Scaling
 from .shapes import ModuleShape, Shapes
 from .source import Listing
@@ -54,6 +55,7 @@ class Adapter:
         config: its adapter_config.json, as JSON has it; None if it was not read.
         origin: where on the Hub it comes from.
         fetched: whether its files are on this machine.
+        converted: the folder that keeps what its `.bin` was converted to, if one does.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Adapter:
     config: str | None = None
     origin: Origin | None = None
     fetched: bool = True
+    converted: Path | None = None
 
     @property
     def where(self) -> str:
@@ -82,6 +85,20 @@ class Adapter:
     def paths(self) -> tuple[Path, ...]:
         """Its weight files."""
         return tuple(f.path for f in self.files)
+
+    @property
+    def pickled(self) -> bool:
+        """Whether its tensors are in a `.bin`; offsets are then those of what it is converted to."""
+        return self.files[0].path.suffix == ".bin"
+
+    def open(self) -> TensorReader:
+        """Its tensors, mapped, of files that are still those of the plan.
+
+        Raises:
+            AdapterError: if one has changed; naming it if it is gone.
+        """
+        check_still(self.files)
+        return open_tensors(self.paths, self.converted)
 
     def scalings_of(self, modules: Iterable[str]) -> list[Scaling]:
         """How dW of several modules comes of their factors."""

@@ -14,7 +14,7 @@ from ..errors import AdapterError, MissingFileError
 from ..files import read_json
 from ..text import listed, printable
 from .keys import foreign_kind, parse_key
-from .safetensors import CHUNK, SafetensorsReader, TensorReader, TensorRecord, read_header, repeated
+from .safetensors import CHUNK, TensorReader, TensorRecord, read_header, repeated
 from .shards import AGAIN, INDEXES, check_shards, shard_names
 
 CONFIG = "adapter_config.json"
@@ -40,17 +40,20 @@ def file_fact(path: Path) -> FileFact:
 
 
 def check_still(files: Iterable[FileFact]) -> None:
-    """Demand that files that were read are those of the plan; asked afterwards, it holds of what was read before.
+    """Demand that files are those of the plan: before they are mapped, and, of what was read, afterwards.
 
     Raises:
         AdapterError: if one has changed.
+        MissingFileError: if one is gone.
     """
     for fact in files:
         try:
-            same = file_fact(fact.path) == fact
-        except FileNotFoundError:
-            same = False
-        if not same:
+            now = file_fact(fact.path)
+        except FileNotFoundError as e:
+            raise MissingFileError(
+                "a weight file is gone", found=printable(fact.path), remedy="Restore it and run again."
+            ) from e
+        if now != fact:
             raise AdapterError(
                 "the adapter was changed while the run was reading it",
                 found=fact.path,
@@ -234,20 +237,18 @@ def once(found: Iterable[TensorRecord]) -> tuple[TensorRecord, ...]:
     return records
 
 
-def open_tensors(paths: tuple[Path, ...]) -> TensorReader:
-    """Open the weight files of one adapter: safetensors shards, or one `.bin`.
+def open_tensors(paths: tuple[Path, ...], converted: Path | None = None) -> TensorReader:
+    """Open the weight files of one adapter: safetensors shards, or one `.bin`, which is converted first.
 
-    Raises:
-        MissingFileError: if one is gone.
+    Args:
+        paths: the files.
+        converted: a folder that keeps what a `.bin` was converted to; None keeps nothing.
     """
-    gone = [p for p in paths if not p.is_file()]
-    if gone:
-        raise MissingFileError("a weight file is gone", found=printable(gone[0]), remedy="Restore it and run again.")
     if paths[0].suffix == ".bin":
-        from .pickles import PickleReader
+        from .pickles import open_pickle
 
-        return PickleReader(paths[0])
-    return SafetensorsReader(paths)
+        return open_pickle(paths[0], converted)
+    return TensorReader(paths)
 
 
 def digest_files(paths: Iterable[Path]) -> str:

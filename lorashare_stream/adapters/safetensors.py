@@ -1,32 +1,38 @@
-"""safetensors files: strict headers, positioned reads, streaming atomic writes.
+"""safetensors files: headers that the library has proved, memory maps, streaming atomic writes.
 
-Reads are positioned (`pread`), not memory-mapped: a file that shrinks while it is read gives an error
-instead of SIGBUS, no page of it stays resident, and one descriptor at a time suffices for any number of
-adapters (`scripts/bench_read.py` compares the two).
+An adapter's file is mapped once, and its tensors are views of the map by their offsets (`scripts/bench_read.py`
+compares this with reads). Who maps a file must know that it is still the one whose header was read, since beyond the
+end of a file that has shrunk there is SIGBUS: `Adapter.open` asks for size and time first.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 
 from ..errors import AdapterError
 from ..text import printable
 from .dtypes import ITEMSIZE, widened
 
-CHUNK = 8 << 20  # bytes read or hashed at once
+CHUNK = 8 << 20  # bytes copied or hashed at once
 MAX_HEADER = 100_000_000  # the limit of the safetensors library
+MAX_DIMS = 16  # of a tensor; the library has no limit, NumPy has
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,29 +47,35 @@ class TensorRecord:
     file: int = 0
 
 
-def read_header(path: Path, file: int = 0) -> tuple[TensorRecord, ...]:
-    """The tensors of a safetensors file, in file order.
+@dataclass(frozen=True)
+class _Origin:
+    """The file of a header, or its name alone. Equal to any other: a header and a size prove the same of all files."""
 
-    Every number in the header is checked against the size of the file before it is used.
+    path: Path = field(compare=False)
+    here: bool = field(compare=False)
+
+
+def read_header(path: Path, file: int = 0) -> tuple[TensorRecord, ...]:
+    """The tensors of a safetensors file, in file order; safetensors proves that its header tells no lies of it.
 
     Raises:
         AdapterError: if the header is not valid, lies about the data, or the file is cut short.
     """
     with path.open("rb", buffering=0) as f:  # a buffer would be filled with tensors
         size = os.fstat(f.fileno()).st_size
-        prefix = os.pread(f.fileno(), 8, 0)
-        return parse_header(prefix + os.pread(f.fileno(), _header_length(path, prefix, size), 8), size, path, file)
+        prefix = f.read(8)
+        return _records(f.read(_header_length(path, prefix, size)), size, file, _Origin(path, here=True))
 
 
 def parse_header(head: bytes, size: int, path: Path, file: int = 0) -> tuple[TensorRecord, ...]:
     """The tensors of a safetensors file of `size` bytes, from its first bytes; `path` is its name in errors."""
     length = _header_length(path, head[:8], size)
-    return _records(head[8 : 8 + length], size, path.name, file)
+    return _records(head[8 : 8 + length], size, file, _Origin(path, here=False))
 
 
-@lru_cache(maxsize=64)  # adapters of one script have equal headers, which are parsed once
-def _records(raw: bytes, size: int, file_name: str, file: int) -> tuple[TensorRecord, ...]:
-    path, data = Path(file_name), 8 + len(raw)
+@lru_cache(maxsize=64)  # adapters of one script have equal headers, which are parsed and proved once
+def _records(raw: bytes, size: int, file: int, origin: _Origin) -> tuple[TensorRecord, ...]:
+    path, data = origin.path, 8 + len(raw)
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as e:
@@ -72,14 +84,31 @@ def _records(raw: bytes, size: int, file_name: str, file: int) -> tuple[TensorRe
         raise bad_file(path, "the safetensors header is not an object", type(header).__name__, "object")
     header.pop("__metadata__", None)
     records = sorted((_record(path, name, entry, data, file) for name, entry in header.items()), key=_by_offset)
-    end = data
-    for record in records:
-        if record.offset != end:
-            raise bad_file(path, "tensors overlap or leave holes", record.offset, end, key=record.name)
-        end += record.nbytes
+    end = max((r.offset + r.nbytes for r in records), default=data)
     if end != size:
         raise bad_file(path, "cut short or padded: the header and the file disagree", f"{size} bytes", f"{end} bytes")
+    _prove(raw, size, origin)
     return tuple(records)
+
+
+def _prove(raw: bytes, size: int, origin: _Origin) -> None:
+    """Have safetensors check every number of a header, by its file, or by one of that size with nothing else in it."""
+    with ExitStack() as stack:
+        try:
+            if origin.here:
+                try:
+                    stack.enter_context(safe_open(origin.path, framework="numpy"))
+                    return
+                except OSError:  # a disk that does not map files
+                    pass
+            hollow = stack.enter_context(tempfile.NamedTemporaryFile(prefix="lorashare-stream-"))
+            hollow.write(struct.pack("<Q", len(raw)) + raw)
+            hollow.truncate(size)
+            hollow.flush()
+            stack.enter_context(safe_open(hollow.name, framework="numpy"))
+        except SafetensorError as e:
+            found = str(e).removeprefix("Error while deserializing header: ")
+            raise bad_file(origin.path, "the safetensors header is not true of the file", found) from e
 
 
 def _header_length(path: Path, prefix: bytes, size: int) -> int:
@@ -95,9 +124,10 @@ def _by_offset(record: TensorRecord) -> tuple[int, int]:
 
 
 def _record(path: Path, name: str, entry: Any, data: int, file: int) -> TensorRecord:
+    """What a header says of a tensor; that the numbers fit the file and one another is proved later."""
     try:
         dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        whole = all(type(n) is int and 0 <= n < 1 << 62 for n in (*shape, start, end))
+        whole = all(type(n) is int and n >= 0 for n in (*shape, start, end))
     except (TypeError, KeyError, ValueError) as e:
         raise bad_file(path, "a tensor is not described as safetensors demands", entry, key=name) from e
     if not name.isprintable():
@@ -108,7 +138,7 @@ def _record(path: Path, name: str, entry: Any, data: int, file: int) -> TensorRe
         )
     if not isinstance(dtype, str) or dtype not in ITEMSIZE:
         raise bad_file(path, "a dtype that is not known", dtype, ", ".join(ITEMSIZE), key=name)
-    if not whole or len(shape) > 16 or math.prod(shape) * ITEMSIZE[dtype] != end - start:
+    if not whole or len(shape) > MAX_DIMS or math.prod(shape) * ITEMSIZE[dtype] != end - start:
         raise bad_file(
             path, "shape and byte range disagree", f"{end!r} - {start!r} bytes", f"{dtype} {list(shape)}", key=name
         )
@@ -145,99 +175,66 @@ def bad_file(
     )
 
 
-def runs(records: Sequence[TensorRecord]) -> list[list[TensorRecord]]:
-    """Records, in order, in lists of those that follow one another in a file without a gap."""
-    found: list[list[TensorRecord]] = []
-    end = None
-    for record in records:
-        if end != (record.file, record.offset):
-            found.append([])
-        found[-1].append(record)
-        end = record.file, record.offset + record.nbytes
-    return found
+class TensorReader:
+    """The safetensors files of one adapter, each mapped once, while the `with` block lasts.
 
-
-class TensorReader(Protocol):
-    """An open adapter. `raw` gives the bytes of one tensor as stored, `chunks` a bounded number of them
-    at a time, `block` those of several.
+    All it gives are read-only views of the maps: what must outlive the block is copied. A view that is left all the
+    same keeps its map, but no pages of it are resident any more.
     """
-
-    def raw(self, record: TensorRecord) -> NDArray[np.uint8]:
-        """The tensor's bytes, as stored."""
-        ...
-
-    def block(self, records: Sequence[TensorRecord]) -> NDArray[np.uint8]:
-        """The bytes of several tensors, as stored, one after the other."""
-        ...
-
-    def chunks(self, record: TensorRecord) -> Iterator[bytes]:
-        """The tensor's bytes, a bounded number at a time."""
-        ...
-
-    def __enter__(self) -> TensorReader: ...
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-
-def float32(tensors: TensorReader, record: TensorRecord) -> NDArray[np.float32]:
-    """A float tensor as float32, in its stored shape."""
-    return widened(tensors.raw(record), record.dtype, record.shape)
-
-
-class SafetensorsReader:
-    """Positioned reads from the safetensors files of one adapter."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self._paths = tuple(paths)
-        self._fds: dict[int, int] = {}
+        self._maps: dict[int, tuple[mmap.mmap | None, NDArray[np.uint8]]] = {}
+
+    def through(self, record: TensorRecord) -> NDArray[np.uint8]:
+        """The bytes of a tensor's file, at least to the end of the tensor."""
+        if record.file not in self._maps:
+            self._maps[record.file] = _mapped(self._paths[record.file])
+        data = self._maps[record.file][1]
+        if record.offset + record.nbytes > len(data):
+            raise bad_file(self._paths[record.file], "became shorter while it was read", key=record.name)
+        return data
 
     def raw(self, record: TensorRecord) -> NDArray[np.uint8]:
         """The tensor's bytes, as stored."""
-        return self.block([record])
+        return self.through(record)[record.offset : record.offset + record.nbytes]
 
-    def block(self, records: Sequence[TensorRecord]) -> NDArray[np.uint8]:
-        """The bytes of several tensors, as stored, one after the other; neighbours in a file are read at once."""
-        found = np.empty(sum(r.nbytes for r in records), np.uint8)
-        start = 0
-        for run in runs(records):
-            end = start + run[-1].offset + run[-1].nbytes - run[0].offset
-            self._read_into(found[start:end].data, run[0], 0)
-            start = end
-        return found
-
-    def head(self, first: TensorRecord) -> bytes:
-        """What lies before the first tensor of a file: its header, for the digest."""
-        return os.pread(self._fd(first.file), first.offset, 0)
-
-    def chunks(self, record: TensorRecord) -> Iterator[bytes]:
+    def chunks(self, record: TensorRecord) -> Iterator[memoryview]:
         """The tensor's bytes, a bounded number at a time."""
-        for start in range(0, record.nbytes, CHUNK):
-            chunk = bytearray(min(CHUNK, record.nbytes - start))
-            self._read_into(memoryview(chunk), record, start)
-            yield bytes(chunk)
+        raw = self.raw(record)
+        return (raw[start : start + CHUNK].data for start in range(0, len(raw), CHUNK))
 
-    def _read_into(self, view: memoryview, record: TensorRecord, start: int) -> None:
-        done = 0
-        while done < len(view):
-            count = os.preadv(self._fd(record.file), [view[done:]], record.offset + start + done)
-            if count == 0:
-                raise bad_file(self._paths[record.file], "became shorter while it was read", key=record.name)
-            done += count
-
-    def _fd(self, file: int) -> int:
-        if file not in self._fds:
-            self._fds[file] = os.open(self._paths[file], os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        return self._fds[file]
-
-    def __enter__(self) -> SafetensorsReader:
+    def __enter__(self) -> TensorReader:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        while self._fds:
-            os.close(self._fds.popitem()[1])
+        while self._maps:
+            pages, data = self._maps.popitem()[1]
+            del data
+            if pages is not None:
+                try:
+                    pages.close()
+                except BufferError:  # a view is left, of a loop's last round perhaps; it may be read still
+                    pages.madvise(mmap.MADV_DONTNEED)
+
+
+def _mapped(path: Path) -> tuple[mmap.mmap | None, NDArray[np.uint8]]:
+    """The map of a file and its bytes; these alone where the disk does not map files."""
+    with path.open("rb", buffering=0) as f:
+        try:
+            pages = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError):  # an empty file is no value
+            return None, np.frombuffer(f.read(), np.uint8)
+    pages.madvise(mmap.MADV_SEQUENTIAL)
+    return pages, np.frombuffer(pages, np.uint8)
+
+
+def float32(tensors: TensorReader, record: TensorRecord) -> NDArray[np.float32]:
+    """A float tensor as float32, in its stored shape, in memory of its own."""
+    raw = tensors.raw(record)
+    return widened(raw.copy() if record.dtype == "F32" else raw, record.dtype, record.shape)
 
 
 def write_arrays(
@@ -282,6 +279,14 @@ def write_safetensors(
     written = sum(out.write(chunk) for chunk in chunks)
     if written != end:
         raise RuntimeError(f"{written} bytes streamed, {end} announced")
+
+
+@lru_cache(maxsize=64)  # as above
+def laid_out(tensors: tuple[tuple[str, str, tuple[int, ...]], ...]) -> tuple[TensorRecord, ...]:
+    """Where `write_safetensors` puts tensors (key, dtype, shape) that have no metadata."""
+    sizes = [math.prod(shape) * ITEMSIZE[dtype] for _, dtype, shape in tensors]
+    starts = accumulate(sizes, initial=len(_head(tensors, ())[0]))
+    return tuple(TensorRecord(*of, at, size) for of, at, size in zip(tensors, starts, sizes, strict=False))
 
 
 @lru_cache(maxsize=64)  # adapters of one script have equal ones

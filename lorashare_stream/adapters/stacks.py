@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,33 +58,25 @@ class ModuleBatch:
         return tuple(m.name for m in self.modules)
 
     @cached_property
-    def _reading(self) -> tuple[list[TensorRecord], dict[Side, list[int]]]:
-        """All records in file order, and where each module's tensors are in what is read of them, by side."""
-        both = [(m.record(side), side, i) for i, m in enumerate(self.modules) for side in SIDES]
-        both.sort(key=lambda item: (item[0].file, item[0].offset))
-        starts = _starts(record for record, _, _ in both)
-        where = {(side, i): start for start, (_, side, i) in zip(starts, both, strict=True)}
-        return [r for r, _, _ in both], {side: [where[side, i] for i in range(len(self.modules))] for side in SIDES}
+    def _places(self) -> dict[Side, tuple[TensorRecord, list[int]]]:
+        """By side, the last tensor in the file, and the offsets of all."""
+        records = {side: [m.record(side) for m in self.modules] for side in SIDES}
+        return {side: (max(some, key=lambda r: r.offset), [r.offset for r in some]) for side, some in records.items()}
 
     def read(self, tensors: TensorReader) -> dict[Side, Float32]:
-        """The tensors, in their stored shapes: A (m, r, d_in), B (m, d_out, r)."""
-        records, starts = self._reading
-        block, first = tensors.block(records), self.modules[0]
+        """The tensors, in their stored shapes: A (m, r, d_in), B (m, d_out, r); views where there can be."""
         return {
-            side: stacked(block, starts[side], first.record(side).dtype, first.record(side).shape) for side in SIDES
+            side: stacked(tensors.through(last), offsets, last.dtype, last.shape)
+            for side, (last, offsets) in self._places.items()
         }
-
-
-def _starts(records: Iterable[TensorRecord]) -> list[int]:
-    """Where tensors begin that lie one after the other."""
-    return [0, *accumulate(record.nbytes for record in records)][:-1]
 
 
 def module_batches(modules: Iterable[Module], *, alone: bool = False) -> tuple[ModuleBatch, ...]:
     """Modules in bundles of bounded size, in file order; each in one of its own if it is to be `alone`."""
     alike: dict[object, list[Module]] = {}
     for i, m in enumerate(sorted(modules, key=lambda m: (m.a.file, m.a.offset))):
-        alike.setdefault((m.a.shape, m.b.shape, m.a.dtype, m.b.dtype, alone and i), []).append(m)
+        kind = m.a.file, m.b.file, m.a.shape, m.b.shape, m.a.dtype, m.b.dtype
+        alike.setdefault((kind, alone and i), []).append(m)
     found = []
     for some in alike.values():
         size = max(1, STACK_BYTES // max(1, some[0].bytes))
@@ -100,15 +91,11 @@ class Chunk:
     records: tuple[TensorRecord, ...]
     stacks: tuple[tuple[Side, tuple[str, ...], tuple[int, ...]], ...]
 
-    @cached_property
-    def _starts(self) -> list[int]:
-        return _starts(self.records)
-
-    def stacks_of(self, block: NDArray[np.uint8]) -> Iterator[tuple[Side, tuple[str, ...], Float32]]:
-        """Side, names of the modules, and the tensors (m, *shape), of what was read of these records."""
+    def stacks_of(self, data: NDArray[np.uint8]) -> Iterator[tuple[Side, tuple[str, ...], Float32]]:
+        """Side, names of the modules, and the tensors (m, *shape), of the bytes of their file."""
         for side, names, numbers in self.stacks:
-            record = self.records[numbers[0]]
-            yield side, names, stacked(block, [self._starts[i] for i in numbers], record.dtype, record.shape)
+            some = [self.records[i] for i in numbers]
+            yield side, names, stacked(data, [r.offset for r in some], some[0].dtype, some[0].shape)
 
 
 def chunks(items: Iterable[FileItem], *, alone: bool = False) -> tuple[Chunk, ...]:

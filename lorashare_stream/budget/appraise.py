@@ -42,7 +42,7 @@ def appraise_adapter(job: Job, adapter: Adapter) -> str:
     arrays: dict[str, NDArray[np.float32]] = {}
     own: dict[str, Float64] = {}
     try:
-        with open_tensors(adapter.paths) as tensors:
+        with adapter.open() as tensors:
             for module_batch in adapter.module_batches:
                 factors = module_batch.read(tensors)
                 for side, stack in factors.items():

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from ..adapters.dtypes import TORCH_DTYPES
 from ..adapters.folder import CONFIG, PICKLE, SAFETENSORS
 from ..adapters.keys import factor_key, split_group_id
-from ..adapters.pickles import DTYPE_NAMES, raw_bytes
+from ..adapters.pickles import raw_bytes
 from ..adapters.safetensors import write_safetensors
 from ..errors import CheckpointError, UsageError
 from ..files import atomic_file, write_json
@@ -48,7 +49,10 @@ def refuse_originals(folder: Path) -> None:
 def save_adapter(folder: Path, tensors: Tensors, config: Mapping[str, Any]) -> None:
     """Write a PEFT adapter folder, marked as a reconstruction."""
     folder.mkdir(parents=True, exist_ok=True)
-    shapes = [(key, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for key, tensor in tensors.items()]
+    shapes = [
+        (key, TORCH_DTYPES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape))
+        for key, tensor in tensors.items()
+    ]
     with atomic_file(folder / SAFETENSORS) as f:
         write_safetensors(f, shapes, (raw_bytes(t).data for t in tensors.values()), {"format": "pt", MARK: "yes"})
     write_json(folder / CONFIG, config)

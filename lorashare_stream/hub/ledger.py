@@ -93,9 +93,9 @@ class Ledger:
             if line is None:
                 return
             if "records" in line:
-                self._records[line["digest"]] = tuple(
-                    TensorRecord(n, d, tuple(s), *o) for n, d, s, *o in line["records"]
-                )
+                records = tuple(TensorRecord(n, d, tuple(s), *o) for n, d, s, *o in line["records"])
+                if all(r.offset for r in records):  # of a pickle, a release before this one gave none
+                    self._records[line["digest"]] = records
             elif "refused" in line:
                 self._refused[line["id"]] = ValuesError(line["refused"], **line["details"])
             elif "config" in line:

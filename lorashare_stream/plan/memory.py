@@ -18,7 +18,7 @@ from ..linalg.krylov import capacity, width
 from ..linalg.moments import stays_stacked
 from ..settings import QUANTUM, Settings
 
-# Resident bytes of the process before any work: interpreter, numpy, scipy; torch where a .bin is read.
+# Resident bytes of the process before any work: interpreter, numpy, scipy; torch in those that convert a `.bin`.
 PROCESS_BYTES = 192 << 20
 FORK_BYTES = 64 << 20  # of a forked process: what it writes to of the parent's, and what it keeps of freed memory
 TORCH_BYTES = 224 << 20
@@ -112,7 +112,7 @@ def steps_of(
     adapters: tuple[Adapter, ...], groups: tuple[Group, ...], s: Settings, storage: str, *, grows: bool
 ) -> tuple[Step, ...]:
     """What the passes over these adapters and groups cost; `grows` if there may be moments to add to."""
-    pickled = max((f.size for e in adapters for f in e.files if f.path.suffix == ".bin"), default=0)
+    largest, pickled = _largest_file(adapters), _largest_file(e for e in adapters if e.pickled)
     tensors = sum(len(e.layout.in_file_order) for e in examples(adapters))
     process = PROCESS_BYTES + BYTES_PER_ADAPTER * len(adapters) + BYTES_PER_RECORD * tensors
     process += sum(len(text) for text in {e.config for e in adapters} if text is not None)
@@ -131,18 +131,19 @@ def steps_of(
     loadings = 4 * max((sum(k[m.name] * m.rank for m in e.layout.modules) for e in examples(adapters)), default=0)
     kept = components if keeps_components(components, s.memory) else 0
     mapped = components * ITEMSIZE[storage] // 4  # pages that are resident
-    buffers = 2 * CHUNK + pickled  # a chunk being hashed or copied; a .bin is read whole
+    buffers = CHUNK + largest + pickled  # a chunk being copied, a file's pages; a `.bin` is read whole
+    fork = FORK_BYTES + (TORCH_BYTES if pickled else 0)
     modules, count = len(by_module), len(adapters)
 
     def step(name: str, tasks: int, read: int, task: int, shared: int = 0, most: int = 0) -> Step:
         room = s.memory - process
-        at_once = max(1, min(s.workers or os.cpu_count() or 1, room // (FORK_BYTES + shared + task)))
-        own = FORK_BYTES + shared if at_once > 1 else 0  # where threads do the tasks, `shared` is one for all
+        at_once = max(1, min(s.workers or os.cpu_count() or 1, room // (fork + shared + task)))
+        own = fork + shared if at_once > 1 else 0  # where threads do the tasks, `shared` is one for all
         common = process if at_once > 1 else process + shared
         whole = max(task, min(most, (s.memory - common) // at_once - own))
         return Step(name, tasks, read, at_once, common, own, whole, process + shared + task)
 
-    reading = 4 * pair + TILE_BYTES + pickled
+    reading = 4 * pair + TILE_BYTES + largest + pickled
     weighing = 6 * loadings + WEIGHED * sum(len(e.layout.modules) * max(m.rank for m in e.layout.modules)
                                             for e in examples(adapters)[:1] if e.layout.modules)  # fmt: skip
     budgets = (
@@ -156,6 +157,11 @@ def steps_of(
         *(budgets if s.budget is not None else ()),
         step("project", count, total, 9 * pair + widest_pair + loadings + buffers, kept + mapped),
     )
+
+
+def _largest_file(adapters: Iterable[Adapter]) -> int:
+    """Bytes of the largest file of some adapters: it is mapped, and resident while it is read."""
+    return max((f.size for e in adapters for f in e.files), default=0)
 
 
 def modules_of(groups: Iterable[Group]) -> dict[str, list[Group]]:

@@ -143,10 +143,16 @@ class Plan:
             "verbatim": sum(e.layout.extra_bytes for e in self.adapters),
             "moments": self._moments(),
             "cores": self._cores(),
+            "converted": self._converted(),
             "basis": basis,
             "loadings": loadings,
             "checkpoint": basis + loadings + sum(e.layout.extra_bytes for e in self.adapters),
         }
+
+    def _converted(self) -> int:
+        """What pickles are converted to, which is kept for the run, unless disk is short."""
+        pickles = (f.size for e in self.adapters if e.pickled for f in e.files)
+        return 0 if self.settings.disk_budget is not None else sum(pickles)
 
     def _cores(self) -> int:
         """What adapters are on wide bases, in float32; an estimate, as of the k that a budget takes."""

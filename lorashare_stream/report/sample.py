@@ -11,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 
 from ..adapters.adapter import Adapter
-from ..adapters.folder import check_still, open_tensors
+from ..adapters.folder import check_still
 from ..adapters.keys import SIDES, Side
 from ..errors import AdapterError
 from ..linalg.types import Float64
@@ -116,7 +116,7 @@ def read_parts(adapter: Adapter, modules: Iterable[str], objective: str, norm: f
     """
     parts: dict[str, Part] = {}
     held = [m for m in modules if m in adapter.layout.by_name]
-    with open_tensors(adapter.paths) as tensors:
+    with adapter.open() as tensors:
         for module_batch in adapter.batches_of(held):
             factors = module_batch.read(tensors)
             scalings = adapter.scalings_of(module_batch.names)
@@ -125,7 +125,7 @@ def read_parts(adapter: Adapter, modules: Iterable[str], objective: str, norm: f
             lengths = np.linalg.norm(factors["A"], axis=-1, keepdims=True)
             initial = factors["A"] / np.where(lengths > 0, lengths, 1.0)
             for i, name in enumerate(module_batch.names):
-                own = {side: rows[side][i] for side in SIDES}
+                own = {side: rows[side][i].copy() for side in SIDES}  # the files are unmapped
                 parts[name] = Part(own, weights[i], strengths[i] / norm, singular[i] / norm, initial[i])
     try:
         check_still(adapter.files)

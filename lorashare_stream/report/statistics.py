@@ -184,7 +184,7 @@ def _spectra(place: Place) -> dict[str, Array]:
     paths = (place.root / SPECTRUM,)
     try:
         with open_tensors(paths) as tensors:
-            return {r.name: tensors.raw(r).view("<f8") for r in tensor_records(paths)}
+            return {r.name: tensors.raw(r).copy().view("<f8") for r in tensor_records(paths)}
     except (FileNotFoundError, AdapterError, ValueError) as e:
         raise CheckpointError(
             f"{SPECTRUM} cannot be read", found=str(e), remedy="Compress its sources again, or fetch it again."

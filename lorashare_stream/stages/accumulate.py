@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..adapters.adapter import Adapter
-from ..adapters.folder import check_still, open_tensors
+from ..adapters.folder import check_still
 from ..adapters.keys import SIDES, Side
 from ..adapters.scaling import Scaling
 from ..adapters.stacks import ModuleBatch
@@ -138,7 +138,7 @@ def rows_of(
     adapter: Adapter, module_batches: Iterable[ModuleBatch], energy: float, objective: str
 ) -> Iterator[dict[Side, NDArray[np.floating[Any]]]]:
     """The vectors of one adapter that are summed, read from its files: rows (m, E r, d) of each bundle."""
-    with open_tensors(adapter.paths) as tensors:
+    with adapter.open() as tensors:
         for module_batch in module_batches:
             factors = module_batch.read(tensors)
             yield weighted_rows(factors["A"], factors["B"], adapter.scalings_of(module_batch.names), energy, objective)

@@ -3,23 +3,43 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..adapters.adapter import Adapter
 from ..adapters.dtypes import FLOATS, widened
-from ..adapters.folder import digest_files, open_tensors
+from ..adapters.folder import check_still, digest_files
 from ..adapters.keys import SIDES, Side
-from ..adapters.safetensors import SafetensorsReader, TensorReader, TensorRecord
+from ..adapters.safetensors import TensorReader, TensorRecord
 from ..errors import AdapterError, DamagedFetchError, ValuesError
+from ..files import remove_tree
 from ..linalg.delta import energies
 from ..linalg.delta import grams as grams_of
 from ..linalg.types import Float64
+from ..plan.plan import Plan
 from ..workspace.journal import Admission
 
+CONVERTED = "converted"  # the folder, in a workspace, of pickles that were converted
 LARGEST = 1e12  # of a value: the sum of a million squares, times d, still fits a float32 moment
+
+
+@contextmanager
+def pickles_kept(plan: Plan, workspace: Path) -> Iterator[Plan]:
+    """The plan with a place for what its pickles are converted to: once in a run, by who reads one first.
+
+    A run that fails leaves them to the next. Where disk is short, nothing is kept, and each reading converts anew.
+    """
+    folder = workspace / CONVERTED
+    if plan.sizes["converted"]:
+        adapters = tuple(replace(e, converted=folder) if e.pickled else e for e in plan.adapters)
+        plan = replace(plan, adapters=adapters)
+    yield plan
+    remove_tree(folder)
 
 
 def ingest_adapter(objective: str, adapter: Adapter) -> tuple[str, Admission | AdapterError]:
@@ -29,8 +49,9 @@ def ingest_adapter(objective: str, adapter: Adapter) -> tuple[str, Admission | A
         Its name, and the receipt; or why the adapter must not touch a moment.
     """
     try:
-        with open_tensors(adapter.paths) as tensors:
+        with adapter.open() as tensors:
             energy, notes, digest = _scan(adapter, tensors, weigh=objective == "delta")
+        check_still(adapter.files)
         _check_digest(adapter, digest)
     except AdapterError as e:
         e.adapter, e.source = adapter.name, adapter.where
@@ -59,23 +80,24 @@ def _scan(adapter: Adapter, tensors: TensorReader, *, weigh: bool) -> tuple[floa
     file = -1
     for chunk in adapter.chunks:
         first = chunk.records[0]
-        if first.file != file and isinstance(tensors, SafetensorsReader):
+        if first.file != file:
             file = first.file
-            digest.update(tensors.head(first))
+            digest.update(tensors.through(first)[: first.offset].data)
         if not chunk.stacks:
             if not _extra_is_finite(first, tensors, digest.update):
                 notes.append(f"{first.name}: tensors kept verbatim hold values that are not finite")
             continue
-        block = tensors.block(chunk.records)
-        digest.update(block.data)
-        for side, modules, values in chunk.stacks_of(block):
+        last = chunk.records[-1]
+        data = tensors.through(last)
+        digest.update(data[first.offset : last.offset + last.nbytes].data)
+        for side, modules, values in chunk.stacks_of(data):
             _demand_finite(values, side, modules, adapter)
             if not weigh:
                 continue
             rows = values if side == "A" else np.swapaxes(values, -1, -2)
             found = grams_of(adapter.scaling(modules[0]), rows, side)  # (m, E, r, r)
             grams |= {(side, module): own for module, own in zip(modules, found, strict=True)}
-    whole_digest = digest.hexdigest() if file >= 0 else digest_files(adapter.paths)
+    whole_digest = digest_files(adapter.paths) if adapter.pickled else digest.hexdigest()
     return _energy(adapter, grams) if weigh else 0.0, tuple(notes), whole_digest
 
 
@@ -121,7 +143,7 @@ def _demand_finite(values: NDArray[np.float32], side: Side, modules: Sequence[st
             )
 
 
-def _extra_is_finite(record: TensorRecord, tensors: TensorReader, digest: Callable[[bytes], None]) -> bool:
+def _extra_is_finite(record: TensorRecord, tensors: TensorReader, digest: Callable[[memoryview], None]) -> bool:
     finite = True
     for chunk in tensors.chunks(record):
         digest(chunk)

@@ -52,7 +52,7 @@ def check_disk(plan: Plan, workspace: Path, out: Path, *, adds: bool = False, fe
         DiskError: with what is free and what is needed.
     """
     work = tree_bytes(workspace) - tree_bytes(workspace / HUB)
-    needs = [(workspace, sum(plan.sizes[part] for part in ("moments", "basis", "cores")) - work)]
+    needs = [(workspace, sum(plan.sizes[part] for part in ("moments", "basis", "cores", "converted")) - work)]
     if not adds:
         needs.append((staging_folder(out), plan.sizes["checkpoint"] - tree_bytes(staging_folder(out))))
     budget = plan.settings.disk_budget

@@ -13,7 +13,7 @@ import numpy as np
 from ..adapters.adapter import Adapter
 from ..adapters.config import reranked
 from ..adapters.dtypes import alone_as
-from ..adapters.folder import check_still, digest_files, file_fact, open_tensors
+from ..adapters.folder import check_still, digest_files, file_fact
 from ..adapters.keys import PEFT_PREFIX, SIDES, factor_key
 from ..adapters.safetensors import TensorReader, array_parts, write_safetensors
 from ..budget.forming import Formed, formed
@@ -38,7 +38,7 @@ def project_adapter(job: Job, adapter: Adapter) -> Statistics:
     check_unchanged(adapter, admission)
     try:
         with (
-            open_tensors(adapter.paths) as tensors,
+            adapter.open() as tensors,
             Staging(job.staging).adapter(name) as folder,
             naming(folder),
         ):

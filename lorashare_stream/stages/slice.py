@@ -120,7 +120,7 @@ def _spectrum(source: Path) -> dict[str, NDArray[np.float64]]:
     if not paths[0].is_file():
         raise CheckpointError(f"{SPECTRUM} is missing", found=source, remedy="Compress its sources again.")
     with open_tensors(paths) as tensors:
-        return {r.name: tensors.raw(r).view("<f8") for r in tensor_records(paths)}
+        return {r.name: tensors.raw(r).copy().view("<f8") for r in tensor_records(paths)}
 
 
 def _write_bases(cut: Cut, staging: Staging) -> None:

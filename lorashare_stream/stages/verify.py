@@ -13,7 +13,7 @@ import numpy as np
 
 from ..adapters.adapter import Adapter
 from ..adapters.config import scalings
-from ..adapters.folder import digest_files, open_tensors
+from ..adapters.folder import digest_files
 from ..adapters.keys import SIDES, Side, factor_key
 from ..adapters.pickles import raw_bytes
 from ..adapters.safetensors import TensorReader, float32
@@ -141,7 +141,7 @@ def _number(value: object) -> float | None:
 
 def _verdict(model: Checkpoint, name: str, adapter: Adapter, certified: float | None) -> Verdict:
     tensors = model.reconstruct(name)
-    with open_tensors(adapter.paths) as originals:
+    with adapter.open() as originals:
         errors = {m.name: e for m, e in _module_errors(adapter, originals, tensors)}
         kept = model.certified(name).get("verbatim")
         kept = kept if isinstance(kept, list) else []
