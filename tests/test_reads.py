@@ -1,4 +1,4 @@
-"""No work is repeated: which bytes of an adapter are read how often, as the kernel sees it; how many files are open."""
+"""No work is repeated: which bytes of an adapter are taken from its map how often; what the kernel sees; open files."""
 
 from __future__ import annotations
 
@@ -9,100 +9,101 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from lorashare_stream.adapters import safetensors as tensorfile
-from lorashare_stream.adapters.safetensors import read_header
+from lorashare_stream.adapters import stacks
+from lorashare_stream.adapters.safetensors import TensorReader, TensorRecord, read_header
 from lorashare_stream.pipeline import compress, plan_for
 from lorashare_stream.plan.sources import resolve
+from lorashare_stream.runtime.executors import Serial
 from lorashare_stream.settings import Settings
 
 from .conftest import make_collection
 
 WEIGHTS = "adapter_model.safetensors"
-CALL = re.compile(r"\d+ +(?P<call>\w+)\((?P<fd>\d+)<(?P<path>[^>]*)>(?P<rest>.*)\) += (?P<count>\d+)")
 
 
-def parts_of(path: Path) -> tuple[set[int], set[int], set[int]]:
-    """The bytes of a file that are header, LoRA, and something else."""
-    records = read_header(path)
-    spans = {r.name: set(range(r.offset, r.offset + r.nbytes)) for r in records}
+def parts_of(path: Path) -> tuple[set[int], set[int]]:
+    """The bytes of a file that are LoRA, and what else is behind the header."""
+    spans = {r.name: set(range(r.offset, r.offset + r.nbytes)) for r in read_header(path)}
     lora = {i for name, span in spans.items() if ".lora_" in name for i in span}
-    other = {i for name, span in spans.items() if ".lora_" not in name for i in span}
-    return set(range(records[0].offset)), lora, other
+    return lora, {i for name, span in spans.items() if ".lora_" not in name for i in span}
 
 
-def ranges_of(calls: list[tuple[int, int]]) -> Counter[int]:
-    return Counter(i for start, count in calls for i in range(start, start + count))
+class Taken:
+    """Counts the bytes that are taken from the maps of files."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.counts: dict[str, Counter[int]] = {}
+        self._paths: dict[int, str] = {}  # by where they are mapped
+        through, raw, stacked = TensorReader.through, TensorReader.raw, stacks.stacked
+
+        def mapped(reader: TensorReader, record: TensorRecord) -> Any:
+            data = through(reader, record)
+            self._paths[data.ctypes.data] = str(reader._paths[record.file])
+            return data
+
+        def one(reader: TensorReader, record: TensorRecord) -> Any:
+            self._count(str(reader._paths[record.file]), record.offset, record.nbytes)
+            return raw(reader, record)
+
+        def several(data: Any, offsets: Sequence[int], dtype: str, shape: tuple[int, ...]) -> Any:
+            found = stacked(data, offsets, dtype, shape)
+            for offset in offsets:
+                self._count(self._paths[data.ctypes.data], offset, found[0].nbytes)  # in float32, as it is stored
+            return found
+
+        monkeypatch.setattr(TensorReader, "through", mapped)
+        monkeypatch.setattr(TensorReader, "raw", one)
+        monkeypatch.setattr(stacks, "stacked", several)
+
+    def _count(self, path: str, start: int, size: int) -> None:
+        self.counts.setdefault(path, Counter()).update(range(start, start + size))
 
 
 @pytest.mark.parametrize("objective", ["delta", "factors"])
-@pytest.mark.parametrize("workers", [1, 2])
-def test_tensors_are_read_three_times_and_only_they(
-    tmp_path: Path, objective: str, workers: int, monkeypatch: pytest.MonkeyPatch
+def test_tensors_are_taken_three_times_and_only_they(
+    tmp_path: Path, objective: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folders = make_collection(tmp_path / "adapters", 6)
-    calls: dict[str, list[tuple[int, int]]] = {}
-
-    def counted(fd: int, buffers: list[memoryview], offset: int) -> int:
-        count = original(fd, buffers, offset)
-        calls.setdefault(os.readlink(f"/proc/self/fd/{fd}"), []).append((offset, count))
-        return count
-
-    original = os.preadv
-    plan = plan_for(
-        resolve(folders), Settings.from_mapping({"device": "cpu", "objective": objective, "workers": workers})
-    )
-    monkeypatch.setattr(tensorfile.os, "preadv", counted)
-    compress(plan, tmp_path / "out")
+    plan = plan_for(resolve(folders), Settings.from_mapping({"device": "cpu", "objective": objective}))
+    taken = Taken(monkeypatch)
+    compress(plan, tmp_path / "out", executor=Serial())
     for folder in folders:
         path = Path(folder) / WEIGHTS
-        _, lora, other = parts_of(path)
-        reads = ranges_of(calls[str(path)])
-        assert {reads[i] for i in lora} == {3}  # ingest, accumulate, project
-        assert {reads[i] for i in other} == {2}  # ingest, and to copy it
-        assert reads.keys() == lora | other
+        lora, other = parts_of(path)
+        counts = taken.counts[str(path)]
+        assert {counts[i] for i in lora} == {3}  # ingest, accumulate, project
+        assert {counts[i] for i in other} == {2}  # ingest, and to copy it
+        assert counts.keys() == lora | other
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="no strace here")
-def test_the_kernel_sees_no_other_reads(tmp_path: Path) -> None:
+def test_the_kernel_sees_headers_read_and_files_mapped_once_a_pass(tmp_path: Path) -> None:
     folders, log = make_collection(tmp_path / "adapters", 6), tmp_path / "strace.log"
-    command = [sys.executable, "-m", "lorashare_stream", "compress", *folders, "-o", str(tmp_path / "out"), "-q"]
-    trace = ["strace", "-f", "-y", "-qq", "-o", str(log), "-e", "trace=read,pread64,preadv,preadv2,mmap,lseek,openat"]
+    command = [sys.executable, "-m", "lorashare_stream", "compress", *folders, "-o", str(tmp_path / "out")]
+    command += ["-q", "--workers=1"]  # as many portions of modules are summed
+    trace = ["strace", "-f", "-y", "-qq", "-o", str(log), "-e", "trace=read,pread64,preadv,preadv2,mmap,openat"]
     done = subprocess.run([*trace, *command, "--device=cpu"], capture_output=True, text=True, timeout=120)
     if "ptrace" in done.stderr.lower():
         pytest.skip("strace may not trace here")
     assert done.returncode == 0, done.stderr
-    reads: dict[str, Counter[int]] = {}
-    position: dict[str, int] = {}
+    read: Counter[str] = Counter()
+    maps: Counter[str] = Counter()
     for line in whole_lines(log.read_text()):
-        found = re.match(
-            r"(?P<pid>\d+) +(?P<call>\w+)\((?P<fd>\d+)<(?P<path>[^>]*)>(?P<rest>.*)\) += (?P<count>\d+)", line
-        )
-        if found is None or not found["path"].endswith(WEIGHTS) or "/adapters/" not in found["path"]:
-            continue
-        call, path, count = found["call"], found["path"], int(found["count"])
-        assert call != "mmap"
-        key = found["fd"]
-        if call == "lseek":
-            position[key] = count
-        elif call == "read":
-            start = position[key]
-            position[key] = start + count
-            reads.setdefault(path, Counter()).update(range(start, start + count))
-        else:
-            numbers = re.findall(r"\d+", found["rest"].rpartition("]")[2])  # iovcnt, offset and flags; or size, offset
-            offset = int(numbers[1] if call.startswith("preadv") else numbers[-1])
-            reads.setdefault(path, Counter()).update(range(offset, offset + count))
-    assert len(reads) == len(folders)
-    for path, counts in reads.items():
-        header, lora, other = parts_of(Path(path))
-        assert max(counts[i] for i in lora | other) <= 3
-        assert {counts[i] for i in lora} == {3}
-        assert {counts[i] for i in other} == {2}
-        assert max(counts[i] for i in header) <= 3
+        found = re.match(r"\d+ +(?P<call>read|pread\w*|mmap)\(.*?\d<(?P<path>[^>]*)>.*\) += (?P<result>\w+)", line)
+        if found is not None and found["path"].endswith(WEIGHTS) and "/adapters/" in found["path"]:
+            if found["call"] == "mmap":
+                maps[found["path"]] += 1
+            else:
+                read[found["path"]] += int(found["result"])
+    assert len(read) == len(maps) == len(folders)
+    assert sorted(maps.values()) == [3] * (len(folders) - 1) + [4]  # and once for the proof of a header that all have
+    assert all(size == read_header(Path(path))[0].offset for path, size in read.items())
 
 
 def whole_lines(text: str) -> list[str]:

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +19,20 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from safetensors.torch import load_file, save_file
 
-from lorashare_stream.adapters.dtypes import ITEMSIZE, as_stored, narrowed, widened
+from lorashare_stream import SHAREModel
+from lorashare_stream.adapters import safetensors as tensorfile
+from lorashare_stream.adapters.dtypes import ITEMSIZE, TORCH_DTYPES, as_stored, narrowed, widened
 from lorashare_stream.adapters.folder import open_tensors, tensor_records
-from lorashare_stream.adapters.safetensors import float32, read_header, write_safetensors
+from lorashare_stream.adapters.pickles import raw_bytes
+from lorashare_stream.adapters.safetensors import float32, parse_header, read_header, write_safetensors
 from lorashare_stream.errors import AdapterError
+from lorashare_stream.pipeline import compress, default_workspace, plan_for
+from lorashare_stream.plan.sources import resolve
+from lorashare_stream.runtime.executors import Serial
+from lorashare_stream.settings import Settings
+from lorashare_stream.stages.verify import originals_of, verify
+
+from .conftest import tree_digest
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -144,6 +157,90 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error_not_a_crash(tmp_path: 
             opened.raw(record)
 
 
+def maps_of(path: Path) -> int:
+    return Path("/proc/self/maps").read_text().count(str(path))
+
+
+def test_a_file_is_mapped_once_and_unmapped_when_nothing_of_it_is_in_use(tmp_path: Path) -> None:
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({"x": torch.arange(100_000.0), "y": torch.ones(7)}, path)
+    records = read_header(path)
+    with open_tensors((path,)) as opened:
+        for record in records:
+            assert not opened.raw(record).flags.writeable
+        assert maps_of(path) == 1
+    assert maps_of(path) == 0
+    with open_tensors((path,)) as opened:
+        left, own = opened.raw(records[0]), float32(opened, records[0])
+    assert left.view("<f4").tolist() == own.tolist() == list(range(100_000))  # a view that is left may be read
+    assert maps_of(path) == 1
+    del left
+    assert maps_of(path) == 0
+    assert own[-1] == 99_999
+
+
+@pytest.mark.parametrize("number", [errno.ENODEV, errno.EINVAL, errno.EACCES])
+def test_a_disk_that_maps_nothing_is_read(
+    tmp_path: Path, collection: list[str], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def go(out: Path) -> str:
+        plan = plan_for(resolve(collection), Settings(num_components=4, device="cpu"))
+        compress(plan, out, executor=Serial())
+        return tree_digest(out)
+
+    def unproved(path: Any, framework: str) -> Any:
+        if Path(path).name.startswith("lorashare-stream-"):
+            return proof(path, framework=framework)
+        raise OSError(number, os.strerror(number))
+
+    def unmapped(fd: int, length: int, **options: Any) -> Any:
+        if length:  # of NumPy
+            return original(fd, length, **options)
+        raise OSError(number, os.strerror(number))
+
+    mapped, proof, original = go(tmp_path / "mapped"), tensorfile.safe_open, tensorfile.mmap.mmap
+    monkeypatch.setattr(tensorfile.mmap, "mmap", unmapped)
+    monkeypatch.setattr(tensorfile, "safe_open", unproved)
+    tensorfile._records.cache_clear()
+    assert go(tmp_path / "read") == mapped
+    weights = Path(collection[0]) / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes() + b"more")
+    with pytest.raises(AdapterError, match="cut short or padded"):
+        read_header(weights)
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_a_header_without_its_file_is_refused_for_the_same_reason(tmp_path: Path, name: str) -> None:
+    header, data, message = LIES[name]
+    path = raw_file(tmp_path / "adapter_model.safetensors", header, data)
+    raw = path.read_bytes()
+    path.unlink()
+    with pytest.raises(AdapterError, match=message):
+        parse_header(raw[: len(raw) - len(data)], len(raw), path)
+
+
+def test_equal_headers_are_proved_once_and_no_other_passes_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [tmp_path / f"{i}.safetensors" for i in range(5)]
+    for path in paths:
+        save_file({"x": torch.randn(3, 5)}, path)
+    proved: list[Path] = []
+
+    def counted(path: Path, framework: str) -> Any:
+        proved.append(path)
+        return proof(path, framework=framework)
+
+    proof = tensorfile.safe_open
+    monkeypatch.setattr(tensorfile, "safe_open", counted)
+    tensorfile._records.cache_clear()
+    assert len({read_header(path) for path in paths}) == 1
+    assert proved == paths[:1]
+    os.truncate(paths[1], paths[1].stat().st_size - 4)
+    with pytest.raises(AdapterError, match=r"1\.safetensors: cut short"):
+        read_header(paths[1])
+
+
 class Evil:
     def __reduce__(self) -> tuple[Any, ...]:
         return os.system, ("touch /tmp/lorashare-stream-was-here",)
@@ -169,3 +266,81 @@ def test_the_format_before_torch_1_6_is_read(tmp_path: Path) -> None:
 
 def test_itemsizes_cover_what_safetensors_can_hold() -> None:
     assert set(ITEMSIZE) >= {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"}
+
+
+# -- pickles, which are converted once -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pickled(collection: list[str]) -> list[str]:
+    for folder in collection:
+        path = Path(folder) / "adapter_model.safetensors"
+        torch.save(load_file(path), path.with_suffix(".bin"))
+        path.unlink()
+    return collection
+
+
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The `.bin` files that torch loads from now on."""
+    seen: list[str] = []
+    load = torch.load
+
+    def counted(path: Path, **options: Any) -> Any:
+        assert options["weights_only"]
+        seen.append(str(Path(path).parent))
+        return load(path, **options)
+
+    monkeypatch.setattr(torch, "load", counted)
+    return seen
+
+
+def test_pickles_are_loaded_once_a_run_and_a_run_that_failed_has_left_them(
+    tmp_path: Path, pickled: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, kept, out = loads(monkeypatch), default_workspace(tmp_path / "out") / "converted", tmp_path / "out"
+    plan = plan_for(resolve(pickled), Settings(num_components=4, device="cpu"))
+    assert not seen
+    with monkeypatch.context() as patch:
+        patch.setattr("lorashare_stream.pipeline.write_bases", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            compress(plan, out, executor=Serial())
+    assert sorted(seen) == sorted(pickled)
+    assert len(list(kept.iterdir())) == len(pickled)
+    path = Path(pickled[0]) / "adapter_model.bin"
+    os.utime(path, ns=(1, 1))  # perhaps another file: it is not taken for the one that was converted
+    compress(plan_for(resolve(pickled), Settings(num_components=4, device="cpu")), out, executor=Serial())
+    assert sorted(seen) == sorted([*pickled, pickled[0]])
+    assert not kept.exists()
+    compress(plan_for(resolve(pickled), Settings(num_components=4, device="cpu")), tmp_path / "x", executor=Serial())
+    assert tree_digest(out) == tree_digest(tmp_path / "x")
+    model = SHAREModel.from_pretrained(out)
+    assert all(v.problem is None for v in verify(model, originals_of(model, resolve(pickled))))
+
+
+def test_a_plan_of_pickles_needs_no_torch(pickled: list[str]) -> None:
+    code = f"""
+import sys
+from lorashare_stream.pipeline import plan_for
+from lorashare_stream.plan.sources import resolve
+from lorashare_stream.settings import Settings
+assert len(plan_for(resolve({pickled!r}), Settings(device="cpu")).adapters) == {len(pickled)}
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_what_torch_saves_is_named_as_torch_loads_it(tmp_path: Path, old: bool) -> None:
+    path = tmp_path / "adapter_model.bin"
+    state = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3)).state_dict(keep_vars=True)
+    state["tied"], state["part"] = state["0.weight"], torch.arange(10)[2:8:3]
+    state["transposed"], state["scalar"] = torch.randn(3, 4).T, torch.tensor(1.5, dtype=torch.float16)
+    unread = {"uint16", "uint32", "uint64", *(d for d in TORCH_DTYPES if "float8" in d)}  # by torch, of the old format
+    state |= {d: torch.ones(3).to(getattr(torch, d)) for d in TORCH_DTYPES.keys() - (unread if old else set())}
+    torch.save(state, path, _use_new_zipfile_serialization=not old)
+    records = tensor_records((path,))
+    assert [r.name for r in records] == list(state)
+    with open_tensors((path,)) as opened:
+        for record, tensor in zip(records, state.values(), strict=True):
+            assert record.shape == tuple(tensor.shape)
+            assert np.array_equal(opened.raw(record), raw_bytes(tensor))
