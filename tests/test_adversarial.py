@@ -474,7 +474,7 @@ def test_a_pickle_whose_shape_is_larger_than_its_data_is_refused(collection: lis
     torch.save(
         tensors | {"base_model.model.head.weight": torch.ones(1).expand(3, 1 << 42)}, folder / "adapter_model.bin"
     )
-    with pytest.raises(CollectionError, match="larger than its data"):
+    with pytest.raises(CollectionError, match="larger than its storage"):
         compressed(collection)
 
 

@@ -10,6 +10,7 @@
     moments/<module>/<n>/A|B  Zarr arrays of that generation
     bases/<digest>/<module>   components and facts of a basis, for one choice of k and dtype
     cores/<digest>.<k>/       under a budget: what adapters are on bases of k components, in float32
+    converted/<key>           what a `.bin` is as safetensors, until the run has ended well
     hub/facts.jsonl           headers and configurations of adapters of the Hub
     hub/files/<adapter>       their files, under a disk budget, while they are needed
 
