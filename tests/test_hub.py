@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from safetensors.numpy import save_file
 
 from lorashare_stream.adapters.hubid import HubId, parse_hub_id
+from lorashare_stream.adapters.safetensors import TensorRecord
 from lorashare_stream.cli.app import main
 from lorashare_stream.errors import (
     AdapterError,
@@ -34,6 +36,7 @@ from lorashare_stream.errors import (
 from lorashare_stream.hub import client as hub_module
 from lorashare_stream.hub import retry as patience
 from lorashare_stream.hub.client import Hub
+from lorashare_stream.hub.ledger import Known, Ledger, digest_of_records
 from lorashare_stream.model import SHAREModel
 from lorashare_stream.pipeline import compress, default_workspace, plan_for
 from lorashare_stream.plan.sources import resolve
@@ -1137,3 +1140,13 @@ def test_what_is_not_there_is_asked_for_once_by_add_too(tmp_path: Path, hub: Fak
     assert hub.count(repo="org/nothing") == 1
     assert hub.count(repo="org/a07") == 1
     assert SHAREModel.from_pretrained(out).config.num_adapters == 7
+
+
+def test_records_of_a_pickle_without_offsets_are_asked_for_again(tmp_path: Path) -> None:
+    """An earlier release kept them so; read as offsets of what it is converted to, they would be those of a header."""
+    records = (TensorRecord("x", "F32", (2,), 0, 8), TensorRecord("y", "F32", (2,), 0, 8))
+    for found in (records, tuple(replace(r, offset=100 + 8 * i) for i, r in enumerate(records))):
+        known = Known((("adapter_model.bin", 500),), found, digest_of_records(found))
+        Ledger(tmp_path / "facts.jsonl").put("id", known)
+        kept = Ledger(tmp_path / "facts.jsonl").get("id")
+        assert (kept is not None) == (found is not records)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from ..errors import ValuesError
+from ..errors import AdapterError, ValuesError
 from ..text import digest_of
 from .folder import FileFact, check_still, open_tensors
 from .hubid import HubId
@@ -91,14 +92,21 @@ class Adapter:
         """Whether its tensors are in a `.bin`; offsets are then those of what it is converted to."""
         return self.files[0].path.suffix == ".bin"
 
-    def open(self) -> TensorReader:
-        """Its tensors, mapped, of files that are still those of the plan.
+    @contextmanager
+    def open(self) -> Iterator[TensorReader]:
+        """Its tensors, mapped, of files that are those of the plan before and after the block.
 
         Raises:
-            AdapterError: if one has changed; naming it if it is gone.
+            AdapterError: naming it, if a file has changed or is gone; also any other of the block.
         """
-        check_still(self.files)
-        return open_tensors(self.paths, self.converted)
+        try:
+            check_still(self.files)
+            with open_tensors(self.paths, self.converted) as tensors:
+                yield tensors
+            check_still(self.files)
+        except AdapterError as e:
+            e.adapter = self.name
+            raise
 
     def scalings_of(self, modules: Iterable[str]) -> list[Scaling]:
         """How dW of several modules comes of their factors."""

@@ -13,10 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..adapters.adapter import Adapter
-from ..adapters.folder import check_still, digest_files, open_tensors, tensor_records
+from ..adapters.folder import digest_files, open_tensors, tensor_records
 from ..adapters.keys import SIDES, group_id
 from ..adapters.safetensors import float32, write_arrays
-from ..errors import AdapterError
 from ..files import atomic_file, read_sealed, write_sealed
 from ..linalg.types import Float64
 from ..stages.components import components_at, loadings_on
@@ -41,18 +40,13 @@ def appraise_adapter(job: Job, adapter: Adapter) -> str:
     wide = components_at(job.cores / "components.safetensors", job.cores.name, job.settings.memory, job.device)
     arrays: dict[str, NDArray[np.float32]] = {}
     own: dict[str, Float64] = {}
-    try:
-        with adapter.open() as tensors:
-            for module_batch in adapter.module_batches:
-                factors = module_batch.read(tensors)
-                for side, stack in factors.items():
-                    arrays |= loadings_on(wide, [group_id(m, side) for m in module_batch.names], stack, side)
-                found = own_values(factors, adapter.scalings_of(module_batch.names))
-                own |= dict(zip(module_batch.names, found, strict=True))
-        check_still(adapter.files)
-    except AdapterError as e:
-        e.adapter = name
-        raise
+    with adapter.open() as tensors:
+        for module_batch in adapter.module_batches:
+            factors = module_batch.read(tensors)
+            for side, stack in factors.items():
+                arrays |= loadings_on(wide, [group_id(m, side) for m in module_batch.names], stack, side)
+            found = own_values(factors, adapter.scalings_of(module_batch.names))
+            own |= dict(zip(module_batch.names, found, strict=True))
     most = max((len(values) for values in own.values()), default=1)
     values = np.stack([padded(own[m.name], most) for m in adapter.layout.modules])
     arrays[_OWN] = (values / (values.sum() or 1.0)).astype(np.float32)  # squares are beyond the range of float32

@@ -11,9 +11,7 @@ from typing import TypeVar
 import numpy as np
 
 from ..adapters.adapter import Adapter
-from ..adapters.folder import check_still
 from ..adapters.keys import SIDES, Side
-from ..errors import AdapterError
 from ..linalg.types import Float64
 from .measure import Blocks, Float32, factored
 
@@ -127,11 +125,6 @@ def read_parts(adapter: Adapter, modules: Iterable[str], objective: str, norm: f
             for i, name in enumerate(module_batch.names):
                 own = {side: rows[side][i].copy() for side in SIDES}  # the files are unmapped
                 parts[name] = Part(own, weights[i], strengths[i] / norm, singular[i] / norm, initial[i])
-    try:
-        check_still(adapter.files)
-    except AdapterError as e:
-        e.adapter = adapter.name
-        raise
     return parts
 
 

@@ -13,11 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..adapters.adapter import Adapter
-from ..adapters.folder import check_still
 from ..adapters.keys import SIDES, Side
 from ..adapters.scaling import Scaling
 from ..adapters.stacks import ModuleBatch
-from ..errors import AdapterError
 from ..linalg.delta import gram
 from ..linalg.device import sum_on
 from ..linalg.moments import Accumulator, Lockstep, Moment, empty, of_columns, partner_root, stays_stacked
@@ -142,11 +140,6 @@ def rows_of(
         for module_batch in module_batches:
             factors = module_batch.read(tensors)
             yield weighted_rows(factors["A"], factors["B"], adapter.scalings_of(module_batch.names), energy, objective)
-    try:
-        check_still(adapter.files)
-    except AdapterError as e:
-        e.adapter = adapter.name
-        raise
 
 
 def weighted_rows(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..adapters.adapter import Adapter
 from ..adapters.dtypes import FLOATS, widened
-from ..adapters.folder import check_still, digest_files
+from ..adapters.folder import digest_files
 from ..adapters.keys import SIDES, Side
 from ..adapters.safetensors import TensorReader, TensorRecord
 from ..errors import AdapterError, DamagedFetchError, ValuesError
@@ -51,7 +51,6 @@ def ingest_adapter(objective: str, adapter: Adapter) -> tuple[str, Admission | A
     try:
         with adapter.open() as tensors:
             energy, notes, digest = _scan(adapter, tensors, weigh=objective == "delta")
-        check_still(adapter.files)
         _check_digest(adapter, digest)
     except AdapterError as e:
         e.adapter, e.source = adapter.name, adapter.where

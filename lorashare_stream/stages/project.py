@@ -36,25 +36,21 @@ def project_adapter(job: Job, adapter: Adapter) -> Statistics:
     name = adapter.name
     admission = job.admission_of[name]
     check_unchanged(adapter, admission)
-    try:
-        with (
-            adapter.open() as tensors,
-            Staging(job.staging).adapter(name) as folder,
-            naming(folder),
-        ):
-            form = formed(job, adapter, tensors)
-            loadings = b"".join(array_parts(form.loadings, job.storage, {"format": "pt"}))
-            (folder / LOADINGS).write_bytes(loadings)
-            digests = {LOADINGS: hashlib.sha256(loadings).hexdigest()}
-            verbatim = _write_verbatim(job, adapter, tensors, folder, form)
-            if verbatim or form.own:
-                digests[VERBATIM] = digest_files([folder / VERBATIM])
-            check_still(adapter.files)
-            meta = _meta(job, adapter, form, verbatim, digests)
-            (folder / META).write_text(json.dumps(sealed(meta)), encoding="utf-8")
-    except AdapterError as e:
-        e.adapter = name
-        raise
+    with (
+        adapter.open() as tensors,
+        Staging(job.staging).adapter(name) as folder,
+        naming(folder),
+    ):
+        form = formed(job, adapter, tensors)
+        loadings = b"".join(array_parts(form.loadings, job.storage, {"format": "pt"}))
+        (folder / LOADINGS).write_bytes(loadings)
+        digests = {LOADINGS: hashlib.sha256(loadings).hexdigest()}
+        verbatim = _write_verbatim(job, adapter, tensors, folder, form)
+        if verbatim or form.own:
+            digests[VERBATIM] = digest_files([folder / VERBATIM])
+        check_still(adapter.files)
+        meta = _meta(job, adapter, form, verbatim, digests)
+        (folder / META).write_text(json.dumps(sealed(meta)), encoding="utf-8")
     return statistics_of(meta)
 
 
