@@ -1,7 +1,3 @@
 #!/usr/bin/env bash
-# Sets up an environment and runs all checks: format, lint, types, tests. Arguments go to pytest.
-source "$(dirname "$0")/environment.sh"
-ruff format --check .
-ruff check .
-mypy
-python -m pytest -n "${PYTEST_WORKERS:-2}" --dist worksteal "$@"  # crashes take up to a minute each
+# Sets up an environment and runs the checks that take minutes: format, lint, types, and all tests but those marked slow.
+exec "$(dirname "$0")/test_all.sh" -m "not slow" "$@"

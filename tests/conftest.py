@@ -1,11 +1,11 @@
-"""Collections to test on: small ones made here, and the real ones beside the repository."""
+"""Collections to test on: small ones made here, and the real ones beside the repository; and the two tiers of tests."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,12 @@ from lorashare_stream.pipeline import compress, default_workspace, plan_for
 from lorashare_stream.plan.sources import resolve
 from lorashare_stream.settings import Settings
 
+from .tiers import COMMIT
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the network
-settings.register_profile("here", deadline=None, suppress_health_check=list(HealthCheck))
-settings.load_profile("here")
+settings.register_profile("full", deadline=None, suppress_health_check=list(HealthCheck))
+settings.register_profile("fast", settings.get_profile("full"), max_examples=10)
+FAST_SECONDS = 3.0
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "adapters"
 REQUIRE_REAL = "LORASHARE_STREAM_REQUIRE_REAL"
@@ -126,14 +129,50 @@ def load_tensors(folder: str | Path) -> dict[str, np.ndarray]:
     return load_file(Path(folder) / "adapter_model.safetensors")
 
 
-# Where real adapters are required, a skipped test on them is a failure, whatever skipped it.
-_skipped_on_real_data: list[str] = []
+# -- two tiers: `scripts/test.sh` runs what is not slow, `scripts/test_all.sh` everything ------------------------------
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def is_fast_tier(config: pytest.Config) -> bool:
+    """Whether slow tests are left out: then properties are tried on fewer examples, too."""
+    return bool(config.option.markexpr == "not slow")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--one-in", type=int, default=1, metavar="N", help="run an Nth of the tests, by the commit's hash")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile("fast" if is_fast_tier(config) else "full")
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    parts = config.getoption("--one-in")
+    chosen = items[COMMIT % parts :: parts]
+    config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % parts != COMMIT % parts])
+    items[:] = chosen
     for item in items:
         if "real" in getattr(item, "fixturenames", ()):
             item.add_marker("on_real_data")
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and of the children that it has waited for: no other load, and no waiting, is in it."""
+    return sum(os.times()[:4])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    before = cpu_seconds()
+    result = yield
+    took = cpu_seconds() - before
+    if took > FAST_SECONDS and is_fast_tier(item.config):
+        pytest.fail(f"{took:.1f} s of CPU time, and not marked slow: mark it slow, or make it faster", pytrace=False)
+    return result
+
+
+# Where real adapters are required, a skipped test on them is a failure, whatever skipped it.
+_skipped_on_real_data: list[str] = []
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -1,6 +1,6 @@
 """A crash at every call that changes the disk, in a process that is forked for each.
 
-    python -m tests.crash FOLDER SCENARIO MODE [STRIDE]
+    python -m tests.crash FOLDER SCENARIO MODE [STRIDE [FIRST]]
 
 Runs a command once to count its calls at the level of `os`: opening for writing, write, rename, replace, link, unlink,
 rmdir, mkdir, truncate, fsync, in all threads. That none slips past is checked by the audit events of the
@@ -29,7 +29,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import lorashare_stream.cli.app
+import lorashare_stream.cli.commands
+import lorashare_stream.cli.edit
+import lorashare_stream.cli.hub  # noqa: F401 - imported once, before the forks
 from lorashare_stream.checkpoint import staging as checkpoint
+
+from .conftest import make_collection
 
 KILLED = 99
 TAKES_NO_DISK = {"unlink", "rmdir", "fsync"}
@@ -414,12 +420,8 @@ def scenario(name: str, root: Path) -> tuple[list[list[str]], list[str]]:
     }[name]
 
 
-def crashes(folder: Path, name: str, mode: str, stride: int) -> Iterator[str]:
-    """What went wrong, of a scenario with a fault at every call."""
-    import lorashare_stream.cli.commands
-    import lorashare_stream.cli.edit  # noqa: F401 - imported once, before the forks
-    from tests.conftest import make_collection
-
+def crashes(folder: Path, name: str, mode: str, stride: int = 1, first: int = 1) -> Iterator[str]:
+    """What went wrong, of a scenario with a fault at every call, or every few from the first."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     root, start = folder / "root", folder / "start"
     modules = {"q": (20, 6)}  # of 8 vectors: A is kept as stacked columns, B as a second moment
@@ -439,7 +441,7 @@ def crashes(folder: Path, name: str, mode: str, stride: int) -> Iterator[str]:
     beside = sorted(p.name for p in root.iterdir())
     if (opened, wrote) != (seen, kernel):
         yield f"calls slipped past: {opened} of {seen} files opened, {wrote} of {kernel} bytes written"
-    tried = range(1, len(calls) + 1, stride)
+    tried = range(first, len(calls) + 1, stride)
     for at in tried:
         shutil.rmtree(root)
         shutil.copytree(start, root)
@@ -466,7 +468,25 @@ def crashes(folder: Path, name: str, mode: str, stride: int) -> Iterator[str]:
     print(json.dumps({"scenario": name, "mode": mode, "calls": len(calls), "tried": len(tried)}))
 
 
+def report(folder: str, name: str, mode: str, stride: str = "1", first: str = "1") -> int:
+    """Print what went wrong; 1 if anything did."""
+    faults = list(crashes(Path(folder), name, mode, int(stride), int(first)))
+    print("\n".join(faults[:40]), flush=True)
+    return bool(faults)
+
+
+def serve() -> None:
+    """Answer lines of arguments, each by a fork of this process, which has imported all of it already."""
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            code = 98
+            try:
+                code = report(*json.loads(line))
+            finally:
+                real["_exit"](code)
+        print(f"@{os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}", flush=True)
+
+
 if __name__ == "__main__":
-    faults = list(crashes(Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4]) if len(sys.argv) > 4 else 1))
-    print("\n".join(faults[:40]))
-    sys.exit(1 if faults else 0)
+    sys.exit(report(*sys.argv[1:]) if sys.argv[1:] else serve())

@@ -26,17 +26,19 @@ from lorashare_stream.settings import Settings
 from lorashare_stream.stages import accumulate
 
 from .conftest import make_collection, tree_digest
+from .tiers import some_fast
 
 TOP = Path(__file__).resolve().parents[1]
 SHM = Path("/dev/shm")
 
 # Every fault at every call of `compress`; the other commands at every call too, with the faults that are harshest to
-# them. `python -m tests.crash` does any other pair.
+# them. `python -m tests.crash` does any other pair. In each part, a fault at every 21st call.
 FAULTS = [
     *[("compress", mode) for mode in ("kill", "full", "power", "names")], ("replace", "power"),
     ("project", "power"), ("recompute", "kill"), ("remove", "power"), ("remove-refit", "kill"),
     ("slice", "power"), ("discard", "kill"), ("budget", "kill"),
 ]  # fmt: skip
+PARTS = 21
 
 
 @pytest.fixture
@@ -47,19 +49,30 @@ def quick(tmp_path: Path) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
+@pytest.fixture(scope="session")
+def crasher() -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "tests.crash"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, cwd=TOP, text=True, **pipes) as process:  # type: ignore[call-overload]
+        yield process
+        process.stdin.close()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="calls are counted by /proc")
-@pytest.mark.parametrize(("scenario", "mode"), FAULTS)
+@pytest.mark.parametrize(("scenario", "mode", "part"), [
+    case for faults in FAULTS for case in some_fast((*faults, part) for part in range(PARTS))
+])  # fmt: skip
 def test_a_fault_at_every_call_that_changes_the_disk(
-    quick: Path, scenario: str, mode: str, record_property: Callable[[str, object], None]
+    quick: Path, crasher: subprocess.Popen[str], scenario: str, mode: str, part: int
 ) -> None:
-    command = [sys.executable, "-m", "tests.crash", str(quick), scenario, mode]
-    done = subprocess.run(
-        command, cwd=TOP, capture_output=True, text=True, env=os.environ | {"OPENBLAS_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    told = json.loads(done.stdout)
-    assert told["tried"] == told["calls"] > 90
-    record_property("told", f"{told['calls']} calls, a fault at each")
+    print(json.dumps([str(quick), scenario, mode, str(PARTS), str(part + 1)]), file=crasher.stdin, flush=True)
+    said = ""
+    while (line := crasher.stdout.readline()) and not line.startswith("@"):
+        said += line
+    assert line == "@0\n", said
+    told = json.loads(said)
+    assert told["calls"] > 90
+    assert told["tried"] == len(range(part, told["calls"], PARTS))
 
 
 def test_killed_at_random_times(tmp_path: Path, quick: Path, record_property: Callable[[str, object], None]) -> None:

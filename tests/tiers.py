@@ -1,0 +1,33 @@
+"""Which cases of a long table belong to the fast tier: every few, beginning where the commit's hash says."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def _commit() -> int:
+    """The commit's hash as a number; 0 where there is no git."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout, 16)
+    except (OSError, subprocess.CalledProcessError, ValueError):
+        return 0
+
+
+COMMIT = _commit()
+
+
+def some_fast(cases: Iterable[Any], every: int = 7) -> list[Any]:
+    """Parameters of a test: one in `every` is fast, another at another commit; the others are slow."""
+    return [
+        pytest.param(
+            *(case if isinstance(case, tuple) else (case,)),
+            marks=() if i % every == COMMIT % every else pytest.mark.slow,
+        )
+        for i, case in enumerate(cases)
+    ]
