@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.linalg
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lorashare_stream.linalg import eigen
@@ -228,7 +228,7 @@ def test_of_equal_eigenvalues_none_is_missed(k: int, equal: int, rest: float) ->
 @given(st.integers(0, 300), st.sampled_from([1, 7, 24, 50]), st.integers(-15, 12), st.floats(0.0, 2.0), st.booleans())
 @example(23, 24, -10, 2.0, False)  # float32 LAPACK missed 1.5e-6
 @example(1, 1, -15, 0.0, False)  # what is left of a block is of 1e-42
-@settings(max_examples=30, deadline=None)
+@example(33, 50, 6, 0.0, False)  # a Ritz value far below what the next block is expected to hold
 def test_any_rank_and_scale(rank: int, k: int, scale: int, power: float, double: bool) -> None:
     rng = np.random.default_rng(rank)
     wide = (rng.standard_normal((320, rank)) * (1.0 + np.arange(rank)) ** -power) @ rng.standard_normal((rank, 300))

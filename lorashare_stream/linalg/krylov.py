@@ -108,7 +108,9 @@ def _next_gain(r: Array, last: Float64, values: Float64, rotation: Float64) -> f
     """
     squares = np.square(r.astype(np.float64) @ rotation[-len(r) :]).sum(axis=0)
     half = (values - np.trace(last) / len(last)) / 2
-    return float(np.sum(squares / np.maximum(half + np.sqrt(np.square(half) + squares), 1e-300)))
+    root = np.sqrt(np.square(half) + squares)
+    above = half > 0  # else half + root may cancel, and root - half is the same
+    return float(np.sum(np.where(above, squares / np.where(above, half + root, 1.0), root - half)))
 
 
 def _orthonormal(block: Array, basis: Array, rng: np.random.Generator) -> Array:
