@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lorashare_stream.adapters.keys import adapter_names, foreign_kind, parse_key
@@ -29,6 +29,7 @@ from lorashare_stream.runtime.executors import Serial
 from lorashare_stream.settings import Settings
 
 from .make_corpus import CONFIG, CORPUS, DATA, GOOD, A, B, packed, saved
+from .tiers import COMMIT
 
 WEIGHTS, PICKLE, SHARD = "adapter_model.safetensors", "adapter_model.bin", "adapter_model-00001-of-00001.safetensors"
 PLACES = {"header": WEIGHTS, "pickle": PICKLE, "config": "adapter_config.json", "index": f"{WEIGHTS}.index.json"}
@@ -73,6 +74,13 @@ def swallow(root: Path, bad: Path) -> list[AdapterError]:
     return refused
 
 
+def files_of(case: Path) -> dict[str, bytes]:
+    """A file of the corpus, and what belongs beside it."""
+    kind = case.parent.name
+    good = {"config": {WEIGHTS: packed(GOOD)}, "index": {SHARD: packed(GOOD)}}.get(kind, {})
+    return {PLACES[kind]: case.read_bytes()} | good
+
+
 def run_corpus(kind: str) -> None:
     """In a process of its own: every file of one kind, under limits; results on stdout."""
     import resource
@@ -86,14 +94,24 @@ def run_corpus(kind: str) -> None:
     results = {}
     for case in sorted((CORPUS / kind).iterdir()):
         with tempfile.TemporaryDirectory() as root:
-            files = {PLACES[kind]: case.read_bytes()}
-            good = {"config": {WEIGHTS: packed(GOOD)}, "index": {SHARD: packed(GOOD)}}.get(kind, {})
-            refused = swallow(Path(root), adapter(Path(root) / "bad", **files, **good))
+            refused = swallow(Path(root), adapter(Path(root) / "bad", **files_of(case)))
             results[f"{kind}/{case.stem}"] = [str(e) for e in refused]
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10  # MiB
     print(json.dumps({"results": results, "grown": grown}))
 
 
+EVERY_7TH = sorted(CORPUS.glob("*/*"))[COMMIT % 7 :: 7]
+
+
+@pytest.mark.filterwarnings("ignore")  # torch warns of what it unpickles
+@pytest.mark.parametrize("case", EVERY_7TH, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_file_of_the_corpus(tmp_path: Path, case: Path) -> None:
+    kind = case.parent.name
+    refused = swallow(tmp_path, adapter(tmp_path / "bad", **files_of(case)))
+    assert bool(refused) == (f"{kind}/{case.stem}" not in TAKEN)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PLACES)
 def test_the_corpus(kind: str) -> None:
     code = f"from tests.test_fuzz import run_corpus; run_corpus({kind!r})"
@@ -137,20 +155,17 @@ def survives(**files: bytes) -> None:
         swallow(Path(root), adapter(Path(root) / "bad", **files))
 
 
-@settings(max_examples=60)
 @given(mutations(packed(GOOD)))
 def test_a_safetensors_file_that_was_damaged(raw: bytes) -> None:
     survives(**{WEIGHTS: raw})
 
 
-@settings(max_examples=60)
 @given(st.one_of(mutations(GOOD_PICKLE), mutations(OLD_PICKLE)))
 @pytest.mark.filterwarnings("ignore")  # torch warns of what it unpickles
 def test_a_pickle_that_was_damaged(raw: bytes) -> None:
     survives(**{PICKLE: raw})
 
 
-@settings(max_examples=60)
 @given(mutations(GOOD_CONFIG))
 def test_a_configuration_that_was_damaged(raw: bytes) -> None:
     survives(**{WEIGHTS: packed(GOOD), "adapter_config.json": raw})
@@ -168,7 +183,6 @@ FIELDS = [
 ]  # fmt: skip
 
 
-@settings(max_examples=100)
 @given(st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4))
 def test_a_configuration_of_any_values(values: dict[str, Any]) -> None:
     survives(**{WEIGHTS: packed(GOOD), "adapter_config.json": json.dumps(CONFIG | values).encode()})
@@ -198,7 +212,6 @@ def headers(draw: st.DrawFn) -> bytes:
     return packed(header, draw(st.sampled_from([bytes(end), (DATA * (end // len(DATA) + 1))[:end]])))
 
 
-@settings(max_examples=150)
 @given(headers())
 def test_tensors_of_any_name_and_shape(raw: bytes) -> None:
     survives(**{WEIGHTS: raw})
@@ -216,7 +229,6 @@ def test_keys_are_understood_or_left_as_they_are(keys: list[str]) -> None:
                 assert parsed.canonical == f"base_model.model.{parsed.module}.lora_{parsed.side}.weight"
 
 
-@settings(max_examples=60)
 @given(st.data())
 def test_a_checkpoint_that_was_damaged(data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as root:
