@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+from lorashare_stream.adapters import config as peftconfig
 from lorashare_stream.errors import AdapterError, BudgetError, CollectionError, MissingFileError, UsageError
 from lorashare_stream.model import SHAREModel
 from lorashare_stream.pipeline import compress, plan_for
 from lorashare_stream.plan.sources import resolve
 from lorashare_stream.settings import Settings
 
-from .conftest import CONFIG, factor_keys, load_tensors, make_collection, tree_digest, write_adapter
-from .oracle import share_config
+from .conftest import CONFIG, factor_keys, load_tensors, make_collection, tree_digest
 
 Compress = Callable[..., Path]
 A, B = factor_keys("layers.0.q")
@@ -49,43 +52,54 @@ def configured(**change: Any) -> Callable[[Path], None]:
     return lambda folder: (folder / "adapter_config.json").write_text(json.dumps(CONFIG | change)) and None
 
 
-def two_adapters_in_one(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return tensors | {A.replace(".weight", f".{n}.weight"): tensors[A] for n in ("one", "two")} | {A: tensors[A]}
+def tensor(key: str, *shape: int) -> Callable[[Path], None]:
+    return lambda folder: rewritten(folder, lambda t: t | {key: np.ones(shape, np.float32)})
 
 
-HEADERS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
+def half_a_character(folder: Path) -> None:
+    raw = (folder / WEIGHTS).read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    header = raw[8 : 8 + length].replace(b"layers.0.q", b"layers.\\ud800.q")
+    (folder / WEIGHTS).write_bytes(struct.pack("<Q", len(header)) + header + raw[8 + length :])
+
+
+def pickled_without_data(folder: Path) -> None:
+    tensors = {k: torch.from_numpy(v) for k, v in load_tensors(folder).items()}
+    (folder / WEIGHTS).unlink()
+    head = torch.ones(1).expand(3, 1 << 42)
+    torch.save(tensors | {"base_model.model.head.weight": head}, folder / "adapter_model.bin")
+
+
+BAD: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "truncated file": (truncate, [WEIGHTS, "cut short", "found", "expected"]),
     "empty file": (lambda f: (f / WEIGHTS).write_bytes(b""), [WEIGHTS, "cut short"]),
     "header that lies": (lie, [A, "disagree", "F32"]),
-    "empty tensors": (
-        lambda f: rewritten(f, lambda t: t | {A: np.zeros((0, 40), np.float32)}),
-        [A, "ZeRO-3", "[0, 40]", "Gather"],
-    ),
+    "empty tensors": (tensor(A, 0, 40), [A, "ZeRO-3", "[0, 40]", "Gather"]),
+    "empty tensors without a shape": (tensor(A, 0), ["empty tensor", "ZeRO-3", "[0]", "Gather"]),
+    "flattened tensors": (tensor(A, 160), ["flattened", "FSDP", "[160]", "Gather"]),
+    "kernels of a merged linear": (tensor(B, 24, 4, 1), ["MergedLinear", "[24, 4, 1]", "[4, 40]", "Convert it"]),
+    "dimensions that differ": (tensor(A, 4, 5, 3), ["different numbers of dimensions", "[4, 5, 3]"]),
+    "no tensor": (lambda f: save_file({}, f / WEIGHTS), ["no LoRA tensors", "no tensors", "ZeRO-3 or FSDP", "gather"]),
+    "a key that JSON escapes to half a character": (half_a_character, ["unprintable"]),
+    "a pickle whose shape is larger than its data": (pickled_without_data, ["larger than its data"]),
     "duplicate keys after normalising": (
         lambda f: rewritten(f, lambda t: t | {"module." + A: t[A]}),
         [A, "two keys mean the same tensor"],
     ),
     "several adapters in one file": (
         lambda f: rewritten(
-            f, lambda t: {k.replace("lora_A.", f"lora_A.{k.split('.')[3]}x."): v for k, v in t.items()}
+            f, lambda t: {k.replace("_A.", f"_A.{n}.").replace("_B.", f"_B.{n}."): t[k] for k in t for n in "xy"}
         ),
-        ["several adapters"],
+        ["several adapters in one file", "x", "y", "Save each"],
     ),
-    "shape mismatch within a group": (
-        lambda f: rewritten(f, lambda t: t | {A: np.ones((4, 41), np.float32)}),
-        [A, "d = 41", "d = 40"],
-    ),
-    "ranks that differ": (
-        lambda f: rewritten(f, lambda t: t | {A: np.ones((5, 40), np.float32)}),
-        [B, "differ in rank", "[24, 4]", "rank 5"],
-    ),
+    "shape mismatch within a group": (tensor(A, 4, 41), [A, "d = 41", "d = 40"]),
+    "ranks that differ": (tensor(A, 5, 40), [B, "differ in rank", "[24, 4]", "rank 5"]),
     "rank unlike the configuration": (configured(r=8), [A, "disagree on the rank", "r = 8"]),
     "missing configuration": (lambda f: (f / "adapter_config.json").unlink(), ["no adapter_config.json", WEIGHTS]),
     "configuration is no JSON": (lambda f: (f / "adapter_config.json").write_text("{"), ["not valid JSON"]),
     "configuration is a list": (lambda f: (f / "adapter_config.json").write_text("[]"), ["not an object", "list"]),
     "missing weights": (lambda f: (f / WEIGHTS).unlink(), ["no weights", "adapter_model.bin"]),
     "other base model": (configured(base_model_name_or_path="other"), ["base model", "other", "tiny-base"]),
-    "other method": (configured(peft_type="LOHA"), ["LOHA", "convert"]),
     "no LoRA at all": (
         lambda f: rewritten(f, lambda t: {"base_model.model.head.weight": np.ones((2, 2), np.float32)}),
         ["no LoRA tensors"],
@@ -117,50 +131,90 @@ HEADERS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         ),
         ["no usable weight_map"],
     ),
-}
+    **{
+        f"{left} instead of weights": (
+            lambda f, left=left: ((f / WEIGHTS).unlink(), (f / left).mkdir()), ["shards of ZeRO-3 or FSDP: gather"]
+        )
+        for left in ("zero_to_fp32.py", "global_step100", "pytorch_model_fsdp_0", "__0_0.distcp")
+    },
+    "the name of a copy": (
+        lambda f: (f / WEIGHTS).rename(f / "adapter_model (1).safetensors"),
+        ["adapter_model (1).safetensors", f"rename it to {WEIGHTS}"],
+    ),
+    "a merged linear": (
+        configured(enable_lora=[True, False, True]), ["MergedLinear", "enable_lora", "PEFT release that made it"]
+    ),
+    **{
+        f"{key} {str(value)[:12]}": (configured(**{key: value, **more}), [])  # numbers that no arithmetic survives
+        for key, value, more in [
+            ("lora_alpha", 10**400, {}), ("lora_alpha", 1e200, {}), ("lora_alpha", "8", {}), ("r", 4.0, {}),
+            *[("alpha_pattern", {"q": value}, {}) for value in (10**400, float("nan"), float("inf"))],
+            ("rank_pattern", {"q": float("nan")}, {}), ("rank_pattern", {"q": True}, {}),
+            ("rank_pattern", {"q": 0}, {"target_parameters": ["x"]}), ("peft_type", ["\x1b[2J"] * 1000, {}),
+        ]
+    },
+    **{
+        f"method {kind.value}": (
+            configured(peft_type=kind.value),
+            [
+                f"peft_type is '{kind.value}'",
+                "save_as_lora" if kind.value in peftconfig._CONVERTIBLE else "PEFT cannot convert it",
+            ],
+        )
+        for kind in sorted(set(peft.PeftType) - {peft.PeftType.LORA}, key=str)
+    },
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", HEADERS)
-def test_what_headers_show_is_named_before_any_work(
-    tmp_path: Path, collection: list[str], compressed: Compress, name: str
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Name of a case -> the folder of an adapter that was good."""
+    (good,) = make_collection(tmp_path_factory.mktemp("good"), 1)
+    root, folders = tmp_path_factory.mktemp("bad"), {}
+    for i, (name, (spoil, _)) in enumerate(BAD.items()):
+        folders[name] = Path(shutil.copytree(good, root / f"bad{i}"))
+        spoil(folders[name])
+    return folders
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory: pytest.TempPathFactory, bad: dict[str, Path]) -> dict[str, AdapterError]:
+    """Name of a folder -> why it is refused, of a plan of all of them and of eight good ones."""
+    good = make_collection(tmp_path_factory.mktemp("adapters"))
+    return {str(e.adapter): e for e in plan_for(resolve([*good, *bad.values()]), Settings()).refused}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_headers_show_is_named_by_the_plan(
+    bad: dict[str, Path], refused: dict[str, AdapterError], name: str
 ) -> None:
-    spoil, parts = HEADERS[name]
-    spoil(Path(collection[3]))
-    with pytest.raises(CollectionError) as caught:
-        compressed(collection)
-    text = str(caught.value)
-    assert "'a03'" in text
-    assert all(part in text for part in parts), text
-    assert len(caught.value.problems) == 1
+    text = str(refused[bad[name].name])
+    assert f"'{bad[name].name}'" in text
+    assert all(part in text for part in BAD[name][1]), text
+    assert text.replace("\n", "").isprintable()
+    assert len(text) < 3000
+
+
+def test_everything_that_is_wrong_is_named_at_once_before_any_work(
+    tmp_path: Path, collection: list[str], compressed: Compress, bad: dict[str, Path]
+) -> None:
+    with pytest.raises(CollectionError, match=f"{len(BAD)} of {len(BAD) + 8}") as caught:
+        compressed([*bad.values(), *collection])
+    assert sorted(str(p.adapter) for p in caught.value.problems) == sorted(f.name for f in bad.values())
     assert not (tmp_path / "out.workspace").exists()
 
 
-@pytest.mark.parametrize("name", HEADERS)
 def test_skipping_goes_on_without_them_and_lists_them(
-    tmp_path: Path, collection: list[str], compressed: Compress, name: str
+    tmp_path: Path, collection: list[str], compressed: Compress, bad: dict[str, Path], refused: dict[str, AdapterError]
 ) -> None:
-    spoil, parts = HEADERS[name]
-    spoil(Path(collection[3]))
-    out = compressed(collection, num_components=4, on_error="skip")
-    assert SHAREModel.from_pretrained(out).adapter_names == [f"a{i:02}" for i in range(8) if i != 3]
+    out = compressed([*bad.values(), *collection], num_components=4, on_error="skip")
+    assert SHAREModel.from_pretrained(out).adapter_names == [f"a{i:02}" for i in range(8)]
     for path in (out / "skipped.json", tmp_path / "out.workspace" / "skipped.json"):
-        (entry,) = json.loads(path.read_text())
-        assert entry["adapter"] == "a03"
-        assert all(part in entry["reason"] for part in parts)
-    clean = make_collection(tmp_path / "clean")
-    del clean[3]
-    assert (
-        tree_digest(compressed(clean, "other", num_components=4))["shared_components.safetensors"]
-        == tree_digest(out)["shared_components.safetensors"]
-    )
-
-
-def test_everything_that_is_wrong_is_named_at_once(collection: list[str], compressed: Compress) -> None:
-    for i, name in enumerate(["truncated file", "missing configuration", "other base model"]):
-        HEADERS[name][0](Path(collection[i]))
-    with pytest.raises(CollectionError, match="3 of 8") as caught:
-        compressed(collection)
-    assert [p.adapter for p in caught.value.problems] == ["a00", "a01", "a02"]
+        listed = {entry["adapter"]: entry["reason"] for entry in json.loads(path.read_text())}
+        assert listed.keys() == {folder.name for folder in bad.values()}
+        assert all(part in listed[bad[name].name] for name, (_, parts) in BAD.items() for part in parts)
+    clean = tree_digest(compressed(collection, "clean", num_components=4))
+    assert clean["shared_components.safetensors"] == tree_digest(out)["shared_components.safetensors"]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -233,6 +287,13 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"memory": -1}, "memory"),
     ({"workers": 0}, "workers"),
     ({"colour": "red"}, "unknown setting.*colour.*expected.*center"),
+    ({"base_model": ""}, "base_model"),
+    ({"base_model": 3}, "base_model"),
+    ({"base_aliases": {"org/base": 1}}, "base_aliases.*--base-alias.*a list"),
+    ({"base_aliases": None}, "base_aliases.*--base-alias.*a list"),
+    ({"base_aliases": [None]}, "base_aliases"),
+    ({"any_base": "yes"}, "any_base"),
+    ({"share_initial": 1}, "share_initial"),
 ]
 
 
@@ -325,11 +386,7 @@ def test_keys_in_another_form_come_back_in_the_form_that_peft_loads(
 
 
 def test_errors_survive_pickling() -> None:
-    import pickle
-
     error = CollectionError("bad", problems=[AdapterError("x", adapter="a", key="k", found=1)], remedy="Mend it.")
     again = pickle.loads(pickle.dumps(error))
     assert str(again) == str(error)
     assert isinstance(pickle.loads(pickle.dumps(MissingFileError("x"))), FileNotFoundError)
-    assert write_adapter
-    assert share_config

@@ -31,6 +31,7 @@ def lines(results: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in results.read_text().splitlines()]
 
 
+@pytest.mark.slow
 @measuring
 def test_a_run_is_recorded_once_and_rendered(tmp_path: Path) -> None:
     results, page = tmp_path / "bench.jsonl", tmp_path / "benchmarks.md"

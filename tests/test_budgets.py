@@ -83,7 +83,9 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [str(f) for f in folders]
 
 
-@pytest.mark.parametrize("share", [0.25, 0.4, 0.7])
+@pytest.mark.parametrize(
+    "share", [0.4, pytest.param(0.25, marks=pytest.mark.slow), pytest.param(0.7, marks=pytest.mark.slow)]
+)
 def test_a_budget_of_bytes_is_kept_and_well_spent(mixed: list[str], compressed: Compress, share: float) -> None:
     limit = int(share * sum(disk_bytes(Path(f)) for f in mixed))
     out = compressed(mixed, max_bytes=limit)
@@ -130,7 +132,9 @@ def test_what_cannot_be_met_is_said_with_the_nearest_that_can(
     assert disk_bytes(out) > 20_000
 
 
-@pytest.mark.parametrize("limit", [0.5, 0.2, 0.05])
+@pytest.mark.parametrize(
+    "limit", [0.5, pytest.param(0.2, marks=pytest.mark.slow), pytest.param(0.05, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_adapter_exceeds_a_limit_on_errors(mixed: list[str], compressed: Compress, limit: float, dtype: str) -> None:
     out = compressed(mixed, max_error=limit, dtype=dtype)
@@ -232,6 +236,7 @@ def test_peft_gives_nearly_the_original_logits(tmp_path: Path, asked: dict[str, 
     assert trimmed >= 4
 
 
+@pytest.mark.slow
 def test_nothing_but_the_adapters_and_what_is_asked_decides_the_bytes(mixed: list[str], compressed: Compress) -> None:
     digests = []
     for name, options in {
@@ -244,7 +249,7 @@ def test_nothing_but_the_adapters_and_what_is_asked_decides_the_bytes(mixed: lis
     assert digests[0] == digests[1] == digests[2]
 
 
-@pytest.mark.parametrize("asked", [{"max_error": 0.2}, {"ratio": 3}])
+@pytest.mark.parametrize("asked", [pytest.param({"max_error": 0.2}, marks=pytest.mark.slow), {"ratio": 3}])
 @pytest.mark.parametrize("step", ["appraise", "weigh", "project"])
 def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(
     mixed: list[str], compressed: Compress, monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any], step: str
@@ -287,6 +292,7 @@ def test_the_same_command_does_nothing_again_and_another_budget_reads_no_adapter
     assert tree_digest(compressed(mixed, max_error=0.3)) != before
 
 
+@pytest.mark.slow
 def test_adapters_are_added_within_the_limit_and_bases_fitted_again_when_bytes_run_out(
     tmp_path: Path, mixed: list[str]
 ) -> None:
@@ -307,6 +313,7 @@ def test_adapters_are_added_within_the_limit_and_bases_fitted_again_when_bytes_r
     assert len(SHAREModel.from_pretrained(sized).config.ours["projected"]) < 4
 
 
+@pytest.mark.slow
 def test_refit_takes_a_budget_and_a_smaller_k_is_cut_only_from_plain_checkpoints(
     tmp_path: Path, mixed: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -509,6 +516,7 @@ def test_a_ratio_that_cannot_be_had_is_never_answered_by_one_that_is_refused(tmp
     assert disk_bytes(tmp_path / "out") <= asked
 
 
+@pytest.mark.slow
 def test_discarded_moments_take_the_cores_with_them(mixed: list[str], compressed: Compress, tmp_path: Path) -> None:
     kept = tree_digest(compressed(mixed, "kept", max_error=0.3))
     assert list((tmp_path / "kept.workspace" / "cores").iterdir())

@@ -75,6 +75,7 @@ def test_a_fault_at_every_call_that_changes_the_disk(
     assert told["tried"] == len(range(part, told["calls"], PARTS))
 
 
+@pytest.mark.slow
 def test_killed_at_random_times(tmp_path: Path, quick: Path, record_property: Callable[[str, object], None]) -> None:
     make_collection(tmp_path / "adapters", 60, {f"layers.{i}.q": (128, 96) for i in range(6)})
 

@@ -406,7 +406,9 @@ def test_an_outage_without_end_stops_the_run_and_keeps_what_is_done(
     assert main(["compress", "org/unheard", "-o", str(tmp_path / "x")]) == 1
 
 
-@pytest.mark.parametrize("fault", [{"drop": True}, {"status": 500}, {"cut_after": 100}])
+@pytest.mark.parametrize(
+    "fault", [{"status": 500}, {"cut_after": 100}, pytest.param({"drop": True}, marks=pytest.mark.slow)]
+)  # the client tries again for half a minute where a connection is dropped
 def test_what_fails_for_one_adapter_only_is_given_up_for_it(
     tmp_path: Path, hub: FakeHub, pins: list[str], monkeypatch: pytest.MonkeyPatch, fault: dict[str, Any]
 ) -> None:

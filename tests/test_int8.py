@@ -137,7 +137,7 @@ def header_bytes(path: Path) -> int:
     return 8 + int.from_bytes(path.read_bytes()[:8], "little")
 
 
-@pytest.mark.parametrize("ratio", [8, 16])
+@pytest.mark.parametrize("ratio", [8, pytest.param(16, marks=pytest.mark.slow)])
 def test_at_the_bytes_of_bfloat16_the_error_of_real_adapters_is_less(
     real: Path, compressed: Compress, record_property: Callable[[str, object], None], ratio: int
 ) -> None:
@@ -166,6 +166,7 @@ def planted(folder: Path, n: int, d: int, latent: int) -> list[str]:
     return folders
 
 
+@pytest.mark.slow
 def test_a_limit_on_errors_holds_and_own_factors_are_floats(tmp_path: Path, compressed: Compress) -> None:
     folders = planted(tmp_path / "adapters", 72, 64, 20)
     out = compressed(folders, max_error=0.05, dtype="int8")

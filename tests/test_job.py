@@ -88,6 +88,7 @@ def test_sigterm_stops_it_with_75(tmp_path: Path) -> None:
     assert job.wait(timeout=10) == 75
 
 
+@pytest.mark.slow
 def test_the_job_from_the_hub_to_the_hub_through_an_outage(tmp_path: Path) -> None:
     with FakeHub() as hub:
         for folder in make_collection(tmp_path / "adapters", 5):

@@ -62,6 +62,7 @@ def downloads(requests: list[Request]) -> Counter[str]:
     return Counter(str(r.repo) for r in whole)
 
 
+@pytest.mark.slow
 def test_a_thousand_adapters_from_the_hub_and_back(
     tmp_path: Path, hub: FakeHub, folders: list[str], monkeypatch: pytest.MonkeyPatch, record_property: Any
 ) -> None:

@@ -22,12 +22,8 @@ def _commit() -> int:
 COMMIT = _commit()
 
 
-def some_fast(cases: Iterable[Any], every: int = 7) -> list[Any]:
-    """Parameters of a test: one in `every` is fast, another at another commit; the others are slow."""
-    return [
-        pytest.param(
-            *(case if isinstance(case, tuple) else (case,)),
-            marks=() if i % every == COMMIT % every else pytest.mark.slow,
-        )
-        for i, case in enumerate(cases)
-    ]
+def some_fast(cases: Iterable[Any], every: int = 7, offset: int = 0) -> list[Any]:
+    """Parameters of a test: one in `every` is fast, another at another commit or offset; the others are slow."""
+    fast = (COMMIT + offset) % every
+    rows = (case if isinstance(case, tuple) else (case,) for case in cases)
+    return [pytest.param(*row, marks=[pytest.mark.slow] * (i % every != fast)) for i, row in enumerate(rows)]
