@@ -21,6 +21,7 @@ from lorashare_stream.plan.sources import resolve
 from lorashare_stream.settings import Settings
 
 from .conftest import factor_keys, load_tensors, make_collection, make_tensors, tree_digest, write_adapter
+from .tiers import some_fast
 
 Compress = Callable[..., Path]
 Capture = pytest.CaptureFixture[str]
@@ -148,11 +149,13 @@ def test_arguments_are_shown_escaped(collection: list[str], capsys: Capture) -> 
     assert "\x1b" not in capsys.readouterr().err
 
 
+STATE = ["workspace.json", "published.json", "plan.json", "skipped.json", "journal.jsonl", "marker"]
+OTHER = ["[]", "{}", "{bad", "", "null", '{"generation": 0, "entries": "x", "admitted": 1}']
+
+
 @pytest.mark.parametrize(
-    "name", ["workspace.json", "published.json", "plan.json", "skipped.json", "journal.jsonl", "marker"]
-)
-@pytest.mark.parametrize(
-    "content", ["[]", "{}", "{bad", "", "null", '{"generation": 0, "entries": "x", "admitted": 1}']
+    ("name", "content"),
+    [case for i, name in enumerate(STATE) for case in some_fast([(name, text) for text in OTHER], len(OTHER), i)],
 )
 def test_state_that_something_else_has_written(
     tmp_path: Path, collection: list[str], capsys: Capture, name: str, content: str

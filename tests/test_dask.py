@@ -175,6 +175,7 @@ def begin_and_sleep(folder: Path, seconds: float, n: int) -> int:
 # -- same bytes, whoever dies ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_its_task_only(
     tmp_path: Path, workers: Callable[..., dict[str, str]], processes: Processes, dask: DaskClient
 ) -> None:
@@ -245,6 +246,7 @@ def test_a_stopped_driver_goes_on_alone(
     assert tree_digest(tmp_path / "out") == serial(collection, tmp_path / "serial")
 
 
+@pytest.mark.slow
 def test_dask_local_gives_the_same_bytes_and_every_command_that_maps_takes_it(
     tmp_path: Path, collection: list[str], workers: Callable[..., dict[str, str]], processes: Processes
 ) -> None:
@@ -362,6 +364,7 @@ def test_a_worker_without_the_package_that_comes_later(
             list(executor.map(partial(begin_and_sleep, tmp_path, 0.2), range(8), 1))
 
 
+@pytest.mark.slow
 def test_a_worker_that_does_not_see_the_storage(
     tmp_path: Path, workers: Callable[..., dict[str, str]], dask: DaskClient
 ) -> None:
@@ -399,6 +402,7 @@ def test_a_worker_that_comes_later_is_asked_with_its_first_task(
     assert "has ended" in str(perform(call, packed("four")).error)  # nobody waits any more
 
 
+@pytest.mark.slow
 def test_a_worker_that_does_not_answer(
     tmp_path: Path, workers: Callable[..., dict[str, str]], processes: Processes, dask: DaskClient,
     monkeypatch: pytest.MonkeyPatch,
@@ -480,6 +484,7 @@ def threads_within(n: int) -> tuple[set[int], int]:
     return {lib["num_threads"] for lib in threadpool_info() if lib["user_api"] == "blas"}, torch.get_num_threads()
 
 
+@pytest.mark.slow
 def test_tasks_have_one_thread_of_blas_and_torch_and_no_more_run_than_memory_allows(
     tmp_path: Path, workers: Callable[..., dict[str, str]], dask: DaskClient
 ) -> None:
