@@ -28,6 +28,7 @@ from lorashare_stream.settings import Settings
 from lorashare_stream.stages.verify import originals_of, verify
 
 from .conftest import MODULES, factor_keys, load_tensors, make_collection, make_tensors, tree_digest, write_adapter
+from .tiers import slow
 
 Compress = Callable[..., Path]
 WIDE = {f"layers.{i}.{name}": (96, d) for i in range(2) for name, d in (("q", 96), ("v", 48))}
@@ -83,9 +84,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [str(f) for f in folders]
 
 
-@pytest.mark.parametrize(
-    "share", [0.4, pytest.param(0.25, marks=pytest.mark.slow), pytest.param(0.7, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("share", [0.4, slow(0.25), slow(0.7)])
 def test_a_budget_of_bytes_is_kept_and_well_spent(mixed: list[str], compressed: Compress, share: float) -> None:
     limit = int(share * sum(disk_bytes(Path(f)) for f in mixed))
     out = compressed(mixed, max_bytes=limit)
@@ -132,9 +131,7 @@ def test_what_cannot_be_met_is_said_with_the_nearest_that_can(
     assert disk_bytes(out) > 20_000
 
 
-@pytest.mark.parametrize(
-    "limit", [0.5, pytest.param(0.2, marks=pytest.mark.slow), pytest.param(0.05, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("limit", [0.5, slow(0.2), slow(0.05)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_adapter_exceeds_a_limit_on_errors(mixed: list[str], compressed: Compress, limit: float, dtype: str) -> None:
     out = compressed(mixed, max_error=limit, dtype=dtype)
@@ -249,7 +246,7 @@ def test_nothing_but_the_adapters_and_what_is_asked_decides_the_bytes(mixed: lis
     assert digests[0] == digests[1] == digests[2]
 
 
-@pytest.mark.parametrize("asked", [pytest.param({"max_error": 0.2}, marks=pytest.mark.slow), {"ratio": 3}])
+@pytest.mark.parametrize("asked", [slow({"max_error": 0.2}), {"ratio": 3}])
 @pytest.mark.parametrize("step", ["appraise", "weigh", "project"])
 def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(
     mixed: list[str], compressed: Compress, monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any], step: str

@@ -46,7 +46,7 @@ from lorashare_stream.settings import Settings
 
 from .conftest import CONFIG, factor_keys, load_tensors, make_collection, tree_digest, write_adapter
 from .fakehub import ALICE, FakeHub, patched
-from .tiers import some_fast
+from .tiers import slow, some_fast
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -408,7 +408,7 @@ def test_an_outage_without_end_stops_the_run_and_keeps_what_is_done(
 
 
 @pytest.mark.parametrize(
-    "fault", [{"status": 500}, {"cut_after": 100}, pytest.param({"drop": True}, marks=pytest.mark.slow)]
+    "fault", [{"status": 500}, {"cut_after": 100}, slow({"drop": True})]
 )  # the client tries again for half a minute where a connection is dropped
 def test_what_fails_for_one_adapter_only_is_given_up_for_it(
     tmp_path: Path, hub: FakeHub, pins: list[str], monkeypatch: pytest.MonkeyPatch, fault: dict[str, Any]
@@ -840,7 +840,7 @@ def test_other_executors_take_adapters_as_they_come(tmp_path: Path, hub: FakeHub
         compress(made, tmp_path / kind, executor=Serial())
     else:
         with (
-            LocalCluster(n_workers=1, threads_per_worker=2, dashboard_address=None) as cluster,
+            LocalCluster(n_workers=1, threads_per_worker=2, dashboard_address=":0") as cluster,
             Client(cluster) as client,
         ):
             compress(made, tmp_path / kind, executor=DaskClient(client))

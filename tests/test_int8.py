@@ -39,6 +39,7 @@ from .oracle import delta, groups
 from .oracle import stacked as columns_of
 from .test_budgets import disk_bytes
 from .test_push import REPO
+from .tiers import slow
 
 Compress = Callable[..., Path]
 WIDE = {f"layers.{i}.{name}": (96, d) for i in range(2) for name, d in (("q", 96), ("v", 48))}
@@ -137,7 +138,7 @@ def header_bytes(path: Path) -> int:
     return 8 + int.from_bytes(path.read_bytes()[:8], "little")
 
 
-@pytest.mark.parametrize("ratio", [8, pytest.param(16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ratio", [8, slow(16)])
 def test_at_the_bytes_of_bfloat16_the_error_of_real_adapters_is_less(
     real: Path, compressed: Compress, record_property: Callable[[str, object], None], ratio: int
 ) -> None:

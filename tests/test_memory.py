@@ -20,6 +20,7 @@ from lorashare_stream.plan.sources import resolve
 from lorashare_stream.settings import Settings
 
 from .conftest import CONFIG
+from .tiers import slow
 
 FLAGS = {"variance_threshold": "variance"}
 
@@ -81,15 +82,17 @@ def least_memory(folders: list[Path], **options: Any) -> tuple[Plan, int]:
     ("case", "options"),
     [
         ({"n": 300, "d": 2048, "r": 16}, {"num_components": 32}),  # second moments, block Krylov
-        ({"n": 300, "d": 2048, "r": 16}, {"num_components": 1024}),  # second moments, LAPACK
-        ({"n": 100, "d": 2048, "r": 16}, {"num_components": 800}),  # stacked columns
+        slow({"n": 300, "d": 2048, "r": 16}, {"num_components": 1024}),  # second moments, LAPACK
+        slow({"n": 100, "d": 2048, "r": 16}, {"num_components": 800}),  # stacked columns
         ({"n": 200, "d": 2048, "r": 16}, {"num_components": 32}),  # more columns than d, block Krylov
-        ({"n": 200, "d": 2048, "r": 16}, {"num_components": 800}),  # more columns than d, LAPACK
-        ({"n": 200, "d": 1536, "r": 16}, {"num_components": "auto", "variance_threshold": 0.99}),
-        ({"n": 60, "d": 1024, "r": 16}, {"max_error": 0.2}),
+        slow({"n": 200, "d": 2048, "r": 16}, {"num_components": 800}),  # more columns than d, LAPACK
+        slow({"n": 200, "d": 1536, "r": 16}, {"num_components": "auto", "variance_threshold": 0.99}),
+        slow({"n": 60, "d": 1024, "r": 16}, {"max_error": 0.2}),
         ({"n": 40, "d": 1536, "r": 16}, {"ratio": 4}),
-        ({"n": 6, "d": 512, "r": 8, "extra": 50_000}, {"num_components": 8}),  # 200 MB that is kept verbatim
-        ({"n": 4, "d": 512, "r": 8, "extra": 20_000, "suffix": "bin"}, {"num_components": 8}),  # read whole, with torch
+        slow({"n": 6, "d": 512, "r": 8, "extra": 50_000}, {"num_components": 8}),  # 200 MB that is kept verbatim
+        slow(
+            {"n": 4, "d": 512, "r": 8, "extra": 20_000, "suffix": "bin"}, {"num_components": 8}
+        ),  # read whole, with torch
     ],
 )
 def test_the_smallest_budget_that_the_plan_names_is_kept(
@@ -122,9 +125,10 @@ def sizes_of(pid: int) -> list[int]:
 @pytest.mark.parametrize(
     ("case", "options"),
     [
-        ({"n": 200, "d": 2048, "r": 24}, {"num_components": 32}),  # second moments
-        ({"n": 200, "d": 2048, "r": 16}, {"num_components": 64}),  # stacked columns
-        ({"n": 60, "d": 1024, "r": 16}, {"max_error": 0.2}),
+        ({"n": 40, "d": 1024, "r": 16}, {"num_components": 32}),
+        slow({"n": 200, "d": 2048, "r": 24}, {"num_components": 32}),  # second moments
+        slow({"n": 200, "d": 2048, "r": 16}, {"num_components": 64}),  # stacked columns
+        slow({"n": 60, "d": 1024, "r": 16}, {"max_error": 0.2}),
     ],
 )
 def test_processes_keep_the_budget_together(tmp_path: Path, case: dict[str, Any], options: dict[str, Any]) -> None:

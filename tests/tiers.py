@@ -22,8 +22,13 @@ def _commit() -> int:
 COMMIT = _commit()
 
 
+def slow(*values: Any) -> Any:
+    """Parameters of a test, of the second tier."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def some_fast(cases: Iterable[Any], every: int = 7, offset: int = 0) -> list[Any]:
     """Parameters of a test: one in `every` is fast, another at another commit or offset; the others are slow."""
     fast = (COMMIT + offset) % every
     rows = (case if isinstance(case, tuple) else (case,) for case in cases)
-    return [pytest.param(*row, marks=[pytest.mark.slow] * (i % every != fast)) for i, row in enumerate(rows)]
+    return [pytest.param(*row) if i % every == fast else slow(*row) for i, row in enumerate(rows)]
