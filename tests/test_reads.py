@@ -125,12 +125,13 @@ def whole_lines(text: str) -> list[str]:
 @pytest.mark.parametrize("count", [80, slow(300)])
 def test_few_files_are_open_at_a_time_however_many_adapters_there_are(tmp_path: Path, count: int) -> None:
     make_collection(tmp_path / "adapters", count, {"q": (12, 8)})
-    program, out = [sys.executable, "-m", "lorashare_stream"], str(tmp_path / "out")
+    adapters, out = str(tmp_path / "adapters"), str(tmp_path / "out")
+    commands = [["compress", adapters, "-o", out, "-q"], ["verify", out, "-q"]]
+    code = f"import sys; from lorashare_stream.cli.app import main; sys.exit(any(map(main, {commands})))"
 
     def few() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 
-    for command in (["compress", str(tmp_path / "adapters"), "-o", out], ["verify", out]):
-        done = subprocess.run([*program, *command, "-q"], capture_output=True, text=True, preexec_fn=few, timeout=120)
-        assert done.returncode == 0, done.stderr
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, preexec_fn=few, timeout=120)
+    assert done.returncode == 0, done.stderr
     assert len(os.listdir(tmp_path / "out" / "adapters")) == count
