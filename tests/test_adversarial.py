@@ -175,26 +175,6 @@ def test_state_that_something_else_has_written(
         assert tree_digest(tmp_path / "out") == tree_digest(tmp_path / "fresh")
 
 
-@pytest.mark.parametrize("name", ["a link", "lock", "journal.jsonl"])
-def test_a_workspace_with_a_link_in_it_is_refused_and_nothing_is_removed(
-    tmp_path: Path, collection: list[str], compressed: Compress, name: str
-) -> None:
-    outside = tmp_path / "outside"
-    (outside / "precious").mkdir(parents=True)
-    (outside / "file.txt").write_text("keep")
-    moments = tmp_path / "out.workspace" / "moments"
-    moments.mkdir(parents=True)
-    if name == "a link":
-        (moments / "link").symlink_to(outside)
-    else:
-        (tmp_path / "out.workspace" / name).symlink_to(outside / "file.txt")
-        (tmp_path / "out.workspace" / "workspace.json").write_text("{}")
-    with pytest.raises(UsageError, match="through a link"):
-        compressed(collection)
-    assert (outside / "file.txt").read_text() == "keep"
-    assert (outside / "precious").is_dir()
-
-
 @pytest.mark.parametrize(
     "field", [("lorashare_stream", [1]), ("relative_error", "0.1"), ("relative_error", {}), ("original_config", [1])]
 )
@@ -391,17 +371,6 @@ def test_unrelated_adapters_are_called_so(tmp_path: Path, capsys: Capture) -> No
     assert call("compress", tmp_path / "a", "-o", tmp_path / "out", "-k", 8, "-q") == 0
     assert "share little" in capsys.readouterr().out
     assert os.path.exists(tmp_path / "out")
-
-
-@pytest.mark.parametrize("name", [".out.staging", ".out.replaced"])
-def test_folders_of_the_user_with_names_that_we_need_are_left_alone(
-    tmp_path: Path, collection: list[str], compressed: Compress, name: str
-) -> None:
-    (tmp_path / name).mkdir()
-    (tmp_path / name / "mine").write_text("x")
-    with pytest.raises(UsageError, match="is taken"):
-        compressed(collection, num_components=4)
-    assert (tmp_path / name / "mine").read_text() == "x"
 
 
 def test_a_default_workspace_that_is_a_link_is_refused_and_a_named_one_is_followed(

@@ -161,29 +161,35 @@ def test_links_in_an_output_folder_are_not_followed(
     assert (outside / "precious").read_text() == "keep me"
 
 
-@pytest.mark.parametrize("link", ["moments", "bases"])
-def test_links_in_a_workspace_are_not_followed(
-    tmp_path: Path, collection: list[str], compressed: Compress, link: str
+@pytest.mark.parametrize("name", ["moments", "bases", "moments/link", "lock", "journal.jsonl"])
+def test_a_workspace_with_a_link_in_it_is_refused_and_nothing_is_removed(
+    tmp_path: Path, collection: list[str], compressed: Compress, name: str
 ) -> None:
-    outside = tmp_path / "outside"
-    (outside / "q").mkdir(parents=True)
-    workspace = tmp_path / "out.workspace"
-    workspace.mkdir()
-    (workspace / link).symlink_to(outside)
+    outside, workspace = tmp_path / "outside", tmp_path / "out.workspace"
+    (outside / "precious").mkdir(parents=True)
+    (outside / "file.txt").write_text("keep")
+    (workspace / name).parent.mkdir(parents=True)
+    (workspace / name).symlink_to(outside / "file.txt" if name in ("lock", "journal.jsonl") else outside)
+    (workspace / "workspace.json").write_text("{}")
     with pytest.raises(UsageError, match="through a link"):
         compressed(collection)
-    assert everything(outside) == {"q"}
+    assert (outside / "file.txt").read_text() == "keep"
+    assert everything(outside) == {"precious", "file.txt"}
 
 
-def test_a_staging_folder_that_is_a_link_is_refused(
-    tmp_path: Path, collection: list[str], compressed: Compress
+@pytest.mark.parametrize("kind", ["link", "folder"])
+@pytest.mark.parametrize("name", [".out.staging", ".out.replaced"])
+def test_what_has_a_name_that_we_need_is_left_alone(
+    tmp_path: Path, collection: list[str], compressed: Compress, name: str, kind: str
 ) -> None:
-    outside = tmp_path / "outside"
+    outside = tmp_path / ("outside" if kind == "link" else name)
     outside.mkdir()
-    (tmp_path / ".out.staging").symlink_to(outside)
+    (outside / "mine").write_text("x")
+    if kind == "link":
+        (tmp_path / name).symlink_to(outside)
     with pytest.raises(UsageError, match="is taken"):
         compressed(collection, num_components=4)
-    assert everything(outside) == set()
+    assert everything(outside) == {"mine"}
 
 
 def test_links_are_followed_when_reading(tmp_path: Path, collection: list[str], compressed: Compress) -> None:

@@ -482,16 +482,6 @@ def test_pushing_takes_the_whole_checkpoint(
     assert given == [(tree_digest(checkpoint), "alice/copy", how)] * 2
 
 
-@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # by the client, of its own PUT
-def test_a_push_is_read_again(hub: FakeHub, checkpoint: Path) -> None:
-    hub.add("org/share", files_of(checkpoint))
-    url = SHAREModel.from_pretrained("org/share").push_to_hub("alice/copy", token=ALICE)
-    assert url.startswith(hub.url)
-    again = SHAREModel.from_pretrained("alice/copy")
-    for name in again.adapter_names:
-        assert same(again.reconstruct(name), SHAREModel.from_pretrained(checkpoint).reconstruct(name))
-
-
 def test_a_cache_that_is_only_read(
     hub: FakeHub, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
