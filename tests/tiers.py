@@ -12,7 +12,7 @@ import pytest
 
 def _commit() -> int:
     """The commit's hash as a number; 0 where there is no git."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    command = ["git", "-C", str(Path(__file__).parent), "-c", "safe.directory=*", "rev-parse", "HEAD"]
     try:
         return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout, 16)
     except (OSError, subprocess.CalledProcessError, ValueError):
