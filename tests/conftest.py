@@ -145,15 +145,16 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("fast" if is_fast_tier(config) else "full")
 
 
-@pytest.hookimpl(trylast=True)  # after -m and -k
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None, None, None]:
+    for item in items:
+        if "real" in getattr(item, "fixturenames", ()):
+            item.add_marker("on_real_data")
+    yield  # -m and -k
     parts = config.getoption("--one-in")
     chosen = items[COMMIT % parts :: parts]
     config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % parts != COMMIT % parts])
     items[:] = chosen
-    for item in items:
-        if "real" in getattr(item, "fixturenames", ()):
-            item.add_marker("on_real_data")
 
 
 def cpu_seconds() -> float:
