@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,22 @@ def compressed(tmp_path: Path) -> Callable[..., Path]:
         return out
 
     return run
+
+
+@pytest.fixture(scope="session")
+def compressed_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of eight adapters, k = 4, beside its workspace."""
+    root = tmp_path_factory.mktemp("once")
+    plan = plan_for(resolve(make_collection(root / "adapters")), Settings(num_components=4, device="cpu"))
+    compress(plan, root / "out")
+    return root / "out"
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, compressed_once: Path) -> Path:
+    """A copy of it, to be damaged."""
+    shutil.copytree(default_workspace(compressed_once), default_workspace(tmp_path / "out"))
+    return Path(shutil.copytree(compressed_once, tmp_path / "out"))
 
 
 def tree_digest(root: Path) -> dict[str, str]:

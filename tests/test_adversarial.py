@@ -179,16 +179,15 @@ def test_state_that_something_else_has_written(
     "field", [("lorashare_stream", [1]), ("relative_error", "0.1"), ("relative_error", {}), ("original_config", [1])]
 )
 def test_an_adapter_meta_of_wrong_types(
-    tmp_path: Path, collection: list[str], capsys: Capture, field: tuple[str, Any]
+    tmp_path: Path, checkpoint: Path, capsys: Capture, field: tuple[str, Any]
 ) -> None:
-    assert call("compress", *collection, "-o", tmp_path / "out", "-k", 4, "-q") == 0
-    path = tmp_path / "out" / "adapters" / "a00" / "adapter_meta.json"
+    path = checkpoint / "adapters" / "a00" / "adapter_meta.json"
     meta = json.loads(path.read_text())
     (meta["lorashare_stream"] if field[0] == "relative_error" else meta)[field[0]] = field[1]
     path.write_text(json.dumps(meta))
     for command in (
-        ["verify", tmp_path / "out", "-q"],
-        ["reconstruct", tmp_path / "out", "--all", "-o", tmp_path / "r", "-q"],
+        ["verify", checkpoint, "-q"],
+        ["reconstruct", checkpoint, "--all", "-o", tmp_path / "r", "-q"],
     ):
         call(*command)
         assert "Traceback" not in capsys.readouterr().err
@@ -206,29 +205,25 @@ def test_an_adapter_meta_of_wrong_types(
         lambda c: c.update(layer_keys="x"),
     ],
 )
-def test_a_share_config_of_wrong_values(
-    tmp_path: Path, collection: list[str], capsys: Capture, change: Callable[[Any], None]
-) -> None:
-    assert call("compress", *collection, "-o", tmp_path / "out", "-k", 4, "-q") == 0
-    path = tmp_path / "out" / "share_config.json"
+def test_a_share_config_of_wrong_values(checkpoint: Path, capsys: Capture, change: Callable[[Any], None]) -> None:
+    path = checkpoint / "share_config.json"
     config = json.loads(path.read_text())
     change(config)
     path.write_text(json.dumps(config))
     capsys.readouterr()
-    assert call("info", tmp_path / "out") in (0, 1)
-    call("info", tmp_path / "out", "--json")
-    call("verify", tmp_path / "out", "-q")
+    assert call("info", checkpoint) in (0, 1)
+    call("info", checkpoint, "--json")
+    call("verify", checkpoint, "-q")
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_json_holds_no_infinity(tmp_path: Path, collection: list[str], capsys: Capture) -> None:
-    assert call("compress", *collection, "-o", tmp_path / "out", "-k", 4, "-q") == 0
-    path = tmp_path / "out" / "share_config.json"
+def test_json_holds_no_infinity(checkpoint: Path, capsys: Capture) -> None:
+    path = checkpoint / "share_config.json"
     config = json.loads(path.read_text())
     config["compression_stats"]["min_explained_variance"] = float("inf")
     path.write_text(json.dumps(config))
     capsys.readouterr()
-    call("info", tmp_path / "out", "--json")
+    call("info", checkpoint, "--json")
     assert json.loads(capsys.readouterr().out)["min_explained_variance"] is None
 
 
