@@ -214,9 +214,6 @@ def install(disk: Disk) -> None:
         if inside is None or not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC):
             return real["open"](path, flags, *args, **kwargs)
         with disk.lock:
-            if flags & os.O_EXCL and os.path.lexists(inside):
-                disk.opened += 1
-                return int(real["open"](path, flags, *args, **kwargs))  # fails, and changes nothing
             disk.call("open", inside)
             try:
                 fd: int = real["open"](path, flags, *args, **kwargs)

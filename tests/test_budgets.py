@@ -273,6 +273,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(
     assert tree_digest(out) == whole
 
 
+@pytest.mark.slow
 def test_the_same_command_does_nothing_again_and_another_budget_reads_no_adapter_for_its_bases(
     mixed: list[str], compressed: Compress, monkeypatch: pytest.MonkeyPatch
 ) -> None:

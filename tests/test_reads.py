@@ -122,7 +122,7 @@ def whole_lines(text: str) -> list[str]:
     return lines
 
 
-@pytest.mark.parametrize("count", [80, slow(300)])
+@pytest.mark.parametrize("count", [50, slow(300)])
 def test_few_files_are_open_at_a_time_however_many_adapters_there_are(tmp_path: Path, count: int) -> None:
     make_collection(tmp_path / "adapters", count, {"q": (12, 8)})
     adapters, out = str(tmp_path / "adapters"), str(tmp_path / "out")
@@ -130,7 +130,7 @@ def test_few_files_are_open_at_a_time_however_many_adapters_there_are(tmp_path: 
     code = f"import sys; from lorashare_stream.cli.app import main; sys.exit(any(map(main, {commands})))"
 
     def few() -> None:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, preexec_fn=few, timeout=120)
     assert done.returncode == 0, done.stderr
