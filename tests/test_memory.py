@@ -104,6 +104,7 @@ def test_the_smallest_budget_that_the_plan_names_is_kept(
     assert peak_of_a_run(tmp_path / "out", folders, least, **options) <= least
 
 
+@pytest.mark.slow
 def test_so_it_is_where_lapack_finds_too_few_vectors(tmp_path: Path) -> None:
     folders, options = collection_of(tmp_path / "adapters", 200, 1536, 16), {"num_components": 200}
     _, least = least_memory(folders, moment_dtype="float64", **options)
