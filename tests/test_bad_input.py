@@ -81,7 +81,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "dimensions that differ": (tensor(A, 4, 5, 3), ["different numbers of dimensions", "[4, 5, 3]"]),
     "no tensor": (lambda f: save_file({}, f / WEIGHTS), ["no LoRA tensors", "no tensors", "ZeRO-3 or FSDP", "gather"]),
     "a key that JSON escapes to half a character": (half_a_character, ["unprintable"]),
-    "a pickle whose shape is larger than its data": (pickled_without_data, ["larger than its data"]),
+    "a pickle whose shape is larger than its storage": (pickled_without_data, ["larger than its storage"]),
     "duplicate keys after normalising": (
         lambda f: rewritten(f, lambda t: t | {"module." + A: t[A]}),
         [A, "two keys mean the same tensor"],
