@@ -344,3 +344,13 @@ def test_what_torch_saves_is_named_as_torch_loads_it(tmp_path: Path, old: bool) 
         for record, tensor in zip(records, state.values(), strict=True):
             assert record.shape == tuple(tensor.shape)
             assert np.array_equal(opened.raw(record), raw_bytes(tensor))
+
+
+def test_tensors_that_share_their_bytes_count_as_what_they_are_converted_to(pickled: list[str]) -> None:
+    plan = plan_for(resolve(pickled), Settings(device="cpu"))
+    path = Path(pickled[0]) / "adapter_model.bin"
+    whole = torch.zeros(50_000)
+    torch.save(torch.load(path, weights_only=True) | {f"base_model.model.{i}": whole for i in range(9)}, path)
+    more = plan_for(resolve(pickled), Settings(device="cpu"))
+    assert more.sizes["converted"] - plan.sizes["converted"] > 9 * 200_000 - 5_000
+    assert more.steps[0].least_bytes - plan.steps[0].least_bytes > 9 * 200_000

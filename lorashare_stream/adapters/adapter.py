@@ -92,6 +92,15 @@ class Adapter:
         """Whether its tensors are in a `.bin`; offsets are then those of what it is converted to."""
         return self.files[0].path.suffix == ".bin"
 
+    @property
+    def mapped_bytes(self) -> int:
+        """Bytes that are mapped at a time: of its largest file, or of what its `.bin` is converted to.
+
+        Tensors of a pickle may share their bytes, and what it is converted to be larger.
+        """
+        tensors = self.layout.lora_bytes + self.layout.extra_bytes if self.pickled else 0
+        return max(tensors, *(f.size for f in self.files))
+
     @contextmanager
     def open(self) -> Iterator[TensorReader]:
         """Its tensors, mapped, of files that are those of the plan before and after the block.

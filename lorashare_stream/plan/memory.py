@@ -161,7 +161,7 @@ def steps_of(
 
 def _largest_file(adapters: Iterable[Adapter]) -> int:
     """Bytes of the largest file of some adapters: it is mapped, and resident while it is read."""
-    return max((f.size for e in adapters for f in e.files), default=0)
+    return max((e.mapped_bytes for e in adapters), default=0)
 
 
 def modules_of(groups: Iterable[Group]) -> dict[str, list[Group]]:

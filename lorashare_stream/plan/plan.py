@@ -151,8 +151,7 @@ class Plan:
 
     def _converted(self) -> int:
         """What pickles are converted to, which is kept for the run, unless disk is short."""
-        pickles = (f.size for e in self.adapters if e.pickled for f in e.files)
-        return 0 if self.settings.disk_budget is not None else sum(pickles)
+        return 0 if self.settings.disk_budget is not None else sum(e.mapped_bytes for e in self.adapters if e.pickled)
 
     def _cores(self) -> int:
         """What adapters are on wide bases, in float32; an estimate, as of the k that a budget takes."""
