@@ -29,7 +29,7 @@ from .pipeline import compress, plan_for
 from .plan.sources import resolve
 from .report.summary_text import summary_text
 from .report.text import adapter_notes
-from .runtime.dask import executor_of, workers_of
+from .runtime.dask import workers_of
 from .settings import BUDGETS, Settings
 from .text import listed, printable
 
@@ -96,8 +96,7 @@ class SHAREModel:
             on_error: `"raise"`, or `"skip"` to go on without adapters that cannot be compressed.
             output_dir: the checkpoint's folder; None is a private temporary one, removed with the object.
             workspace: the folder of resumable state; None is beside `output_dir`.
-            executor: a `distributed.Client`, or an executor of `runtime.executors`; threads if None, as torch is
-                loaded. `Forks()` takes an eighth less time on two cores; not for pickles or a GPU.
+            executor: any `concurrent.futures.Executor`, or a `distributed.Client`; processes of this machine if None.
             **settings: `max_error`, `max_bytes` or `ratio` instead of k, `trim_rank`, `objective`, `center`, `dtype`,
                 `memory`, `workers`, ... as in `Settings`.
 
@@ -111,10 +110,9 @@ class SHAREModel:
         budgets = [name for name in BUDGETS if settings.get(name) is not None]
         if budgets and num_components != 32:
             raise UsageError("both num_components and a budget", found=listed(budgets), remedy="Give only one of them.")
-        mapper = executor_of(executor)
         chosen = Settings.from_mapping(
             {
-                **workers_of(mapper),
+                **workers_of(executor),
                 "num_components": num_components,
                 "variance_threshold": variance_threshold,
                 "device": str(device or "auto"),
@@ -130,7 +128,7 @@ class SHAREModel:
             plan = plan_for(found, chosen, root or out.parent / f"{out.name}.workspace")
             for note in adapter_notes(plan):
                 log.warning("%s", note)
-            skipped = compress(plan, out, workspace=root, executor=mapper).skipped
+            skipped = compress(plan, out, workspace=root, executor=executor).skipped
             if skipped:
                 reasons = "\n".join([f"left out: {listed(e.adapter for e in skipped)}", *problem_lines(skipped)])
                 warnings.warn(reasons, UserWarning, stacklevel=2)

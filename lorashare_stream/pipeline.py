@@ -9,8 +9,6 @@ from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
-from threadpoolctl import threadpool_limits
-
 from .adapters.shapes import ModuleShape
 from .adapters.source import Source
 from .budget.allotting import based, byte_limit
@@ -27,7 +25,7 @@ from .linalg.device import resolve_device
 from .plan.catalog import catalog
 from .plan.file import plan_as_json
 from .plan.plan import Plan, make_plan
-from .runtime.executors import Cluster, Executor, Local, at
+from .runtime.executors import executor_for, mapper_for
 from .runtime.progress import Progress, silent
 from .settings import Settings
 from .stages.bases import write_bases
@@ -122,7 +120,7 @@ def compress(
     out: Path,
     *,
     workspace: Path | None = None,
-    executor: Executor | Cluster | None = None,
+    executor: Any = None,
     overwrite: bool = False,
     refit: bool = False,
     accept: float | None = None,
@@ -137,7 +135,8 @@ def compress(
         plan: what to do.
         out: the checkpoint's folder.
         workspace: the folder of resumable state; beside `out` if None.
-        executor: maps the tasks; those of this machine if None.
+        executor: does the tasks: a `concurrent.futures.Executor` or a `distributed.Client`; processes of this machine
+            if None.
         overwrite: replace a checkpoint of another run at `out`.
         refit: fit the bases to all adapters, even if those that are there hold new ones well enough.
         accept: share of its dW energy that the bases that are there must keep of each new adapter, else all bases are
@@ -151,6 +150,7 @@ def compress(
         CollectionError: naming the adapters that cannot be compressed.
         BudgetError: if memory or disk will not do.
         ClusterError: if a cluster cannot do it.
+        Stopped: if a process was killed, naming what it did.
         LockedError: if another run holds the workspace or the output.
         WorkspaceError, UsageError: if the folders hold something else.
     """
@@ -162,9 +162,9 @@ def compress(
     check_disk(plan, root, out, adds=out.exists(), fetch=bytes_to_fetch(plan.adapters, plan.settings, known))
     check_output(out, own=Workspace(root).published(), overwrite=overwrite)  # before a workspace is made for it
     with (
-        threadpool_limits(1, user_api="blas"),
+        executor_for(executor, plan.processes, threads=device != "cpu") as workers,
         Workspace.open(root, plan.binding, take_lock=take_lock) as work,
-        at(executor or Local(), lambda: places_of(plan, root, out)) as mapper,
+        mapper_for(workers, lambda: places_of(plan, root, out)) as mapper,
         fetching_for(plan.settings, root) as fetcher,
         pickles_kept(plan, root) as plan,
     ):

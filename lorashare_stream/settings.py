@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from .errors import UsageError
+from .machine import memory_limit
 from .text import bytes_shown, listed, parse_bytes, printable
 
 Objective = Literal["delta", "factors"]
+MEMORY = 4 << 30  # bytes, unless a control group has less
 QUANTUM = 1024  # columns summed at once; part of a workspace's identity, since it decides rounding
 
 BUDGETS = ("max_bytes", "ratio", "max_error")
@@ -43,8 +45,10 @@ class Settings:
         moment_dtype: of the accumulated moments; centring needs and gets float64.
         dtype: of stored components and loadings; `"auto"` keeps the precision of the sources. `"int8"`, with a scale
             for each column, is read by this package only, not by lorashare.
-        memory: bytes that the whole process may use, or each worker process of a cluster.
-        workers: tasks at a time in a process; None is one per core. Fewer run if memory demands it.
+        memory: bytes that the run's processes may use together, or each worker process of a cluster; by default 4 GiB,
+            or what the control group allows.
+        workers: processes of this machine, or tasks at a time in one of a cluster; None is one per core that this
+            process may use. Fewer run if memory demands it.
         on_error: `"raise"` stops at bad adapters, `"skip"` goes on without them and lists them.
         disk_budget: bytes on this disk for adapters of the Hub, which are fetched in batches, and again when they are
             projected; None keeps them in the Hub's cache.
@@ -69,7 +73,7 @@ class Settings:
     center: bool = False
     moment_dtype: Literal["float32", "float64"] = "float32"
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
-    memory: int = field(default=4 << 30)
+    memory: int = field(default_factory=lambda: min(MEMORY, memory_limit() or MEMORY))
     workers: int | None = None
     on_error: Literal["raise", "skip"] = "raise"
     disk_budget: int | None = None

@@ -16,7 +16,7 @@ from statistics import median
 
 from lorashare_stream import pipeline
 from lorashare_stream.plan.sources import resolve
-from lorashare_stream.runtime.executors import Executor, Forks, Serial, Threads
+from lorashare_stream.runtime.executors import Executor, SerialExecutor
 from lorashare_stream.settings import Settings
 
 EXECUTORS: dict[str, Executor] = {"serial": Serial(), "threads": Threads(), "processes": Forks()}

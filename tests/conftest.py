@@ -17,10 +17,12 @@ from safetensors.numpy import save_file
 
 from lorashare_stream.pipeline import compress, default_workspace, plan_for
 from lorashare_stream.plan.sources import resolve
+from lorashare_stream.runtime import executors
 from lorashare_stream.settings import Settings
 
 from .tiers import COMMIT
 
+executors.local_executor = lambda processes: executors.SerialExecutor()  # a patch is not seen in another process
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the network
 settings.register_profile("full", deadline=None, suppress_health_check=list(HealthCheck))
 settings.register_profile("fast", settings.get_profile("full"), max_examples=10)

@@ -34,6 +34,7 @@ import lorashare_stream.cli.commands
 import lorashare_stream.cli.edit
 import lorashare_stream.cli.hub  # noqa: F401 - imported once, before the forks
 from lorashare_stream.checkpoint import staging as checkpoint
+from lorashare_stream.runtime import executors
 
 from .conftest import make_collection
 
@@ -423,6 +424,7 @@ def scenario(name: str, root: Path) -> tuple[list[list[str]], list[str]]:
 def crashes(folder: Path, name: str, mode: str, stride: int = 1, first: int = 1) -> Iterator[str]:
     """What went wrong, of a scenario with a fault at every call, or every few from the first."""
     os.environ["HF_HUB_OFFLINE"] = "1"
+    executors.local_executor = lambda processes: executors.SerialExecutor()  # calls are counted in one process
     root, start = folder / "root", folder / "start"
     modules = {"q": (20, 6)}  # of 8 vectors: A is kept as stacked columns, B as a second moment
     make_collection(root / "a", 2, modules)

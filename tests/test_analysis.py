@@ -24,7 +24,7 @@ from lorashare_stream.report.analysis_text import analysis_as_json
 from lorashare_stream.report.measure import factored
 from lorashare_stream.report.outlook import Outlook, beyond_chance
 from lorashare_stream.report.sample import chosen_modules, sampled, spread
-from lorashare_stream.runtime.executors import Serial
+from lorashare_stream.runtime.executors import SerialExecutor
 from lorashare_stream.settings import Settings
 
 from .conftest import factor_keys, load_tensors, write_adapter
@@ -223,7 +223,7 @@ def test_samples_are_spread_and_the_same_every_time(tmp_path: Path) -> None:
     found = analysis_as_json(analyse(made, 8))
     assert list(found["sample"]) == spread([e.name for e in made.adapters], 8) != [e.name for e in made.adapters[:8]]
     for again in (
-        analyse(made, 8, executor=Serial()),
+        analyse(made, 8, executor=SerialExecutor()),
         analyse(plan(folder, workers=3), 8),
         analyse(plan(folder, memory="210MiB"), 8),
     ):

@@ -16,7 +16,7 @@ ROOT = Path(lorashare_stream.__file__).parent
 # The rooms, top to bottom: a file imports from its own room, and from rooms below it.
 ROOMS = [
     "cli", "__main__", "__init__", "model", "edits", "report", "pipeline", "stages", "plan", "hub", "checkpoint",
-    "workspace", "linalg", "adapters", "runtime", "files", "settings", "errors", "text", "version",
+    "workspace", "linalg", "adapters", "runtime", "files", "settings", "machine", "errors", "text", "version",
 ]  # fmt: skip
 GOING = {"budget"}  # beside `stages`, with imports both ways, until the codec takes its place
 BESIDE = 12  # files beside the rooms

@@ -23,7 +23,7 @@ from lorashare_stream.model import SHAREModel
 from lorashare_stream.plan.sources import resolve
 from lorashare_stream.report.page import page
 from lorashare_stream.report.statistics import findings_of
-from lorashare_stream.runtime.executors import Serial
+from lorashare_stream.runtime.executors import SerialExecutor
 from lorashare_stream.settings import Settings
 from lorashare_stream.stages.verify import originals_of, verify
 
@@ -237,7 +237,7 @@ def test_peft_gives_nearly_the_original_logits(tmp_path: Path, asked: dict[str, 
 def test_nothing_but_the_adapters_and_what_is_asked_decides_the_bytes(mixed: list[str], compressed: Compress) -> None:
     digests = []
     for name, options in {
-        "serial": {"executor": Serial(), "workers": 1},
+        "serial": {"executor": SerialExecutor(), "workers": 1},
         "threads": {"workers": 4, "memory": "2GiB"},
         "small": {"memory": "600MiB"},
     }.items():
@@ -436,7 +436,9 @@ def test_the_scale_of_weights_decides_nothing(tmp_path: Path, compressed: Compre
             tensors = {key: t * np.float32(factor) for key, t in load_tensors(folder).items()}
             folders.append(str(write_adapter(Path(folder), tensors, r=4, lora_alpha=8)))
         with np.errstate(all="raise", under="ignore"):
-            sizes.append(disk_bytes(compressed(folders, f"{name}-out", max_error=0.2, workers=1, executor=Serial())))
+            sizes.append(
+                disk_bytes(compressed(folders, f"{name}-out", max_error=0.2, workers=1, executor=SerialExecutor()))
+            )
     assert sizes[1] == pytest.approx(sizes[0], rel=0.01)
 
 

@@ -21,7 +21,7 @@ from lorashare_stream.checkpoint.staging import Staging
 from lorashare_stream.errors import UsageError
 from lorashare_stream.pipeline import compress, default_workspace, plan_for
 from lorashare_stream.plan.sources import resolve
-from lorashare_stream.runtime.executors import Serial
+from lorashare_stream.runtime.executors import SerialExecutor
 from lorashare_stream.settings import Settings
 from lorashare_stream.stages import accumulate
 
@@ -117,7 +117,7 @@ def test_killed_at_random_times(tmp_path: Path, quick: Path, record_property: Ca
 
 def go(sources: list[str], out: Path, **options: Any) -> None:
     settings = Settings.from_mapping({"device": "cpu"} | options)
-    compress(plan_for(resolve(sources), settings, default_workspace(out)), out, executor=Serial())
+    compress(plan_for(resolve(sources), settings, default_workspace(out)), out, executor=SerialExecutor())
 
 
 def flips(path: Path) -> Iterator[bytes]:
@@ -173,7 +173,7 @@ def test_a_bit_flipped_in_what_is_staged_is_found(tmp_path: Path, quick: Path) -
 
     settings, out = Settings(num_components=3, device="cpu"), quick / "out"
     with pytest.raises(KeyboardInterrupt):
-        compress(plan_for(resolve(collection), settings), out, executor=Serial(), progress=stop)
+        compress(plan_for(resolve(collection), settings), out, executor=SerialExecutor(), progress=stop)
     kept = quick / "kept"
     shutil.copytree(quick / ".out.staging", kept)
     for path in sorted(p for p in kept.rglob("*") if p.is_file()):
@@ -202,7 +202,7 @@ def test_what_a_killed_run_did_not_sync_is_synced_before_it_is_published(
 
     settings = Settings(num_components=3, device="cpu")
     with pytest.raises(KeyboardInterrupt):
-        compress(plan_for(resolve(collection), settings), out, executor=Serial(), progress=stop)
+        compress(plan_for(resolve(collection), settings), out, executor=SerialExecutor(), progress=stop)
     assert synced == []
     assert len(list((quick / ".out.staging" / "adapters").iterdir())) == 3
     go(collection, out, num_components=3)

@@ -13,13 +13,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from lorashare_stream.checkpoint.staging import Staging
@@ -28,21 +27,19 @@ from lorashare_stream.errors import ClusterError, UnreachableClusterError
 from lorashare_stream.hub.fetch import fetching
 from lorashare_stream.pipeline import compress, default_workspace, plan_for
 from lorashare_stream.plan.sources import resolve
-from lorashare_stream.runtime import calls, connecting, probing
 from lorashare_stream.runtime import dask as cluster
-from lorashare_stream.runtime.calls import Call, not_seen, one_thread, packed, perform
-from lorashare_stream.runtime.connecting import connected
-from lorashare_stream.runtime.dask import DaskClient, _shared
-from lorashare_stream.runtime.executors import Places, Serial
+from lorashare_stream.runtime.dask import connected, not_seen, workers_of
+from lorashare_stream.runtime.executors import Mapper, Places, SerialExecutor, mapper_for
+from lorashare_stream.runtime.lots import call_of, packed
 from lorashare_stream.runtime.progress import silent
 from lorashare_stream.settings import Settings
-from lorashare_stream.stages.ingest import ingest_adapter
 from lorashare_stream.stages.passes import make_job
 from lorashare_stream.stages.project import project_adapter
 from lorashare_stream.stages.run import Run
 from lorashare_stream.version import __version__
 from lorashare_stream.workspace.workspace import Workspace
 
+from . import tasks
 from .conftest import make_collection, tree_digest
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -113,18 +110,18 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
 
 
 @pytest.fixture(scope="module")
-def dask(processes: Processes) -> Iterator[DaskClient]:
+def dask(processes: Processes) -> Iterator[Any]:
     with connected(processes.address) as found:
         yield found
 
 
 @pytest.fixture
-def workers(processes: Processes, dask: DaskClient) -> Iterator[Callable[..., dict[str, str]]]:
+def workers(processes: Processes, dask: Any) -> Iterator[Callable[..., dict[str, str]]]:
     """Start workers, wait for them, give name -> address; they end with the test."""
     begun: list[str] = []
 
     def addresses() -> dict[str, str]:
-        info = dask.client.scheduler_info(n_workers=-1)["workers"]
+        info = dask.scheduler_info(n_workers=-1)["workers"]
         return {str(facts["name"]): address for address, facts in info.items()}
 
     def run(*names: str, **options: Any) -> dict[str, str]:
@@ -141,12 +138,12 @@ def workers(processes: Processes, dask: DaskClient) -> Iterator[Callable[..., di
     wait_until(lambda: not addresses())
 
 
-def at(folder: Path) -> Places:
-    return Places(folder, (folder,))
+def mapper_at(client: Any, *folders: Path) -> AbstractContextManager[Mapper]:
+    return mapper_for(client, lambda: Places(folders[0], folders))
 
 
 def serial(collection: list[str], out: Path) -> dict[str, str]:
-    compress(plan_for(resolve(collection), SETTINGS), out, executor=Serial())
+    compress(plan_for(resolve(collection), SETTINGS), out, executor=SerialExecutor())
     return tree_digest(out)
 
 
@@ -165,38 +162,30 @@ def said() -> Iterator[list[str]]:
     logger.setLevel(level)
 
 
-def begin_and_sleep(folder: Path, seconds: float, n: int) -> int:
-    """A task that notes that it has begun, and where."""
-    (folder / f"{n}.{os.getpid()}").touch()
-    time.sleep(seconds)
-    return n * n
-
-
 # -- same bytes, whoever dies ----------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_a_killed_worker_costs_its_task_only(
-    tmp_path: Path, workers: Callable[..., dict[str, str]], processes: Processes, dask: DaskClient
+    tmp_path: Path, workers: Callable[..., dict[str, str]], processes: Processes, dask: Any
 ) -> None:
     workers("a", "b")
     victim = processes.running["a"].pid
 
     def kill() -> None:
-        wait_until(lambda: list(tmp_path.glob(f"*.{victim}")))
+        wait_until(lambda: list(tmp_path.glob(f"*.begun.{victim}")))
         time.sleep(0.1)
         processes.end("a")
 
     killer = threading.Thread(target=kill)
     killer.start()
-    with dask.at(at(tmp_path)) as executor, said() as lines:
-        results = list(executor.map(partial(begin_and_sleep, tmp_path, 0.3), range(8), 1))
+    with mapper_at(dask, tmp_path) as over, said() as lines:
+        results = list(over.map(partial(tasks.noted, tmp_path, 0.3), range(8), 1))
     killer.join()
     assert results == [n * n for n in range(8)]
-    begun = [int(p.name.split(".")[0]) for p in tmp_path.glob("*.*") if p.name[0] != "."]
-    assert len(begun) == 9  # one was done again
+    assert len(list(tmp_path.glob("*.begun.*"))) == 9  # one was done again
     assert not list(tmp_path.glob(".*"))
-    assert sum(line.startswith("begin_and_sleep") and " s on tcp://127" in line for line in lines) == 8
+    assert sum(line.startswith("noted") and " s on tcp://127" in line for line in lines) == 8
     assert "the cluster has 1 worker" in lines
 
 
@@ -205,7 +194,7 @@ def test_a_checkpoint_is_the_same_byte_for_byte_though_workers_are_killed_and_ot
     collection: list[str],
     workers: Callable[..., dict[str, str]],
     processes: Processes,
-    dask: DaskClient,
+    dask: Any,
 ) -> None:
     workers("a", "b")
     happened: list[str] = []
@@ -241,7 +230,6 @@ def test_a_stopped_driver_goes_on_alone(
     printed = driver.communicate(timeout=20)[0]
     assert driver.returncode == 75, printed
     assert json.loads(printed)["exit_code"] == 75
-    assert not list(default_workspace(tmp_path / "out").glob(".*.call"))
     assert main([*words, "-q"]) == 0
     assert tree_digest(tmp_path / "out") == serial(collection, tmp_path / "serial")
 
@@ -280,14 +268,14 @@ def test_dask_local_gives_the_same_bytes_and_every_command_that_maps_takes_it(
 
 
 def test_python_takes_a_client(
-    tmp_path: Path, collection: list[str], workers: Callable[..., dict[str, str]], dask: DaskClient
+    tmp_path: Path, collection: list[str], workers: Callable[..., dict[str, str]], dask: Any
 ) -> None:
     from lorashare_stream.model import SHAREModel
 
     workers("a")
     with said() as lines:
-        SHAREModel.from_adapters(collection, 4, device="cpu", output_dir=tmp_path / "dask", executor=dask.client)
-    assert any(line.startswith("project_adapter a03: ") for line in lines)
+        SHAREModel.from_adapters(collection, 4, device="cpu", output_dir=tmp_path / "dask", executor=dask)
+    assert any(line.startswith("project_adapter a02, a03: ") for line in lines)
     assert tree_digest(tmp_path / "dask") == serial(collection, tmp_path / "serial")
 
 
@@ -305,7 +293,7 @@ def test_the_two_flags_exclude_each_other(tmp_path: Path, capsys: pytest.Capture
 def test_an_unreachable_scheduler_is_said_within_seconds(
     tmp_path: Path, collection: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connecting, "PATIENCE", 1.0)
+    monkeypatch.setattr(cluster, "PATIENCE", 1.0)
     begun = time.monotonic()
     code = main(["compress", *collection, "-o", str(tmp_path / "out"), "--dask-scheduler", "tcp://127.0.0.1:1"])
     assert code == 75
@@ -324,10 +312,10 @@ def test_what_is_no_cluster_is_a_usage_error(tmp_path: Path, collection: list[st
 
 
 def test_a_cluster_without_workers(
-    tmp_path: Path, collection: list[str], processes: Processes, dask: DaskClient,
+    tmp_path: Path, collection: list[str], processes: Processes, dask: Any,
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(probing, "PATIENCE", 0.5)
+    monkeypatch.setattr(cluster, "PATIENCE", 0.5)
     code = main(["compress", *collection, "-o", str(tmp_path / "out"), "--dask-scheduler", processes.address])
     assert code == 75
     assert "the cluster has no workers (found none in" in capsys.readouterr().err
@@ -341,12 +329,10 @@ def stub(folder: Path, version: str) -> dict[str, str]:
     return {"PYTHONPATH": str(folder)}
 
 
-def test_a_worker_with_another_version(
-    tmp_path: Path, workers: Callable[..., dict[str, str]], dask: DaskClient
-) -> None:
+def test_a_worker_with_another_version(tmp_path: Path, workers: Callable[..., dict[str, str]], dask: Any) -> None:
     workers("a")
     old = workers("old", env=stub(tmp_path, "0.0.1"))["old"]
-    with pytest.raises(ClusterError, match="another version") as raised, dask.at(at(tmp_path)):
+    with pytest.raises(ClusterError, match="another version") as raised, mapper_at(dask, tmp_path):
         pass
     assert str(raised.value.found) == f"version 0.0.1 on {old}"
     assert raised.value.expected == __version__
@@ -354,19 +340,19 @@ def test_a_worker_with_another_version(
 
 
 def test_a_worker_without_the_package_that_comes_later(
-    tmp_path: Path, workers: Callable[..., dict[str, str]], processes: Processes, dask: DaskClient
+    tmp_path: Path, workers: Callable[..., dict[str, str]], processes: Processes, dask: Any
 ) -> None:
     workers("a")
     (tmp_path / "stub").mkdir()
-    with dask.at(at(tmp_path)) as executor:
+    with mapper_at(dask, tmp_path) as over:
         workers("old", env=stub(tmp_path / "stub", "0.0.1"))
         with pytest.raises(ClusterError, match=r"a worker cannot run this package|another version"):
-            list(executor.map(partial(begin_and_sleep, tmp_path, 0.2), range(8), 1))
+            list(over.map(partial(tasks.noted, tmp_path, 0.2), range(8), 1))
 
 
 @pytest.mark.slow
 def test_a_worker_that_does_not_see_the_storage(
-    tmp_path: Path, workers: Callable[..., dict[str, str]], dask: DaskClient
+    tmp_path: Path, workers: Callable[..., dict[str, str]], dask: Any
 ) -> None:
     hidden = tmp_path / "hidden"
     hidden.mkdir()
@@ -376,55 +362,54 @@ def test_a_worker_that_does_not_see_the_storage(
     workers("a")
     blind = workers("blind", via=over)["blind"]
     begun = time.monotonic()
-    with pytest.raises(ClusterError, match="does not see the same files") as raised, dask.at(at(hidden)):
+    with pytest.raises(ClusterError, match="does not see the same files") as raised, mapper_at(dask, hidden):
         pass
     assert time.monotonic() - begun < 10
     assert raised.value.found == f"no {hidden} on {blind}"
     assert not list(hidden.iterdir())
 
 
-def test_a_worker_that_comes_later_is_asked_with_its_first_task(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_worker_is_asked_again_with_the_first_task_of_a_map(
+    tmp_path: Path, workers: Callable[..., dict[str, str]], dask: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calls, "SEEN_WITHIN", 0.2)
+    """As one that came later is."""
     file = tmp_path / "source"
     file.write_bytes(b"1234")
+    monkeypatch.setattr(cluster, "SEEN_WITHIN", 0.1)
     places = Places(tmp_path, (tmp_path, tmp_path / "none"), ((file, 4), (file, 5)))
     assert not_seen(places) == [str(tmp_path / "none"), str(file)]
-    with _shared(places, len, 1) as call:
-        assert isinstance(perform(call, packed("x")).error, ClusterError)
-        other = Call(call.file, call.digest, "0.0.1", 1)
-        assert "another version" in str(perform(other, packed("x")).error)
-        away = Call(tmp_path / "elsewhere" / "f", call.digest, __version__, 1)
-        assert "does not see the same files" in str(perform(away, packed("x")).error)
-    with _shared(at(tmp_path), len, 1) as call:
-        assert perform(call, packed("four")).result == 4
-    assert "has ended" in str(perform(call, packed("four")).error)  # nobody waits any more
+    workers("a")
+    with mapper_for(dask, lambda: Places(tmp_path, (tmp_path,), ((file, 4),))) as over:
+        assert list(over.map(len, ["four"], 1)) == [4]
+        file.write_bytes(b"12345")
+        with pytest.raises(ClusterError, match="does not see the same files") as raised:
+            list(over.map(len, ["four"], 1))
+    assert str(raised.value.found).startswith(f"no {file} on tcp://")
 
 
 @pytest.mark.slow
 def test_a_worker_that_does_not_answer(
-    tmp_path: Path, workers: Callable[..., dict[str, str]], processes: Processes, dask: DaskClient,
+    tmp_path: Path, workers: Callable[..., dict[str, str]], processes: Processes, dask: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(probing, "PATIENCE", 2.0)
+    monkeypatch.setattr(cluster, "PATIENCE", 2.0)
     stuck = workers("a", "stuck")["stuck"]
     os.kill(processes.running["stuck"].pid, signal.SIGSTOP)
     time.sleep(1.5)
-    with pytest.raises(UnreachableClusterError, match="does not answer") as raised, dask.at(at(tmp_path)):
+    with pytest.raises(UnreachableClusterError, match="does not answer") as raised, mapper_at(dask, tmp_path):
         pass
     assert stuck in str(raised.value.found)
 
 
 def test_a_task_that_kills_every_worker_is_named(
-    tmp_path: Path, workers: Callable[..., dict[str, str]], dask: DaskClient
+    tmp_path: Path, workers: Callable[..., dict[str, str]], dask: Any
 ) -> None:
     workers("a", words=("--nanny",))
-    dask.client.run_on_scheduler(lambda dask_scheduler: setattr(dask_scheduler, "allowed_failures", 0))
-    with pytest.raises(ClusterError, match="several workers died") as raised, dask.at(at(tmp_path)) as executor:
-        list(executor.map(os._exit, [7], 1))
-    dask.client.run_on_scheduler(lambda dask_scheduler: setattr(dask_scheduler, "allowed_failures", 3))
-    assert str(raised.value.found).startswith("task 7, at last on tcp://127")
+    dask.run_on_scheduler(lambda dask_scheduler: setattr(dask_scheduler, "allowed_failures", 0))
+    with pytest.raises(ClusterError, match="several workers died") as raised, mapper_at(dask, tmp_path) as over:
+        list(over.map(os._exit, [7], 1))
+    dask.run_on_scheduler(lambda dask_scheduler: setattr(dask_scheduler, "allowed_failures", 3))
+    assert str(raised.value.found).startswith("task _exit 7, at last on tcp://127")
     assert "memory" in str(raised.value)
 
 
@@ -433,25 +418,25 @@ def test_a_scheduler_that_dies_ends_the_run(tmp_path: Path) -> None:
     own.scheduler()
     own.worker("a")
     try:
-        with connected(own.address) as found, found.at(at(tmp_path)) as executor:
+        with connected(own.address) as found, mapper_at(found, tmp_path) as over:
             threading.Timer(0.5, own.running["scheduler"].kill).start()
             with pytest.raises(UnreachableClusterError, match="does not answer any more"):
-                list(executor.map(partial(begin_and_sleep, tmp_path, 5.0), range(4), 1))
+                list(over.map(partial(tasks.noted, tmp_path, 5.0), range(4), 1))
     finally:
         own.end("scheduler")
         own.end("a")
 
 
 def test_a_deserted_cluster_ends_the_run(
-    tmp_path: Path, workers: Callable[..., dict[str, str]], processes: Processes, dask: DaskClient,
+    tmp_path: Path, workers: Callable[..., dict[str, str]], processes: Processes, dask: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(cluster, "DESERTED", 1.0)
     workers("a")
-    with dask.at(at(tmp_path)) as executor:
+    with mapper_at(dask, tmp_path) as over:
         threading.Timer(0.5, partial(processes.end, "a")).start()
         with pytest.raises(UnreachableClusterError, match="no workers any more"):
-            list(executor.map(partial(begin_and_sleep, tmp_path, 5.0), range(4), 1))
+            list(over.map(partial(tasks.noted, tmp_path, 5.0), range(4), 1))
 
 
 # -- what goes through the scheduler, and how many threads ------------------------------------------------
@@ -462,69 +447,36 @@ def test_a_task_is_small_whatever_the_number_of_adapters(tmp_path: Path) -> None
     for n in (4, 40):
         folder = tmp_path / str(n)
         plan = plan_for(resolve(make_collection(folder / "adapters", n)), SETTINGS)
-        compress(plan, folder / "out", executor=Serial())
+        compress(plan, folder / "out", executor=SerialExecutor())
         job = make_job(plan, Workspace(default_workspace(folder / "out")), folder / "out", "cpu")
-        sizes[n] = {}
-        for fn in (partial(project_adapter, job), ingest_adapter):
-            with _shared(at(folder), fn, 2) as call:
-                name = getattr(fn, "__name__", "project")
-                sizes[n][name] = len(pickle.dumps((perform, call, packed(plan.adapters[0]))))
-                sizes[n][f"file of {name}"] = call.file.stat().st_size
-    assert sizes[40]["project"] < sizes[4]["project"] + 20
-    assert sizes[40]["ingest_adapter"] < sizes[4]["ingest_adapter"] + 20
-    assert sizes[40]["file of project"] > 3 * sizes[4]["file of project"]
+        with call_of(folder, (partial(project_adapter, job), plan.adapters), retried=False) as call:
+            sizes[n] = {"file": call.size, "known": len(pickle.dumps((call, range(16))))}
+            sizes[n]["sent"] = len(pickle.dumps((call, packed(plan.adapters[:1]))))
+    assert sizes[40]["known"] < sizes[4]["known"] + 20 < 400
+    assert sizes[40]["sent"] < sizes[4]["sent"] + 20 < 2000
+    assert sizes[40]["file"] > 3 * sizes[4]["file"]
 
 
 def threads_within(n: int) -> tuple[set[int], int]:
     import torch
-    from threadpoolctl import threadpool_info
 
-    np.ones((200, 200)) @ np.ones((200, 200))
     time.sleep(0.1)
-    return {lib["num_threads"] for lib in threadpool_info() if lib["user_api"] == "blas"}, torch.get_num_threads()
+    return tasks.threads_of_blas(n), torch.get_num_threads()
 
 
 @pytest.mark.slow
 def test_tasks_have_one_thread_of_blas_and_torch_and_no_more_run_than_memory_allows(
-    tmp_path: Path, workers: Callable[..., dict[str, str]], dask: DaskClient
+    tmp_path: Path, workers: Callable[..., dict[str, str]], dask: Any
 ) -> None:
     env = {"OPENBLAS_NUM_THREADS": "2", "OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
     workers("wide", words=("--nthreads", "4"), env=env)
-    assert dask.widest() == 4
-    dask.client.run(lambda: __import__("torch"))
-    before = dask.client.run(threads_within, 0)
-    with dask.at(at(tmp_path)) as executor:
-        assert set(map(str, executor.map(threads_within, range(8), 4))) == {"({1}, 1)"}
+    assert workers_of(dask) == {"workers": 4}
+    dask.run(lambda: __import__("torch"))
+    with mapper_at(dask, tmp_path) as over:
+        assert set(map(str, over.map(threads_within, range(8), 4))) == {"({1}, 1)"}
         begun = time.monotonic()
-        assert list(executor.map(partial(begin_and_sleep, tmp_path, 0.2), range(4), 1)) == [0, 1, 4, 9]
+        assert list(over.map(partial(tasks.noted, tmp_path, 0.2), range(4), 1)) == [0, 1, 4, 9]
         assert time.monotonic() - begun > 0.8  # one at a time, though there are four threads
-    assert dask.client.run(threads_within, 0) == before  # what others do there is not slowed down
-
-
-def test_the_limit_on_blas_outlasts_the_first_of_several_tasks() -> None:
-    from threadpoolctl import threadpool_info, threadpool_limits
-
-    def threads() -> set[int]:
-        return {lib["num_threads"] for lib in threadpool_info() if lib["user_api"] == "blas"}
-
-    with threadpool_limits(2, user_api="blas"):
-        first, second = one_thread(), one_thread()
-        first.__enter__()
-        second.__enter__()
-        first.__exit__(None, None, None)
-        assert threads() == {1}
-        second.__exit__(None, None, None)
-        assert threads() == {2}
-
-
-def warn_of(text: str, n: int) -> int:
-    logging.getLogger("lorashare_stream.stages").warning("%s %d", text, n)
-    return n
-
-
-def test_what_a_task_logs_is_heard(tmp_path: Path) -> None:
-    with _shared(at(tmp_path), partial(warn_of, "damaged"), 1) as call:
-        assert perform(call, packed(3)).notes == ((logging.WARNING, "damaged 3"),)
 
 
 def test_an_adapter_that_is_written_twice_at_a_time_is_whole(tmp_path: Path) -> None:
@@ -543,13 +495,13 @@ def test_an_adapter_that_is_written_twice_at_a_time_is_whole(tmp_path: Path) -> 
 
 
 def test_modules_are_cut_into_as_many_portions_as_a_cluster_can_sum_at_a_time(
-    tmp_path: Path, collection: list[str], workers: Callable[..., dict[str, str]], dask: DaskClient
+    tmp_path: Path, collection: list[str], workers: Callable[..., dict[str, str]], dask: Any
 ) -> None:
     plan = plan_for(resolve(collection), replace(SETTINGS, workers=1))
     workers("a", "b", "c")
     modules = sorted({group.module for group in plan.groups})
-    with dask.at(at(tmp_path)) as executor, fetching(offline=True) as fetcher:
-        wide = Run(plan, executor, silent, fetcher).portions(modules)
-        alone = Run(plan, Serial(), silent, fetcher).portions(modules)
+    with mapper_at(dask, tmp_path) as over, fetching(offline=True) as fetcher:
+        wide = Run(plan, over, silent, fetcher).portions(modules)
+        alone = Run(plan, Mapper(SerialExecutor(), tmp_path), silent, fetcher).portions(modules)
     assert alone == [tuple(modules)]
     assert wide == [(module,) for module in modules]

@@ -25,7 +25,7 @@ from lorashare_stream.errors import AdapterError, StreamError
 from lorashare_stream.model import SHAREModel
 from lorashare_stream.pipeline import compress, plan_for
 from lorashare_stream.plan.sources import resolve
-from lorashare_stream.runtime.executors import Serial
+from lorashare_stream.runtime.executors import SerialExecutor
 from lorashare_stream.settings import Settings
 
 from .make_corpus import CONFIG, CORPUS, DATA, GOOD, A, B, packed, saved
@@ -60,7 +60,7 @@ def swallow(root: Path, bad: Path) -> list[AdapterError]:
     """Compress two good adapters and one that may not be; read everything back; give what was refused."""
     folders = {"one": adapter(root / "one"), "two": adapter(root / "two"), "bad": bad}
     plan = plan_for(resolve(folders), Settings(on_error="skip", device="cpu", num_components=2))
-    refused = compress(plan, root / "out", executor=Serial()).skipped
+    refused = compress(plan, root / "out", executor=SerialExecutor()).skipped
     share = SHAREModel.from_pretrained(root / "out")
     for name in share.adapter_names:
         assert share.reconstruct(name, output_dir=root / "rec" / name)

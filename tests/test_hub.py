@@ -40,8 +40,7 @@ from lorashare_stream.hub.ledger import Known, Ledger, digest_of_records
 from lorashare_stream.model import SHAREModel
 from lorashare_stream.pipeline import compress, default_workspace, plan_for
 from lorashare_stream.plan.sources import resolve
-from lorashare_stream.runtime.dask import DaskClient
-from lorashare_stream.runtime.executors import Serial
+from lorashare_stream.runtime.executors import SerialExecutor
 from lorashare_stream.settings import Settings
 
 from .conftest import CONFIG, factor_keys, load_tensors, make_collection, tree_digest, write_adapter
@@ -837,13 +836,13 @@ def test_other_executors_take_adapters_as_they_come(tmp_path: Path, hub: FakeHub
 
     made = plan(pins, tmp_path / kind, disk_budget=4 * 3676)
     if kind == "serial":
-        compress(made, tmp_path / kind, executor=Serial())
+        compress(made, tmp_path / kind, executor=SerialExecutor())
     else:
         with (
             LocalCluster(n_workers=1, threads_per_worker=2, dashboard_address=":0") as cluster,
             Client(cluster) as client,
         ):
-            compress(made, tmp_path / kind, executor=DaskClient(client))
+            compress(made, tmp_path / kind, executor=client)
     go(pins, tmp_path / "threads", disk_budget=4 * 3676)
     assert tree_digest(tmp_path / kind) == tree_digest(tmp_path / "threads")
 

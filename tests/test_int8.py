@@ -29,7 +29,7 @@ from lorashare_stream.hub.push import push
 from lorashare_stream.model import SHAREModel
 from lorashare_stream.pipeline import compress, default_workspace, plan_for
 from lorashare_stream.plan.sources import resolve
-from lorashare_stream.runtime.executors import Serial
+from lorashare_stream.runtime.executors import SerialExecutor
 from lorashare_stream.settings import Settings
 from lorashare_stream.stages.verify import originals_of, verify
 
@@ -339,7 +339,7 @@ def test_interrupted_anywhere_it_comes_to_the_same_bytes(tmp_path: Path) -> None
 
         settings = Settings.from_mapping({"device": "cpu", "dtype": "int8", "ratio": 1.1})
         plan = plan_for(resolve(folders), settings, default_workspace(place))
-        compress(plan, place, executor=Serial(), progress=stopping)
+        compress(plan, place, executor=SerialExecutor(), progress=stopping)
 
     run(tmp_path / "whole" / "out")
     out = tmp_path / "cut" / "out"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from lorashare_stream.linalg.moments import Accumulator, HostSum, empty
 from lorashare_stream.model import SHAREModel
 from lorashare_stream.pipeline import compress, plan_for
 from lorashare_stream.plan.sources import resolve
-from lorashare_stream.runtime.executors import Executor, Serial, Threads
+from lorashare_stream.runtime.executors import SerialExecutor
 from lorashare_stream.settings import Settings
 
 from .conftest import load_tensors, make_collection, tree_digest
@@ -40,7 +41,11 @@ def run(root: Path, sources: object, executor: Executor | None = None, **options
     return root / "out"
 
 
-@given(st.integers(1, 5), st.sampled_from(["512MiB", "600MiB", "8GiB"]), st.sampled_from([Serial(), Threads()]))
+@given(
+    st.integers(1, 5),
+    st.sampled_from(["512MiB", "600MiB", "8GiB"]),
+    st.sampled_from([SerialExecutor(), ThreadPoolExecutor(3)]),
+)
 @settings(max_examples=12)
 def test_memory_workers_and_executor_change_no_byte(
     many: list[str], tmp_path_factory: pytest.TempPathFactory, workers: int, memory: str, executor: Executor

@@ -21,7 +21,7 @@ from lorashare_stream.errors import AdapterError, StreamError, UsageError, Works
 from lorashare_stream.model import SHAREModel
 from lorashare_stream.pipeline import compress, plan_for
 from lorashare_stream.plan.sources import resolve
-from lorashare_stream.runtime.executors import Serial
+from lorashare_stream.runtime.executors import SerialExecutor
 from lorashare_stream.settings import Settings
 from lorashare_stream.stages import accumulate
 from lorashare_stream.workspace.workspace import Workspace
@@ -34,7 +34,9 @@ Compress = Callable[..., Path]
 def go(sources: list[str], out: Path, progress: Any = pipeline.silent, **options: Any) -> list[AdapterError]:
     settings = Settings.from_mapping({"device": "cpu", "num_components": 5} | options)
     workspace = pipeline.default_workspace(out)
-    return compress(plan_for(resolve(sources), settings, workspace), out, executor=Serial(), progress=progress).skipped
+    return compress(
+        plan_for(resolve(sources), settings, workspace), out, executor=SerialExecutor(), progress=progress
+    ).skipped
 
 
 class Kill(BaseException):

@@ -161,6 +161,8 @@ class Staging:
     def commit(self, out: Path, config: Mapping[str, Any], skipped: list[dict[str, Any]]) -> None:
         """Write what is left, share_config.json last, and rename the folder into place."""
         write_skipped(self.root, skipped)
+        for path in (self.root / ADAPTERS).glob(".*"):  # of a worker of a cluster that was killed
+            remove_tree(path)
         write_json(self.root / CONFIG, config)
         (self.root / STAGING).unlink()
         sync(self.root)

@@ -91,10 +91,9 @@ def _stop(args: dict[str, Any], number: int, frame: FrameType | None) -> NoRetur
         if args.get("json"):
             os.write(1, f"{_as_json(error, Stopped.exit_code)}\n".encode())
         os.write(2, f"\nlorashare-stream: {error}\n".encode())
-    for name in ("workspace.lock", "runtime.dask"):
-        module = sys.modules.get(f"lorashare_stream.{name}")  # not loaded, it holds nothing
-        if module is not None:
-            module.let_go()
+    lock = sys.modules.get("lorashare_stream.workspace.lock")  # not loaded, it holds nothing
+    if lock is not None:
+        lock.let_go()
     os._exit(Stopped.exit_code)
 
 

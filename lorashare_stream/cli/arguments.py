@@ -205,10 +205,15 @@ def _add_base(p: argparse.ArgumentParser) -> None:
 def _add_resources(p: argparse.ArgumentParser) -> None:
     p.add_argument("--workspace", metavar="DIR", help="folder of resumable state (default: beside the checkpoint)")
     p.add_argument(
-        "--memory", metavar="SIZE", help="what the process may use, or each worker of a cluster (default: 4GiB)"
+        "--memory",
+        metavar="SIZE",
+        help="what the process may use, or each worker of a cluster (default: 4GiB, or what its control group has)",
     )
     p.add_argument(
-        "--workers", type=int, metavar="N", help="tasks at a time (default: one per core, or thread of a worker)"
+        "--workers",
+        type=int,
+        metavar="N",
+        help="tasks at a time (default: one per core that it may use, or thread of a worker)",
     )
     p.add_argument("--device", help="auto (default), cpu or cuda")
     p.add_argument(

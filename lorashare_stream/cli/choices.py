@@ -17,7 +17,7 @@ from ..pipeline import plan_for
 from ..plan.manifests import read_yaml
 from ..plan.plan import Plan
 from ..plan.sources import resolve
-from ..runtime.dask import DaskClient, workers_of
+from ..runtime.dask import connected, started, workers_of
 from ..runtime.progress import Progress, silent
 from ..settings import BUDGETS, Settings, overridden
 from ..text import listed, name_fault, printable
@@ -61,8 +61,8 @@ def with_config(args: Args) -> dict[str, Any]:
 
 
 @contextmanager
-def cluster_of(args: Args) -> Iterator[DaskClient | None]:
-    """The cluster that is asked for, until the end of the block; None if none is.
+def cluster_of(args: Args) -> Iterator[Any]:
+    """A client of the cluster that is asked for, until the end of the block; None if none is.
 
     Raises:
         UnreachableClusterError: if it does not answer, or has no workers.
@@ -70,13 +70,11 @@ def cluster_of(args: Args) -> Iterator[DaskClient | None]:
     if "dask_scheduler" not in args and "dask_local" not in args:
         yield None
         return
-    from ..runtime.connecting import connected, started
-
     with connected(args["dask_scheduler"]) if "dask_scheduler" in args else started(args["dask_local"]) as cluster:
         yield cluster
 
 
-def with_workers(chosen: Args, cluster: DaskClient | None) -> dict[str, Any]:
+def with_workers(chosen: Args, cluster: Any) -> dict[str, Any]:
     """Arguments, with as many tasks at a time in a process as the cluster's have threads, if nothing is said of it."""
     return {**({} if "plan" in chosen else workers_of(cluster)), **chosen}  # a saved plan says something of it
 

@@ -27,7 +27,6 @@ from ..report.analysis import analyse
 from ..report.analysis_text import analysis_as_json, analysis_text
 from ..report.summary_text import summary_text
 from ..report.text import notes_text, plan_text, plan_warnings, rows_text, table
-from ..runtime.dask import DaskClient
 from ..text import bytes_shown, counted, listed, name_fault, printable
 from ..workspace.workspace import Workspace
 from .choices import Args, cluster_of, make_plan, names_meant, planned, with_config, with_workers
@@ -83,9 +82,7 @@ def compress(args: Args) -> int:
         return _compress(args, with_workers(chosen, cluster), out, named, overwrite, cluster)
 
 
-def _compress(
-    args: Args, chosen: Args, out: Path, named: Path | None, overwrite: bool, cluster: DaskClient | None
-) -> int:
+def _compress(args: Args, chosen: Args, out: Path, named: Path | None, overwrite: bool, cluster: Any) -> int:
     workspace = named or default_workspace(out)
     make = planned if "plan" in chosen else make_plan
     made = make(chosen, workspace, progress=progress_of(args))

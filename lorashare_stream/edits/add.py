@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from threadpoolctl import threadpool_limits
-
 from ..adapters.folder import digest_files
 from ..adapters.source import Source
 from ..checkpoint.config import SHAREConfig, read_share_config
@@ -18,7 +16,7 @@ from ..checkpoint.records import admission_in, metas_of
 from ..checkpoint.staging import remove_stale
 from ..checkpoint.summary import counts_of, record_of
 from ..errors import AdapterError, CheckpointError, UsageError, WorkspaceError, refusal, skipped_as_json
-from ..hub.lookup import fetching_for, loose_ids, recalled, resolve_on_hub
+from ..hub.lookup import loose_ids, recalled, resolve_on_hub
 from ..pipeline import Outcome, plan_for
 from ..plan.catalog import Surveyed, catalog, read_entries
 from ..plan.plan import make_plan
@@ -156,7 +154,7 @@ def _add_by_projection(
         return Outcome([], "current")
     plan = make_plan(catalog(fresh, settings, admissions=there, surveyed=surveyed), settings, grows=True)
     plan.validate()
-    with fetching_for(settings, None) as fetcher, options.running(plan, out.parent, out, fetcher) as run:
+    with options.running(plan, out, None) as (run, _):
         return _projected(out, config, there, run, options)
 
 
@@ -189,8 +187,7 @@ def _projected(out: Path, config: SHAREConfig, there: Sequence[Admission], run: 
     counts = counts_of(config)
     for group, n in replace(job, journal=Journal(admitted)).counts.items():
         counts[group] = counts.get(group, 0) + n
-    with threadpool_limits(1, user_api="blas"):
-        published, kept = grow(run, job, out, config, [*skipped_of(out), *skipped_as_json(refused)], threshold, counts)
+    published, kept = grow(run, job, out, config, [*skipped_of(out), *skipped_as_json(refused)], threshold, counts)
     if not published:
         raise WorkspaceError(
             "bases must be fitted anew for these adapters, and there is no workspace with the moments",

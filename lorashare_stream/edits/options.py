@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from ..checkpoint.publish import demand_folder, output_folder
 from ..checkpoint.staging import recover
 from ..checkpoint.summary import record_of
 from ..errors import WorkspaceError
-from ..hub.fetch import Fetcher
+from ..hub.lookup import fetching_for
+from ..linalg.device import resolve_device
 from ..pipeline import Outcome, compress, default_workspace
 from ..plan.plan import Plan
-from ..runtime.executors import Cluster, Executor, Local, at
+from ..runtime.executors import executor_for, mapper_for
 from ..runtime.progress import Progress, silent
 from ..settings import Settings, overridden
 from ..stages.grow import demand_unchanged
@@ -36,7 +37,7 @@ class RunOptions:
         changes: settings that are not those that the checkpoint records: memory, workers, device, ...
         accept: share of its dW energy that the bases that are there must keep of an adapter that is added; the
             checkpoint's `variance_threshold` if None.
-        executor: maps the tasks; those of this machine if None.
+        executor: does the tasks, see `pipeline.compress`.
         take_lock: take over the lock of another host that still seems to be alive.
         progress: passes the results of every step on as they come.
     """
@@ -44,7 +45,7 @@ class RunOptions:
     workspace: Path | None = None
     changes: Mapping[str, Any] = field(default_factory=dict)
     accept: float | None = None
-    executor: Executor | Cluster | None = None
+    executor: Any = None
     take_lock: bool = False
     progress: Progress = silent
 
@@ -68,12 +69,16 @@ class RunOptions:
         return root
 
     @contextmanager
-    def running(
-        self, plan: Plan, folder: Path, out: Path, fetcher: Fetcher, check: Callable[[], None] = lambda: None
-    ) -> Iterator[Run]:
-        """How the tasks of a plan are mapped; `folder` is the workspace, or one of ours."""
-        with at(self.executor or Local(), lambda: places_of(plan, folder, out)) as executor:
-            yield Run(plan, executor, self.progress, fetcher, check)
+    def running(self, plan: Plan, out: Path, root: Path | None) -> Iterator[tuple[Run, Workspace | None]]:
+        """How the tasks of a plan are mapped, and the workspace at `root`, which is held; no workspace if None."""
+        device = resolve_device(plan.settings.device)
+        with (
+            executor_for(self.executor, plan.processes, threads=device != "cpu") as workers,
+            nullcontext() if root is None else Workspace.open(root, plan.binding, take_lock=self.take_lock) as work,
+            fetching_for(plan.settings, root) as fetcher,
+            mapper_for(workers, lambda: places_of(plan, root or out.parent, out, workspace=root is not None)) as mapper,
+        ):
+            yield Run(plan, mapper, self.progress, fetcher, work.check_held if work else lambda: None), work
 
     def settings(self, config: SHAREConfig) -> Settings:
         """Those with which a checkpoint was made, but for the changes."""

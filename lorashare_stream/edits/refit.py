@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,8 +15,9 @@ from ..checkpoint.summary import record_of
 from ..errors import WorkspaceError
 from ..files import read_sealed
 from ..hub.lookup import recalled
+from ..machine import usable_cores
 from ..pipeline import plan_for
-from ..runtime.executors import Local, Places, at
+from ..runtime.executors import Places, executor_for, mapper_for
 from ..settings import BUDGETS, Settings, overridden
 from ..stages.slice import cut_of, slice_checkpoint
 from ..workspace.workspace import Workspace
@@ -113,12 +113,15 @@ def _slice(place: Path, config: SHAREConfig, k: int, out: Path, options: RunOpti
     root = options.root_of(place, config)
     own = {cut.source_digest} if out == place else set() if root is None else Workspace(root).published()
     check_output(out, own=own, overwrite=overwrite)
-    workers = options.settings(config).workers or os.cpu_count() or 1
-    with nullcontext() if root is None else Workspace.open(root, None, take_lock=options.take_lock) as work:
+    at_once = options.settings(config).workers or usable_cores()
+    where, folder = (place / CONFIG).absolute(), out.parent.absolute()
+    places = Places(folder, (folder,), ((where, where.stat().st_size),))
+    with (
+        executor_for(options.executor, at_once) as workers,
+        nullcontext() if root is None else Workspace.open(root, None, take_lock=options.take_lock) as work,
+        mapper_for(workers, lambda: places) as mapper,
+    ):
         if work is not None:
             work.publishing(out, cut.record.basis_key, ours.get("basis_digest"))
-        where = (place / CONFIG).absolute()
-        places = Places(out.parent.absolute(), (out.parent.absolute(),), ((where, where.stat().st_size),))
-        with at(options.executor or Local(), lambda: places) as executor:
-            slice_checkpoint(cut, executor, workers, options.progress)
+        slice_checkpoint(cut, mapper, at_once, options.progress)
     return "sliced"

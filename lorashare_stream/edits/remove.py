@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from threadpoolctl import threadpool_limits
-
 from ..adapters.adapter import Adapter
 from ..adapters.config import configured_ranks
 from ..adapters.keys import group_id, parse_key, split_group_id
@@ -21,7 +19,7 @@ from ..checkpoint.staging import Staging
 from ..checkpoint.summary import counts_of, record_of
 from ..errors import AdapterError, CheckpointError, StreamError, UsageError, WorkspaceError, unknown_adapter
 from ..files import read_sealed, write_sealed
-from ..hub.lookup import fetching_for, recalled, resolve_on_hub, source_of
+from ..hub.lookup import recalled, resolve_on_hub, source_of
 from ..linalg.device import resolve_device
 from ..pipeline import plan_for, recompute
 from ..plan.catalog import read_entries
@@ -89,18 +87,13 @@ def remove(checkpoint: Path, names: Sequence[str], options: RunOptions, *, refit
     held = [s for s in recalled(root) if s.name not in names]
     names_held = [str(s.name) for s in held]
     plan = plan_for(held, options.settings(config), root, recalled=names_held, progress=options.progress)
-    device = resolve_device(plan.settings.device)
-    with (
-        threadpool_limits(1, user_api="blas"),
-        Workspace.open(root, plan.binding, take_lock=options.take_lock) as work,
-        fetching_for(plan.settings, root) as fetcher,
-        options.running(plan, root, out, fetcher, work.check_held) as run,
-    ):
+    with options.running(plan, out, root) as (run, work):
+        assert work is not None
         demand_unchanged(out, config)
         take_out(work, journal_of_plan(plan, work), names)
         plan = _of_unchanged(plan, work.journal())
         write_sealed(work.root / "plan.json", plan_as_json(plan))
-        run, job = replace(run, plan=plan), make_job(plan, work, out, device)
+        run, job = replace(run, plan=plan), make_job(plan, work, out, resolve_device(plan.settings.device))
         shrink(out, config, names)
         catch_up(run, job)
         forget_unused(job)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,11 +15,12 @@ from ..linalg.basis import break_even
 from ..linalg.eigen import STRIP, suits_krylov
 from ..linalg.krylov import capacity, width
 from ..linalg.moments import stays_stacked
+from ..machine import usable_cores
 from ..settings import QUANTUM, Settings
 
 # Resident bytes of the process before any work: interpreter, numpy, scipy; torch in those that convert a `.bin`.
 PROCESS_BYTES = 192 << 20
-FORK_BYTES = 64 << 20  # of a forked process: what it writes to of the parent's, and what it keeps of freed memory
+WORKER_BYTES = 64 << 20  # of a worker process: what is its own before any work, and what it keeps of freed memory
 TORCH_BYTES = 224 << 20
 HUB_BYTES = 112 << 20  # its client, and 8 downloads that read 10 MiB at a time
 BYTES_PER_ADAPTER = 4 << 10  # of a catalog entry and its receipt
@@ -68,8 +68,8 @@ class Step:
     Attributes:
         name, tasks, read_bytes: what it is, how many tasks it has, what these read together.
         concurrency: how many tasks run at a time.
-        shared_bytes: of all of them together.
-        process_bytes: of the process that each has, where several run at a time.
+        shared_bytes: of all processes, those that have no task among them.
+        process_bytes: of a process that has tasks of this step, for all that it does.
         task_bytes: of each; of as many modules as are summed together in one.
         least_bytes: of the step with one task at a time, and that of one module.
     """
@@ -114,8 +114,9 @@ def steps_of(
     """What the passes over these adapters and groups cost; `grows` if there may be moments to add to."""
     largest, pickled = _largest_file(adapters), _largest_file(e for e in adapters if e.pickled)
     tensors = sum(len(e.layout.in_file_order) for e in examples(adapters))
-    process = PROCESS_BYTES + BYTES_PER_ADAPTER * len(adapters) + BYTES_PER_RECORD * tensors
-    process += sum(len(text) for text in {e.config for e in adapters} if text is not None)
+    catalog = BYTES_PER_ADAPTER * len(adapters) + BYTES_PER_RECORD * tensors
+    catalog += sum(len(text) for text in {e.config for e in adapters} if text is not None)
+    process = PROCESS_BYTES + catalog
     process += TORCH_BYTES if pickled or s.device != "cpu" else 0
     process += HUB_BYTES if any(e.origin is not None for e in adapters) else 0
     total = sum(f.size for e in adapters for f in e.files)
@@ -132,31 +133,57 @@ def steps_of(
     kept = components if keeps_components(components, s.memory) else 0
     mapped = components * ITEMSIZE[storage] // 4  # pages that are resident
     buffers = CHUNK + largest + pickled  # a chunk being copied, a file's pages; a `.bin` is read whole
-    fork = FORK_BYTES + (TORCH_BYTES if pickled else 0)
     modules, count = len(by_module), len(adapters)
-
-    def step(name: str, tasks: int, read: int, task: int, shared: int = 0, most: int = 0) -> Step:
-        room = s.memory - process
-        at_once = max(1, min(s.workers or os.cpu_count() or 1, room // (fork + shared + task)))
-        own = fork + shared if at_once > 1 else 0  # where threads do the tasks, `shared` is one for all
-        common = process if at_once > 1 else process + shared
-        whole = max(task, min(most, (s.memory - common) // at_once - own))
-        return Step(name, tasks, read, at_once, common, own, whole, process + shared + task)
 
     reading = 4 * pair + TILE_BYTES + largest + pickled
     weighing = 6 * loadings + WEIGHED * sum(len(e.layout.modules) * max(m.rank for m in e.layout.modules)
                                             for e in examples(adapters)[:1] if e.layout.modules)  # fmt: skip
     budgets = (
-        step("appraise", count, total, 5 * pair + widest_pair + 3 * loadings + buffers, kept + mapped),
-        step("weigh", count, count * loadings, weighing),
+        ("appraise", count, total, 5 * pair + widest_pair + 3 * loadings + buffers, kept + mapped),
+        ("weigh", count, count * loadings, weighing, 0),
     )
-    return (
-        step("ingest", count, total, 4 * pair + buffers),
-        step("accumulate", modules, lora, sums + reading, most=PORTION_BYTES + reading),
-        step("fit", modules, 0, fits + TILE_BYTES),
-        *(budgets if s.budget is not None else ()),
-        step("project", count, total, 9 * pair + widest_pair + loadings + buffers, kept + mapped),
+    return _steps(
+        (
+            ("ingest", count, total, 4 * pair + buffers, 0),
+            ("accumulate", modules, lora, sums + reading, 0),
+            ("fit", modules, 0, fits + TILE_BYTES, 0),
+            *(budgets if s.budget is not None else ()),
+            ("project", count, total, 9 * pair + widest_pair + loadings + buffers, kept + mapped),
+        ),
+        s,
+        process,
+        WORKER_BYTES + catalog + (TORCH_BYTES if pickled else 0),
+        PORTION_BYTES + reading,
     )
+
+
+def _steps(
+    costs: Sequence[tuple[str, int, int, int, int]], s: Settings, process: int, idle: int, portion: int
+) -> tuple[Step, ...]:
+    """Steps, in as many processes as leave memory for the most tasks at a time in the step that takes most.
+
+    Args:
+        costs: of each step, name, number of tasks, bytes that these read, bytes that each holds, and bytes that its
+            process holds for them.
+        s: the settings.
+        process, idle: bytes of this process, and of one that has no task, for there are as many in every step.
+        portion: bytes of a task of `accumulate` at most.
+    """
+    room = s.memory - process
+
+    def at_once(count: int, each: int) -> int:
+        return max(1, min(count, (room - count * idle) // max(1, each)))
+
+    each = [task + shared for *_, task, shared in costs]
+    most = s.workers or usable_cores()
+    fewest = {n: min(at_once(n, e) for e in each) for n in range(1, max(2, min(most, room // idle) + 1))}
+    count = max(fewest, key=lambda n: (fewest[n], n))
+    steps = []
+    for (name, tasks, read, task, shared), e in zip(costs, each, strict=True):
+        n = at_once(count, e)
+        whole = max(task, min(portion, (room - count * idle) // n - shared)) if name == "accumulate" else task
+        steps.append(Step(name, tasks, read, n, process + count * idle, shared, whole, process + idle + e))
+    return tuple(steps)
 
 
 def _largest_file(adapters: Iterable[Adapter]) -> int:

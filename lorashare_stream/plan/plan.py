@@ -174,6 +174,11 @@ class Plan:
         """Modules in portions that are summed together."""
         return portions(modules, self._modules, self.settings, self.step("accumulate"), grows=self.grows)
 
+    @property
+    def processes(self) -> int:
+        """How many tasks run at a time at most."""
+        return max(step.concurrency for step in self.steps)
+
     def validate(self) -> None:
         """Refuse what headers and arithmetic already show to be impossible.
 

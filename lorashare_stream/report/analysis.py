@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +11,6 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from ..adapters.adapter import Adapter
 from ..adapters.copies import identical
@@ -19,9 +18,10 @@ from ..adapters.dtypes import stored_bytes
 from ..errors import AdapterError, CollectionError
 from ..hub.fetch import fetching
 from ..hub.lookup import source_of
+from ..machine import usable_cores
 from ..pipeline import plan_for
 from ..plan.plan import Plan
-from ..runtime.executors import Executor, Local
+from ..runtime.executors import executor_for, local_mapper
 from ..runtime.progress import Progress, silent
 from ..stages.ingest import ingest_adapter
 from ..workspace.journal import Admission
@@ -75,7 +75,7 @@ def analyse(
     Args:
         plan: with the collection, and the settings. Its `memory` holds here too.
         sample: how many adapters; None for as many as are sensible.
-        executor: maps the tasks; those of this machine if None. The result does not depend on it.
+        executor: does the tasks; processes of this machine if None. The result does not depend on it.
         progress: passes what is read and measured on as it comes.
 
     Raises:
@@ -84,9 +84,12 @@ def analyse(
         UnreachableError: if the Hub does not answer.
     """
     adapters = [e for e in plan.adapters if e.layout.modules]
-    asked, mapper = sampled(adapters, sample), executor or Local()
-    with threadpool_limits(1, user_api="blas"), _at_hand(plan, asked) as (chosen, lost):
-        at_once = max(1, plan.settings.workers or os.cpu_count() or 1)
+    asked, at_once = sampled(adapters, sample), plan.settings.workers or usable_cores()
+    with (
+        executor_for(executor, at_once) as workers,
+        local_mapper(workers) as mapper,
+        _at_hand(plan, asked) as (chosen, lost),
+    ):
         results = list(progress("ingest", len(chosen), mapper.map(_ingested, chosen, at_once)))
         norms = {r.name: r.energy**0.5 for r in results if isinstance(r, Admission)}
         problems = (*lost, *(r for r in results if isinstance(r, AdapterError)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,9 +13,10 @@ from ..adapters.adapter import Adapter
 from ..adapters.keys import SIDES, Side
 from ..errors import BudgetError
 from ..linalg.types import Float64
+from ..machine import usable_cores
 from ..plan.memory import PROCESS_BYTES, TORCH_BYTES
 from ..plan.plan import Plan, cut
-from ..runtime.executors import Executor
+from ..runtime.executors import Mapper
 from ..runtime.progress import Progress
 from ..text import bytes_shown
 from .measure import Capture, Measured, measure
@@ -76,9 +76,9 @@ class Subject:
 
 
 def measured(
-    plan: Plan, subjects: Sequence[Subject], modules: Sequence[str], executor: Executor, progress: Progress
+    plan: Plan, subjects: Sequence[Subject], modules: Sequence[str], mapper: Mapper, progress: Progress
 ) -> Totals:
-    """Read and measure modules of some adapters; neither memory nor the executor changes a bit.
+    """Read and measure modules of some adapters; neither memory nor the mapper changes a bit.
 
     Raises:
         AdapterError: if files have changed.
@@ -98,10 +98,10 @@ def measured(
     def by_portion() -> Iterator[tuple[str, Mapping[int, Part], Measured]]:
         for portion in cut(modules, [held[m] for m in modules], room):
             read = partial(_read, modules=portion, objective=objective)
-            every = list(executor.map(read, subjects, at_once))
+            every = list(mapper.map(read, subjects, at_once))
             parts = [{i: some.pop(m) for i, some in enumerate(every) if m in some} for m in portion]
             look = partial(_measure, adapters=count, ks=ks, center=plan.settings.center)
-            yield from zip(portion, parts, executor.map(look, zip(portion, parts, strict=True), at_once), strict=True)
+            yield from zip(portion, parts, mapper.map(look, zip(portion, parts, strict=True), at_once), strict=True)
 
     for name, parts, one in progress("analyse", len(modules), by_portion()):
         totals.add(name, parts, one)
@@ -135,5 +135,5 @@ def _room(plan: Plan, subjects: Sequence[Subject], held: int, work: int) -> tupl
             remedy=f"Use --memory {-(-least >> 20) + 1}MiB or more, or fewer adapters by --sample.",
         )  # fmt: skip
     room = s.memory - process
-    at_once = max(1, min(s.workers or os.cpu_count() or 1, room // 2 // work))
+    at_once = max(1, min(s.workers or usable_cores(), room // 2 // work))
     return max(held, room - at_once * work), at_once

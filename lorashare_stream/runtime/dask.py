@@ -1,247 +1,441 @@
-"""A running Dask cluster as an executor: nothing but tasks goes to it, and nothing but receipts comes back."""
+"""A Dask cluster: found or started, asked before any work, mapped over by its own executor.
+
+Nothing but tasks goes to it, and nothing but receipts comes back.
+"""
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import logging
 import os
+import pickle
+import pkgutil
+import platform
+import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import CancelledError
-from contextlib import contextmanager, suppress
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any
 
-from ..errors import ClusterError, UnreachableClusterError
-from ..files import naming
+from ..errors import ClusterError, UnreachableClusterError, UsageError
+from ..files import read_json
 from ..text import counted, listed, printable
 from ..version import __version__
-from .calls import Call, Done, packed, perform, size_of
-from .executors import Cluster, Executor, Places, in_order, nothing
-from .probing import cannot_run, check_some, check_workers, lost
+from .executors import Lot, Mapper, Places, names_of
+from .lots import Call, Done, loaded, perform
+from .processes import die_with_parent
 
-T = TypeVar("T")
-R = TypeVar("R")
+PATIENCE = 10.0  # seconds for a scheduler or a worker to come, and for what is asked to be answered
+SEEN_WITHIN = 3.0  # seconds in which a file that was just written must be seen elsewhere
 EVERY = 1.0  # seconds between two looks at who is there
-STALE = 86400.0  # seconds after which what a killed run has left for workers is removed
 DESERTED = 300.0  # seconds without any worker after which a run ends
-RETRIES = 2  # of a task that failed for the machine's sake; all of ours may be done again
+RETRIES = 2  # of a lot that failed for the machine's sake; all of ours may be done again
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class DaskClient:
-    """A running Dask cluster, whose workers see the same storage.
+# -- a cluster, found or started -----------------------------------------------------------------------
 
-    Attributes:
-        client: a `distributed.Client`, made and closed by the caller.
+
+@contextmanager
+def connected(address: str) -> Iterator[Any]:
+    """A client of a running cluster.
+
+    Args:
+        address: of its scheduler, or the file that `dask scheduler --scheduler-file` writes.
+
+    Raises:
+        UnreachableClusterError: if the scheduler does not answer.
+        UsageError: if it is no address.
     """
-
-    client: Any
-
-    @contextmanager
-    def at(self, places: Places) -> Iterator[Executor]:
-        """See `Cluster.at`. All workers are asked now; those that come later, with their first task."""
-        places = replace(places, read=tuple(file for file in places.read if size_of(file[0]) == file[1]))
-        check_workers(self.client, places)
-        yield _DaskMap(self.client, places, _Watch(self.client))
-
-    def widest(self) -> int:
-        """Threads of the worker process that has most.
-
-        Raises:
-            UnreachableClusterError: if there are no workers.
-        """
-        check_some(self.client)
-        return max(self.client.nthreads().values(), default=1)
-
-
-def workers_of(executor: Executor | Cluster | None) -> dict[str, int]:
-    """The setting `workers` for a cluster, if nothing is said of it: as many as a process has threads."""
-    return {"workers": executor.widest()} if isinstance(executor, DaskClient) else {}
-
-
-def executor_of(given: Any) -> Executor | Cluster | None:
-    """A `distributed.Client`, or what is an executor already."""
-    return DaskClient(given) if hasattr(given, "submit") and hasattr(given, "scheduler") else given
-
-
-@dataclass(frozen=True)
-class _DaskMap:
-    """The executor that a cluster is at some places."""
-
-    client: Any
-    places: Places
-    watch: _Watch
-
-    def width(self, at_once: int) -> int:
-        """See `executors.width`."""
-        return max(1, self.watch.width(at_once))
-
-    def map(
-        self, fn: Callable[[T], R], tasks: Iterable[T], at_once: int, after: Callable[[T], object] = nothing
-    ) -> Iterator[R]:
-        """See `Executor.map`; `at_once` is for each worker process. All tasks may be redone, elsewhere too.
-
-        Tasks are impure (they write files), so equal ones are not merged.
-
-        Raises:
-            UnreachableClusterError: if the scheduler is lost, or all workers stay away.
-            ClusterError: if workers die of a task.
-        """
-        name = _name(fn)
-        labels: dict[str, str] = {}
-
-        def submit(task: T) -> Any:
-            key = f"{name}-{uuid.uuid4().hex}"  # Dask keeps the mean time of what has the same name
-            labels[key] = listed(task, 3) if isinstance(task, tuple) else printable(getattr(task, "name", task), 80)
-            return self.client.submit(perform, call, packed(task), key=key, pure=False, retries=RETRIES)
-
-        def taken(future: Any) -> R:
-            done = _result(future, labels[future.key], self.watch)
-            _tell(name, labels.pop(future.key), done)
-            if done.error is not None:
-                raise done.error
-            result: R = done.result
-            return result
-
-        with _shared(self.places, fn, max(1, at_once)) as call:
-            yield from in_order(submit, tasks, lambda: self.watch.ahead(at_once), taken, after)
-
-
-def _name(fn: Any) -> str:
-    while isinstance(fn, partial):
-        fn = fn.func
-    return str(getattr(fn, "__name__", type(fn).__name__))
-
-
-def _tell(name: str, label: str, done: Done) -> None:
-    log.info("%s %s: %.2f s on %s", name, label, done.seconds, done.worker)
-    for level, text in done.notes:
-        log.log(level, "%s: %s", done.worker, text)
-
-
-def _result(future: Any, label: str, watch: _Watch) -> Done:
-    """What a task gives, however long it takes, as long as there is somebody to do it."""
-    from distributed import KilledWorker
+    _quiet()
+    from distributed import Client
 
     try:
-        while not future.done():
-            with suppress(TimeoutError):  # one of the task itself is raised below
-                future.result(timeout=EVERY)
-            watch.look()
-        done: Done = future.result()
-    except CancelledError as e:
-        raise lost(e) from e
-    except (ImportError, AttributeError) as e:  # of one that came later
-        raise cannot_run("one that came later", e) from e
-    except KilledWorker as e:
-        raise ClusterError(
-            "several workers died one after the other while they did the same task",
-            found=f"task {label}, at last on {e.last_worker.address}",
-            remedy="Mostly they exceed their memory limit: give workers more, or this command less by --memory, which "
-            "is for each worker process; their logs tell. What is done is kept.",
+        if os.path.isfile(address):  # Dask would wait for a damaged one to be mended
+            address = read_json(Path(address))["address"]
+        if not isinstance(address, str) or not address:  # for which Dask would start a cluster of its own
+            raise ValueError("not an address")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of other versions: what matters of them is asked for
+            client = Client(address, timeout=PATIENCE, set_as_default=False)  # type: ignore[no-untyped-call]
+    except OSError as e:
+        raise UnreachableClusterError(
+            "the scheduler does not answer", found=address, expected="a dask scheduler that runs there",
+            remedy="Start it, and workers, and run the same command again.",
+        ) from e  # fmt: skip
+    except (ValueError, TypeError, KeyError) as e:  # of Dask's, or of the file
+        raise UsageError(
+            "no address of a scheduler", found=repr(address), expected="tcp://HOST:PORT, or its --scheduler-file"
         ) from e
-    return done
+    with client:
+        yield client
+
+
+@contextmanager
+def started(workers: int) -> Iterator[Any]:
+    """A client of a cluster on this machine, of so many processes, which end with this one however it ends.
+
+    They have a thread each, and no memory limit of Dask's, which counts mapped files and kills: what a task may take
+    is planned.
+
+    Raises:
+        UsageError: if that is no number of processes.
+    """
+    if workers < 1:
+        raise UsageError("no number of worker processes", found=workers, expected="1 or more")
+    _quiet()
+    from distributed import Client, LocalCluster
+
+    cluster = LocalCluster(  # type: ignore[no-untyped-call]
+        n_workers=workers, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address=None,
+        memory_limit=0, silence_logs=logging.ERROR, preload=__name__,
+    )  # fmt: skip
+    with cluster, Client(cluster, timeout=PATIENCE, set_as_default=False) as client:  # type: ignore[no-untyped-call]
+        yield client
+
+
+def dask_setup(worker: Any) -> None:
+    """What Dask calls in a worker that we started, whose own watch over its parent is a thread."""
+    die_with_parent()
+
+
+def _quiet() -> None:
+    """Let Dask say only what we do not say ourselves; it sets up its own logging when it is imported."""
+    import distributed  # noqa: F401
+
+    for name in ("distributed", "tornado"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def workers_of(client: Any) -> dict[str, int]:
+    """The setting `workers` for a cluster, if nothing is said of it: as many as a process has threads.
+
+    Raises:
+        UnreachableClusterError: if there are no workers.
+    """
+    if not hasattr(client, "nthreads"):
+        return {}
+    _demand_some(client)
+    return {"workers": max(client.nthreads().values(), default=1)}
+
+
+# -- whether it can do the work ------------------------------------------------------------------------
+
+
+def mapper_on(client: Any, places: Places) -> Mapper:
+    """What maps tasks over a cluster. All workers are asked now; those that come later, with their first task.
+
+    Raises:
+        UnreachableClusterError: if there are no workers, or one does not answer.
+        ClusterError: if one has another version or does not see the places, naming it.
+    """
+    places = Places(places.folder, places.written, tuple(f for f in places.read if _size(f[0]) == f[1]))
+    _demand_some(client)
+    # A function of ours could not be unpickled by a worker that has none of it, or another.
+    for worker, version in _asked(client, pkgutil.resolve_name, "lorashare_stream.version:__version__").items():
+        _check_version(worker, version)
+    with ExitStack() as tokens:  # a folder of the same name on another disk has not the same new file
+        folders = {tokens.enter_context(_token(folder)): folder for folder in places.written}
+        known = Places(places.folder, places.written, (*places.read, *((token, 0) for token in folders)))
+        found = _asked(client, look, known, PATIENCE / 2)
+    for worker, answer in found.items():
+        if isinstance(answer, BaseException):
+            raise _cannot_run(worker, answer)
+        if answer[0]:
+            raise _unseen(worker, str(folders.get(Path(answer[0][0]), answer[0][0])))
+    _warn_of_others({worker: answer[1] for worker, answer in found.items()})
+    executor = client.get_executor(pure=False, retries=RETRIES)
+    return _DaskMapper(executor, places.folder, client=client, places=places, _every=EVERY, _retried=True)
+
+
+def _demand_some(client: Any) -> None:
+    """Demand workers, for which is waited a little."""
+    try:
+        client.wait_for_workers(1, timeout=PATIENCE)
+    except TimeoutError:
+        raise UnreachableClusterError(
+            "the cluster has no workers",
+            found=f"none in {PATIENCE:.0f} s at {client.scheduler.address}",
+            remedy="Start some, by dask worker ADDRESS, and run the same command again.",
+        ) from None
+    except OSError as e:
+        raise _lost(e) from e
+
+
+def _asked(client: Any, fn: Any, *args: Any) -> dict[str, Any]:
+    """Worker -> what it answers, or the exception; of those that left meanwhile, nothing."""
+    from distributed.comm.core import CommClosedError
+
+    try:
+        answers = client.sync(client.run, fn, *args, on_error="return", callback_timeout=PATIENCE)
+        there = client.nthreads()
+    except TimeoutError:
+        raise UnreachableClusterError(
+            "a worker does not answer", found=f"none in {PATIENCE:.0f} s by {listed(_silent(client))}",
+            remedy="End it, or wait until it does, and run the same command again.",
+        ) from None  # fmt: skip
+    except (OSError, CancelledError) as e:
+        raise _lost(e) from e
+    for worker, answer in answers.items():
+        if worker in there and isinstance(answer, ConnectionError | TimeoutError | CommClosedError):
+            raise UnreachableClusterError("a worker does not answer", found=f"{_text(answer)} on {worker}")
+    return {worker: answer for worker, answer in answers.items() if worker in there}
+
+
+def _silent(client: Any) -> list[str]:
+    """The workers that have shown no sign of life for some time; all, if that tells nothing."""
+    seen = {worker: facts["last_seen"] for worker, facts in client.scheduler_info(n_workers=-1)["workers"].items()}
+    return [w for w, at in seen.items() if at < max(seen.values()) - PATIENCE / 2] or [*seen]
+
+
+@contextmanager
+def _token(folder: Path) -> Iterator[Path]:
+    """A new, empty file in a folder, of a name that no other storage has; a killed run's are swept as its others."""
+    path = folder / f".{uuid.uuid4().hex}.tmp"
+    path.touch()
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+async def look(places: Places, patience: float) -> tuple[list[str], dict[str, str]]:
+    """What a worker does not see, and what decides the last bits of its results.
+
+    A thread looks, since a file system that hangs must not stop the worker's event loop.
+    """
+    import asyncio  # a worker of Dask has it; on its own it takes as long to import as NumPy
+
+    try:
+        missing = await asyncio.wait_for(asyncio.to_thread(not_seen, places), patience)
+    except TimeoutError:
+        missing = [f"answer of the file system for {patience:.0f} s: {places.folder}"]
+    return missing, machine()
+
+
+def not_seen(places: Places) -> list[str]:
+    """The places that this process does not see, or cannot write to; what is new is waited for."""
+    deadline = time.monotonic() + SEEN_WITHIN
+    while True:
+        missing = [str(p) for p in places.written if not os.access(p, os.R_OK | os.W_OK | os.X_OK)]
+        missing += [str(path) for path, size in places.read if _size(path) != size]
+        if not missing or time.monotonic() > deadline:
+            return missing
+        time.sleep(0.1)
+
+
+def _size(path: Path) -> int | None:
+    with suppress(OSError):
+        return path.stat().st_size
+    return None
+
+
+def machine() -> dict[str, str]:
+    """What decides the last bits of a result, on this machine."""
+    import numpy as np
+    import scipy
+    import scipy.linalg.cython_blas  # loads its BLAS
+    from threadpoolctl import threadpool_info
+
+    libraries = [lib for lib in threadpool_info() if lib["user_api"] == "blas"]
+    kinds = {f"{lib['internal_api']} {lib['version']} {lib.get('architecture', '')}".strip() for lib in libraries}
+    versions = {"Python": platform.python_version(), "NumPy": np.__version__, "SciPy": scipy.__version__}
+    return {**versions, "BLAS": ", ".join(sorted(kinds)), "machine": platform.machine()}
+
+
+def _warn_of_others(machines: dict[str, dict[str, str]]) -> None:
+    here = machine()
+    others: dict[str, list[str]] = {}
+    for worker, facts in machines.items():
+        differing = [f"{k} {facts.get(k)} for {here[k]}" for k in here if facts.get(k) != here[k]]
+        if differing:
+            others.setdefault(", ".join(differing), []).append(worker)
+    for what, workers in others.items():
+        log.warning(
+            "%s of %d (%s) with %s here: the last bits may be others than those of a run on this machine alone",
+            counted(len(workers), "worker"), len(machines), listed(workers, 3), printable(what),
+        )  # fmt: skip
+
+
+# -- on a worker ---------------------------------------------------------------------------------------
+
+
+def perform_there(call: Call, version: str, first: int, lot: range | bytes) -> Done:
+    """Do a lot of tasks on a worker.
+
+    Errors of ours are final, and come back; those of the machine are raised: elsewhere it may be done.
+    """
+    from distributed import get_worker
+
+    worker = str(get_worker().address)
+    try:
+        with _gate(call, worker, version):
+            return replace(perform(call, first, lot), worker=worker)
+    except ClusterError as e:
+        return Done([], e, worker=worker)
+
+
+@dataclass(frozen=True)
+class _There:
+    """A call of `perform_there` that is made by who unpickles it, in a task of Dask.
+
+    A worker without this package, or with another one, could not even read a task that names a function of ours: Dask
+    ends the worker, and says nothing to us.
+    """
+
+    arguments: tuple[Any, ...]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return perform_there, self.arguments
+
+
+_lock = threading.Lock()
+
+
+def _gate(call: Call, worker: str, version: str) -> threading.BoundedSemaphore:
+    """Lets as many lots of a call be done in this process as its memory allows, if the process has more threads."""
+    with _lock:  # two threads at once would be given a gate each
+        return _admitted(call, worker, version)
+
+
+@lru_cache(maxsize=2)
+def _admitted(call: Call, worker: str, version: str) -> threading.BoundedSemaphore:
+    """What `_gate` gives, once this worker is known to be able to do a call."""
+    _check_version(worker, __version__, version)
+    if missing := not_seen(Places(call.file.parent, (), ((call.file, call.size),))):
+        raise _unseen(worker, missing[0])
+    places, at_once, *_ = loaded(call)
+    if missing := not_seen(places):
+        raise _unseen(worker, missing[0])
+    return threading.BoundedSemaphore(at_once)
+
+
+# -- errors --------------------------------------------------------------------------------------------
+
+
+def _check_version(worker: str, found: object, expected: str = __version__) -> None:
+    """Demand that a worker has a version of the package; `found` is its version, or the error of one without."""
+    if found != expected:
+        what = _text(found) if isinstance(found, BaseException) else f"version {printable(found)}"
+        raise ClusterError(
+            "a worker has another version of lorashare-stream", found=f"{what} on {worker}", expected=expected,
+            remedy="Install the same version where workers run, and start them again.",
+        )  # fmt: skip
+
+
+def _unseen(worker: str, missing: str) -> ClusterError:
+    return ClusterError(
+        "a worker does not see the same files, or may not write where it must",
+        found=f"no {missing} on {worker}",
+        expected="sources, workspace and output on storage that all workers share, under the same paths",
+        remedy="Put them there, or do without a cluster.",
+    )
+
+
+def _cannot_run(worker: str, error: BaseException) -> ClusterError:
+    return ClusterError(
+        "a worker cannot run this package", found=f"{_text(error)} on {worker}", expected=f"version {__version__}",
+        remedy="Install the same version where workers run, and start them again.",
+    )  # fmt: skip
+
+
+def _lost(error: BaseException) -> UnreachableClusterError:
+    return UnreachableClusterError(
+        "the scheduler does not answer any more", found=_text(error),
+        remedy="What is done is kept: look after it, and run the same command again.",
+    )  # fmt: skip
+
+
+def _text(error: BaseException) -> str:
+    return printable(f"{type(error).__name__}: {error}")
+
+
+# -- on the driver -------------------------------------------------------------------------------------
 
 
 @dataclass
-class _Watch:
-    """Who is there, looked at now and then."""
+class _DaskMapper(Mapper):
+    """Maps over a cluster. `at_once` is for each worker process; all lots may be redone, elsewhere too.
 
-    client: Any
-    threads: dict[str, int] = field(default_factory=dict)
-    looked: float = 0.0
-    deserted: float | None = None
-    told: set[int] = field(default_factory=set)
+    Attributes:
+        client, places: the cluster, and what its workers must see.
+    """
 
-    def ahead(self, at_once: int) -> int:
-        """How many tasks are to be with the scheduler: two for each that can run, so that no worker waits for us."""
-        return max(2, 2 * self.width(at_once))
+    client: Any = None
+    places: Places | None = None
+    _threads: dict[str, int] = field(default_factory=dict)  # of each worker, when it was looked last
+    _looked: float = 0.0
+    _deserted: float | None = None
 
     def width(self, at_once: int) -> int:
-        """How many tasks can run at a time, if a process runs `at_once`."""
-        self.look()
-        if at_once not in self.told and any(n > at_once for n in self.threads.values()):
-            self.told.add(at_once)
-            log.info("workers have more threads than the %d tasks that --memory and --workers allow a process", at_once)
-        return sum(min(n, at_once) for n in self.threads.values())
+        """See `Mapper.width`."""
+        self._look()
+        return max(1, sum(min(n, at_once) for n in self._threads.values()))
 
-    def look(self) -> None:
+    def _ahead(self, at_once: int) -> int:
+        """Two lots for each that can be done, so that no worker waits for us."""
+        return 2 * self.width(at_once)
+
+    def _shared(self, fn: Any, tasks: list[Any] | None, at_once: int) -> tuple[Any, ...]:
+        return self.places, at_once, fn, tasks
+
+    def _submit(self, call: Call, lot: Lot) -> Future[Done]:
+        lot.label = f"{call.name} {listed([n for task in lot.tasks for n in names_of(task)], 3)}"
+        key = f"{call.name}-{uuid.uuid4().hex}"  # Dask keeps the mean time of what has the same name
+        there = pickle.dumps(_There((call, __version__, lot.first, lot.message)))
+        submit: Callable[..., Future[Done]] = self.executor.submit
+        return submit(pickle.loads, there, key=key)
+
+    def _done(self, lot: Lot) -> Done:
+        from distributed import KilledWorker
+
+        try:
+            done = lot.future.result()
+        except CancelledError as e:
+            raise _lost(e) from e
+        except (ImportError, AttributeError) as e:
+            raise _cannot_run("one that came later", e) from e
+        except KilledWorker as e:
+            raise ClusterError(
+                "several workers died one after the other while they did the same task",
+                found=f"task {lot.label}, at last on {e.last_worker.address}",
+                remedy="Mostly they exceed their memory limit: give workers more, or this command less by --memory, "
+                "which is for each worker process; their logs tell. What is done is kept.",
+            ) from e
+        log.info("%s: %.2f s on %s", lot.label, done.seconds, done.worker)
+        for record in done.records:
+            record.msg = f"{done.worker}: {record.msg}"
+        return done
+
+    def _look(self) -> None:
         """See who is there, and say it when it changes.
 
         Raises:
             UnreachableClusterError: if nobody has been there for long.
         """
         now = time.monotonic()
-        if now - self.looked < EVERY:
+        if now - self._looked < EVERY:
             return
         try:
             found = dict(self.client.nthreads())
         except (OSError, CancelledError) as e:
-            raise lost(e) from e
-        self.looked = time.monotonic()
-        if len(found) != len(self.threads):
+            raise _lost(e) from e
+        self._looked = time.monotonic()
+        if len(found) != len(self._threads):
             log.info("the cluster has %s", counted(len(found), "worker"))
-        self.threads = found
+        self._threads = found
         if found:
-            self.deserted = None
-            return
-        if self.deserted is None:
-            self.deserted = now
+            self._deserted = None
+        elif self._deserted is None:
+            self._deserted = now
             log.warning("the cluster has no workers any more: waiting %.0f s for some to come", DESERTED)
-        if now - self.deserted > DESERTED:
+        elif now - self._deserted > DESERTED:
             raise UnreachableClusterError(
                 "the cluster has no workers any more", found=f"none for {DESERTED:.0f} s",
                 remedy="What is done is kept: start some, and run the same command again.",
             )  # fmt: skip
-
-
-# -- what the tasks of a map share, in a file ------------------------------------------------------------
-
-_files: dict[Path, IO[bytes]] = {}  # of this process
-
-
-@contextmanager
-def _shared(places: Places, fn: Callable[..., Any], at_once: int) -> Iterator[Call]:
-    """The function of a map in a file that workers see, till the end of the block; see `calls`.
-
-    Its writer holds the kernel's lock on it, so that a file whose writer was killed is known.
-    """
-    from distributed.protocol.pickle import dumps
-
-    _sweep(places.folder)
-    data: bytes = dumps((places, fn))  # type: ignore[no-untyped-call]
-    path = places.folder / f".{uuid.uuid4().hex}.call"
-    with naming(path), path.open("xb") as file:
-        _files[path] = file
-        try:
-            with suppress(OSError):  # a file system without: nothing is swept there
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())  # other hosts may read it
-            yield Call(path, hashlib.sha256(data).hexdigest(), __version__, at_once)
-        finally:
-            _files.pop(path, None)
-            path.unlink(missing_ok=True)
-
-
-def let_go() -> None:
-    """Take away what this process has left for workers: it is about to end."""
-    for path in list(_files):
-        with suppress(OSError):
-            path.unlink()
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what killed runs have left."""
-    for path in folder.glob(".*.call"):
-        with suppress(OSError), path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if time.time() - os.fstat(file.fileno()).st_mtime > STALE:  # this kernel may not know of other hosts' locks
-                path.unlink()

@@ -1,4 +1,4 @@
-"""A plan, an executor, who fetches and who watches: how tasks are mapped."""
+"""A plan, a mapper, who fetches and who watches: how tasks are mapped."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from ..errors import AdapterError, BudgetError, refusal
 from ..hub.client import Hub, cache_folder
 from ..hub.fetch import Fetcher
 from ..plan.plan import Plan
-from ..runtime.executors import Executor, Places, nothing, width
+from ..runtime.executors import Mapper, Places, nothing
 from ..runtime.progress import Progress
 from ..text import bytes_shown
+from ..workspace.workspace import IN_WORK
 
 T = TypeVar("T")
 R = TypeVar("R")
 CHECKED_EVERY = 0.5  # seconds between two looks at the lock while tasks are done; what is published looks itself
+LOT, LOT_BYTES = 16, 32 << 20  # adapters that go to a worker together, and what these read, at most
 READ = 64  # files of sources that workers of a cluster are asked for, each in another folder
 
 
@@ -29,7 +31,7 @@ class Run:
     """How the tasks of a plan are mapped; `check` raises if the workspace is no longer held."""
 
     plan: Plan
-    executor: Executor
+    mapper: Mapper
     progress: Progress
     fetcher: Fetcher
     check: Callable[[], None] = lambda: None
@@ -43,7 +45,9 @@ class Run:
         after: Callable[[T], object] = nothing,
     ) -> Iterator[R]:
         """Results in the order of the tasks, as many at a time as the plan allows for this step."""
-        results = self.executor.map(fn, tasks, self.plan.step(step).concurrency, after)
+        planned = self.plan.step(step)
+        lot = min(LOT, LOT_BYTES * planned.tasks // max(1, planned.read_bytes)) if planned.read_bytes else 1
+        results = self.mapper.map(fn, tasks, planned.concurrency, after, lot)
         checked = 0.0
         for result in self.progress(step, total, results):
             if time.monotonic() - checked > CHECKED_EVERY:
@@ -54,14 +58,14 @@ class Run:
     def portions(self, modules: Sequence[str]) -> list[tuple[str, ...]]:
         """Modules in portions that are summed together; more and smaller ones than planned if a cluster is wider."""
         parts = self.plan.portions(modules)
-        wide = width(self.executor, self.plan.step("accumulate").concurrency)
+        wide = self.mapper.width(self.plan.step("accumulate").concurrency)
         pieces = -(-wide // max(1, len(parts)))
         return [piece for part in parts for piece in _cut(part, -(-len(part) // pieces))]
 
     def sum(self, task: Callable[[Sequence[str]], Any], modules: Sequence[str]) -> None:
         """Do a task for modules, in portions, for what it leaves on disk; progress counts modules."""
         portions = self.portions(modules)
-        results = self.executor.map(task, portions, self.plan.step("accumulate").concurrency)
+        results = self.mapper.map(task, portions, self.plan.step("accumulate").concurrency)
         each = (module for portion, _ in zip(portions, results, strict=True) for module in portion)
         for _ in self.progress("accumulate", len(modules), each):
             self.check()
@@ -112,13 +116,14 @@ def _cut(part: tuple[str, ...], size: int) -> Iterator[tuple[str, ...]]:
     return (part[i : i + size] for i in range(0, len(part), size))
 
 
-def places_of(plan: Plan, folder: Path, out: Path) -> Places:
+def places_of(plan: Plan, folder: Path, out: Path, *, workspace: bool = True) -> Places:
     """Where the tasks of a plan read and write, which makes the folders to be written.
 
     Args:
         plan: of the run.
-        folder: of ours, where an executor may leave files: the workspace, if there is one.
+        folder: of ours, where a mapper may leave files: the workspace, if there is one.
         out: the checkpoint.
+        workspace: whether it is the workspace.
     """
     written = {folder.absolute(), out.absolute().parent}
     if _uses_cache(plan):
@@ -127,7 +132,8 @@ def places_of(plan: Plan, folder: Path, out: Path) -> Places:
         path.mkdir(parents=True, exist_ok=True)
     roots = {e.folder.parent: e.files[0] for e in plan.adapters if e.fetched and e.files}
     read = tuple((file.path, file.size) for file in list(roots.values())[:READ])
-    return Places(folder.absolute(), tuple(sorted(written)), read)
+    note = folder.absolute() / IN_WORK if workspace else None
+    return Places(folder.absolute(), tuple(sorted(written)), read, note)
 
 
 def _uses_cache(plan: Plan) -> bool:

@@ -37,11 +37,12 @@ from ..files import naming, sealed, unsealed
 from ..linalg.basis import restore
 from ..linalg.delta import DeltaError, delta_error
 from ..plan.plan import settings_key_of
-from ..runtime.executors import Executor
+from ..runtime.executors import Mapper
 from ..runtime.progress import Progress, silent
 from ..text import digest_of
 from .components import components_at
 from .passes import checkpoint_key_of
+from .run import LOT
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,12 @@ def cut_of(source: Path, config: SHAREConfig, num_components: int, out: Path) ->
     return Cut(source, out, record, digest, str(config.ours["basis_digest"]))
 
 
-def slice_checkpoint(cut: Cut, executor: Executor, workers: int, progress: Progress = silent) -> None:
+def slice_checkpoint(cut: Cut, mapper: Mapper, at_once: int, progress: Progress = silent) -> None:
     """Write a checkpoint with the first components of another one; what is at its place is replaced.
 
     Args:
         cut: what to do.
-        executor, workers: map the adapters.
+        mapper, at_once: map the adapters.
         progress: passes the results on as they come.
     """
     config = read_share_config(cut.source)
@@ -87,7 +88,8 @@ def slice_checkpoint(cut: Cut, executor: Executor, workers: int, progress: Progr
         record = replace(cut.record, components=digest_files([staging.root / COMPONENTS]))
         admissions = [admission_in(meta) for meta in metas_of(cut.source, names)]
         todo = [r.name for r in admissions if not staging.done(r, cut.record.basis_key)]
-        for _ in progress("project", len(todo), executor.map(partial(slice_adapter, cut, staging), todo, workers)):
+        sliced = mapper.map(partial(slice_adapter, cut, staging), todo, at_once, lot=LOT)
+        for _ in progress("project", len(todo), sliced):
             pass
         staging.sync(names)
         statistics = [statistics_of(meta) for meta in metas_of(staging.root, names)]

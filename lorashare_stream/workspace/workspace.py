@@ -5,6 +5,7 @@
     plan.json                 the last plan
     journal.jsonl             which adapters were admitted and taken out, in order, append-only
     shapes/<digest>.json      the shared modules of adapters: rank, d, stacked experts
+    in_work.json              at what processes of this machine died, since a run last came to its end
     skipped.json              adapters that the last run left out, with the reason
     moments/<module>.json     marker: which generation holds how many entries of the journal
     moments/<module>/<n>/A|B  Zarr arrays of that generation
@@ -48,6 +49,7 @@ from .lock import HOLDER, LOCK, held
 from .shapes import keep_shapes, shapes_of
 
 FORMAT = 2
+IN_WORK = "in_work.json"
 _COPIES = ("workspace.json", "workspace.copy.json")
 _FOLDERS = ("moments", "bases", "shapes", "cores")
 HUB = "hub"  # what is known of adapters of the Hub, and under a disk budget their files

@@ -1,0 +1,55 @@
+"""What of this machine the process may use: cores and memory, as the scheduler and control groups have them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+_CPU, _MEMORY = "cpu", "memory"  # controllers
+
+
+def usable_cores(root: Path = Path("/")) -> int:
+    """Cores that this process may run on, no more than the CPU quota of its control groups, at least 1.
+
+    Args:
+        root: of the file system, below which `proc` and `sys` lie.
+    """
+    affine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quotas = [affine]
+    for group in _groups(root, _CPU):
+        with suppress(OSError, ValueError):  # a file that is not there, "max" that is no number
+            if (group / "cpu.max").exists():
+                quota, period = (group / "cpu.max").read_text().split()
+            else:
+                quota, period = ((group / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            if int(quota) > 0:
+                quotas.append(-(-int(quota) // int(period)))
+    return max(1, min(quotas))
+
+
+def memory_limit(root: Path = Path("/")) -> int | None:
+    """Bytes that the control groups of this process may have together; None if none of them has a limit."""
+    limits = []
+    for group in _groups(root, _MEMORY):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            with suppress(OSError, ValueError):
+                limits.append(int((group / name).read_text()))
+    limits = [n for n in limits if 0 < n < 1 << 60]  # version 1 writes about 2^63 for none
+    return min(limits, default=None)
+
+
+def _groups(root: Path, controller: str) -> Iterator[Path]:
+    """The folders of this process's control groups for a controller, of either version, and of those around them."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, names, path = line.split(":", 2)
+        if names and controller not in names.split(","):
+            continue
+        top = root / "sys/fs/cgroup" / (controller if names else "")
+        inner = top / path.strip("/")
+        yield from (folder for folder in (inner, *inner.parents) if folder.is_relative_to(top))

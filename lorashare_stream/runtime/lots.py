@@ -1,0 +1,180 @@
+"""What a worker does: a lot of tasks, by a function that all tasks of a map share.
+
+The function has with it what tasks share, which may be megabytes. It lies in one file with the tasks, which every
+worker process reads once, so that a message is small. What Dask scatters is lost with the last worker that holds it; a
+file is there for any worker that joins or is started again. It is also the sign that somebody waits for the results.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import pickle
+import threading
+import time
+import traceback
+import uuid
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from logging.handlers import QueueHandler
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from ..errors import ClusterError, StreamError
+from ..files import naming, sync
+from .blas import one_thread
+
+PACKAGE = logging.getLogger("lorashare_stream")
+_lock = threading.Lock()
+in_work: Any = {}  # slot -> number of the task in work, -1 if there is none; see `processes`
+slot = 0
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the tasks of a map share, on disk; this goes with every lot.
+
+    Attributes:
+        name: of the function.
+        file, size, digest: where it lies, its bytes, and SHA-256 of them.
+        retried: whether errors that are not ours are raised, for the executor to try again.
+    """
+
+    name: str
+    file: Path
+    size: int
+    digest: str
+    retried: bool = False
+
+
+@dataclass(frozen=True)
+class Done:
+    """What came of a lot: results up to the first error, that error, what was logged, seconds, and who did it."""
+
+    results: list[Any]
+    error: Exception | None = None
+    records: list[logging.LogRecord] = field(default_factory=list)
+    seconds: float = 0.0
+    worker: str = ""
+
+
+@contextmanager
+def call_of(folder: Path, shared: Any, *, retried: bool) -> Iterator[Call]:
+    """Write what tasks share, `(..., function, tasks)`, into a file of `folder` till the end of the block.
+
+    Opening the workspace sweeps the file of a run that was killed, by its name.
+    """
+    data = pickle.dumps(shared, pickle.HIGHEST_PROTOCOL)
+    path = folder / f".{uuid.uuid4().hex}.tmp"
+    try:
+        with naming(path):
+            path.write_bytes(data)
+        if retried:  # other hosts may read it
+            sync(path)
+        yield Call(_name(shared[-2]), path, len(data), hashlib.sha256(data).hexdigest(), retried)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _name(fn: Any) -> str:
+    while isinstance(fn, partial):
+        fn = fn.func
+    return str(getattr(fn, "__name__", type(fn).__name__))
+
+
+def loaded(call: Call) -> Any:
+    """What a call shares, read and checked once in a process.
+
+    Raises:
+        ClusterError: if it is not what was written, or nobody waits any more.
+    """
+    with _lock:  # two threads at once would read it twice
+        return _read(call)
+
+
+@lru_cache(maxsize=1)
+def _read(call: Call) -> Any:
+    try:
+        data = call.file.read_bytes()
+    except FileNotFoundError:
+        raise _ended() from None
+    if hashlib.sha256(data).hexdigest() != call.digest:
+        raise ClusterError("what tasks share is not what was written", found=call.file)
+    return pickle.loads(data)  # noqa: S301 - by its digest, it is what the run has written
+
+
+def _ended() -> ClusterError:
+    return ClusterError("the run that asked for a task has ended")
+
+
+def packed(tasks: Sequence[Any]) -> bytes:
+    """Tasks that are not in the file: the header of an adapter repeats itself, and shrinks to an eighth."""
+    return zlib.compress(pickle.dumps(tasks), 1)
+
+
+def perform(call: Call, first: int, lot: range | bytes) -> Done:
+    """Do a lot of tasks in a worker, with one thread of BLAS.
+
+    Args:
+        call: what all share.
+        first: number of the first of them, for `in_work`.
+        lot: which of the tasks in the file; or tasks, packed.
+    """
+    one_thread()
+    begun, results, error = time.perf_counter(), list[Any](), None
+    with _heard() as records:
+        try:
+            *_, fn, tasks = loaded(call)
+            some = [tasks[i] for i in lot] if isinstance(lot, range) else pickle.loads(zlib.decompress(lot))  # noqa: S301
+            for number, task in enumerate(some, first):
+                if not call.file.exists():
+                    raise _ended()
+                in_work[slot] = number
+                results.append(fn(task))
+        except Exception as e:
+            if call.retried and not isinstance(e, StreamError):
+                raise
+            error = _sendable(e)
+        finally:
+            in_work[slot] = -1
+    return Done(results, error, records, time.perf_counter() - begun)
+
+
+def perform_here(fn: Callable[[Any], Any], lot: Sequence[Any]) -> Done:
+    """Do a lot of tasks in the process that asks for it."""
+    results: list[Any] = []
+    try:
+        results.extend(map(fn, lot))
+    except Exception as e:
+        return Done(results, e)
+    return Done(results)
+
+
+def _sendable(error: Exception) -> Exception:
+    """An error as it comes out of a pickle; if that fails, which runs code of its own, what it says."""
+    if not isinstance(error, StreamError):
+        error.add_note(traceback.format_exc())
+    try:
+        pickle.loads(pickle.dumps(error))  # noqa: S301 - our own
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+@contextmanager
+def _heard() -> Iterator[list[logging.LogRecord]]:
+    """What this thread logs, for the process that asks for a task to log."""
+    records: list[logging.LogRecord] = []
+    queue: SimpleQueue[logging.LogRecord] = SimpleQueue()
+    ear, thread = QueueHandler(queue), threading.get_ident()
+    ear.addFilter(lambda record: record.thread == thread)
+    PACKAGE.addHandler(ear)
+    try:
+        yield records
+    finally:
+        PACKAGE.removeHandler(ear)
+        records.extend(queue.get() for _ in range(queue.qsize()))
