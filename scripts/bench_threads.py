@@ -1,4 +1,4 @@
-"""What processes gain over threads: the same compression serially, by threads, and by forked processes.
+"""What processes gain over threads: the same compression serially, by threads, and by processes.
 
     python scripts/bench_threads.py FOLDER [-k 32] [--workers 2] [--repeat 3]
 
@@ -11,18 +11,24 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
 from lorashare_stream import pipeline
 from lorashare_stream.plan.sources import resolve
-from lorashare_stream.runtime.executors import Executor, SerialExecutor
+from lorashare_stream.runtime.executors import SerialExecutor
 from lorashare_stream.settings import Settings
 
-EXECUTORS: dict[str, Executor] = {"serial": Serial(), "threads": Threads(), "processes": Forks()}
+EXECUTORS: dict[str, Callable[[int], Executor | None]] = {
+    "serial": lambda workers: SerialExecutor(),
+    "threads": ThreadPoolExecutor,
+    "processes": lambda workers: None,  # those that a run makes for itself
+}
 
 
-def seconds(folder: Path, settings: Settings, executor: Executor, out: Path) -> float:
+def seconds(folder: Path, settings: Settings, executor: Executor | None, out: Path) -> float:
     begun = time.perf_counter()
     pipeline.compress(pipeline.plan_for(resolve([folder]), settings), out, executor=executor)
     return time.perf_counter() - begun
@@ -37,11 +43,12 @@ def main() -> None:
     args = parser.parse_args()
     settings = Settings(num_components=args.k, workers=args.workers, objective="factors", device="cpu", memory=2 << 30)
     with tempfile.TemporaryDirectory(dir=args.folder.parent, prefix=".bench-") as scratch:
-        seconds(args.folder, settings, EXECUTORS["serial"], Path(scratch, "warm"))
+        seconds(args.folder, settings, SerialExecutor(), Path(scratch, "warm"))
         times: dict[str, list[float]] = {name: [] for name in EXECUTORS}
         for turn in range(args.repeat):
-            for name, executor in EXECUTORS.items():
-                times[name].append(seconds(args.folder, settings, executor, Path(scratch, f"{name}-{turn}")))
+            for name, made in EXECUTORS.items():
+                out = Path(scratch, f"{name}-{turn}")
+                times[name].append(seconds(args.folder, settings, made(args.workers), out))
     print("| collection | " + " | ".join(EXECUTORS) + " |\n|---|" + "---|" * len(EXECUTORS))
     print(f"| {args.folder.name} | " + " | ".join(f"{median(found):.1f}" for found in times.values()) + " |")
 

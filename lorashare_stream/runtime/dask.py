@@ -22,7 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ..errors import ClusterError, UnreachableClusterError, UsageError
+from ..errors import ClusterError, StreamError, UnreachableClusterError, UsageError
 from ..files import read_json
 from ..text import counted, listed, printable
 from ..version import __version__
@@ -136,21 +136,20 @@ def mapper_on(client: Any, places: Places) -> Mapper:
     """
     places = Places(places.folder, places.written, tuple(f for f in places.read if _size(f[0]) == f[1]))
     _demand_some(client)
-    # A function of ours could not be unpickled by a worker that has none of it, or another.
     for worker, version in _asked(client, pkgutil.resolve_name, "lorashare_stream.version:__version__").items():
         _check_version(worker, version)
     with ExitStack() as tokens:  # a folder of the same name on another disk has not the same new file
         folders = {tokens.enter_context(_token(folder)): folder for folder in places.written}
         known = Places(places.folder, places.written, (*places.read, *((token, 0) for token in folders)))
-        found = _asked(client, look, known, PATIENCE / 2)
+        found = _asked(client, pickle.loads, pickle.dumps(_There(look, (known,))))
     for worker, answer in found.items():
         if isinstance(answer, BaseException):
             raise _cannot_run(worker, answer)
-        if answer[0]:
-            raise _unseen(worker, str(folders.get(Path(answer[0][0]), answer[0][0])))
+        if missing := answer[0]:
+            raise _unseen(worker, str(folders.get(Path(missing[0]), missing[0])))
     _warn_of_others({worker: answer[1] for worker, answer in found.items()})
     executor = client.get_executor(pure=False, retries=RETRIES)
-    return _DaskMapper(executor, places.folder, client=client, places=places, _every=EVERY, _retried=True)
+    return _DaskMapper(executor, places.folder, client=client, places=places, _every=EVERY, _durable=True)
 
 
 def _demand_some(client: Any) -> None:
@@ -204,18 +203,9 @@ def _token(folder: Path) -> Iterator[Path]:
         path.unlink(missing_ok=True)
 
 
-async def look(places: Places, patience: float) -> tuple[list[str], dict[str, str]]:
-    """What a worker does not see, and what decides the last bits of its results.
-
-    A thread looks, since a file system that hangs must not stop the worker's event loop.
-    """
-    import asyncio  # a worker of Dask has it; on its own it takes as long to import as NumPy
-
-    try:
-        missing = await asyncio.wait_for(asyncio.to_thread(not_seen, places), patience)
-    except TimeoutError:
-        missing = [f"answer of the file system for {patience:.0f} s: {places.folder}"]
-    return missing, machine()
+def look(places: Places) -> tuple[list[str], dict[str, str]]:
+    """What is not seen here, and what decides the last bits of results."""
+    return not_seen(places), machine()
 
 
 def not_seen(places: Places) -> list[str]:
@@ -265,7 +255,22 @@ def _warn_of_others(machines: dict[str, dict[str, str]]) -> None:
 # -- on a worker ---------------------------------------------------------------------------------------
 
 
-def perform_there(call: Call, version: str, first: int, lot: range | bytes) -> Done:
+@dataclass(frozen=True)
+class _There:
+    """A call of a function of ours that is made by who unpickles it, by `pickle.loads` as a task of Dask.
+
+    A worker without this package, or with another one, could not even read a task that names a function of ours: Dask
+    ends that worker, and says nothing to us.
+    """
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.function, self.arguments
+
+
+def perform_there(call: Call, version: str, first: int, lot: range | tuple[Any, ...]) -> Done:
     """Do a lot of tasks on a worker.
 
     Errors of ours are final, and come back; those of the machine are raised: elsewhere it may be done.
@@ -275,23 +280,12 @@ def perform_there(call: Call, version: str, first: int, lot: range | bytes) -> D
     worker = str(get_worker().address)
     try:
         with _gate(call, worker, version):
-            return replace(perform(call, first, lot), worker=worker)
+            done = perform(call, first, lot)
     except ClusterError as e:
         return Done([], e, worker=worker)
-
-
-@dataclass(frozen=True)
-class _There:
-    """A call of `perform_there` that is made by who unpickles it, in a task of Dask.
-
-    A worker without this package, or with another one, could not even read a task that names a function of ours: Dask
-    ends the worker, and says nothing to us.
-    """
-
-    arguments: tuple[Any, ...]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return perform_there, self.arguments
+    if done.error is not None and not isinstance(done.error, StreamError):
+        raise done.error
+    return replace(done, worker=worker)
 
 
 _lock = threading.Lock()
@@ -387,7 +381,7 @@ class _DaskMapper(Mapper):
     def _submit(self, call: Call, lot: Lot) -> Future[Done]:
         lot.label = f"{call.name} {listed([n for task in lot.tasks for n in names_of(task)], 3)}"
         key = f"{call.name}-{uuid.uuid4().hex}"  # Dask keeps the mean time of what has the same name
-        there = pickle.dumps(_There((call, __version__, lot.first, lot.message)))
+        there = pickle.dumps(_There(perform_there, (call, __version__, lot.first, lot.message)))
         submit: Callable[..., Future[Done]] = self.executor.submit
         return submit(pickle.loads, there, key=key)
 

@@ -25,7 +25,7 @@ from threadpoolctl import threadpool_limits
 from ..errors import Stopped, StreamError
 from ..files import read_sealed, write_sealed
 from ..text import listed
-from .lots import Call, Done, call_of, packed, perform, perform_here
+from .lots import Call, Done, call_of, perform, perform_here
 from .processes import Processes
 
 T = TypeVar("T")
@@ -133,7 +133,7 @@ class Lot:
     Attributes:
         first: number of the first, of all tasks of the mapper.
         tasks: they.
-        message: what goes to the worker: which of those in the file, or the tasks themselves, packed.
+        message: what goes to the worker: which of those in the file, or the tasks themselves.
         future: when it is submitted, of what comes of it.
         said: set when `after` has been told of them.
         label: of them, for people.
@@ -172,7 +172,7 @@ class Mapper:
     note: Path | None = None
     _next: int = 0  # number of the task that comes next
     _every: float | None = None  # seconds between two looks at the executor
-    _retried: bool = False
+    _durable: bool = False  # whether what tasks share is read by other hosts
 
     def width(self, at_once: int) -> int:
         """How many tasks run at a time, now, if a process runs `at_once`."""
@@ -209,7 +209,7 @@ class Mapper:
             )
             return
         known = list(tasks) if isinstance(tasks, Sequence) else None
-        with call_of(self.folder, self._shared(fn, known, at_once), retried=self._retried) as call:
+        with call_of(self.folder, self._shared(fn, known, at_once), durable=self._durable) as call:
             size = 1 if known is None else max(1, min(lot, len(known) // (4 * self.width(at_once))))
             lots = self._lots(tasks, size, sent=known is None)
             yield from self._in_order(partial(self._submit, call), lots, at_once, after, call.file)
@@ -220,7 +220,7 @@ class Mapper:
         start = self._next
         while some := tuple(islice(remaining, size)):
             first, self._next = self._next, self._next + len(some)
-            yield Lot(first, some, packed(some) if sent else range(first - start, self._next - start))
+            yield Lot(first, some, some if sent else range(first - start, self._next - start))
 
     def _in_order(
         self,

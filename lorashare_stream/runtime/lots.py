@@ -14,7 +14,6 @@ import threading
 import time
 import traceback
 import uuid
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -41,14 +40,12 @@ class Call:
     Attributes:
         name: of the function.
         file, size, digest: where it lies, its bytes, and SHA-256 of them.
-        retried: whether errors that are not ours are raised, for the executor to try again.
     """
 
     name: str
     file: Path
     size: int
     digest: str
-    retried: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,7 @@ class Done:
 
 
 @contextmanager
-def call_of(folder: Path, shared: Any, *, retried: bool) -> Iterator[Call]:
+def call_of(folder: Path, shared: Any, *, durable: bool = False) -> Iterator[Call]:
     """Write what tasks share, `(..., function, tasks)`, into a file of `folder` till the end of the block.
 
     Opening the workspace sweeps the file of a run that was killed, by its name.
@@ -73,9 +70,9 @@ def call_of(folder: Path, shared: Any, *, retried: bool) -> Iterator[Call]:
     try:
         with naming(path):
             path.write_bytes(data)
-        if retried:  # other hosts may read it
+        if durable:  # other hosts may read it
             sync(path)
-        yield Call(_name(shared[-2]), path, len(data), hashlib.sha256(data).hexdigest(), retried)
+        yield Call(_name(shared[-2]), path, len(data), hashlib.sha256(data).hexdigest())
     finally:
         path.unlink(missing_ok=True)
 
@@ -111,33 +108,26 @@ def _ended() -> ClusterError:
     return ClusterError("the run that asked for a task has ended")
 
 
-def packed(tasks: Sequence[Any]) -> bytes:
-    """Tasks that are not in the file: the header of an adapter repeats itself, and shrinks to an eighth."""
-    return zlib.compress(pickle.dumps(tasks), 1)
-
-
-def perform(call: Call, first: int, lot: range | bytes) -> Done:
+def perform(call: Call, first: int, lot: range | tuple[Any, ...]) -> Done:
     """Do a lot of tasks in a worker, with one thread of BLAS.
 
     Args:
         call: what all share.
         first: number of the first of them, for `in_work`.
-        lot: which of the tasks in the file; or tasks, packed.
+        lot: which of the tasks in the file; or the tasks, where they were not known then.
     """
     one_thread()
     begun, results, error = time.perf_counter(), list[Any](), None
     with _heard() as records:
         try:
             *_, fn, tasks = loaded(call)
-            some = [tasks[i] for i in lot] if isinstance(lot, range) else pickle.loads(zlib.decompress(lot))  # noqa: S301
+            some = [tasks[i] for i in lot] if isinstance(lot, range) else lot
             for number, task in enumerate(some, first):
                 if not call.file.exists():
                     raise _ended()
                 in_work[slot] = number
                 results.append(fn(task))
         except Exception as e:
-            if call.retried and not isinstance(e, StreamError):
-                raise
             error = _sendable(e)
         finally:
             in_work[slot] = -1
