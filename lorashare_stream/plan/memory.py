@@ -172,15 +172,15 @@ def _steps(
     room = s.memory - process
 
     def at_once(count: int, each: int) -> int:
-        return max(1, min(count, (room - count * idle) // max(1, each)))
+        return min(count, (room - count * idle) // max(1, each))
 
     each = [task + shared for *_, task, shared in costs]
-    most = s.workers or usable_cores()
-    fewest = {n: min(at_once(n, e) for e in each) for n in range(1, max(2, min(most, room // idle) + 1))}
-    count = max(fewest, key=lambda n: (fewest[n], n))
+    most = range(1, (s.workers or usable_cores()) + 1)
+    count = max(most, key=lambda n: (min(at_once(n, e) for e in each), n))
+    count = count if at_once(count, max(each)) > 0 else 1
     steps = []
     for (name, tasks, read, task, shared), e in zip(costs, each, strict=True):
-        n = at_once(count, e)
+        n = max(1, at_once(count, e))
         whole = max(task, min(portion, (room - count * idle) // n - shared)) if name == "accumulate" else task
         steps.append(Step(name, tasks, read, n, process + count * idle, shared, whole, process + idle + e))
     return tuple(steps)
