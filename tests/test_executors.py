@@ -221,7 +221,7 @@ from lorashare_stream.stages.ingest import ingest_adapter
 def deadly(objective, adapter):
     if adapter.name == "a03":
         time.sleep(0.2)
-        os.kill(os.getpid(), 9)
+        os.kill(os.getpid(), int(os.environ["DEADLY"]))
     return ingest_adapter(objective, adapter)
 if len(sys.argv) > 1 and sys.argv[1] == "deadly":
     passes.ingest_adapter = deadly
@@ -230,24 +230,29 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize(
+    ("workers", "number", "why"),
+    [("1", signal.SIGBUS, "a file was cut short while it was read"), ("2", signal.SIGKILL, "has less memory than")],
+)
 def test_the_command_line_names_what_kills_a_process_and_goes_on(
-    tmp_path: Path, collection: list[str], workers: str
+    tmp_path: Path, collection: list[str], workers: str, number: signal.Signals, why: str
 ) -> None:
     words = ["compress", *collection, "-k", "4", "--device", "cpu", "-q", "--workers", workers, "-o"]
 
     def run(out: str, *deadly: str) -> tuple[int, str]:
         command = [sys.executable, "-c", COMPRESS, *deadly, *words, str(tmp_path / out)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        environment = os.environ | {"DEADLY": str(int(number))}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
         return done.returncode, done.stderr
 
     code, said = run("out", "deadly")
     assert code == 75, said
-    assert "a process of this run was killed (found signal SIGKILL, in work: a03)" in said
+    assert f"a process of this run was killed (found signal {number.name}, in work: a03)" in said
+    assert why in said
     assert len(said.splitlines()) == 1
     code, said = run("out", "deadly")
     assert code == 1
-    assert "twice at the same (found signal SIGKILL, in work: a03)" in said
+    assert f"twice at the same (found signal {number.name}, in work: a03)" in said
     assert run("out") == run("whole") == (0, "")
     assert tree_digest(tmp_path / "out") == tree_digest(tmp_path / "whole")
 
