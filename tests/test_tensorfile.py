@@ -28,7 +28,7 @@ from lorashare_stream.adapters.safetensors import float32, parse_header, read_he
 from lorashare_stream.errors import AdapterError
 from lorashare_stream.pipeline import compress, default_workspace, plan_for
 from lorashare_stream.plan.sources import resolve
-from lorashare_stream.runtime.executors import Serial
+from lorashare_stream.runtime.executors import SerialExecutor
 from lorashare_stream.settings import Settings
 from lorashare_stream.stages.verify import originals_of, verify
 
@@ -185,7 +185,7 @@ def test_a_disk_that_maps_nothing_is_read(
 ) -> None:
     def go(out: Path) -> str:
         plan = plan_for(resolve(collection), Settings(num_components=4, device="cpu"))
-        compress(plan, out, executor=Serial())
+        compress(plan, out, executor=SerialExecutor())
         return tree_digest(out)
 
     def unproved(path: Any, framework: str) -> Any:
@@ -303,15 +303,17 @@ def test_pickles_are_loaded_once_a_run_and_a_run_that_failed_has_left_them(
     with monkeypatch.context() as patch:
         patch.setattr("lorashare_stream.pipeline.write_bases", lambda *a: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            compress(plan, out, executor=Serial())
+            compress(plan, out, executor=SerialExecutor())
     assert sorted(seen) == sorted(pickled)
     assert len(list(kept.iterdir())) == len(pickled)
     path = Path(pickled[0]) / "adapter_model.bin"
     os.utime(path, ns=(1, 1))  # perhaps another file: it is not taken for the one that was converted
-    compress(plan_for(resolve(pickled), Settings(num_components=4, device="cpu")), out, executor=Serial())
+    compress(plan_for(resolve(pickled), Settings(num_components=4, device="cpu")), out, executor=SerialExecutor())
     assert sorted(seen) == sorted([*pickled, pickled[0]])
     assert not kept.exists()
-    compress(plan_for(resolve(pickled), Settings(num_components=4, device="cpu")), tmp_path / "x", executor=Serial())
+    compress(
+        plan_for(resolve(pickled), Settings(num_components=4, device="cpu")), tmp_path / "x", executor=SerialExecutor()
+    )
     assert tree_digest(out) == tree_digest(tmp_path / "x")
     model = SHAREModel.from_pretrained(out)
     assert all(v.problem is None for v in verify(model, originals_of(model, resolve(pickled))))
