@@ -344,7 +344,7 @@ def test_limits_of_the_process_are_one_sentence_and_nothing_is_lost(
     code = f"""
 import resource, sys
 from lorashare_stream.cli import app as cli, commands
-resource.setrlimit(resource.RLIMIT_{limit}, ({7 if limit == "NOFILE" else 5000},) * 2)
+resource.setrlimit(resource.RLIMIT_{limit}, ({9 if limit == "NOFILE" else 5000},) * 2)
 sys.exit(cli.main({[*command[3:], "-o", str(tmp_path / "out")]!r}))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -45,7 +45,8 @@ _PACKAGE = logging.getLogger("lorashare_stream")
 
 def can_fork() -> bool:
     """Whether children can do what this process can: not where torch has threads of its own, or there are others."""
-    others = {t for t in threading.enumerate() if t is not threading.current_thread() and t.name != BEATING}
+    own = (BEATING, "zarr_")  # zarr begins anew in a child
+    others = {t for t in threading.enumerate() if t is not threading.current_thread() and not t.name.startswith(own)}
     return sys.platform == "linux" and "torch" not in sys.modules and not others
 
 
