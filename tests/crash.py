@@ -374,8 +374,14 @@ def kept_promises(root: Path) -> int:
     return fault is not None
 
 
+def left_over(root: Path) -> list[str]:
+    """Temporary files, ours and those of zarr."""
+    return sorted(map(str, (*root.rglob(".*"), *root.rglob("*.partial"))))
+
+
 def broken_promise(root: Path) -> str | None:
     """What is vouched for, by a marker or a configuration, and is not there, whole."""
+    from lorashare_stream.adapters.keys import SIDES
     from lorashare_stream.checkpoint.records import admission_in, is_whole, metas_of
     from lorashare_stream.files import read_sealed
     from lorashare_stream.workspace import moments as momentstore
@@ -387,8 +393,8 @@ def broken_promise(root: Path) -> str | None:
         marker = work.marker(module)
         assert marker is not None
         try:
-            for side in "AB":
-                momentstore.load(work.generation(module, marker["generation"]) / side, marker[side])
+            for side in SIDES:
+                momentstore.load(work.moments, marker, side)
         except DamagedMoment as e:
             return f"the moments of {module}: {e}"
     for facts in work.bases.glob("*/*.json"):
@@ -465,8 +471,8 @@ def crashes(folder: Path, name: str, mode: str, stride: int = 1, first: int = 1)
             now = tree(root / "out")
             other = [n for n in expected.keys() | now.keys() if now.get(n) != expected.get(n)]
             yield f"{where}: other bytes in {other}"
-        elif sorted(p.name for p in root.iterdir()) != beside or list(root.rglob(".*")):
-            yield f"{where}: left over {sorted(map(str, root.rglob('.*')))}"
+        elif sorted(p.name for p in root.iterdir()) != beside or left_over(root):
+            yield f"{where}: left over {left_over(root)}"
     print(json.dumps({"scenario": name, "mode": mode, "calls": len(calls), "tried": len(tried)}))
 
 

@@ -150,7 +150,7 @@ def test_arguments_are_shown_escaped(collection: list[str], capsys: Capture) -> 
 
 
 STATE = ["workspace.json", "published.json", "plan.json", "skipped.json", "journal.jsonl", "marker"]
-OTHER = ["[]", "{}", "{bad", "", "null", '{"generation": 0, "entries": "x", "admitted": 1}']
+OTHER = ["[]", "{}", "{bad", "", "null", '{"lease": 0, "entries": "x", "admitted": 1}']
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_state_that_something_else_has_written(
     command = ["compress", *collection, "-o", tmp_path / "out", "-q"]
     assert call(*command, "-k", 4) == 0
     root = tmp_path / "out.workspace"
-    path = next((root / "moments").glob("*.json")) if name == "marker" else root / name
+    path = next((root / "markers").glob("*.json")) if name == "marker" else root / name
     path.write_text(content)
     verified = call("verify", tmp_path / "out", "-q")
     assert verified == (1 if name == "journal.jsonl" else 0)  # which tells where the originals are

@@ -87,12 +87,15 @@ def run(code: str, *arguments: str) -> str:
 
 def test_compressing_imports_neither_peft_nor_transformers_nor_torch(tmp_path: Path, collection: list[str]) -> None:
     code = """
-import sys
+import sys, threading
 from lorashare_stream.cli.app import main
-assert main(["compress", *sys.argv[2:], "-o", sys.argv[1], "-k", "4", "-q", "--device", "cpu"]) == 0
-print({"peft", "transformers", "torch", "huggingface_hub", "dask", "zarr"} & set(sys.modules))
+assert main(["plan", *sys.argv[2:], "-k", "4", "--device", "cpu"]) == 0
+assert "zarr" not in sys.modules
+assert main(["compress", *sys.argv[2:], "-o", sys.argv[1], "-k", "4", "-q", "--device", "cpu", "--workers", "2"]) == 0
+print([t.name for t in threading.enumerate() if t.name.startswith(("zarr", "asyncio"))])  # else it could not fork
+print({"peft", "transformers", "torch", "huggingface_hub", "dask"} & set(sys.modules))
 """
-    assert run(code, str(tmp_path / "out"), *collection).endswith("set()\n")
+    assert run(code, str(tmp_path / "out"), *collection).endswith("[]\nset()\n")
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -116,7 +116,7 @@ def test_a_run_whose_lock_was_taken_writes_nothing_more(tmp_path: Path, collecti
         marker = work.marker(module)
         name_holder(work.root, host="elsewhere")
         with pytest.raises(WorkspaceError, match="was taken over"):
-            work.mark(module, marker)
+            work.mark(marker)
         with pytest.raises(WorkspaceError, match="was taken over"):
             work.take_out([])
 

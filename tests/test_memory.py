@@ -170,4 +170,4 @@ def test_fewer_tasks_run_at_a_time_when_memory_is_short(tmp_path: Path) -> None:
     assert max(s.peak_bytes for s in short.steps) <= least
     assert min(s.concurrency for s in short.steps) == 1
     assert {s.concurrency for s in ample.steps} == {8}
-    assert plan.sizes["moments"] == 2 * 4 * 2048 * 2048
+    assert plan.sizes["moments"] == 2 * (4 * 2048 * 2048 + 8 * 2048 + 2 * 4)  # S, s, and a checksum of each

@@ -25,7 +25,7 @@ from ..pipeline import plan_for, recompute
 from ..plan.catalog import read_entries
 from ..plan.file import plan_as_json
 from ..plan.plan import Plan
-from ..stages.clean import clean_module
+from ..stages.clean import clean_module, places_to_clean
 from ..stages.grow import changed, demand_unchanged
 from ..stages.job import Job
 from ..stages.passes import checkpoint_key_of, journal_of_plan, make_job
@@ -236,8 +236,9 @@ def clean(run: Run, job: Job, adapters: Mapping[str, Adapter]) -> None:
         run, job: of the adapters that stay.
         adapters: adapters that can be read, by source id.
     """
+    work = Workspace(job.workspace)
     for module in _fitted_to_removed(job):
-        Workspace(job.workspace).forget(module)
+        work.forget(module)
     removed = {e.admission: job.journal.entries[e.admission] for e in job.journal.entries if isinstance(e, Removal)}
     gone = {
         i: adapters[r.source_id] for i, r in removed.items() if isinstance(r, Admission) and r.source_id in adapters
@@ -252,7 +253,15 @@ def clean(run: Run, job: Job, adapters: Mapping[str, Adapter]) -> None:
     lost: list[AdapterError] = []
     here = {e.source_id: e for e in run.arriving(list(gone.values()), lost)}  # sums keep what cannot be had
     gone = {i: here[adapter.source_id] for i, adapter in gone.items() if adapter.source_id in here}
-    run.all("accumulate", partial(clean_module, job, gone), sorted(Workspace(job.workspace).modules()))
+    modules = sorted(work.modules())
+    job = replace(job, slots=places_to_clean(job, work, modules))
+    cleaned = run.map("accumulate", partial(clean_module, job, gone), modules, len(modules))
+    for module, marker in zip(modules, cleaned, strict=True):
+        if marker == "forget":
+            work.forget(module)
+        elif marker is not None:
+            work.mark(marker)
+    work.sweep()
     run.fetcher.release(here.values())
 
 

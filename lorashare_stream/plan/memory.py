@@ -17,6 +17,7 @@ from ..linalg.krylov import capacity, width
 from ..linalg.moments import stays_stacked
 from ..machine import usable_cores
 from ..settings import QUANTUM, Settings
+from ..workspace.leases import height_of
 
 # Resident bytes of the process before any work: interpreter, numpy, scipy; torch in those that convert a `.bin`.
 PROCESS_BYTES = 192 << 20
@@ -27,8 +28,12 @@ BYTES_PER_ADAPTER = 4 << 10  # of a catalog entry and its receipt
 BYTES_PER_RECORD = 1 << 10  # of a tensor in a layout; equal layouts are kept once
 ITEM = {"float32": 4, "float64": 8}  # bytes of a number of a moment
 PORTION_BYTES, PORTION_READS = 128 << 20, 4 << 30  # of sums, and of what is read for them; see `portions`
+OWN_FILES = 10  # of a workspace: settings twice, plan, journal, lock, what was skipped, is published, and groups
+MARKER_BYTES, FACTS_BYTES, EIGENVALUE_BYTES = 1000, 800, 24  # of a module, of its bases, and of each number of these
+METADATA_BYTES, ARRAY_NAME_BYTES = 1000, 12  # of an array, and of a name in it
+PLANNED_BYTES, ADMITTED_BYTES = 180, 600  # of a group in the plan, and of an adapter there and in the journal
 WEIGHED = 2 * 12 * 6 * 2 * 8  # bytes of forms of a module and rank: candidates, arrays of them, float64
-TILE_BYTES = 10 << 20  # a float64 chunk that is copied to or from the disk, and strips that are squared
+TILE_BYTES = 16 << 20  # small moments that are written together, copied twice, and strips that are squared
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +132,7 @@ def steps_of(
     by_module = modules_of(groups)
     sums = max((held_bytes(both, s, grows=grows) for both in by_module.values()), default=0)
     fits = max((_fit_bytes(g, s) for g in groups), default=0)
+    chunk = max((_chunk_bytes(g, s) for g in groups), default=0)
     widest_pair = max((sum(8 * g.dim * g.components(s) for g in both) for both in by_module.values()), default=0)
     k = {g.module: sum(h.components(s) for h in by_module[g.module]) for g in groups}
     loadings = 4 * max((sum(k[m.name] * m.rank for m in e.layout.modules) for e in examples(adapters)), default=0)
@@ -135,7 +141,7 @@ def steps_of(
     buffers = CHUNK + largest + pickled  # a chunk being copied, a file's pages; a `.bin` is read whole
     modules, count = len(by_module), len(adapters)
 
-    reading = 4 * pair + TILE_BYTES + largest + pickled
+    reading = max(4 * pair + largest + pickled, 2 * chunk) + TILE_BYTES  # adapters, then what zarr copies of a chunk
     weighing = 6 * loadings + WEIGHED * sum(len(e.layout.modules) * max(m.rank for m in e.layout.modules)
                                             for e in examples(adapters)[:1] if e.layout.modules)  # fmt: skip
     budgets = (
@@ -245,8 +251,10 @@ def held_bytes(both: Iterable[Group], s: Settings, *, grows: bool) -> int:
 
 
 def _sum_bytes(g: Group, s: Settings) -> int:
-    item = ITEM[s.moment_dtype]
-    return (0 if g.stacked else g.dim * g.dim * item) + min(QUANTUM, g.count) * g.dim * item  # S, and the block
+    height = _height(g, s)
+    part = min(height, g.count) if g.count > QUANTUM and (g.count <= height or height % QUANTUM) else 0
+    rows = min(QUANTUM, g.count) + (part if g.stacked else g.dim)  # the block; and what is written at once, or S
+    return rows * g.dim * ITEM[s.moment_dtype]
 
 
 def _kept_bytes(g: Group, s: Settings) -> int:
@@ -258,7 +266,7 @@ def _fit_bytes(g: Group, s: Settings) -> int:
     item, most = ITEM[s.moment_dtype], max(1, min(g.dim, g.count))
     k = most if s.num_components == "auto" and s.budget is None else g.components(s)
     polish = 8 * (6 * g.dim * k + 3 * k * k)  # the solver's vectors, those of QR and Ritz, the rounded ones
-    return moment_bytes(g, s) + max(polish, _solver_bytes(g, k, item))  # one after the other
+    return moment_bytes(g, s) + max(_chunk_bytes(g, s), polish, _solver_bytes(g, k, item))  # one after the other
 
 
 def _solver_bytes(g: Group, k: int, item: int) -> int:
@@ -275,4 +283,36 @@ def _solver_bytes(g: Group, k: int, item: int) -> int:
 
 def moment_bytes(g: Group, s: Settings) -> int:
     """Bytes of the moment of a group."""
-    return g.dim * (g.count if g.stacked else g.dim) * ITEM[s.moment_dtype]
+    return g.dim * _rows(g) * ITEM[s.moment_dtype]
+
+
+def stored_moment(g: Group, s: Settings) -> tuple[int, int]:
+    """Bytes and files of the moment of a group on disk: its chunks, and its sum."""
+    chunks = -(-_rows(g) // _height(g, s))
+    return chunks * (_chunk_bytes(g, s) + 4) + 8 * g.dim + 4, chunks + 1
+
+
+def beside_moments(groups: Sequence[Group], adapters: Sequence[Adapter], s: Settings) -> tuple[int, int]:
+    """Bytes and files of a workspace beside moments and the numbers of bases: what says what they are, and are of."""
+    arrays = {(g.side, g.dim, g.stacked, g.count if g.stacked else 0) for g in groups}
+    kinds, modules = len(examples(adapters)), len(groups) // 2
+    of_group = sum(ARRAY_NAME_BYTES * 2 + 2 * len(g.module) + EIGENVALUE_BYTES * g.components(s) for g in groups)
+    of_module = (MARKER_BYTES + FACTS_BYTES) * modules + (0 if s.budget is None else FACTS_BYTES * len(adapters))
+    size = of_group + of_module + METADATA_BYTES * (1 + 2 * len(arrays))
+    size += PLANNED_BYTES * len(groups) + ADMITTED_BYTES * len(adapters)
+    cores = 0 if s.budget is None else 2 * len(adapters)
+    markers = 0 if s.discard_moments else modules
+    return size, OWN_FILES + kinds + 2 * len(arrays) + markers + 2 * modules + cores
+
+
+def _rows(g: Group) -> int:
+    return g.count if g.stacked else g.dim
+
+
+def _height(g: Group, s: Settings) -> int:
+    """Rows of a chunk of the moment of a group."""
+    return height_of("columns" if g.stacked else "second", _rows(g), g.dim, ITEM[s.moment_dtype])
+
+
+def _chunk_bytes(g: Group, s: Settings) -> int:
+    return _height(g, s) * g.dim * ITEM[s.moment_dtype]

@@ -13,7 +13,7 @@ from ..errors import AdapterError, BudgetError, CollectionError, refusal
 from ..settings import Settings
 from ..text import bytes_shown, digest_of
 from .catalog import Catalog
-from .memory import Group, Step, examples, groups_of, modules_of, moment_bytes, portions, steps_of
+from .memory import Group, Step, beside_moments, examples, groups_of, modules_of, portions, steps_of, stored_moment
 
 T = TypeVar("T")
 
@@ -132,18 +132,23 @@ class Plan:
     @cached_property
     def sizes(self) -> dict[str, int]:
         """Bytes on disk: of the originals, their LoRA part, the workspace and the checkpoint (an estimate
-        where k is `auto`); of moments the most at a time.
+        where k is `auto`); of moments the most at a time. And the files of the workspace.
         """
         k = {(g.module, g.side): g.components(self.settings) for g in self.groups}
         basis = sum(stored_bytes(g.dim, k[g.module, g.side], self.storage) for g in self.groups)
         loadings = sum(stored_bytes(k[g.module, g.side], g.count, self.storage) for g in self.groups)
+        moments, files = self._moments()
+        cores, converted = self._cores(), self._converted()
+        small, few = beside_moments(self.groups, self.adapters, self.settings)
         return {
             "originals": sum(f.size for e in self.adapters for f in e.files),
             "lora": sum(e.layout.lora_bytes for e in self.adapters),
             "verbatim": sum(e.layout.extra_bytes for e in self.adapters),
-            "moments": self._moments(),
-            "cores": self._cores(),
-            "converted": self._converted(),
+            "moments": moments,
+            "cores": cores,
+            "converted": converted,
+            "workspace": moments + cores + converted + basis + small,
+            "workspace_files": files + few,
             "basis": basis,
             "loadings": loadings,
             "checkpoint": basis + loadings + sum(e.layout.extra_bytes for e in self.adapters),
@@ -158,13 +163,15 @@ class Plan:
         s = self.settings
         return 4 * sum(g.components(s) * (g.count + g.dim) for g in self.groups) if s.budget else 0
 
-    def _moments(self) -> int:
-        sizes = {m: sum(moment_bytes(g, self.settings) for g in both) for m, both in self._modules.items()}
-        parts = sorted((sum(sizes[m] for m in part) for part in self.portions(list(sizes))), reverse=True)
-        in_work = sum(parts[: self.step("accumulate").concurrency])
-        if self.settings.discard_moments:
-            return in_work
-        return sum(parts) + (in_work if self.grows else 0)  # a new generation lies beside the old one
+    def _moments(self) -> tuple[int, int]:
+        """Bytes and files of moments, the most at a time."""
+        stored = {m: [stored_moment(g, self.settings) for g in both] for m, both in self._modules.items()}
+        sizes = [[pair for m in part for pair in stored[m]] for part in self.portions(list(stored))]
+        parts = sorted(((sum(b for b, _ in part), sum(f for _, f in part)) for part in sizes), reverse=True)
+        in_work = parts[: self.step("accumulate").concurrency]
+        whole = in_work if self.settings.discard_moments else parts
+        whole = whole + (in_work if self.grows and whole is parts else [])  # new ones lie beside those of before
+        return sum(b for b, _ in whole), sum(f for _, f in whole)
 
     @cached_property
     def _modules(self) -> dict[str, list[Group]]:

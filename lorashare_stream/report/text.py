@@ -57,7 +57,7 @@ def plan_text(plan: Plan) -> str:
         else ("asked for", asked(s.chosen())[0]),
         ("originals", f"{bytes_shown(size['originals'])}, of which LoRA {bytes_shown(size['lora'])}"),
         *_of_the_hub(plan),
-        ("workspace", f"{bytes_shown(size['moments'] + size['basis'])} on disk"),
+        ("workspace", f"{bytes_shown(size['workspace'])} on disk, in {counted(size['workspace_files'], 'file')}"),
         ("checkpoint", f"{'up to ' if auto else ''}about {bytes_shown(size['checkpoint'])} ({plan.storage})"),
         *[(f"  {part}", bytes_shown(size[part])) for part in ("basis", "loadings", "verbatim")],
         ("break-even k", break_even_range(plan)),

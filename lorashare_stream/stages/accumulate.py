@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,16 +17,40 @@ from ..adapters.stacks import ModuleBatch
 from ..linalg.delta import gram
 from ..linalg.device import sum_on
 from ..linalg.moments import Accumulator, Lockstep, Moment, empty, of_columns, partner_root, stays_stacked
-from ..linalg.types import Array
 from ..text import printable
 from ..workspace import moments as momentstore
 from ..workspace.journal import Admission
-from ..workspace.moments import DamagedMoment
+from ..workspace.leases import Need
+from ..workspace.moments import DamagedMoment, Rows
 from ..workspace.workspace import Workspace
-from ..workspace.zarrfile import ZarrFile
 from .job import Job
 
 log = logging.getLogger(__name__)
+
+
+Marker = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Due:
+    """What a module's moments hold and lack, by their marker and the journal: admissions by number.
+
+    Attributes:
+        held: what they hold.
+        added: what they lack.
+        gone: what they hold, and is taken out.
+        never: what was taken out before it was summed.
+    """
+
+    held: Mapping[int, Admission]
+    added: Mapping[int, Admission]
+    gone: list[int]
+    never: list[int]
+
+    def writes(self, old: Marker | None) -> bool:
+        """Whether arrays change; else only the marker does, or nothing."""
+        stacked = old is not None and any(old[side]["form"] == "columns" for side in SIDES)
+        return old is None or bool(self.added) or (bool(self.gone) and stacked)
 
 
 @dataclass
@@ -37,43 +59,39 @@ class _Sums:
 
     name: str
     sides: dict[Side, Accumulator]
+    rows: dict[Side, Rows]
     added: Mapping[int, Admission]
-    removed: Mapping[Side, list[int]]
-    folder: Path
-    marker: dict[str, Any]
+    marker: Marker
 
-    def save(self) -> None:
-        """Write the arrays, and in the marker by what they are believed."""
-        for side in SIDES:
-            facts = momentstore.save(self.folder / side, self.sides.pop(side).finish())
-            self.marker[side] = facts | {"removed": self.removed[side]}
+    def finish(self, side: Side) -> tuple[Moment, int]:
+        """The moment of a side; without its columns, but with their checksum, if these are written already."""
+        moment, rows = self.sides.pop(side).finish(), self.rows.pop(side, None)
+        return (moment, 0) if rows is None else (replace(moment, columns=rows.kept), rows.checksum)
 
 
-def accumulate_modules(job: Job, names: Sequence[str]) -> None:
-    """Bring modules' moments up to the journal: what they lack is added, in its order; each adapter is opened once.
+def prepared(job: Job, work: Workspace, names: Sequence[str]) -> Job:
+    """The job with places for moments whose arrays change, in a fresh lease; of others the markers are brought up.
 
-    Where what was summed before is no longer what was written, the module is forgotten, for `summing.sum_up` to begin
-    it again; all that it holds must be at hand then. Which modules are summed together changes no bit.
+    A module whose marker does not go with the journal is forgotten, for `update.sum_up` to begin it again.
     """
-    with ExitStack() as generations:
-        begun: list[_Sums] = []
-        for name in names:
-            try:
-                sums = _begin(job, name, generations)
-            except DamagedMoment as e:
-                log.warning("the moments of %s are summed again: %s", printable(name), e)
-                Workspace(job.workspace).forget(name)
-            else:
-                begun += [] if sums is None else [sums]
-        _add(job, begun)
-        for sums in begun:
-            sums.save()
+    needs: dict[tuple[str, Side], Need] = {}
+    for name in names:
+        old = work.marker(name)
+        try:
+            due = _due(job, name, old)
+        except DamagedMoment as e:
+            _warn(name, e)
+            work.forget(name)
+            continue
+        if due.writes(old):
+            needs |= {(name, side): _need(job, name, side, old, due) for side in SIDES}
+        elif old is not None:
+            sides: Marker = {side: {**old[side], "removed": _removed(old, side, due.gone)} for side in SIDES}
+            work.mark({**old, **_seen(job, due), **sides})
+    return replace(job, slots=work.lease(needs))
 
 
-def _begin(job: Job, name: str, generations: ExitStack) -> _Sums | None:
-    """A module's sums as they were, in a generation to come; None if no values are needed to bring them up."""
-    work = Workspace(job.workspace)
-    old = work.marker(name)
+def _due(job: Job, name: str, old: Marker | None) -> _Due:
     if old is not None and not job.continues(old):
         raise DamagedMoment("a moment holds other adapters than the journal")
     if old is not None and not job.knows(old["entries"]):
@@ -83,23 +101,84 @@ def _begin(job: Job, name: str, generations: ExitStack) -> _Sums | None:
     never = [i for i in now if i not in held and (i in job.later or (old is not None and i < old["entries"]))]
     passed = set(never)
     added = {i: r for i, r in now.items() if i not in held and i not in passed}
-    gone = [i for i in held if i not in now]
-    seen = {
-        "entries": len(job.journal.entries),
-        "admitted": job.journal.digest(len(job.journal.entries)),
-        "never": never,
-    }
-    removed: dict[Side, list[int]] = {side: _removed(old, side, gone) for side in SIDES}
-    if old is not None and not added and not (gone and any(old[side]["form"] == "columns" for side in SIDES)):
-        work.mark(name, {**old, **seen, **{side: {**old[side], "removed": removed[side]} for side in SIDES}})
-        return None  # the arrays stay
-    moments = {side: _held_moment(job, name, side, old, gone) for side in SIDES}
-    folder, marker = generations.enter_context(work.new_generation(name))
-    marker |= seen
-    sides = {
-        side: _accumulator(job, name, folder / side, added.values(), moments[side], anew=bool(gone)) for side in SIDES
-    }
-    return _Sums(name, sides, added, removed, folder, marker)
+    return _Due(held, added, [i for i in held if i not in now], never)
+
+
+def _need(job: Job, name: str, side: Side, old: Marker | None, due: _Due) -> Need:
+    """The form of a moment for all there will be: columns while they are few, but never of what is summed."""
+    dim = _dim(job, name, side)
+    kept = [r for i, r in due.held.items() if i not in set(due.gone)] if due.gone else due.held.values()
+    count = job.vectors(name, [*kept, *due.added.values()])
+    summed = old is not None and old[side]["form"] == "second"
+    return Need("second", dim, dim) if summed or not stays_stacked(count, dim) else Need("columns", dim, count)
+
+
+def _seen(job: Job, due: _Due) -> Marker:
+    count = len(job.journal.entries)
+    return {"entries": count, "admitted": job.journal.digest(count), "never": due.never}
+
+
+def _warn(name: str, error: DamagedMoment) -> None:
+    log.warning("the moments of %s are summed again: %s", printable(name), error)
+
+
+def accumulate_modules(job: Job, names: Sequence[str]) -> list[Marker | None]:
+    """Bring modules' moments up to the journal: what they lack is added, in its order; each adapter is opened once.
+
+    All that modules lack must be at hand. Which of them are summed together changes no bit.
+
+    Returns:
+        The markers of those that the job has places for, whose arrays are durable; None of others, and where what was
+        summed before is no longer what was written.
+    """
+    begun: list[_Sums] = []
+    for name in names:
+        try:
+            begun += [_begin(job, name)] if name in job.slots else []
+        except DamagedMoment as e:
+            _warn(name, e)
+    _add(job, begun)
+    _save(job, begun)
+    markers = {sums.name: sums.marker for sums in begun}
+    return [markers.get(name) for name in names]
+
+
+def _begin(job: Job, name: str) -> _Sums:
+    """A module's sums as they were, and the marker to come."""
+    old = Workspace(job.workspace).marker(name)
+    due, slots = _due(job, name, old), job.slots[name]
+    marker = {"module": name, "lease": slots["A"].lease, **_seen(job, due)}
+    sums = _Sums(name, {}, {}, due.added, marker)
+    for side in SIDES:
+        marker[side] = {"removed": _removed(old, side, due.gone)}
+        held = _held_moment(job, name, side, old, due)
+        if slots[side].form == "second":
+            sums.sides[side] = Accumulator(held, sum_on(job.device, held))
+            continue
+        count = held.count + job.vectors(name, due.added.values())
+        sums.rows[side] = rows = Rows(Workspace(job.workspace).moments, slots[side], count)
+        assert held.columns is not None
+        if due.gone:  # in quanta of its own: as if what is gone had never been there, to the last bit
+            sums.sides[side] = Accumulator(empty(held.dim, job.settings.moment_dtype, stacked=True), rows)
+            sums.sides[side].add(held.columns)
+        else:
+            rows.add(held.columns)
+            sums.sides[side] = Accumulator(held, rows)
+    return sums
+
+
+def _save(job: Job, begun: Sequence[_Sums]) -> None:
+    """Write the arrays, durable, and in the markers by what they are believed."""
+    root = Workspace(job.workspace).moments
+    for side in SIDES:
+        ordered = sorted(begun, key=lambda sums: astuple(job.slots[sums.name][side])[:3])
+        slots = [job.slots[sums.name][side] for sums in ordered]
+        for part in momentstore.together(slots):
+            moments, checksums = zip(*[sums.finish(side) for sums in ordered[part]], strict=True)
+            facts = momentstore.save(root, slots[part], moments, checksums)
+            for sums, each in zip(ordered[part], facts, strict=True):
+                sums.marker[side] |= each
+    momentstore.sync_moments(root, [sums.marker for sums in begun])
 
 
 def _add(job: Job, begun: Sequence[_Sums]) -> None:
@@ -175,64 +254,18 @@ def _times(root: NDArray[np.float64], rows: NDArray[np.float32]) -> NDArray[np.f
     return root.astype(np.float32) @ rows if largest == 0 or 1e-12 < largest < 1e12 else root @ rows
 
 
-def _held_moment(job: Job, name: str, side: Side, marker: Mapping[str, Any] | None, gone: Sequence[int]) -> Moment:
+def _held_moment(job: Job, name: str, side: Side, marker: Marker | None, due: _Due) -> Moment:
     """What was summed before, of a side of a module; columns without those of adapters that are gone."""
     if marker is None:
         return empty(_dim(job, name, side), job.settings.moment_dtype, stacked=True)
-    held = momentstore.load(Workspace(job.workspace).generation(name, marker["generation"]) / side, marker[side])
-    if gone and held.columns is not None:
-        return of_columns(held.columns[_rows_that_stay(job, name, marker, gone)])
+    held = momentstore.load(Workspace(job.workspace).moments, marker, side)
+    if due.gone and held.columns is not None:
+        stay = [i not in set(due.gone) for i in due.held]  # they lie in the order of admission
+        return of_columns(held.columns[np.repeat(stay, [job.rank(r, name) for r in due.held.values()])])
     return held
-
-
-def _accumulator(
-    job: Job, name: str, folder: Path, added: Iterable[Admission], held: Moment, *, anew: bool
-) -> Accumulator:
-    """An accumulator that holds what was summed before, in the form for all there will be.
-
-    Args:
-        job, name: the module.
-        folder: where columns are written to.
-        added: what is to be added.
-        held: what was summed before.
-        anew: whether it is summed in quanta of its own: as if what is gone had never been there, to the last bit.
-    """
-    count = sum(job.rank(r, name) for r in added) + held.count
-    if held.second is not None or not stays_stacked(count, held.dim):
-        return Accumulator(held, sum_on(job.device, held))
-    dtype = job.settings.moment_dtype
-    array = momentstore.create(folder / "columns", (count, held.dim), dtype)
-    assert held.columns is not None
-    if anew:
-        columns = Accumulator(empty(held.dim, dtype, stacked=True), _Rows(array, 0))
-        columns.add(held.columns)
-        return columns
-    array.write(held.columns)
-    return Accumulator(held, _Rows(array, held.count))
-
-
-def _rows_that_stay(job: Job, name: str, marker: Mapping[str, Any], gone: Sequence[int]) -> NDArray[np.bool_]:
-    """Which stacked columns are not those of adapters that were taken out; they lie in the order of admission."""
-    held = job.held(name, marker)
-    return np.repeat([i not in gone for i in held], [job.rank(r, name) for r in held.values()])
 
 
 def _dim(job: Job, name: str, side: Side) -> int:
     """The length d of the vectors of one side, on which all adapters agree."""
     shape = next(shapes[name] for shapes in job.shapes.values() if name in shapes)
     return shape.d_in if side == "A" else shape.d_out
-
-
-class _Rows:
-    """Keeps blocks: writes them below each other into an array (n, d)."""
-
-    def __init__(self, array: ZarrFile, first: int) -> None:
-        self._array, self._next = array, first
-
-    def add(self, block: Array) -> None:
-        """Write a block (m, d)."""
-        self._array.write(block, self._next)
-        self._next += len(block)
-
-    def result(self) -> None:
-        """Nothing is kept in memory."""

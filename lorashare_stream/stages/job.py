@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..adapters.adapter import Adapter
 from ..adapters.folder import digest_files
-from ..adapters.keys import SIDES, group_id
+from ..adapters.keys import SIDES, Side, group_id
 from ..adapters.shapes import Shapes
 from ..budget.forms import Rule
 from ..checkpoint.format import COMPONENTS
@@ -21,6 +21,7 @@ from ..files import read_sealed
 from ..settings import Settings
 from ..text import slug
 from ..workspace.journal import Admission, Journal
+from ..workspace.leases import Slot
 from ..workspace.workspace import Workspace
 
 
@@ -42,6 +43,7 @@ class Job:
         cores: folder of what adapters are on wide bases, if a budget is to be met.
         basis_key: of the components, once they are written.
         grows: whether adapters are projected on the components that `out` has already.
+        slots: module -> side -> where its moment is written to, in the lease of this step.
         later: admissions in this part of a journal that are taken out in the rest of it: they are not summed any more.
     """
 
@@ -60,6 +62,7 @@ class Job:
     cores: Path | None = None
     basis_key: str = ""
     grows: bool = False
+    slots: Mapping[str, Mapping[Side, Slot]] = field(default_factory=dict)
     later: frozenset[int] = frozenset()
 
     def up_to(self, count: int) -> Job:
@@ -97,6 +100,11 @@ class Job:
         """How many vectors an adapter has in a module; 0 if it has none there that are shared."""
         shape = self.shapes.get(admission.shapes, {}).get(module) if self.shares(admission) else None
         return 0 if shape is None else shape.rank
+
+    def vectors(self, module: str, admissions: Iterable[Admission]) -> int:
+        """How many vectors adapters have in a module, all of which take part there."""
+        kinds = Counter(r.shapes for r in admissions)
+        return sum(self.shapes[kind][module].rank * n for kind, n in kinds.items())
 
     def holders(self, module: str, count: int) -> Mapping[int, Admission]:
         """The admissions whose vectors a moment of `module` has once it has seen `count` entries, by number."""
@@ -221,7 +229,7 @@ class Job:
             return (
                 bool(facts)
                 and facts["module"] == module
-                and (marker is None or (self.holds_all(marker) and facts["generation"] == marker["generation"]))
+                and (marker is None or (self.holds_all(marker) and facts.get("lease") == marker["lease"]))
                 and digest_files([self.basis_file(module)]) == facts["digest"]
             )
         except FileNotFoundError:

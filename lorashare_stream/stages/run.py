@@ -62,13 +62,22 @@ class Run:
         pieces = -(-wide // max(1, len(parts)))
         return [piece for part in parts for piece in _cut(part, -(-len(part) // pieces))]
 
-    def sum(self, task: Callable[[Sequence[str]], Any], modules: Sequence[str]) -> None:
-        """Do a task for modules, in portions, for what it leaves on disk; progress counts modules."""
+    def sum(
+        self, task: Callable[[Sequence[str]], Sequence[R]], modules: Sequence[str], done: Callable[[str, R], object]
+    ) -> None:
+        """Do a task for modules, in portions; `done` takes each module and what came of it; progress counts modules."""
         portions = self.portions(modules)
         results = self.mapper.map(task, portions, self.plan.step("accumulate").concurrency)
-        each = (module for portion, _ in zip(portions, results, strict=True) for module in portion)
-        for _ in self.progress("accumulate", len(modules), each):
-            self.check()
+
+        def each() -> Iterator[str]:
+            for portion, found in zip(portions, results, strict=True):
+                for module, result in zip(portion, found, strict=True):
+                    self.check()
+                    done(module, result)
+                    yield module
+
+        for _ in self.progress("accumulate", len(modules), each()):
+            pass
 
     def all(self, step: str, fn: Callable[[T], Any], tasks: Sequence[T]) -> None:
         """Do all tasks, for what they leave on disk."""

@@ -14,7 +14,7 @@ from ..files import read_sealed
 from ..plan.plan import Plan, cut
 from ..text import listed, printable
 from ..workspace.workspace import Workspace
-from .accumulate import accumulate_modules
+from .accumulate import Marker, accumulate_modules, prepared
 from .fit import fit_module, sum_and_fit_modules
 from .job import Job
 from .project import check_unchanged
@@ -56,16 +56,22 @@ def sum_and_fit(run: Run, job: Job) -> dict[str, dict[str, Any]]:
         run.fetcher.cancel_except(())
         if job.settings.discard_moments and len(run.plan.batches) == 1:
             with run.at_hand(job.unfetched(todo)) as here:
-                run.sum(partial(sum_and_fit_modules, job.with_files(here)), todo)
+                part = prepared(job.with_files(here), work, todo)
+                run.sum(
+                    partial(sum_and_fit_modules, part), todo, lambda m, ok: (work.discard if ok else work.forget)(m)
+                )
         else:
             sum_up(run, job, [m for m in todo if not job.holds_all(work.marker(m))])
             summed = [m for m in todo if job.holds_all(work.marker(m))]
             if summed:  # what is projected after it is fetched meanwhile; nothing of it is there yet
                 run.fetcher.prefetch(job.adapters[r.name] for r in job.journal.admissions if r.name in job.adapters)
-            run.all("fit", partial(fit_module, job), summed)
+            fitted = run.map("fit", partial(fit_module, job), summed, len(summed))
+            for module in [m for m, whole in zip(summed, fitted, strict=True) if not whole]:
+                work.forget(module)
         if job.settings.discard_moments:
             for module in job.modules:
                 work.discard(module)
+            work.sweep()
         todo = [m for m in todo if not job.has_basis(m, work.marker(m))]
         if not todo:
             return {m: read_sealed(job.facts_file(m)) for m in job.modules}
@@ -75,7 +81,10 @@ def sum_and_fit(run: Run, job: Job) -> dict[str, dict[str, Any]]:
 
 
 def sum_up(
-    run: Run, job: Job, modules: Sequence[str], task: Callable[[Job, Sequence[str]], None] = accumulate_modules
+    run: Run,
+    job: Job,
+    modules: Sequence[str],
+    task: Callable[[Job, Sequence[str]], list[Marker | None]] = accumulate_modules,
 ) -> None:
     """Bring the moments of modules up to the journal, once; a module that is found to be damaged is forgotten.
 
@@ -84,6 +93,13 @@ def sum_up(
     """
     work = Workspace(job.workspace)
     had = {m for m in modules if work.marker(m) is not None}
+
+    def done(module: str, marker: Marker | None) -> None:
+        if marker is None:
+            work.forget(module)
+        else:
+            work.mark(marker)
+
     for count in _cuts(run.plan, job):
         part = job.up_to(count)
         todo = [m for m in modules if part.lacks(m, work.marker(m)) or (part is job and not work.marker(m))]
@@ -93,7 +109,11 @@ def sum_up(
         with run.at_hand(part.unfetched(todo)) as here:
             for adapter in here.values():
                 check_unchanged(adapter, part.admission_of[adapter.name])
-            run.sum(partial(task, part.with_files(here)), todo)
+            run.check()
+            part = prepared(part.with_files(here), work, todo)
+            run.sum(partial(task, part), [m for m in todo if m in part.slots], done)
+        if had:
+            work.sweep()
 
 
 def _cuts(plan: Plan, job: Job) -> list[int]:
@@ -134,9 +154,12 @@ def catch_up(run: Run, job: Job) -> None:
         sum_up(run, job, damaged, _accumulate_or_leave)
 
 
-def _accumulate_or_leave(job: Job, modules: Sequence[str]) -> None:
+def _accumulate_or_leave(job: Job, modules: Sequence[str]) -> list[Marker | None]:
+    markers: list[Marker | None] = []
     for module in modules:
         try:
-            accumulate_modules(job, [module])
+            markers += accumulate_modules(job, [module])
         except GoneError as e:
             log.warning("the moments of %s are damaged, and are dropped: %s", printable(module), e)
+            markers.append(None)
+    return markers

@@ -1,26 +1,31 @@
-"""Moments on disk: Zarr arrays, uncompressed (they are incompressible), with a checksum on every chunk.
+"""Moments on disk, written and read by zarr in places of a lease, and believed only if they are what was written.
 
-A side of a module is a folder with the arrays `second` (d, d) or `columns` (n, d), and `sum` (d,), which
-`zarr.open_array(folder / "columns", mode="r")` opens for whoever wants to look at them. A moment is only believed if
-the metadata are those that were written, every chunk is there and whole, and its trace is the energy that was noted.
+The marker of a module says where its moments are, with checksums of their numbers: a chunk that is missing is read as
+zeros, and "all chunks present" is no test. Zarr syncs nothing: `sync_moments` does, before a marker is written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import google_crc32c
 import numpy as np
 
+from ..adapters.keys import SIDES, Side
 from ..errors import WorkspaceError
+from ..files import naming, sync
 from ..linalg.moments import Moment
 from ..linalg.types import Array
-from ..text import digest_of
-from ..workspace import zarrfile
-from .zarrfile import ZarrFile
+from .leases import SUM, Marker, Slot, files_of, rows_of, slot_of
 
-_TILE, _WIDE = 1024, 4096  # rows and columns of a chunk of S, and columns of a chunk of X'; 4 MiB in float32
+if TYPE_CHECKING:
+    import zarr
+
+_TOGETHER = 4 << 20  # bytes of moments that are written by one call
 _STRIP = 1 << 17  # numbers squared at once, of which float64 copies stay in the cache
 
 
@@ -28,69 +33,203 @@ class DamagedMoment(WorkspaceError):
     """A moment whose chunks are missing or changed: it is computed anew."""
 
 
-def create(path: Path, shape: tuple[int, ...], dtype: str) -> ZarrFile:
-    """A new array to write, in chunks as its name demands: `sum` (d,), `second` (d, d) or `columns` (n, d).
+@lru_cache(maxsize=1)
+def _zarr() -> Any:
+    """The module, set so that a call does one thing after the other, in as few threads as can be."""
+    import zarr
+
+    zarr.config.set({"async.concurrency": 1, "threading.max_workers": 1, "codec_pipeline.batch_size": 64})
+    return zarr
+
+
+@lru_cache(maxsize=256)
+def _opened(path: Path, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str, mode: str) -> zarr.Array[Any]:
+    array: zarr.Array[Any] = _zarr().open_array(path, mode=mode).with_config({"write_empty_chunks": True})
+    if (array.shape, array.chunks, array.dtype) != (shape, chunks, np.dtype(dtype)):
+        raise ValueError("the metadata of an array have changed")
+    return array
+
+
+def _arrays(root: Path, slot: Slot, mode: str) -> tuple[zarr.Array[Any], zarr.Array[Any]]:
+    """The array of a place, and that of its sum."""
+    (m, _, d), lease = slot.shape, root / slot.lease
+    return (
+        _opened(lease / slot.array, slot.shape, (1, slot.height, d), slot.dtype, mode),
+        _opened(lease / f"{SUM}{slot.array}", (m, d), (1, d), "float64", mode),
+    )
+
+
+class Rows:
+    """Keeps blocks of vectors: those of several chunks are written, a whole chunk at a time, those of one are kept.
+
+    Args:
+        root: the folder of all leases.
+        slot: the place, of columns.
+        count: how many vectors there will be.
+
+    Attributes:
+        checksum: of what is written.
+    """
+
+    def __init__(self, root: Path, slot: Slot, count: int) -> None:
+        self._root, self._slot, self._count = root, slot, count
+        self._held: Array = np.empty((0, slot.shape[2]), slot.dtype)
+        self._filled = self._written = self.checksum = 0
+
+    def add(self, block: Array) -> None:
+        """Take a block (m, d)."""
+        if len(block) == self._count <= self._slot.height:
+            self._held, self._filled = block, len(block)  # the only one: nobody overwrites it
+            return
+        while len(block):
+            most = min(self._slot.height, self._count - self._written)
+            if not self._filled and len(block) >= most == self._slot.height < self._count:
+                self._write(block[:most])
+                block = block[most:]
+                continue
+            if not self._filled and len(self._held) != most:
+                self._held = np.empty((most, self._slot.shape[2]), self._slot.dtype)
+            part = block[: most - self._filled]
+            self._held[self._filled : self._filled + len(part)] = part
+            self._filled += len(part)
+            block = block[len(part) :]
+            if self._filled == most and self._count > self._slot.height:
+                self._write(self._held)
+                self._filled = 0
+
+    def _write(self, rows: Array) -> None:
+        _put(self._root, self._slot, rows, self._written)
+        self.checksum = _checksum(rows, self.checksum)
+        self._written += len(rows)
+
+    def result(self) -> None:
+        """No second moment: the vectors are kept."""
+
+    @property
+    def kept(self) -> Array | None:
+        """The vectors (n, d); None if they are written."""
+        return None if self._written else self._held[: self._filled]
+
+
+def _put(root: Path, slot: Slot, rows: Array, first: int) -> None:
+    """Write rows that are a chunk, or the last of a module, from row `first` on."""
+    array, _ = _arrays(root, slot, "r+")
+    height, block = min(slot.height, slot.shape[1] - first), rows[None]
+    if len(rows) < height:  # the whole chunk, so that zarr does not look what is there
+        block = np.zeros((1, height, rows.shape[1]), rows.dtype)
+        block[0, : len(rows)] = rows
+    with naming(root / slot.lease / slot.array):
+        array[slot.index : slot.index + 1, first : first + height] = block
+
+
+def together(slots: Sequence[Slot]) -> Iterator[slice]:
+    """Places that one call writes: neighbours in an array, a chunk each, a few MiB of them."""
+    start = 0
+    for i, slot in enumerate(slots):
+        after = slots[i + 1] if i + 1 < len(slots) else None
+        joins = after is not None and (after.array, after.index) == (slot.array, slot.index + 1)
+        if not joins or slot.shape[1] > slot.height or (i + 2 - start) * slot.bytes > _TOGETHER:
+            yield slice(start, i + 1)
+            start = i + 1
+
+
+def save(
+    root: Path, slots: Sequence[Slot], moments: Sequence[Moment], checksums: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Write moments into neighbouring places, and return the facts by which `load` believes each.
+
+    Args:
+        root: the folder of all leases.
+        slots: as `together` has them.
+        moments: of the forms of the places; of neither if columns are written already.
+        checksums: of columns that are.
 
     Raises:
-        OSError: of the machine, or FileExistsError.
+        OSError: of the machine, naming an array or a chunk.
     """
-    most = (_TILE,) * len(shape)
-    if path.name == "columns":  # whole rows, which are written as they lie; their number divides a quantum
-        width = min(shape[1], _WIDE)
-        most = (1 << (_TILE * _TILE // width).bit_length() - 1, width)
-    chunk = tuple(max(1, min(n, m, _TILE if i == 0 else m)) for i, (n, m) in enumerate(zip(shape, most, strict=True)))
-    return zarrfile.create(path, shape, chunk, dtype)
+    first = slots[0]
+    array, sums = _arrays(root, first, "r+")
+    forms = [m.columns if m.second is None else m.second.T for m in moments]  # symmetric, and column-major
+    if len(slots) > 1:
+        block = np.zeros((len(slots), *first.shape[1:]), first.dtype)
+        for place, form in zip(block, forms, strict=True):
+            assert form is not None
+            place[: len(form)] = form
+        with naming(root / first.lease / first.array):
+            array[first.index : first.index + len(slots)] = block
+    elif forms[0] is not None:
+        for top in first.tops(len(forms[0])):
+            _put(root, first, forms[0][top : top + first.height], top)
+    with naming(root / first.lease / f"{SUM}{first.array}"):
+        sums[first.index : first.index + len(slots)] = np.stack([m.sum for m in moments])
+    found = [checksum if form is None else _checksum(form) for form, checksum in zip(forms, checksums, strict=True)]
+    return [_facts(*each) for each in zip(slots, moments, found, strict=True)]
 
 
-def save(folder: Path, moment: Moment) -> dict[str, Any]:
-    """Write a moment, whose columns may be written already, and return the facts by which `load` believes it.
-
-    Raises:
-        OSError: of the machine, naming a file.
-    """
-    if moment.columns is not None:
-        create(folder / "columns", moment.columns.shape, moment.columns.dtype.name).write(moment.columns)
-    elif moment.second is not None:  # symmetric, and column-major: its columns are rows that lie as on disk
-        create(folder / "second", moment.second.shape, moment.second.dtype.name).write(moment.second.T)
-    create(folder / "sum", moment.sum.shape, "float64").write(moment.sum)
-    form = "columns" if moment.second is None else "second"
+def _facts(slot: Slot, moment: Moment, checksum: int) -> dict[str, Any]:
     return {
+        **{name: value for name, value in asdict(slot).items() if name != "lease"},
         "count": moment.count,
         "energy": moment.energy,
-        "form": form,
         "dim": moment.dim,
-        "metadata": _metadata(folder, form),
+        "checksum": checksum,
+        "sum_checksum": _checksum(moment.sum),
     }
 
 
-def _metadata(folder: Path, form: str) -> str:
-    """Digest of what says how the arrays of a moment are read."""
-    return digest_of([(folder / name / zarrfile.METADATA).read_text() for name in (form, "sum")])
+def sync_moments(root: Path, markers: Iterable[Marker]) -> None:
+    """Make moments durable, which zarr does not: their chunks, and the names of these."""
+    paths = [path for marker in markers for side in SIDES for path in files_of(root, marker, side)]
+    for path in paths:
+        sync(path)
+    for folder in sorted({path.parent for path in paths}):
+        sync(folder)
 
 
-def load(folder: Path, facts: Mapping[str, Any]) -> Moment:
-    """Read a moment.
+def load(root: Path, marker: Marker, side: Side) -> Moment:
+    """Read the moment of one side of a module.
 
     Raises:
         DamagedMoment: if a chunk is missing, fails its checksum, or the trace is not what it was.
         OSError: of the machine: what cannot be read now may be whole.
     """
-    stacked, traces = facts["form"] == "columns", [0.0]
+    slot, facts, traces = slot_of(marker, side), marker[side], [0.0]
     try:
-        if _metadata(folder, facts["form"]) != facts["metadata"]:
-            raise ValueError("the metadata of an array have changed")
-        total = zarrfile.opened(folder / "sum").read()
-        array = zarrfile.opened(folder / facts["form"])
-        form = array.read(lambda rows: traces.append(_energy(rows))) if stacked else array.read().T
-    except (FileNotFoundError, ValueError) as e:
+        array, sums = _arrays(root, slot, "r")
+        with naming(root / slot.lease / slot.array):
+            total = np.asarray(sums[slot.index])
+            form, checksum = _read(array, slot, rows_of(facts), traces)
+        if (checksum, _checksum(total)) != (facts["checksum"], facts["sum_checksum"]):
+            raise ValueError("the numbers fail their checksum")
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as e:
         raise DamagedMoment("a moment is damaged", found=f"{type(e).__name__}: {e}") from e
+    stacked = slot.form == "columns"
     trace = sum(traces) if stacked else float(np.trace(form, dtype=float))
     energy, count = float(facts["energy"]), int(facts["count"])
     vanishing = form.size * float(np.finfo(form.dtype).tiny)  # squares below it became zero
-    if not abs(trace - energy) <= 1e-4 * energy + vanishing or (stacked and len(form) != count):
+    if not abs(trace - energy) <= 1e-4 * energy + vanishing:
         raise DamagedMoment("a moment is not what was written", found=f"trace {trace}", expected=f"energy {energy}")
-    sums = total.astype(np.float64, copy=False)
-    return Moment(None if stacked else form, form if stacked else None, sums, count, energy)
+    return Moment(None if stacked else form.T, form if stacked else None, total, count, energy)
+
+
+def _read(array: zarr.Array[Any], slot: Slot, rows: int, traces: list[float]) -> tuple[Array, int]:
+    """The rows of a module, and their checksum; the energies of what is read together go into `traces`."""
+    from zarr.buffer.cpu import NDBuffer
+
+    out, checksum = np.empty((rows, slot.shape[2]), slot.dtype), 0
+    for top in slot.tops(rows):
+        part: Any = out[top : top + slot.height]
+        where = slice(slot.index, slot.index + 1), slice(top, top + len(part)), slice(None)
+        array.get_basic_selection(where, out=NDBuffer(part[None]))
+        checksum = _checksum(part, checksum)
+        if slot.form == "columns":
+            traces.append(_energy(part))
+    return out, checksum
+
+
+def _checksum(rows: Array, before: int = 0) -> int:
+    """The crc32c of numbers as they lie on disk, after that of those before them."""
+    return int(google_crc32c.extend(before, np.ascontiguousarray(rows).reshape(-1).view(np.uint8)))
 
 
 def _energy(rows: Array) -> float:

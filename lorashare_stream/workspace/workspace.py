@@ -7,16 +7,17 @@
     shapes/<digest>.json      the shared modules of adapters: rank, d, stacked experts
     in_work.json              at what processes of this machine died, since a run last came to its end
     skipped.json              adapters that the last run left out, with the reason
-    moments/<module>.json     marker: which generation holds how many entries of the journal
-    moments/<module>/<n>/A|B  Zarr arrays of that generation
+    markers/<module>.json     which lease holds how many entries of the journal of a module, and where
+    moments/<lease>/          arrays of zarr; see `leases`
     bases/<digest>/<module>   components and facts of a basis, for one choice of k and dtype
     cores/<digest>.<k>/       under a budget: what adapters are on bases of k components, in float32
     converted/<key>           what a `.bin` is as safetensors, until the run has ended well
     hub/facts.jsonl           headers and configurations of adapters of the Hub
     hub/files/<adapter>       their files, under a disk budget, while they are needed
 
-A marker is written after the data it vouches for is on disk, and only by a rename. So whatever is killed,
-a group is either done or it is done again. All but the arrays, which Zarr guards, is sealed by a checksum.
+A marker is written after the data it vouches for is on disk, and only by a rename, by the process that holds the lock:
+a task of a run that is dead cannot. So whatever is killed, a group is either done or it is done again. All but the
+arrays, whose checksums are in markers, is sealed by one. The workspace is a group of zarr, and so are all leases.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..adapters.keys import SIDES
+from ..adapters.keys import SIDES, Side
 from ..adapters.shapes import Shapes
 from ..errors import WorkspaceError
 from ..files import (
@@ -39,19 +40,24 @@ from ..files import (
     refuse_links,
     remove_tree,
     sync,
-    sync_tree,
     write_json,
     write_sealed,
 )
 from ..text import printable, slug
+from . import leases
 from .journal import Admission, Journal, Removal, append, read_journal
+from .leases import Need, Slot
 from .lock import HOLDER, LOCK, held
 from .shapes import keep_shapes, shapes_of
 
 FORMAT = 2
 IN_WORK = "in_work.json"
 _COPIES = ("workspace.json", "workspace.copy.json")
-_FOLDERS = ("moments", "bases", "shapes", "cores")
+_FOLDERS = ("moments", "markers", "bases", "shapes", "cores")
+_GROUPS = {
+    ".": "workspace of lorashare-stream: moments are arrays of zarr",
+    "moments": "moments of what adapters have in common: a group for each step that has written some",
+}
 HUB = "hub"  # what is known of adapters of the Hub, and under a disk budget their files
 FACTS, FILES = f"{HUB}/facts.jsonl", f"{HUB}/files"
 log = logging.getLogger(__name__)
@@ -62,7 +68,7 @@ class Workspace:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.moments, self.bases, self.shapes, self.cores = (root / name for name in _FOLDERS)
+        self.moments, self.markers, self.bases, self.shapes, self.cores = (root / name for name in _FOLDERS)
         self.check_held: Callable[[], None] = lambda: None
         self._noted: set[str] = set()  # shapes that are known to be kept
 
@@ -93,6 +99,7 @@ class Workspace:
                 own_folder(root / name)
             work._bind(work._binding() if binding is None else {**binding, "format": FORMAT})
             work._clean()
+            leases.make_groups(root, _GROUPS)
             sync(root.parent)
             yield work
 
@@ -125,16 +132,11 @@ class Workspace:
         return next((found for name in _COPIES if (found := read_sealed(self.root / name))), {})
 
     def _clean(self) -> None:
-        """Remove what dead runs left: generations without a marker, and temporary files."""
-        for folder in (self.root, self.moments, self.shapes, *self.bases.iterdir(), *self.cores.iterdir()):
-            for path in folder.glob(".*.tmp"):
+        """Remove what dead runs left: temporary files, and moments that no marker names."""
+        for folder in (self.root, self.markers, self.shapes, *self.bases.iterdir(), *self.cores.iterdir()):
+            for path in (*folder.glob(".*.tmp"), *folder.glob("*.partial")):
                 path.unlink()
-        for path in self.moments.iterdir():
-            if path.is_dir():
-                marker = _read_marker(self.moments / f"{path.name}.json")
-                for generation in path.iterdir():
-                    if marker is None or generation.name != marker["generation"]:
-                        remove_tree(generation)
+        self.sweep()
 
     # -- journal -------------------------------------------------------------------------------------
 
@@ -201,47 +203,54 @@ class Workspace:
     # -- moments -------------------------------------------------------------------------------------
 
     def marker(self, module: str) -> dict[str, Any] | None:
-        """What is summed of a module: `generation`, `entries` of the journal, facts of sides `A` and `B`."""
-        marker = _read_marker(self.moments / f"{slug(module)}.json")
+        """What is summed of a module: `lease`, `entries` of the journal, facts of sides `A` and `B`."""
+        marker = _read_marker(self._marker(module))
         return marker if marker is not None and marker["module"] == module else None
 
     def modules(self) -> set[str]:
         """The modules that have moments."""
-        return {str(marker["module"]) for path in self.moments.glob("*.json") if (marker := _read_marker(path))}
+        return {str(marker["module"]) for path in self.markers.glob("*.json") if (marker := _read_marker(path))}
 
-    def mark(self, module: str, marker: Mapping[str, Any]) -> None:
-        """Replace the marker of a module's moments, which are on disk."""
+    def mark(self, marker: Mapping[str, Any]) -> None:
+        """Replace the marker of a module's moments, which are on disk, and remove what it named before."""
         self.check_held()
-        write_sealed(self.moments / f"{slug(module)}.json", marker)
+        old = self.marker(marker["module"])
+        write_sealed(self._marker(marker["module"]), marker)
+        if old is not None and old["lease"] != marker["lease"]:
+            leases.remove(self.moments, old)
 
-    def generation(self, module: str, name: str) -> Path:
-        """The folder of one generation of a module's moments."""
-        return self.moments / slug(module) / name
-
-    @contextmanager
-    def new_generation(self, module: str) -> Iterator[tuple[Path, dict[str, Any]]]:
-        """A fresh folder for a module's moments, and its marker to fill in; published at the end of the block.
+    def lease(self, needs: Mapping[tuple[str, Side], Need]) -> dict[str, dict[Side, Slot]]:
+        """Places for moments that are to be written, in a lease of their own.
 
         Its name is used once, so that neither a task that outlived its run nor a basis of other moments can be
-        mistaken for one of this generation.
+        mistaken for one of it.
         """
-        old = self.marker(module)
-        name = uuid.uuid4().hex
-        folder = self.generation(module, name)
-        folder.mkdir(parents=True)
-        marker: dict[str, Any] = {"module": module, "generation": name}
-        yield folder, marker
-        sync_tree(folder)
-        sync(folder.parent)
-        sync(self.moments)
-        self.mark(module, marker)
-        if old is not None:
-            remove_tree(self.generation(module, old["generation"]))
+        self.check_held()
+        if not needs:
+            return {}
+        slots = leases.arranged(uuid.uuid4().hex, needs, self._binding()["moment_dtype"])
+        return leases.make_arrays(self.moments, slots, self._words())
+
+    def sweep(self) -> None:
+        """Remove moments that no marker names."""
+        markers = {module: marker for module in self.modules() if (marker := self.marker(module)) is not None}
+        leases.sweep(self.moments, markers, self._words())
+
+    def _words(self) -> str:
+        """What is in a lease: of which vectors its arrays are."""
+        objective = self._binding().get("objective")
+        x = f"objective {objective}: x are columns of the adapters' LoRA matrices, of A' for side A, of B for side B"
+        return x if objective == "factors" else f"{x}, times the other one and its scaling, as a share of ||dW||"
+
+    def _marker(self, module: str) -> Path:
+        return self.markers / f"{slug(module)}.json"
 
     def discard(self, module: str) -> None:
         """Remove a module's moments; what is fitted to them stays."""
-        (self.moments / f"{slug(module)}.json").unlink(missing_ok=True)
-        remove_tree(self.moments / slug(module))
+        old = self.marker(module)
+        self._marker(module).unlink(missing_ok=True)
+        if old is not None:
+            leases.remove(self.moments, old)
 
     def forget(self, module: str) -> None:
         """Remove a module's moments and bases: they are computed anew."""
@@ -282,4 +291,4 @@ class Workspace:
 def _read_marker(path: Path) -> dict[str, Any] | None:
     """A marker; None if there is none, or it is not what was written: the module is summed again."""
     marker = read_sealed(path)
-    return marker if marker.keys() >= {"module", "generation", "entries", "admitted", *SIDES} else None
+    return marker if marker.keys() >= {"module", "lease", "entries", "admitted", *SIDES} else None

@@ -1,0 +1,280 @@
+"""Leases: arrays of zarr in which a step keeps moments, one for all modules of a side, a shape and a form.
+
+    <lease>/second_A_768              S of some modules (m, d, d): a chunk of each, or several of 64 MiB
+    <lease>/columns_B_768_1600        X' of some modules (m, n, d): a chunk of each, or several of 16 MiB
+    <lease>/sum_of_second_A_768, ...  s of the same modules (m, d), float64
+
+The process that holds the workspace makes and removes them, and nobody writes into one but the tasks of the step that
+it was made for: a task that outlives its run writes where no marker points. They are not compressed (they are
+incompressible), and every chunk ends in its crc32c.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..adapters.keys import SIDES, Side
+from ..files import remove_tree, sync
+from ..settings import QUANTUM
+from ..text import digest_of
+
+Marker = Mapping[str, Any]  # of a module: `lease`, and by side the facts by which its moment is believed
+METADATA, SUM = "zarr.json", "sum_of_"
+SECOND_CHUNK, COLUMNS_CHUNK = 64 << 20, 16 << 20  # bytes of a chunk at most, unless a quantum of columns has more
+_ALIKE = 8  # steps an octave to which numbers of columns are rounded up, where modules have different ones
+_WORDS = {
+    "second": "second moments S = sum of x x', a matrix a module",
+    "columns": "vectors x as rows, in the order of admission; rows beyond those of a module are zeros",
+    "sum": "sums of x, a vector a module",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """The place of a moment.
+
+    Attributes:
+        lease, array, index: its group, the array in it, and where it is on the module axis.
+        form: `second` or `columns`.
+        shape: (m, d, d) or (m, n, d) of the array.
+        height: rows of a chunk.
+        dtype: of the numbers, float32 or float64.
+        metadata: digest of what says how the array, and that of the sums, are read.
+    """
+
+    lease: str
+    array: str
+    index: int
+    form: str
+    shape: tuple[int, int, int]
+    height: int
+    dtype: str
+    metadata: str = ""
+
+    @property
+    def bytes(self) -> int:
+        """Of the moment, without the sum."""
+        return math.prod(self.shape[1:]) * np.dtype(self.dtype).itemsize
+
+    def tops(self, count: int) -> range:
+        """The first rows of the chunks that hold `count` rows: one at least."""
+        return range(0, max(1, count), self.height)
+
+    def files(self, root: Path, count: int) -> list[Path]:
+        """The chunks that hold `count` rows, and that of the sum."""
+        folder = root / self.lease
+        chunks = [folder / self.array / f"c.{self.index}.{i}.0" for i in range(len(self.tops(count)))]
+        return [*chunks, folder / f"{SUM}{self.array}" / f"c.{self.index}.0"]
+
+
+def slot_of(marker: Marker, side: Side) -> Slot:
+    """The place of the moment of one side of a module."""
+    facts, (m, n, d) = marker[side], marker[side]["shape"]
+    names = ("array", "index", "form", "height", "dtype", "metadata")
+    return Slot(marker["lease"], shape=(m, n, d), **{name: facts[name] for name in names})
+
+
+def height_of(form: str, rows: int, dim: int, itemsize: int) -> int:
+    """Rows of a chunk: all of them, or an even part that its limit has; zarr fills the last chunk up with zeros.
+
+    Columns come in quanta, and chunks of whole ones are written as they come, unless that would fill up more than 1/8.
+    """
+    if form == "columns":
+        most = QUANTUM * max(1, COLUMNS_CHUNK // (QUANTUM * dim * itemsize))
+        if rows > most and 8 * (-rows % most) <= rows:
+            return most
+    else:
+        most = max(1, SECOND_CHUNK // (dim * itemsize))
+    return max(1, -(-rows // -(-rows // most))) if rows else 1
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """The moment of a group that is to be written: its form, d, and rows (d of a second moment, else n)."""
+
+    form: str
+    dim: int
+    rows: int
+
+
+def arranged(lease: str, needs: Mapping[tuple[str, Side], Need], dtype: str) -> dict[str, dict[Side, Slot]]:
+    """Places of moments, in as few arrays as can be; modules of one array in their order.
+
+    Columns of modules that have nearly as many are in one array, so that there are never many arrays.
+    """
+    arrays: dict[tuple[str, Side, int, int], list[tuple[str, int]]] = {}
+    for (module, side), need in needs.items():
+        kind = need.form, side, need.dim, _rounded(need.rows) if need.form == "columns" else 0
+        arrays.setdefault(kind, []).append((module, need.rows))
+    found: dict[str, dict[Side, Slot]] = {}
+    for (form, side, dim, _), members in arrays.items():
+        rows = max(1, *(n for _, n in members))
+        name = f"{form}_{side}_{dim}" + (f"_{rows}" if form == "columns" else "")
+        shape, height = (len(members), rows, dim), height_of(form, rows, dim, np.dtype(dtype).itemsize)
+        for index, (module, _) in enumerate(members):
+            found.setdefault(module, {})[side] = Slot(lease, name, index, form, shape, height, dtype)
+    return found
+
+
+def _rounded(count: int) -> int:
+    """The number of the interval in which a count is: those of one differ by a tenth at most."""
+    return math.ceil(math.log2(max(1, count)) * _ALIKE)
+
+
+def make_groups(root: Path, groups: Mapping[str, str]) -> None:
+    """Make folders groups of zarr, those that are none: path under `root` -> words that say what is in it."""
+    missing = {path: words for path, words in groups.items() if not _is_group(root / path, words)}
+    if missing:
+        _wait(_write_groups(root, missing))
+
+
+def make_arrays(root: Path, slots: Mapping[str, Mapping[Side, Slot]], words: str) -> dict[str, dict[Side, Slot]]:
+    """Make the group and the arrays of a new lease, durable; the slots again, with the digest of their metadata."""
+    members = _members((module, slot) for module, both in slots.items() for slot in both.values())
+    for lease in {lease for lease, _ in members}:
+        (root / lease).mkdir()
+    _wait(_write(root, members, words))
+    for folder in {root / lease / f"{sums}{array}" for lease, array in members for sums in ("", SUM)}:
+        sync(folder / METADATA)
+        sync(folder)
+    for lease in {lease for lease, _ in members}:
+        sync(root / lease)
+    sync(root)
+    digests = {key: _metadata(root / key[0], key[1]) for key in members}
+    return {
+        module: {side: replace(slot, metadata=digests[slot.lease, slot.array]) for side, slot in both.items()}
+        for module, both in slots.items()
+    }
+
+
+def _members(slots: Iterable[tuple[str, Slot]]) -> dict[tuple[str, str], dict[str, Slot]]:
+    """Lease and array -> the modules in it, and their places."""
+    found: dict[tuple[str, str], dict[str, Slot]] = {}
+    for module, slot in slots:
+        found.setdefault((slot.lease, slot.array), {})[module] = slot
+    return found
+
+
+def _metadata(lease: Path, array: str) -> str:
+    return digest_of([(lease / f"{sums}{array}" / METADATA).read_bytes().decode() for sums in ("", SUM)])
+
+
+def _wait(coroutine: Any) -> None:
+    """Run zarr in a thread that ends with it: a process that is forked later must have no other thread."""
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(asyncio.run, coroutine).result()
+
+
+async def _write_groups(root: Path, groups: Mapping[str, str]) -> None:
+    from zarr.api.asynchronous import create_group
+
+    for path, words in groups.items():
+        (root / path / METADATA).unlink(missing_ok=True)
+        await create_group(store=root / path, attributes={"what": words})
+
+
+async def _write(root: Path, members: Mapping[tuple[str, str], Mapping[str, Slot]], words: str) -> None:
+    """Write what says how arrays are read, and what is in them."""
+    from zarr.api.asynchronous import create_array
+    from zarr.codecs import Crc32cCodec
+
+    await _write_groups(root, {lease: words for lease, _ in members if not _is_group(root / lease, words)})
+    for (lease, array), places in members.items():
+        slot = next(iter(places.values()))
+        names: list[str | None] = [None] * slot.shape[0]
+        for module, place in places.items():
+            names[place.index] = module
+        m, n, d = slot.shape
+        side = array.split("_")[1]
+        for sums, shape, chunks, dtype in (
+            ("", (m, n, d), (1, slot.height, d), slot.dtype),
+            (SUM, (m, d), (1, d), "float64"),
+        ):
+            await create_array(
+                root / lease / f"{sums}{array}",
+                shape=shape,
+                chunks=chunks,
+                dtype=dtype,
+                compressors=[Crc32cCodec()],
+                fill_value=0,
+                chunk_key_encoding={"name": "default", "separator": "."},
+                config={"write_empty_chunks": True},
+                attributes={"what": _WORDS["sum" if sums else slot.form], "side": side, "modules": names},
+            )
+
+
+def _is_group(folder: Path, words: str) -> bool:
+    expected = {"zarr_format": 3, "node_type": "group", "attributes": {"what": words}}
+    try:
+        found = json.loads((folder / METADATA).read_bytes())
+        return all(found[key] == value for key, value in expected.items())
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return False
+
+
+def sweep(root: Path, markers: Mapping[str, Marker], words: str) -> None:
+    """Remove leases, arrays and chunks that no marker names, and write anew what has changed of what describes others.
+
+    Args:
+        root: the folder of all leases.
+        markers: of all modules that have one.
+        words: that say what is in a lease.
+    """
+    members = _members((m, slot_of(marker, side)) for m, marker in markers.items() for side in SIDES)
+    leases = {lease for lease, _ in members}
+    for path in root.iterdir():
+        if path.name in leases:
+            _sweep_lease(path, {array: places for (lease, array), places in members.items() if lease == path.name})
+        elif path.name != METADATA:
+            remove_tree(path)
+    for (name, array), places in members.items():
+        if not _describes(root / name, array, next(iter(places.values())).metadata):
+            for sums in ("", SUM):
+                (root / name / f"{sums}{array}" / METADATA).unlink(missing_ok=True)
+            _wait(_write(root, {(name, array): places}, words))
+    make_groups(root, dict.fromkeys(sorted(leases), words))
+
+
+def _sweep_lease(lease: Path, members: Mapping[str, Mapping[str, Slot]]) -> None:
+    for folder in [path for path in lease.iterdir() if path.name != METADATA]:
+        places = members.get(folder.name.removeprefix(SUM))
+        if places is None:
+            remove_tree(folder)
+            continue
+        indexes = {str(slot.index) for slot in places.values()}
+        for path in [path for path in folder.iterdir() if path.name != METADATA]:
+            if path.name.endswith(".partial") or path.name.split(".")[1] not in indexes:
+                path.unlink()
+
+
+def _describes(lease: Path, array: str, digest: str) -> bool:
+    try:
+        return _metadata(lease, array) == digest
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+def remove(root: Path, marker: Marker) -> None:
+    """Remove the chunks of a module's moments, whose marker names others now, or is gone."""
+    for side in SIDES:
+        for path in files_of(root, marker, side):
+            path.unlink(missing_ok=True)
+
+
+def files_of(root: Path, marker: Marker, side: Side) -> list[Path]:
+    """The chunks of the moment of one side of a module."""
+    return slot_of(marker, side).files(root, rows_of(marker[side]))
+
+
+def rows_of(facts: Mapping[str, Any]) -> int:
+    """How many rows a moment has on disk, without those that fill up."""
+    return int(facts["dim"] if facts["form"] == "second" else facts["count"])
