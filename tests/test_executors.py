@@ -363,6 +363,8 @@ thread.start()
 found.append(method())
 done.set()
 thread.join()
+while len(os.listdir("/proc/self/task")) > 1:  # the kernel's part of it may end later
+    pass
 found.append(method())
 sys.modules["torch"] = os
 found.append(method())
