@@ -232,7 +232,10 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.mark.parametrize(
     ("workers", "number", "why"),
-    [("1", signal.SIGBUS, "a file was cut short while it was read"), ("2", signal.SIGKILL, "has less memory than")],
+    [
+        ("1", signal.SIGBUS, "a file was cut short while it was read"),
+        pytest.param("2", signal.SIGKILL, "has less memory than", marks=pytest.mark.slow),
+    ],
 )
 def test_the_command_line_names_what_kills_a_process_and_goes_on(
     tmp_path: Path, collection: list[str], workers: str, number: signal.Signals, why: str

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from lorashare_stream.linalg.moments import Accumulator, HostSum, Moment, empty, of_columns
 from lorashare_stream.pipeline import compress, default_workspace, plan_for
 from lorashare_stream.plan.sources import resolve
-from lorashare_stream.runtime.executors import Serial
+from lorashare_stream.runtime.executors import Mapper, SerialExecutor
 from lorashare_stream.settings import QUANTUM, Settings
 from lorashare_stream.stages.accumulate import accumulate_modules
 from lorashare_stream.workspace import leases
@@ -267,27 +267,25 @@ class Dead(Exception):
     """The end of a driver."""
 
 
-class Recording:
-    """An executor whose driver dies with all tasks begun: what they would do stays to be done."""
+def test_a_task_of_a_dead_run_never_writes_where_a_later_one_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[Callable[[], Any]] = []
+    mapped = Mapper.map
 
-    def __init__(self) -> None:
-        self.begun: list[Callable[[], Any]] = []
+    def dying(self: Mapper, fn: Any, tasks: Any, *rest: Any, **options: Any) -> Iterator[Any]:
+        """The driver dies with all tasks begun: what they would do stays to be done."""
+        if getattr(fn, "func", None) is accumulate_modules:
+            begun.extend(lambda task=task: fn(task) for task in tasks)
+            raise Dead
+        return mapped(self, fn, tasks, *rest, **options)
 
-    def map(self, fn: Any, tasks: Any, at_once: int = 1, after: Any = None) -> Iterator[Any]:
-        if getattr(fn, "func", None) is not accumulate_modules:
-            yield from Serial().map(fn, tasks, at_once, *([after] if after else []))
-            return
-        self.begun += [lambda task=task: fn(task) for task in tasks]
-        raise Dead
-
-
-def test_a_task_of_a_dead_run_never_writes_where_a_later_one_reads(tmp_path: Path) -> None:
     collection, out = make_collection(tmp_path / "adapters", 8, {"q": (14, 70), "v": (20, 9)}), tmp_path / "out"
     plan = plan_for(resolve(collection), Settings(device="cpu", num_components=4))
-    late = Recording()
-    with pytest.raises(Dead):
-        compress(plan, out, executor=late)
-    late.begun[0]()  # one task comes to its end before the next run begins, the others while it is done, and after
+    with monkeypatch.context() as patch, pytest.raises(Dead):
+        patch.setattr(Mapper, "map", dying)
+        compress(plan, out, executor=SerialExecutor())
+    begun[0]()  # one task comes to its end before the next run begins, the others while it is done, and after
     go = plan_for(resolve(collection), Settings(device="cpu", num_components=4), default_workspace(out))
     done = 0
 
@@ -297,22 +295,26 @@ def test_a_task_of_a_dead_run_never_writes_where_a_later_one_reads(tmp_path: Pat
             if step in ("accumulate", "fit"):
                 done += 1
                 with suppress(FileNotFoundError):  # its lease was swept
-                    late.begun[-1]()
+                    begun[-1]()
             yield result
 
-    compress(go, out, executor=Serial(), progress=watch)
+    compress(go, out, executor=SerialExecutor(), progress=watch)
     assert done == 4
     before = tree_digest(out)
     work = Workspace(default_workspace(out))
     markers = {module: work.marker(module) for module in work.modules()}
     moments = {path: path.read_bytes() for m in markers.values() for path in leases.files_of(work.moments, m, "A")}
-    for task in late.begun:
+    for task in begun:
         momentstore._opened.cache_clear()
         with pytest.raises(FileNotFoundError):
             task()
     assert {module: work.marker(module) for module in work.modules()} == markers
     assert {path: path.read_bytes() for path in moments} == moments
-    compress(plan_for(resolve(collection), Settings(device="cpu", num_components=4), work.root), out, executor=Serial())
+    compress(
+        plan_for(resolve(collection), Settings(device="cpu", num_components=4), work.root),
+        out,
+        executor=SerialExecutor(),
+    )
     assert tree_digest(out) == before
 
 
@@ -322,7 +324,7 @@ def test_a_task_of_a_dead_run_never_writes_where_a_later_one_reads(tmp_path: Pat
 def test_the_lines_of_the_manual_show_named_second_moments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     collection, out = make_collection(tmp_path / "adapters", 8, {"q": (14, 70), "v": (14, 9)}), tmp_path / "OUT"
     plan = plan_for(resolve(collection), Settings(device="cpu", num_components=4))
-    compress(plan, out, executor=Serial())
+    compress(plan, out, executor=SerialExecutor())
     manual = (Path(__file__).resolve().parents[1] / "docs" / "operations.md").read_text()
     lines = manual.partition("```python\n")[2].partition("```")[0].replace("768", "14")
     assert len([line for line in lines.splitlines() if line]) == 5
@@ -369,7 +371,7 @@ def test_columns_of_several_chunks_have_as_many_files_as_the_plan_tells(
     modules = {f"layers.{i}.q": (150, 300) for i in range(3)}
     collection, out = make_collection(tmp_path / "adapters", 100, modules), tmp_path / "out"
     plan = plan_for(resolve(collection), Settings(device="cpu", num_components=16))
-    compress(plan, out, executor=Serial())
+    compress(plan, out, executor=SerialExecutor())
     chunks = list((default_workspace(out) / "moments").rglob("c.*"))
     moments, files = plan._moments()
     assert (len(chunks), sum(path.stat().st_size for path in chunks)) == (files, moments)
