@@ -282,9 +282,10 @@ def test_a_task_of_a_dead_run_never_writes_where_a_later_one_reads(
 
     collection, out = make_collection(tmp_path / "adapters", 8, {"q": (14, 70), "v": (20, 9)}), tmp_path / "out"
     plan = plan_for(resolve(collection), Settings(device="cpu", num_components=4))
-    with monkeypatch.context() as patch, pytest.raises(Dead):
-        patch.setattr(Mapper, "map", dying)
+    monkeypatch.setattr(Mapper, "map", dying)
+    with pytest.raises(Dead):
         compress(plan, out, executor=SerialExecutor())
+    monkeypatch.setattr(Mapper, "map", mapped)
     begun[0]()  # one task comes to its end before the next run begins, the others while it is done, and after
     go = plan_for(resolve(collection), Settings(device="cpu", num_components=4), default_workspace(out))
     done = 0
