@@ -65,7 +65,7 @@ def tensors_digest(path: Path) -> str:
 
 def _compress_here() -> dict[str, dict[str, str]]:
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    from lorashare_stream import SHAREModel
+    from lorashare_stream import Settings, compress, plan_for, resolve
     from tests.conftest import make_collection
 
     found = {}
@@ -73,8 +73,7 @@ def _compress_here() -> dict[str, dict[str, str]]:
         for number, (name, choice) in enumerate(CHOICES.items()):
             root = Path(folder, str(number))
             sources = make_collection(root / "adapters", 24, MODULES, r=12, seed=number)
-            model = SHAREModel.from_adapters(sources, output_dir=root / "out", device="cpu", **choice)
-            del model
+            compress(plan_for(resolve(sources), Settings.from_mapping({"device": "cpu", **choice})), root / "out")
             files = sorted((root / "out").rglob("*.safetensors"))
             found[name] = {str(f.relative_to(root / "out")): tensors_digest(f) for f in files}
     return found

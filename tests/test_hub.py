@@ -630,7 +630,7 @@ def test_moments_that_were_discarded_or_damaged_are_summed_again(
 ) -> None:
     out, fresh = tmp_path / "out", tmp_path / "fresh"
     go(pins[:7], out, disk_budget=budget, discard_moments=True)
-    assert not list((default_workspace(out) / "moments").iterdir())
+    assert [p.name for p in (default_workspace(out) / "moments").iterdir()] == ["zarr.json"]
     go(pins, out, disk_budget=budget, num_components=5)
     go(pins, fresh, num_components=5)
     a, b = SHAREModel.from_pretrained(out), SHAREModel.from_pretrained(fresh)
