@@ -154,7 +154,7 @@ def test_processes_keep_the_budget_together(tmp_path: Path, case: dict[str, Any]
 
 
 def test_memory_does_not_grow_with_the_number_of_adapters(tmp_path: Path) -> None:
-    few, many = collection_of(tmp_path / "few", 30, 1024, 16), collection_of(tmp_path / "many", 240, 1024, 16)
+    few, many = collection_of(tmp_path / "few", 30, 1024, 16), collection_of(tmp_path / "many", 340, 1024, 16)
     peaks = [peak_of_a_run(tmp_path / name, f, 1 << 30, workers=1) for name, f in (("x", few), ("y", many))]
     assert peaks[1] <= 1.2 * peaks[0]
     sizes = [sum(f.stat().st_size for a in folders for f in a.iterdir()) for folders in (few, many)]
