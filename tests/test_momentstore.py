@@ -76,11 +76,7 @@ def places(root: Path, *moments: Moment, lease: str = "lease") -> list[Slot]:
 def kept(root: Path, *moments: Moment, lease: str = "lease") -> list[dict[str, Any]]:
     """Markers of moments that are saved, as both sides of modules."""
     slots = places(root, *moments, lease=lease)
-    facts = [
-        each
-        for part in momentstore.together(slots)
-        for each in momentstore.save(root, slots[part], moments[part], [0] * len(slots[part]))
-    ]
+    facts = momentstore.save(root, slots, ((moment, 0) for moment in moments))
     return [{"module": f"q{i}", "lease": lease, "A": each, "B": each} for i, each in enumerate(facts)]
 
 
@@ -131,7 +127,7 @@ def test_blocks_of_any_sizes_give_the_same_columns(
         for start, end in itertools.pairwise(cuts):
             rows.add(values[start:end].copy())
         saved = Moment(None, rows.kept, whole.sum, n, whole.energy)
-        (facts,) = momentstore.save(root, [slot], [saved], [rows.checksum])
+        (facts,) = momentstore.save(root, [slot], [(saved, rows.checksum)])
         same(momentstore.load(root, {"lease": "lease", "A": facts}, "A"), whole)
         assert rows.kept is None or n <= slot.height
         assert len(list((root / "lease" / slot.array).glob("c.*"))) == len(slot.tops(n))
@@ -206,7 +202,7 @@ def test_what_describes_an_array_is_mended_and_believed_never(tmp_path: Path, nu
         content = path.read_bytes()
         for position in range(0, len(content), 23):
             path.write_bytes(flipped(position)(content))
-            momentstore._opened.cache_clear()
+            momentstore._OPEN.clear()
             with suppress(DamagedMoment):  # words, or a fill value, may be others
                 same(momentstore.load(tmp_path, marker, "A"), MOMENTS[number])
         leases.sweep(tmp_path, {"q0": marker}, WORDS)
@@ -306,7 +302,7 @@ def test_a_task_of_a_dead_run_never_writes_where_a_later_one_reads(
     markers = {module: work.marker(module) for module in work.modules()}
     moments = {path: path.read_bytes() for m in markers.values() for path in leases.files_of(work.moments, m, "A")}
     for task in begun:
-        momentstore._opened.cache_clear()
+        momentstore._OPEN.clear()
         with pytest.raises(FileNotFoundError):
             task()
     assert {module: work.marker(module) for module in work.modules()} == markers
@@ -344,11 +340,11 @@ EXPERTS = {f"model.layers.{i}.mlp.experts.{j}.up_proj": (24, 12) for i in range(
 @pytest.mark.parametrize(
     ("modules", "adapters", "options"),
     [
-        (EXPERTS, 8, {}),
-        (EXPERTS, 3, {"num_components": "auto"}),
+        (EXPERTS, 4, {}),
+        pytest.param(EXPERTS, 3, {"num_components": "auto"}, marks=pytest.mark.slow),
         ({f"layers.{i}.q": (600, 300) for i in range(3)}, 200, {}),  # sums, and columns
         ({"q": (40, 30), "v": (20, 9)}, 400, {"num_components": 8}),  # mostly what is known of adapters
-        (EXPERTS, 8, {"discard_moments": True}),
+        pytest.param(EXPERTS, 8, {"discard_moments": True}, marks=pytest.mark.slow),
     ],
 )
 def test_a_plan_tells_bytes_and_files_of_the_workspace(

@@ -131,8 +131,7 @@ def steps_of(
     components = sum(4 * g.dim * g.components(s) for g in groups)
     by_module = modules_of(groups)
     sums = max((held_bytes(both, s, grows=grows) for both in by_module.values()), default=0)
-    fits = max((_fit_bytes(g, s) for g in groups), default=0)
-    chunk = max((_chunk_bytes(g, s) for g in groups), default=0)
+    fits, chunk = (max((size(g, s) for g in groups), default=0) for size in (_fit_bytes, _chunk_bytes))
     widest_pair = max((sum(8 * g.dim * g.components(s) for g in both) for both in by_module.values()), default=0)
     k = {g.module: sum(h.components(s) for h in by_module[g.module]) for g in groups}
     loadings = 4 * max((sum(k[m.name] * m.rank for m in e.layout.modules) for e in examples(adapters)), default=0)

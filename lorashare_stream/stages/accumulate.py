@@ -173,11 +173,9 @@ def _save(job: Job, begun: Sequence[_Sums]) -> None:
     for side in SIDES:
         ordered = sorted(begun, key=lambda sums: astuple(job.slots[sums.name][side])[:3])
         slots = [job.slots[sums.name][side] for sums in ordered]
-        for part in momentstore.together(slots):
-            moments, checksums = zip(*[sums.finish(side) for sums in ordered[part]], strict=True)
-            facts = momentstore.save(root, slots[part], moments, checksums)
-            for sums, each in zip(ordered[part], facts, strict=True):
-                sums.marker[side] |= each
+        facts = momentstore.save(root, slots, (sums.finish(side) for sums in ordered))
+        for sums, each in zip(ordered, facts, strict=True):
+            sums.marker[side] |= each
     momentstore.sync_moments(root, [sums.marker for sums in begun])
 
 

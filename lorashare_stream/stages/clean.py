@@ -52,7 +52,7 @@ def clean_module(job: Job, gone: Mapping[int, Adapter], name: str) -> dict[str, 
     root, slots = Workspace(job.workspace).moments, job.slots[name]
     fresh = {**marker, "lease": slots["A"].lease}
     for side in SIDES:
-        (facts,) = momentstore.save(root, [slots[side]], [cleaned[side]], [0])
+        (facts,) = momentstore.save(root, [slots[side]], [(cleaned[side], 0)])
         fresh[side] = facts | {"removed": []}
     momentstore.sync_moments(root, [fresh])
     return fresh

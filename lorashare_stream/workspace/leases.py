@@ -14,11 +14,11 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from ..files import remove_tree, sync
 from ..settings import QUANTUM
 from ..text import digest_of
 
+T = TypeVar("T")
 Marker = Mapping[str, Any]  # of a module: `lease`, and by side the facts by which its moment is believed
 METADATA, SUM = "zarr.json", "sum_of_"
 SECOND_CHUNK, COLUMNS_CHUNK = 64 << 20, 16 << 20  # bytes of a chunk at most, unless a quantum of columns has more
@@ -134,7 +135,7 @@ def make_groups(root: Path, groups: Mapping[str, str]) -> None:
     """Make folders groups of zarr, those that are none: path under `root` -> words that say what is in it."""
     missing = {path: words for path, words in groups.items() if not _is_group(root / path, words)}
     if missing:
-        _wait(_write_groups(root, missing))
+        wait_for(_write_groups, root, missing)
 
 
 def make_arrays(root: Path, slots: Mapping[str, Mapping[Side, Slot]], words: str) -> dict[str, dict[Side, Slot]]:
@@ -142,7 +143,7 @@ def make_arrays(root: Path, slots: Mapping[str, Mapping[Side, Slot]], words: str
     members = _members((module, slot) for module, both in slots.items() for slot in both.values())
     for lease in {lease for lease, _ in members}:
         (root / lease).mkdir()
-    _wait(_write(root, members, words))
+    wait_for(_write, root, members, words)
     for folder in {root / lease / f"{sums}{array}" for lease, array in members for sums in ("", SUM)}:
         sync(folder / METADATA)
         sync(folder)
@@ -168,10 +169,19 @@ def _metadata(lease: Path, array: str) -> str:
     return digest_of([(lease / f"{sums}{array}" / METADATA).read_bytes().decode() for sums in ("", SUM)])
 
 
-def _wait(coroutine: Any) -> None:
-    """Run zarr in a thread that ends with it: a process that is forked later must have no other thread."""
+def wait_for(function: Callable[..., Coroutine[Any, Any, T]], *arguments: Any) -> T:
+    """Run what calls zarr in a loop of its own, in a thread that ends with it.
+
+    A process that is forked later must have no other thread. And after a fault nothing of it goes on: in zarr's own
+    loop the other chunks of a call would still be written, and complain of it.
+    """
+
+    def run() -> T:
+        with asyncio.Runner() as runner:
+            return runner.run(function(*arguments))
+
     with ThreadPoolExecutor(1) as thread:
-        thread.submit(asyncio.run, coroutine).result()
+        return thread.submit(run).result()
 
 
 async def _write_groups(root: Path, groups: Mapping[str, str]) -> None:
@@ -240,7 +250,7 @@ def sweep(root: Path, markers: Mapping[str, Marker], words: str) -> None:
         if not _describes(root / name, array, next(iter(places.values())).metadata):
             for sums in ("", SUM):
                 (root / name / f"{sums}{array}" / METADATA).unlink(missing_ok=True)
-            _wait(_write(root, {(name, array): places}, words))
+            wait_for(_write, root, {(name, array): places}, words)
     make_groups(root, dict.fromkeys(sorted(leases), words))
 
 

@@ -8,24 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import google_crc32c
 import numpy as np
+from numpy.typing import NDArray
 
 from ..adapters.keys import SIDES, Side
 from ..errors import WorkspaceError
 from ..files import naming, sync
 from ..linalg.moments import Moment
 from ..linalg.types import Array
-from .leases import SUM, Marker, Slot, files_of, rows_of, slot_of
-
-if TYPE_CHECKING:
-    import zarr
+from .leases import SUM, Marker, Slot, files_of, rows_of, slot_of, wait_for
 
 _TOGETHER = 4 << 20  # bytes of moments that are written by one call
+_MOST_OPEN = 256  # arrays that a process keeps open: each is what its metadata say, and no file
+_OPEN: dict[tuple[Path, str], Any] = {}
 _STRIP = 1 << 17  # numbers squared at once, of which float64 copies stay in the cache
 
 
@@ -33,29 +32,30 @@ class DamagedMoment(WorkspaceError):
     """A moment whose chunks are missing or changed: it is computed anew."""
 
 
-@lru_cache(maxsize=1)
-def _zarr() -> Any:
-    """The module, set so that a call does one thing after the other, in as few threads as can be."""
+async def _opened(path: Path, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str, mode: str) -> Any:
+    """An array, which is kept open: an `AsyncArray`, that writes zeros too."""
     import zarr
+    from zarr.api.asynchronous import open_array
 
-    zarr.config.set({"async.concurrency": 1, "threading.max_workers": 1, "codec_pipeline.batch_size": 64})
-    return zarr
+    key = path, mode
+    if key not in _OPEN:
+        # one thing after the other, in as few threads as can be; small chunks of a call are encoded together
+        zarr.config.set({"async.concurrency": 1, "codec_pipeline.batch_size": 64})
+        array = (await open_array(store=path, mode=mode, zarr_format=3)).with_config({"write_empty_chunks": True})
+        if (array.shape, array.chunks, array.dtype) != (shape, chunks, np.dtype(dtype)):
+            raise ValueError("the metadata of an array have changed")
+        if len(_OPEN) >= _MOST_OPEN:
+            _OPEN.clear()
+        _OPEN[key] = array
+    return _OPEN[key]
 
 
-@lru_cache(maxsize=256)
-def _opened(path: Path, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str, mode: str) -> zarr.Array[Any]:
-    array: zarr.Array[Any] = _zarr().open_array(path, mode=mode).with_config({"write_empty_chunks": True})
-    if (array.shape, array.chunks, array.dtype) != (shape, chunks, np.dtype(dtype)):
-        raise ValueError("the metadata of an array have changed")
-    return array
-
-
-def _arrays(root: Path, slot: Slot, mode: str) -> tuple[zarr.Array[Any], zarr.Array[Any]]:
+async def _arrays(root: Path, slot: Slot, mode: str) -> tuple[Any, Any]:
     """The array of a place, and that of its sum."""
     (m, _, d), lease = slot.shape, root / slot.lease
     return (
-        _opened(lease / slot.array, slot.shape, (1, slot.height, d), slot.dtype, mode),
-        _opened(lease / f"{SUM}{slot.array}", (m, d), (1, d), "float64", mode),
+        await _opened(lease / slot.array, slot.shape, (1, slot.height, d), slot.dtype, mode),
+        await _opened(lease / f"{SUM}{slot.array}", (m, d), (1, d), "float64", mode),
     )
 
 
@@ -98,7 +98,7 @@ class Rows:
                 self._filled = 0
 
     def _write(self, rows: Array) -> None:
-        _put(self._root, self._slot, rows, self._written)
+        wait_for(_put, self._root, self._slot, rows, self._written)
         self.checksum = _checksum(rows, self.checksum)
         self._written += len(rows)
 
@@ -111,18 +111,58 @@ class Rows:
         return None if self._written else self._held[: self._filled]
 
 
-def _put(root: Path, slot: Slot, rows: Array, first: int) -> None:
+async def _put(root: Path, slot: Slot, rows: Array, first: int) -> None:
     """Write rows that are a chunk, or the last of a module, from row `first` on."""
-    array, _ = _arrays(root, slot, "r+")
+    array, _ = await _arrays(root, slot, "r+")
     height, block = min(slot.height, slot.shape[1] - first), rows[None]
     if len(rows) < height:  # the whole chunk, so that zarr does not look what is there
         block = np.zeros((1, height, rows.shape[1]), rows.dtype)
         block[0, : len(rows)] = rows
+    where = slice(slot.index, slot.index + 1), slice(first, first + height), slice(None)
     with naming(root / slot.lease / slot.array):
-        array[slot.index : slot.index + 1, first : first + height] = block
+        await array.setitem(where, block)
 
 
-def together(slots: Sequence[Slot]) -> Iterator[slice]:
+def save(root: Path, slots: Sequence[Slot], moments: Iterable[tuple[Moment, int]]) -> list[dict[str, Any]]:
+    """Write moments into their places, and return the facts by which `load` believes each.
+
+    Args:
+        root: the folder of all leases.
+        slots: the places, best in the order in which they lie in their arrays.
+        moments: of the forms of the places, asked for as they are written; columns that are written already are not
+            among them, but their checksum is, which is not looked at otherwise.
+
+    Raises:
+        OSError: of the machine, naming an array or a chunk.
+    """
+    return wait_for(_save, root, slots, iter(moments))
+
+
+async def _save(root: Path, slots: Sequence[Slot], moments: Iterator[tuple[Moment, int]]) -> list[dict[str, Any]]:
+    facts: list[dict[str, Any]] = []
+    for part in _together(slots):
+        first, some = slots[part.start], [next(moments) for _ in slots[part]]
+        forms = [m.columns if m.second is None else m.second.T for m, _ in some]  # symmetric, and column-major
+        where = slice(first.index, first.index + len(some))
+        array, sums = await _arrays(root, first, "r+")
+        if len(some) > 1:
+            block = np.zeros((len(some), *first.shape[1:]), first.dtype)
+            for place, form in zip(block, forms, strict=True):
+                assert form is not None
+                place[: len(form)] = form
+            with naming(root / first.lease / first.array):
+                await array.setitem(where, block)
+        elif forms[0] is not None:
+            for top in first.tops(len(forms[0])):
+                await _put(root, first, forms[0][top : top + first.height], top)
+        with naming(root / first.lease / f"{SUM}{first.array}"):
+            await sums.setitem(where, np.stack([m.sum for m, _ in some]))
+        for slot, (moment, written), form in zip(slots[part], some, forms, strict=True):
+            facts.append(_facts(slot, moment, written if form is None else _checksum(form)))
+    return facts
+
+
+def _together(slots: Sequence[Slot]) -> Iterator[slice]:
     """Places that one call writes: neighbours in an array, a chunk each, a few MiB of them."""
     start = 0
     for i, slot in enumerate(slots):
@@ -131,39 +171,6 @@ def together(slots: Sequence[Slot]) -> Iterator[slice]:
         if not joins or slot.shape[1] > slot.height or (i + 2 - start) * slot.bytes > _TOGETHER:
             yield slice(start, i + 1)
             start = i + 1
-
-
-def save(
-    root: Path, slots: Sequence[Slot], moments: Sequence[Moment], checksums: Sequence[int]
-) -> list[dict[str, Any]]:
-    """Write moments into neighbouring places, and return the facts by which `load` believes each.
-
-    Args:
-        root: the folder of all leases.
-        slots: as `together` has them.
-        moments: of the forms of the places; of neither if columns are written already.
-        checksums: of columns that are.
-
-    Raises:
-        OSError: of the machine, naming an array or a chunk.
-    """
-    first = slots[0]
-    array, sums = _arrays(root, first, "r+")
-    forms = [m.columns if m.second is None else m.second.T for m in moments]  # symmetric, and column-major
-    if len(slots) > 1:
-        block = np.zeros((len(slots), *first.shape[1:]), first.dtype)
-        for place, form in zip(block, forms, strict=True):
-            assert form is not None
-            place[: len(form)] = form
-        with naming(root / first.lease / first.array):
-            array[first.index : first.index + len(slots)] = block
-    elif forms[0] is not None:
-        for top in first.tops(len(forms[0])):
-            _put(root, first, forms[0][top : top + first.height], top)
-    with naming(root / first.lease / f"{SUM}{first.array}"):
-        sums[first.index : first.index + len(slots)] = np.stack([m.sum for m in moments])
-    found = [checksum if form is None else _checksum(form) for form, checksum in zip(forms, checksums, strict=True)]
-    return [_facts(*each) for each in zip(slots, moments, found, strict=True)]
 
 
 def _facts(slot: Slot, moment: Moment, checksum: int) -> dict[str, Any]:
@@ -195,10 +202,8 @@ def load(root: Path, marker: Marker, side: Side) -> Moment:
     """
     slot, facts, traces = slot_of(marker, side), marker[side], [0.0]
     try:
-        array, sums = _arrays(root, slot, "r")
         with naming(root / slot.lease / slot.array):
-            total = np.asarray(sums[slot.index])
-            form, checksum = _read(array, slot, rows_of(facts), traces)
+            total, form, checksum = wait_for(_load, root, slot, rows_of(facts), traces)
         if (checksum, _checksum(total)) != (facts["checksum"], facts["sum_checksum"]):
             raise ValueError("the numbers fail their checksum")
     except (FileNotFoundError, ValueError, KeyError, TypeError) as e:
@@ -212,19 +217,20 @@ def load(root: Path, marker: Marker, side: Side) -> Moment:
     return Moment(None if stacked else form.T, form if stacked else None, total, count, energy)
 
 
-def _read(array: zarr.Array[Any], slot: Slot, rows: int, traces: list[float]) -> tuple[Array, int]:
-    """The rows of a module, and their checksum; the energies of what is read together go into `traces`."""
+async def _load(root: Path, slot: Slot, rows: int, traces: list[float]) -> tuple[NDArray[np.float64], Array, int]:
+    """The sum and the rows of a module, and the checksum of these; energies of columns go into `traces`."""
     from zarr.buffer.cpu import NDBuffer
 
+    array, sums = await _arrays(root, slot, "r")
     out, checksum = np.empty((rows, slot.shape[2]), slot.dtype), 0
     for top in slot.tops(rows):
         part: Any = out[top : top + slot.height]
         where = slice(slot.index, slot.index + 1), slice(top, top + len(part)), slice(None)
-        array.get_basic_selection(where, out=NDBuffer(part[None]))
+        await array.get_orthogonal_selection(where, out=NDBuffer(part[None]))
         checksum = _checksum(part, checksum)
         if slot.form == "columns":
             traces.append(_energy(part))
-    return out, checksum
+    return np.asarray(await sums.getitem(slot.index), np.float64), out, checksum
 
 
 def _checksum(rows: Array, before: int = 0) -> int:
