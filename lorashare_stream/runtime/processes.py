@@ -25,7 +25,7 @@ from types import ModuleType
 from typing import Any
 
 from . import lots
-from .blas import VARIABLES, one_thread
+from .lots import VARIABLES, one_thread
 
 PRELOADED = [f"lorashare_stream.stages.{name}" for name in ("ingest", "update", "clean", "project")]
 _STOPPING = {signal.SIGINT, signal.SIGTERM}
