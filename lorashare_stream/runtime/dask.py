@@ -16,7 +16,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -63,10 +63,8 @@ def connected(address: str) -> Iterator[Any]:
             warnings.simplefilter("ignore")  # of other versions: what matters of them is asked for
             client = Client(address, timeout=PATIENCE, set_as_default=False)  # type: ignore[no-untyped-call]
     except OSError as e:
-        raise UnreachableClusterError(
-            "the scheduler does not answer", found=address, expected="a dask scheduler that runs there",
-            remedy="Start it, and workers, and run the same command again.",
-        ) from e  # fmt: skip
+        expected, remedy = "a dask scheduler that runs there", "Start it, and workers"
+        raise _unreachable("the scheduler does not answer", address, remedy, expected) from e
     except (ValueError, TypeError, KeyError) as e:  # of Dask's, or of the file
         raise UsageError(
             "no address of a scheduler", found=repr(address), expected="tcp://HOST:PORT, or its --scheduler-file"
@@ -133,18 +131,24 @@ def mapper_on(client: Any, places: Places) -> Mapper:
         UnreachableClusterError: if there are no workers, or one does not answer.
         ClusterError: if one has another version or does not see the places, naming it.
     """
-    places = Places(places.folder, places.written, tuple(f for f in places.read if _size(f[0]) == f[1]))
+    places = replace(places, read=tuple(f for f in places.read if _size(f[0]) == f[1]), note=None)
     _demand_some(client)
     for worker, version in _asked(client, pkgutil.resolve_name, "lorashare_stream.version:__version__").items():
         _check_version(worker, version)
-    with ExitStack() as tokens:  # a folder of the same name on another disk has not the same new file
-        folders = {tokens.enter_context(_token(folder)): folder for folder in places.written}
-        known = Places(places.folder, places.written, (*places.read, *((token, 0) for token in folders)))
-        found = _asked(client, pickle.loads, pickle.dumps(_There(_look, known)))
+    # a folder of the same name on another disk has not the same new file; a killed run's are swept as its others
+    tokens = {folder / f".{uuid.uuid4().hex}.tmp": folder for folder in places.written}
+    try:
+        for token in tokens:
+            token.touch()
+        known = replace(places, read=(*places.read, *((token, 0) for token in tokens)))
+        found = _asked(client, pickle.loads, pickle.dumps(_There(look, known)))
+    finally:
+        for token in tokens:
+            token.unlink(missing_ok=True)
     for worker, answer in found.items():
         if isinstance(answer, BaseException):
             raise _unfit(worker, answer, "cannot run this package")
-        _check_seen(worker, [str(folders.get(Path(missing), missing)) for missing in answer[0]])
+        _check_seen(worker, [str(tokens.get(Path(missing), missing)) for missing in answer[0]])
     _warn_of_others({worker: answer[1] for worker, answer in found.items()})
     return _DaskMapper(client.get_executor(pure=False, retries=RETRIES), places.folder, places=places, client=client)
 
@@ -181,18 +185,8 @@ def _asked(client: Any, fn: Any, *args: Any) -> dict[str, Any]:
     return {worker: answer for worker, answer in answers.items() if worker in there}
 
 
-@contextmanager
-def _token(folder: Path) -> Iterator[Path]:
-    """A new, empty file in a folder, of a name that no other storage has; a killed run's are swept as its others."""
-    path = folder / f".{uuid.uuid4().hex}.tmp"
-    path.touch()
-    try:
-        yield path
-    finally:
-        path.unlink(missing_ok=True)
-
-
-def _look(places: Places) -> tuple[list[str], dict[str, str]]:
+def look(places: Places) -> tuple[list[str], dict[str, str]]:
+    """What is not seen here, and what decides the last bits of results."""
     return not_seen(places), machine()
 
 
@@ -227,11 +221,9 @@ def machine() -> dict[str, str]:
 
 
 def _warn_of_others(machines: dict[str, dict[str, str]]) -> None:
-    here = machine()
-    others: dict[str, list[str]] = {}
+    here, others = machine(), dict[str, list[str]]()
     for worker, facts in machines.items():
-        differing = [f"{k} {facts.get(k)} for {here[k]}" for k in here if facts.get(k) != here[k]]
-        if differing:
+        if differing := [f"{k} {facts.get(k)} for {here[k]}" for k in here if facts.get(k) != here[k]]:
             others.setdefault(", ".join(differing), []).append(worker)
     for what, workers in others.items():
         log.warning(
@@ -314,9 +306,11 @@ def _check_seen(worker: str, missing: Sequence[str]) -> None:
         )  # fmt: skip
 
 
-def _unreachable(problem: str, found: str, remedy: str | None = None) -> UnreachableClusterError:
+def _unreachable(
+    problem: str, found: str, remedy: str | None = None, expected: str | None = None
+) -> UnreachableClusterError:
     remedy = remedy and f"{remedy}, and run the same command again."
-    return UnreachableClusterError(problem, found=found, remedy=remedy)
+    return UnreachableClusterError(problem, found=found, expected=expected, remedy=remedy)
 
 
 def _lost(error: BaseException) -> UnreachableClusterError:

@@ -63,12 +63,9 @@ def executor_for(given: Any, processes: int, *, threads: bool = False) -> Iterat
     with threadpool_limits(1, user_api="blas"):
         if given is not None:
             yield given
-        elif threads:
-            with ThreadPoolExecutor(processes, thread_name_prefix="lorashare-stream") as executor:
-                yield executor
-        else:
-            with local_executor(processes) as executor:
-                yield executor
+            return
+        with ThreadPoolExecutor(processes, "lorashare-stream") if threads else local_executor(processes) as executor:
+            yield executor
 
 
 def local_executor(processes: int) -> Executor:
@@ -123,7 +120,7 @@ class Lot:
     """Tasks that are done together.
 
     Attributes:
-        first: number of the first, of all tasks of the mapper.
+        first: number of the first, of all tasks of the map.
         message: what goes to the worker: which of those in the file, or the tasks themselves.
         ready: set when they are done, and `after` has been told of them.
     """
@@ -147,6 +144,14 @@ class Lot:
             bell.put(None)
 
 
+def _lots(tasks: Iterable[Any], size: int, *, sent: bool) -> Iterator[Lot]:
+    """Tasks, `size` at a time; `sent` if they are not in the file."""
+    remaining, first = iter(tasks), 0
+    while some := tuple(islice(remaining, size)):
+        yield Lot(first, some, some if sent else range(first, first + len(some)))
+        first += len(some)
+
+
 @dataclass
 class Mapper:
     """Maps tasks over an executor.
@@ -160,20 +165,15 @@ class Mapper:
     folder: Path
     note: Path | None = None
     places: Places | None = None
-    _next: int = 0  # number of the task that comes next
 
     def width(self, at_once: int) -> int:
         """How many tasks run at a time, now, if a process runs `at_once`."""
         return at_once
 
     def map(
-        self,
-        fn: Callable[[T], R],
-        tasks: Iterable[T],
-        at_once: int,
-        after: Callable[[T], object] = nothing,
-        lot: int = 1,
-    ) -> Iterator[R]:
+        self, fn: Callable[[T], R], tasks: Iterable[T], at_once: int,
+        after: Callable[[T], object] = nothing, lot: int = 1,
+    ) -> Iterator[R]:  # fmt: skip
         """Results in the order of `tasks`.
 
         After an exception, what has not begun is dropped, and what runs is waited for.
@@ -192,20 +192,13 @@ class Mapper:
         at_once = max(1, at_once)
         if isinstance(self.executor, SerialExecutor | ThreadPoolExecutor):
             here = partial(self.executor.submit, perform_here, fn)
-            yield from self._in_order(lambda lot: here(lot.tasks), self._lots(tasks, 1, sent=True), at_once, after)
+            yield from self._in_order(lambda lot: here(lot.tasks), _lots(tasks, 1, sent=True), at_once, after)
             return
         known = list(tasks) if isinstance(tasks, Sequence) else None
         with call_of(self.folder, (self.places, at_once, fn, known), durable=self.places is not None) as call:
             size = 1 if known is None else max(1, min(lot, len(known) // (4 * self.width(at_once))))
-            lots = self._lots(tasks, size, sent=known is None)
+            lots = _lots(tasks, size, sent=known is None)
             yield from self._in_order(partial(self._submit, call), lots, at_once, after, call.file)
-
-    def _lots(self, tasks: Iterable[T], size: int, *, sent: bool) -> Iterator[Lot]:
-        """Tasks, `size` at a time; `sent` if they are not in the file."""
-        remaining, start = iter(tasks), self._next
-        while some := tuple(islice(remaining, size)):
-            first, self._next = self._next, self._next + len(some)
-            yield Lot(first, some, some if sent else range(first - start, self._next - start))
 
     def _in_order(
         self, submit: Callable[[Lot], Future[Done]], lots: Iterator[Lot], at_once: int,
@@ -267,9 +260,7 @@ class Mapper:
 
 def names_of(task: Any) -> list[str]:
     """The names of what a task is of: an adapter, a module, several modules."""
-    if isinstance(task, tuple | list):
-        return [str(name) for name in task]
-    return [str(getattr(task, "name", task))]
+    return [str(n) for n in task] if isinstance(task, tuple | list) else [str(getattr(task, "name", task))]
 
 
 def killed(code: int, names: Sequence[str], *, final: bool = False) -> StreamError:

@@ -37,10 +37,7 @@ _thread = threading.local()
 
 
 def one_thread() -> None:
-    """Limit this thread, and the BLAS, OpenMP and torch of its process, to one thread for good.
-
-    Their number decides the last bits, and tasks are parallel. Libraries that come later are limited, too.
-    """
+    """Limit this thread, and BLAS, OpenMP and torch of its process, to one: their number decides the last bits."""
     torch = sys.modules.get("torch")  # not imported for this: what does not use it shall not pay for it
     if torch is not None:
         torch.set_num_threads(1)
