@@ -7,18 +7,14 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-_CPU, _MEMORY = "cpu", "memory"  # controllers
-
 
 def usable_cores(root: Path = Path("/")) -> int:
     """Cores that this process may run on, no more than the CPU quota of its control groups, at least 1.
 
-    Args:
-        root: of the file system, below which `proc` and `sys` lie.
+    `root` is of the file system, below which `proc` and `sys` lie.
     """
-    affine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quotas = [affine]
-    for group in _groups(root, _CPU):
+    quotas = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
+    for group in _groups(root, "cpu"):
         with suppress(OSError, ValueError):  # a file that is not there, "max" that is no number
             if (group / "cpu.max").exists():
                 quota, period = (group / "cpu.max").read_text().split()
@@ -32,12 +28,11 @@ def usable_cores(root: Path = Path("/")) -> int:
 def memory_limit(root: Path = Path("/")) -> int | None:
     """Bytes that the control groups of this process may have together; None if none of them has a limit."""
     limits = []
-    for group in _groups(root, _MEMORY):
+    for group in _groups(root, "memory"):
         for name in ("memory.max", "memory.limit_in_bytes"):
             with suppress(OSError, ValueError):
                 limits.append(int((group / name).read_text()))
-    limits = [n for n in limits if 0 < n < 1 << 60]  # version 1 writes about 2^63 for none
-    return min(limits, default=None)
+    return min((n for n in limits if 0 < n < 1 << 60), default=None)  # version 1 writes about 2^63 for none
 
 
 def _groups(root: Path, controller: str) -> Iterator[Path]:

@@ -14,11 +14,11 @@ import threading
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,12 @@ from ..errors import ClusterError, StreamError, UnreachableClusterError, UsageEr
 from ..files import read_json
 from ..text import counted, listed, printable
 from ..version import __version__
-from .executors import Lot, Mapper, Places, names_of
+from .executors import EVERY, Lot, Mapper, Places, names_of
 from .lots import Call, Done, loaded, perform
 from .processes import die_with_parent
 
 PATIENCE = 10.0  # seconds for a scheduler or a worker to come, and for what is asked to be answered
 SEEN_WITHIN = 3.0  # seconds in which a file that was just written must be seen elsewhere
-EVERY = 1.0  # seconds between two looks at who is there
 DESERTED = 300.0  # seconds without any worker after which a run ends
 RETRIES = 2  # of a lot that failed for the machine's sake; all of ours may be done again
 log = logging.getLogger(__name__)
@@ -64,10 +63,8 @@ def connected(address: str) -> Iterator[Any]:
             warnings.simplefilter("ignore")  # of other versions: what matters of them is asked for
             client = Client(address, timeout=PATIENCE, set_as_default=False)  # type: ignore[no-untyped-call]
     except OSError as e:
-        raise UnreachableClusterError(
-            "the scheduler does not answer", found=address, expected="a dask scheduler that runs there",
-            remedy="Start it, and workers, and run the same command again.",
-        ) from e  # fmt: skip
+        expected, remedy = "a dask scheduler that runs there", "Start it, and workers"
+        raise _unreachable("the scheduler does not answer", address, remedy, expected) from e
     except (ValueError, TypeError, KeyError) as e:  # of Dask's, or of the file
         raise UsageError(
             "no address of a scheduler", found=repr(address), expected="tcp://HOST:PORT, or its --scheduler-file"
@@ -134,34 +131,34 @@ def mapper_on(client: Any, places: Places) -> Mapper:
         UnreachableClusterError: if there are no workers, or one does not answer.
         ClusterError: if one has another version or does not see the places, naming it.
     """
-    places = Places(places.folder, places.written, tuple(f for f in places.read if _size(f[0]) == f[1]))
+    places = replace(places, read=tuple(f for f in places.read if _size(f[0]) == f[1]), note=None)
     _demand_some(client)
     for worker, version in _asked(client, pkgutil.resolve_name, "lorashare_stream.version:__version__").items():
         _check_version(worker, version)
-    with ExitStack() as tokens:  # a folder of the same name on another disk has not the same new file
-        folders = {tokens.enter_context(_token(folder)): folder for folder in places.written}
-        known = Places(places.folder, places.written, (*places.read, *((token, 0) for token in folders)))
-        found = _asked(client, pickle.loads, pickle.dumps(_There(look, (known,))))
+    # a folder of the same name on another disk has not the same new file; a killed run's are swept as its others
+    tokens = {folder / f".{uuid.uuid4().hex}.tmp": folder for folder in places.written}
+    try:
+        for token in tokens:
+            token.touch()
+        known = replace(places, read=(*places.read, *((token, 0) for token in tokens)))
+        found = _asked(client, pickle.loads, pickle.dumps(_There(look, known)))
+    finally:
+        for token in tokens:
+            token.unlink(missing_ok=True)
     for worker, answer in found.items():
         if isinstance(answer, BaseException):
-            raise _cannot_run(worker, answer)
-        if missing := answer[0]:
-            raise _unseen(worker, str(folders.get(Path(missing[0]), missing[0])))
+            raise _unfit(worker, answer, "cannot run this package")
+        _check_seen(worker, [str(tokens.get(Path(missing), missing)) for missing in answer[0]])
     _warn_of_others({worker: answer[1] for worker, answer in found.items()})
-    executor = client.get_executor(pure=False, retries=RETRIES)
-    return _DaskMapper(executor, places.folder, client=client, places=places, _every=EVERY, _durable=True)
+    return _DaskMapper(client.get_executor(pure=False, retries=RETRIES), places.folder, places=places, client=client)
 
 
 def _demand_some(client: Any) -> None:
-    """Demand workers, for which is waited a little."""
     try:
         client.wait_for_workers(1, timeout=PATIENCE)
     except TimeoutError:
-        raise UnreachableClusterError(
-            "the cluster has no workers",
-            found=f"none in {PATIENCE:.0f} s at {client.scheduler.address}",
-            remedy="Start some, by dask worker ADDRESS, and run the same command again.",
-        ) from None
+        found = f"none in {PATIENCE:.0f} s at {client.scheduler.address}"
+        raise _unreachable("the cluster has no workers", found, "Start some, by dask worker ADDRESS") from None
     except OSError as e:
         raise _lost(e) from e
 
@@ -170,37 +167,22 @@ def _asked(client: Any, fn: Any, *args: Any) -> dict[str, Any]:
     """Worker -> what it answers, or the exception; of those that left meanwhile, nothing."""
     from distributed.comm.core import CommClosedError
 
+    silent = "a worker does not answer"
     try:
         answers = client.sync(client.run, fn, *args, on_error="return", callback_timeout=PATIENCE)
         there = client.nthreads()
-    except TimeoutError:
-        raise UnreachableClusterError(
-            "a worker does not answer", found=f"none in {PATIENCE:.0f} s by {listed(_silent(client))}",
-            remedy="End it, or wait until it does, and run the same command again.",
-        ) from None  # fmt: skip
+    except TimeoutError:  # those that showed no sign of life for some time; all, if that tells nothing
+        workers = client.scheduler_info(n_workers=-1)["workers"]
+        seen = {worker: facts["last_seen"] for worker, facts in workers.items()}
+        stuck = [w for w, at in seen.items() if at < max(seen.values()) - PATIENCE / 2] or [*seen]
+        found = f"none in {PATIENCE:.0f} s by {listed(stuck)}"
+        raise _unreachable(silent, found, "End it, or wait until it does") from None
     except (OSError, CancelledError) as e:
         raise _lost(e) from e
     for worker, answer in answers.items():
         if worker in there and isinstance(answer, ConnectionError | TimeoutError | CommClosedError):
-            raise UnreachableClusterError("a worker does not answer", found=f"{_text(answer)} on {worker}")
+            raise _unreachable(silent, f"{_text(answer)} on {worker}")
     return {worker: answer for worker, answer in answers.items() if worker in there}
-
-
-def _silent(client: Any) -> list[str]:
-    """The workers that have shown no sign of life for some time; all, if that tells nothing."""
-    seen = {worker: facts["last_seen"] for worker, facts in client.scheduler_info(n_workers=-1)["workers"].items()}
-    return [w for w, at in seen.items() if at < max(seen.values()) - PATIENCE / 2] or [*seen]
-
-
-@contextmanager
-def _token(folder: Path) -> Iterator[Path]:
-    """A new, empty file in a folder, of a name that no other storage has; a killed run's are swept as its others."""
-    path = folder / f".{uuid.uuid4().hex}.tmp"
-    path.touch()
-    try:
-        yield path
-    finally:
-        path.unlink(missing_ok=True)
 
 
 def look(places: Places) -> tuple[list[str], dict[str, str]]:
@@ -239,11 +221,9 @@ def machine() -> dict[str, str]:
 
 
 def _warn_of_others(machines: dict[str, dict[str, str]]) -> None:
-    here = machine()
-    others: dict[str, list[str]] = {}
+    here, others = machine(), dict[str, list[str]]()
     for worker, facts in machines.items():
-        differing = [f"{k} {facts.get(k)} for {here[k]}" for k in here if facts.get(k) != here[k]]
-        if differing:
+        if differing := [f"{k} {facts.get(k)} for {here[k]}" for k in here if facts.get(k) != here[k]]:
             others.setdefault(", ".join(differing), []).append(worker)
     for what, workers in others.items():
         log.warning(
@@ -255,19 +235,15 @@ def _warn_of_others(machines: dict[str, dict[str, str]]) -> None:
 # -- on a worker ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _There:
+class _There(partial[Any]):
     """A call of a function of ours that is made by who unpickles it, by `pickle.loads` as a task of Dask.
 
     A worker without this package, or with another one, could not even read a task that names a function of ours: Dask
     ends that worker, and says nothing to us.
     """
 
-    function: Callable[..., Any]
-    arguments: tuple[Any, ...]
-
     def __reduce__(self) -> tuple[Any, ...]:
-        return self.function, self.arguments
+        return self.func, self.args
 
 
 def perform_there(call: Call, version: str, first: int, lot: range | tuple[Any, ...]) -> Done:
@@ -279,7 +255,9 @@ def perform_there(call: Call, version: str, first: int, lot: range | tuple[Any, 
 
     worker = str(get_worker().address)
     try:
-        with _gate(call, worker, version):
+        with _lock:  # two threads at once would be given a gate each, and read what is shared twice
+            gate = _gate(call, worker, version)
+        with gate:
             done = perform(call, first, lot)
     except ClusterError as e:
         return Done([], e, worker=worker)
@@ -291,58 +269,52 @@ def perform_there(call: Call, version: str, first: int, lot: range | tuple[Any, 
 _lock = threading.Lock()
 
 
-def _gate(call: Call, worker: str, version: str) -> threading.BoundedSemaphore:
-    """Lets as many lots of a call be done in this process as its memory allows, if the process has more threads."""
-    with _lock:  # two threads at once would be given a gate each
-        return _admitted(call, worker, version)
-
-
 @lru_cache(maxsize=2)
-def _admitted(call: Call, worker: str, version: str) -> threading.BoundedSemaphore:
-    """What `_gate` gives, once this worker is known to be able to do a call."""
+def _gate(call: Call, worker: str, version: str) -> threading.BoundedSemaphore:
+    """Lets as many lots of a call, which this worker can do, be done in this process as its memory allows."""
     _check_version(worker, __version__, version)
-    if missing := not_seen(Places(call.file.parent, (), ((call.file, call.size),))):
-        raise _unseen(worker, missing[0])
+    _check_seen(worker, not_seen(Places(call.file.parent, (), ((call.file, call.size),))))
     places, at_once, *_ = loaded(call)
-    if missing := not_seen(places):
-        raise _unseen(worker, missing[0])
+    _check_seen(worker, not_seen(places))
     return threading.BoundedSemaphore(at_once)
 
 
 # -- errors --------------------------------------------------------------------------------------------
 
 
-def _check_version(worker: str, found: object, expected: str = __version__) -> None:
-    """Demand that a worker has a version of the package; `found` is its version, or the error of one without."""
-    if found != expected:
-        what = _text(found) if isinstance(found, BaseException) else f"version {printable(found)}"
-        raise ClusterError(
-            "a worker has another version of lorashare-stream", found=f"{what} on {worker}", expected=expected,
-            remedy="Install the same version where workers run, and start them again.",
-        )  # fmt: skip
-
-
-def _unseen(worker: str, missing: str) -> ClusterError:
+def _unfit(worker: str, found: object, problem: str, expected: str = f"version {__version__}") -> ClusterError:
+    """The error for a worker with another package, or none: `found` says which, or is what came of it."""
+    what = _text(found) if isinstance(found, BaseException) else f"version {printable(found)}"
     return ClusterError(
-        "a worker does not see the same files, or may not write where it must",
-        found=f"no {missing} on {worker}",
-        expected="sources, workspace and output on storage that all workers share, under the same paths",
-        remedy="Put them there, or do without a cluster.",
-    )
-
-
-def _cannot_run(worker: str, error: BaseException) -> ClusterError:
-    return ClusterError(
-        "a worker cannot run this package", found=f"{_text(error)} on {worker}", expected=f"version {__version__}",
+        f"a worker {problem}", found=f"{what} on {worker}", expected=expected,
         remedy="Install the same version where workers run, and start them again.",
     )  # fmt: skip
 
 
+def _check_version(worker: str, found: object, expected: str = __version__) -> None:
+    if found != expected:
+        raise _unfit(worker, found, "has another version of lorashare-stream", expected)
+
+
+def _check_seen(worker: str, missing: Sequence[str]) -> None:
+    if missing:
+        raise ClusterError(
+            "a worker does not see the same files, or may not write where it must",
+            found=f"no {missing[0]} on {worker}",
+            expected="sources, workspace and output on storage that all workers share, under the same paths",
+            remedy="Put them there, or do without a cluster.",
+        )  # fmt: skip
+
+
+def _unreachable(
+    problem: str, found: str, remedy: str | None = None, expected: str | None = None
+) -> UnreachableClusterError:
+    remedy = remedy and f"{remedy}, and run the same command again."
+    return UnreachableClusterError(problem, found=found, expected=expected, remedy=remedy)
+
+
 def _lost(error: BaseException) -> UnreachableClusterError:
-    return UnreachableClusterError(
-        "the scheduler does not answer any more", found=_text(error),
-        remedy="What is done is kept: look after it, and run the same command again.",
-    )  # fmt: skip
+    return _unreachable("the scheduler does not answer any more", _text(error), "What is done is kept: look after it")
 
 
 def _text(error: BaseException) -> str:
@@ -354,34 +326,23 @@ def _text(error: BaseException) -> str:
 
 @dataclass
 class _DaskMapper(Mapper):
-    """Maps over a cluster. `at_once` is for each worker process; all lots may be redone, elsewhere too.
-
-    Attributes:
-        client, places: the cluster, and what its workers must see.
-    """
+    """Maps over a cluster. `at_once` is for each worker process; all lots may be redone, elsewhere too."""
 
     client: Any = None
-    places: Places | None = None
     _threads: dict[str, int] = field(default_factory=dict)  # of each worker, when it was looked last
     _looked: float = 0.0
     _deserted: float | None = None
 
     def width(self, at_once: int) -> int:
-        """See `Mapper.width`."""
-        self._look()
+        """See `Mapper.width`; raises UnreachableClusterError if nobody has been there for long."""
+        if time.monotonic() - self._looked >= EVERY:
+            self._look()
         return max(1, sum(min(n, at_once) for n in self._threads.values()))
-
-    def _ahead(self, at_once: int) -> int:
-        """Two lots for each that can be done, so that no worker waits for us."""
-        return 2 * self.width(at_once)
-
-    def _shared(self, fn: Any, tasks: list[Any] | None, at_once: int) -> tuple[Any, ...]:
-        return self.places, at_once, fn, tasks
 
     def _submit(self, call: Call, lot: Lot) -> Future[Done]:
         lot.label = f"{call.name} {listed([n for task in lot.tasks for n in names_of(task)], 3)}"
         key = f"{call.name}-{uuid.uuid4().hex}"  # Dask keeps the mean time of what has the same name
-        there = pickle.dumps(_There(perform_there, (call, __version__, lot.first, lot.message)))
+        there = pickle.dumps(_There(perform_there, call, __version__, lot.first, lot.message))
         submit: Callable[..., Future[Done]] = self.executor.submit
         return submit(pickle.loads, there, key=key)
 
@@ -393,7 +354,7 @@ class _DaskMapper(Mapper):
         except CancelledError as e:
             raise _lost(e) from e
         except (ImportError, AttributeError) as e:
-            raise _cannot_run("one that came later", e) from e
+            raise _unfit("one that came later", e, "cannot run this package") from e
         except KilledWorker as e:
             raise ClusterError(
                 "several workers died one after the other while they did the same task",
@@ -407,29 +368,19 @@ class _DaskMapper(Mapper):
         return done
 
     def _look(self) -> None:
-        """See who is there, and say it when it changes.
-
-        Raises:
-            UnreachableClusterError: if nobody has been there for long.
-        """
-        now = time.monotonic()
-        if now - self._looked < EVERY:
-            return
+        """See who is there, and say it when it changes."""
         try:
             found = dict(self.client.nthreads())
         except (OSError, CancelledError) as e:
             raise _lost(e) from e
-        self._looked = time.monotonic()
+        self._looked = now = time.monotonic()
         if len(found) != len(self._threads):
             log.info("the cluster has %s", counted(len(found), "worker"))
-        self._threads = found
+        self._threads, nobody = found, "the cluster has no workers any more"
         if found:
             self._deserted = None
         elif self._deserted is None:
             self._deserted = now
-            log.warning("the cluster has no workers any more: waiting %.0f s for some to come", DESERTED)
+            log.warning("%s: waiting %.0f s for some to come", nobody, DESERTED)
         elif now - self._deserted > DESERTED:
-            raise UnreachableClusterError(
-                "the cluster has no workers any more", found=f"none for {DESERTED:.0f} s",
-                remedy="What is done is kept: start some, and run the same command again.",
-            )  # fmt: skip
+            raise _unreachable(nobody, f"none for {DESERTED:.0f} s", "What is done is kept: start some")

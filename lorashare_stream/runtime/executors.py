@@ -9,15 +9,15 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ThreadPoolExecutor, wait
+from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from signal import SIGBUS, Signals
 from tempfile import TemporaryDirectory
-from threading import Event
 from typing import Any, TypeVar
 
 from threadpoolctl import threadpool_limits
@@ -31,6 +31,7 @@ from .processes import Processes
 T = TypeVar("T")
 R = TypeVar("R")
 TWICE = 2  # deaths of processes at the same task, of which a run does not go on any more
+EVERY = 1.0  # seconds between two looks at who is there
 
 
 def nothing(task: object) -> None:
@@ -62,20 +63,13 @@ def executor_for(given: Any, processes: int, *, threads: bool = False) -> Iterat
     with threadpool_limits(1, user_api="blas"):
         if given is not None:
             yield given
-        elif threads:
-            with ThreadPoolExecutor(processes, thread_name_prefix="lorashare-stream") as executor:
-                yield executor
-        else:
-            with local_executor(processes) as executor:
-                yield executor
+            return
+        with ThreadPoolExecutor(processes, "lorashare-stream") if threads else local_executor(processes) as executor:
+            yield executor
 
 
 def local_executor(processes: int) -> Executor:
-    """So many processes of this machine.
-
-    Raises:
-        Stopped: if they cannot be begun, as one was killed.
-    """
+    """So many processes of this machine; raises Stopped if they cannot be begun, as one was killed."""
     try:
         return Processes(processes)
     except BrokenExecutor as e:
@@ -101,19 +95,14 @@ class Places:
 
 @contextmanager
 def mapper_for(executor: Any, places: Callable[[], Places]) -> Iterator[Mapper]:
-    """What maps tasks at some places over an executor, or a `distributed.Client`.
-
-    Raises:
-        ClusterError: if a cluster cannot do them.
-    """
-    client = executor if hasattr(executor, "scheduler_info") else getattr(executor, "_client", None)
+    """What maps tasks at some places over an executor, or a `distributed.Client`; raises ClusterError if it cannot."""
+    client, known = executor if hasattr(executor, "scheduler_info") else getattr(executor, "_client", None), places()
     if client is None:
-        known = places()
         mapper = Mapper(executor, known.folder, known.note)
     else:
         from .dask import mapper_on
 
-        mapper = mapper_on(client, places())
+        mapper = mapper_on(client, known)
     yield mapper
     if mapper.note is not None:  # all went well
         mapper.note.unlink(missing_ok=True)
@@ -131,22 +120,19 @@ class Lot:
     """Tasks that are done together.
 
     Attributes:
-        first: number of the first, of all tasks of the mapper.
-        tasks: they.
+        first: number of the first, of all tasks of the map.
         message: what goes to the worker: which of those in the file, or the tasks themselves.
-        future: when it is submitted, of what comes of it.
-        said: set when `after` has been told of them.
-        label: of them, for people.
+        ready: set when they are done, and `after` has been told of them.
     """
 
     first: int
     tasks: Sequence[Any]
     message: Any
     future: Future[Done] = field(default_factory=Future)
-    said: Event = field(default_factory=Event)
+    ready: bool = False
     label: str = ""
 
-    def tell(self, after: Callable[[Any], object], future: Future[Done]) -> None:
+    def tell(self, after: Callable[[Any], object], bell: SimpleQueue[None], future: Future[Done]) -> None:
         """Call `after` with each task that is done: those that were dropped will be done by another run."""
         try:
             if not future.cancelled() and future.exception() is None:
@@ -154,7 +140,16 @@ class Lot:
                 for task in self.tasks[: len(done.results) + (done.error is not None)]:
                     after(task)
         finally:
-            self.said.set()
+            self.ready = True
+            bell.put(None)
+
+
+def _lots(tasks: Iterable[Any], size: int, *, sent: bool) -> Iterator[Lot]:
+    """Tasks, `size` at a time; `sent` if they are not in the file."""
+    remaining, first = iter(tasks), 0
+    while some := tuple(islice(remaining, size)):
+        yield Lot(first, some, some if sent else range(first, first + len(some)))
+        first += len(some)
 
 
 @dataclass
@@ -162,30 +157,23 @@ class Mapper:
     """Maps tasks over an executor.
 
     Attributes:
-        executor: of the run.
-        folder: where what tasks share is kept while they are mapped.
-        note: see `Places`.
+        folder, note: see `Places`.
+        places: what the workers of a cluster must see; None on this machine.
     """
 
     executor: Executor
     folder: Path
     note: Path | None = None
-    _next: int = 0  # number of the task that comes next
-    _every: float | None = None  # seconds between two looks at the executor
-    _durable: bool = False  # whether what tasks share is read by other hosts
+    places: Places | None = None
 
     def width(self, at_once: int) -> int:
         """How many tasks run at a time, now, if a process runs `at_once`."""
         return at_once
 
     def map(
-        self,
-        fn: Callable[[T], R],
-        tasks: Iterable[T],
-        at_once: int,
-        after: Callable[[T], object] = nothing,
-        lot: int = 1,
-    ) -> Iterator[R]:
+        self, fn: Callable[[T], R], tasks: Iterable[T], at_once: int,
+        after: Callable[[T], object] = nothing, lot: int = 1,
+    ) -> Iterator[R]:  # fmt: skip
         """Results in the order of `tasks`.
 
         After an exception, what has not begun is dropped, and what runs is waited for.
@@ -203,44 +191,36 @@ class Mapper:
         """
         at_once = max(1, at_once)
         if isinstance(self.executor, SerialExecutor | ThreadPoolExecutor):
-            singles = (Lot(0, (task,), ()) for task in tasks)
-            yield from self._in_order(
-                lambda lot: self.executor.submit(perform_here, fn, lot.tasks), singles, at_once, after
-            )
+            here = partial(self.executor.submit, perform_here, fn)
+            yield from self._in_order(lambda lot: here(lot.tasks), _lots(tasks, 1, sent=True), at_once, after)
             return
         known = list(tasks) if isinstance(tasks, Sequence) else None
-        with call_of(self.folder, self._shared(fn, known, at_once), durable=self._durable) as call:
+        with call_of(self.folder, (self.places, at_once, fn, known), durable=self.places is not None) as call:
             size = 1 if known is None else max(1, min(lot, len(known) // (4 * self.width(at_once))))
-            lots = self._lots(tasks, size, sent=known is None)
+            lots = _lots(tasks, size, sent=known is None)
             yield from self._in_order(partial(self._submit, call), lots, at_once, after, call.file)
 
-    def _lots(self, tasks: Iterable[T], size: int, *, sent: bool) -> Iterator[Lot]:
-        """Tasks, `size` at a time; `sent` if they are not in the file."""
-        remaining = iter(tasks)
-        start = self._next
-        while some := tuple(islice(remaining, size)):
-            first, self._next = self._next, self._next + len(some)
-            yield Lot(first, some, some if sent else range(first - start, self._next - start))
-
     def _in_order(
-        self,
-        submit: Callable[[Lot], Future[Done]],
-        lots: Iterable[Lot],
-        at_once: int,
-        after: Callable[[Any], object],
-        sign: Path | None = None,
-    ) -> Iterator[Any]:
+        self, submit: Callable[[Lot], Future[Done]], lots: Iterator[Lot], at_once: int,
+        after: Callable[[Any], object], sign: Path | None = None,
+    ) -> Iterator[Any]:  # fmt: skip
         """Submit some lots before the first result is taken; `sign` is gone when nobody waits any more."""
-        waiting: deque[Lot] = deque()
+        waiting, bell, more = deque[Lot](), SimpleQueue[None](), True
+        own = getattr(self.executor, "_max_workers", None)  # it may itself run no more, as workers of a cluster do
+        ahead = 2 if self.places is not None or (own is not None and own <= at_once) else 1
         try:
-            for lot in lots:
-                lot.future = submit(lot)
-                waiting.append(lot)
-                lot.future.add_done_callback(partial(lot.tell, after))
-                while waiting and (waiting[0].future.done() or self._is_full(waiting, at_once)):
-                    yield from self._first(waiting, any_of=True)
-            while waiting:
-                yield from self._first(waiting)
+            while more or waiting:
+                most = ahead * self.width(at_once)
+                if waiting and waiting[0].ready:
+                    yield from self._results(waiting)
+                elif more and len(waiting) < 2 * most and sum(not lot.ready for lot in waiting) < most:
+                    if more := (lot := next(lots, None)) is not None:
+                        lot.future = submit(lot)
+                        waiting.append(lot)
+                        lot.future.add_done_callback(partial(lot.tell, after, bell))
+                else:
+                    with suppress(Empty):
+                        bell.get(timeout=EVERY)
         except BrokenExecutor as e:
             raise self._killed(waiting) from e
         finally:
@@ -248,20 +228,9 @@ class Mapper:
                 sign.unlink(missing_ok=True)
             wait([lot.future for lot in waiting if not lot.future.cancel()])
 
-    def _is_full(self, waiting: Sequence[Lot], at_once: int) -> bool:
-        most = self._ahead(at_once)
-        return len(waiting) >= 2 * most or sum(not lot.future.done() for lot in waiting) >= most
-
-    def _first(self, waiting: deque[Lot], *, any_of: bool = False) -> Iterator[Any]:
-        """The results of the first lot, if it is done; else wait for it, or for any."""
-        head = waiting[0]
-        if not head.future.done():
-            open_ = [lot.future for lot in waiting if not lot.future.done()] if any_of else [head.future]
-            wait(open_, self._every, FIRST_COMPLETED)
-            self._look()
-            return
-        done = self._done(head)
-        head.said.wait()
+    def _results(self, waiting: deque[Lot]) -> Iterator[Any]:
+        """The results of the first lot, which is done."""
+        done = self._done(waiting[0])
         waiting.popleft().future = Future()  # Dask would do again what is lost of results that somebody still holds
         for record in done.records:
             logging.getLogger(record.name).handle(record)
@@ -269,25 +238,10 @@ class Mapper:
         if done.error is not None:
             raise done.error
 
-    # -- what executors differ in --------------------------------------------------------------------
-
-    def _shared(self, fn: Any, tasks: list[Any] | None, at_once: int) -> tuple[Any, ...]:
-        """What lies in the file of a map, the function and the tasks last."""
-        return fn, tasks
-
     def _submit(self, call: Call, lot: Lot) -> Future[Done]:
         return self.executor.submit(perform, call, lot.first, lot.message)
 
-    def _ahead(self, at_once: int) -> int:
-        """How many lots may be submitted and not done: twice as many where the executor itself runs no more."""
-        own = getattr(self.executor, "_max_workers", None)
-        return 2 * at_once if own is not None and own <= at_once else at_once
-
-    def _look(self) -> None:
-        """Look after the executor, now and then."""
-
     def _done(self, lot: Lot) -> Done:
-        """What came of a lot that is done."""
         return lot.future.result()
 
     def _killed(self, waiting: Iterable[Lot]) -> StreamError:
@@ -300,38 +254,28 @@ class Mapper:
         if self.note is not None and names:
             with suppress(OSError):
                 write_sealed(self.note, {**before, **counts})
-        code = deaths[0][0] if deaths else 0
-        return killed(code, [n for n in names if counts[n] >= TWICE] or names, final=TWICE in counts.values())
+        again = [name for name in names if counts[name] >= TWICE]
+        return killed(deaths[0][0] if deaths else 0, again or names, final=TWICE in counts.values())
 
 
 def names_of(task: Any) -> list[str]:
     """The names of what a task is of: an adapter, a module, several modules."""
-    if isinstance(task, tuple | list):
-        return [str(name) for name in task]
-    return [str(getattr(task, "name", task))]
+    return [str(n) for n in task] if isinstance(task, tuple | list) else [str(getattr(task, "name", task))]
 
 
 def killed(code: int, names: Sequence[str], *, final: bool = False) -> StreamError:
-    """The error for a process that was killed; `final` if it was killed at the same before.
-
-    Args:
-        code: its exit code; 0 if that is not known.
-        names: of what it did.
-    """
+    """The error for a process that ended with a code, 0 if unknown, in work on names; `final` at the second time."""
     found = f"signal {Signals(-code).name}" if code < 0 else f"exit code {code}" if code else "no exit code"
     found += f", in work: {listed(names, 5)}" if names else ""
+    kept = "What is done is kept."
     if final:
         return StreamError(
-            "a process of this run was killed twice at the same",
-            found=found,
+            "a process of this run was killed twice at the same", found=found,
             remedy="Leave it out, if it is an adapter; or mend what kills it: mostly its file is cut short, or the "
-            "machine has less memory than --memory says. What is done is kept.",
-        )
+            f"machine has less memory than --memory says. {kept}",
+        )  # fmt: skip
+    remedy = "Mostly the machine has less memory than --memory says: give what is really free, or fewer --workers"
     if -code == SIGBUS:
         remedy = "Mostly a file was cut short while it was read, or its disk fails: look after that"
-    else:
-        remedy = "Mostly the machine has less memory than --memory says: give what is really free, or fewer --workers"
-    return Stopped(
-        "a process of this run was killed", found=found,
-        remedy=f"{remedy}, and run the same command again. What is done is kept.",
-    )  # fmt: skip
+    remedy += f", and run the same command again. {kept}"
+    return Stopped("a process of this run was killed", found=found, remedy=remedy)

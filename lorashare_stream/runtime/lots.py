@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import pickle
+import sys
 import threading
 import time
 import traceback
@@ -25,22 +27,33 @@ from typing import Any
 
 from ..errors import ClusterError, StreamError
 from ..files import naming, sync
-from .blas import one_thread
 
 PACKAGE = logging.getLogger("lorashare_stream")
-_lock = threading.Lock()
+VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+ENDED = "the run that asked for a task has ended"
 in_work: Any = {}  # slot -> number of the task in work, -1 if there is none; see `processes`
 slot = 0
+_thread = threading.local()
+
+
+def one_thread() -> None:
+    """Limit this thread, and BLAS, OpenMP and torch of its process, to one: their number decides the last bits."""
+    torch = sys.modules.get("torch")  # not imported for this: what does not use it shall not pay for it
+    if torch is not None:
+        torch.set_num_threads(1)
+    if getattr(_thread, "limited", False):
+        return
+    os.environ.update(dict.fromkeys(VARIABLES, "1"))
+    import scipy.linalg.cython_blas  # noqa: F401 - loads its BLAS
+    from threadpoolctl import threadpool_limits
+
+    threadpool_limits(1)
+    _thread.limited = True
 
 
 @dataclass(frozen=True)
 class Call:
-    """What the tasks of a map share, on disk; this goes with every lot.
-
-    Attributes:
-        name: of the function.
-        file, size, digest: where it lies, its bytes, and SHA-256 of them.
-    """
+    """What goes with every lot of a map: a function's name, and the file, its size and SHA-256, of what tasks share."""
 
     name: str
     file: Path
@@ -65,56 +78,40 @@ def call_of(folder: Path, shared: Any, *, durable: bool = False) -> Iterator[Cal
 
     Opening the workspace sweeps the file of a run that was killed, by its name.
     """
-    data = pickle.dumps(shared, pickle.HIGHEST_PROTOCOL)
-    path = folder / f".{uuid.uuid4().hex}.tmp"
+    data, fn = pickle.dumps(shared, pickle.HIGHEST_PROTOCOL), shared[-2]
+    while isinstance(fn, partial):
+        fn = fn.func
+    name, path = getattr(fn, "__name__", type(fn).__name__), folder / f".{uuid.uuid4().hex}.tmp"
     try:
         with naming(path):
             path.write_bytes(data)
         if durable:  # other hosts may read it
             sync(path)
-        yield Call(_name(shared[-2]), path, len(data), hashlib.sha256(data).hexdigest())
+        yield Call(name, path, len(data), hashlib.sha256(data).hexdigest())
     finally:
         path.unlink(missing_ok=True)
 
 
-def _name(fn: Any) -> str:
-    while isinstance(fn, partial):
-        fn = fn.func
-    return str(getattr(fn, "__name__", type(fn).__name__))
-
-
+@lru_cache(maxsize=1)
 def loaded(call: Call) -> Any:
     """What a call shares, read and checked once in a process.
 
     Raises:
         ClusterError: if it is not what was written, or nobody waits any more.
     """
-    with _lock:  # two threads at once would read it twice
-        return _read(call)
-
-
-@lru_cache(maxsize=1)
-def _read(call: Call) -> Any:
     try:
         data = call.file.read_bytes()
     except FileNotFoundError:
-        raise _ended() from None
+        raise ClusterError(ENDED) from None
     if hashlib.sha256(data).hexdigest() != call.digest:
         raise ClusterError("what tasks share is not what was written", found=call.file)
     return pickle.loads(data)  # noqa: S301 - by its digest, it is what the run has written
 
 
-def _ended() -> ClusterError:
-    return ClusterError("the run that asked for a task has ended")
-
-
 def perform(call: Call, first: int, lot: range | tuple[Any, ...]) -> Done:
-    """Do a lot of tasks in a worker, with one thread of BLAS.
+    """Do a lot of tasks, with one thread of BLAS: some of those in the file, or those that were not known then.
 
-    Args:
-        call: what all share.
-        first: number of the first of them, for `in_work`.
-        lot: which of the tasks in the file; or the tasks, where they were not known then.
+    `first` is the number of the first of them, for `in_work`.
     """
     one_thread()
     begun, results, error = time.perf_counter(), list[Any](), None
@@ -124,7 +121,7 @@ def perform(call: Call, first: int, lot: range | tuple[Any, ...]) -> Done:
             some = [tasks[i] for i in lot] if isinstance(lot, range) else lot
             for number, task in enumerate(some, first):
                 if not call.file.exists():
-                    raise _ended()
+                    raise ClusterError(ENDED)
                 in_work[slot] = number
                 results.append(fn(task))
         except Exception as e:
@@ -159,12 +156,11 @@ def _sendable(error: Exception) -> Exception:
 def _heard() -> Iterator[list[logging.LogRecord]]:
     """What this thread logs, for the process that asks for a task to log."""
     records: list[logging.LogRecord] = []
-    queue: SimpleQueue[logging.LogRecord] = SimpleQueue()
-    ear, thread = QueueHandler(queue), threading.get_ident()
+    ear, thread = QueueHandler(SimpleQueue()), threading.get_ident()  # which makes records that can be sent
+    ear.enqueue = records.append  # type: ignore[method-assign, assignment]
     ear.addFilter(lambda record: record.thread == thread)
     PACKAGE.addHandler(ear)
     try:
         yield records
     finally:
         PACKAGE.removeHandler(ear)
-        records.extend(queue.get() for _ in range(queue.qsize()))

@@ -25,7 +25,7 @@ from types import ModuleType
 from typing import Any
 
 from . import lots
-from .blas import VARIABLES, one_thread
+from .lots import VARIABLES, one_thread
 
 PRELOADED = [f"lorashare_stream.stages.{name}" for name in ("ingest", "update", "clean", "project")]
 _STOPPING = {signal.SIGINT, signal.SIGTERM}
@@ -40,17 +40,16 @@ class Processes(ProcessPoolExecutor):
         self._numbers = context.RawArray("q", [-1] * count)
         barrier = context.Barrier(count)
         super().__init__(count, context, _begin, (self._numbers, barrier, lots.PACKAGE.getEffectiveLevel()))
-        before = set(multiprocessing.active_children())
         try:
             with _starting(context):
                 slots = dict(f.result() for f in [self.submit(_ready) for _ in range(count)])
         except BaseException:
-            for process in set(multiprocessing.active_children()) - before:
+            for process in [*self._processes.values()]:
                 process.kill()
                 process.join()
             self.shutdown(cancel_futures=True)
             raise
-        self._slots = {p: slots[p.pid] for p in multiprocessing.active_children() if p.pid in slots}
+        self._slots = {process: slots[pid] for pid, process in self._processes.items()}
 
     def deaths(self) -> list[tuple[int, int]]:
         """Exit codes of the processes that were killed, by others than us, and the numbers of the tasks in work."""
@@ -77,16 +76,16 @@ def _starting(context: BaseContext) -> Iterator[None]:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return
-    main, environment = sys.modules["__main__"], {name: os.environ.get(name) for name in VARIABLES}
+    main, environment = sys.modules["__main__"], {name: os.environ[name] for name in VARIABLES if name in os.environ}
     sys.modules["__main__"] = ModuleType("__main__")
     os.environ.update(dict.fromkeys(VARIABLES, "1"))  # of the server, which imports NumPy
     try:
         yield
     finally:
         sys.modules["__main__"] = main
-        for name, value in environment.items():
-            os.environ.pop(name)
-            os.environ.update({} if value is None else {name: value})
+        for name in VARIABLES:
+            del os.environ[name]
+        os.environ.update(environment)
 
 
 # -- in a worker -------------------------------------------------------------------------------------
