@@ -157,10 +157,17 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     for name in (SAFETENSORS, PICKLE):
         if (folder / name).is_file():
             return (folder / name,)
-    for name in INDEXES:
-        if (folder / name).is_file():
-            return _shards(folder, name)
-    raise missing_weights(sorted(os.listdir(folder)))
+    there = sorted(os.listdir(folder))
+    index = next((name for name in INDEXES if (folder / name).is_file()), None)
+    if index is None:
+        raise missing_weights(there)
+    try:
+        where = read_json(folder / index)
+    except ValueError as e:
+        raise AdapterError(f"{index} has no usable weight_map", found=str(e), remedy=AGAIN) from e
+    names = shard_names(index, where, there)
+    check_shards(index, where["weight_map"], {name: {r.name for r in read_header(folder / name)} for name in names})
+    return tuple(folder / name for name in names)
 
 
 def missing_weights(entries: Sequence[str]) -> MissingFileError:
@@ -171,17 +178,6 @@ def missing_weights(entries: Sequence[str]) -> MissingFileError:
     elif any(n.startswith("adapter_model") for n in entries):
         remedy = f"If a file among these has the weights, rename it to {SAFETENSORS}."
     return MissingFileError("no weights", found=listed(entries), expected=f"{SAFETENSORS} or {PICKLE}", remedy=remedy)
-
-
-def _shards(folder: Path, index: str) -> tuple[Path, ...]:
-    try:
-        where = read_json(folder / index)
-    except ValueError as e:
-        raise AdapterError(f"{index} has no usable weight_map", found=str(e), remedy=AGAIN) from e
-    names = shard_names(index, where, sorted(os.listdir(folder)))
-    held = {name: {r.name for r in read_header(folder / name)} for name in names}
-    check_shards(index, where["weight_map"], held)
-    return tuple(folder / name for name in names)
 
 
 def tensor_records(paths: tuple[Path, ...]) -> tuple[TensorRecord, ...]:

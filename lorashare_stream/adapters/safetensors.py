@@ -29,7 +29,7 @@ from ..errors import AdapterError
 from ..text import printable
 from .dtypes import ITEMSIZE, widened
 
-CHUNK = 8 << 20  # bytes copied or hashed at once
+CHUNK = 8 << 20  # bytes copied at once
 AGAIN = "Fetch or save the adapter again, or leave it out."
 MAX_HEADER = 100_000_000  # the limit of the safetensors library
 MAX_DIMS = 16  # of a tensor; the library has no limit, NumPy has
