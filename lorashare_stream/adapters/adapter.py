@@ -94,20 +94,13 @@ class Adapter:
 
     @property
     def mapped_bytes(self) -> int:
-        """Bytes that are mapped at a time: of its largest file, or of what its `.bin` is converted to.
-
-        Tensors of a pickle may share their bytes, and what it is converted to be larger.
-        """
+        """Bytes that are mapped at a time: of its largest file, or of what its `.bin` becomes, without shared bytes."""
         tensors = self.layout.lora_bytes + self.layout.extra_bytes if self.pickled else 0
         return max(tensors, *(f.size for f in self.files))
 
     @contextmanager
     def open(self) -> Iterator[TensorReader]:
-        """Its tensors, mapped, of files that are those of the plan before and after the block.
-
-        Raises:
-            AdapterError: naming it, if a file has changed or is gone; also any other of the block.
-        """
+        """Its tensors, mapped; an AdapterError names it, if its files are not the plan's before or after the block."""
         try:
             check_still(self.files)
             with open_tensors(self.paths, self.converted) as tensors:

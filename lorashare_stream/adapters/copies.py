@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Hashable, Iterable
-from pathlib import Path
 
 from .adapter import Adapter
 from .folder import FileFact, digest_files
@@ -20,7 +18,11 @@ def identical(adapters: Iterable[Adapter]) -> tuple[tuple[str, ...], ...]:
     local = [e for e in adapters if e.fetched]
     remote = [e for e in adapters if not e.fetched and e.origin is not None and e.origin.sha256 is not None]
     same = [list(local)]
-    for key in (_sizes, _pages, lambda e: digest_files(e.paths)):
+    for key in (
+        lambda e: (e.config_digest, *(f.size for f in e.files)),
+        lambda e: tuple(map(_page, e.files)),
+        lambda e: digest_files(e.paths),
+    ):
         same = [part for some in same for part in _alike(some, key)]
     same += _alike(remote, lambda e: e.origin.sha256 if e.origin else None)
     return tuple(sorted((tuple(e.name for e in some) for some in same), key=lambda names: (-len(names), names)))
@@ -37,17 +39,7 @@ def _alike(adapters: list[Adapter], key: Callable[[Adapter], Hashable]) -> list[
     return [some for some in found.values() if len(some) > 1]
 
 
-def _sizes(adapter: Adapter) -> Hashable:
-    return adapter.config_digest, tuple(f.size for f in adapter.files)
-
-
-def _pages(adapter: Adapter) -> Hashable:
-    return tuple(_page(f) for f in adapter.files)
-
-
 def _page(file: FileFact) -> bytes:
-    descriptor = os.open(Path(file.path), os.O_RDONLY)
-    try:
-        return os.pread(descriptor, _PROBE, file.size // 2)
-    finally:
-        os.close(descriptor)
+    with file.path.open("rb", buffering=0) as f:
+        f.seek(file.size // 2)
+        return f.read(_PROBE)

@@ -73,14 +73,16 @@ def widened(raw: NDArray[np.uint8], dtype: str, shape: tuple[int, ...]) -> NDArr
     """Raw little-endian bytes of a float tensor as float32 of `shape`; exact but for float64.
 
     A float64 beyond the range of float32 becomes infinite, which ingest refuses. Of I8, `shape` is that of what is
-    stored, (rows + 2, columns), and gives (rows, columns).
+    stored, (..., rows + 2, columns), and gives (..., rows, columns).
     """
     if dtype == "I8":
-        scales, whole = raw.reshape(shape)[:_SCALE_ROWS], raw.view(np.int8).reshape(shape)[_SCALE_ROWS:]
+        scales, whole = np.split(raw.reshape(shape), [_SCALE_ROWS], axis=-2)
+        halves = np.ascontiguousarray(np.swapaxes(scales, -1, -2)).reshape(-1)  # (..., columns, 2)
         with np.errstate(over="ignore", invalid="ignore"):
-            return whole * widened(np.ascontiguousarray(scales.T).reshape(-1), "BF16", shape[1:])
+            return whole.view(np.int8) * widened(halves, "BF16", (*shape[:-2], 1, shape[-1]))
     if dtype == "BF16":  # the upper half of a float32
-        return (raw.view("<u2").astype(np.uint32) << 16).view(np.float32).reshape(shape)
+        bits = raw.view("<u2").astype(np.uint32, order="C")
+        return np.left_shift(bits, 16, out=bits).view(np.float32).reshape(shape)
     if dtype == "F64":
         with np.errstate(over="ignore"):
             return raw.view("<f8").reshape(shape).astype(np.float32)
@@ -98,14 +100,6 @@ def stacked(raw: NDArray[np.uint8], offsets: Sequence[int], dtype: str, shape: t
         rows = as_strided(raw[offsets[0] :], (len(offsets), size), (steps.pop(), 1))
     else:
         rows = np.stack([raw[offset : offset + size] for offset in offsets])
-    if dtype == "I8":
-        return np.stack([widened(row, dtype, shape) for row in rows])
-    if dtype == "BF16":
-        out = np.empty((len(offsets), *shape), np.float32)
-        halves = out.view(np.uint32)
-        halves[...] = rows.view("<u2").reshape(halves.shape)
-        np.left_shift(halves, 16, out=halves)
-        return out
     return widened(rows, dtype, (len(offsets), *shape))
 
 
@@ -140,11 +134,5 @@ def _scaled(values: NDArray[np.float32]) -> NDArray[np.int8]:
 
 def as_stored(values: NDArray[np.floating[Any]], dtype: str) -> NDArray[np.float32]:
     """Values as they will be read back after storage in `dtype`; in I8, of matrices (..., rows, columns)."""
-    if dtype == "F32":
-        return np.ascontiguousarray(values, np.float32)
-    raw = np.ascontiguousarray(narrowed(values, dtype))
-    if dtype == "I8":
-        flat = raw.reshape(-1, *raw.shape[-2:])
-        each = [widened(one.reshape(-1).view(np.uint8), dtype, one.shape) for one in flat]
-        return np.stack(each).reshape(values.shape) if each else np.empty(values.shape, np.float32)
-    return widened(raw.reshape(-1).view(np.uint8), dtype, values.shape)
+    raw = narrowed(values, dtype)
+    return widened(raw.reshape(-1).view(np.uint8), dtype, raw.shape)

@@ -14,8 +14,8 @@ from ..errors import AdapterError, MissingFileError
 from ..files import read_json
 from ..text import listed, printable
 from .keys import foreign_kind, parse_key
-from .safetensors import CHUNK, TensorReader, TensorRecord, read_header, repeated
-from .shards import AGAIN, INDEXES, check_shards, shard_names
+from .safetensors import AGAIN, TensorReader, TensorRecord, read_header, repeated
+from .shards import INDEXES, check_shards, shard_names
 
 CONFIG = "adapter_config.json"
 SAFETENSORS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
@@ -43,31 +43,23 @@ def check_still(files: Iterable[FileFact]) -> None:
     """Demand that files are those of the plan: before they are mapped, and, of what was read, afterwards.
 
     Raises:
-        AdapterError: if one has changed.
-        MissingFileError: if one is gone.
+        AdapterError: if one has changed, or is gone (MissingFileError).
     """
     for fact in files:
         try:
             now = file_fact(fact.path)
         except FileNotFoundError as e:
-            raise MissingFileError(
-                "a weight file is gone", found=printable(fact.path), remedy="Restore it and run again."
-            ) from e
+            remedy = "Restore it and run again."
+            raise MissingFileError("a weight file is gone", found=printable(fact.path), remedy=remedy) from e
         if now != fact:
-            raise AdapterError(
-                "the adapter was changed while the run was reading it",
-                found=fact.path,
-                remedy="Let nothing write to it, restore what was added, and run the same command again.",
-            )
+            remedy = "Let nothing write to it, restore what was added, and run the same command again."
+            raise AdapterError("the adapter was changed while the run was reading it", found=fact.path, remedy=remedy)
 
 
 def looks_like_adapter(names: Iterable[str]) -> bool:
     """Whether a folder with these file names is meant as an adapter, whole or broken."""
-    return any(
-        n in (CONFIG, SAFETENSORS, PICKLE)
-        or (n.endswith((".safetensors", ".bin")) and n.startswith(("adapter_model", "pytorch_lora_weights")))
-        for n in names
-    )
+    weights = ("adapter_model", "pytorch_lora_weights"), (".safetensors", ".bin")
+    return any(n == CONFIG or (n.startswith(weights[0]) and n.endswith(weights[1])) for n in names)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -77,26 +69,20 @@ def read_config(folder: Path) -> dict[str, Any]:
         MissingFileError: if there is none, saying what the folder holds instead.
         AdapterError: if it is no JSON object.
     """
-    path = folder / CONFIG
-    if not path.is_file():
+    if not (folder / CONFIG).is_file():
         raise _no_config(folder)
-    return parse_config(lambda: read_json(path, limit=16 << 20))
+    return parse_config(lambda: read_json(folder / CONFIG, limit=16 << 20))
 
 
 def parse_config(read: Callable[[], Any]) -> dict[str, Any]:
-    """A configuration, from what reads its JSON.
-
-    Raises:
-        AdapterError: if it is no JSON object.
-    """
+    """A configuration, from what reads its JSON; an AdapterError if it is no JSON object."""
     try:
         config = read()
     except (ValueError, RecursionError) as e:
         raise AdapterError(f"{CONFIG} is not valid JSON", found=str(e), remedy=AGAIN) from e
     if not isinstance(config, dict):
-        raise AdapterError(
-            f"{CONFIG} is not an object", found=type(config).__name__, expected="an object", remedy=AGAIN
-        )
+        kind = type(config).__name__
+        raise AdapterError(f"{CONFIG} is not an object", found=kind, expected="an object", remedy=AGAIN)
     return config
 
 
@@ -124,19 +110,13 @@ def foreign_lora(folder: Path, names: Iterable[str]) -> tuple[str, str] | None:
     return None
 
 
-def config_text(config: Mapping[str, Any]) -> str:
-    """A configuration as JSON has it."""
-    return json.dumps(config, separators=(",", ":"))
-
-
-def missing_config(names: Sequence[str]) -> MissingFileError:
+def missing_config(
+    names: Sequence[str],
+    remedy: str = "Point to what PEFT's save_pretrained wrote, by org/name//subfolder if it is in one.",
+) -> MissingFileError:
     """The error for a listing without a configuration."""
-    return MissingFileError(
-        f"no {CONFIG}",
-        found=listed(names) or "nothing",
-        expected=f"{CONFIG} and {SAFETENSORS}",
-        remedy="Point to what PEFT's save_pretrained wrote, by org/name//subfolder if it is in one.",
-    )
+    found, expected = listed(names) or "nothing", f"{CONFIG} and {SAFETENSORS}"
+    return MissingFileError(f"no {CONFIG}", found=found, expected=expected, remedy=remedy)
 
 
 def _no_config(folder: Path) -> MissingFileError:
@@ -152,12 +132,7 @@ def _no_config(folder: Path) -> MissingFileError:
             return MissingFileError(f"a {kind}: {printable(name)} without {CONFIG}", remedy=remedy)
     inner = inner_adapters(folder, entries)
     hint = f" Adapters lie in its subfolders: {listed(inner)}." if inner else ""
-    return MissingFileError(
-        f"no {CONFIG}",
-        found=listed(entries) or "nothing",
-        expected=f"{CONFIG} and {SAFETENSORS}",
-        remedy=remedy + hint,
-    )
+    return missing_config(entries, remedy + hint)
 
 
 def remedy_for(kind: str) -> str:
@@ -182,10 +157,17 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     for name in (SAFETENSORS, PICKLE):
         if (folder / name).is_file():
             return (folder / name,)
-    for name in INDEXES:
-        if (folder / name).is_file():
-            return _shards(folder, name)
-    raise missing_weights(sorted(os.listdir(folder)))
+    there = sorted(os.listdir(folder))
+    index = next((name for name in INDEXES if (folder / name).is_file()), None)
+    if index is None:
+        raise missing_weights(there)
+    try:
+        where = read_json(folder / index)
+    except ValueError as e:
+        raise AdapterError(f"{index} has no usable weight_map", found=str(e), remedy=AGAIN) from e
+    names = shard_names(index, where, there)
+    check_shards(index, where["weight_map"], {name: {r.name for r in read_header(folder / name)} for name in names})
+    return tuple(folder / name for name in names)
 
 
 def missing_weights(entries: Sequence[str]) -> MissingFileError:
@@ -198,17 +180,6 @@ def missing_weights(entries: Sequence[str]) -> MissingFileError:
     return MissingFileError("no weights", found=listed(entries), expected=f"{SAFETENSORS} or {PICKLE}", remedy=remedy)
 
 
-def _shards(folder: Path, index: str) -> tuple[Path, ...]:
-    try:
-        where = read_json(folder / index)
-    except ValueError as e:
-        raise AdapterError(f"{index} has no usable weight_map", found=str(e), remedy=AGAIN) from e
-    names = shard_names(index, where, sorted(os.listdir(folder)))
-    held = {name: {r.name for r in read_header(folder / name)} for name in names}
-    check_shards(index, where["weight_map"], held)
-    return tuple(folder / name for name in names)
-
-
 def tensor_records(paths: tuple[Path, ...]) -> tuple[TensorRecord, ...]:
     """All tensors of an adapter's files.
 
@@ -219,17 +190,13 @@ def tensor_records(paths: tuple[Path, ...]) -> tuple[TensorRecord, ...]:
         from .pickles import pickle_records
 
         return pickle_records(paths[0])
-    if len(paths) == 1:
+    if len(paths) == 1:  # of equal headers the same records
         return read_header(paths[0])
     return once(record for number, path in enumerate(paths) for record in read_header(path, number))
 
 
 def once(found: Iterable[TensorRecord]) -> tuple[TensorRecord, ...]:
-    """The records of all files of an adapter.
-
-    Raises:
-        AdapterError: if two files hold one key.
-    """
+    """The records of all files of an adapter, or an AdapterError if two hold one key."""
     records = tuple(found)
     twice = repeated(r.name for r in records)
     if twice is not None:
@@ -238,12 +205,7 @@ def once(found: Iterable[TensorRecord]) -> tuple[TensorRecord, ...]:
 
 
 def open_tensors(paths: tuple[Path, ...], converted: Path | None = None) -> TensorReader:
-    """Open the weight files of one adapter: safetensors shards, or one `.bin`, which is converted first.
-
-    Args:
-        paths: the files.
-        converted: a folder that keeps what a `.bin` was converted to; None keeps nothing.
-    """
+    """Open an adapter's safetensors files, or its `.bin`, of which a folder `converted` keeps what it becomes."""
     if paths[0].suffix == ".bin":
         from .pickles import open_pickle
 
@@ -255,7 +217,6 @@ def digest_files(paths: Iterable[Path]) -> str:
     """SHA-256 over the content of files, in order; for one file it is what the Hub lists as its LFS oid."""
     digest = hashlib.sha256()
     for path in paths:
-        with path.open("rb") as f:
-            while chunk := f.read(CHUNK):
-                digest.update(chunk)
+        with path.open("rb", buffering=0) as f:
+            hashlib.file_digest(f, lambda: digest)
     return digest.hexdigest()

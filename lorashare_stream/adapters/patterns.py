@@ -29,9 +29,7 @@ _ASCII_TO_RE2 = re.compile(r"\\[A-Za-z]|\(\?")  # classes and flags: of Unicode 
 def matcher(patterns: Collection[str], names: Collection[str]) -> Callable[[str], str | None]:
     """The lookup of the first pattern that matches the end of a name at a dot (peft.utils.get_pattern_key), or None.
 
-    Args:
-        patterns: of a configuration, as PEFT gives them to `re`.
-        names: all that will be looked up.
+    Patterns are as PEFT gives them to `re`; `names` are all that will be looked up.
 
     Raises:
         AdapterError: for a pattern that is no regular expression.
@@ -77,7 +75,9 @@ def _compiled(pattern: str, plain: bool) -> Any:
         reason = _difference(pattern, expression, plain)
     if reason is None:
         try:
-            return re2.compile(expression, _options())
+            options = re2.Options()
+            options.max_mem, options.never_capture, options.log_errors = _MOST_MEMORY, True, False
+            return re2.compile(expression, options)
         except (re2.error, UnicodeEncodeError) as e:
             reason = e.args[0].decode(errors="replace") if isinstance(e, re2.error) else "it has surrogates"
     raise UndecidedError(
@@ -94,17 +94,7 @@ def _difference(pattern: str, expression: str, plain: bool) -> str | None:
     except FutureWarning as e:
         return str(e)
     except (re.error, RecursionError, OverflowError) as e:
-        raise AdapterError(
-            "a module pattern is no regular expression",
-            key=pattern,
-            found=str(e),
-            remedy="Mend rank_pattern or alpha_pattern, or leave the adapter out.",
-        ) from e
+        remedy = "Mend rank_pattern or alpha_pattern, or leave the adapter out."
+        raise AdapterError("a module pattern is no regular expression", key=pattern, found=str(e), remedy=remedy) from e
     differs = _DIFFERS.search(pattern) or (None if plain else _ASCII_TO_RE2.search(pattern))
     return differs and f"{differs[0]} means another thing to Python"
-
-
-def _options() -> Any:
-    options = re2.Options()
-    options.max_mem, options.never_capture, options.log_errors = _MOST_MEMORY, True, False
-    return options

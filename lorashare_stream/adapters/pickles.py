@@ -1,9 +1,9 @@
 """`.bin` files: pickles of tensors, which torch reads once, and which are safetensors from then on.
 
 Pickles are programs. `torch.load(weights_only=True)` runs nothing of a stranger's, but a file may still ask it for
-memory by a number (`bytearray(1 << 40)`), or for tensors of whatever memory holds (`torch.Tensor(2000)`). So its
-opcodes are followed first, by a machine that knows what `torch.save` writes of a dictionary of dense tensors, and
-nothing else; it tells their shapes, too, so that a plan needs neither torch nor the values.
+memory by a number (`bytearray(1 << 40)`), or for tensors of whatever memory holds (`torch.Tensor(2000)`). So Python's
+own unpickler reads them first, with the opcodes and names alone that `torch.save` writes of a dictionary of dense
+tensors, and stand-ins for what they name. These tell the shapes, too, so that a plan needs neither torch nor values.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import errno
 import hashlib
 import io
 import math
+import pickle
 import pickletools
 import tempfile
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,136 +37,101 @@ _STORAGES = {
     "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
     "BoolStorage": "BOOL", "ComplexFloatStorage": "C64", "UntypedStorage": "U8",
 }  # fmt: skip
-_TENSORS = ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3")
-_PARAMETERS = ("_rebuild_parameter", "_rebuild_parameter_with_state")
-_CONSTANTS = {"EMPTY_TUPLE": (), "NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_ARGUMENTS = ("BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT")
-_TAKES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "SETITEM": 2, "APPEND": 1, "BUILD": 1, "REDUCE": 2, "BINPERSID": 1}
+_OPCODES = (
+    "PROTO", "STOP", "MARK", "GLOBAL", "REDUCE", "BUILD", "BINPERSID", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET",
+    "EMPTY_DICT", "SETITEM", "SETITEMS", "EMPTY_LIST", "APPEND", "APPENDS", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2",
+    "TUPLE3", "NONE", "NEWTRUE", "NEWFALSE", "BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT",
+)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class _Global:
-    """A name that a pickle asks for: (module, name)."""
+class _Dtype(str):
+    """A dtype, or a kind of storage, that a pickle names."""
 
-    module: str
-    name: str
+    def __call__(self, *_: Any) -> None:
+        raise UnpicklingError("a call that no file of plain tensors needs")
 
 
-@dataclass(frozen=True)
-class _Storage:
-    """Bytes of the file."""
-
+class _Storage(NamedTuple):
     dtype: str
     nbytes: int
 
 
-@dataclass(frozen=True)
-class _Tensor:
-    """A tensor that lies in its storage."""
-
+class _Tensor(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
 
 
-class _Machine:
-    """Follows the opcodes of pickles, and makes nothing of what they ask for; `storages` are their bytes, by key."""
+class _Dict(dict[str, Any]):
+    """A dictionary whose keys are texts: to hash tuples of tuples takes forever, or all of the stack."""
 
-    def __init__(self) -> None:
-        self.storages: dict[str, int] = {}
-
-    def run(self, file: IO[bytes]) -> Any:
-        """The result of the pickle that begins here: dictionaries and lists, and in them what stands for tensors."""
-        outer: list[list[Any]] = []
-        stack: list[Any] = []
-        memo: dict[Any, Any] = {}
-        for opcode, argument, _ in pickletools.genops(file):
-            name = opcode.name
-            if name == "MARK":
-                outer.append(stack)
-                stack = []
-            elif name in ("BINPUT", "LONG_BINPUT"):
-                memo[argument] = stack[-1]
-            elif name in ("TUPLE", "SETITEMS", "APPENDS") or name in _TAKES:
-                taken = stack
-                if name in _TAKES:
-                    count = _TAKES[name]
-                    taken = stack[len(stack) - count :] if len(stack) >= count else []
-                    del stack[len(stack) - len(taken) :]
-                else:
-                    stack = outer.pop()
-                stack += self._step(name, taken, stack)
-            elif name not in ("PROTO", "STOP"):
-                stack.append(memo[argument] if name in ("BINGET", "LONG_BINGET") else _pushed(name, argument))
-        return stack.pop()
-
-    def _step(self, name: str, taken: list[Any], stack: list[Any]) -> list[Any]:
-        """What an opcode pushes for what it has taken off the stack."""
-        if name.startswith("TUPLE"):
-            if len(taken) > MAX_DIMS or any(type(t) is tuple and not _are_ints(t) for t in taken):
-                raise UnpicklingError("tuples in tuples, too deep")  # to hash them takes forever, or all of the stack
-            return [tuple(taken)]
-        if name == "BINPERSID":
-            return [self._storage(*taken[0][:5])]
-        if name == "REDUCE":
-            return [_called(*taken)]
-        into = stack[-1]
-        if name in ("APPEND", "APPENDS") and type(into) is list:
-            into += taken
-        elif name in ("SETITEM", "SETITEMS") and type(into) is dict and all(type(key) is str for key in taken[::2]):
-            into.update(zip(taken[::2], taken[1::2], strict=True))
-        elif name != "BUILD" or type(into) is not dict or type(taken[0]) is not dict:
-            raise UnpicklingError("a key that is no text, or a change of what is no dictionary")
-        return []
-
-    def _storage(self, kind: object, of: _Global, key: str, _: object, count: int) -> _Storage:
-        if kind != "storage" or of.name not in _STORAGES or type(key) is not str or not _are_ints((count,)):
-            raise UnpicklingError("it names something else than a storage")
-        found = _Storage(_STORAGES[of.name], count * ITEMSIZE[_STORAGES[of.name]])
-        if self.storages.setdefault(key, found.nbytes) != found.nbytes:
-            raise UnpicklingError(f"two sizes of storage {key}")
-        return found
+    def __setitem__(self, key: str, value: Any) -> None:
+        if type(key) is not str:
+            raise UnpicklingError("a key that is no text")
+        super().__setitem__(key, value)
 
 
-def _are_ints(values: tuple[Any, ...]) -> bool:
-    return all(type(n) is int and n >= 0 for n in values)
-
-
-def _pushed(name: str, argument: Any) -> Any:
-    if name == "GLOBAL":
-        module, _, wanted = argument.partition(" ")
-        dtype = module == "torch" and wanted in TORCH_DTYPES
-        storage = module in ("torch", "torch.storage") and wanted in _STORAGES
-        function = module == "torch._utils" and wanted in (*_TENSORS, *_PARAMETERS)
-        if not (dtype or storage or function or (module, wanted) == ("collections", "OrderedDict")):
-            raise UnpicklingError(f"it asks for {module}.{wanted}, which no file of plain tensors needs")
-        return _Global(module, wanted)
-    if name in ("EMPTY_DICT", "EMPTY_LIST"):
-        return {} if name == "EMPTY_DICT" else []
-    if name in _CONSTANTS:
-        return _CONSTANTS[name]
-    if name not in _ARGUMENTS:
-        raise UnpicklingError(f"the opcode {name}, which torch.save does not write")
-    return argument
-
-
-def _called(function: Any, arguments: tuple[Any, ...]) -> Any:
-    """What stands for the result of a call."""
-    if type(function) is _Global and function.name == "OrderedDict" and arguments == ():
-        return {}
-    if type(function) is _Global and function.name in _PARAMETERS and type(arguments[0]) is _Tensor:
-        return arguments[0]
-    if type(function) is not _Global or function.name not in _TENSORS:
-        raise UnpicklingError("a call that no file of plain tensors needs")
-    storage, offset, size, stride = arguments[:4]
+def _rebuilt(storage: Any, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *more: Any) -> _Tensor:
     if type(storage) is not _Storage:
         raise UnpicklingError("a tensor that does not lie in the file")
-    dtype = TORCH_DTYPES[arguments[6].name] if function.name == "_rebuild_tensor_v3" else storage.dtype
-    if len(size) != len(stride) or not _are_ints((offset, *size, *stride)):
+    dtype = more[2] if more[2:] and type(more[2]) is _Dtype else storage.dtype  # of _rebuild_tensor_v3
+    if type(size) is not tuple or not len(size) == len(stride) <= MAX_DIMS or not _are_ints(offset, *size, *stride):
         raise UnpicklingError("a tensor of impossible shape")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if 0 not in size else -1
     if max(last + 1, math.prod(size)) * ITEMSIZE[dtype] > storage.nbytes:
         raise UnpicklingError(f"a tensor of shape {list(size)} that is larger than its storage")
-    return _Tensor(dtype, size)
+    return _Tensor(str(dtype), size)
+
+
+def _are_ints(*values: Any) -> bool:
+    return all(type(n) is int and n >= 0 for n in values)
+
+
+_NAMES: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): lambda: _Dict(),
+    **{("torch._utils", f"_rebuild_{n}"): _rebuilt for n in ("tensor", "tensor_v2", "tensor_v3")},
+    **{("torch._utils", f"_rebuild_{n}"): lambda data, *_: data for n in ("parameter", "parameter_with_state")},
+    **{("torch", name): _Dtype(dtype) for name, dtype in TORCH_DTYPES.items()},
+    **{(module, n): _Dtype(dtype) for module in ("torch", "torch.storage") for n, dtype in _STORAGES.items()},
+}
+
+
+class _Steps(dict[int, Any]):
+    def __missing__(self, code: int) -> Any:
+        name = next((o.name for o in pickletools.opcodes if o.code == chr(code)), code)
+        raise UnpicklingError(f"the opcode {name}, which torch.save does not write")
+
+
+class _Unpickler(pickle._Unpickler):
+    """Reads one pickle; `storages` are the bytes of what it names, by key."""
+
+    stack: list[Any]
+    dispatch: ClassVar[dict[int, Any]] = _Steps(
+        {ord(o.code): pickle._Unpickler.dispatch[ord(o.code)] for o in pickletools.opcodes if o.name in _OPCODES}
+    )
+
+    def __init__(self, file: IO[bytes], storages: dict[str, int]) -> None:
+        super().__init__(file)
+        self.storages = storages
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _NAMES:
+            raise UnpicklingError(f"it asks for {module}.{name}, which no file of plain tensors needs")
+        return _NAMES[module, name]
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        kind, dtype, key, _, count = pid[:5]
+        if kind != "storage" or type(dtype) is not _Dtype or type(key) is not str or not _are_ints(count):
+            raise UnpicklingError("it names something else than a storage")
+        found = _Storage(str(dtype), count * ITEMSIZE[dtype])
+        if self.storages.setdefault(key, found.nbytes) != found.nbytes:
+            raise UnpicklingError(f"two sizes of storage {key}")
+        return found
+
+    def _build(self) -> None:  # the state of a dictionary says nothing of its tensors
+        if type(self.stack.pop()) is not _Dict or type(self.stack[-1]) is not _Dict:
+            raise UnpicklingError("a change of what is no dictionary")
+
+    dispatch |= {pickle.BUILD[0]: _build, pickle.EMPTY_DICT[0]: lambda self: self.stack.append(_Dict())}
 
 
 def pickle_records(path: Path) -> tuple[TensorRecord, ...]:
@@ -190,7 +155,7 @@ def pickle_records(path: Path) -> tuple[TensorRecord, ...]:
         raise bad_file(path, "not a dictionary of tensors", type(result).__name__, "a dictionary of tensors")
     for name, value in result.items():
         if type(value) is not _Tensor or not name.isprintable():
-            kind = type(value).__name__.strip("_")
+            kind = type(value).__name__.strip("_").lower()
             raise bad_file(path, "an entry is not a dense tensor under a printable key", kind, key=name)
     return laid_out(tuple((name, t.dtype, t.shape) for name, t in result.items()))
 
@@ -207,9 +172,9 @@ def _archived(file: IO[bytes], size: int) -> Any:
         if len(main) != 1:
             raise UnpicklingError(f"an archive with {len(main)} parts named data.pkl, where torch writes one")
         sizes = {p.filename.partition("/")[2]: p.file_size for p in parts}
-        machine = _Machine()
-        result = machine.run(io.BytesIO(archive.read(main[0])))
-    for key, nbytes in machine.storages.items():
+        storages: dict[str, int] = {}
+        result = _Unpickler(io.BytesIO(archive.read(main[0])), storages).load()
+    for key, nbytes in storages.items():
         found = sizes.get(f"data/{key}")
         if found != nbytes:
             what = "missing" if found is None else f"of {found} bytes"
@@ -219,13 +184,13 @@ def _archived(file: IO[bytes], size: int) -> Any:
 
 def _streamed(file: IO[bytes], size: int) -> Any:
     """The dictionary in a file of the format before archives."""
-    machine = _Machine()
-    if machine.run(file) != MAGIC:
+    storages: dict[str, int] = {}
+    if _Unpickler(file, storages).load() != MAGIC:
         raise UnpicklingError("it is not of torch's format")
-    _, _, result, keys = (machine.run(file) for _ in range(4))  # version, machine, tensors, the keys of what follows
-    if not isinstance(keys, list) or sorted(keys) != sorted(machine.storages):
+    _, _, result, keys = (_Unpickler(file, storages).load() for _ in range(4))  # version, machine, tensors, keys
+    if not isinstance(keys, list) or sorted(keys) != sorted(storages):
         raise UnpicklingError("the storages that follow are not those of the tensors")
-    needed, left = sum(machine.storages.values()), size - file.tell()
+    needed, left = sum(storages.values()), size - file.tell()
     if needed > left:
         raise UnpicklingError(f"{needed} bytes of tensors, of which {left} are there")
     return result
@@ -261,9 +226,7 @@ def _convert(path: Path, out: IO[bytes]) -> tuple[TensorRecord, ...]:
     records = pickle_records(path)
     try:
         loaded: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
-        found = [
-            (name, TORCH_DTYPES[str(t.dtype).removeprefix("torch.")], tuple(t.shape)) for name, t in loaded.items()
-        ]
+        found = [(n, TORCH_DTYPES[str(t.dtype).removeprefix("torch.")], tuple(t.shape)) for n, t in loaded.items()]
     except OSError:
         raise
     except Exception as e:  # torch raises whatever a damaged archive leads to
@@ -278,7 +241,5 @@ def raw_bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:
     """The bytes of a tensor, little-endian, row by row."""
     import torch
 
-    flat: NDArray[np.uint8] = (
-        tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy()
-    )
-    return flat
+    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    return np.asarray(flat.view(torch.uint8).numpy())

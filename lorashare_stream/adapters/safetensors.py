@@ -1,8 +1,7 @@
 """safetensors files: headers that the library has proved, memory maps, streaming atomic writes.
 
-An adapter's file is mapped once, and its tensors are views of the map by their offsets (`scripts/bench_read.py`
-compares this with reads). Who maps a file must know that it is still the one whose header was read, since beyond the
-end of a file that has shrunk there is SIGBUS: `Adapter.open` asks for size and time first.
+Who maps a file must know that it is still the one whose header was read, since beyond the end of a file that has
+shrunk there is SIGBUS: `Adapter.open` asks for size and time first.
 """
 
 from __future__ import annotations
@@ -13,13 +12,13 @@ import mmap
 import os
 import struct
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 import numpy as np
@@ -30,7 +29,8 @@ from ..errors import AdapterError
 from ..text import printable
 from .dtypes import ITEMSIZE, widened
 
-CHUNK = 8 << 20  # bytes copied or hashed at once
+CHUNK = 8 << 20  # bytes copied at once
+AGAIN = "Fetch or save the adapter again, or leave it out."
 MAX_HEADER = 100_000_000  # the limit of the safetensors library
 MAX_DIMS = 16  # of a tensor; the library has no limit, NumPy has
 
@@ -83,7 +83,8 @@ def _records(raw: bytes, size: int, file: int, origin: _Origin) -> tuple[TensorR
     if not isinstance(header, dict):
         raise bad_file(path, "the safetensors header is not an object", type(header).__name__, "object")
     header.pop("__metadata__", None)
-    records = sorted((_record(path, name, entry, data, file) for name, entry in header.items()), key=_by_offset)
+    records = [_record(path, name, entry, data, file) for name, entry in header.items()]
+    records.sort(key=lambda r: (r.offset, r.nbytes))  # an empty tensor shares its offset with the next one
     end = max((r.offset + r.nbytes for r in records), default=data)
     if end != size:
         raise bad_file(path, "cut short or padded: the header and the file disagree", f"{size} bytes", f"{end} bytes")
@@ -93,22 +94,19 @@ def _records(raw: bytes, size: int, file: int, origin: _Origin) -> tuple[TensorR
 
 def _prove(raw: bytes, size: int, origin: _Origin) -> None:
     """Have safetensors check every number of a header, by its file, or by one of that size with nothing else in it."""
-    with ExitStack() as stack:
-        try:
-            if origin.here:
-                try:
-                    stack.enter_context(safe_open(origin.path, framework="numpy"))
-                    return
-                except OSError:  # a disk that does not map files
-                    pass
-            hollow = stack.enter_context(tempfile.NamedTemporaryFile(prefix="lorashare-stream-"))
+    try:
+        if origin.here:
+            with suppress(OSError), safe_open(origin.path, framework="numpy"):  # of a disk that does not map files
+                return
+        with tempfile.NamedTemporaryFile(prefix="lorashare-stream-") as hollow:
             hollow.write(struct.pack("<Q", len(raw)) + raw)
             hollow.truncate(size)
             hollow.flush()
-            stack.enter_context(safe_open(hollow.name, framework="numpy"))
-        except SafetensorError as e:
-            found = str(e).removeprefix("Error while deserializing header: ")
-            raise bad_file(origin.path, "the safetensors header is not true of the file", found) from e
+            with safe_open(hollow.name, framework="numpy"):
+                pass
+    except SafetensorError as e:
+        found = str(e).removeprefix("Error while deserializing header: ")
+        raise bad_file(origin.path, "the safetensors header is not true of the file", found) from e
 
 
 def _header_length(path: Path, prefix: bytes, size: int) -> int:
@@ -119,10 +117,6 @@ def _header_length(path: Path, prefix: bytes, size: int) -> int:
     return length
 
 
-def _by_offset(record: TensorRecord) -> tuple[int, int]:
-    return record.offset, record.nbytes  # an empty tensor shares its offset with the next one
-
-
 def _record(path: Path, name: str, entry: Any, data: int, file: int) -> TensorRecord:
     """What a header says of a tensor; that the numbers fit the file and one another is proved later."""
     try:
@@ -131,17 +125,12 @@ def _record(path: Path, name: str, entry: Any, data: int, file: int) -> TensorRe
     except (TypeError, KeyError, ValueError) as e:
         raise bad_file(path, "a tensor is not described as safetensors demands", entry, key=name) from e
     if not name.isprintable():
-        raise AdapterError(
-            f"{printable(path.name)}: a key with unprintable characters",
-            key=name,
-            remedy="Give its module a name that can be shown, or leave the adapter out.",
-        )
+        remedy = "Give its module a name that can be shown, or leave the adapter out."
+        raise AdapterError(f"{printable(path.name)}: a key with unprintable characters", key=name, remedy=remedy)
     if not isinstance(dtype, str) or dtype not in ITEMSIZE:
         raise bad_file(path, "a dtype that is not known", dtype, ", ".join(ITEMSIZE), key=name)
     if not whole or len(shape) > MAX_DIMS or math.prod(shape) * ITEMSIZE[dtype] != end - start:
-        raise bad_file(
-            path, "shape and byte range disagree", f"{end!r} - {start!r} bytes", f"{dtype} {list(shape)}", key=name
-        )
+        raise bad_file(path, "shape and byte range disagree", f"{end!r} - {start!r} bytes", f"{dtype} {[*shape]}", name)
     return TensorRecord(name, dtype, shape, data + start, end - start, file)
 
 
@@ -153,44 +142,32 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def repeated(names: Iterable[str]) -> str | None:
-    """The first name that comes a second time, if one does."""
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            return name
-        seen.add(name)
-    return None
+    """The first name that comes more than once, if one does."""
+    return next((name for name, times in Counter(names).items() if times > 1), None)
 
 
 def bad_file(
     path: Path, problem: str, found: object = None, expected: object = None, key: str | None = None
 ) -> AdapterError:
     """The error for a damaged weight file."""
-    return AdapterError(
-        f"{printable(path.name)}: {problem}",
-        key=key,
-        found=found,
-        expected=expected,
-        remedy="Fetch or save the adapter again, or leave it out.",
-    )
+    return AdapterError(f"{printable(path.name)}: {problem}", key=key, found=found, expected=expected, remedy=AGAIN)
 
 
 class TensorReader:
     """The safetensors files of one adapter, each mapped once, while the `with` block lasts.
 
-    All it gives are read-only views of the maps: what must outlive the block is copied. A view that is left all the
-    same keeps its map, but no pages of it are resident any more.
+    All it gives are read-only views of the maps. A view that is left keeps its map, with no pages resident.
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self._paths = tuple(paths)
-        self._maps: dict[int, tuple[mmap.mmap | None, NDArray[np.uint8]]] = {}
+        self._maps: dict[int, mmap.mmap | bytes] = {}
 
     def through(self, record: TensorRecord) -> NDArray[np.uint8]:
         """The bytes of a tensor's file, at least to the end of the tensor."""
         if record.file not in self._maps:
             self._maps[record.file] = _mapped(self._paths[record.file])
-        data = self._maps[record.file][1]
+        data = np.frombuffer(self._maps[record.file], np.uint8)
         if record.offset + record.nbytes > len(data):
             raise bad_file(self._paths[record.file], "became shorter while it was read", key=record.name)
         return data
@@ -207,28 +184,25 @@ class TensorReader:
     def __enter__(self) -> TensorReader:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         while self._maps:
-            pages, data = self._maps.popitem()[1]
-            del data
-            if pages is not None:
+            pages = self._maps.popitem()[1]
+            if not isinstance(pages, bytes):
                 try:
                     pages.close()
                 except BufferError:  # a view is left, of a loop's last round perhaps; it may be read still
                     pages.madvise(mmap.MADV_DONTNEED)
 
 
-def _mapped(path: Path) -> tuple[mmap.mmap | None, NDArray[np.uint8]]:
-    """The map of a file and its bytes; these alone where the disk does not map files."""
+def _mapped(path: Path) -> mmap.mmap | bytes:
+    """The map of a file; its bytes where the disk does not map files."""
     with path.open("rb", buffering=0) as f:
         try:
             pages = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError):  # an empty file is no value
-            return None, np.frombuffer(f.read(), np.uint8)
+            return f.read()
     pages.madvise(mmap.MADV_SEQUENTIAL)
-    return pages, np.frombuffer(pages, np.uint8)
+    return pages
 
 
 def float32(tensors: TensorReader, record: TensorRecord) -> NDArray[np.float32]:
@@ -240,24 +214,9 @@ def float32(tensors: TensorReader, record: TensorRecord) -> NDArray[np.float32]:
 def write_arrays(
     out: IO[bytes], arrays: Mapping[str, NDArray[Any]], dtype: str, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write arrays, C-contiguous and as they are stored, as a safetensors file.
-
-    Args:
-        out: an open file.
-        arrays: by key, in file order.
-        dtype: of all of them, as safetensors names it.
-        metadata: the `__metadata__` of the header.
-    """
-    out.writelines(array_parts(arrays, dtype, metadata))
-
-
-def array_parts(
-    arrays: Mapping[str, NDArray[Any]], dtype: str, metadata: Mapping[str, str] | None = None
-) -> list[bytes | memoryview]:
-    """What `write_arrays` writes, part by part."""
-    shapes = tuple((key, dtype, array.shape) for key, array in arrays.items())
-    head, _ = _head(shapes, tuple((metadata or {}).items()))
-    return [head, *(array.data.cast("B") for array in arrays.values())]
+    """Write arrays of one dtype, by key, C-contiguous and as they are stored, as a safetensors file."""
+    shapes = [(key, dtype, array.shape) for key, array in arrays.items()]
+    write_safetensors(out, shapes, (array.data.cast("B") for array in arrays.values()), metadata)
 
 
 def write_safetensors(
@@ -266,14 +225,7 @@ def write_safetensors(
     chunks: Iterable[bytes | memoryview],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a safetensors file as it streams in; no tensor needs to be whole in memory.
-
-    Args:
-        out: an open file.
-        tensors: (key, dtype, shape) of each tensor, in file order.
-        chunks: their bytes, in the same order.
-        metadata: the `__metadata__` of the header.
-    """
+    """Write tensors (key, dtype, shape), in file order, as their bytes stream in; none needs to be whole in memory."""
     head, end = _head(tuple(tensors), tuple((metadata or {}).items()))
     out.write(head)
     written = sum(out.write(chunk) for chunk in chunks)

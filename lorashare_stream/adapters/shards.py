@@ -9,19 +9,14 @@ from typing import Any
 
 from ..errors import AdapterError, MissingFileError
 from ..text import listed
+from .safetensors import AGAIN
 
 SHARD = re.compile(r"(?:adapter_)?model-\d+-of-\d+\.safetensors")
 INDEXES = ("adapter_model.safetensors.index.json", "model.safetensors.index.json")
-AGAIN = "Fetch or save the adapter again, or leave it out."
 
 
 def shard_names(index: str, content: Any, there: Sequence[str]) -> list[str]:
-    """The shards that an index names, all of them there, and no other shard.
-
-    Args:
-        index: its name.
-        content: as JSON has it.
-        there: the names of the files beside it.
+    """The shards that the content of an index names: all of them are there, among the files beside it, and no other.
 
     Raises:
         AdapterError: if it is not so, or a name leads out of the folder.
@@ -35,40 +30,28 @@ def shard_names(index: str, content: Any, there: Sequence[str]) -> list[str]:
     for name in names:
         if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
             raise AdapterError(
-                "a weight_map leaves the adapter's folder, or names no safetensors file",
-                key=index,
-                found=name,
-                expected="file names in the same folder",
-                remedy="Do not trust this adapter.",
-            )
+                "a weight_map leaves the adapter's folder, or names no safetensors file", key=index, found=name,
+                expected="file names in the same folder", remedy="Do not trust this adapter.",
+            )  # fmt: skip
     absent = [n for n in names if n not in there]
     if absent:
         raise MissingFileError("a shard is missing", key=index, found=listed(there), expected=absent[0], remedy=AGAIN)
     unlisted = sorted(n for n in there if SHARD.fullmatch(n) and n not in names)
     if unlisted:
+        found, expected = unlisted[0], listed(names)
         raise AdapterError(
-            f"a shard that {index} does not list", key=index, found=unlisted[0], expected=listed(names), remedy=AGAIN
+            f"a shard that {index} does not list", key=index, found=found, expected=expected, remedy=AGAIN
         )
     return names
 
 
 def check_shards(index: str, where: Mapping[str, str], held: Mapping[str, Collection[str]]) -> None:
-    """Demand that every key is in the shard that an index says.
-
-    Args:
-        index: its name.
-        where: key -> shard.
-        held: shard -> keys in it.
+    """Demand that every key is in the shard that an index says, by `where`, and not only in others (shard -> keys).
 
     Raises:
         AdapterError: naming one that is not.
     """
     for key, name in where.items():
         if key not in held[name]:
-            raise AdapterError(
-                f"{index} and the shards disagree",
-                key=key,
-                found=listed(n for n in held if key in held[n]) or "no shard that has it",
-                expected=name,
-                remedy=AGAIN,
-            )
+            found = listed(n for n in held if key in held[n]) or "no shard that has it"
+            raise AdapterError(f"{index} and the shards disagree", key=key, found=found, expected=name, remedy=AGAIN)

@@ -19,7 +19,6 @@ from ..adapters.folder import (
     CONFIG,
     PICKLE,
     SAFETENSORS,
-    config_text,
     missing_config,
     missing_weights,
     once,
@@ -160,8 +159,10 @@ class _Look:
     def _config(self, hub_id: HubId, listing: Listing) -> str:
         try:
             if self.in_cache or self.client.cached(hub_id, CONFIG) is not None:
-                return config_text(read_config(self.client.download(hub_id, CONFIG, None).parent))
-            return config_text(parse_config(lambda: json.loads(self.client.text(hub_id, CONFIG))))
+                config = read_config(self.client.download(hub_id, CONFIG, None).parent)
+            else:
+                config = parse_config(lambda: json.loads(self.client.text(hub_id, CONFIG)))
+            return json.dumps(config, separators=(",", ":"))
         except MissingFileError as e:
             raise (missing_config(listing.files) if listing.files else e) from e
 

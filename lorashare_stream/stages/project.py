@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from itertools import chain
 from pathlib import Path
@@ -15,7 +16,7 @@ from ..adapters.config import reranked
 from ..adapters.dtypes import alone_as
 from ..adapters.folder import check_still, digest_files, file_fact
 from ..adapters.keys import PEFT_PREFIX, SIDES, factor_key
-from ..adapters.safetensors import TensorReader, array_parts, write_safetensors
+from ..adapters.safetensors import TensorReader, write_arrays, write_safetensors
 from ..budget.forming import Formed, formed
 from ..checkpoint.format import LOADINGS, META, OURS, VERBATIM
 from ..checkpoint.staging import Staging
@@ -42,9 +43,9 @@ def project_adapter(job: Job, adapter: Adapter) -> Statistics:
         naming(folder),
     ):
         form = formed(job, adapter, tensors)
-        loadings = b"".join(array_parts(form.loadings, job.storage, {"format": "pt"}))
-        (folder / LOADINGS).write_bytes(loadings)
-        digests = {LOADINGS: hashlib.sha256(loadings).hexdigest()}
+        write_arrays(loadings := io.BytesIO(), form.loadings, job.storage, {"format": "pt"})
+        (folder / LOADINGS).write_bytes(loadings.getbuffer())
+        digests = {LOADINGS: hashlib.sha256(loadings.getbuffer()).hexdigest()}
         verbatim = _write_verbatim(job, adapter, tensors, folder, form)
         if verbatim or form.own:
             digests[VERBATIM] = digest_files([folder / VERBATIM])
