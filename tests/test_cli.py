@@ -342,9 +342,8 @@ def test_limits_of_the_process_are_one_sentence_and_nothing_is_lost(
     command = [sys.executable, "-m", "lorashare_stream", "compress", *collection, "-q", "--device", "cpu", "-k", "4"]
     command += ["--workers", "1"]  # a process more takes other files
     code = f"""
-import resource, sys, tempfile
+import resource, sys
 from lorashare_stream.cli import app as cli, commands
-tempfile.gettempdir()  # looks for one by files, and tells nothing of what fails
 resource.setrlimit(resource.RLIMIT_{limit}, ({19 if limit == "NOFILE" else 5000},) * 2)
 sys.exit(cli.main({[*command[3:], "-o", str(tmp_path / "out")]!r}))
 """

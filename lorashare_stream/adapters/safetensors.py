@@ -98,6 +98,7 @@ def _prove(raw: bytes, size: int, origin: _Origin) -> None:
         if origin.here:
             with suppress(OSError), safe_open(origin.path, framework="numpy"):  # of a disk that does not map files
                 return
+            origin.path.open("rb").close()  # safetensors calls a file missing where no more can be opened
         with tempfile.NamedTemporaryFile(prefix="lorashare-stream-") as hollow:
             hollow.write(struct.pack("<Q", len(raw)) + raw)
             hollow.truncate(size)
