@@ -19,6 +19,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from importlib import import_module
 from multiprocessing import connection
 from multiprocessing.context import BaseContext
 from types import ModuleType
@@ -27,7 +28,7 @@ from typing import Any
 from . import lots
 from .lots import VARIABLES, one_thread
 
-PRELOADED = [f"lorashare_stream.stages.{name}" for name in ("ingest", "update", "clean", "project")]
+PRELOADED = [*(f"lorashare_stream.stages.{name}" for name in ("ingest", "update", "clean", "project")), "zarr"]
 _STOPPING = {signal.SIGINT, signal.SIGTERM}
 _KEPT_BYTES = 16 << 20  # of freed memory; the C library keeps twice as much
 
@@ -59,7 +60,10 @@ class Processes(ProcessPoolExecutor):
 
 
 def _context() -> BaseContext:
+    """Fork where nothing is lost by it, else a server of forks; either has imported what workers need."""
     if sys.platform == "linux" and len(os.listdir("/proc/self/task")) == 1 and "torch" not in sys.modules:
+        for name in PRELOADED:
+            import_module(name)
         return multiprocessing.get_context("fork")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
