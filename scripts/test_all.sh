@@ -4,4 +4,4 @@ source "$(dirname "$0")/environment.sh"
 ruff format --check .
 ruff check .
 mypy
-python -m pytest -n "${PYTEST_WORKERS:-2}" --dist worksteal "$@"
+python -m pytest -n "${PYTEST_WORKERS:-3}" --dist worksteal "$@"
