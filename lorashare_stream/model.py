@@ -286,7 +286,7 @@ class SHAREModel:
             device, force_recompute: where to compute; whether to fit the bases anew in any case.
 
         Returns:
-            As `adding.add_one`.
+            As `edits.add.add_one`.
 
         Raises:
             ValueError: if it is there already, or is none that can be added.

@@ -31,7 +31,7 @@ MODULES = {
 
 def environment() -> dict[str, str]:
     """One OpenBLAS kernel, and NumPy without AVX-512: other kernels give other last bits."""
-    from numpy._core._multiarray_umath import __cpu_dispatch__, __cpu_features__  # type: ignore[import-not-found]
+    from numpy._core._multiarray_umath import __cpu_dispatch__, __cpu_features__
 
     extra = [f for f in __cpu_dispatch__ if __cpu_features__[f] and f != "X86_V3"]
     return os.environ | {

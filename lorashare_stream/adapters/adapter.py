@@ -130,7 +130,7 @@ class Adapter:
 
     @property
     def module_batches(self) -> tuple[ModuleBatch, ...]:
-        """The shared modules, with the same E in each bundle."""
+        """The shared modules, with the same E in each batch."""
         return self.layout.module_batches if self.plain else module_batches(self.layout.modules, alone=True)
 
     def batches_of(self, modules: Iterable[str]) -> tuple[ModuleBatch, ...]:

@@ -72,7 +72,7 @@ class ModuleBatch:
 
 
 def module_batches(modules: Iterable[Module], *, alone: bool = False) -> tuple[ModuleBatch, ...]:
-    """Modules in bundles of bounded size, in file order; each in one of its own if it is to be `alone`."""
+    """Modules in batches of bounded size, in file order; each in one of its own if it is to be `alone`."""
     alike: dict[object, list[Module]] = {}
     for i, m in enumerate(sorted(modules, key=lambda m: (m.a.file, m.a.offset))):
         kind = m.a.file, m.b.file, m.a.shape, m.b.shape, m.a.dtype, m.b.dtype

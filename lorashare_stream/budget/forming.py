@@ -266,7 +266,7 @@ def _errors_of(
     hats: Mapping[Side, Stack],
     alike: set[str],
 ) -> dict[str, DeltaError]:
-    """Errors of the modules of a bundle, of which some are `alike`: factors that come near those before them."""
+    """Errors of the modules of a batch, of which some are `alike`: factors that come near those before them."""
     found: dict[str, DeltaError] = {}
     for names, measure in ((alike, delta_errors), (set(module_batch.names) - alike, changed_errors)):
         at = [i for i, m in enumerate(module_batch.names) if m in names]

@@ -89,7 +89,7 @@ class Hub:
         return HfApi(library_name="lorashare-stream", library_version=__version__)
 
     def retry(self, call: Callable[[], T], what: str, most: float | None = None) -> T:
-        """The result of a request, as `patience.retry`."""
+        """The result of a request, as `retry.retry`."""
         return retry(call, what, self.stopped, offline=self.offline, most=most)
 
     def info(self, hub_id: HubId) -> Any:

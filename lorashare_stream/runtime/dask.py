@@ -1,6 +1,6 @@
 """A Dask cluster: found or started, asked before any work, mapped over by its own executor.
 
-Nothing but tasks goes to it, and nothing but receipts comes back.
+Nothing but tasks goes to it, and nothing but small results comes back.
 """
 
 from __future__ import annotations

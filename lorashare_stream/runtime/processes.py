@@ -28,7 +28,7 @@ from typing import Any
 from . import lots
 from .lots import VARIABLES, one_thread
 
-PRELOADED = [*(f"lorashare_stream.stages.{name}" for name in ("ingest", "update", "clean", "project")), "zarr"]
+LIBRARY = "zarr"  # what tasks import late, and a worker would have to for itself
 _STOPPING = {signal.SIGINT, signal.SIGTERM}
 _KEPT_BYTES = 16 << 20  # of freed memory; the C library keeps twice as much
 
@@ -62,11 +62,11 @@ class Processes(ProcessPoolExecutor):
 def _context() -> BaseContext:
     """Fork where nothing is lost by it, else a server of forks; either has imported what workers need."""
     if sys.platform == "linux" and len(os.listdir("/proc/self/task")) == 1 and "torch" not in sys.modules:
-        for name in PRELOADED:
-            import_module(name)
+        import_module(LIBRARY)
         return multiprocessing.get_context("fork")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    package = lots.PACKAGE.name  # whoever asks for tasks has imported the modules that do them
+    context.set_forkserver_preload([*(name for name in sys.modules if name.startswith(f"{package}.stages.")), LIBRARY])
     return context
 
 

@@ -25,10 +25,8 @@ from ..workspace.moments import DamagedMoment, Rows
 from ..workspace.workspace import Workspace
 from .job import Job
 
-log = logging.getLogger(__name__)
-
-
 Marker = dict[str, Any]
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -212,7 +210,7 @@ def _removed(marker: Mapping[str, Any] | None, side: Side, gone: Sequence[int]) 
 def rows_of(
     adapter: Adapter, module_batches: Iterable[ModuleBatch], energy: float, objective: str
 ) -> Iterator[dict[Side, NDArray[np.floating[Any]]]]:
-    """The vectors of one adapter that are summed, read from its files: rows (m, E r, d) of each bundle."""
+    """The vectors of one adapter that are summed, read from its files: rows (m, E r, d) of each module batch."""
     with adapter.open() as tensors:
         for module_batch in module_batches:
             factors = module_batch.read(tensors)
@@ -229,7 +227,7 @@ def weighted_rows(
     stacked experts, each by its own other side.
 
     Args:
-        a, b: (m, E r, d_in) and (m, d_out, E r). products: how dW comes of them, of each module; E is the same in all.
+        a, b: (m, E r, d_in) and (m, d_out, E r). scalings: how dW comes of them, of each module; E is the same in all.
         energy: ||dW_i||^2, above 0 under `delta`.
     """
     rows: dict[Side, NDArray[Any]] = {"A": a, "B": np.swapaxes(b, -1, -2)}

@@ -46,7 +46,7 @@ def ingest_adapter(objective: str, adapter: Adapter) -> tuple[str, Admission | A
     """Read an adapter once, in file order: all values finite? digest; under `delta` ||dW||^2 of its shared modules.
 
     Returns:
-        Its name, and the receipt; or why the adapter must not touch a moment.
+        Its name, and the admission; or why the adapter must not touch a moment.
     """
     try:
         with adapter.open() as tensors:
