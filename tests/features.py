@@ -414,7 +414,7 @@ FEATURES: dict[str, Feature] = {
 def trained(feature: Feature, options: dict[str, Any], seed: int, folder: Path) -> torch.Tensor:
     """Save an adapter all of whose parameters have moved, and give the logits of its model."""
     config = LoraConfig(**copy.deepcopy(options))
-    model = get_peft_model(prepared(feature, config), config).eval()
+    model = get_peft_model(prepare(feature, config), config).eval()
     generator = torch.Generator().manual_seed(seed)
     # A base that was split at the start has trained factors near those of the start.
     near = str(config.init_lora_weights).startswith(("pissa", "olora", "corda", "lora_ga", "loftq"))
@@ -427,7 +427,7 @@ def trained(feature: Feature, options: dict[str, Any], seed: int, folder: Path) 
     return logits(model)
 
 
-def prepared(feature: Feature, config: LoraConfig) -> Any:
+def prepare(feature: Feature, config: LoraConfig) -> Any:
     torch.manual_seed(7)  # what PEFT draws when it initialises
     base = feature.base()
     feature.prepare(base, config)
@@ -436,7 +436,7 @@ def prepared(feature: Feature, config: LoraConfig) -> Any:
 
 def loaded(feature: Feature, folder: Path) -> Any:
     """The adapter of a folder, on a fresh base model."""
-    return PeftModel.from_pretrained(prepared(feature, LoraConfig.from_pretrained(folder)), folder).eval()
+    return PeftModel.from_pretrained(prepare(feature, LoraConfig.from_pretrained(folder)), folder).eval()
 
 
 def logits(model: Any) -> torch.Tensor:

@@ -21,7 +21,7 @@ from lorashare_stream.plan.sources import resolve
 from lorashare_stream.report.text import plan_warnings
 from lorashare_stream.settings import Settings
 
-from .features import FEATURES, QV, Feature, loaded, loftq, logits, prepared, trained
+from .features import FEATURES, QV, Feature, loaded, loftq, logits, prepare, trained
 from .tiers import some_fast
 
 Compress = Callable[..., Path]
@@ -155,7 +155,7 @@ def rewritten(folder: Path, rename: Callable[[str], str]) -> None:
 def as_state_dict(folder: Path, feature: Feature, name: str = "default", everything: bool = True) -> None:
     """The file as `torch.save(model.state_dict())` would make it."""
     config = LoraConfig.from_pretrained(folder)
-    model = get_peft_model(prepared(feature, config), config, adapter_name=name)
+    model = get_peft_model(prepare(feature, config), config, adapter_name=name)
     set_peft_model_state_dict(model, load_file(folder / WEIGHTS), adapter_name=name)
     state = {k: v.clone() for k, v in model.state_dict().items() if everything or f".{name}" in k}
     assert any(f".{name}." in k for k in state)

@@ -25,7 +25,7 @@ from lorashare_stream.settings import QUANTUM, Settings
 from lorashare_stream.stages.accumulate import accumulate_modules
 from lorashare_stream.workspace import leases
 from lorashare_stream.workspace import moments as momentstore
-from lorashare_stream.workspace.leases import Need, Slot, arranged, height_of
+from lorashare_stream.workspace.leases import Need, Slot, arrange, height_of
 from lorashare_stream.workspace.moments import DamagedMoment, Rows
 from lorashare_stream.workspace.workspace import Workspace
 
@@ -69,7 +69,7 @@ def places(root: Path, *moments: Moment, lease: str = "lease") -> list[Slot]:
     first = moments[0].second if moments[0].second is not None else moments[0].columns
     assert first is not None
     needs = {(f"q{i}", side): need_of(m) for i, m in enumerate(moments) for side in "A"}
-    slots = leases.make_arrays(root, arranged(lease, needs, first.dtype.name), WORDS)
+    slots = leases.make_arrays(root, arrange(lease, needs, first.dtype.name), WORDS)
     return [slots[f"q{i}"]["A"] for i in range(len(moments))]
 
 
@@ -149,7 +149,7 @@ def test_chunks_are_bounded_and_hardly_filled_up(rows: int, dim: int, item: int)
 @given(counts=st.lists(st.integers(0, 5000), min_size=1, max_size=300))
 def test_modules_of_many_numbers_of_vectors_have_few_arrays_and_places_of_their_own(counts: list[int]) -> None:
     needs = {(f"m{i}", "A"): Need("columns", 7, n) for i, n in enumerate(counts)}
-    found = arranged("lease", needs, "float32")
+    found = arrange("lease", needs, "float32")
     slots = [found[f"m{i}"]["A"] for i in range(len(counts))]
     assert len({(s.array, s.index) for s in slots}) == len(counts)
     assert len({s.array for s in slots}) <= min(len(set(counts)), 8 * 13 + 1)

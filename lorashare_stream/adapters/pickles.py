@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from ..files import atomic_file, own_folder
 from .dtypes import ITEMSIZE, TORCH_DTYPES
-from .safetensors import MAX_DIMS, TensorReader, TensorRecord, bad_file, laid_out, write_safetensors
+from .safetensors import MAX_DIMS, TensorReader, TensorRecord, bad_file, tensor_records_of, write_safetensors
 
 if TYPE_CHECKING:
     import torch
@@ -157,7 +157,7 @@ def pickle_records(path: Path) -> tuple[TensorRecord, ...]:
         if type(value) is not _Tensor or not name.isprintable():
             kind = type(value).__name__.strip("_").lower()
             raise bad_file(path, "an entry is not a dense tensor under a printable key", kind, key=name)
-    return laid_out(tuple((name, t.dtype, t.shape) for name, t in result.items()))
+    return tensor_records_of(tuple((name, t.dtype, t.shape) for name, t in result.items()))
 
 
 def _archived(file: IO[bytes], size: int) -> Any:

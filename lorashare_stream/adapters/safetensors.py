@@ -235,7 +235,7 @@ def write_safetensors(
 
 
 @lru_cache(maxsize=64)  # as above
-def laid_out(tensors: tuple[tuple[str, str, tuple[int, ...]], ...]) -> tuple[TensorRecord, ...]:
+def tensor_records_of(tensors: tuple[tuple[str, str, tuple[int, ...]], ...]) -> tuple[TensorRecord, ...]:
     """Where `write_safetensors` puts tensors (key, dtype, shape) that have no metadata."""
     sizes = [math.prod(shape) * ITEMSIZE[dtype] for _, dtype, shape in tensors]
     starts = accumulate(sizes, initial=len(_head(tensors, ())[0]))

@@ -67,7 +67,7 @@ class _Sums:
         return (moment, 0) if rows is None else (replace(moment, columns=rows.kept), rows.checksum)
 
 
-def prepared(job: Job, work: Workspace, names: Sequence[str]) -> Job:
+def prepare(job: Job, work: Workspace, names: Sequence[str]) -> Job:
     """The job with places for moments whose arrays change, in a fresh lease; of others the markers are brought up.
 
     A module whose marker does not go with the journal is forgotten, for `update.sum_up` to begin it again.

@@ -14,7 +14,7 @@ from ..files import read_sealed
 from ..plan.plan import Plan, cut
 from ..text import listed, printable
 from ..workspace.workspace import Workspace
-from .accumulate import Marker, accumulate_modules, prepared
+from .accumulate import Marker, accumulate_modules, prepare
 from .fit import fit_module, sum_and_fit_modules
 from .job import Job
 from .project import check_unchanged
@@ -56,7 +56,7 @@ def sum_and_fit(run: Run, job: Job) -> dict[str, dict[str, Any]]:
         run.fetcher.cancel_except(())
         if job.settings.discard_moments and len(run.plan.batches) == 1:
             with run.at_hand(job.unfetched(todo)) as here:
-                part = prepared(job.with_files(here), work, todo)
+                part = prepare(job.with_files(here), work, todo)
                 run.sum(
                     partial(sum_and_fit_modules, part), todo, lambda m, ok: (work.discard if ok else work.forget)(m)
                 )
@@ -110,7 +110,7 @@ def sum_up(
             for adapter in here.values():
                 check_unchanged(adapter, part.admission_of[adapter.name])
             run.check()
-            part = prepared(part.with_files(here), work, todo)
+            part = prepare(part.with_files(here), work, todo)
             run.sum(partial(task, part), [m for m in todo if m in part.slots], done)
         if had:
             work.sweep()

@@ -107,7 +107,7 @@ class Need:
     rows: int
 
 
-def arranged(lease: str, needs: Mapping[tuple[str, Side], Need], dtype: str) -> dict[str, dict[Side, Slot]]:
+def arrange(lease: str, needs: Mapping[tuple[str, Side], Need], dtype: str) -> dict[str, dict[Side, Slot]]:
     """Places of moments, in as few arrays as can be; modules of one array in their order.
 
     Columns of modules that have nearly as many are in one array, so that there are never many arrays.

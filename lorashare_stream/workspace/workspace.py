@@ -228,7 +228,7 @@ class Workspace:
         self.check_held()
         if not needs:
             return {}
-        slots = leases.arranged(uuid.uuid4().hex, needs, self._binding()["moment_dtype"])
+        slots = leases.arrange(uuid.uuid4().hex, needs, self._binding()["moment_dtype"])
         return leases.make_arrays(self.moments, slots, self._words())
 
     def sweep(self) -> None:
