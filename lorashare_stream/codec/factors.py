@@ -1,0 +1,101 @@
+"""Factors: lora_A and lora_B of what is coded, as `reconstruct` writes them, and how far they are from dW.
+
+A column of a pair becomes lora_B[:, j] = qB_j step 2^e and lora_A[j] = qA_j 2^-e / (|qB_j| s), with e such that both have
+nearly the same length, rounded to the dtypes that the adapter came with. Rank, alpha and keys stay as they came: a
+column without bits is zero. All operations are exact or correctly rounded, so that every machine gives the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..adapters.dtypes import as_stored
+from ..adapters.keys import Side
+from ..adapters.scaling import Scaling
+from ..adapters.stacks import ModuleBatch
+from ..linalg.delta import DeltaError, energies, gram
+from ..linalg.types import Array, Float64
+from .stream import Group, Shape
+
+
+class CodedModule(NamedTuple):
+    """What a decoder must know of a module: of the tensors that it came with, and how dW comes of them."""
+
+    name: str
+    rank: int  # of the tensors: of all experts
+    d_out: int
+    d_in: int
+    scale: float
+    experts: int
+    dtype_b: str
+    dtype_a: str
+
+    @property
+    def shape(self) -> Shape:
+        """Columns, d_out and d_in of its pairs; dW has no more columns than rows or columns."""
+        return min(self.rank // self.experts, self.d_out, self.d_in), self.d_out, self.d_in
+
+
+def shapes_of(modules: Sequence[CodedModule]) -> list[tuple[Shape, int]]:
+    """The shapes of the groups, ascending, and how many pairs each has."""
+    found: dict[Shape, int] = {}
+    for m in modules:
+        found[m.shape] = found.get(m.shape, 0) + m.experts
+    return sorted(found.items())
+
+
+def groups_of(modules: Sequence[CodedModule], pairs: Mapping[str, tuple[Array, Array]]) -> list[Group]:
+    """The groups of an adapter, from the integers (E, r, d_out) and (E, r, d_in) of each module."""
+    alike: dict[Shape, list[tuple[Array, Array]]] = {}
+    for m in modules:
+        alike.setdefault(m.shape, []).append(pairs[m.name])
+    return [Group(*(np.concatenate(side) for side in zip(*alike[shape], strict=True))) for shape in sorted(alike)]
+
+
+def factors(
+    modules: Sequence[CodedModule], groups: Sequence[Group], step: float
+) -> Iterator[tuple[CodedModule, Array, Array]]:
+    """Each module with its lora_A (E r, d_in) and lora_B (d_out, E r), in values of its dtypes, group by group."""
+    for shape, group in zip(sorted({m.shape for m in modules}), groups, strict=True):
+        at = 0
+        for m in (m for m in modules if m.shape == shape):
+            part = slice(at, at + m.experts)
+            at += m.experts
+            yield m, *_tensors(m, group.left[part].astype(np.float64), group.right[part].astype(np.float64), step)
+
+
+def _tensors(m: CodedModule, left: Float64, right: Float64, step: float) -> tuple[Array, Array]:
+    lengths = np.sqrt(np.square(left).sum(axis=-1, keepdims=True))  # exact sums of integers
+    lengths[lengths == 0] = 1.0
+    others = np.sqrt(np.square(right).sum(axis=-1, keepdims=True))
+    exponents = np.frexp(others / (np.square(lengths) * abs(m.scale) * (step or 1.0)))[1] // 2
+    missing = [(0, 0), (0, m.rank // m.experts - left.shape[1]), (0, 0)]
+    b = np.pad(np.ldexp(left * step, exponents), missing)  # (E, r, d_out)
+    a = np.pad(np.ldexp(right / (lengths * m.scale), -exponents), missing)
+    lora_b = b.swapaxes(0, 1).reshape(m.rank, m.d_out).T  # experts innermost
+    return rounded(a.reshape(m.rank, m.d_in), m.dtype_a), rounded(lora_b, m.dtype_b)
+
+
+def rounded(values: Float64, dtype: str) -> Array:
+    """Values as a tensor of a dtype holds them."""
+    return values if dtype == "F64" else as_stored(values, dtype)
+
+
+def errors(a: Array, b: Array, a_hat: Array, b_hat: Array, scalings: Sequence[Scaling]) -> list[DeltaError]:
+    """Error of dW^ = s B^ A^ against dW = s B A for modules of one shape, in float64, whatever their gauges.
+
+    dW - dW^ = s [B, -B^] [A ; A^], of each expert. What both have in common cancels: to some 1e-8 of ||A|| ||B||.
+
+    Args:
+        a, a_hat: (m, E r, d_in). b, b_hat: (m, d_out, E r).
+        scalings: of each module; E is the same in all.
+    """
+    blocks = scalings[0].blocks
+    left = gram(blocks(b.swapaxes(-1, -2), "B"), blocks(-b_hat.swapaxes(-1, -2), "B"))
+    right = gram(blocks(a, "A"), blocks(a_hat, "A"))
+    r, scales = right.shape[-1] // 2, np.array([p.scale for p in scalings])
+    found, norms = energies(right, left, scales), energies(right[..., :r, :r], left[..., :r, :r], scales)
+    return [DeltaError(error, norm) for error, norm in zip(found.tolist(), norms.tolist(), strict=True)]

@@ -1,0 +1,90 @@
+"""Quantiser: an entropy-constrained scalar quantiser with one step, and the code tables that belong to it.
+
+A uniform step for coefficients of all variances is reverse water-filling (Berger 1971): directions weaker than the step
+get no bits, so that neither ranks nor components need be chosen. A column of standard deviation sigma, in steps, has the
+class c = round(4 log2 sigma). Its coefficients x, in steps, become the integers q that make
+
+    (x - q)^2 + LAMBDA L_c(q)
+
+least, L_c(q) being the code length of q in bits (Sullivan 1996). For a normal density L_c grows from q - 1 to q by
+(2 q - 1) / (2 sigma^2 ln 2), so that thresholds lie at (q - 1/2) w, w = 1 + LAMBDA / (2 sigma^2 ln 2), but for the first,
+whose dead zone is wider. Integers then are near the centroids of their cells: exact centroids gain less than 0.1 %.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import ndtr
+
+from ..linalg.types import Array, Float64
+
+LAMBDA = 0.16  # squared steps a bit: of 0.08 to 0.2 the fewest bytes at dW errors of 0.05 to 0.4
+PER_OCTAVE = 4  # classes to a factor of 2 of sigma
+LOWEST, WHOLE, HIGHEST = -20, 24, 88  # classes; above WHOLE the low bits of a coefficient are coded as they are
+REACH = 8  # times sigma, up to which a table has entries
+RAREST = 2.0**-22  # probability of an entry at least; a range coder of 24 bits knows none below 2^-24
+_WIDEST, _ZONE = 1.25, 0.999  # of w, and of the first threshold: no integer is farther off than the next one
+Ints = NDArray[np.int64]
+
+
+def classes_of(sigmas: Float64) -> Ints:
+    """The class of each standard deviation, in steps."""
+    least = 2.0 ** (LOWEST / PER_OCTAVE)
+    return np.minimum(np.rint(PER_OCTAVE * np.log2(np.maximum(sigmas, least))), HIGHEST).astype(np.int64)
+
+
+def low_bits(kind: int) -> int:
+    """How many low bits of the integers of a class are coded as they are."""
+    return max(0, -(-(kind - WHOLE) // PER_OCTAVE))
+
+
+@lru_cache(maxsize=1)
+def thresholds() -> tuple[Float64, Float64]:
+    """The distance w of thresholds, and the first one, in steps, of each class from LOWEST."""
+    sigmas = 2.0 ** (np.arange(LOWEST, HIGHEST + 1) / PER_OCTAVE)
+    width = np.minimum(1 + LAMBDA / (2 * np.log(2) * sigmas**2), _WIDEST)
+    first = width / 2
+    for _ in range(8):  # it decides the lengths of 0 and 1, and these decide it
+        zero, one = 2 * ndtr(first / sigmas) - 1, ndtr(-first / sigmas) - ndtr(-1.5 * width / sigmas)
+        more = np.log2(zero) - np.log2(np.maximum(one, RAREST))
+        first = np.clip(0.5 + LAMBDA / 2 * more, width / 2, _ZONE)
+    return width, first
+
+
+def quantised(rows: Array, step: float) -> Array:
+    """The integers, as float32, of coefficients (..., d) float32: each row is a column of a factor."""
+    sigmas = np.sqrt(np.einsum("...d,...d->...", rows, rows) / np.float32(rows.shape[-1])) / step
+    kinds = classes_of(sigmas) - LOWEST
+    width, first = (table[kinds][..., None].astype(np.float32) for table in thresholds())
+    found = rows * (1 / (np.float32(step) * width))
+    kept = np.abs(found) >= first / width
+    np.rint(found, out=found)
+    found *= kept
+    return found
+
+
+@lru_cache(maxsize=256)
+def table(kind: int) -> Float64:
+    """Probabilities of the integers -K to K of a class, without their low bits, and of an escape: (2 K + 2,) float64.
+
+    They are those of a normal density in the cells of the quantiser: fixed for all collections, and so no part of any
+    file. Counted ones, at no cost, are 0.2 to 0.5 % shorter.
+    """
+    sigma, bits = 2.0 ** (kind / PER_OCTAVE), low_bits(kind)
+    width, first = (float(values[kind - LOWEST]) for values in thresholds())
+    reach = int(np.ceil(REACH * sigma / 2**bits)) + 1
+    edges = (np.arange(-reach, reach + 2) * 2.0**bits - 0.5) * width  # of q >> bits, which is rounded down
+    if not bits:
+        edges[reach], edges[reach + 1] = -first, first
+    lower = edges / sigma
+    cells = np.where(lower[:-1] > 0, ndtr(-lower[:-1]) - ndtr(-lower[1:]), ndtr(lower[1:]) - ndtr(lower[:-1]))
+    found = np.append(np.maximum(cells, RAREST), RAREST)
+    return found / found.sum()
+
+
+def reach(kind: int) -> int:
+    """K of a class: the largest magnitude, without low bits, that is no escape."""
+    return (len(table(kind)) - 2) // 2

@@ -1,0 +1,76 @@
+"""Refit: one side quantised, the other solved for it, and quantised too (closed loop).
+
+With B^ = step qB, lora_A is the least-squares solution for B^, weighted by the lengths of its columns, so that its
+coefficients again count as much as those of B. It takes what B has lost: 4 to 8 % fewer bits at the same error. In the
+gauge of `gauge` that is X_A = N G^-1 (qB P) S Q' / n, G = qB qB', N the lengths of the rows of qB.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..linalg.types import Array, Float64
+from .gauge import Pairs
+from .quantiser import quantised
+
+_RIDGE = 1e-9  # of each diagonal entry of G
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """The integers of n pairs, as rows: those of a column that is zero on one side are zero on both.
+
+    Attributes:
+        left: (n, r, d_out) float32.
+        right: (n, r, d_in) float32.
+        error: ||dW - dW^||^2 / n^2, summed over the pairs, from float32 products.
+    """
+
+    left: Array
+    right: Array
+    error: float
+
+
+def quantise(pairs: Pairs, norm: float, step: float) -> Quantised:
+    """Pairs of an adapter with ||dW|| = `norm`, quantised at `step`, which is of coefficients divided by it."""
+    weights = (pairs.values / norm).astype(np.float32)[..., None]
+    left = quantised(pairs.left * weights, step)
+    across = np.swapaxes(left, -1, -2)
+    grams = (left @ across).astype(np.float64)
+    lengths = np.sqrt(np.diagonal(grams, axis1=-2, axis2=-1))[..., None]  # (n, r, 1)
+    onto = (left @ np.swapaxes(pairs.left, -1, -2)).astype(np.float64)  # qB P (n, r, r)
+    solved = _solved(grams, onto * (pairs.values / norm)[..., None, :]) * lengths
+    right = quantised(solved.astype(np.float32) @ pairs.right, step)
+    both = (lengths > 0) & right.any(axis=-1, keepdims=True)
+    if not both.all():
+        left, right = left * both, right * both
+    return Quantised(left, right, _error(pairs, norm, step, left, right))
+
+
+def _solved(grams: Float64, right: Float64) -> Float64:
+    """G^-1 times (n, r, r), with a ridge; rows of zeros stay zero."""
+    diagonal = np.arange(grams.shape[-1])
+    grams[:, diagonal, diagonal] *= 1 + _RIDGE
+    grams[:, diagonal, diagonal] += grams[:, diagonal, diagonal] == 0
+    found: Float64 = np.linalg.solve(grams, right)
+    return found
+
+
+def _error(pairs: Pairs, norm: float, step: float, left: Array, right: Array) -> float:
+    """||W - sum_j step qB_j qA_j' / |qB_j| ||^2 of W = P S Q' / n."""
+    gram_left = (left @ np.swapaxes(left, -1, -2)).astype(np.float64)
+    gram_right = (right @ np.swapaxes(right, -1, -2)).astype(np.float64)
+    factor = step / np.maximum(np.sqrt(np.diagonal(gram_left, axis1=-2, axis2=-1)), 1.0)  # (n, r)
+    on_left = (left @ np.swapaxes(pairs.left, -1, -2)).astype(np.float64)  # (n, r, r): qB_j . P_i
+    on_right = (right @ np.swapaxes(pairs.right, -1, -2)).astype(np.float64)
+    cross = np.einsum("nji,nji,ni,nj->", on_left, on_right, pairs.values / norm, factor)
+    square = np.einsum("njk,njk,nj,nk->", gram_left, gram_right, factor, factor)
+    return float(pairs.energy / norm**2 - 2 * cross + square)
+
+
+def quantise_all(batches: Sequence[Pairs], norm: float, step: float) -> list[Quantised]:
+    """All pairs of an adapter at one step."""
+    return [quantise(pairs, norm, step) for pairs in batches]
