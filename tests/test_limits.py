@@ -80,7 +80,8 @@ def test_settings_of_older_versions_that_trimmed_nothing_are_read() -> None:
 @pytest.mark.parametrize("older", [{"dtype": "I8"}, {"rule": {"price": 1e-6, "limit": None, "own": True}}])
 @pytest.mark.parametrize("command", [
     ["info", "OUT"], ["verify", "OUT"], ["add", "OUT", "OUT"], ["remove", "OUT", "a00"],
-    ["report", "OUT", "-o", "x.html"], ["refit", "OUT", "-k", "2", "-o", "OUT"], ["reconstruct", "OUT", "--all", "-o", "x"],
+    ["report", "OUT", "-o", "x.html"], ["refit", "OUT", "-k", "2", "-o", "OUT"],
+    ["reconstruct", "OUT", "--all", "-o", "x"],
 ])  # fmt: skip
 def test_a_checkpoint_in_a_form_that_is_gone_is_to_be_compressed_again(
     checkpoint: Path, capsys: pytest.CaptureFixture[str], older: dict[str, Any], command: list[str]
