@@ -30,7 +30,7 @@ from .plan.sources import resolve
 from .report.summary_text import summary_text
 from .report.text import adapter_notes
 from .runtime.dask import workers_of
-from .settings import BUDGETS, Settings
+from .settings import LIMITS, Settings
 from .text import listed, printable
 
 log = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ class SHAREModel:
             output_dir: the checkpoint's folder; None is a private temporary one, removed with the object.
             workspace: the folder of resumable state; None is beside `output_dir`.
             executor: any `concurrent.futures.Executor`, or a `distributed.Client`; processes of this machine if None.
-            **settings: `max_error`, `max_bytes` or `ratio` instead of k, `trim_rank`, `objective`, `center`, `dtype`,
+            **settings: `max_error`, `max_bytes` or `ratio` instead of k, `objective`, `center`, `dtype`,
                 `memory`, `workers`, ... as in `Settings`.
 
         Raises:
@@ -107,9 +107,9 @@ class SHAREModel:
             if value and name not in _said:
                 _said.add(name)
                 warnings.warn(f"{name} has no effect: adapters are always streamed", UserWarning, stacklevel=2)
-        budgets = [name for name in BUDGETS if settings.get(name) is not None]
-        if budgets and num_components != 32:
-            raise UsageError("both num_components and a budget", found=listed(budgets), remedy="Give only one of them.")
+        limits = [name for name in LIMITS if settings.get(name) is not None]
+        if limits and num_components != 32:
+            raise UsageError("both num_components and a limit", found=listed(limits), remedy="Give only one of them.")
         chosen = Settings.from_mapping(
             {
                 **workers_of(executor),
@@ -319,7 +319,7 @@ class SHAREModel:
             output_dir: if given, a PEFT adapter folder is written there.
 
         Returns:
-            PEFT key -> tensor, in the checkpoint's dtype, of int8 in float32: lora_A (r, d_in), lora_B (d_out, r).
+            PEFT key -> tensor, in the checkpoint's dtype: lora_A (r, d_in), lora_B (d_out, r).
 
         Raises:
             UnknownAdapterError: a KeyError, if there is no such adapter.

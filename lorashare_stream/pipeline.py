@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
 from .adapters.shapes import ModuleShape
 from .adapters.source import Source
-from .budget.allotting import based, byte_limit
 from .checkpoint.config import SHAREConfig
-from .checkpoint.format import OURS, ours_of, skipped_of, total_bytes
+from .checkpoint.format import ours_of, skipped_of
 from .checkpoint.publish import check_output, output_folder
 from .checkpoint.records import has_files, sizes_of
 from .checkpoint.staging import Staging, recover, remove_stale
 from .checkpoint.summary import share_config
-from .errors import AdapterError, WorkspaceError, skipped_as_json
-from .files import own_path, remove_tree, write_sealed
+from .errors import AdapterError, UsageError, WorkspaceError, skipped_as_json
+from .files import own_path, write_sealed
 from .hub.lookup import bytes_to_fetch, fetching_for, resolve_on_hub
 from .linalg.device import resolve_device
 from .plan.catalog import catalog
@@ -28,18 +25,16 @@ from .plan.plan import Plan, make_plan
 from .runtime.executors import executor_for, mapper_for
 from .runtime.progress import Progress, silent
 from .settings import Settings
-from .stages.bases import write_bases
+from .stages.bases import Bases, write_bases
 from .stages.grow import check_kept, check_sources, demand_unchanged, grow, growable, staged_digest
 from .stages.ingest import pickles_kept
 from .stages.job import Job
 from .stages.passes import check_disk, ingest, make_job, project, record_of_job
 from .stages.run import Run, places_of
-from .stages.update import catch_up
-from .text import bytes_shown
+from .stages.update import catch_up, sum_and_fit
+from .text import digest_of
 from .workspace.journal import Journal
 from .workspace.workspace import Workspace
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -155,6 +150,8 @@ def compress(
         WorkspaceError, UsageError: if the folders hold something else.
     """
     plan.validate()
+    if plan.settings.limit:
+        raise UsageError("coded checkpoints come with the next commit", found=plan.settings.limit, remedy="Use -k.")
     out = output_folder(out)
     device = resolve_device(plan.settings.device)
     root = (workspace or own_path(default_workspace(out))).absolute()
@@ -207,14 +204,11 @@ def recompute(
     left_out: list[dict[str, Any]],
     *,
     overwrite: bool = False,
-    spare: int = 0,
 ) -> Literal["current", "recompute"]:
-    """Bring the moments up to the journal, fit all bases, project all adapters, and publish; or see that all is so.
-
-    `spare` bytes of a budget are left unused: by so many it was exceeded when they were not.
-    """
+    """Bring the moments up to the journal, fit all bases, project all adapters, and publish; or see that all is so."""
     check_disk(run.plan, work.root, out)
-    given, (job, bases, weighed) = job, based(run, job, spare)
+    bases = sum_and_fit(run, job)
+    job = replace(job, basis_key=_basis_key_of(bases))
     ours = ours_of(out) or {}
     if ours.get("basis_digest") == job.basis_key and not ours.get("projected") and is_current(job, out, left_out):
         return "current"
@@ -225,23 +219,20 @@ def recompute(
         statistics = project(run, job, staging, admissions)
         names = [r.name for r in admissions]
         config = share_config(
-            record_of_job(run.plan, job, bases, staging, weighed),
+            record_of_job(run.plan, job, bases, staging),
             [statistics[name] for name in names],
             job.counts,
             digest=job.checkpoint_key,
             sizes=sizes_of(staging.root, names),
             skipped=left_out,
         )
-        over = total_bytes(config["compression_stats"][OURS]["bytes"]) - (byte_limit(job) or inf)
-        if over <= 0:
-            work.publishing(out, job.basis_key, ours.get("basis_digest"))
-            staging.commit(out, config, left_out)
-            if job.settings.discard_moments:
-                for cores in work.cores.iterdir():
-                    remove_tree(cores)
-            return "recompute"
-    log.info("%s more than the budget: less is bought", bytes_shown(int(over)))
-    return recompute(run, given, work, out, left_out, overwrite=overwrite, spare=2 * (spare + int(over)))
+        work.publishing(out, job.basis_key, ours.get("basis_digest"))
+        staging.commit(out, config, left_out)
+    return "recompute"
+
+
+def _basis_key_of(bases: Bases) -> str:
+    return digest_of([[m, facts["digest"]] for m, facts in bases.items()])
 
 
 def is_current(job: Job, out: Path, left_out: list[dict[str, Any]]) -> bool:

@@ -39,8 +39,7 @@ KS = (8, 16, 32, 64, 128)
 TASK_KS = (8, 16, 32, 64)
 TASK_EVERY = 2  # one of so many held-out texts is asked of what is reconstructed, whatever its class
 TASK_SYSTEMS = (
-    "originals, int8", "lorashare", "factors", "delta", "delta, int8", "delta, budget", "truncated SVD",
-    "truncated SVD, int8",
+    "originals, int8", "lorashare", "factors", "delta", "delta, int8", "truncated SVD", "truncated SVD, int8",
 )  # fmt: skip
 BELOW = (2, 4)  # of `delta` besides, so that it is known at what a peer takes with the least k
 VLORA_KS = (1, 2, 4, 8, 16, 24)  # its vectors are whole tensors, of which N adapters have no more than N
@@ -50,26 +49,17 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class Variant:
-    """One of our settings: a name, keyword arguments of `SHAREModel.from_adapters`, and whether k is chosen by them."""
+    """One of our settings: a name, and keyword arguments of `SHAREModel.from_adapters` beside k."""
 
     name: str
     options: Mapping[str, Any]
-    every_k: bool = True
 
 
-AS_FIXED = "as the fixed k"  # on disk, all files
 # A line each; what the installed version does not know is left out, and said.
 OURS = (
     Variant("factors", {"objective": "factors"}),
     Variant("delta", {}),
     Variant("delta, bfloat16", {"dtype": "bfloat16"}),
-    Variant("delta, stored as int8", {"dtype": "int8"}),
-    Variant("delta, trim_rank", {"trim_rank": True}),
-    Variant("delta, max_error 0.1", {"max_error": 0.1}, every_k=False),
-    Variant("delta, max_error 0.3", {"max_error": 0.3}, every_k=False),
-    Variant("delta, max_error 0.3, bfloat16", {"max_error": 0.3, "dtype": "bfloat16"}, every_k=False),
-    Variant("delta, budget", {"max_bytes": AS_FIXED}),
-    Variant("delta, ratio 4", {"ratio": 4}, every_k=False),
 )
 
 
@@ -113,18 +103,13 @@ class Left(Exception):
     """A system cannot do this, for this reason."""
 
 
-def ours(c: Collection, k: int | None, options: Mapping[str, Any], scratch: Path) -> Found:
+def ours(c: Collection, k: int, options: Mapping[str, Any], scratch: Path) -> Found:
     from lorashare_stream import SHAREModel
     from lorashare_stream.errors import BudgetError, UsageError
 
-    chosen = {"device": "cpu", **options} | ({} if k is None else {"num_components": k})
     out = scratch / "out"
-    if chosen.get("max_bytes") == AS_FIXED:
-        fixed = scratch / "fixed"
-        SHAREModel.from_adapters(c.paths, num_components=chosen.pop("num_components"), device="cpu", output_dir=fixed)
-        chosen["max_bytes"] = sum(p.stat().st_size for p in fixed.rglob("*") if p.is_file())
     try:
-        share = SHAREModel.from_adapters(c.paths, output_dir=out, **chosen)
+        share = SHAREModel.from_adapters(c.paths, num_components=k, device="cpu", output_dir=out, **options)
     except (UsageError, BudgetError, TypeError) as e:
         if any(word in str(e) for word in ("unknown setting", "unexpected keyword")):
             raise Left("a setting that this version does not have") from e
@@ -295,7 +280,7 @@ class Evidence:
             yield v.name, k, lambda scratch, k=k, v=v: ours(c, k, v.options, scratch)
         for k in self.args.k:
             yield "lorashare", k, lambda scratch, k=k: lorashare(c, k, scratch)
-            for v in (v for v in OURS if v.every_k):
+            for v in OURS:
                 yield v.name, k, lambda scratch, k=k, v=v: ours(c, k, v.options, scratch)
             yield "truncated SVD", k, lambda _, k=k: self._truncated(c, k, "delta")
             for system in ("delta, int8 loadings", "delta, int8"):
@@ -304,8 +289,6 @@ class Evidence:
         for k in VLORA_KS:
             if k < len(c.adapters):
                 yield "vlora", k, lambda scratch, k=k: vlora(c, k, scratch)
-        for v in (v for v in OURS if not v.every_k):
-            yield v.name, None, lambda scratch, v=v: ours(c, None, v.options, scratch)
 
     def _truncated(self, c: Collection, k: int, like: str) -> Found:
         """At the LoRA bytes of another system with this k; what that keeps verbatim has no dW."""
@@ -322,7 +305,7 @@ class Evidence:
     def _one(self, c: Collection, system: str, k: int | None, work: Callable[[Path], Any], tasks: Tasks | None) -> None:
         facts = {"collection": c.name, "system": system, "k": k}
         row = self.results.find("row", **facts)
-        chosen = (system in TASK_SYSTEMS and k in (None, *TASK_KS)) or (k is None and system.startswith("delta"))
+        chosen = system in TASK_SYSTEMS and k in (None, *TASK_KS)
         chosen = chosen or (system == "vlora" and k in (4, 16))
         wanted = tasks is not None and chosen and self.results.find("task", **facts) is None
         if row is not None and not wanted:

@@ -211,20 +211,16 @@ class Bytes:
 
 
 def bytes_of(folder: Path) -> Bytes:
-    """Of a checkpoint of SHARE or vlora, or of one PEFT adapter.
-
-    Under a budget, what an adapter keeps of LoRA beside the bases is one of the ways in which it is stored: LoRA bytes.
-    """
+    """Of a checkpoint of SHARE or vlora, or of one PEFT adapter."""
     total = Bytes()
     peft = (folder / CONFIG).exists()
-    stored = peft or _is_bought(folder)
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         size = path.stat().st_size
         for key, nbytes in _sizes(path).items():
             size -= nbytes
             if ".lora_" in key:
-                total.lora += nbytes if stored else 0
-                total.verbatim += 0 if stored else nbytes
+                total.lora += nbytes if peft else 0
+                total.verbatim += 0 if peft else nbytes
             elif path.name == "eigenvalues.safetensors" or key.endswith((".sv_a", ".sv_b")):
                 total.other += nbytes
             elif peft or path.name == "classifier_head.safetensors":
@@ -233,15 +229,6 @@ def bytes_of(folder: Path) -> Bytes:
                 total.lora += nbytes
         total.other += size
     return total
-
-
-def _is_bought(folder: Path) -> bool:
-    """Whether a checkpoint is ours, with forms of modules that were bought for a budget."""
-    try:
-        config = json.loads((folder / "share_config.json").read_text())
-    except FileNotFoundError:
-        return False
-    return "rule" in config.get("compression_stats", {}).get("lorashare_stream", {})
 
 
 def _sizes(path: Path) -> dict[str, int]:

@@ -29,10 +29,7 @@ METHOD = """\
 - **truncated SVD**: each adapter on its own, at the LoRA bytes of `delta` with that k. Singular triples are taken
   where they keep most of ||dW_i||^2 per byte, over all modules and adapters: the best that any choice of ranks can do.
 - **originals, bfloat16 / int8**: A and B rounded; int8 is symmetric with a float32 scale for each of the r vectors.
-  **delta, int8**: loadings and components of a float32 checkpoint, a scale for each column, computed here;
-  **delta, stored as int8** is what `--dtype int8` writes.
-- **delta, budget**: `--max-bytes` of what `delta` with that k takes on disk, all files; its LoRA bytes are components,
-  loadings, and what adapters keep beside the bases. **trim_rank**, **max_error**, **ratio**: those settings.
+  **delta, int8**: loadings and components of a float32 checkpoint, a scale for each column, computed here.
 - **vlora** flattens a tensor to one vector, and its k is none of ours: compare it by bytes. It needs equal ranks.
 - **trained**: MiniLM adapters of `scripts/train_adapters.py`, r = 8 on query and value, each on a task of its own:
   which of four packages is a paragraph of documentation from? Half share one initial A, half have a seed each.
@@ -40,7 +37,7 @@ METHOD = """\
   Accuracy and agreement (same prediction as by the original adapter) are on held-out files."""
 TARGETS = (("distilbert", 32, 0.36), ("gpt2", 16, 0.43), ("minilm", 32, 0.75))
 AT_BYTES = ("lorashare", "factors", "delta", "truncated SVD")
-SHARED_BASIS = ("lorashare", "factors", "delta", "delta, bfloat16", "delta, trim_rank", "delta, int8")
+SHARED_BASIS = ("lorashare", "factors", "delta", "delta, bfloat16", "delta, int8")
 
 
 def render(lines: list[Line], path: Path) -> None:

@@ -423,7 +423,6 @@ def scenario(name: str, root: Path) -> tuple[list[list[str]], list[str]]:
         "remove-refit": ([fresh], ["remove", out, "a01", "--refit", *quiet]),
         "slice": ([fresh], ["refit", out, "-k", "2", "-o", out, *quiet]),
         "discard": ([], [*fresh, "--discard-moments"]),
-        "budget": ([fresh], ["compress", a, "-o", out, "--max-error", "0.4", *quiet]),
     }[name]
 
 

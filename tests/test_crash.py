@@ -26,7 +26,7 @@ from lorashare_stream.settings import Settings
 from lorashare_stream.stages import accumulate
 
 from .conftest import make_collection, tree_digest
-from .tiers import slow, some_fast
+from .tiers import some_fast
 
 TOP = Path(__file__).resolve().parents[1]
 SHM = Path("/dev/shm")
@@ -36,7 +36,7 @@ SHM = Path("/dev/shm")
 FAULTS = [
     *[("compress", mode) for mode in ("kill", "full", "power", "names")], ("replace", "power"),
     ("project", "power"), ("recompute", "kill"), ("remove", "power"), ("remove-refit", "kill"),
-    ("slice", "power"), ("discard", "kill"), ("budget", "kill"),
+    ("slice", "power"), ("discard", "kill"),
 ]  # fmt: skip
 PARTS = 21
 
@@ -60,8 +60,7 @@ def crasher() -> Iterator[subprocess.Popen[str]]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="calls are counted by /proc")
 @pytest.mark.parametrize(("scenario", "mode", "part"), [
-    case for faults in FAULTS for case in some_fast((*faults, part) for part in range(PARTS)) if faults[0] != "budget"
-] + [slow("budget", "kill", part) for part in range(PARTS)  # goes with the codec
+    case for faults in FAULTS for case in some_fast((*faults, part) for part in range(PARTS))
 ])  # fmt: skip
 def test_a_fault_at_every_call_that_changes_the_disk(
     quick: Path, crasher: subprocess.Popen[str], scenario: str, mode: str, part: int

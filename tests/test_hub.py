@@ -491,30 +491,6 @@ def test_a_disk_budget_is_kept_and_the_plan_says_how_often_each_is_fetched(
     assert not hub.requests
 
 
-def test_a_limit_on_errors_fetches_once_more_than_a_fixed_k(tmp_path: Path, hub: FakeHub) -> None:
-    folders = make_collection(tmp_path / "many", 16)
-    pins = [
-        f"org/x{i:02}@{hub.add(f'org/x{i:02}', files_of(f), base_model='tiny-base')}" for i, f in enumerate(folders)
-    ]
-    size = Path(folders[0], WEIGHTS).stat().st_size
-    out = tmp_path / "out"
-    made = plan(pins, out, disk_budget=8 * size, max_error=0.3)
-    hub.requests.clear()
-    compress(made, out)
-    for entry in made.adapters:
-        assert hub.count(repo=entry.origin.hub.repo, method="GET", file=WEIGHTS) <= made.fetches(entry) <= 3
-    share = SHAREModel.from_pretrained(out)
-    assert share.config.ours["errors"]["max"] <= 0.3
-    local = tmp_path / "local"
-    compress(plan(folders, local, max_error=0.3), local)
-    other = SHAREModel.from_pretrained(local)
-    for ours, theirs in zip(share.adapter_names, other.adapter_names, strict=True):
-        a, b = share.reconstruct(ours), other.reconstruct(theirs)
-        assert all(
-            torch.allclose(a[key], b[key], atol=1e-3) for key in a if "lora_" in key and a[key].shape == b[key].shape
-        )
-
-
 def test_what_the_users_cache_has_is_used_and_never_removed(tmp_path: Path, hub: FakeHub, pins: list[str]) -> None:
     go(pins[:4], tmp_path / "first")
     before = tree_digest(tmp_path / "home")

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lorashare_stream.adapters.safetensors import write_arrays
 from lorashare_stream.checkpoint.location import Folder
 from lorashare_stream.cli.app import main
 from lorashare_stream.report.markup import element
@@ -197,40 +196,10 @@ def test_other_objectives_have_no_bounds(
     assert browser.told() == []
 
 
-def test_forms_that_were_bought_have_no_bounds(tmp_path: Path) -> None:
-    """Where modules are not all shared at their full rank, a k has no error; groups may have no components."""
-    checkpoint = synthetic(tmp_path / "out", ["a", "b", "c"], k=8, depths=4)
-    config = json.loads((checkpoint / "share_config.json").read_text())
-    ours = config["compression_stats"]["lorashare_stream"]
-    ours["rule"] = {"price": 1e-6, "limit": None, "own": True}
-    for group in list(ours["groups"])[::2]:
-        ours["groups"][group] |= {"k": 0, "explained": 0.0}
-    ours["bytes"]["loadings"] //= 3
-    (checkpoint / "share_config.json").write_text(json.dumps(config))
-    found = findings_of(Folder(checkpoint))
-    curve = curve_of(found)
-    assert not curve.bounds
-    assert curve.bytes[-1] == found.total
-    assert curve.bytes[0] >= ours["bytes"]["verbatim"] + ours["bytes"]["metadata"] - 8 * 8 * len(found.bases)
-    kept = 1 - float((found.errors**2).mean())
-    assert f"{kept:.4f}" in page(found)
-    assert "forms of their own" in page(found)
-    assert "12 shared bases with k = 8; none for 12 groups" in page(found)
-
-
-def test_nothing_shared_and_k_0(tmp_path: Path) -> None:
-    """Groups that have no components, and checkpoints that have no groups."""
+def test_nothing_shared(tmp_path: Path) -> None:
+    """Checkpoints that have no groups."""
     none = findings_of(Folder(synthetic(tmp_path / "none", ["a"], depths=0)))
     assert all(text in page(none) for text in ("Nothing is shared", "No adapter is compressed"))
-    zero = synthetic(tmp_path / "zero", ["a", "b"], k=1, depths=2)
-    config = json.loads((zero / "share_config.json").read_text())
-    groups = config["compression_stats"]["lorashare_stream"]["groups"]
-    for facts in groups.values():
-        facts |= {"k": 0, "explained": 0.0}
-    (zero / "share_config.json").write_text(json.dumps(config))
-    with (zero / "eigenvalues.safetensors").open("wb") as f:
-        write_arrays(f, {group: np.zeros(0) for group in groups}, "F64", {"format": "pt"})
-    assert "Nothing is shared" in page(findings_of(Folder(zero)))
 
 
 def test_many_kinds_and_depths_are_bounded(tmp_path: Path) -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from ..errors import AdapterError, UndecidedError
@@ -156,70 +154,7 @@ def scalings(config: Config, ranks: Mapping[str, int]) -> tuple[Scaling, ...]:
         if len(parameters) > _MOST_PARAMETERS:
             _refuse_field("target_parameters", f"{len(parameters)} of one module", f"at most {_MOST_PARAMETERS}")
     configured = _configured(config, names)
-    found = [_scaling(config, configured, module, rank, *meant[module]) for module, rank in ranks.items()]
-    split = initial_part(config) is not None
-    bound = [split or meant[m] != (m, ()) or f"{m}{_WITHIN}" in ranks for m in ranks]
-    return tuple(replace(p, bound=True) if b else p for p, b in zip(found, bound, strict=True))
-
-
-def reranked(
-    config: Config,
-    modules: Mapping[str, tuple[int, Scaling]],
-    changed: Collection[str],
-    *,
-    alone: bool,
-    others: Collection[str] = (),
-) -> dict[str, Any]:
-    """The configuration of an adapter whose tensors have other ranks, with the scale of every module as it was.
-
-    Args:
-        config: as it came.
-        modules: the present rank of each module's tensors, and its LoRA scaling.
-        changed: those with another rank than before.
-        alone: whether these are all the LoRA layers that there are, so that the default may change.
-        others: names of further LoRA layers, which no pattern of ours may match.
-
-    >>> new = reranked({"r": 8, "lora_alpha": 16}, {"q": (2, Scaling(2.0))}, ["q"], alone=True)
-    >>> new["r"], new["lora_alpha"], scalings(new, {"q": 2})[0].scale
-    (2, 4, 2.0)
-    """
-    wanted = {m: (rank, _alpha(config, rank, scaling.scale)) for m, (rank, scaling) in modules.items()}
-    patterns = {name: dict(config.get(name) or {}) for name in ("rank_pattern", "alpha_pattern")}
-    default: tuple[int, float] = config["r"], config["lora_alpha"]
-    if alone and not any(patterns.values()) and not any(p.bound for _, p in modules.values()):
-        default = Counter(wanted.values()).most_common(1)[0][0]
-        differing = [m for m, values in wanted.items() if values != default]
-    else:
-        differing = [m for m in modules if m in changed]
-    named = {*modules, *others, *(name for _, p in modules.values() for name in p.parameters)}
-    suffixes = Counter(_loose(end) for m in named for end in _endings(m)) if differing else Counter()
-    for place, name in enumerate(patterns):  # those of ours are first: PEFT takes the first that matches
-        exact = {_exactly(m, suffixes): wanted[m][place] for m in differing if wanted[m][place] != default[place]
-                 or patterns[name]}  # fmt: skip
-        patterns[name] = exact | {key: value for key, value in patterns[name].items() if key not in exact}
-    return {**config, "r": default[0], "lora_alpha": default[1], **patterns}
-
-
-def _alpha(config: Config, rank: int, scale: float) -> float:
-    """The alpha by which PEFT comes to a scale at a rank."""
-    alpha = scale * (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return int(alpha) if alpha == int(alpha) and isinstance(config["lora_alpha"], int) else alpha
-
-
-def _exactly(module: str, suffixes: Counter[str]) -> str:
-    """A pattern that matches this module and no other: its name, unless that could match another one."""
-    alone = suffixes[_loose(module)] == 1 and re.fullmatch(r"[\w.]+", module)
-    return module if alone else f"^{re.escape(module)}"
-
-
-def _endings(module: str) -> list[str]:
-    parts = module.split(".")
-    return [".".join(parts[i:]) for i in range(len(parts))]
-
-
-def _loose(name: str) -> str:
-    """A name as the dots in a pattern see it, which match any character."""
-    return re.sub(r"[^A-Za-z0-9]", "_", name)
+    return tuple(_scaling(config, configured, module, rank, *meant[module]) for module, rank in ranks.items())
 
 
 def _configured(config: Config, names: Collection[str]) -> dict[str, tuple[int, float]]:
@@ -228,11 +163,6 @@ def _configured(config: Config, names: Collection[str]) -> dict[str, tuple[int, 
     alphas: Mapping[str | None, float] = {None: config["lora_alpha"]} | (config.get("alpha_pattern") or {})
     rank_of, alpha_of = (matcher([p for p in values if p is not None], names) for values in (ranks, alphas))
     return {name: (ranks[rank_of(name)], alphas[alpha_of(name)]) for name in names}
-
-
-def configured_ranks(config: Config, names: Collection[str]) -> dict[str, int]:
-    """PEFT's r of each name."""
-    return {name: r for name, (r, _) in _configured(config, names).items()}
 
 
 def _meant(targets: Sequence[str], module: str, modules: Collection[str]) -> tuple[str | None, tuple[str, ...]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,13 +26,11 @@ class Scaling:
         experts: E; 1 for a plain layer.
         parameters: what PEFT may mean by the module's name, of the parameters that are adapted there; empty for a
             plain layer.
-        bound: whether its rank must stay: PEFT looks it up by another name too, or splits the base model by it.
     """
 
     scale: float
     experts: int = 1
     parameters: tuple[str, ...] = ()
-    bound: bool = field(default=False, repr=False)
 
     def blocks(self, rows: Array, side: Side) -> Array:
         """The vectors of each expert, (..., E, r, d), of all given as rows (..., E r, d): lora_A, or lora_B'."""

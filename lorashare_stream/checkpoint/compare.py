@@ -18,8 +18,7 @@ from ..adapters.keys import SIDES, adapter_names, factor_key, parse_key
 from ..adapters.safetensors import float32
 from ..adapters.scaling import Scaling
 from ..errors import MissingSourceError, UndecidedError, UsageError
-from ..linalg.delta import DeltaError, changed_errors, delta_error, relative_error
-from ..linalg.types import Array
+from ..linalg.delta import DeltaError, delta_error, relative_error
 from .reader import Tensors
 
 
@@ -35,15 +34,13 @@ def comparison(
         adapter: its name, for errors.
 
     Raises:
-        UsageError: if a tensor has another shape than its original, and not only another rank.
+        UsageError: if a tensor has another shape than its original.
     """
     per_layer: dict[str, float] = {}
     for key, tensor in original.items():
         other = found.get(parse_key(key).canonical)
         if other is None:
             continue
-        if _trimmed(tensor.shape, other.shape):
-            continue  # only the product can be compared
         if tensor.shape != other.shape:
             raise UsageError(
                 "the original has another shape than the adapter of this name",
@@ -89,19 +86,9 @@ def delta_errors(
         with suppress(UndecidedError):
             each = scalings(config, ranks)
     return {
-        module: (delta_error if a.shape == a_hat.shape else _changed_error)(a, b, a_hat, b_hat, scaling)
+        module: delta_error(a, b, a_hat, b_hat, scaling)
         for (module, (a, a_hat, b, b_hat)), scaling in zip(arrays.items(), each, strict=True)
     }
-
-
-def _changed_error(a: Array, b: Array, a_hat: Array, b_hat: Array, scaling: Scaling) -> DeltaError:
-    return changed_errors(a[None], b[None], a_hat[None], b_hat[None], [scaling])[0]
-
-
-def _trimmed(shape: Sequence[int], found: Sequence[int]) -> bool:
-    """Whether a matrix has lost ranks, and nothing else."""
-    pairs = [(a, b) for a, b in zip(shape, found, strict=False) if a != b]
-    return len(shape) == len(found) == 2 and len(pairs) == 1 and pairs[0][1] < pairs[0][0]
 
 
 def load_adapter(folder: Path) -> Tensors:

@@ -47,7 +47,8 @@ def read_share_config(root: Path) -> SHAREConfig:
     """The share_config.json of a checkpoint.
 
     Raises:
-        CheckpointError: if there is none, or it is not what it should be.
+        CheckpointError: if there is none, or it is not what it should be, or of an older version in a form that is
+            gone.
     """
     try:
         values = read_json(root / CONFIG)
@@ -70,4 +71,17 @@ def read_share_config(root: Path) -> SHAREConfig:
                 f"{CONFIG} has an unusable field", key=name, found=value, expected=type(default).__name__
             )
         setattr(known, name, value)
+    _refuse_older(root, known)
     return known
+
+
+def _refuse_older(root: Path, config: SHAREConfig) -> None:
+    """Refuse the forms that are gone: int8 with scales, and modules whose form a rule chose."""
+    gone = [f"dtype {config.ours['dtype']}"] if config.ours.get("dtype") == "I8" else []
+    gone += ["a rule by which modules have forms of their own"] if config.ours.get("rule") is not None else []
+    if gone:
+        raise CheckpointError(
+            f"the checkpoint at {printable(root)} is of an older version of lorashare-stream, in a form that is gone",
+            found=listed(gone),
+            remedy="Compress its sources again with this version.",
+        )

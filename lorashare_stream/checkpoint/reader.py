@@ -15,11 +15,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..adapters.dtypes import stored_shape, widened
 from ..errors import CheckpointError
 from ..files import read_json
 from ..text import is_component, listed, printable
@@ -51,20 +49,18 @@ class PerAdapter(Mapping[str, T]):
 
 
 class Components(Mapping[str, torch.Tensor]):
-    """Group id -> V (d, k), memory-mapped from one open file: a replaced checkpoint does not change it.
+    """Group id -> V (d, k), memory-mapped from one open file: a replaced checkpoint does not change it."""
 
-    What is in int8 is given in float32, widened when it is asked for.
-    """
-
-    def __init__(self, path: Path, dtype: str) -> None:
-        self._file, self._dtype = _open(path), dtype
+    def __init__(self, path: Path) -> None:
+        self._file = _open(path)
         self._keys = dict.fromkeys(self._file.keys())
         self.digest: str | None = (self._file.metadata() or {}).get("basis_digest")
 
     def __getitem__(self, group: str) -> torch.Tensor:
         if group not in self._keys:
             raise KeyError(group)
-        return _decoded(group, self._file.get_tensor(group), self._dtype)
+        tensor: torch.Tensor = self._file.get_tensor(group)
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys)
@@ -87,8 +83,7 @@ class CheckpointReader:
         self.place = place
         self.config = read_share_config(place.root)
         self.names = self._adapter_names()
-        self._dtype = str(self.config.ours.get("dtype"))
-        self.components = Components(self._file(COMPONENTS), self._dtype)
+        self.components = Components(self._file(COMPONENTS))
         self._check_digest(self.components.digest, COMPONENTS)
 
     def _adapter_names(self) -> dict[str, None]:
@@ -151,7 +146,7 @@ class CheckpointReader:
         """Group id -> loadings (k, r) of one adapter."""
         loadings = _load(self._file(f"{ADAPTERS}/{name}/{LOADINGS}"))
         self.meta(name)  # after: what was read before it is of the basis that it names, or of one before that
-        return {group: _decoded(group, tensor, self._dtype) for group, tensor in loadings.items()}
+        return loadings
 
     def verbatim(self, name: str) -> Tensors:
         """PEFT key -> tensor, of what is kept verbatim of one adapter."""
@@ -161,9 +156,8 @@ class CheckpointReader:
         return tensors
 
     def _verbatim_file(self, name: str) -> Path | None:
-        ours = self.meta(name).get(OURS, {})
-        recorded = ours.get("verbatim")
-        if recorded == [] and not ours.get("own"):
+        recorded = self.meta(name).get(OURS, {}).get("verbatim")
+        if recorded == []:
             return None  # not asked for: it would be a request
         relative = f"{ADAPTERS}/{name}/{VERBATIM}"
         return self._file(relative) if recorded is not None else self._optional(relative)  # lorashare does not say
@@ -235,15 +229,6 @@ def was_reconstructed(path: Path) -> bool:
         return path.suffix == ".safetensors" and MARK in (_open(path).metadata() or {})
     except CheckpointError:
         return False
-
-
-def _decoded(group: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
-    """A matrix of a checkpoint in `dtype`: one in int8 is given in float32."""
-    if dtype != "I8" or tensor.dtype != torch.int8:
-        return tensor
-    if tensor.ndim != 2 or len(tensor) < stored_shape((0, 0), dtype)[0]:
-        raise CheckpointError("a matrix without its scales", key=group, found=list(tensor.shape))
-    return torch.from_numpy(widened(tensor.numpy().view(np.uint8).reshape(-1), dtype, tuple(tensor.shape)))
 
 
 def _load(path: Path) -> Tensors:

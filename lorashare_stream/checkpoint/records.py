@@ -32,17 +32,12 @@ def is_whole(folder: Path, admission: Admission, basis_key: str) -> bool:
         return (
             unsealed(meta) is not None
             and ours["sha256"] == admission.digest
-            and digest_config(config_in(meta)) == admission.config_digest
+            and digest_config(meta["original_config"]) == admission.config_digest
             and ours["basis_digest"] == basis_key
             and all(digest_files([folder / file]) == digest for file, digest in ours["files"].items())
         )
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return False
-
-
-def config_in(meta: Mapping[str, Any]) -> Any:
-    """The adapter_config.json that an adapter came with; where ranks were changed, PEFT reads another one."""
-    return meta[OURS].get("unchanged_config", meta["original_config"])
 
 
 def check_components(root: Path, sha256: str) -> None:
@@ -67,14 +62,8 @@ def has_files(root: Path, names: Iterable[str]) -> bool:
 
 def admission_in(meta: Mapping[str, Any]) -> Admission:
     """What of an admission a checkpoint of ours records: enough to know the adapter again."""
-    ours, config = meta[OURS], digest_config(config_in(meta))
+    ours, config = meta[OURS], digest_config(meta["original_config"])
     return Admission(meta["adapter_name"], ours["source_id"], ours["sha256"], config, 0.0, (), (), "")
-
-
-def takes_part(meta: Mapping[str, Any]) -> bool:
-    """Whether bases are fitted to an adapter: if not, its dW is zero, or it holds a part of the base model."""
-    ours = meta[OURS]
-    return ours["worst_module"] is not None or ours["delta_norm"] > 0  # all verbatim, as that was worth more
 
 
 def metas_of(root: Path, names: Iterable[str]) -> Iterator[dict[str, Any]]:

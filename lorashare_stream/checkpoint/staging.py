@@ -8,8 +8,6 @@
     eigenvalues.safetensors               module:side -> (k,) of its moment
     skipped.json                          adapters that were left out, with reasons; only if there are some
 
-In int8, V and V'W have two rows more, which hold scales (`dtypes`), and lorashare cannot multiply them.
-
 lorashare 0.1.3 refuses unknown fields of share_config.json, so everything of ours is in
 `compression_stats["lorashare_stream"]`, in adapter_meta.json, or in files of its own.
 """
@@ -28,7 +26,6 @@ from typing import Any
 
 import numpy as np
 
-from ..adapters.dtypes import stored_shape
 from ..adapters.safetensors import write_arrays, write_safetensors
 from ..errors import LockedError
 from ..files import atomic_file, own_folder, read_json, remove_tree, sync, sync_tree, write_json
@@ -87,7 +84,7 @@ class Staging:
         """
         metadata = {"format": "pt", "basis_digest": basis_key}
         with atomic_file(self.root / COMPONENTS) as f:
-            stored = ((g, dtype, stored_shape(shape, dtype)) for g, shape in shapes.items())
+            stored = ((g, dtype, shape) for g, shape in shapes.items())
             write_safetensors(f, stored, components, metadata)
 
     def write_spectrum(self, eigenvalues: Mapping[str, Sequence[float]]) -> None:

@@ -12,11 +12,9 @@ import numpy as np
 from ..adapters.keys import SIDES, split_group_id
 from ..errors import CheckpointError
 from ..files import json_bytes
-from ..settings import BUDGETS
 from ..version import __version__
 from .config import SHAREConfig
 from .format import OURS
-from .records import takes_part
 
 Json = Mapping[str, Any]
 _BASIS = ("d", "k", "energy", "explained")
@@ -24,20 +22,13 @@ _BASIS = ("d", "k", "energy", "explained")
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """What the summary needs of one adapter.
-
-    `kept_bytes` are of LoRA tensors that are stored without the bases, of which `own_bytes` are truncated SVDs of the
-    adapter's own; `shared` is whether some are not verbatim; `takes_part` whether bases are fitted to it.
-    """
+    """What the summary needs of one adapter; `shared` is whether it is on the bases, and has part in them."""
 
     name: str
     relative_error: float
     source_bytes: int
     lora_bytes: int
-    kept_bytes: int
-    own_bytes: int
     shared: bool
-    takes_part: bool
     rank: int
     alpha: float
 
@@ -50,10 +41,7 @@ def statistics_of(meta: Json) -> Statistics:
         ours["relative_error"],
         ours["source_bytes"],
         ours["lora_bytes"],
-        ours.get("kept_bytes", 0),
-        ours.get("own_bytes", 0),
         ours["worst_module"] is not None,
-        takes_part(meta),
         config["r"],
         config["lora_alpha"],
     )
@@ -74,8 +62,6 @@ class CheckpointRecord:
         bases: group -> d, k, energy of its moment, share of it that is explained.
         projected: adapters that were added since the bases were fitted, and are not in them.
         removed: adapters that were taken out since, and are still in them.
-        rule: by what the forms of modules were chosen (`forms.Rule`); None if all are shared at their full rank.
-        weighed: bytes and rms relative dW error, as predicted, of what else was weighed for a budget.
         cut_from: the k from which a smaller one was cut; errors then are not measured.
     """
 
@@ -89,8 +75,6 @@ class CheckpointRecord:
     bases: Mapping[str, Json]
     projected: tuple[str, ...] = ()
     removed: tuple[str, ...] = ()
-    rule: Json | None = None
-    weighed: tuple[tuple[int, float], ...] = ()
     cut_from: int | None = None
 
 
@@ -113,8 +97,6 @@ def record_of(config: SHAREConfig) -> CheckpointRecord:
             {group: {k: facts[k] for k in _BASIS} for group, facts in ours["groups"].items()},
             tuple(ours["projected"]),
             tuple(ours["removed"]),
-            ours.get("rule"),
-            tuple((int(size), float(error)) for size, error in ours.get("weighed", ())),
             ours["cut_from"],
         )
     except (KeyError, TypeError, AttributeError) as e:
@@ -149,8 +131,7 @@ def share_config(
         sizes: bytes on disk of `basis`, `loadings`, `verbatim` and `metadata`.
         skipped: the adapters that were left out.
     """
-    every = {group: {**facts, "n": counts.get(group, 0)} for group, facts in sorted(record.bases.items())}
-    groups = {group: facts for group, facts in every.items() if facts["k"]}
+    groups = {group: {**facts, "n": counts.get(group, 0)} for group, facts in sorted(record.bases.items())}
     explained = {group: facts["explained"] for group, facts in groups.items()}
     shared = sum(f["k"] * f["d"] for f in groups.values())
     loadings = sum(f["k"] * f["n"] for f in groups.values())
@@ -166,12 +147,12 @@ def share_config(
         "mean_explained_variance": float(np.mean(values)),
         "min_explained_variance": min(values),
         "per_layer_explained_variance": explained,
-        OURS: _ours(record, adapters, every, sizes) | {"digest": digest, "num_skipped": len(skipped)},
+        OURS: _ours(record, adapters, groups, sizes) | {"digest": digest, "num_skipped": len(skipped)},
     }
     config = {
         "share_version": "0.1.0",
         "num_components": max((f["k"] for f in groups.values()), default=0),
-        "component_selection": "auto" if record.settings["num_components"] == "auto" or _budget(record) else "fixed",
+        "component_selection": "auto" if record.settings["num_components"] == "auto" else "fixed",
         "variance_threshold": record.settings["variance_threshold"],
         "base_model_name_or_path": record.base_model,
         "target_modules": sorted({m.rpartition(".")[2] for m in modules}),
@@ -195,17 +176,12 @@ def _with_itself(config: dict[str, Any], others: int) -> int:
     return found
 
 
-def _budget(record: CheckpointRecord) -> str | None:
-    return next((name for name in BUDGETS if record.settings.get(name) is not None), None)
-
-
 def _ours(
     record: CheckpointRecord, adapters: Sequence[Statistics], groups: Mapping[str, Json], sizes: Mapping[str, int]
 ) -> dict[str, Any]:
     s = record.settings
     lora = sum(a.lora_bytes for a in adapters if a.shared)
-    kept = sum(a.kept_bytes for a in adapters if a.shared)
-    shared = sizes["basis"] + sizes["loadings"] + kept
+    shared = sizes["basis"] + sizes["loadings"]
     return {
         "version": __version__,
         "objective": s["objective"],
@@ -224,22 +200,12 @@ def _ours(
             "lora": lora,
             "lora_ratio": lora / shared if lora else 1.0,
         },
-        "errors": _errors(adapters) | ({} if record.projected or record.rule else _bound(groups, s["objective"])),
+        "errors": _errors(adapters) | ({} if record.projected else _bound(groups, s["objective"])),
         "verbatim_adapters": [a.name for a in adapters if not a.shared],
         "projected": list(record.projected),
         "removed": list(record.removed),
         "groups": {g: {k: f[k] for k in ("n", *_BASIS)} for g, f in groups.items()},
-        **_of_rule(record, adapters),
     }
-
-
-def _of_rule(record: CheckpointRecord, adapters: Sequence[Statistics]) -> dict[str, Any]:
-    """By what forms were chosen, if they were; how much LoRA stands on no basis; what else was weighed."""
-    if record.rule is None:
-        return {}
-    weighed = [list(point) for point in record.weighed]
-    kept, own = sum(a.kept_bytes for a in adapters), sum(a.own_bytes for a in adapters)
-    return {"rule": dict(record.rule), "kept_bytes": kept, "own_bytes": own, "weighed": weighed}
 
 
 def _errors(adapters: Sequence[Statistics]) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def _add_edits(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
     _add_means(p)
     p = command("refit", "Another k from the same moments; or bases for all that was added and taken out since.")
     p.add_argument("place", metavar="CHECKPOINT|WORKSPACE")
-    _add_budget(p, "components per group, or auto (default: as it was)")
+    _add_limit(p, "components per group, or auto (default: as it was)")
     p.add_argument("-o", "--output", metavar="OUT", required=True, help="the new checkpoint; may be the old one")
     p.add_argument("--overwrite", action="store_true", help="replace a checkpoint of another run")
     p.add_argument("--discard-moments", action="store_true", help="free moments as soon as bases are fitted: less disk")
@@ -147,7 +147,7 @@ def _add_sources(p: argparse.ArgumentParser) -> None:
         help="adapter folder, folder of them, glob, manifest, or Hub id: org/name, org/name@revision, org/name//folder",
     )
     p.add_argument("--names", nargs="+", metavar="NAME", help="names of the sources, which are then adapter folders")
-    _add_budget(p, "components per group, or auto (default: 32)")
+    _add_limit(p, "components per group, or auto (default: 32)")
     p.add_argument("--objective", help="delta: least error of dW (default); factors: A and B on their own")
     p.add_argument(
         "--center",
@@ -159,7 +159,7 @@ def _add_sources(p: argparse.ArgumentParser) -> None:
     _add_on_error(p)
     p.add_argument(
         "--dtype",
-        help="of what is stored: auto (default), float32, bfloat16, float16; or int8, which lorashare cannot read",
+        help="of what is stored: auto (default), float32, bfloat16 or float16",
     )
     p.add_argument("--base-model", metavar="ID", help="what the adapters are adapters of (default: what most name)")
     _add_base(p)
@@ -171,7 +171,7 @@ def _add_sources(p: argparse.ArgumentParser) -> None:
     p.add_argument("--config", metavar="FILE.yaml", help="the same settings from a file; flags win")
 
 
-def _add_budget(p: argparse.ArgumentParser, of_k: str) -> None:
+def _add_limit(p: argparse.ArgumentParser, of_k: str) -> None:
     size = p.add_mutually_exclusive_group()
     size.add_argument("-k", "--num-components", metavar="K", help=of_k)
     size.add_argument("--max-bytes", metavar="SIZE", help="the best checkpoint of at most this size on disk")
@@ -180,11 +180,9 @@ def _add_budget(p: argparse.ArgumentParser, of_k: str) -> None:
     )
     size.add_argument(
         "--max-error", type=float, metavar="E",
-        help="the smallest one in which no adapter's relative dW error is above E; what cannot be shared is kept",
+        help="the smallest one in which no adapter's relative dW error is above E",
     )  # fmt: skip
-    p.add_argument(
-        "--trim-rank", action=argparse.BooleanOptionalAction, help="with -k: drop ranks that gain too little"
-    )
+    p.add_argument("--trim-rank", action="store_true", help=argparse.SUPPRESS)  # gone, which the settings say
     p.add_argument(
         "--variance", type=float, metavar="T", dest="variance_threshold", help="share that auto keeps (0.95)"
     )

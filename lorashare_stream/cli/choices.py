@@ -19,12 +19,12 @@ from ..plan.plan import Plan
 from ..plan.sources import resolve
 from ..runtime.dask import connected, started, workers_of
 from ..runtime.progress import Progress, silent
-from ..settings import BUDGETS, Settings, overridden
+from ..settings import LIMITS, TRIM_RANK, Settings, overridden
 from ..text import listed, name_fault, printable
 
 Args = Mapping[str, Any]
 log = logging.getLogger(__name__)
-_SETTINGS = {f.name for f in fields(Settings)}
+_SETTINGS = {f.name for f in fields(Settings)} | {TRIM_RANK}
 _PLACES: dict[str, type] = {"output": str, "workspace": str, "overwrite": bool, "sources": object}
 _GREEDY = {"names": "--names", "base_aliases": "--base-alias"}
 _DETAILS = ("adapter", "key", "found", "expected", "remedy")
@@ -52,7 +52,7 @@ def with_config(args: Args) -> dict[str, Any]:
     for name, kind in _PLACES.items():
         if not isinstance(values.get(name, kind()), kind):
             raise UsageError(f"{name} in {printable(path)} cannot be meant", found=values[name], expected=kind.__name__)
-    several = [name for name in ("num_components", *BUDGETS) if values.get(name) is not None]
+    several = [name for name in ("num_components", *LIMITS) if values.get(name) is not None]
     if len(several) > 1:
         raise UsageError(
             f"{printable(path)} says twice how large it may be", found=listed(several), expected="one of them"
@@ -117,7 +117,7 @@ def _paths(sources: list[Any] | dict[Any, Any]) -> list[Any]:
 def make_plan(chosen: Args, workspace: Path | None = None, *, runs: bool = True, progress: Progress = silent) -> Plan:
     """The plan for what was chosen."""
     settings = _settings(chosen)
-    if "variance_threshold" in chosen and (settings.num_components != "auto" or settings.budget):
+    if "variance_threshold" in chosen and (settings.num_components != "auto" or settings.limit):
         log.info("without -k auto, variance only decides whether adapters that are added need new bases")
     sources = named_sources(chosen, settings.on_error == "skip")
     return plan_for(sources, settings, workspace, runs=runs, progress=progress)

@@ -21,7 +21,7 @@ from ..errors import StreamError, skipped_as_json
 from ..files import tree_bytes
 from ..report.summary_text import summary_text
 from ..report.text import rows_text
-from ..settings import BUDGETS, Settings
+from ..settings import LIMITS, TRIM_RANK, Settings
 from ..text import bytes_shown, counted, listed, printable
 from .choices import Args, cluster_of, named_sources, names_meant, with_workers
 from .output import print_result, progress_of, say_left_out
@@ -29,7 +29,7 @@ from .output import print_result, progress_of, say_left_out
 COMMANDS = {"add", "remove", "refit"}
 SKIPPED = 3  # exit code: done, but adapters were left out
 log = logging.getLogger(__name__)
-_ASKED = ("num_components", *BUDGETS, "trim_rank")  # of a refit
+_ASKED = ("num_components", *LIMITS, TRIM_RANK)  # of a refit
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from ..hub.lookup import recalled
 from ..machine import usable_cores
 from ..pipeline import plan_for
 from ..runtime.executors import Places, executor_for, mapper_for
-from ..settings import BUDGETS, Settings, overridden
+from ..settings import LIMITS, Settings, overridden
 from ..stages.slice import cut_of, slice_checkpoint
 from ..workspace.workspace import Workspace
 from .options import RunOptions, check_same, opened
@@ -32,7 +32,7 @@ def refit(place: Path, asked: Mapping[str, Any], out: Path, options: RunOptions,
 
     Args:
         place: a checkpoint of ours, or a workspace.
-        asked: k, a budget, or whether ranks are trimmed; what is not named stays as it is.
+        asked: k or a limit; what is not named stays as it is.
         out: the new checkpoint's folder; it may be `place`.
         options: with what.
         overwrite: replace a checkpoint of another run at `out`.
@@ -80,20 +80,20 @@ def _last_settings(workspace: Path) -> dict[str, Any]:
 def _is_so(config: SHAREConfig, settings: Settings) -> bool:
     """Whether a checkpoint has this k, as it was asked for, and bases that are fitted to its adapters and no others."""
     record, k = record_of(config), settings.num_components
-    same = _bought(config) == settings.bought and (k == record.settings["num_components"] or bool(settings.budget))
+    same = _bought(config) == settings.bought and (k == record.settings["num_components"] or bool(settings.limit))
     same = same and (k != "auto" or settings.variance_threshold == record.settings["variance_threshold"])
     return same and not record.projected and not record.removed
 
 
 def _bought(config: SHAREConfig) -> tuple[Any, ...]:
-    """What decided the forms of the modules of a checkpoint, beside k."""
+    """The limit that was asked for a checkpoint."""
     made = record_of(config).settings
-    return Settings.from_mapping({name: made[name] for name in (*BUDGETS, "trim_rank") if name in made}).bought
+    return Settings.from_mapping({name: made[name] for name in LIMITS if name in made}).bought
 
 
 def _can_cut(config: SHAREConfig, settings: Settings) -> bool:
-    """Whether all that is asked for is another k: forms are chosen anew from the sources only."""
-    return settings.budget is None and _bought(config) == settings.bought
+    """Whether all that is asked for is another k: a coded checkpoint is made from the sources only."""
+    return settings.limit is None and _bought(config) == settings.bought
 
 
 def _is_cut_to(config: SHAREConfig, settings: Settings) -> bool:

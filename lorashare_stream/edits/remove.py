@@ -9,15 +9,13 @@ from functools import partial
 from pathlib import Path
 
 from ..adapters.adapter import Adapter
-from ..adapters.config import configured_ranks
-from ..adapters.keys import group_id, parse_key, split_group_id
 from ..adapters.safetensors import read_header
 from ..checkpoint.config import SHAREConfig, read_share_config
-from ..checkpoint.format import ADAPTERS, LOADINGS, OURS, VERBATIM, skipped_of
-from ..checkpoint.records import admission_in, config_in, metas_of, takes_part
+from ..checkpoint.format import ADAPTERS, LOADINGS, skipped_of
+from ..checkpoint.records import admission_in, metas_of
 from ..checkpoint.staging import Staging
 from ..checkpoint.summary import counts_of, record_of
-from ..errors import AdapterError, CheckpointError, StreamError, UsageError, WorkspaceError, unknown_adapter
+from ..errors import AdapterError, StreamError, UsageError, WorkspaceError, unknown_adapter
 from ..files import read_sealed, write_sealed
 from ..hub.lookup import recalled, resolve_on_hub, source_of
 from ..linalg.device import resolve_device
@@ -149,7 +147,7 @@ def shrink(out: Path, config: SHAREConfig, names: Sequence[str]) -> None:
     """
     record, gone = record_of(config), set(names)
     counts = _counts_without(out, config, gone)
-    outside = {*_outside(out, config), *record.projected}
+    outside = {*_outside(config), *record.projected}
     record = replace(
         record,
         projected=tuple(n for n in record.projected if n not in gone),
@@ -167,7 +165,7 @@ def shrink(out: Path, config: SHAREConfig, names: Sequence[str]) -> None:
 
 def _counts_without(out: Path, config: SHAREConfig, gone: Collection[str]) -> dict[str, int]:
     """Group -> n of the adapters that stay: less those that go, or, if one of these is damaged, counted anew."""
-    outside, groups = _outside(out, config), counts_of(config)
+    outside, groups = _outside(config), counts_of(config)
 
     def vectors(names: Iterable[str]) -> Counter[str]:
         found: Counter[str] = Counter()
@@ -182,35 +180,14 @@ def _counts_without(out: Path, config: SHAREConfig, gone: Collection[str]) -> di
     return {group: n - less[group] for group, n in groups.items()}
 
 
-def _outside(out: Path, config: SHAREConfig) -> set[str]:
+def _outside(config: SHAREConfig) -> set[str]:
     """Adapters that bases are not fitted to; they may have loadings, if their dW is zero."""
-    found = set()
-    for name in config.ours["verbatim_adapters"]:
-        try:
-            if takes_part(next(metas_of(out, [name]))):
-                continue
-        except CheckpointError:
-            pass
-        found.add(name)
-    return found
+    return set(config.ours["verbatim_adapters"])
 
 
 def _vectors(out: Path, name: str) -> dict[str, int]:
-    """Group -> the vectors that an adapter has brought into it, in whatever form and rank it is stored."""
-    folder, meta = out / ADAPTERS / name, next(metas_of(out, [name]))
-    ours = meta[OURS]
-    found = {r.name: r.shape[1] for r in read_header(folder / LOADINGS)}  # of (k, r)
-    if (folder / VERBATIM).exists():
-        unshared = {note.partition(": ")[0] for note in ours["notes"]}
-        for record in read_header(folder / VERBATIM):
-            key = parse_key(record.name)
-            if key.module is not None and key.side is not None and record.name not in unshared:
-                found[group_id(key.module, key.side)] = record.shape[0 if key.side == "A" else -1]
-    if "unchanged_config" in ours:
-        modules = {split_group_id(group)[0] for group in found}
-        came, now = (configured_ranks(config, modules) for config in (config_in(meta), meta["original_config"]))
-        found = {g: n + came[m] - now[m] for g, n in found.items() for m in [split_group_id(g)[0]]}
-    return found
+    """Group -> the vectors that an adapter has brought into it."""
+    return {r.name: r.shape[1] for r in read_header(out / ADAPTERS / name / LOADINGS)}  # of (k, r)
 
 
 def take_out(work: Workspace, journal: Journal, names: Sequence[str]) -> None:

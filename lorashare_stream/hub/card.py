@@ -66,17 +66,15 @@ def card(config: SHAREConfig, sources: Sequence[Provenance], repo_id: str) -> st
         fault = f"{type(e).__name__}: {e}"
         raise CheckpointError("the figures in share_config.json cannot be read", found=fault) from e
     base = _base_link(config)
-    kept_beside = int(config.ours.get("kept_bytes", 0)) > 0
-    otherwise = ", or as factors of its own where these would not serve" if kept_beside else ""
     parts = [
         f"---\n{_front_matter(config, sources)}---\n{MARK}",
         f"# {counted(len(sources), 'LoRA adapter')} in one SHARE checkpoint",
-        f"Adapters of {base}, each kept as loadings on bases that all of them share{otherwise}. Any one of them can be "
+        f"Adapters of {base}, each kept as loadings on bases that all of them share. Any one of them can be "
         "reconstructed as a PEFT adapter.",
         _table(("", ""), facts),
         *_errors_explained(config),
         _USE.replace("REPO", repo_id),
-        *([] if config.ours.get("dtype") == "I8" else [_LORASHARE.replace("REPO", repo_id)]),  # which reads floats only
+        _LORASHARE.replace("REPO", repo_id),
         "## Where the adapters came from",
         *_provenance(sources),
     ]
@@ -129,14 +127,14 @@ def _base_link(config: SHAREConfig) -> str:
 def _facts(config: SHAREConfig) -> Rows:
     stats, ours = config.compression_stats, config.ours
     auto = "" if config.component_selection != "auto" else ", the most of any group"
-    budget = asked(ours.get("settings", {}))
-    if auto and not budget:
+    limit = asked(ours.get("settings", {}))
+    if auto and not limit:
         auto += ": as many as explain " + _share(config.variance_threshold)
     variance = [f"{word} {_share(stats[f'{key}_explained_variance'])}" for key, word in _VARIANCE]
     rows = [
         ("base model", _base_link(config)),
         ("adapters", str(len(config.adapter_names))),
-        *[("asked for", escaped(text)) for text in budget],
+        *[("asked for", escaped(text)) for text in limit],
         ("adapted modules on shared bases", str(len(config.layer_keys))),
     ]
     if config.layer_keys:

@@ -17,7 +17,7 @@ from ..text import source_suffix
 
 _BASE_KEYS = frozenset({"base_model", "base_model_name_or_path", "base_aliases"})
 _SOURCE_KEYS = frozenset({"source_id", "original_adapter_path", "source"})
-_FOREIGN = ("original_config", "unchanged_config")  # for PEFT to read: expressions in it may look like anything
+_FOREIGN = "original_config"  # for PEFT to read: expressions in it may look like anything
 _START = r"(?:(?i:file):/+|~[\w.-]*/|\.{1,2}/|/(?!/)|(?<!:)//+|[A-Za-z]:[\\/]|\\\\)(?=[^\s/\\])"
 _LOCAL = re.compile(_START)
 _END = r"\s/\\'\"`<>|;,()\[\]{}"  # ends a component in running text, where a blank may be part of a folder's name
@@ -90,7 +90,7 @@ class Scrubber:
         paths = [v for k, v in value.items() if k in telling and isinstance(v, str) and self._is_path(k, v)]
         known = tuple(sorted({*known, *paths}, key=len, reverse=True))
         keys = {k: f".../{last_component(k)}" if isinstance(k, str) and is_local(k) else k for k in value}
-        return {keys[k]: self._value(v, k, known, foreign=foreign or k in _FOREIGN) for k, v in value.items()}
+        return {keys[k]: self._value(v, k, known, foreign=foreign or k == _FOREIGN) for k, v in value.items()}
 
     @staticmethod
     def _is_path(key: str, text: str) -> bool:

@@ -50,7 +50,7 @@ def fit(
         num_components: k, clamped to min(d, n); or `"auto"`: the smallest k whose share of tr S reaches
             `threshold`.
         center: fit S - s s'/n instead of S (the published method).
-        dtype: storage dtype to which components are rounded: F32, BF16, F16 or I8.
+        dtype: storage dtype to which components are rounded: F32, BF16 or F16.
         solver: finds leading eigenpairs.
 
     Returns:

@@ -108,22 +108,6 @@ def projected_errors(
     return [DeltaError(error, norm) if usable else None for usable, error, norm in errors]
 
 
-def changed_errors(a: Array, b: Array, a_hat: Array, b_hat: Array, scalings: Sequence[Scaling]) -> list[DeltaError]:
-    """As `delta_errors`, where only the products of the factors are alike: another rank, another gauge.
-
-    dW - dW^ = s [B, -B^] [A ; A^]: what they have in common cancels in float64, to some 1e-8 of ||dW||.
-
-    Args:
-        a: (m, r, d_in). b: (m, d_out, r). a_hat, b_hat: likewise, of any rank.
-        scalings: of each module; E = 1.
-    """
-    left = gram(np.swapaxes(b, -1, -2), -np.swapaxes(b_hat, -1, -2))[:, None]
-    right = gram(a, a_hat)[:, None]
-    r, scales = a.shape[-2], np.array([p.scale for p in scalings])
-    errors, norms = energies(right, left, scales), energies(right[..., :r, :r], left[..., :r, :r], scales)
-    return [DeltaError(error, norm) for error, norm in zip(errors.tolist(), norms.tolist(), strict=True)]
-
-
 def gram(*parts: Array) -> Float64:
     """W'W (..., r, r) in float64, for vectors W given as rows (..., r, d), one part after the other.
 

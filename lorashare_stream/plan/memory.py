@@ -32,7 +32,6 @@ OWN_FILES = 10  # of a workspace: settings twice, plan, journal, lock, what was 
 MARKER_BYTES, FACTS_BYTES, EIGENVALUE_BYTES = 1000, 800, 24  # of a module, of its bases, and of each number of these
 METADATA_BYTES, ARRAY_NAME_BYTES = 1000, 12  # of an array, and of a name in it
 PLANNED_BYTES, ADMITTED_BYTES = 180, 600  # of a group in the plan, and of an adapter there and in the journal
-WEIGHED = 2 * 12 * 6 * 2 * 8  # bytes of forms of a module and rank: candidates, arrays of them, float64
 TILE_BYTES = 16 << 20  # small moments that are written together, copied twice, and strips that are squared
 
 
@@ -59,9 +58,9 @@ class Group:
         return stays_stacked(self.count, self.dim)
 
     def components(self, settings: Settings) -> int:
-        """k: as asked, clamped to min(d, n); for `auto` and budgets, which only the moment knows, the break-even."""
+        """k: as asked, clamped to min(d, n); for `auto`, which only the moment knows, the break-even."""
         most = max(1, min(self.dim, self.count))
-        if settings.num_components == "auto" or settings.budget is not None:
+        if settings.num_components == "auto":
             return max(1, min(most, round(break_even(self.dim, self.count))))
         return min(settings.num_components, most)
 
@@ -141,18 +140,11 @@ def steps_of(
     modules, count = len(by_module), len(adapters)
 
     reading = max(4 * pair + largest + pickled, 2 * chunk) + TILE_BYTES  # adapters, then what zarr copies of a chunk
-    weighing = 6 * loadings + WEIGHED * sum(len(e.layout.modules) * max(m.rank for m in e.layout.modules)
-                                            for e in examples(adapters)[:1] if e.layout.modules)  # fmt: skip
-    budgets = (
-        ("appraise", count, total, 5 * pair + widest_pair + 3 * loadings + buffers, kept + mapped),
-        ("weigh", count, count * loadings, weighing, 0),
-    )
     return _steps(
         (
             ("ingest", count, total, 4 * pair + buffers, 0),
             ("accumulate", modules, lora, sums + reading, 0),
             ("fit", modules, 0, fits + TILE_BYTES, 0),
-            *(budgets if s.budget is not None else ()),
             ("project", count, total, 9 * pair + widest_pair + loadings + buffers, kept + mapped),
         ),
         s,
@@ -263,7 +255,7 @@ def _kept_bytes(g: Group, s: Settings) -> int:
 
 def _fit_bytes(g: Group, s: Settings) -> int:
     item, most = ITEM[s.moment_dtype], max(1, min(g.dim, g.count))
-    k = most if s.num_components == "auto" and s.budget is None else g.components(s)
+    k = most if s.num_components == "auto" else g.components(s)
     polish = 8 * (6 * g.dim * k + 3 * k * k)  # the solver's vectors, those of QR and Ritz, the rounded ones
     return moment_bytes(g, s) + max(_chunk_bytes(g, s), polish, _solver_bytes(g, k, item))  # one after the other
 
@@ -296,12 +288,10 @@ def beside_moments(groups: Sequence[Group], adapters: Sequence[Adapter], s: Sett
     arrays = {(g.side, g.dim, g.stacked, g.count if g.stacked else 0) for g in groups}
     kinds, modules = len(examples(adapters)), len(groups) // 2
     of_group = sum(ARRAY_NAME_BYTES * 2 + 2 * len(g.module) + EIGENVALUE_BYTES * g.components(s) for g in groups)
-    of_module = (MARKER_BYTES + FACTS_BYTES) * modules + (0 if s.budget is None else FACTS_BYTES * len(adapters))
-    size = of_group + of_module + METADATA_BYTES * (1 + 2 * len(arrays))
+    size = of_group + (MARKER_BYTES + FACTS_BYTES) * modules + METADATA_BYTES * (1 + 2 * len(arrays))
     size += PLANNED_BYTES * len(groups) + ADMITTED_BYTES * len(adapters)
-    cores = 0 if s.budget is None else 2 * len(adapters)
     markers = 0 if s.discard_moments else modules
-    return size, OWN_FILES + kinds + 2 * len(arrays) + markers + 2 * modules + cores
+    return size, OWN_FILES + kinds + 2 * len(arrays) + markers + 2 * modules
 
 
 def _rows(g: Group) -> int:

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from ..adapters.adapter import Adapter
-from ..adapters.dtypes import STORAGE, stored_bytes, widest
+from ..adapters.dtypes import ITEMSIZE, STORAGE, widest
 from ..errors import AdapterError, BudgetError, CollectionError, refusal
 from ..settings import Settings
 from ..text import bytes_shown, digest_of
@@ -28,7 +28,7 @@ class Plan:
         refused: those left out, with the reason.
         absent: adapters in the workspace whose sources cannot be read now: what needs no values of theirs is done.
         groups: all groups, sorted by module, A before B.
-        storage: dtype of components and loadings as safetensors names it: F32, BF16, F16 or I8.
+        storage: dtype of components and loadings as safetensors names it: F32, BF16 or F16.
         steps: the passes.
         base_model: the base model that the adapters are taken to be of; empty if nothing names it.
         inner: name -> subfolders of an adapter's folder that hold adapters too, which are not taken.
@@ -62,11 +62,6 @@ class Plan:
         return settings_key_of(
             self.binding, self.base_model, s.num_components, s.variance_threshold, self.storage, s.bought
         )
-
-    @cached_property
-    def fitted(self) -> str:
-        """Digest of what decides which bases may be fitted, whatever the budget is."""
-        return settings_key_of(self.binding, self.base_model, 0, 0.0, self.storage, ("wide",))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -108,16 +103,14 @@ class Plan:
     def fetches(self, adapter: Adapter) -> int:
         """How often an adapter is fetched at most: for the moments, and, unless it still is there, for projection.
 
-        Where adapters are added, they may be projected on the bases that are there first; under a budget of bytes or
-        error they are appraised before they are projected. A pickle is fetched once more when the plan is made, having
-        no header that could be asked for.
+        Where adapters are added, they may be projected on the bases that are there first. A pickle is fetched once more
+        when the plan is made, having no header that could be asked for.
         """
         if adapter.origin is None:
             return 0
         headless = adapter.files[0].path.suffix == ".bin"
         several = len(self.batches) > 1
         again = (several and adapter.name not in self._last_batch) + (several and self.grows)
-        again += several and self.settings.budget is not None
         return 1 + again + (headless and self.settings.disk_budget is not None)
 
     @property
@@ -135,19 +128,18 @@ class Plan:
         where k is `auto`); of moments the most at a time. And the files of the workspace.
         """
         k = {(g.module, g.side): g.components(self.settings) for g in self.groups}
-        basis = sum(stored_bytes(g.dim, k[g.module, g.side], self.storage) for g in self.groups)
-        loadings = sum(stored_bytes(k[g.module, g.side], g.count, self.storage) for g in self.groups)
+        basis = ITEMSIZE[self.storage] * sum(g.dim * k[g.module, g.side] for g in self.groups)
+        loadings = ITEMSIZE[self.storage] * sum(g.count * k[g.module, g.side] for g in self.groups)
         moments, files = self._moments()
-        cores, converted = self._cores(), self._converted()
+        converted = self._converted()
         small, few = beside_moments(self.groups, self.adapters, self.settings)
         return {
             "originals": sum(f.size for e in self.adapters for f in e.files),
             "lora": sum(e.layout.lora_bytes for e in self.adapters),
             "verbatim": sum(e.layout.extra_bytes for e in self.adapters),
             "moments": moments,
-            "cores": cores,
             "converted": converted,
-            "workspace": moments + cores + converted + basis + small,
+            "workspace": moments + converted + basis + small,
             "workspace_files": files + few,
             "basis": basis,
             "loadings": loadings,
@@ -157,11 +149,6 @@ class Plan:
     def _converted(self) -> int:
         """What pickles are converted to, which is kept for the run, unless disk is short."""
         return 0 if self.settings.disk_budget is not None else sum(e.mapped_bytes for e in self.adapters if e.pickled)
-
-    def _cores(self) -> int:
-        """What adapters are on wide bases, in float32; an estimate, as of the k that a budget takes."""
-        s = self.settings
-        return 4 * sum(g.components(s) * (g.count + g.dim) for g in self.groups) if s.budget else 0
 
     def _moments(self) -> tuple[int, int]:
         """Bytes and files of moments, the most at a time."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..adapters.adapter import Adapter
 from ..adapters.copies import identical
-from ..adapters.dtypes import stored_bytes
+from ..adapters.dtypes import ITEMSIZE
 from ..errors import AdapterError, CollectionError
 from ..hub.fetch import fetching
 from ..hub.lookup import source_of
@@ -26,7 +26,7 @@ from ..runtime.progress import Progress, silent
 from ..stages.ingest import ingest_adapter
 from ..workspace.journal import Admission
 from .measurement import Subject, Totals, measured
-from .outlook import TARGETS, Errors, Outlook, ladder, near_duplicates, own_ratio, recommended, with_common_initial
+from .outlook import Errors, Outlook, ladder, near_duplicates, recommended, with_common_initial
 from .sample import chosen_modules, rows_in, sampled, spread
 from .spectra import Spectrum, spectrum_of
 
@@ -44,7 +44,6 @@ class Analysis:
         zero: those with dW = 0. loud: name -> ||dW|| by the median, where it is large.
         spectra: by side and kind.
         outlooks: by k, ascending.
-        own: mean dW error -> how many times smaller adapters are by their own truncated SVDs.
         initial: groups of adapters of the sample whose lora_A began as the same matrix.
         duplicates: pairs of the sample with nearly the same dW: names, relative distance, cosine.
         identical: groups of adapters of the whole collection whose files are the same.
@@ -60,7 +59,6 @@ class Analysis:
     loud: Mapping[str, float]
     spectra: tuple[Spectrum, ...]
     outlooks: tuple[Outlook, ...]
-    own: Mapping[float, float]
     initial: tuple[tuple[str, ...], ...]
     duplicates: tuple[tuple[str, str, float, float], ...]
     identical: tuple[tuple[str, ...], ...]
@@ -108,7 +106,6 @@ def analyse(
     rest = rows_in(adapters, modules) - rows_in(asked, modules)
     share = rows_in(used, modules) / (rows_in(used, modules) + rest)  # what is wrong with some is not so with the rest
     outlooks = _outlooks(plan, totals, share)
-    own = {target: own_ratio(totals.singular, target) for target in TARGETS}
     return Analysis(
         sample=tuple(names),
         compressed=len(adapters),
@@ -119,11 +116,10 @@ def analyse(
         loud={name: norms[name] / middle for name in names if norms[name] > LOUD * middle},
         spectra=tuple(spectrum_of(*which, some, totals.ks) for which, some in sorted(totals.sides.items())),
         outlooks=outlooks,
-        own=own,
         initial=tuple(tuple(names[i] for i in g) for g in with_common_initial(totals.parallel, totals.compared)),
         duplicates=tuple((names[i], names[j], d, c) for i, j, d, c in pairs),
         identical=identical(plan.adapters),
-        recommended=recommended(outlooks, own),
+        recommended=recommended(outlooks),
     )
 
 
@@ -140,17 +136,16 @@ def _outlooks(plan: Plan, totals: Totals, share: float) -> tuple[Outlook, ...]:
     )  # fmt: skip
     dims, energies = zip(*totals.sizes, strict=True)
     errors = Errors(found, chance, totals.ks, share, np.array(dims, np.float64), np.array(energies))
-    storage, lora = plan.storage, max(1, plan.sizes["lora"])
+    item, lora = ITEMSIZE[plan.storage], max(1, plan.sizes["lora"])
     asked, most = plan.settings.num_components, max(min(g.dim, g.count) for g in plan.groups)
     out: list[Outlook] = []
     for k in sorted({*ladder(most), *([min(asked, most)] if isinstance(asked, int) else [])}):
         cut = [(g, min(k, g.dim, g.count)) for g in plan.groups]
-        size = sum(stored_bytes(g.dim, n, storage) + stored_bytes(n, g.count, storage) for g, n in cut)
+        size = item * sum(n * (g.dim + g.count) for g, n in cut)
         if size > lora and out and out[-1].bytes > lora and k != asked:
             continue
         low, expected, high, by_chance = errors.at(k)
-        own = own_ratio(totals.singular, expected)
-        out.append(Outlook(k, size, lora / size, low, expected, high, by_chance, own))
+        out.append(Outlook(k, size, lora / size, low, expected, high, by_chance))
     return tuple(out)
 
 

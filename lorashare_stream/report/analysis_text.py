@@ -93,17 +93,15 @@ def _spectra(a: Analysis) -> str:
 
 
 def _errors(a: Analysis, asked: int | str) -> str:
-    header = ("k", "basis+loadings", "LoRA bytes", "dW error", "from", "to", "by chance", "own SVDs")
+    header = ("k", "basis+loadings", "LoRA bytes", "dW error", "from", "to", "by chance")
     rows = [
         (
             f"{o.k}", bytes_shown(o.bytes), f"{o.ratio:.2f}x", f"{o.expected:.3f}", f"{o.low:.3f}", f"{o.high:.3f}",
-            f"{o.chance:.3f}", f"{o.own:.2f}x",
+            f"{o.chance:.3f}",
         )
         for o in _some(a.outlooks, asked)
     ]  # fmt: skip
-    return "expected of all adapters; own SVDs: how many times smaller they are at the same error\n" + table(
-        rows, header
-    )
+    return "expected of all adapters\n" + table(rows, header)
 
 
 def _some(outlooks: Sequence[Outlook], asked: int | str) -> list[Outlook]:

@@ -97,26 +97,26 @@ def tradeoff(curve: Curve, measured: Mapping[str, float]) -> Html:
     """What a smaller k takes and loses, and where this checkpoint is.
 
     Args:
-        curve: from k = 0 to that of this checkpoint, or what was weighed for its budget.
+        curve: from k = 0 to that of this checkpoint.
         measured: what is certified of this checkpoint, drawn where its bytes are, by the class of the dot.
     """
     values = np.concatenate([curve.low, curve.high, [*measured.values(), 0.0]])
-    x, ticks = bytes_axis(max(float(curve.bytes.max()), curve.here) * 1.05, 48, _WIDTH - 14)
+    x, ticks = bytes_axis(float(curve.bytes.max()) * 1.05, 48, _WIDTH - 14)
     y = Axis(0, float(max(values.max(), 1e-9)) * 1.05, 230, 38)
     size = [x.at(b) for b in curve.bytes.tolist()]
     low, high = (list(zip(size, map(y.at, line.tolist()), strict=True)) for line in (curve.low, curve.high))
     parts = [element("path", d=path([*low, *high[::-1]], closed=True), class_="band")] if curve.bounds else []
     parts += [element("path", d=path(line), class_="curve") for line in ((low, high) if curve.bounds else (low,))]
-    parts += _named_k(curve, high) if len(curve.k) else []
-    end = x.at(curve.here)
+    parts += _named_k(curve, high)
+    end = size[-1]
     parts.append(element("line", x1=num(end), x2=num(end), y1=36, y2=230, class_="mark"))
     parts.append(element("text", "this run", x=num(end - 4), y=31, text_anchor="end", class_="strong"))
     for (name, value), radius in zip(measured.items(), (5.5, 3.5), strict=False):
         dot = element("circle", cx=num(end), cy=num(y.at(value)), r=radius)
         parts.append(element("g", element("title", f"{name} {value:.4f}"), dot, class_=f"dot {name}"))
     what = "rms relative dW error" if curve.bounds else "share of the energy"
-    of = f"for each k up to {curve.k[-1]}" if len(curve.k) else "of what was weighed"
-    label = f"{what} against bytes on disk {of}; this run is at {bytes_shown(curve.here)}"
+    here = bytes_shown(round(float(curve.bytes[-1])))
+    label = f"{what} against bytes on disk for each k up to {curve.k[-1]}; this run is at {here}"
     return drawing(
         "tradeoff", _WIDTH, 272, label, y_axis(y, x, named(y.ticks()), what), *parts,
         x_axis(x, 230, ticks, "bytes on disk of the whole checkpoint"),

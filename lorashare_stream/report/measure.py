@@ -113,7 +113,7 @@ class Measured:
 
 def factored(
     a: Float32, b: Float32, scalings: Sequence[Scaling], objective: str
-) -> tuple[dict[Side, Float32], Float64, Float64, Float64]:
+) -> tuple[dict[Side, Float32], Float64, Float64]:
     """Modules of one shape of one adapter as `Blocks` have them.
 
     Args:
@@ -121,24 +121,24 @@ def factored(
         objective: under `delta` rows are singular vectors, else those of the factors.
 
     Returns:
-        rows (m, E, r, d) by side; weights and strengths (m, E, r), not yet divided by ||dW_i||; and the singular values
-        of dW (m, E, r). Under `delta` r may be less than that of the files, where it is larger than d.
+        rows (m, E, r, d) by side; weights and strengths (m, E, r), not yet divided by ||dW_i||. Under `delta` r may be
+        less than that of the files, where it is larger than d.
     """
     blocks: dict[Side, Array] = {
         "A": scalings[0].blocks(a, "A"), "B": scalings[0].blocks(np.swapaxes(b, -1, -2), "B"),
     }  # fmt: skip
     scales = np.array([p.scale for p in scalings])[:, None, None]
+    if objective == "factors":
+        one = np.ones(blocks["A"].shape[:-1])
+        return {side: np.asarray(rows, np.float32) for side, rows in blocks.items()}, one, scales * one
     bases, triangles = zip(*(np.linalg.qr(np.swapaxes(blocks[side], -1, -2)) for side in SIDES), strict=True)
     core = scales[..., None] * (triangles[1].astype(np.float64) @ np.swapaxes(triangles[0], -1, -2).astype(np.float64))
     left, values, right = np.linalg.svd(core, full_matrices=False)
-    if objective == "factors":
-        one = np.ones(blocks["A"].shape[:-1])
-        return {side: np.asarray(rows, np.float32) for side, rows in blocks.items()}, one, scales * one, values
     rows: dict[Side, Float32] = {
         "A": right.astype(np.float32) @ np.swapaxes(bases[0], -1, -2),
         "B": np.swapaxes(left.astype(np.float32), -1, -2) @ np.swapaxes(bases[1], -1, -2),
     }
-    return rows, values, values, values
+    return rows, values, values
 
 
 def measure(blocks: Blocks, adapters: int, ks: Sequence[int], rng: np.random.Generator, *, center: bool) -> Measured:

@@ -33,7 +33,6 @@ class Totals:
     Attributes:
         ks: the numbers of components.
         norms, found, chance, inner, parallel, compared: see `Measured`.
-        singular: by adapter, squared singular values, and the numbers (d_in + d_out) that each costs.
         sides: by side and kind, d and the measures of each module.
         sizes: of each module, d_in and d_out, and the energy of dW in it.
     """
@@ -45,7 +44,6 @@ class Totals:
     inner: Float64
     parallel: Float64
     compared: Float64
-    singular: dict[int, tuple[Float64, Float64]]
     sides: dict[tuple[Side, str], list[tuple[int, Measured]]]
     sizes: list[tuple[list[int], float]]
 
@@ -58,10 +56,6 @@ class Totals:
         self.compared += one.compared
         dims = [next(iter(parts.values())).rows[side].shape[-1] for side in SIDES]
         self.sizes.append((dims, float(one.norms.sum())))
-        for i, part in parts.items():
-            squares, costs = self.singular.get(i, (np.zeros(0), np.zeros(0)))
-            own = part.singular.ravel() ** 2
-            self.singular[i] = np.concatenate([squares, own]), np.concatenate([costs, np.full(len(own), sum(dims))])
         for side, dim in zip(SIDES, dims, strict=True):
             self.sides.setdefault((side, kind_of(name)), []).append((dim, one))
 
@@ -93,7 +87,7 @@ def measured(
     room, at_once = _room(plan, subjects, max(held.values()), work)
     ks = ladder(max(min(rows[m], max(shapes[m])) for m in modules))
     zero, square = Capture(*(np.zeros((len(ks), count)) for _ in range(3))), (count, count)
-    totals = Totals(ks, np.zeros(count), zero, zero, np.zeros(square), np.zeros(square), np.zeros(square), {}, {}, [])
+    totals = Totals(ks, np.zeros(count), zero, zero, np.zeros(square), np.zeros(square), np.zeros(square), {}, [])
 
     def by_portion() -> Iterator[tuple[str, Mapping[int, Part], Measured]]:
         for portion in cut(modules, [held[m] for m in modules], room):

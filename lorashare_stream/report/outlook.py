@@ -15,7 +15,7 @@ anything in common it is met to 0.02 where k is up to d/4. With m = N both bound
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,7 +33,7 @@ SAME_DIRECTION, COPY = 0.99, 0.01  # cosine of two dW; their distance, relative 
 
 @dataclass(frozen=True)
 class Outlook:
-    """What is to be expected of one k, or of `--max-error` without shared bases.
+    """What is to be expected of one k.
 
     Attributes:
         k: components.
@@ -41,7 +41,6 @@ class Outlook:
         ratio: how many times smaller than the LoRA tensors.
         low, expected, high: mean relative dW error.
         chance: what is expected of adapters of the same strengths and ranks that have nothing in common.
-        own: how many times smaller each adapter's own truncated SVD is, at the expected error.
     """
 
     k: int
@@ -51,7 +50,6 @@ class Outlook:
     expected: float
     high: float
     chance: float
-    own: float
 
 
 def ladder(most: int) -> list[int]:
@@ -137,22 +135,6 @@ class Errors:
         return float(errors.mean() / np.sqrt((errors**2).mean())), deviation
 
 
-def own_ratio(singular: Mapping[int, tuple[Float64, Float64]], tolerance: float) -> float:
-    """How many times smaller adapters are by their own truncated SVDs, if each may have this relative error.
-
-    Args:
-        singular: by adapter, squared singular values of all its modules, and the numbers d_in + d_out that each costs.
-        tolerance: ||dW - dW^|| / ||dW||.
-    """
-    kept = total = 0.0
-    for squares, costs in singular.values():
-        order = np.argsort(squares / costs)
-        dropped = np.cumsum(squares[order]) <= tolerance**2 * squares.sum()
-        total += float(costs.sum())
-        kept += float(costs[order][~dropped].sum())
-    return total / kept if kept else 1.0
-
-
 def alike(likeness: Float64, least: Float64 | float) -> list[list[int]]:
     """Groups of two and more numbers that are connected by pairs at least so alike, the largest first.
 
@@ -201,34 +183,26 @@ def near_duplicates(inner: Float64) -> list[tuple[int, int, float, float]]:
     return sorted(((i, j, float(relative[i, j]), float(cosine[i, j])) for i, j in pairs), key=lambda p: (p[2], p[:2]))
 
 
-def recommended(outlooks: Sequence[Outlook], own: Mapping[float, float]) -> str:
+def recommended(outlooks: Sequence[Outlook]) -> str:
     """What to do, in one line.
 
-    The rule: for each error of `TARGETS` there are two ways, the smallest k that is expected to have no more, and own
-    truncated SVDs; the better is the one with the fewer bytes. The first target is taken of which the better way is
-    `PLENTY` times smaller, else the first of which it is `WORTH` times; else the adapters should stay as they are. That
-    they share little is said unless, at the largest k that is `WORTH` times smaller, or that which is taken, at least
-    `BEYOND_CHANCE` more of the energy is kept than by chance.
+    The rule: for each error of `TARGETS` there is a smallest k that is expected to have no more. The first target is
+    taken of which that k is `PLENTY` times smaller, else the first of which it is `WORTH` times; else the adapters
+    should stay as they are. That they share little is said unless, at the largest k that is `WORTH` times smaller, or
+    that which is taken, at least `BEYOND_CHANCE` more of the energy is kept than by chance.
 
     Args:
         outlooks: by k, ascending.
-        own: by target, how many times smaller own truncated SVDs are.
     """
     worth = [o for o in outlooks if o.ratio >= WORTH]
     widest = worth[-1] if worth else None
     for enough in (PLENTY, WORTH):
         for target in TARGETS:
             best = next((o for o in worth if o.expected <= target), None)
-            if best is not None and best.ratio >= max(enough, own[target]):
+            if best is not None and best.ratio >= enough:
                 return f"{_little(best, widest)}compress -k {best.k}: {described(best)}"
-            if own[target] >= enough:
-                other = f"; -k {best.k} gives {described(best)}" if best is not None else "; no k saves bytes then"
-                return (
-                    f"{_little(best, widest)}own truncated SVDs (--max-error {target:g}) are the better way, at least "
-                    f"{own[target]:.2f} times smaller at that error{other}"
-                )
     if widest is None:
-        return f"{_little(None, None)}leave them as they are: neither shared bases nor truncated SVDs save much"
+        return f"{_little(None, None)}leave them as they are: no k saves much"
     if beyond_chance(widest):
         return f"compress -k {widest.k}, if that error will do: {described(widest)}"
     return f"{_little(widest)}leave them as they are; compress -k {widest.k} gives {described(widest)}"

@@ -68,11 +68,9 @@ def _base(found: PageData) -> str:
 
 
 def _lead(found: PageData) -> str:
-    k = sorted(basis.k for basis in found.bases if basis.k)
+    k = sorted(basis.k for basis in found.bases)
     text = f"A SHARE checkpoint: {len(k)} shared {'basis' if len(k) == 1 else 'bases'}"
     text += "" if not k else f" with k = {k[0]}" if k[0] == k[-1] else f" with k from {k[0]} to {k[-1]}"
-    if none := len(found.bases) - len(k):
-        text += f"; none for {counted(none, 'group')}, whose modules are kept without"
     kept = len(found.config.adapter_names) - len(found.certified)
     return text + (f"; {counted(kept, 'adapter')} kept exact." if kept else ".")
 
@@ -193,16 +191,8 @@ _WHAT = (
 )
 
 
-_WEIGHED = (
-    "The line is what was weighed beside what is stored: components and ranks bought at other prices, with the rms "
-    "relative dW error over the adapters that was predicted for them. The dots are certified, of what is stored; under "
-    "a limit on every adapter's error they lie above the line, which is best in the mean."
-)
-
-
 def _tradeoff(found: PageData) -> Html:
-    weighed = bool(found.ours.get("weighed"))
-    if not weighed and not any(basis.k for basis in found.bases):
+    if not found.bases:
         nothing = element("p", "Nothing is shared: there is no k to choose.", class_="soft")
         return element("div", element("h3", "Error against bytes"), nothing)
     curve, squares = curve_of(found), found.errors**2
@@ -213,15 +203,8 @@ def _tradeoff(found: PageData) -> Html:
         if len(squares):
             measured = {"rms": float(np.sqrt(squares.mean())), "mean": float(found.errors.mean())}
             keys += [(f"c-{name}", f"{word} {name} {value:.4f}") for name, value in measured.items()]
-        if weighed:
-            text, keys[0] = _WEIGHED, ("c-curve", "predicted rms")
     else:
-        title, keys = "Explained variance against bytes", [("c-curve", "explained variance")]
-        text = _FACTORS
-        if found.ours["objective"] == "delta":
-            text = _FORMS
-            measured = {"rms": float(1 - squares.mean())} if len(squares) else {}
-            keys += [("c-rms", f"{word}, of all of dW: {value:.4f}") for value in measured.values()]
+        title, text, keys = "Explained variance against bytes", _FACTORS, [("c-curve", "explained variance")]
     legend = element("div", *[element("span", element("i", class_=c), name) for c, name in keys], class_="key")
     figure = element("figure", tradeoff(curve, measured), legend, element("figcaption", text))
     return element("div", element("h3", title), figure)
@@ -237,10 +220,4 @@ _FACTORS = (
     "Under the objective factors the spectra are those of A and B on their own, which bound no error of dW = s B A: "
     "so this is the share of their energy that is kept, for every smaller k, which then no group exceeds. The errors "
     "of dW are above, as certified."
-)
-_FORMS = (
-    "Here modules of adapters have forms of their own, or fewer ranks, so that the spectra bound no error of a whole "
-    "adapter. The line is the share of the energy that the shared bases hold of the groups that have some, for every "
-    "smaller k, all else as it is. The dot is certified: the share of the energy of dW that this checkpoint keeps, 1 "
-    "less the mean square of the errors, whatever the form."
 )

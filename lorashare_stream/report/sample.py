@@ -29,7 +29,6 @@ class Part:
     rows: Mapping[Side, Float32]
     weights: Float64
     strengths: Float64
-    singular: Float64
     initial: Float32
 
 
@@ -118,13 +117,13 @@ def read_parts(adapter: Adapter, modules: Iterable[str], objective: str, norm: f
         for module_batch in adapter.batches_of(held):
             factors = module_batch.read(tensors)
             scalings = adapter.scalings_of(module_batch.names)
-            rows, weights, strengths, singular = factored(factors["A"], factors["B"], scalings, objective)
+            rows, weights, strengths = factored(factors["A"], factors["B"], scalings, objective)
             weights = weights if objective == "factors" else weights / norm
             lengths = np.linalg.norm(factors["A"], axis=-1, keepdims=True)
             initial = factors["A"] / np.where(lengths > 0, lengths, 1.0)
             for i, name in enumerate(module_batch.names):
                 own = {side: rows[side][i].copy() for side in SIDES}  # the files are unmapped
-                parts[name] = Part(own, weights[i], strengths[i] / norm, singular[i] / norm, initial[i])
+                parts[name] = Part(own, weights[i], strengths[i] / norm, initial[i])
     return parts
 
 

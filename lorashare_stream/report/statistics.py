@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..adapters.dtypes import ITEMSIZE, stored_bytes
+from ..adapters.dtypes import ITEMSIZE
 from ..adapters.folder import open_tensors, tensor_records
 from ..adapters.keys import SIDES, Side, split_group_id
 from ..checkpoint.config import SHAREConfig, read_share_config
@@ -27,7 +27,6 @@ from ..text import is_component, listed
 Array = NDArray[np.float64]
 _AT_ONCE = 16  # requests
 _POINTS = 200  # of a curve
-_FARTHER = 3  # times the bytes of a checkpoint, up to which it is shown what was weighed
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +77,11 @@ class Origins:
 class Curve:
     """What each smaller k, the same in all groups, would take and lose; arrays are (points,), k ascending.
 
-    Or what was weighed for a budget; then there is no k.
-
     Attributes:
         k: components at most.
-        bytes: on disk, all parts together.
+        bytes: on disk, all parts together; the last are those of this checkpoint.
         low, high: bounds of the rms relative dW error; under another objective than `delta` the explained variance.
-        bounds: whether they are bounds, or what was predicted.
-        here: bytes of this checkpoint.
+        bounds: whether they are bounds.
     """
 
     k: NDArray[np.int64]
@@ -93,7 +89,6 @@ class Curve:
     low: Array
     high: Array
     bounds: bool
-    here: float
 
 
 @dataclass(frozen=True)
@@ -202,7 +197,7 @@ def _certified(metas: Iterable[Mapping[str, Any]]) -> Iterable[Certified]:
 def _basis(group: str, facts: Mapping[str, Any], spectra: Mapping[str, Array]) -> Basis:
     module, side = split_group_id(group)
     d, n, k = (int(facts[name]) for name in ("d", "n", "k"))
-    eigenvalues = spectra[group] if k else np.zeros(0)
+    eigenvalues = spectra[group]
     if len(eigenvalues) != k or not np.isfinite(eigenvalues).all():
         raise ValueError(f"{len(eigenvalues)} eigenvalues of {group}, where k is {k}")
     energy, explained = _number(facts["energy"]), _number(facts["explained"])
@@ -242,13 +237,8 @@ def curve_of(found: PageData) -> Curve:
 
     With t the share of a side's summed trace that its bases leave out, the mean square of the relative dW error over
     the adapters of the moments lies between max(t_A, t_B) and t_A + t_B. That holds under `delta`, where traces are
-    of dW, if all modules are shared at their full rank; otherwise the explained variance of what is shared is all that
-    the spectra tell. A budget has recorded what else was weighed for it.
+    of dW; otherwise the explained variance is all that the spectra tell.
     """
-    weighed = [point for point in found.ours.get("weighed", ()) if point[0] <= _FARTHER * found.total]
-    if weighed:
-        size, error = np.array(weighed, float).T
-        return Curve(np.zeros(0, np.int64), size, error, error, bounds=True, here=found.total)
     most = max((basis.k for basis in found.bases), default=0)
     powers = 2 ** np.arange(most.bit_length())
     k = np.union1d(np.linspace(0, most, min(most + 1, _POINTS)).round().astype(np.int64), powers)
@@ -256,25 +246,20 @@ def curve_of(found: PageData) -> Curve:
     left = {side: np.zeros(len(k)) for side in SIDES}
     energy = dict.fromkeys(SIDES, 0.0)
     basis_bytes, loadings = np.zeros(len(k)), np.zeros(len(k))
-    for basis in found.bases if _all_shared(found) else [basis for basis in found.bases if basis.k]:
+    for basis in found.bases:
         lost = np.append(np.cumsum(basis.eigenvalues[::-1])[::-1], 0.0)[np.minimum(k, basis.k)]  # by the cut
         left[basis.side] += np.clip(basis.energy * (1 - basis.explained) + lost, 0.0, basis.energy)
         energy[basis.side] += basis.energy
-        basis_bytes += np.minimum(k, basis.k) * float(stored_bytes(basis.d, 1, dtype) + 8)  # and an eigenvalue
+        basis_bytes += np.minimum(k, basis.k) * float(ITEMSIZE[dtype] * basis.d + 8)  # and an eigenvalue
         loadings += np.minimum(k, basis.k) * float(ITEMSIZE[dtype] * basis.n)
     if loadings[-1] > found.sizes["loadings"]:  # not all vectors have loadings on their basis
         loadings *= found.sizes["loadings"] / loadings[-1]
     size = basis_bytes + loadings
     size += found.total - size[-1]  # verbatim, metadata, headers: whatever does not grow with k
-    if found.ours["objective"] != "delta" or not _all_shared(found):
+    if found.ours["objective"] != "delta":
         whole = energy["A"] + energy["B"]
         explained = 1 - (left["A"] + left["B"]) / whole if whole else np.zeros(len(k))
-        return Curve(k, size, explained, explained, bounds=False, here=found.total)
+        return Curve(k, size, explained, explained, bounds=False)
     a, b = (left[side] / (energy[side] or 1.0) for side in SIDES)
     low, high = np.sqrt(np.maximum(a, b)), np.sqrt(np.minimum(a + b, 1.0))
-    return Curve(k, size, low, high, bounds=True, here=found.total)
-
-
-def _all_shared(found: PageData) -> bool:
-    """Whether all modules are shared at their full rank, and none was bought another form."""
-    return found.ours.get("rule") is None
+    return Curve(k, size, low, high, bounds=True)

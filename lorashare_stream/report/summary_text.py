@@ -7,7 +7,7 @@ from typing import Any
 from ..checkpoint.config import SHAREConfig
 from ..checkpoint.format import PARTS, next_bytes, total_bytes
 from ..errors import CheckpointError
-from ..settings import BUDGETS, asked
+from ..settings import asked
 from ..text import bytes_shown, listed
 from .text import Row, rows_text
 
@@ -47,7 +47,6 @@ def _our_rows(ours: dict[str, Any], adapters: int) -> list[Row]:
         ("originals", bytes_shown(size["originals"])),
         ("checkpoint", f"{bytes_shown(total)}, {_times(size['originals'] / max(total, 1))}"),
         *[(f"  {part}", bytes_shown(size[part])) for part in PARTS],
-        *[(f"    {what}", bytes_shown(part)) for what, part in _beside_bases(ours) if part],
         ("  next adapter", f"about {bytes_shown(next_bytes(size, adapters))} on these bases"),
         ("LoRA bytes", f"{bytes_shown(size['lora'])} in the originals, {_times(size['lora_ratio'])}"),
         ("relative dW error", ", ".join(f"{name} {errors[name]:.4f}" for name in ("mean", "median", "p95", "max"))),
@@ -71,14 +70,10 @@ def _our_rows(ours: dict[str, Any], adapters: int) -> list[Row]:
         pairs.append(("removed", removed))
     if ours["num_skipped"]:
         pairs.append(("left out", f"{ours['num_skipped']}, with reasons in skipped.json"))
-    bought = any(ours["settings"].get(name) is not None for name in BUDGETS)
     if errors["mean"] > 0.5:
-        remedy = "allow more bytes" if bought else "these adapters share little at this k; take more components"
-        pairs.append(("note", f"the mean error is large: {remedy}"))
-    if size["lora_ratio"] < 1 and not bought:
+        pairs.append(("note", "the mean error is large: these adapters share little at this k; take more components"))
+    if size["lora_ratio"] < 1:
         pairs.append(("note", "the shared form is larger than the LoRA tensors: add adapters, or take a smaller k"))
-    if bought and total >= size["originals"]:
-        pairs.append(("note", "the budget allows as much as the originals take: nothing is gained"))
     return pairs
 
 
@@ -88,9 +83,3 @@ def _times(ratio: float) -> str:
 
 def _number(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, int | float) else "unknown"
-
-
-def _beside_bases(ours: dict[str, Any]) -> list[tuple[str, int]]:
-    """Of what is verbatim for lorashare, how much is LoRA that stands on no basis."""
-    own, kept = (int(ours.get(name, 0)) for name in ("own_bytes", "kept_bytes"))
-    return [("adapters' own SVDs", own), ("LoRA, kept exact", kept - own)]

@@ -44,7 +44,7 @@ def rows_text(pairs: Sequence[Row]) -> str:
 def plan_text(plan: Plan) -> str:
     """What a plan will do: adapters, groups, bytes on disk, memory by step, and warnings."""
     s, size = plan.settings, plan.sizes
-    auto = s.num_components == "auto" or s.budget is not None
+    auto = s.num_components == "auto"
     stacked = sum(g.stacked for g in plan.groups)
     pairs: list[Row] = [
         ("base model", plan.base_model or "not named"),
@@ -53,7 +53,7 @@ def plan_text(plan: Plan) -> str:
         ("groups", f"{len(plan.groups)}: {stacked} as stacked columns, {len(plan.groups) - stacked} as second moments"),
         ("objective", s.objective + (", centred" if s.center else "")),
         ("components k", f"auto, to {s.variance_threshold:.4g} of the energy" if auto else s.num_components)
-        if s.budget is None
+        if s.limit is None
         else ("asked for", asked(s.chosen())[0]),
         ("originals", f"{bytes_shown(size['originals'])}, of which LoRA {bytes_shown(size['lora'])}"),
         *_of_the_hub(plan),
@@ -104,7 +104,7 @@ def _of_sizes(plan: Plan) -> list[str]:
     out = []
     if plan.adapters and not plan.groups:
         out.append("no LoRA matrix can be shared: everything is kept verbatim")
-    elif plan.groups and s.num_components != "auto" and s.budget is None:
+    elif plan.groups and s.num_components != "auto" and s.limit is None:
         clamped = sum(g.components(s) < s.num_components for g in plan.groups)
         if clamped:
             out.append(f"k is clamped to min(d, n) in {clamped} of {len(plan.groups)} groups")
@@ -113,7 +113,7 @@ def _of_sizes(plan: Plan) -> list[str]:
                 f"the shared form, {bytes_shown(size['basis'] + size['loadings'])}, is larger than the LoRA tensors, "
                 f"{bytes_shown(size['lora'])}: add adapters, or take k below the break-even"
             )
-    if s.budget is None and s.num_components != "auto":
+    if s.limit is None and s.num_components != "auto":
         out += _of_large_groups(plan)
     whole = [e.name for e in plan.adapters if e.layout.modules and e.layout.extra_bytes > 10 * e.layout.lora_bytes]
     if whole:
@@ -135,8 +135,8 @@ def _of_large_groups(plan: Plan) -> list[str]:
         return []
     some = [f"{g.module}:{g.side} (break-even k = {end:.1f})" for g, end in large]
     return [
-        f"{len(large)} of {len(plan.groups)} groups are larger shared than not: {listed(some, 3)}; a budget (--ratio, "
-        "--max-bytes, --max-error) keeps them as they are"
+        f"{len(large)} of {len(plan.groups)} groups are larger shared than not: {listed(some, 3)}; take a smaller "
+        "k, or a limit (--max-error, --ratio, --max-bytes), which no group exceeds"
     ]
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
-
 from ..adapters.folder import open_tensors, tensor_records
 from ..adapters.keys import SIDES, group_id
 from ..checkpoint.staging import Staging
@@ -25,19 +23,13 @@ def write_bases(staging: Staging, job: Job, bases: Bases) -> None:
 def shapes_of(bases: Bases) -> dict[str, tuple[int, int]]:
     """Group -> (d, k) of the components of bases, of each module A before B."""
     both = [(m, side, facts[side]) for m, facts in bases.items() for side in SIDES if side in facts]
-    return {group_id(m, side): (facts["d"], facts["k"]) for m, side, facts in both if facts["k"]}
+    return {group_id(m, side): (facts["d"], facts["k"]) for m, side, facts in both}
 
 
 def raw_components(job: Job, bases: Bases) -> Iterator[bytes | memoryview]:
-    """The first k components, as they are stored, of bases that are fitted; in the order of `shapes_of`."""
-    for module, facts in bases.items():
+    """The components of bases, as they are stored, in the order of `shapes_of`."""
+    for module in bases:
         path = (job.basis_file(module),)
         with open_tensors(path) as reader:
             for record in tensor_records(path):
-                d, fitted = record.shape
-                k = facts[record.name]["k"]
-                if k == fitted:
-                    yield from reader.chunks(record)
-                elif k:
-                    rows = reader.raw(record).reshape(d, -1)
-                    yield np.ascontiguousarray(rows[:, : rows.shape[1] // fitted * k]).data.cast("B")
+                yield from reader.chunks(record)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..adapters.dtypes import as_stored, restored_as, stacked, stored_shape, widened
+from ..adapters.dtypes import as_stored, stacked, widened
 from ..adapters.folder import tensor_records
 from ..adapters.keys import Side
 from ..adapters.safetensors import TensorRecord
@@ -41,9 +41,12 @@ class Part:
 
 def projected(components: Components, groups: Sequence[str], stack: Stack, side: Side, storage: str) -> list[Part]:
     """A stack of tensors (m, *shape) on the bases of their groups, as it is stored."""
-    return [
-        Part(some, places, as_stored(raw, storage)) for some, places, raw in _loaded(components, groups, stack, side)
-    ]
+    parts: list[Part] = []
+    for some in components.alike(groups):
+        places = slice(None) if len(some) == len(groups) else [groups.index(g) for g in some]
+        vectors = stack[places].swapaxes(-1, -2) if side == "A" else stack[places]
+        parts.append(Part(some, places, as_stored(product(components.stack(some).mT, vectors), storage)))
+    return parts
 
 
 def restored(components: Components, parts: Sequence[Part], stack: Stack, side: Side, storage: str) -> Stack:
@@ -52,27 +55,7 @@ def restored(components: Components, parts: Sequence[Part], stack: Stack, side: 
     for part in parts:
         vectors = product(components.stack(part.groups), part.loadings)
         hats[part.places] = vectors.swapaxes(-1, -2) if side == "A" else vectors
-    return as_stored(hats, restored_as(storage))
-
-
-def loadings_on(components: Components, groups: Sequence[str], stack: Stack, side: Side) -> dict[str, Stack]:
-    """Loadings (k, r) by group, not rounded; of groups without a basis, none."""
-    known = [i for i, group in enumerate(groups) if group in components]
-    of_known = stack if len(known) == len(groups) else stack[known]
-    found: dict[str, Stack] = {}
-    for some, _, raw in _loaded(components, [groups[i] for i in known], of_known, side):
-        found |= zip(some, raw, strict=True)
-    return found
-
-
-def _loaded(
-    components: Components, groups: Sequence[str], stack: Stack, side: Side
-) -> Iterator[tuple[list[str], slice | list[int], Stack]]:
-    """Groups with the same k: which, where they are in the stack, and their loadings (m, k, r), not rounded."""
-    for some in components.alike(groups):
-        places = slice(None) if len(some) == len(groups) else [groups.index(g) for g in some]
-        vectors = stack[places].swapaxes(-1, -2) if side == "A" else stack[places]
-        yield some, places, product(components.stack(some).mT, vectors)
+    return as_stored(hats, storage)
 
 
 class Components:
@@ -95,8 +78,8 @@ class Components:
 
     def shape(self, group: str) -> tuple[int, int]:
         """(d, k) of a group."""
-        r = self._records[group]
-        return r.shape[0] - stored_shape((0, 0), r.dtype)[0], r.shape[1]
+        d, k = self._records[group].shape
+        return d, k
 
     def __getitem__(self, group: str) -> NDArray[np.float32]:
         """V (d, k) of a group."""

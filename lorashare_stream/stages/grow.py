@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.keys import SIDES, group_id
-from ..budget.allotting import byte_limit
-from ..budget.forms import Rule
 from ..checkpoint.config import SHAREConfig, read_share_config
-from ..checkpoint.format import ADAPTERS, ours_of, total_bytes
+from ..checkpoint.format import ADAPTERS, ours_of
 from ..checkpoint.records import check_components, has_files, is_whole, metas_of, sizes_of
 from ..checkpoint.staging import Staging
 from ..checkpoint.summary import CheckpointRecord, record_of, share_config, statistics_of
 from ..errors import AdapterError, CollectionError, LockedError, WorkspaceError
-from ..text import bytes_shown, counted, digest_of, listed
+from ..text import counted, digest_of, listed
 from ..workspace.journal import Admission
 from .job import Job
 from .passes import checkpoint_key_of, project
@@ -73,10 +71,7 @@ def grow(
     if outside:
         log.info("%s modules for which there is no basis: bases are fitted again", _have(outside))
         return False, dict.fromkeys(outside, 0.0)
-    rule = None if record.rule is None else Rule(**record.rule)
-    if rule is not None and rule.limit is not None:
-        threshold = min(threshold, 1 - rule.limit**2)  # it is certified, whatever form it takes
-    job = replace(job, basis_key=record.basis_key, grows=True, rule=rule)
+    job = replace(job, basis_key=record.basis_key, grows=True)
     with Staging.open(out, staged_digest(job.checkpoint_key, record.basis_key)) as staging:
         demand_unchanged(out, config)
         check_components(out, record.components)
@@ -87,26 +82,13 @@ def grow(
         kept = {name: 1 - f.relative_error**2 for name, f in statistics.items()}
         if not _enough(kept, threshold):
             return False, kept
-        if _too_large(job, out, staging.root, [r.name for r in waiting]):
-            return False, kept
         staging.join(out, [r.name for r in waiting])
-        shared = [r.name for r in fresh if statistics[r.name].takes_part]
+        shared = [r.name for r in fresh if statistics[r.name].shared]
         record = replace(record, projected=(*record.projected, *shared))
         names = [r.name for r in job.journal.admissions]
         staging.replace(out, changed(out, record, names, counts or job.counts, job.checkpoint_key, left_out), left_out)
         staging.clear()
     return True, kept
-
-
-def _too_large(job: Job, out: Path, staged: Path, names: Sequence[str]) -> bool:
-    """Whether a checkpoint would exceed its budget of bytes with adapters that are staged."""
-    limit = byte_limit(job)
-    if limit is None:
-        return False
-    grown = total_bytes((ours_of(out) or {})["bytes"]) + total_bytes({**sizes_of(staged, names), "basis": 0})
-    if grown > limit:
-        log.info("with them it has %s, more than %s: bases are fitted again", bytes_shown(grown), bytes_shown(limit))
-    return grown > limit
 
 
 def demand_unchanged(out: Path, config: SHAREConfig) -> None:

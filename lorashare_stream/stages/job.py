@@ -13,7 +13,6 @@ from ..adapters.adapter import Adapter
 from ..adapters.folder import digest_files
 from ..adapters.keys import SIDES, Side, group_id
 from ..adapters.shapes import Shapes
-from ..budget.forms import Rule
 from ..checkpoint.format import COMPONENTS
 from ..checkpoint.publish import staging_folder
 from ..errors import GoneError
@@ -39,8 +38,6 @@ class Job:
         device: where sums and fits are computed.
         settings_key: digest of all but the adapters that decides the result.
         checkpoint_key: digest of all that decides the result.
-        rule: by what the form of a module is chosen; None if all are shared at their full rank.
-        cores: folder of what adapters are on wide bases, if a budget is to be met.
         basis_key: of the components, once they are written.
         grows: whether adapters are projected on the components that `out` has already.
         slots: module -> side -> where its moment is written to, in the lease of this step.
@@ -58,8 +55,6 @@ class Job:
     device: str
     settings_key: str
     checkpoint_key: str
-    rule: Rule | None = None
-    cores: Path | None = None
     basis_key: str = ""
     grows: bool = False
     slots: Mapping[str, Mapping[Side, Slot]] = field(default_factory=dict)
@@ -211,16 +206,6 @@ class Job:
     def facts_file(self, module: str) -> Path:
         """Where the facts of a module's bases are kept: written after the components, with their digest."""
         return self.bases / f"{slug(module)}.json"
-
-    def core_file(self, name: str) -> Path:
-        """Where it is kept what an adapter is on wide bases."""
-        assert self.cores is not None
-        return self.cores / f"{slug(name)}.safetensors"
-
-    def core_marker(self, name: str) -> Path:
-        """Where the digest of that is kept: written after it."""
-        assert self.cores is not None
-        return self.cores / f"{slug(name)}.json"
 
     def has_basis(self, module: str, marker: Mapping[str, Any] | None) -> bool:
         """Whether a module's basis is there, whole, and that of its moments, unless these were discarded."""

@@ -6,10 +6,8 @@ import logging
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from ..adapters.adapter import Adapter
 from ..adapters.folder import digest_files
@@ -29,6 +27,7 @@ from ..plan.plan import Plan, check_enough
 from ..text import bytes_shown, digest_of, listed
 from ..workspace.journal import Admission, Journal, Removal
 from ..workspace.workspace import FACTS, FILES, HUB, Workspace
+from .bases import Bases
 from .ingest import ingest_adapter
 from .job import Job
 from .project import check_unchanged, project_adapter
@@ -52,7 +51,7 @@ def check_disk(plan: Plan, workspace: Path, out: Path, *, adds: bool = False, fe
         DiskError: with what is free and what is needed.
     """
     work = tree_bytes(workspace) - tree_bytes(workspace / HUB)
-    needs = [(workspace, sum(plan.sizes[part] for part in ("moments", "basis", "cores", "converted")) - work)]
+    needs = [(workspace, sum(plan.sizes[part] for part in ("moments", "basis", "converted")) - work)]
     if not adds:
         needs.append((staging_folder(out), plan.sizes["checkpoint"] - tree_bytes(staging_folder(out))))
     budget = plan.settings.disk_budget
@@ -215,7 +214,6 @@ def make_job(plan: Plan, work: Workspace, out: Path, device: str, *, begins: boo
     """What the tasks need to know, after ingest; `begins` is before all are ingested, when no basis can be fitted."""
     journal, adapters = work.journal(), {e.name: e for e in plan.adapters}
     digest = checkpoint_key_of(plan.settings_key, journal.admissions)
-    fitted = digest if plan.settings.budget is None else checkpoint_key_of(plan.fitted, journal.admissions)
     return Job(
         settings=plan.settings,
         storage=plan.storage,
@@ -223,7 +221,7 @@ def make_job(plan: Plan, work: Workspace, out: Path, device: str, *, begins: boo
         journal=journal,
         shapes=work.shapes_of(journal, _shapes(journal, adapters)),
         workspace=work.root.absolute(),
-        bases=work.bases.absolute() if begins else work.bases_for(fitted).absolute(),
+        bases=work.bases.absolute() if begins else work.bases_for(digest).absolute(),
         out=out.absolute(),
         device=device,
         settings_key=plan.settings_key,
@@ -267,14 +265,8 @@ def project(run: Run, job: Job, staging: Staging, admissions: Sequence[Admission
     return statistics
 
 
-def record_of_job(
-    plan: Plan,
-    job: Job,
-    bases: Mapping[str, Mapping[str, Any]],
-    staging: Staging,
-    weighed: Sequence[tuple[int, float]] = (),
-) -> CheckpointRecord:
-    """What the checkpoint of a job is of, whose bases are staged; `weighed` is of `CheckpointRecord`."""
+def record_of_job(plan: Plan, job: Job, bases: Bases, staging: Staging) -> CheckpointRecord:
+    """What the checkpoint of a job is of, whose bases are staged."""
     groups = {group_id(m, side): facts[side] for m, facts in bases.items() for side in SIDES if side in facts}
     removed = sorted({name for facts in bases.values() for name in facts["removed"]})
     return CheckpointRecord(
@@ -287,6 +279,4 @@ def record_of_job(
         digest_files([staging.root / COMPONENTS]),
         {group: {k: facts[k] for k in ("d", "k", "energy", "explained")} for group, facts in groups.items()},
         removed=tuple(removed),
-        rule=None if job.rule is None else asdict(job.rule),
-        weighed=tuple(weighed),
     )

@@ -5,19 +5,15 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..adapters.adapter import Adapter
-from ..adapters.config import reranked
-from ..adapters.dtypes import alone_as
 from ..adapters.folder import check_still, digest_files, file_fact
-from ..adapters.keys import PEFT_PREFIX, SIDES, factor_key
+from ..adapters.keys import SIDES, factor_key
 from ..adapters.safetensors import TensorReader, write_arrays, write_safetensors
-from ..budget.forming import Formed, formed
 from ..checkpoint.format import LOADINGS, META, OURS, VERBATIM
 from ..checkpoint.staging import Staging
 from ..checkpoint.summary import Statistics, statistics_of
@@ -25,6 +21,7 @@ from ..errors import AdapterError
 from ..files import naming, sealed
 from ..linalg.delta import relative_error
 from ..workspace.journal import Admission
+from .form import Formed, formed
 from .job import Job
 
 
@@ -46,8 +43,8 @@ def project_adapter(job: Job, adapter: Adapter) -> Statistics:
         write_arrays(loadings := io.BytesIO(), form.loadings, job.storage, {"format": "pt"})
         (folder / LOADINGS).write_bytes(loadings.getbuffer())
         digests = {LOADINGS: hashlib.sha256(loadings.getbuffer()).hexdigest()}
-        verbatim = _write_verbatim(job, adapter, tensors, folder, form)
-        if verbatim or form.own:
+        verbatim = _write_verbatim(adapter, tensors, folder, form)
+        if verbatim:
             digests[VERBATIM] = digest_files([folder / VERBATIM])
         check_still(adapter.files)
         meta = _meta(job, adapter, form, verbatim, digests)
@@ -83,31 +80,23 @@ def check_unchanged(adapter: Adapter, admission: Admission) -> None:
         )
 
 
-def _write_verbatim(job: Job, adapter: Adapter, tensors: TensorReader, folder: Path, form: Formed) -> list[str]:
-    """Write what PEFT and lorashare take as it is: tensors as they came, then factors of the adapter's own.
-
-    Returns:
-        The keys of the tensors that are as they came.
-    """
+def _write_verbatim(adapter: Adapter, tensors: TensorReader, folder: Path, form: Formed) -> list[str]:
+    """Write the tensors that stay as they came, and return their keys."""
     kept = [(factor_key(m, side), adapter.layout.by_name[m].record(side)) for m in form.exact for side in SIDES]
     verbatim = [*adapter.layout.extras, *kept]
     shapes = [(key, record.dtype, record.shape) for key, record in verbatim]
-    own = {factor_key(m, side): array for m, both in form.own.items() for side, array in both.items()}
-    shapes += [(key, alone_as(job.storage), array.shape) for key, array in own.items()]
     chunks = (chunk for _, record in verbatim for chunk in tensors.chunks(record))
     if shapes:
         with (folder / VERBATIM).open("wb") as f:
-            arrays = (array.data.cast("B") for array in own.values())
-            write_safetensors(f, shapes, chain(chunks, arrays), {"format": "pt"})
+            write_safetensors(f, shapes, chunks, {"format": "pt"})
     return [key for key, _ in verbatim]
 
 
 def _meta(job: Job, adapter: Adapter, form: Formed, verbatim: list[str], digests: dict[str, str]) -> dict[str, Any]:
     admission, errors = job.admission_of[adapter.name], form.errors
     norm = sum(e.norm for e in errors.values())
-    measured = [m for m in errors if m not in form.exact and job.shares(admission)]  # what vanishes has no error
+    measured = list(errors) if job.shares(admission) else []  # what vanishes has no error
     worst = max(measured, key=lambda m: errors[m].relative, default=None)
-    config, changed = _configs(adapter, form)
     ours = {
         "basis_digest": job.basis_key,
         "source_id": admission.source_id,
@@ -122,14 +111,6 @@ def _meta(job: Job, adapter: Adapter, form: Formed, verbatim: list[str], digests
         "notes": list(admission.notes),
         "files": digests,
     }
-    own = sum(array.nbytes for both in form.own.values() for array in both.values())
-    if form.own:
-        ours |= {"own": sorted(form.own), "own_bytes": own}
-    if errors and (form.own or form.exact):  # beside those whose dW vanishes
-        exact = sum(m.a.nbytes + m.b.nbytes for m in map(adapter.layout.by_name.__getitem__, form.exact))
-        ours["kept_bytes"] = exact + own
-    if changed is not None:
-        ours["unchanged_config"] = config
     origin = adapter.origin
     if origin is not None:
         hub, told = origin.hub, origin.listing
@@ -139,18 +120,7 @@ def _meta(job: Job, adapter: Adapter, form: Formed, verbatim: list[str], digests
         }  # fmt: skip
     return {
         "adapter_name": adapter.name,
-        "original_config": config if changed is None else changed,
+        "original_config": json.loads(str(adapter.config)),
         "original_adapter_path": str(adapter.folder.absolute()) if origin is None else adapter.source_id,
         OURS: ours,
     }
-
-
-def _configs(adapter: Adapter, form: Formed) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The configuration as it came, and as it must be for the ranks that are stored, if these are others."""
-    config = json.loads(str(adapter.config))
-    if not form.ranks:
-        return config, None
-    modules = {m.name: (form.ranks.get(m.name, m.rank), adapter.scaling(m.name)) for m in adapter.layout.modules}
-    others = {key.partition(".lora_")[0] for key, _ in adapter.layout.extras if ".lora_" in key}
-    others = {name.removeprefix(PEFT_PREFIX) for name in others}
-    return config, reranked(config, modules, form.ranks.keys(), alone=not others, others=others - modules.keys())

@@ -10,7 +10,6 @@
     markers/<module>.json     which lease holds how many entries of the journal of a module, and where
     moments/<lease>/          arrays of zarr; see `leases`
     bases/<digest>/<module>   components and facts of a basis, for one choice of k and dtype
-    cores/<digest>.<k>/       under a budget: what adapters are on bases of k components, in float32
     converted/<key>           what a `.bin` is as safetensors, until the run has ended well
     hub/facts.jsonl           headers and configurations of adapters of the Hub
     hub/files/<adapter>       their files, under a disk budget, while they are needed
@@ -53,7 +52,7 @@ from .shapes import keep_shapes, shapes_of
 FORMAT = 2
 IN_WORK = "in_work.json"
 _COPIES = ("workspace.json", "workspace.copy.json")
-_FOLDERS = ("moments", "markers", "bases", "shapes", "cores")
+_FOLDERS = ("moments", "markers", "bases", "shapes")
 _GROUPS = {
     ".": "workspace of lorashare-stream: moments are arrays of zarr",
     "moments": "moments of what adapters have in common: a group for each step that has written some",
@@ -68,7 +67,7 @@ class Workspace:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.moments, self.markers, self.bases, self.shapes, self.cores = (root / name for name in _FOLDERS)
+        self.moments, self.markers, self.bases, self.shapes = (root / name for name in _FOLDERS)
         self.check_held: Callable[[], None] = lambda: None
         self._noted: set[str] = set()  # shapes that are known to be kept
 
@@ -133,7 +132,7 @@ class Workspace:
 
     def _clean(self) -> None:
         """Remove what dead runs left: temporary files, and moments that no marker names."""
-        for folder in (self.root, self.markers, self.shapes, *self.bases.iterdir(), *self.cores.iterdir()):
+        for folder in (self.root, self.markers, self.shapes, *self.bases.iterdir()):
             for path in (*folder.glob(".*.tmp"), *folder.glob("*.partial")):
                 path.unlink()
         self.sweep()
@@ -265,12 +264,9 @@ class Workspace:
     # -- bases and outputs ---------------------------------------------------------------------------
 
     def bases_for(self, digest: str) -> Path:
-        """The folder of the bases of one choice of k, dtype and admissions; those of others are dropped.
-
-        Beside it may lie wider ones, and cores, under the same name and a k.
-        """
-        for path in (*self.bases.iterdir(), *self.cores.iterdir()):
-            if path.name.partition(".")[0] != digest:
+        """The folder of the bases of one choice of k, dtype and admissions; those of others are dropped."""
+        for path in self.bases.iterdir():
+            if path.name != digest:
                 remove_tree(path)
         return own_folder(self.bases / digest)
 

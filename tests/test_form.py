@@ -11,10 +11,10 @@ import pytest
 from lorashare_stream.adapters.keys import SIDES, Side, group_id
 from lorashare_stream.adapters.safetensors import write_arrays
 from lorashare_stream.adapters.scaling import Scaling
-from lorashare_stream.budget.forming import _projection_errors
 from lorashare_stream.errors import AdapterError
 from lorashare_stream.linalg.delta import delta_errors
 from lorashare_stream.stages.components import Components, Part, Stack, projected, restored
+from lorashare_stream.stages.form import _projection_errors
 
 D, R = 90, 4
 Factors = dict[str, np.ndarray]
@@ -57,7 +57,7 @@ def test_what_comes_back_is_formed_only_where_bases_are_not_orthonormal(
         formed.append(side)
         return restored(components, parts, stack, side, storage)
 
-    monkeypatch.setattr("lorashare_stream.budget.forming.restored", watched)
+    monkeypatch.setattr("lorashare_stream.stages.form.restored", watched)
     found = _projection_errors(components, factors, on, scalings, "F32")
     assert formed == (list(SIDES) if forms else [])
     for f, e in zip(found, exact, strict=True):
