@@ -328,10 +328,12 @@ class SHAREModel:
         self._known(adapter_name)
         if output_dir is not None:
             refuse_originals(Path(output_dir))
-        tensors: Tensors = {}
-        for group, loading in self.all_loadings[adapter_name].items():
-            tensors |= restored(adapter_name, group, self.components, loading)
-        tensors.update(self.all_classifier_heads.get(adapter_name, {}))
+        if self._reader is not None:
+            tensors = self._reader.tensors(adapter_name)
+        else:
+            tensors = dict(self.all_classifier_heads.get(adapter_name, {}))
+            for group, loading in self.all_loadings[adapter_name].items():
+                tensors |= restored(adapter_name, group, self.components, loading)
         if output_dir is not None:
             config = self.adapter_configs[adapter_name]
             if not config:

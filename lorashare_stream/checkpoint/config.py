@@ -17,7 +17,10 @@ _NEEDED = {"num_components", "adapter_names", "compression_stats"}
 
 @dataclass
 class SHAREConfig:
-    """The fields of share_config.json, as lorashare names them; ours are in `compression_stats`."""
+    """The fields of share_config.json, as lorashare names them; ours are in `compression_stats`.
+
+    `coded` is in coded checkpoints only: lorashare, which cannot read these, raises at a field that it does not know.
+    """
 
     share_version: str = "0.1.0"
     num_components: int = 32
@@ -31,6 +34,7 @@ class SHAREConfig:
     num_adapters: int = 0
     layer_keys: list[str] = field(default_factory=list)
     compression_stats: dict[str, Any] = field(default_factory=dict)
+    coded: dict[str, Any] = field(default_factory=dict)
 
     @property
     def ours(self) -> dict[str, Any]:
@@ -40,7 +44,7 @@ class SHAREConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "coded" or value}
 
 
 def read_share_config(root: Path) -> SHAREConfig:

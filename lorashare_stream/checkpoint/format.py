@@ -1,4 +1,4 @@
-"""The names in a SHARE checkpoint, and what is ours in it."""
+"""The names in a checkpoint, SHARE or coded, and what is ours in it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,22 @@ from ..files import read_json
 CONFIG, COMPONENTS, ADAPTERS = "share_config.json", "shared_components.safetensors", "adapters"
 LOADINGS, VERBATIM, META = "loadings.safetensors", "classifier_head.safetensors", "adapter_meta.json"
 SKIPPED = "skipped.json"
+PACKS, INDEX = "packs", "index.json.xz"  # of a coded checkpoint: a folder of codes, and what is known of them
+CODE = "code.bin"  # of one adapter of a coded checkpoint, while it is staged
 SPECTRUM = "eigenvalues.safetensors"  # module:side -> (k,) float64, of the moments, descending
 STAGING = "staging.json"  # in a checkpoint that is not whole yet: the digest of what it will be
 OURS = "lorashare_stream"  # the key of what is ours, in compression_stats and in adapter_meta.json
-FILES = (COMPONENTS, SPECTRUM, ADAPTERS, SKIPPED, CONFIG)  # all that a checkpoint is made of, the configuration last
+FILES = (
+    COMPONENTS,
+    SPECTRUM,
+    ADAPTERS,
+    PACKS,
+    INDEX,
+    SKIPPED,
+    CONFIG,
+)  # all that a checkpoint is made of, the configuration last
 
-PARTS = ("basis", "loadings", "verbatim", "metadata")  # of the bytes of a checkpoint on disk
+PARTS = ("basis", "loadings", "codes", "verbatim", "metadata")  # of the bytes of a checkpoint on disk
 
 
 def ours_of(out: Path) -> dict[str, Any] | None:
@@ -39,9 +49,9 @@ def skipped_of(out: Path) -> list[dict[str, Any]]:
 
 def total_bytes(size: Mapping[str, int]) -> int:
     """Bytes on disk of a checkpoint, by what it says of its parts."""
-    return sum(size[part] for part in PARTS)
+    return sum(size.get(part, 0) for part in PARTS)
 
 
 def next_bytes(size: Mapping[str, int], adapters: int) -> int:
-    """Bytes that one more adapter costs on the bases that are there: what one costs on average."""
-    return round(sum(size[part] for part in ("loadings", "verbatim", "metadata")) / max(1, adapters))
+    """Bytes that one more adapter costs, on the bases that are there: what one costs on average."""
+    return round((total_bytes(size) - size.get("basis", 0)) / max(1, adapters))

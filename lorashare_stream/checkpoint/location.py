@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from .format import ADAPTERS
+from .packs import opened
 
 
 class Place(Protocol):
@@ -23,6 +24,14 @@ class Place(Protocol):
 
     def file(self, relative: str) -> Path:
         """The path of a file of it on this machine.
+
+        Raises:
+            FileNotFoundError: if it has no such file.
+        """
+        ...
+
+    def read(self, relative: str, offset: int, count: int) -> bytes:
+        """Bytes of a file of it; fewer at its end.
 
         Raises:
             FileNotFoundError: if it has no such file.
@@ -68,6 +77,15 @@ class Folder:
         if not path.exists():
             raise FileNotFoundError(relative)
         return path
+
+    def read(self, relative: str, offset: int, count: int) -> bytes:
+        """Bytes of a file of it; fewer at its end.
+
+        Raises:
+            FileNotFoundError: if it has no such file.
+        """
+        with opened(self.file(relative)) as read:
+            return bytes(read(offset, count))
 
     def adapters(self) -> Collection[str] | None:
         """The names of the folders of its adapters; None if they are not known without asking for each."""

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..adapters.keys import factor_key, split_group_id
 from ..errors import CheckpointError
 from ..files import read_json
 from ..text import is_component, listed, printable
@@ -142,6 +143,13 @@ class CheckpointReader:
         self._check_digest(meta.get(OURS, {}).get("basis_digest"), f"adapters/{name}")
         return meta
 
+    def tensors(self, name: str) -> Tensors:
+        """PEFT key -> tensor of one adapter: V L for what is shared, in the dtype of V, and what is kept verbatim."""
+        found: Tensors = {}
+        for group, loading in self.loadings(name).items():
+            found |= restored(name, group, self.components, loading)
+        return found | self.verbatim(name)
+
     def loadings(self, name: str) -> Tensors:
         """Group id -> loadings (k, r) of one adapter."""
         loadings = _load(self._file(f"{ADAPTERS}/{name}/{LOADINGS}"))
@@ -221,6 +229,19 @@ def _open(path: Path) -> Any:
         raise CheckpointError(f"{printable(path.name)} is missing", found=printable(path.parent)) from None
     except (SafetensorError, OSError, json.JSONDecodeError) as e:
         raise CheckpointError(f"{printable(path.name)} cannot be read", found=str(e)) from e
+
+
+def restored(name: str, group: str, components: Mapping[str, torch.Tensor], loading: torch.Tensor) -> Tensors:
+    """PEFT key -> V L of one group of an adapter, oriented as PEFT has it: lora_A (r, d_in), lora_B (d_out, r)."""
+    try:
+        module, side = split_group_id(group)
+        v = components[group]
+        if v.ndim != 2 or loading.ndim != 2 or v.shape[1] != loading.shape[0]:
+            raise ValueError(f"components {list(v.shape)}, loadings {list(loading.shape)}")
+    except (ValueError, KeyError) as e:
+        raise CheckpointError("loadings that fit no components", adapter=name, key=group, found=str(e)) from e
+    vectors = (v.float() @ loading.float()).to(v.dtype)  # (d, r)
+    return {factor_key(module, side): (vectors.T if side == "A" else vectors).contiguous()}
 
 
 def was_reconstructed(path: Path) -> bool:

@@ -7,30 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..adapters.dtypes import TORCH_DTYPES
 from ..adapters.folder import CONFIG, PICKLE, SAFETENSORS
-from ..adapters.keys import factor_key, split_group_id
 from ..adapters.pickles import raw_bytes
 from ..adapters.safetensors import write_safetensors
-from ..errors import CheckpointError, UsageError
+from ..errors import UsageError
 from ..files import atomic_file, write_json
 from .format import CONFIG as SHARE_CONFIG
 from .reader import MARK, Tensors, was_reconstructed
-
-
-def restored(name: str, group: str, components: Mapping[str, torch.Tensor], loading: torch.Tensor) -> Tensors:
-    """PEFT key -> V L of one group of an adapter, oriented as PEFT has it: lora_A (r, d_in), lora_B (d_out, r)."""
-    try:
-        module, side = split_group_id(group)
-        v = components[group]
-        if v.ndim != 2 or loading.ndim != 2 or v.shape[1] != loading.shape[0]:
-            raise ValueError(f"components {list(v.shape)}, loadings {list(loading.shape)}")
-    except (ValueError, KeyError) as e:
-        raise CheckpointError("loadings that fit no components", adapter=name, key=group, found=str(e)) from e
-    vectors = (v.float() @ loading.float()).to(v.dtype)  # (d, r)
-    return {factor_key(module, side): (vectors.T if side == "A" else vectors).contiguous()}
 
 
 def refuse_originals(folder: Path) -> None:

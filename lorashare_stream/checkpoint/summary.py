@@ -22,7 +22,7 @@ _BASIS = ("d", "k", "energy", "explained")
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """What the summary needs of one adapter; `shared` is whether it is on the bases, and has part in them."""
+    """What the summary needs of one adapter; `shared` is whether it is coded, or on the bases and has part in them."""
 
     name: str
     relative_error: float
@@ -120,6 +120,7 @@ def share_config(
     digest: str,
     sizes: Mapping[str, int],
     skipped: Sequence[Any],
+    coded: Json | None = None,
 ) -> dict[str, Any]:
     """The content of share_config.json.
 
@@ -128,8 +129,9 @@ def share_config(
         adapters: figures of every adapter, in order.
         counts: group -> n, the vectors of these adapters.
         digest: of all that decides the result.
-        sizes: bytes on disk of `basis`, `loadings`, `verbatim` and `metadata`.
+        sizes: bytes on disk by part.
         skipped: the adapters that were left out.
+        coded: the field of a coded checkpoint, if it is one.
     """
     groups = {group: {**facts, "n": counts.get(group, 0)} for group, facts in sorted(record.bases.items())}
     explained = {group: facts["explained"] for group, facts in groups.items()}
@@ -163,6 +165,8 @@ def share_config(
         "layer_keys": modules,
         "compression_stats": stats,
     }
+    if coded is not None:
+        config["coded"] = dict(coded)
     stats[OURS]["bytes"]["metadata"] = _with_itself(config, sizes["metadata"] + (json_bytes(skipped) if skipped else 0))
     return config
 
@@ -181,7 +185,7 @@ def _ours(
 ) -> dict[str, Any]:
     s = record.settings
     lora = sum(a.lora_bytes for a in adapters if a.shared)
-    shared = sizes["basis"] + sizes["loadings"]
+    stored = sum(sizes.get(part, 0) for part in ("basis", "loadings", "codes"))
     return {
         "version": __version__,
         "objective": s["objective"],
@@ -198,7 +202,7 @@ def _ours(
             **sizes,
             "originals": sum(a.source_bytes for a in adapters),
             "lora": lora,
-            "lora_ratio": lora / shared if lora else 1.0,
+            "lora_ratio": lora / max(1, stored) if lora else 1.0,
         },
         "errors": _errors(adapters) | ({} if record.projected else _bound(groups, s["objective"])),
         "verbatim_adapters": [a.name for a in adapters if not a.shared],

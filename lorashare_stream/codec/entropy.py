@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-import constriction
+import constriction  # type: ignore[import-untyped]
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,7 +18,6 @@ from .quantiser import LOWEST, Ints, classes_of, low_bits, reach, table
 Categorical, Uniform = constriction.stream.model.Categorical, constriction.stream.model.Uniform
 _COUNTED = 12  # classes up to which code lengths are compared; of wider ones a column's own deviation tells the best
 _PART, _LENGTHS = 16, 64  # bits of an escaped integer that are coded at once; more than all its bits
-Symbols = NDArray[np.int32]
 
 
 @lru_cache(maxsize=256)
@@ -28,7 +27,7 @@ def _model(kind: int) -> Any:
 
 @lru_cache(maxsize=64)
 def differences(most: int, rise: float, fall: float, center: int = 0) -> Any:
-    """A model of differences from -`most` to `most`, as symbols from 0, that are geometric on both sides of `center`."""
+    """A model of differences from -`most` to `most`, as symbols from 0: geometric on both sides of `center`."""
     away = np.arange(-most, most + 1) - center
     weights = np.where(away > 0, rise, fall) ** np.abs(away)
     return Categorical(weights / weights.sum(), perfect=False)
@@ -36,7 +35,7 @@ def differences(most: int, rise: float, fall: float, center: int = 0) -> Any:
 
 @lru_cache(maxsize=1)
 def _lengths() -> Float64:
-    """Bits of the magnitudes from 0 to K of the widest class that is compared, sign included, in each class (c, K + 1)."""
+    """Bits of magnitudes from 0 to K of the widest class that is compared, sign included, in each class (c, K + 1)."""
     magnitudes = np.arange(reach(_COUNTED) + 1)
     found = []
     for kind in range(LOWEST, _COUNTED + 1):
@@ -70,7 +69,7 @@ class Encoder:
         self._coder = constriction.stream.queue.RangeEncoder()
         self._escaped: list[Ints] = []
 
-    def put(self, symbols: Array | Ints, model: Any) -> None:
+    def put(self, symbols: NDArray[Any], model: Any) -> None:
         """Encode symbols from 0 of a model."""
         if len(symbols):
             self._coder.encode(np.ascontiguousarray(symbols, np.int32), model)

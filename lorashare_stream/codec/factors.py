@@ -1,21 +1,19 @@
 """Factors: lora_A and lora_B of what is coded, as `reconstruct` writes them, and how far they are from dW.
 
-A column of a pair becomes lora_B[:, j] = qB_j step 2^e and lora_A[j] = qA_j 2^-e / (|qB_j| s), with e such that both have
-nearly the same length, rounded to the dtypes that the adapter came with. Rank, alpha and keys stay as they came: a
-column without bits is zero. All operations are exact or correctly rounded, so that every machine gives the same bytes.
+A column of a pair becomes lora_B[:, j] = qB_j step 2^e and lora_A[j] = qA_j 2^-e / (|qB_j| s), with e such that both
+have nearly the same length, rounded to the dtypes that the adapter came with. Rank, alpha and keys stay as they came: a
+column without bits is zero. All operations are exact or correctly rounded: every machine gives the same bytes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from ..adapters.dtypes import as_stored
-from ..adapters.keys import Side
 from ..adapters.scaling import Scaling
-from ..adapters.stacks import ModuleBatch
 from ..linalg.delta import DeltaError, energies, gram
 from ..linalg.types import Array, Float64
 from .stream import Group, Shape

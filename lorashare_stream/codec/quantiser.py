@@ -1,14 +1,14 @@
 """Quantiser: an entropy-constrained scalar quantiser with one step, and the code tables that belong to it.
 
-A uniform step for coefficients of all variances is reverse water-filling (Berger 1971): directions weaker than the step
-get no bits, so that neither ranks nor components need be chosen. A column of standard deviation sigma, in steps, has the
-class c = round(4 log2 sigma). Its coefficients x, in steps, become the integers q that make
+A uniform step for coefficients of all variances is reverse water-filling (Berger 1971): directions weaker than the
+step get no bits, so that neither ranks nor components need be chosen. A column of standard deviation sigma, in steps,
+has the class c = round(4 log2 sigma). Its coefficients x, in steps, become the integers q that make
 
     (x - q)^2 + LAMBDA L_c(q)
 
 least, L_c(q) being the code length of q in bits (Sullivan 1996). For a normal density L_c grows from q - 1 to q by
-(2 q - 1) / (2 sigma^2 ln 2), so that thresholds lie at (q - 1/2) w, w = 1 + LAMBDA / (2 sigma^2 ln 2), but for the first,
-whose dead zone is wider. Integers then are near the centroids of their cells: exact centroids gain less than 0.1 %.
+(2 q - 1) / (2 sigma^2 ln 2), so that thresholds lie at (q - 1/2) w, w = 1 + LAMBDA / (2 sigma^2 ln 2), but for the
+first, whose dead zone is wider. Integers then are near the centroids of their cells: exact ones gain less than 0.1 %.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ Ints = NDArray[np.int64]
 def classes_of(sigmas: Float64) -> Ints:
     """The class of each standard deviation, in steps."""
     least = 2.0 ** (LOWEST / PER_OCTAVE)
-    return np.minimum(np.rint(PER_OCTAVE * np.log2(np.maximum(sigmas, least))), HIGHEST).astype(np.int64)
+    found: Ints = np.rint(PER_OCTAVE * np.log2(np.maximum(sigmas, least))).astype(np.int64)
+    return np.minimum(found, HIGHEST)
 
 
 def low_bits(kind: int) -> int:
@@ -82,7 +83,8 @@ def table(kind: int) -> Float64:
     lower = edges / sigma
     cells = np.where(lower[:-1] > 0, ndtr(-lower[:-1]) - ndtr(-lower[1:]), ndtr(lower[1:]) - ndtr(lower[:-1]))
     found = np.append(np.maximum(cells, RAREST), RAREST)
-    return found / found.sum()
+    whole: Float64 = found / found.sum()
+    return whole
 
 
 def reach(kind: int) -> int:

@@ -1,62 +1,83 @@
-"""Rate: how many bytes, and what error, a step gives; one step for a limit on bytes.
+"""Rate: how many bytes an adapter takes, and how far off it is, by the step; and sums over a collection, from a sample.
 
-Bytes and squared errors of a collection are sums over its adapters, so that those of a sample, times their number, are
-estimates without bias. With one step for all, the error is the least that so many bytes allow: a bit is spent where it
-lowers the squared error most, whosever it is.
+With one step for all adapters the error is the least that so many bytes allow: a bit is spent where it lowers the
+squared error most, whosever it is. Bytes and squared errors are sums over adapters, so that a sample tells them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import exp, log, sqrt
 
 import numpy as np
 from scipy.special import stdtrit
 
-from ..linalg.types import Float64
+from .code import Subject
 from .entropy import kinds_of
 from .refit import Quantised
+from .search import FINEST, likely_step
 
-POINTS = 6  # steps at which a sample is tried
-_SIDE_BITS = 7  # of a column: its classes, and its share of what a pair takes
+ERRORS = (0.02, 0.05, 0.12, 0.25, 0.45, 0.75)  # near which an adapter is tried
+_COLUMN_BITS, _PAIR_BITS, _BYTES = 7, 3, 12  # of classes, of counts, and what a stream takes beside
+_HALVINGS = 40
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Bytes and squared relative errors of one adapter at the steps of a sample (POINTS,), ascending."""
+    """One adapter at some steps, ascending: bytes of its code, and relative errors."""
 
-    nbytes: Float64
-    errors: Float64
+    steps: tuple[float, ...]
+    nbytes: tuple[float, ...]
+    errors: tuple[float, ...]
+
+    def bytes_at(self, step: float) -> float:
+        """Bytes at a step, by interpolation in logarithms; beyond the ends by the slope there."""
+        return _between(self.steps, self.nbytes, step)
+
+    def error_at(self, step: float) -> float:
+        """The relative error at a step, likewise; dW itself at most."""
+        return min(1.0, _between(self.steps, self.errors, step))
+
+    def bytes_within(self, error: float) -> float:
+        """Bytes at a relative error, likewise."""
+        return _between(self.errors, self.nbytes, error)
 
 
-def code_bytes(found: Sequence[Quantised]) -> float:
-    """Bytes of a code of these integers, nearly."""
+def _between(x: Sequence[float], y: Sequence[float], at: float) -> float:
+    """y at a place among increasing x."""
+    logs, values = np.log(x), np.log(np.maximum(y, 1e-9))
+    place = int(np.clip(np.searchsorted(logs, log(at)), 1, len(logs) - 1))
+    slope = (values[place] - values[place - 1]) / max(1e-9, logs[place] - logs[place - 1])
+    return exp(min(700.0, values[place - 1] + slope * (log(at) - logs[place - 1])))
+
+
+def curve_of(subject: Subject) -> Curve | None:
+    """The curve of an adapter; None if its dW is zero."""
+    if subject.norm == 0:
+        return None
+    steps = sorted({likely_step(subject.pairs, subject.norm, error) for error in ERRORS})
+    trials = [subject.attempt(step) for step in steps]
+    return Curve(tuple(steps), tuple(_code_bytes(t) for t, _ in trials), tuple(max(e, 1e-6) for _, e in trials))
+
+
+def _code_bytes(found: Sequence[Quantised]) -> float:
+    """Bytes of a code of these integers, to some bytes."""
     bits = 0.0
     for pairs in found:
-        live = pairs.left.any(axis=-1)
+        live = np.asarray(pairs.left.any(axis=-1))
         bits += sum(float(kinds_of(side[live])[1].sum()) for side in (pairs.left, pairs.right))
-        bits += _SIDE_BITS * int(live.sum()) + 3 * len(live)
-    return bits / 8 + 12 if bits else 0.0
+        bits += _COLUMN_BITS * int(live.sum()) + _PAIR_BITS * len(live)
+    return bits / 8 + _BYTES
 
 
-def grid(finest: float, coarsest: float) -> list[float]:
-    """The steps at which the adapters of a sample are tried."""
-    return np.geomspace(finest, coarsest, POINTS).tolist()
-
-
-def step_of(steps: Sequence[float], totals: Float64, size: float) -> float:
-    """The step at which bytes (POINTS,), which fall with it, are `size`: by interpolation in logarithms, or beyond.
-
-    Beyond the grid a factor of two of the step is a bit a number on the fine side, and the last slope on the other.
-    """
-    x, y = np.log(steps), np.log(np.maximum(totals, 1e-9))
-    goal = log(max(size, 1e-9))
-    if goal >= y[0]:  # finer
-        return exp(x[0] - max(0.0, (goal - y[0]) / max(1e-6, (y[0] - y[1]) / (x[1] - x[0]))))
-    if goal <= y[-1]:
-        return exp(x[-1] + (y[-1] - goal) / max(1e-6, (y[-2] - y[-1]) / (x[-1] - x[-2])))
-    return exp(float(np.interp(-goal, -y, x)))
+def step_for(total: Callable[[float], float], size: float) -> float:
+    """The step at which bytes, which fall as it grows, are `size`; from FINEST to 1."""
+    low, high = log(FINEST), 0.0
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if total(exp(middle)) > size else (low, middle)
+    return exp(high)
 
 
 @dataclass(frozen=True)

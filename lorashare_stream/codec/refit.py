@@ -37,7 +37,7 @@ class Quantised:
 def quantise(pairs: Pairs, norm: float, step: float) -> Quantised:
     """Pairs of an adapter with ||dW|| = `norm`, quantised at `step`, which is of coefficients divided by it."""
     weights = (pairs.values / norm).astype(np.float32)[..., None]
-    left = quantised(pairs.left * weights, step)
+    left: Array = quantised(pairs.left * weights, step)
     across = np.swapaxes(left, -1, -2)
     grams = (left @ across).astype(np.float64)
     lengths = np.sqrt(np.diagonal(grams, axis1=-2, axis2=-1))[..., None]  # (n, r, 1)

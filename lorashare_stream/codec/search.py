@@ -1,8 +1,8 @@
 """Search: the coarsest step whose measured error is within a limit.
 
 Errors grow almost like a power of the step, so that few trials find it: the secant in logarithms, kept between the
-finest step that was too coarse and the coarsest that was not. What is measured in a trial is the error of integers; what
-is certified is that of the tensors that come back, which rounding to bfloat16 adds to.
+finest step that was too coarse and the coarsest that was not. What is measured in a trial is the error of integers;
+what is certified is that of the tensors that come back, which rounding to bfloat16 adds to.
 """
 
 from __future__ import annotations

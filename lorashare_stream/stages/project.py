@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,35 +21,62 @@ from ..checkpoint.staging import Staging
 from ..checkpoint.summary import Statistics, statistics_of
 from ..errors import AdapterError
 from ..files import naming, sealed
-from ..linalg.delta import relative_error
+from ..linalg.delta import DeltaError, relative_error
 from ..workspace.journal import Admission
-from .form import Formed, formed
+from .form import formed
 from .job import Job
 
 
+@dataclass(frozen=True)
+class Stored:
+    """What is stored of one adapter.
+
+    Attributes:
+        content: of its file.
+        errors: of every module that is stored in it.
+        exact: modules that are kept verbatim though others are not.
+        layout: what a decoder must know of its modules, if the file does not tell.
+    """
+
+    content: bytes | memoryview
+    errors: Mapping[str, DeltaError]
+    exact: Sequence[str]
+    layout: Sequence[Any] | None = None
+
+
 def project_adapter(job: Job, adapter: Adapter) -> Statistics:
-    """Write one adapter of the checkpoint: loadings, what is verbatim, and the error of what was stored.
+    """Write one adapter of a SHARE checkpoint: loadings, what is verbatim, and the error of what was stored.
 
     Returns:
         What the summary of the checkpoint needs of it.
     """
-    name = adapter.name
-    admission = job.admission_of[name]
-    check_unchanged(adapter, admission)
-    with (
-        adapter.open() as tensors,
-        Staging(job.staging).adapter(name) as folder,
-        naming(folder),
-    ):
-        form = formed(job, adapter, tensors)
-        write_arrays(loadings := io.BytesIO(), form.loadings, job.storage, {"format": "pt"})
-        (folder / LOADINGS).write_bytes(loadings.getbuffer())
-        digests = {LOADINGS: hashlib.sha256(loadings.getbuffer()).hexdigest()}
-        verbatim = _write_verbatim(adapter, tensors, folder, form)
+    return write_adapter(job, adapter, LOADINGS, _projected)
+
+
+def _projected(job: Job, adapter: Adapter, tensors: TensorReader) -> Stored:
+    form = formed(job, adapter, tensors)
+    write_arrays(loadings := io.BytesIO(), form.loadings, job.storage, {"format": "pt"})
+    return Stored(loadings.getbuffer(), form.errors, form.exact)
+
+
+def write_adapter(
+    job: Job, adapter: Adapter, file: str, store: Callable[[Job, Adapter, TensorReader], Stored]
+) -> Statistics:
+    """Write one adapter into the staged checkpoint, in a folder of its own: a file, what is verbatim, what is recorded.
+
+    Returns:
+        What the summary of the checkpoint needs of it.
+    """
+    check_unchanged(adapter, job.admission_of[adapter.name])
+    with adapter.open() as tensors, Staging(job.staging).adapter(adapter.name) as folder, naming(folder):
+        stored = store(job, adapter, tensors)
+        (folder / file).write_bytes(stored.content)
+        digests = {file: hashlib.sha256(stored.content).hexdigest()}
+        verbatim = _write_verbatim(adapter, tensors, folder, stored.exact)
         if verbatim:
             digests[VERBATIM] = digest_files([folder / VERBATIM])
         check_still(adapter.files)
-        meta = _meta(job, adapter, form, verbatim, digests)
+        meta = _meta(job, adapter, stored, verbatim, digests)
         (folder / META).write_text(json.dumps(sealed(meta)), encoding="utf-8")
     return statistics_of(meta)
 
@@ -80,9 +109,9 @@ def check_unchanged(adapter: Adapter, admission: Admission) -> None:
         )
 
 
-def _write_verbatim(adapter: Adapter, tensors: TensorReader, folder: Path, form: Formed) -> list[str]:
+def _write_verbatim(adapter: Adapter, tensors: TensorReader, folder: Path, exact: Sequence[str]) -> list[str]:
     """Write the tensors that stay as they came, and return their keys."""
-    kept = [(factor_key(m, side), adapter.layout.by_name[m].record(side)) for m in form.exact for side in SIDES]
+    kept = [(factor_key(m, side), adapter.layout.by_name[m].record(side)) for m in exact for side in SIDES]
     verbatim = [*adapter.layout.extras, *kept]
     shapes = [(key, record.dtype, record.shape) for key, record in verbatim]
     chunks = (chunk for _, record in verbatim for chunk in tensors.chunks(record))
@@ -92,10 +121,11 @@ def _write_verbatim(adapter: Adapter, tensors: TensorReader, folder: Path, form:
     return [key for key, _ in verbatim]
 
 
-def _meta(job: Job, adapter: Adapter, form: Formed, verbatim: list[str], digests: dict[str, str]) -> dict[str, Any]:
-    admission, errors = job.admission_of[adapter.name], form.errors
+def _meta(job: Job, adapter: Adapter, stored: Stored, verbatim: list[str], digests: dict[str, str]) -> dict[str, Any]:
+    admission, errors = job.admission_of[adapter.name], stored.errors
     norm = sum(e.norm for e in errors.values())
-    measured = list(errors) if job.shares(admission) else []  # what vanishes has no error
+    coded = stored.layout is not None
+    measured = list(errors) if coded or job.shares(admission) else []  # what vanishes has no error
     worst = max(measured, key=lambda m: errors[m].relative, default=None)
     ours = {
         "basis_digest": job.basis_key,
@@ -118,6 +148,8 @@ def _meta(job: Job, adapter: Adapter, form: Formed, verbatim: list[str], digests
             "repo": hub.repo, "revision": hub.revision, "subfolder": hub.subfolder,
             "gated": told.gated, "private": told.private, "license": told.license,
         }  # fmt: skip
+    if coded:
+        ours["layout"] = stored.layout
     return {
         "adapter_name": adapter.name,
         "original_config": json.loads(str(adapter.config)),

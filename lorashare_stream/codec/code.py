@@ -1,0 +1,116 @@
+"""Code: one adapter as bytes, within a limit on its error or at a given step, and what comes back of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import sqrt
+
+import numpy as np
+
+from ..adapters.scaling import Scaling
+from ..linalg.delta import DeltaError
+from ..linalg.types import Array
+from .factors import CodedModule, errors, factors, groups_of, shapes_of
+from .gauge import Pairs, norm_of, pairs_of
+from .refit import Quantised, quantise_all
+from .search import likely_step, search
+from .stream import decode, encode
+
+Trial = Sequence[Quantised]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Modules of one shape: lora_A (m, E r, d_in), lora_B (m, d_out, E r), and how dW comes of them."""
+
+    modules: Sequence[CodedModule]
+    a: Array
+    b: Array
+    scalings: Sequence[Scaling]
+
+
+@dataclass(frozen=True)
+class Coded:
+    """The code of an adapter, and the certified error of each of its modules."""
+
+    code: bytes
+    step: float
+    errors: Mapping[str, DeltaError]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An adapter that is to be coded.
+
+    Attributes:
+        modules: in the order of the adapter's.
+        batches: of the same modules. pairs: of each batch.
+        norm: ||dW||, positive.
+    """
+
+    modules: Sequence[CodedModule]
+    batches: Sequence[Batch]
+    pairs: Sequence[Pairs]
+    norm: float
+
+    @classmethod
+    def of(cls, modules: Sequence[CodedModule], batches: Sequence[Batch]) -> Subject:
+        """An adapter in the gauge in which it is quantised."""
+        pairs = [pairs_of(batch.a, batch.b, batch.scalings) for batch in batches]
+        return cls(modules, batches, pairs, norm_of(pairs))
+
+    def within(self, limit: float) -> Coded | None:
+        """The code of fewest bytes whose certified relative error is at most `limit`; None if there is none."""
+        if self.norm == 0:
+            return self.at(1.0)
+        first = likely_step(self.pairs, self.norm, limit)
+        found = search(limit, first, self.attempt, lambda trial, step: self._error(self.certified(trial, step)))
+        return None if found is None else self._coded(found.trial, found.step)
+
+    def at(self, step: float) -> Coded:
+        """The code at a step, which is of coefficients divided by ||dW||."""
+        return self._coded(quantise_all(self.pairs, self.norm or 1.0, step), step)
+
+    def attempt(self, step: float) -> tuple[Trial, float]:
+        """The integers at a step, and their relative error."""
+        trial = quantise_all(self.pairs, self.norm, step)
+        return trial, sqrt(max(0.0, sum(part.error for part in trial)))
+
+    def certified(self, trial: Trial, step: float) -> dict[str, DeltaError]:
+        """The error of each module, in the tensors that come back."""
+        groups = groups_of(self.modules, self._integers(trial))
+        back = {m.name: (a, b) for m, a, b in factors(self.modules, groups, step * self.norm)}
+        found: dict[str, DeltaError] = {}
+        for batch in self.batches:
+            names = [m.name for m in batch.modules]
+            a_hat, b_hat = (np.stack([back[name][side] for name in names]) for side in (0, 1))
+            found |= zip(names, errors(batch.a, batch.b, a_hat, b_hat, batch.scalings), strict=True)
+        return found
+
+    def _error(self, found: Mapping[str, DeltaError]) -> float:
+        return sqrt(sum(e.error for e in found.values()) / sum(e.norm for e in found.values()))
+
+    def _coded(self, trial: Trial, step: float) -> Coded:
+        code = encode(groups_of(self.modules, self._integers(trial)), step * self.norm)
+        return Coded(code, step, self.certified(trial, step))
+
+    def _integers(self, trial: Trial) -> dict[str, tuple[Array, Array]]:
+        """The integers of each module, (E, r, d) on both sides."""
+        found = {}
+        for batch, part in zip(self.batches, trial, strict=True):
+            experts = batch.scalings[0].experts
+            for i, m in enumerate(batch.modules):
+                own = slice(i * experts, (i + 1) * experts)
+                found[m.name] = part.left[own], part.right[own]
+        return found
+
+
+def decoded(code: bytes, modules: Sequence[CodedModule]) -> Iterator[tuple[CodedModule, Array, Array]]:
+    """Each module with its lora_A and lora_B, as `factors` gives them, of a code whose digest was found right.
+
+    Raises:
+        CheckpointError: if it is no code of such modules.
+    """
+    groups, step = decode(code, shapes_of(modules))
+    return factors(modules, groups, step)

@@ -1,0 +1,51 @@
+"""Encode: write one adapter of a coded checkpoint, alone, and certify it."""
+
+from __future__ import annotations
+
+from ..adapters.adapter import Adapter
+from ..adapters.safetensors import TensorReader
+from ..checkpoint.format import CODE
+from ..checkpoint.summary import Statistics
+from ..codec.code import Batch, Subject
+from ..codec.factors import CodedModule
+from .job import Job
+from .project import Stored, write_adapter
+
+
+def encode_adapter(job: Job, adapter: Adapter) -> Statistics:
+    """Write one adapter of a coded checkpoint: its code, what is verbatim, and the error of what comes back.
+
+    Returns:
+        What the summary of the checkpoint needs of it.
+    """
+    return write_adapter(job, adapter, CODE, _encoded)
+
+
+def _encoded(job: Job, adapter: Adapter, tensors: TensorReader) -> Stored:
+    """The code within the limit, or at the step, of the job; without one that is smaller, the tensors are kept."""
+    subject = subject_of(adapter, tensors)
+    every = list(adapter.layout.by_name)
+    if not subject.modules:
+        return Stored(b"", {}, every, [])
+    limit = job.settings.max_error
+    coded = subject.at(job.step) if limit is None else subject.within(limit)
+    if coded is None or len(coded.code) >= adapter.layout.lora_bytes:
+        return Stored(b"", {}, every, [])
+    exact = [name for name in every if name not in coded.errors]
+    return Stored(coded.code, coded.errors, exact, [list(m) for m in subject.modules])
+
+
+def subject_of(adapter: Adapter, tensors: TensorReader) -> Subject:
+    """An adapter as the codec takes it, but for modules with scale 0, whose dW tells nothing of their factors."""
+    scaled = zip(adapter.layout.modules, adapter.scalings, strict=True)
+    modules = {
+        m.name: CodedModule(m.name, m.rank, m.dim("B"), m.dim("A"), p.scale, p.experts, m.b.dtype, m.a.dtype)
+        for m, p in scaled
+        if p.scale
+    }
+    batches = []
+    for batch in adapter.batches_of(modules):
+        read = batch.read(tensors)
+        of_batch = [modules[name] for name in batch.names]
+        batches.append(Batch(of_batch, read["A"], read["B"], adapter.scalings_of(batch.names)))
+    return Subject.of(list(modules.values()), batches)
