@@ -139,8 +139,13 @@ def test_planes_that_inflate_beyond_their_size_are_refused() -> None:
     for rest, why in ((bytes(5), "bytes follow"), (bytes(3), "ends too early")):
         with pytest.raises(ValueError, match=why):
             list(planes.decoded([struct.pack("<4I", 1, 1, 1, 1) + rest], 4, 4))
+    tracemalloc.start()
     with pytest.raises(ValueError, match="not 262144 bytes when"):
         list(planes.decoded([struct.pack("<4I", *[len(bomb)] * 4) + bomb * 4], 4, 1 << 20))
+    with pytest.raises(ValueError, match="a plane of 4294967295 bytes where 2 are the most"):
+        list(planes.decoded(iter([struct.pack("<4I", 1, 1, 1, (1 << 32) - 1), *[bytes(1 << 10)] * 4096]), 4, 8))
+    assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    tracemalloc.stop()
 
 
 def test_real_heads_gain_a_seventh_in_planes(real: Path, record_property: Any) -> None:
@@ -223,9 +228,10 @@ def test_bytes_depend_neither_on_the_order_of_keys_nor_on_chunks(tmp_path: Path)
 
 def test_readers_of_safetensors_list_the_adapters(tmp_path: Path) -> None:
     adapters = [coded(i, name=f"größe {i}") for i in range(3)]
-    index = written(tmp_path, adapters)
+    last = coded(3, name="__metadata__")
+    index = written(tmp_path, [*adapters, last])
     with safe_open(tmp_path / index.packs[0].file, framework="numpy") as f:
-        assert sorted(f.keys()) == sorted([*(a.name for a in adapters), packs.VERBATIM_PART])
+        assert sorted(f.keys()) == sorted([*(a.name for a in adapters), ":__metadata__", packs.VERBATIM_PART])
         assert all(f.get_tensor(a.name).tobytes() == a.code for a in adapters)
 
 
