@@ -13,12 +13,13 @@ from typing import Any, Self
 
 import torch
 
+from .checkpoint.coded_reader import Refused, open_checkpoint
 from .checkpoint.compare import comparison, load_adapter
 from .checkpoint.config import SHAREConfig
 from .checkpoint.location import Folder
 from .checkpoint.publish import copy_checkpoint
-from .checkpoint.reader import CheckpointReader, PerAdapter, Tensors
-from .checkpoint.restore import refuse_originals, restored, save_adapter
+from .checkpoint.reader import CheckpointReader, PerAdapter, Tensors, restored
+from .checkpoint.restore import refuse_originals, save_adapter
 from .edits.add import add_one
 from .edits.options import RunOptions
 from .edits.remove import remove
@@ -38,12 +39,12 @@ _said: set[str] = set()
 
 
 class SHAREModel:
-    """Many LoRA adapters of one base model as loadings on shared bases.
+    """Many LoRA adapters of one base model, as loadings on shared bases, or each coded alone.
 
     Attributes:
         config: the fields of share_config.json.
-        components: group id `module:side` -> V (d, k).
-        all_loadings: name -> {group id: loadings (k, r)}.
+        components: group id `module:side` -> V (d, k); a coded checkpoint has none, and any use of them says so.
+        all_loadings: name -> {group id: loadings (k, r)}; likewise.
         adapter_configs: name -> the adapter_config.json that it came with.
         all_classifier_heads: name -> {PEFT key: tensor}, what is kept verbatim.
         adapter_sources: name -> where it came from.
@@ -60,6 +61,7 @@ class SHAREModel:
         all_classifier_heads: Mapping[str, Tensors] | None = None,
         adapter_sources: Mapping[str, str] | None = None,
     ) -> None:
+        self._names: Mapping[str, Any] = all_loadings
         self.config = config
         self.components = components
         self.all_loadings = all_loadings
@@ -170,7 +172,7 @@ class SHAREModel:
             CheckpointError: if `path` is no whole SHARE checkpoint, or one that may not be read.
             UnreachableError: if the Hub does not answer: what is in the cache may be out of date.
         """
-        reader = CheckpointReader(
+        reader = open_checkpoint(
             place_of(
                 path, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only,
                 subfolder=subfolder, force_download=force_download,
@@ -183,8 +185,8 @@ class SHAREModel:
     def _read_by(self, reader: CheckpointReader) -> None:
         """Take everything from a checkpoint, when it is asked for."""
         names = reader.names
-        self.config, self.components = reader.config, reader.components
-        self.all_loadings = PerAdapter(names, reader.loadings)
+        self._names, self.config, self.components = names, reader.config, reader.components
+        self.all_loadings = Refused("loadings") if reader.config.coded else PerAdapter(names, reader.loadings)
         self.adapter_configs = PerAdapter(names, reader.adapter_config)
         self.all_classifier_heads = PerAdapter(names, reader.verbatim)
         self.adapter_sources = reader.sources
@@ -192,13 +194,15 @@ class SHAREModel:
         self._root = reader.place.root if isinstance(reader.place, Folder) else None
 
     def __repr__(self) -> str:
-        base, k = printable(self.config.base_model_name_or_path), self.config.num_components
-        return f"{type(self).__name__}({len(self.all_loadings)} adapters of {base!r}, k={k})"
+        base, form = printable(self.config.base_model_name_or_path), f"k={self.config.num_components}"
+        return (
+            f"{type(self).__name__}({len(self._names)} adapters of {base!r}, {'coded' if self.config.coded else form})"
+        )
 
     @property
     def adapter_names(self) -> list[str]:
         """Names of all adapters."""
-        return list(self.all_loadings)
+        return list(self._names)
 
     def certified(self, adapter_name: str) -> dict[str, Any]:
         """What compression recorded of one adapter: `relative_error`, `worst_module`, `verbatim`, `notes`, ...
@@ -266,7 +270,7 @@ class SHAREModel:
         return self._root
 
     def _known(self, name: str) -> None:
-        if name not in self.all_loadings:
+        if name not in self._names:
             raise unknown_adapter(name, self.adapter_names)
 
     def add_adapter(
@@ -291,12 +295,12 @@ class SHAREModel:
         Raises:
             ValueError: if it is there already, or is none that can be added.
         """
-        if name is not None and name in self.all_loadings:
+        if name is not None and name in self._names:
             raise UsageError(f"there is an adapter named {printable(name)!r} already", remedy="Give it another name.")
         options = RunOptions(changes={"device": str(device or "auto")}, accept=variance_threshold)
         root = self._folder()
         result = add_one(root, adapter if name is None else {name: adapter}, options, refit=force_recompute)
-        self._read_by(CheckpointReader(Folder(root)))
+        self._read_by(open_checkpoint(Folder(root)))
         return result
 
     def remove_adapter(self, adapter_name: str) -> None:
@@ -309,7 +313,7 @@ class SHAREModel:
         self._known(adapter_name)
         root = self._folder()
         remove(root, [adapter_name], RunOptions())
-        self._read_by(CheckpointReader(Folder(root)))
+        self._read_by(open_checkpoint(Folder(root)))
 
     def reconstruct(self, adapter_name: str, output_dir: str | Path | None = None) -> Tensors:
         """One adapter's tensors: V L for what is shared, and what is kept verbatim.

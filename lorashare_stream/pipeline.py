@@ -15,7 +15,7 @@ from .checkpoint.publish import check_output, output_folder
 from .checkpoint.records import has_files, sizes_of
 from .checkpoint.staging import Staging, recover, remove_stale
 from .checkpoint.summary import share_config
-from .errors import AdapterError, UsageError, WorkspaceError, skipped_as_json
+from .errors import AdapterError, WorkspaceError, skipped_as_json
 from .files import own_path, write_sealed
 from .hub.lookup import bytes_to_fetch, fetching_for, resolve_on_hub
 from .linalg.device import resolve_device
@@ -25,6 +25,7 @@ from .plan.plan import Plan, make_plan
 from .runtime.executors import executor_for, mapper_for
 from .runtime.progress import Progress, silent
 from .settings import Settings
+from .stages import coding
 from .stages.bases import Bases, write_bases
 from .stages.grow import check_kept, check_sources, demand_unchanged, grow, growable, staged_digest
 from .stages.ingest import pickles_kept
@@ -150,8 +151,6 @@ def compress(
         WorkspaceError, UsageError: if the folders hold something else.
     """
     plan.validate()
-    if plan.settings.limit:
-        raise UsageError("coded checkpoints come with the next commit", found=plan.settings.limit, remedy="Use -k.")
     out = output_folder(out)
     device = resolve_device(plan.settings.device)
     root = (workspace or own_path(default_workspace(out))).absolute()
@@ -178,6 +177,8 @@ def compress(
         job = make_job(plan, work, out, device)
         if not overwrite:
             check_kept(job, out)
+        if plan.settings.limit:
+            return Outcome(skipped, encode(run, job, work, out, left_out, overwrite=overwrite))
         if not refit and is_current(job, out, left_out):
             catch_up(run, job)
             remove_stale(out, staged_digest(job.checkpoint_key, (ours_of(out) or {}).get("basis_digest")))
@@ -194,6 +195,19 @@ def compress(
         check_sources(job, plan.absent, kept, enough)
         method = recompute(run, job, work, out, left_out, overwrite=overwrite)
     return Outcome(skipped, method, kept)
+
+
+def encode(
+    run: Run, job: Job, work: Workspace, out: Path, left_out: list[dict[str, Any]], *, overwrite: bool = False
+) -> Literal["current", "projection", "recompute"]:
+    """Code the adapters that the checkpoint at `out` lacks, and publish; or see that all is so."""
+    target = coding.target_of(run.plan, job, left_out)
+    if coding.is_current(target):
+        remove_stale(out, coding.staged_key(target))
+        return "current"
+    check_output(out, own=work.published(), overwrite=overwrite)
+    ours = ours_of(out) or {}
+    return coding.code(run, job, target, lambda key: work.publishing(out, key, ours.get("basis_digest")))
 
 
 def recompute(

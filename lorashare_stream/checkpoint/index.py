@@ -226,7 +226,7 @@ def _numbered(values: Sequence[Any]) -> tuple[list[Any], list[int]]:
     """The distinct ones of plain values, in the order in which they come, and the number of each value among them."""
     by_id: dict[int, int] = {}  # most adapters share one object: it is written once to be compared
     by_text: dict[str, int] = {}
-    distinct = []
+    distinct: list[Any] = []
     for value in values:
         if id(value) not in by_id:
             by_id[id(value)] = by_text.setdefault(canonical(value), len(distinct))
@@ -257,7 +257,7 @@ def _parsed(root: Any) -> Index:
     code_at, tensor_at = _locations(root["packs"], packs, codes, stored)
     kinds = [_kind(*kind) for kind in _list(root["kinds"])]
     kind_of = [_item(kinds, n) for n in _column(tensors, "kind", len(digests))]
-    found = {at.digest: _tensor(*kind, at) for kind, at in zip(kind_of, tensor_at, strict=True)}
+    found = {at.digest: _tensor(kind, at) for kind, at in zip(kind_of, tensor_at, strict=True)}
     configs, layouts = _list(root["configs"]), _list(root["layouts"])
     _demand(all(isinstance(config, dict) for config in configs), "an adapter_config.json that is no object")
     columns = (
@@ -298,8 +298,8 @@ def _kind(dtype: Any, shape: Any, coding: Any) -> tuple[str, tuple[int, ...], st
     return dtype, tuple(_count(n) for n in shape), coding
 
 
-def _tensor(dtype: str, shape: tuple[int, ...], coding: str, at: Location) -> StoredTensor:
-    tensor = StoredTensor(dtype, shape, coding, at)
+def _tensor(kind: tuple[str, tuple[int, ...], str], at: Location) -> StoredTensor:
+    tensor, (dtype, shape, coding) = StoredTensor(*kind, at), kind
     fits = at.nbytes < tensor.nbytes <= MOST * at.nbytes if coding else at.nbytes == tensor.nbytes
     _demand(fits, f"{at.nbytes} bytes for a tensor {dtype} {[*shape]}")
     return tensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,6 +121,7 @@ def share_config(
     sizes: Mapping[str, int],
     skipped: Sequence[Any],
     coded: Json | None = None,
+    modules: Collection[str] = (),
 ) -> dict[str, Any]:
     """The content of share_config.json.
 
@@ -131,7 +132,7 @@ def share_config(
         digest: of all that decides the result.
         sizes: bytes on disk by part.
         skipped: the adapters that were left out.
-        coded: the field of a coded checkpoint, if it is one.
+        coded: the field of a coded checkpoint, if it is one. modules: of such a one.
     """
     groups = {group: {**facts, "n": counts.get(group, 0)} for group, facts in sorted(record.bases.items())}
     explained = {group: facts["explained"] for group, facts in groups.items()}
@@ -139,7 +140,7 @@ def share_config(
     loadings = sum(f["k"] * f["n"] for f in groups.values())
     original = sum(f["d"] * f["n"] for f in groups.values())
     values = list(explained.values()) or [1.0]
-    modules = sorted({split_group_id(group)[0] for group in groups})
+    layers = sorted({split_group_id(group)[0] for group in groups})
     stats = {
         "original_total_params": original,
         "compressed_total_params": shared + loadings,
@@ -157,12 +158,12 @@ def share_config(
         "component_selection": "auto" if record.settings["num_components"] == "auto" else "fixed",
         "variance_threshold": record.settings["variance_threshold"],
         "base_model_name_or_path": record.base_model,
-        "target_modules": sorted({m.rpartition(".")[2] for m in modules}),
+        "target_modules": sorted({m.rpartition(".")[2] for m in (*layers, *modules)}),
         "lora_rank": _commonest([a.rank for a in adapters]),
         "lora_alpha": _commonest([a.alpha for a in adapters]),
         "adapter_names": [a.name for a in adapters],
         "num_adapters": len(adapters),
-        "layer_keys": modules,
+        "layer_keys": layers,
         "compression_stats": stats,
     }
     if coded is not None:

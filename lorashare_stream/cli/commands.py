@@ -171,7 +171,7 @@ def reconstruct(args: Args) -> int:
     model = SHAREModel.from_pretrained(args["checkpoint"], local_files_only="offline" in args)
     out = Path(args["output"])
     names = model.adapter_names if "all" in args else names_meant(args["adapter"], model.adapter_names)
-    unknown = [n for n in names if n not in model.all_loadings]
+    unknown = [n for n in names if n not in model.adapter_names]
     if unknown:
         model.reconstruct(unknown[0])  # raises, naming what is near
     unsafe = [f"{printable(n)} ({fault})" for n in names if (fault := name_fault(n))]

@@ -45,7 +45,7 @@ class Curve:
 
 
 def _between(x: Sequence[float], y: Sequence[float], at: float) -> float:
-    """y at a place among increasing x."""
+    """Y at a place among increasing x."""
     logs, values = np.log(x), np.log(np.maximum(y, 1e-9))
     place = int(np.clip(np.searchsorted(logs, log(at)), 1, len(logs) - 1))
     slope = (values[place] - values[place - 1]) / max(1e-9, logs[place] - logs[place - 1])

@@ -37,16 +37,15 @@ class Quantised:
 def quantise(pairs: Pairs, norm: float, step: float) -> Quantised:
     """Pairs of an adapter with ||dW|| = `norm`, quantised at `step`, which is of coefficients divided by it."""
     weights = (pairs.values / norm).astype(np.float32)[..., None]
-    left: Array = quantised(pairs.left * weights, step)
-    across = np.swapaxes(left, -1, -2)
-    grams = (left @ across).astype(np.float64)
+    left = quantised(pairs.left * weights, step)
+    grams: Float64 = _products(left, left)
     lengths = np.sqrt(np.diagonal(grams, axis1=-2, axis2=-1))[..., None]  # (n, r, 1)
-    onto = (left @ np.swapaxes(pairs.left, -1, -2)).astype(np.float64)  # qB P (n, r, r)
+    onto = _products(left, pairs.left)  # qB P (n, r, r)
     solved = _solved(grams, onto * (pairs.values / norm)[..., None, :]) * lengths
     right = quantised(solved.astype(np.float32) @ pairs.right, step)
     both = (lengths > 0) & right.any(axis=-1, keepdims=True)
     if not both.all():
-        left, right = left * both, right * both
+        left, right = np.where(both, left, np.float32(0)), np.where(both, right, np.float32(0))
     return Quantised(left, right, _error(pairs, norm, step, left, right))
 
 
@@ -59,13 +58,16 @@ def _solved(grams: Float64, right: Float64) -> Float64:
     return found
 
 
+def _products(rows: Array, others: Array) -> Float64:
+    """Scalar products (n, r, r) of rows, in float32."""
+    return (rows @ others.swapaxes(-1, -2)).astype(np.float64)
+
+
 def _error(pairs: Pairs, norm: float, step: float, left: Array, right: Array) -> float:
     """||W - sum_j step qB_j qA_j' / |qB_j| ||^2 of W = P S Q' / n."""
-    gram_left = (left @ np.swapaxes(left, -1, -2)).astype(np.float64)
-    gram_right = (right @ np.swapaxes(right, -1, -2)).astype(np.float64)
+    gram_left, gram_right = _products(left, left), _products(right, right)
     factor = step / np.maximum(np.sqrt(np.diagonal(gram_left, axis1=-2, axis2=-1)), 1.0)  # (n, r)
-    on_left = (left @ np.swapaxes(pairs.left, -1, -2)).astype(np.float64)  # (n, r, r): qB_j . P_i
-    on_right = (right @ np.swapaxes(pairs.right, -1, -2)).astype(np.float64)
+    on_left, on_right = _products(left, pairs.left), _products(right, pairs.right)  # (n, r, r): qB_j . P_i
     cross = np.einsum("nji,nji,ni,nj->", on_left, on_right, pairs.values / norm, factor)
     square = np.einsum("njk,njk,nj,nk->", gram_left, gram_right, factor, factor)
     return float(pairs.energy / norm**2 - 2 * cross + square)

@@ -19,6 +19,7 @@ from ..adapters.folder import CONFIG as ADAPTER_CONFIG
 from ..adapters.hubid import HubId, parse_hub_id
 from ..checkpoint.format import ADAPTERS, COMPONENTS, CONFIG, FILES, LOADINGS, META, VERBATIM
 from ..checkpoint.location import Folder, Place
+from ..checkpoint.packs import opened
 from ..errors import CheckpointError, MissingCheckpointError, StreamError, UnreachableError, UsageError
 from ..files import atomic_path
 from ..text import listed, printable
@@ -122,6 +123,15 @@ class Repository:
         return hub_file(
             self.id, relative, cache_dir=self._cache, token=self._token, force_download=renew, tqdm_class=bar
         )
+
+    def read(self, relative: str, offset: int, count: int) -> bytes:
+        """Bytes of a file of it; fewer at its end.
+
+        Raises:
+            FileNotFoundError: if it has no such file.
+        """
+        with opened(self.file(relative)) as read:
+            return bytes(read(offset, count))
 
     def adapters(self) -> Collection[str] | None:
         """None: a repository is not listed, the configuration says what is in it."""

@@ -24,6 +24,8 @@ PROCESS_BYTES = 192 << 20
 WORKER_BYTES = 64 << 20  # of a worker process: what is its own before any work, and what it keeps of freed memory
 TORCH_BYTES = 224 << 20
 HUB_BYTES = 112 << 20  # its client, and 8 downloads that read 10 MiB at a time
+CODED_TIMES = 10  # times the LoRA bytes of an adapter, in memory while it is coded: float32 triplets, and two trials
+SAMPLE = 64  # adapters whose rates tell the step for a limit on bytes
 BYTES_PER_ADAPTER = 4 << 10  # of a adapter in the catalog and its admission
 BYTES_PER_RECORD = 1 << 10  # of a tensor in a layout; equal layouts are kept once
 ITEM = {"float32": 4, "float64": 8}  # bytes of a number of a moment
@@ -127,6 +129,14 @@ def steps_of(
     lora = sum(e.layout.lora_bytes for e in adapters)
     pair = max((m.bytes for e in examples(adapters) for m in e.layout.modules), default=0)
     pair = max(pair, STACK_BYTES)
+    buffers = CHUNK + largest + pickled  # a chunk being copied, a file's pages; a `.bin` is read whole
+    count, idle = len(adapters), WORKER_BYTES + catalog + (TORCH_BYTES if pickled else 0)
+    if s.limit is not None:
+        coding = CODED_TIMES * max((e.layout.lora_bytes for e in adapters), default=0) + 4 * pair + buffers
+        sample = total * SAMPLE // max(count, SAMPLE)
+        rate = ("rate", min(count, SAMPLE), sample, coding, 0)
+        costs = (("ingest", count, total, 4 * pair + buffers, 0), rate, ("encode", count, total, coding, 0))
+        return _steps(costs if s.max_error is None else costs[::2], s, process, idle, 0)
     components = sum(4 * g.dim * g.components(s) for g in groups)
     by_module = modules_of(groups)
     sums = max((held_bytes(both, s, grows=grows) for both in by_module.values()), default=0)
@@ -136,8 +146,7 @@ def steps_of(
     loadings = 4 * max((sum(k[m.name] * m.rank for m in e.layout.modules) for e in examples(adapters)), default=0)
     kept = components if keeps_components(components, s.memory) else 0
     mapped = components * ITEMSIZE[storage] // 4  # pages that are resident
-    buffers = CHUNK + largest + pickled  # a chunk being copied, a file's pages; a `.bin` is read whole
-    modules, count = len(by_module), len(adapters)
+    modules = len(by_module)
 
     reading = max(4 * pair + largest + pickled, 2 * chunk) + TILE_BYTES  # adapters, then what zarr copies of a chunk
     return _steps(
@@ -149,7 +158,7 @@ def steps_of(
         ),
         s,
         process,
-        WORKER_BYTES + catalog + (TORCH_BYTES if pickled else 0),
+        idle,
         PORTION_BYTES + reading,
     )
 

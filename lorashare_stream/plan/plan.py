@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import log2
 from typing import Any, TypeVar
 
 from ..adapters.adapter import Adapter
@@ -27,7 +28,7 @@ class Plan:
         adapters: the adapters, in the order in which they will be admitted.
         refused: those left out, with the reason.
         absent: adapters in the workspace whose sources cannot be read now: what needs no values of theirs is done.
-        groups: all groups, sorted by module, A before B.
+        groups: all groups, sorted by module, A before B; none where each adapter is coded alone.
         storage: dtype of components and loadings as safetensors names it: F32, BF16 or F16.
         steps: the passes.
         base_model: the base model that the adapters are taken to be of; empty if nothing names it.
@@ -111,12 +112,13 @@ class Plan:
         headless = adapter.files[0].path.suffix == ".bin"
         several = len(self.batches) > 1
         again = (several and adapter.name not in self._last_batch) + (several and self.grows)
+        again += several and self.settings.limit not in (None, "max_error")  # a sample is tried, all may be coded twice
         return 1 + again + (headless and self.settings.disk_budget is not None)
 
     @property
     def fewest(self) -> int:
-        """How many adapters there must be: two, as lorashare has it, unless there were some before."""
-        return 1 if self.grows else 2
+        """How many adapters there must be: two to share, as lorashare has it, unless there were some before."""
+        return 1 if self.grows or self.settings.limit else 2
 
     def step(self, name: str) -> Step:
         """A step by name."""
@@ -143,8 +145,20 @@ class Plan:
             "workspace_files": files + few,
             "basis": basis,
             "loadings": loadings,
-            "checkpoint": basis + loadings + sum(e.layout.extra_bytes for e in self.adapters),
+            "codes": self._codes(),
+            "checkpoint": basis + loadings + self._codes() + sum(e.layout.extra_bytes for e in self.adapters),
         }
+
+    def _codes(self) -> int:
+        """Bytes of codes at most, nearly: those of flat spectra, by the Gaussian bound and a quarter of a bit."""
+        s = self.settings
+        if s.limit is None:
+            return 0
+        lora = sum(e.layout.lora_bytes for e in self.adapters)
+        if s.max_error is None:
+            return min(lora, s.byte_limit(sum(f.size for e in self.adapters for f in e.files)) or lora)
+        numbers = sum(m.rank * (m.dim("A") + m.dim("B")) for e in self.adapters for m in e.layout.modules)
+        return min(lora, int(numbers * (log2(2**0.5 / s.max_error) + 0.25) / 8))
 
     def _converted(self) -> int:
         """What pickles are converted to, which is kept for the run, unless disk is short."""
@@ -152,6 +166,8 @@ class Plan:
 
     def _moments(self) -> tuple[int, int]:
         """Bytes and files of moments, the most at a time."""
+        if not self.groups:
+            return 0, 0
         stored = {m: [stored_moment(g, self.settings) for g in both] for m, both in self._modules.items()}
         sizes = [[pair for m in part for pair in stored[m]] for part in self.portions(list(stored))]
         parts = sorted(((sum(b for b, _ in part), sum(f for _, f in part)) for part in sizes), reverse=True)
@@ -284,9 +300,10 @@ def make_plan(
         recalled: names of adapters in the workspace whose sources nobody has named; those refused now are absent.
     """
     bound = bound_base if bound_base is not None and bound_base in settings.base_aliases else found.base_model
-    groups = groups_of(found.adapters)
+    groups = () if settings.limit else groups_of(found.adapters)
     dtypes = {r.dtype for e in examples(found.adapters) for m in e.layout.modules for r in (m.a, m.b)}
     storage = widest(dtypes) if settings.dtype == "auto" else STORAGE[settings.dtype]
+    storage = "F32" if settings.limit else storage  # a code has none, and is restored in the dtype of each source
     steps = steps_of(found.adapters, groups, settings, storage, grows=grows)
     names = set(recalled)
     absent = tuple(e for e in found.refused if e.adapter in names)

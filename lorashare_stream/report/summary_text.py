@@ -46,7 +46,7 @@ def _our_rows(ours: dict[str, Any], adapters: int) -> list[Row]:
         *[("asked for", text) for text in asked(ours["settings"])],
         ("originals", bytes_shown(size["originals"])),
         ("checkpoint", f"{bytes_shown(total)}, {_times(size['originals'] / max(total, 1))}"),
-        *[(f"  {part}", bytes_shown(size[part])) for part in PARTS],
+        *[(f"  {part}", bytes_shown(size[part])) for part in PARTS if part in size],
         ("  next adapter", f"about {bytes_shown(next_bytes(size, adapters))} on these bases"),
         ("LoRA bytes", f"{bytes_shown(size['lora'])} in the originals, {_times(size['lora_ratio'])}"),
         ("relative dW error", ", ".join(f"{name} {errors[name]:.4f}" for name in ("mean", "median", "p95", "max"))),

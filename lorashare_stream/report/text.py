@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from ..checkpoint.format import PARTS
 from ..settings import asked
 from ..text import bytes_shown, counted, listed, printable
 
@@ -46,11 +47,13 @@ def plan_text(plan: Plan) -> str:
     s, size = plan.settings, plan.sizes
     auto = s.num_components == "auto"
     stacked = sum(g.stacked for g in plan.groups)
+    groups = f"{len(plan.groups)}: {stacked} as stacked columns, {len(plan.groups) - stacked} as second moments"
+    most = "up to " if auto or s.limit else ""
     pairs: list[Row] = [
         ("base model", plan.base_model or "not named"),
         *[("  also named", text) for text in _other_names(plan)],
         ("adapters", f"{len(plan.adapters)}" + (f", and {len(plan.refused)} refused" if plan.refused else "")),
-        ("groups", f"{len(plan.groups)}: {stacked} as stacked columns, {len(plan.groups) - stacked} as second moments"),
+        *([("groups", groups)] if s.limit is None else []),
         ("objective", s.objective + (", centred" if s.center else "")),
         ("components k", f"auto, to {s.variance_threshold:.4g} of the energy" if auto else s.num_components)
         if s.limit is None
@@ -58,9 +61,12 @@ def plan_text(plan: Plan) -> str:
         ("originals", f"{bytes_shown(size['originals'])}, of which LoRA {bytes_shown(size['lora'])}"),
         *_of_the_hub(plan),
         ("workspace", f"{bytes_shown(size['workspace'])} on disk, in {counted(size['workspace_files'], 'file')}"),
-        ("checkpoint", f"{'up to ' if auto else ''}about {bytes_shown(size['checkpoint'])} ({plan.storage})"),
-        *[(f"  {part}", bytes_shown(size[part])) for part in ("basis", "loadings", "verbatim")],
-        ("break-even k", break_even_range(plan)),
+        (
+            "checkpoint",
+            f"{most}about {bytes_shown(size['checkpoint'])}" + (f" ({plan.storage})" if s.limit is None else ""),
+        ),
+        *[(f"  {part}", bytes_shown(size[part])) for part in PARTS if size.get(part)],
+        *([("break-even k", break_even_range(plan))] if s.limit is None else []),
     ]
     steps = [
         (t.name, f"{t.tasks}", bytes_shown(t.read_bytes), f"{t.concurrency}", bytes_shown(t.peak_bytes))
@@ -102,8 +108,8 @@ def plan_warnings(plan: Plan) -> list[str]:
 def _of_sizes(plan: Plan) -> list[str]:
     size, s = plan.sizes, plan.settings
     out = []
-    if plan.adapters and not plan.groups:
-        out.append("no LoRA matrix can be shared: everything is kept verbatim")
+    if plan.adapters and not any(e.layout.modules for e in plan.adapters):
+        out.append("no LoRA matrix can be compressed: everything is kept verbatim")
     elif plan.groups and s.num_components != "auto" and s.limit is None:
         clamped = sum(g.components(s) < s.num_components for g in plan.groups)
         if clamped:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,25 +21,29 @@ from ..adapters.folder import digest_config, digest_files
 from ..checkpoint.coded import VERSION, index_of, meta_of, staged_adapters
 from ..checkpoint.config import read_share_config
 from ..checkpoint.format import ADAPTERS, INDEX, OURS, PACKS, ours_of, skipped_of, total_bytes
-from ..checkpoint.index import Index, Pack, read_index, write_index
-from ..checkpoint.packs import Read, check_pack, opened, remove_from_packs, write_packs
+from ..checkpoint.index import CodedAdapter, Index, Pack, read_index, write_index
+from ..checkpoint.packs import check_pack, opened, remove_from_packs, write_packs
+from ..checkpoint.records import REPAIR
 from ..checkpoint.staging import Staging
 from ..checkpoint.summary import CheckpointRecord, share_config, statistics_of
 from ..codec.rate import Curve, curve_of, step_for
-from ..errors import BudgetError, CheckpointError
-from ..files import own_folder, remove_tree, sync
+from ..codec.search import FINEST
+from ..errors import AdapterError, BudgetError, CheckpointError
+from ..files import atomic_path, own_folder, remove_tree, sync
+from ..plan.memory import SAMPLE
 from ..plan.plan import Plan
-from ..text import bytes_shown, digest_of
+from ..text import bytes_shown, digest_of, listed
 from ..workspace.journal import Admission
 from .encode import encode_adapter, subject_of
 from .job import Job
-from .passes import stored
-from .run import Run
+from .passes import write_adapters
+from .run import Run, check_none_lost
 
-SAMPLE = 64  # adapters whose rates tell the step for a limit on bytes
 ENOUGH = 0.97  # of a limit on bytes: what is left then is not worth to encode all once more
 _AIMS = (1.0, 0.998, 0.99, 0.95, 0.8)  # of a limit on bytes, one after the other
-Method = Literal["current", "projection", "recompute"]
+Method = Literal["projection", "recompute"]
+Publishing = Callable[[str], object]
+Encode = Callable[[Staging, "Target", Sequence[Admission]], object]
 log = logging.getLogger(__name__)
 
 
@@ -73,6 +77,11 @@ def _rule(settings_key: str, step: float) -> str:
     return digest_of(["coded", VERSION, settings_key, step])
 
 
+def staged_key(target: Target) -> str:
+    """Under which a target is staged."""
+    return digest_of([target.digest, target.record.basis_key])
+
+
 def target_of(plan: Plan, job: Job, left_out: list[dict[str, Any]]) -> Target:
     """What the coded checkpoint of a job is to be."""
     record = CheckpointRecord(
@@ -100,13 +109,57 @@ def _is_there(root: Path, pack: Pack) -> bool:
         return False
 
 
-def code(run: Run, job: Job, target: Target, publishing: Callable[[str, object], object]) -> Method:
+@dataclass(frozen=True)
+class There:
+    """What a target's folder holds: its index, the adapters that cannot stay, and the step with which it was coded."""
+
+    index: Index
+    gone: frozenset[str]
+    step: float
+
+    @property
+    def names(self) -> list[str]:
+        """The adapters that can stay as they are."""
+        return [name for name in self.index.adapters if name not in self.gone]
+
+
+def there(target: Target) -> There:
+    """What of the coded checkpoint that is there can stay: whole adapters of the target, coded by the same rule."""
+    try:
+        config = read_share_config(target.out)
+        if config.ours.get("choice") != target.record.settings_key or not config.coded:
+            return There(Index(), frozenset(), 0.0)
+        index, step = index_of(target.out, config.coded), float(config.coded["step"])
+    except (CheckpointError, KeyError, TypeError, ValueError):
+        return There(Index(), frozenset(), 0.0)
+    damaged = {pack for pack in index.packs if not _is_whole(target.out, pack)}
+    known = {r.name: r for r in target.admissions}
+
+    def stays(adapter: CodedAdapter) -> bool:
+        r = known.get(adapter.name)
+        packs = {adapter.code.pack, *(index.tensors[digest].at.pack for digest in adapter.verbatim.values())}
+        if r is None or adapter.record.get("sha256") != r.digest or packs & damaged:
+            return False
+        return digest_config(adapter.config) == r.config_digest
+
+    return There(index, frozenset(name for name, adapter in index.adapters.items() if not stays(adapter)), step)
+
+
+def _is_whole(root: Path, pack: Pack) -> bool:
+    try:
+        check_pack(root / pack.file, pack)
+    except CheckpointError:
+        return False
+    return True
+
+
+def code(run: Run, job: Job, target: Target, publishing: Publishing) -> Method:
     """Make a folder the coded checkpoint of a job.
 
     Args:
         run, job: of the adapters that it is to have.
         target: what it is to be.
-        publishing: told, before it happens, the key of what is published, and that of what is there.
+        publishing: told the key of what is published, before it is.
 
     Returns:
         `projection` if adapters that were there have stayed as they were, else `recompute`.
@@ -114,13 +167,144 @@ def code(run: Run, job: Job, target: Target, publishing: Callable[[str, object],
     Raises:
         BudgetError: if so few bytes cannot be had, with the fewest that can.
     """
-    size = job.settings.byte_limit(sum(sum(r.sizes) for r in job.journal.admissions))
-    there, step = reusable(target)
-    if size is None:
-        there, target = (there if step == 0 else Index()), target.at(0.0)
-        _published(_staged(run, job, target, there), size, publishing)
-        return "projection" if there.adapters else "recompute"
-    if there.adapters and _published(_staged(run, job, target.at(step), there), size, publishing):
-        return "projection"
+    size, found = job.settings.byte_limit(sum(sum(r.sizes) for r in job.journal.admissions)), there(target)
+    encode = partial(_encode, run, job)
+    if size is None or found.names:
+        with _staged(target.at(found.step if size else 0.0), found, encode) as staged:
+            if size is None or staged.total <= size:
+                staged.publish(publishing)
+                return "projection" if found.names else "recompute"
+        log.info("%s with the step that is recorded: all adapters are coded again", bytes_shown(staged.total))
     _code_within(run, job, target, size, publishing)
     return "recompute"
+
+
+def keep(target: Target, publishing: Publishing) -> None:
+    """Make a folder the coded checkpoint of adapters that it has: the others go, and their names and tensors with them.
+
+    Raises:
+        CheckpointError: if one that is to stay is damaged.
+    """
+    found = there(target)
+    lost = {r.name for r in target.admissions} - {*found.names}
+    if lost:
+        raise CheckpointError("adapters that are to stay are damaged", found=listed(sorted(lost)), remedy=REPAIR)
+    with _staged(target.at(found.step), found, lambda *_: None) as staged:
+        staged.publish(publishing)
+
+
+def _code_within(run: Run, job: Job, target: Target, size: int, publishing: Publishing) -> None:
+    """Code all adapters at the step that makes `size` bytes, nearly: once or twice, as the rates of a sample tell."""
+    curves = rates(run, job, list(job.adapters.values()))
+    part = sum(job.adapters[name].layout.lora_bytes for name in curves) or 1
+    whole = sum(job.adapter(r.name).layout.lora_bytes for r in target.admissions)
+
+    def predicted(step: float) -> float:
+        return sum(curve.bytes_at(step) for curve in curves.values()) * whole / part
+
+    factor, beside = 1.0, float(sum(job.adapter(r.name).layout.extra_bytes for r in target.admissions))
+    for aim in _AIMS:
+        step = step_for(predicted, max(1.0, aim * size - beside) / factor)
+        with _staged(target.at(step), There(Index(), frozenset(), 0.0), partial(_encode, run, job)) as staged:
+            if staged.total <= size and (aim < 1.0 or staged.total >= ENOUGH * size or step <= FINEST):
+                staged.publish(publishing)
+                return
+            codes = staged.sizes["codes"]
+            factor, beside = codes / max(1.0, predicted(step)), staged.total - codes
+    raise BudgetError(
+        "the checkpoint cannot be as small", found=f"{bytes_shown(staged.total)} at least", expected=bytes_shown(size),
+        remedy=f"Use --max-bytes {staged.total} or more: {bytes_shown(beside)} of it are not codes.",
+    )  # fmt: skip
+
+
+def rates(run: Run, job: Job, adapters: Sequence[Adapter]) -> dict[str, Curve]:
+    """The rates of some of these adapters, evenly spaced, by name; those whose dW is zero have none."""
+    some = [adapters[i * len(adapters) // SAMPLE] for i in range(SAMPLE)] if len(adapters) > SAMPLE else list(adapters)
+    lost: list[AdapterError] = []
+    found = run.map("rate", rate_adapter, run.arriving(some, lost), len(some), run.release)
+    curves = {name: curve for name, curve in found if curve is not None}
+    check_none_lost(lost)
+    return curves
+
+
+def rate_adapter(adapter: Adapter) -> tuple[str, Curve | None]:
+    """The name of an adapter, and its rates, if its dW is not zero."""
+    with adapter.open() as tensors:
+        return adapter.name, curve_of(subject_of(adapter, tensors))
+
+
+def _encode(run: Run, job: Job, staging: Staging, target: Target, admissions: Sequence[Admission]) -> None:
+    job = replace(job, basis_key=target.record.basis_key, step=target.step)
+    write_adapters(run, job, staging, admissions, "encode", encode_adapter)
+
+
+@dataclass(frozen=True)
+class _Staged:
+    """A coded checkpoint that is whole but for its configuration."""
+
+    target: Target
+    staging: Staging
+    index: Index
+    sizes: Mapping[str, int]
+    config: Mapping[str, Any]
+
+    @property
+    def total(self) -> int:
+        return total_bytes(self.config["compression_stats"][OURS]["bytes"])
+
+    def publish(self, publishing: Publishing) -> None:
+        publishing(self.config["compression_stats"][OURS]["basis_digest"])
+        remove_tree(self.staging.root / ADAPTERS)
+        self.staging.commit(self.target.out, self.config, self.target.left_out)
+
+
+@contextmanager
+def _staged(target: Target, found: There, encode: Encode) -> Iterator[_Staged]:
+    """Stage a target: what can stay is linked, the rest encoded and packed, unless a killed run has done that."""
+    with Staging.open(target.out, staged_key(target)) as staging:
+        root = staging.root
+        if not (root / INDEX).exists():
+            remove_tree(root / PACKS)
+            index = _linked(target.out, root, found)
+            fresh = [r for r in target.admissions if r.name not in index.adapters]
+            encode(staging, target, fresh)
+            write_index(root / INDEX, write_packs(root, staged_adapters(root, [r.name for r in fresh]), index))
+        index = read_index(root / INDEX)
+        codes = sum(adapter.code.nbytes for adapter in index.adapters.values())
+        verbatim = sum(tensor.at.nbytes for tensor in index.tensors.values())
+        files = (root / INDEX).stat().st_size + sum(pack.nbytes for pack in index.packs)
+        sizes = {"codes": codes, "verbatim": verbatim, "metadata": files - codes - verbatim}
+        yield _Staged(target, staging, index, sizes, _config(target, digest_files([root / INDEX]), index, sizes))
+
+
+def _linked(out: Path, root: Path, found: There) -> Index:
+    """The packs that can stay, as links to those that are there, or written without the adapters that go."""
+    own_folder(root / PACKS)
+    index = found.index
+    if found.gone:
+        index = remove_from_packs(root, index, found.gone, lambda pack: opened(out / pack.file))
+    for pack in index.packs:
+        if not (root / pack.file).exists():
+            try:
+                os.link(out / pack.file, root / pack.file)
+            except OSError:  # no links on this disk
+                with atomic_path(root / pack.file) as path:
+                    shutil.copyfile(out / pack.file, path)
+    sync(root / PACKS)
+    return index
+
+
+def _config(target: Target, digest: str, index: Index, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """The content of share_config.json; `digest` is of the index."""
+    key = digest_of([target.record.basis_key, target.digest])
+    statistics = [statistics_of(meta_of(index.adapters[r.name], key)) for r in target.admissions]
+    return share_config(
+        replace(target.record, basis_key=key),
+        statistics,
+        {},
+        digest=target.digest,
+        sizes=sizes,
+        skipped=target.left_out,
+        coded={"version": VERSION, "step": target.step, "index": digest},
+        modules={row[0] for adapter in index.adapters.values() for row in adapter.layout},
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -89,8 +89,8 @@ def ingest(run: Run, work: Workspace, out: Path, device: str) -> list[AdapterErr
     if again:
         log.warning("taken out before, and added again since their sources are named: %s", listed(sorted(again)))
     refused: list[AdapterError] = []
-    several, done = len(plan.batches) > 1, 0
-    complete = several and is_complete(make_job(plan, work, out, device, begins=True))
+    several, done, sums = len(plan.batches) > 1, 0, plan.settings.limit is None
+    complete = several and sums and is_complete(make_job(plan, work, out, device, begins=True))
     for number, (batch, after) in enumerate(zip(fresh, [*fresh[1:], []], strict=True)):
         if complete and not batch:
             done += len(plan.batches[number])
@@ -99,7 +99,7 @@ def ingest(run: Run, work: Workspace, out: Path, device: str) -> list[AdapterErr
             log.info("batch %d of %d: %d of %d adapters", number + 1, len(plan.batches), done, len(plan.adapters))
         refused += admit(run, work, batch)
         done += len(plan.batches[number])
-        if several:
+        if several and sums:
             names = {e.name for e in plan.batches[number]}
             sum_batch(run, make_job(plan, work, out, device, begins=True), names, _unrefused(after))
         run.fetcher.release(batch)
@@ -241,7 +241,19 @@ def checkpoint_key_of(settings_key: str, admissions: Sequence[Admission]) -> str
 
 
 def project(run: Run, job: Job, staging: Staging, admissions: Sequence[Admission]) -> dict[str, Statistics]:
-    """Project adapters into the staged checkpoint, as they come, unless they are there; all of them are durable then.
+    """Project adapters into the staged checkpoint: `write_adapters`."""
+    return write_adapters(run, job, staging, admissions, "project", project_adapter)
+
+
+def write_adapters(
+    run: Run,
+    job: Job,
+    staging: Staging,
+    admissions: Sequence[Admission],
+    step: str,
+    task: Callable[[Job, Adapter], Statistics],
+) -> dict[str, Statistics]:
+    """Write adapters into the staged checkpoint by a task, as they come, unless they are there; all are durable then.
 
     Returns:
         Their figures, by name.
@@ -256,9 +268,8 @@ def project(run: Run, job: Job, staging: Staging, admissions: Sequence[Admission
     run.fetcher.cancel_except(adapters)
     lost: list[AdapterError] = []
     arriving = run.arriving(adapters, lost)
-    projected = run.map("project", partial(project_adapter, job), arriving, len(adapters), run.release)
     with staging.syncing() as written:
-        for each in projected:
+        for each in run.map(step, partial(task, job), arriving, len(adapters), run.release):
             statistics[each.name] = each
             written(each.name)
     check_none_lost(lost)

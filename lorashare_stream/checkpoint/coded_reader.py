@@ -1,0 +1,152 @@
+"""The coded checkpoint, read: its index at open, an adapter when it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..adapters.dtypes import FLOATS, TORCH_DTYPES
+from ..adapters.keys import factor_key
+from ..codec.code import decoded
+from ..codec.factors import CodedModule
+from ..errors import CheckpointError
+from ..text import printable
+from .coded import index_of, meta_of
+from .config import read_share_config
+from .format import CONFIG, INDEX, SKIPPED
+from .index import CodedAdapter
+from .location import Place
+from .packs import read_code, read_verbatim
+from .reader import CheckpointReader, Tensors
+
+LARGEST = 1 << 34  # numbers of an adapter; a foreign index may claim more
+_TORCH = {stored: getattr(torch, name) for name, stored in TORCH_DTYPES.items()}
+
+
+class Refused(Mapping[str, Any]):
+    """What a SHARE checkpoint has, and a coded one has not: any use of it says so."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def _refuse(self) -> CheckpointError:
+        return CheckpointError(
+            f"a coded checkpoint has no {self._what}: each adapter is coded alone",
+            remedy="Use reconstruct(name); or compress the sources by -k for a SHARE checkpoint.",
+        )
+
+    def __getitem__(self, key: str) -> Any:
+        raise self._refuse()
+
+    def __iter__(self) -> Iterator[str]:
+        raise self._refuse()
+
+    def __len__(self) -> int:
+        raise self._refuse()
+
+    def __contains__(self, key: object) -> bool:
+        raise self._refuse()
+
+
+class CodedReader(CheckpointReader):
+    """An open coded checkpoint: its index at open, an adapter when it is asked for.
+
+    Args:
+        place: where it lies.
+
+    Raises:
+        CheckpointError: if it is not whole.
+    """
+
+    def __init__(self, place: Place) -> None:
+        self.place, self.config = place, read_share_config(place.root)
+        self._file(INDEX)
+        self.index = index_of(place.root, self.config.coded)
+        self.names = dict.fromkeys(self.config.adapter_names)
+        if self.names.keys() != self.index.adapters.keys():
+            raise CheckpointError(f"{CONFIG} and {INDEX} name other adapters", found=place)
+        self.components: Any = Refused("components")
+
+    def meta(self, name: str) -> dict[str, Any]:
+        """What is recorded of one adapter, as SHARE checkpoints have it in adapter_meta.json."""
+        return meta_of(self.index.adapters[name], str(self.config.ours.get("basis_digest")))
+
+    def loadings(self, name: str) -> Tensors:
+        """There are none.
+
+        Raises:
+            CheckpointError: always.
+        """
+        raise Refused("loadings")._refuse()
+
+    def tensors(self, name: str) -> Tensors:
+        """PEFT key -> tensor of one adapter, decoded, in the dtypes that it came with."""
+        adapter = self.index.adapters[name]
+        found: Tensors = {}
+        try:
+            modules = _modules(adapter)
+            for m, a, b in decoded(read_code(self._read(adapter.code.pack.file), adapter), modules):
+                for side, array, dtype in (("A", a, m.dtype_a), ("B", b, m.dtype_b)):
+                    tensor = torch.from_numpy(array.copy()).to(_TORCH[dtype])
+                    found[factor_key(m.name, side)] = tensor  # type: ignore[arg-type]
+        except CheckpointError as e:
+            e.adapter = name
+            raise
+        return found | self.verbatim(name)
+
+    def verbatim(self, name: str) -> Tensors:
+        """PEFT key -> tensor, of what is kept verbatim of one adapter."""
+        adapter = self.index.adapters[name]
+        found: Tensors = {}
+        for key, digest in adapter.verbatim.items():
+            stored = self.index.tensors[digest]
+            raw = bytearray(read_verbatim(self._read(stored.at.pack.file), self.index, adapter, key))
+            empty = torch.empty(stored.shape, dtype=_TORCH[stored.dtype])
+            found[key] = torch.frombuffer(raw, dtype=empty.dtype).reshape(stored.shape) if raw else empty
+        return found
+
+    def _read(self, relative: str) -> Callable[[int, int], bytes]:
+        return partial(self._part, relative)
+
+    def _part(self, relative: str, offset: int, count: int) -> bytes:
+        try:
+            return self.place.read(relative, offset, count)
+        except FileNotFoundError as e:
+            raise CheckpointError(
+                f"{printable(relative)} is missing", found=self.place, remedy="Fetch the checkpoint again."
+            ) from e
+
+    def _files(self) -> dict[str, Path]:
+        found = {relative: self._file(relative) for relative in (CONFIG, INDEX, *(p.file for p in self.index.packs))}
+        skipped = self._optional(SKIPPED)
+        return found if skipped is None else {**found, SKIPPED: skipped}
+
+
+def _modules(adapter: CodedAdapter) -> list[CodedModule]:
+    """The modules of an adapter, from its layout, which may be a stranger's."""
+    try:
+        modules = [CodedModule(*row) for row in adapter.layout]
+        for m in modules:
+            whole = [m.rank, m.d_out, m.d_in, m.experts]
+            sound = all(type(n) is int and 0 < n < LARGEST for n in whole) and m.rank % m.experts == 0
+            sound = sound and isinstance(m.scale, float | int) and 0 < abs(m.scale) < float("inf")
+            if not sound or not {m.dtype_a, m.dtype_b} <= {*FLOATS} or not isinstance(m.name, str):
+                raise ValueError(printable(m, 200))
+        if sum(m.rank * (m.d_out + m.d_in) for m in modules) > LARGEST:
+            raise ValueError(f"more than {LARGEST} numbers")
+    except (TypeError, ValueError) as e:
+        raise CheckpointError("a layout that cannot be that of an adapter", adapter=adapter.name, found=str(e)) from e
+    return modules
+
+
+def open_checkpoint(place: Place) -> CheckpointReader:
+    """Open a checkpoint, SHARE or coded.
+
+    Raises:
+        CheckpointError: if it is not whole.
+    """
+    return CodedReader(place) if read_share_config(place.root).coded else CheckpointReader(place)
