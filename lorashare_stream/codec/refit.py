@@ -43,17 +43,17 @@ def quantise(pairs: Pairs, norm: float, step: float) -> Quantised:
     onto = _products(left, pairs.left)  # qB P (n, r, r)
     solved = _solved(grams, onto * (pairs.values / norm)[..., None, :]) * lengths
     right = quantised(solved.astype(np.float32) @ pairs.right, step)
-    both = (lengths > 0) & right.any(axis=-1, keepdims=True)
+    both = np.asarray((lengths > 0) & right.any(axis=-1, keepdims=True))
     if not both.all():
-        left, right = np.where(both, left, np.float32(0)), np.where(both, right, np.float32(0))
+        left, right = left * both, right * both
     return Quantised(left, right, _error(pairs, norm, step, left, right))
 
 
 def _solved(grams: Float64, right: Float64) -> Float64:
     """G^-1 times (n, r, r), with a ridge; rows of zeros stay zero."""
-    diagonal = np.arange(grams.shape[-1])
-    grams[:, diagonal, diagonal] *= 1 + _RIDGE
-    grams[:, diagonal, diagonal] += grams[:, diagonal, diagonal] == 0
+    i = np.arange(grams.shape[-1])
+    diagonal = grams[:, i, i]
+    grams[:, i, i] = np.where(diagonal > 0, diagonal * (1 + _RIDGE), 1.0)
     found: Float64 = np.linalg.solve(grams, right)
     return found
 
