@@ -210,6 +210,7 @@ def verify(args: Args) -> int:
         if not sources:
             missing = f"no {printable(beside)}, and no adapter of the Hub"
             raise UsageError("no originals to compare with", found=missing, remedy="Name them by --sources.")
+    damaged = model.damaged_files()
     found = verdicts_of(model, originals_of(model, sources), workspace=beside, offline=offline)
     verdicts = list(progress_of(args)("verify", len(model.adapter_names), found))
     verdicts.sort(key=lambda v: (v.problem is None, -v.relative_error if v.relative_error >= 0 else 0, v.name))
@@ -228,11 +229,14 @@ def verify(args: Args) -> int:
     ]
     text = table(rows, ("adapter", "dW error", "certified", "at worst", "in module"))
     text += f"\nmean dW error {mean:.6f} of {counted(len(measured), 'compressed adapter')}" if mean is not None else ""
-    print_result(args, {"mean": mean, "failed": len(bad), "adapters": [asdict(v) for v in verdicts]}, text)
+    result = {"mean": mean, "failed": len(bad), "damaged": [e.problem for e in damaged]}
+    print_result(args, result | {"adapters": [asdict(v) for v in verdicts]}, text)
+    for fault in damaged:
+        print(f"FAILED {printable(fault, 2000)}", file=sys.stderr)
     for problem in dict.fromkeys(v.problem for v in bad):
         names = [v.name for v in bad if v.problem == problem]
         print(f"FAILED {listed(names)}: {printable(problem, 2000)}", file=sys.stderr)
-    return 1 if bad else 0
+    return 1 if bad or damaged else 0
 
 
 def _figure(value: float | None) -> str:
