@@ -90,7 +90,9 @@ def factor(values: np.ndarray, dtype: str) -> tuple[str, list[int], bytes]:
         bits = np.ascontiguousarray(values, "<f4").view("<u4").astype(np.uint64)
         raw = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2").tobytes()
     else:
-        raw = np.ascontiguousarray(values).astype({"F64": "<f8"}.get(dtype, "<f4")).astype(f"<f{SIZES[dtype]}").tobytes()
+        raw = (
+            np.ascontiguousarray(values).astype({"F64": "<f8"}.get(dtype, "<f4")).astype(f"<f{SIZES[dtype]}").tobytes()
+        )
     return dtype, list(values.shape), raw
 
 
@@ -157,6 +159,8 @@ def read(root: Path) -> Iterator[tuple[str, Tensors, dict[str, Any]]]:
         nbytes = math.prod(shape) * SIZES[dtype]
         verbatim.append((dtype, shape, b"".join(planes(raw, SIZES[dtype], nbytes)) if coding else raw))
     records, keys = objects(adapters["record"]), objects(adapters["verbatim"])
-    for name, code, layout, record, kept in zip(adapters["name"], codes, adapters["layout"], records, keys, strict=True):
+    for name, code, layout, record, kept in zip(
+        adapters["name"], codes, adapters["layout"], records, keys, strict=True
+    ):
         found = factors(code, index["layouts"][layout])
         yield name, found | {key: verbatim[number] for key, number in kept.items()}, record

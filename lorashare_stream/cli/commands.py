@@ -25,8 +25,11 @@ from ..plan.plan import Plan
 from ..plan.sources import resolve
 from ..report.analysis import analyse
 from ..report.analysis_text import analysis_as_json, analysis_text
+from ..report.forecast import forecast_of
+from ..report.forecast_text import forecast_text
 from ..report.summary_text import summary_text
 from ..report.text import notes_text, plan_text, plan_warnings, rows_text, table
+from ..settings import LIMITS
 from ..text import bytes_shown, counted, listed, name_fault, printable
 from ..workspace.workspace import Workspace
 from .choices import Args, cluster_of, make_plan, names_meant, planned, with_config, with_workers
@@ -39,18 +42,19 @@ SKIPPED = 3  # exit code: done, but adapters were left out
 def plan(args: Args) -> int:
     """`plan`: print it, write it, and fail for what it already shows to be impossible; with `--analyze`, measure."""
     chosen, sample = with_config(args), args.get("sample")
-    if sample is not None and ("analyze" not in args or sample < 2):
-        raise UsageError("--sample needs --analyze, and two adapters or more", found=sample)
+    limited = any(chosen.get(name) is not None for name in LIMITS)
+    if sample is not None and (not ("analyze" in args or limited) or sample < 2):
+        raise UsageError("--sample needs --analyze or a limit, and two adapters or more", found=sample)
     workspace = Path(chosen["workspace"]) if "workspace" in chosen else None
     made = make_plan(chosen, workspace, runs=False, progress=progress_of(args))
     value, text, fault = plan_as_json(made), plan_text(made), _fault(made)
-    if "analyze" in args:
+    if fault is None or ("analyze" in args and not limited):
         try:
-            found = analyse(made, sample, progress=progress_of(args))
+            more, told = _looked_into(args, made, sample)
         except (CollectionError, BudgetError) as e:
             fault = fault or e
         else:
-            value, text = value | {"analysis": analysis_as_json(found)}, f"{text}\n\n{analysis_text(found, made)}"
+            value, text = value | more, "\n\n".join([text, *told])
     if "output" in args:
         write_json(Path(args["output"]), value)
     print_result(args, value | ({"error": fault.problem} if fault else {}), text)
@@ -59,6 +63,17 @@ def plan(args: Args) -> int:
         print(f"lorashare-stream: {fault}", file=sys.stderr)
         return fault.exit_code
     return SKIPPED if made.refused else 0
+
+
+def _looked_into(args: Args, made: Plan, sample: int | None) -> tuple[dict[str, Any], list[str]]:
+    """What a sample tells, as plain values and as text: a forecast where a limit is set, else what `--analyze` asks."""
+    if made.settings.limit:
+        forecast = forecast_of(made, sample, fetches="analyze" in args, progress=progress_of(args))
+        return {"forecast": asdict(forecast)}, [forecast_text(forecast)]
+    if "analyze" not in args:
+        return {}, []
+    found = analyse(made, sample, progress=progress_of(args))
+    return {"analysis": analysis_as_json(found)}, [analysis_text(found, made)]
 
 
 def _fault(made: Plan) -> StreamError | None:
