@@ -6,11 +6,15 @@ import ast
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lorashare_stream.adapters.pickles import raw_bytes
 from lorashare_stream.codec import quantiser
 from lorashare_stream.codec.code import decoded
+from lorashare_stream.codec.entropy import Encoder
+from lorashare_stream.codec.factors import CodedModule
+from lorashare_stream.codec.stream import Group, encode
 from lorashare_stream.model import SHAREModel
 
 from . import independent_reader
@@ -44,12 +48,6 @@ def test_the_tables_of_the_page_are_those_of_the_package() -> None:
 
 def test_an_escape_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """A column with one number far beyond the table of its class, and low bits."""
-    import numpy as np
-
-    from lorashare_stream.codec.entropy import Encoder
-    from lorashare_stream.codec.factors import CodedModule
-    from lorashare_stream.codec.stream import Group, encode
-
     left = np.zeros((1, 1, 400), np.float32)
     left[0, 0, :200], left[0, 0, 7], left[0, 0, 9] = 1, -(2**20), 2**19 + 5
     right = np.ones((1, 1, 400), np.float32)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from math import hypot
 from typing import Any
 
 from ..adapters.adapter import Adapter
@@ -38,15 +38,19 @@ ERRORS = (0.02, 0.05, 0.1, 0.25, 0.4, 0.6)  # of the curve
 FEWEST = 8  # adapters of a sample, however large they are
 NUMBERS = 100_000_000  # of a sample: some minutes on two cores
 _INDEXED = 1024  # adapters of the index that is made to see how large it will be
+_PLANES = 0.85  # of its bytes, what a tensor may take of whose kind none is in the sample
 _UNKNOWN = 0.1  # of the index: what is not known of it is the digests and lengths in it
+
+
+Kind = tuple[str, str, tuple[int, ...]]  # key, dtype and shape of a tensor that is not LoRA
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A verbatim tensor of a sample: its digest, its bytes, and those that are stored."""
+    """A verbatim tensor of a sample: which one it is, a digest, and the bytes that are stored."""
 
+    kind: Kind
     digest: str
-    nbytes: int
     stored: float
 
 
@@ -58,7 +62,7 @@ class Probe:
         code: bytes within the limit on its error, if that is what is asked for; else 0.
         error: certified of these.
         curve: None if its dW is zero, or nothing of it can be coded.
-        kept: tensors that are verbatim.
+        kept: tensors that are not LoRA. lora: bytes of LoRA tensors that are kept exact, as they are stored.
         coded: whether it is. exact: whether it is not, since no code within the limit is smaller than its tensors.
     """
 
@@ -67,6 +71,7 @@ class Probe:
     error: float
     curve: Curve | None
     kept: tuple[Kept, ...]
+    lora: float
     coded: bool
     exact: bool
 
@@ -189,23 +194,24 @@ def probe(limit: float | None, adapter: Adapter) -> Probe | AdapterError:
         coded = subject.within(limit) if limit is not None and subject.modules else None
         smaller = limit is None or (coded is not None and len(coded.code) < adapter.layout.lora_bytes)
         names = {m.name for m in subject.modules} if smaller else set()
-        lora = [r for m in adapter.layout.modules if m.name not in names for r in (m.a, m.b)]
-        kept = [_kept(tensors, record) for record in (*(record for _, record in adapter.layout.extras), *lora)]
+        exactly = [r for m in adapter.layout.modules if m.name not in names for r in (m.a, m.b)]
+        kept = tuple(_kept(tensors, key, record) for key, record in adapter.layout.extras)
+        lora = sum(_kept(tensors, "", record).stored for record in exactly)
         curve = curve_of(subject) if subject.modules else None
     is_coded, exact = bool(names), bool(subject.modules) and not smaller
     if coded is None or exact:
-        return Probe(adapter.name, 0, 0.0, curve, tuple(kept), is_coded, exact)
+        return Probe(adapter.name, 0, 0.0, curve, kept, lora, is_coded, exact)
     error = relative_error(*(sum(getattr(e, part) for e in coded.errors.values()) for part in ("error", "norm")))
-    return Probe(adapter.name, len(coded.code), error, curve, tuple(kept), is_coded, exact)
+    return Probe(adapter.name, len(coded.code), error, curve, kept, lora, is_coded, exact)
 
 
-def _kept(tensors: TensorReader, record: TensorRecord) -> Kept:
+def _kept(tensors: TensorReader, key: str, record: TensorRecord) -> Kept:
     """A verbatim tensor, by its first block: what is larger than that is like it."""
     size, nbytes = ITEMSIZE[record.dtype], record.nbytes
     block = bytes(next(iter(tensors.chunks(record)), b""))[:BLOCK]
     share = min(1.0, sum(map(len, encoded([block], size))) / len(block)) if block else 1.0
     digest = digest_of_tensor(record.dtype, record.shape, [block])
-    return Kept(digest, nbytes, nbytes * (share if share <= GAIN else 1.0))
+    return Kept((key, record.dtype, record.shape), digest, nbytes * (share if share <= GAIN else 1.0))
 
 
 @dataclass(frozen=True)
@@ -240,19 +246,19 @@ class _Sample:
 
 
 def _forecast(plan: Plan, s: _Sample, away: int, problems: Sequence[AdapterError]) -> Forecast:
-    verbatim, distinct = _verbatim(plan, s)
+    verbatim, common = _verbatim(plan, s)
     limit, originals, step = plan.settings.byte_limit(plan.sizes["originals"]), plan.sizes["originals"], None
     if limit is None:
         codes, error = s.codes(p.code for p in s.probes), s.mean_error(None)
     else:
-        room = max(1.0, limit - verbatim.value - _metadata(plan, s, s.codes_at(1.0).value, distinct=distinct))
+        room = max(1.0, limit - verbatim.value - _metadata(plan, s, s.codes_at(1.0).value, common=common))
         step = step_for(lambda at: s.codes_at(at).value, room)
         codes, mean = s.codes_at(step), s.mean_error(step)
         ends = [step_for(lambda at: s.codes_at(at).value, max(1.0, room + side * codes.margin)) for side in (-1, 1)]
         unsure = abs(s.mean_error(ends[0]).value - s.mean_error(ends[1]).value) / 2  # the step may be another
-        error, codes = Estimate(mean.value, hypot(mean.margin, unsure)), Estimate(codes.value, 0.0)
-    metadata = _metadata(plan, s, codes.value, distinct=distinct)
-    margin = codes.margin + hypot(verbatim.margin, _UNKNOWN * metadata)
+        error, codes = Estimate(mean.value, math.hypot(mean.margin, unsure)), Estimate(codes.value, 0.0)
+    metadata = _metadata(plan, s, codes.value, common=common)
+    margin = codes.margin + math.hypot(verbatim.margin, _UNKNOWN * metadata)
     total = Estimate(codes.value + verbatim.value + metadata, margin)
 
     def point(error: float) -> Point:
@@ -267,22 +273,35 @@ def _forecast(plan: Plan, s: _Sample, away: int, problems: Sequence[AdapterError
     )  # fmt: skip
 
 
-def _verbatim(plan: Plan, s: _Sample) -> tuple[Estimate, bool]:
-    """Bytes of what is verbatim; and whether adapters have tensors of their own.
+def _verbatim(plan: Plan, s: _Sample) -> tuple[Estimate, set[Kind]]:
+    """Bytes of what is verbatim; and the kinds of tensors that are the same in many adapters.
 
-    A tensor that a quarter of the sample has is stored once for all; of others each adapter that has it has a part.
+    Headers say which adapters have which tensors. What one of a kind takes, a sample tells. One that a quarter of those
+    in the sample have is stored once for all.
     """
-    kept = [{k.digest: k for k in p.kept} for p in s.probes]
-    seen, whole = Counter(digest for own in kept for digest in own), len(kept) == s.count
-    common = {digest for digest, n in seen.items() if n > 1 and 4 * n >= len(kept) and not whole}
-    values = [sum(k.stored / seen[k.digest] for k in own.values() if k.digest not in common) for own in kept]
-    once = sum({k.digest: k.stored for own in kept for k in own.values() if k.digest in common}.values())
-    sizes = [e.layout.extra_bytes + e.layout.lora_bytes for e in s.adapters]
-    found = estimated(values, sizes, plan.sizes["verbatim"] + s.lora)
-    return Estimate(found.value + once, found.margin), any(values)
+    kinds, seen = Counter[Kind](), Counter((k.kind, k.digest) for p in s.probes for k in set(p.kept))
+    for e in plan.adapters:
+        kinds.update((key, r.dtype, r.shape) for key, r in e.layout.extras)
+    found: dict[Kind, list[Kept]] = {}
+    for kept in (k for p in s.probes for k in p.kept):
+        found.setdefault(kept.kind, []).append(kept)
+    common = {kind for (kind, _), n in seen.items() if n > 1 and 4 * n >= len(found[kind])}
+    lora = s.codes(p.lora for p in s.probes)
+    total, square = lora.value, lora.margin**2
+    for kind, count in kinds.items():
+        some, nbytes = found.get(kind, []), ITEMSIZE[kind[1]] * math.prod(kind[2])
+        if kind in common and len(some) < count:
+            total += sum({k.digest: k.stored for k in some}.values())
+        elif some:
+            parts = [k.stored / seen[kind, k.digest] for k in some]
+            each = estimated(parts, [1.0] * len(parts), count)
+            total, square = total + each.value, square + each.margin**2
+        else:
+            total, square = total + _PLANES * count * nbytes, square + ((1 - _PLANES) * count * nbytes) ** 2
+    return Estimate(total, math.sqrt(square)), common
 
 
-def _metadata(plan: Plan, s: _Sample, codes: float, *, distinct: bool) -> int:
+def _metadata(plan: Plan, s: _Sample, codes: float, *, common: Collection[Kind]) -> int:
     """Bytes of what is neither code nor verbatim: of an index and a configuration that are made up, and of headers."""
     adapters, share = plan.adapters, codes / max(1, plan.sizes["lora"])
     length = max(1, round(codes / max(1, len(adapters))))
@@ -290,10 +309,10 @@ def _metadata(plan: Plan, s: _Sample, codes: float, *, distinct: bool) -> int:
     headers = 0
     for first in range(0, len(adapters), ADAPTERS_MOST):
         some = [rows[e.name] for e in adapters[first : first + ADAPTERS_MOST]]
-        some += [(VERBATIM_PART, "U8", (length,))] if any(p.kept for p in s.probes) else []
+        some += [(VERBATIM_PART, "U8", (length,))] if plan.sizes["verbatim"] else []
         headers += tensor_records_of(tuple(some))[0].offset
     indexed = adapters[:_INDEXED]
-    index = len(index_bytes(_index(indexed, s.adapters[0], length, distinct=distinct))) * len(adapters) // len(indexed)
+    index = len(index_bytes(_index(indexed, s.adapters[0], length, common=common))) * len(adapters) // len(indexed)
     skipped = skipped_as_json(plan.refused)
     statistics = [_statistics(e) for e in adapters]
     record = CheckpointRecord(
@@ -315,7 +334,7 @@ def _statistics(adapter: Adapter) -> Statistics:
     return Statistics(adapter.name, digest / 2**24, sizes, lora, True, r, alpha)
 
 
-def _index(adapters: Sequence[Adapter], other: Adapter, length: int, *, distinct: bool) -> Index:
+def _index(adapters: Sequence[Adapter], other: Adapter, length: int, *, common: Collection[Kind]) -> Index:
     """An index of adapters as it may become; of those that are not read, with the modules of another one."""
     pack = Pack(_digest("pack"), 1, 1)
     configs: dict[Any, Any] = {}
@@ -328,7 +347,8 @@ def _index(adapters: Sequence[Adapter], other: Adapter, length: int, *, distinct
         layout = layouts.setdefault((known.layout.digest, tuple(known.scalings)), _layout(known))
         digest, verbatim = _digest(e.name), {}
         for key, record in e.layout.extras:
-            verbatim[key] = _digest(f"{e.name} {key}" if distinct else key)[:32]
+            shared = (key, record.dtype, record.shape) in common
+            verbatim[key] = _digest(key if shared else f"{e.name} {key}")[:32]
             at = Location(pack, 0, record.nbytes - int(digest[:2], 16) % max(1, record.nbytes // 8), verbatim[key])
             tensors[verbatim[key]] = StoredTensor(record.dtype, record.shape, PLANES, at)
         code = Location(pack, 0, length + int(digest[:3], 16) % max(1, length // 4), digest[:32])
