@@ -36,9 +36,12 @@ from .sample import spread
 
 ERRORS = (0.02, 0.05, 0.1, 0.25, 0.4, 0.6)  # of the curve
 FEWEST = 8  # adapters of a sample, however large they are
-NUMBERS = 100_000_000  # of a sample: some minutes on two cores
+NUMBERS = 100_000_000  # of a sample: about half a minute on two cores
 _INDEXED = 1024  # adapters of the index that is made to see how large it will be
 _PLANES = 0.85  # of its bytes, what a tensor may take of whose kind none is in the sample
+_NONE_SEEN = (
+    3.0  # over n: the share, at 95 %, that adapters with copies of a tensor may have if a sample of n shows none
+)
 _UNKNOWN = 0.1  # of the index: what is not known of it is the digests and lengths in it
 
 
@@ -295,7 +298,8 @@ def _verbatim(plan: Plan, s: _Sample) -> tuple[Estimate, set[Kind]]:
         elif some:
             parts = [k.stored / seen[kind, k.digest] for k in some]
             each = estimated(parts, [1.0] * len(parts), count)
-            total, square = total + each.value, square + each.margin**2
+            unseen = each.value * min(1.0, _NONE_SEEN / len(some)) if len(some) < count else 0.0
+            total, square = total + each.value, square + each.margin**2 + unseen**2
         else:
             total, square = total + _PLANES * count * nbytes, square + ((1 - _PLANES) * count * nbytes) ** 2
     return Estimate(total, math.sqrt(square)), common
