@@ -269,8 +269,22 @@ def test_adapters_of_the_hub_are_fetched_for_a_forecast_only_if_that_is_asked_fo
         told = json.loads(capsys.readouterr().out)["forecast"]
         assert (told["sample"], told["unfetched"]) == (2, 1)
         assert all(r.range for r in hub.requests if (r.file or "").endswith(".safetensors"))
-        assert main(["plan", pin, "--max-error", "0.25"]) == 1
-        assert "--analyze" in capsys.readouterr().err
+        assert main(["plan", pin, "--max-error", "0.25"]) == 0
+        assert "--analyze fetches a sample" in capsys.readouterr().out
         assert main(["plan", *folders[1:], pin, "--max-error", "0.25", "--analyze", "--json"]) == 0
         told = json.loads(capsys.readouterr().out)["forecast"]
         assert (told["sample"], told["unfetched"]) == (3, 0)
+
+
+def test_a_report_of_a_checkpoint_on_the_hub_fetches_no_pack(
+    mixed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out = mixed / "out"
+    with FakeHub() as hub:
+        patched(monkeypatch, hub, tmp_path / "home")
+        hub.add("org/coded", {p.relative_to(out).as_posix(): p.read_bytes() for p in out.rglob("*") if p.is_file()})
+        for command in (["info", "org/coded"], ["report", "org/coded", "-o", str(tmp_path / "r.html")]):
+            assert main(command) == 0
+        assert not hub.count(file="packs/*")
+    assert main(["report", str(out), "-o", str(tmp_path / "s.html")]) == 0
+    assert (tmp_path / "r.html").read_text() == (tmp_path / "s.html").read_text()

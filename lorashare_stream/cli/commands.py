@@ -68,6 +68,10 @@ def plan(args: Args) -> int:
 def _looked_into(args: Args, made: Plan, sample: int | None) -> tuple[dict[str, Any], list[str]]:
     """What a sample tells, as plain values and as text: a forecast where a limit is set, else what `--analyze` asks."""
     if made.settings.limit:
+        if "analyze" not in args and not any(e.fetched for e in made.adapters):
+            return {}, [
+                "note: nothing is foretold: adapters on the Hub are not fetched for it; --analyze fetches a sample"
+            ]
         forecast = forecast_of(made, sample, fetches="analyze" in args, progress=progress_of(args))
         return {"forecast": asdict(forecast)}, [forecast_text(forecast)]
     if "analyze" not in args:

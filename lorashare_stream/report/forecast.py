@@ -156,11 +156,9 @@ def forecast_of(
     problems = (*lost, *(r for r in results if isinstance(r, AdapterError)))
     probes = {r.name: r for r in results if isinstance(r, Probe)}
     if not probes:
-        away = "adapters of the Hub are fetched for a forecast by --analyze only"
         raise CollectionError(
-            "nothing to foretell from", problems=problems, found="no adapter that can be coded",
-            expected="one or more", remedy=None if candidates or not plan.adapters else away,
-        )  # fmt: skip
+            "nothing to foretell from", problems=problems, found="no adapter that can be coded", expected="one or more"
+        )
     some = [e for e in here if e.name in probes]
     found = _Sample(some, [probes[e.name] for e in some], len(plan.adapters), plan.sizes["lora"])
     return _forecast(plan, found, len(plan.adapters) - len(candidates), problems)
