@@ -64,13 +64,19 @@ class Subject:
         """The code of fewest bytes whose certified relative error is at most `limit`; None if there is none."""
         if self.norm == 0:
             return self.at(1.0)
-        first = likely_step(self.pairs, self.norm, limit)
-        found = search(limit, first, self.attempt, lambda trial, step: self._error(self.certified(trial, step)))
-        return None if found is None else self._coded(found.trial, found.step)
+        certificate: dict[str, DeltaError] = {}
+
+        def certify(trial: Trial, step: float) -> float:
+            certificate.update(self.certified(trial, step))
+            return sqrt(sum(e.error for e in certificate.values()) / sum(e.norm for e in certificate.values()))
+
+        found = search(limit, likely_step(self.pairs, self.norm, limit), self.attempt, certify)
+        return None if found is None else Coded(self._code(found.trial, found.step), found.step, certificate)
 
     def at(self, step: float) -> Coded:
         """The code at a step, which is of coefficients divided by ||dW||."""
-        return self._coded(quantise_all(self.pairs, self.norm or 1.0, step), step)
+        trial = quantise_all(self.pairs, self.norm or 1.0, step)
+        return Coded(self._code(trial, step), step, self.certified(trial, step))
 
     def attempt(self, step: float) -> tuple[Trial, float]:
         """The integers at a step, and their relative error."""
@@ -88,12 +94,8 @@ class Subject:
             found |= zip(names, errors(batch.a, batch.b, a_hat, b_hat, batch.scalings), strict=True)
         return found
 
-    def _error(self, found: Mapping[str, DeltaError]) -> float:
-        return sqrt(sum(e.error for e in found.values()) / sum(e.norm for e in found.values()))
-
-    def _coded(self, trial: Trial, step: float) -> Coded:
-        code = encode(groups_of(self.modules, self._integers(trial)), step * self.norm)
-        return Coded(code, step, self.certified(trial, step))
+    def _code(self, trial: Trial, step: float) -> bytes:
+        return encode(groups_of(self.modules, self._integers(trial)), step * self.norm)
 
     def _integers(self, trial: Trial) -> dict[str, tuple[Array, Array]]:
         """The integers of each module, (E, r, d) on both sides."""

@@ -22,7 +22,7 @@ from ..checkpoint.coded import VERSION, index_of, meta_of, staged_adapters
 from ..checkpoint.config import read_share_config
 from ..checkpoint.format import ADAPTERS, INDEX, OURS, PACKS, ours_of, skipped_of, total_bytes
 from ..checkpoint.index import CodedAdapter, Index, Pack, read_index, write_index
-from ..checkpoint.packs import check_pack, opened, remove_from_packs, write_packs
+from ..checkpoint.packs import opened, remove_from_packs, write_packs
 from ..checkpoint.records import REPAIR
 from ..checkpoint.staging import Staging
 from ..checkpoint.summary import CheckpointRecord, share_config, statistics_of
@@ -124,7 +124,7 @@ class There:
 
 
 def there(target: Target) -> There:
-    """What of the coded checkpoint that is there can stay: whole adapters of the target, coded by the same rule."""
+    """What of the coded checkpoint that is there can stay: adapters of the target, coded by the same rule."""
     try:
         config = read_share_config(target.out)
         if config.ours.get("choice") != target.record.settings_key or not config.coded:
@@ -132,25 +132,17 @@ def there(target: Target) -> There:
         index, step = index_of(target.out, config.coded), float(config.coded["step"])
     except (CheckpointError, KeyError, TypeError, ValueError):
         return There(Index(), frozenset(), 0.0)
-    damaged = {pack for pack in index.packs if not _is_whole(target.out, pack)}
+    missing = {pack for pack in index.packs if not _is_there(target.out, pack)}
     known = {r.name: r for r in target.admissions}
 
     def stays(adapter: CodedAdapter) -> bool:
         r = known.get(adapter.name)
         packs = {adapter.code.pack, *(index.tensors[digest].at.pack for digest in adapter.verbatim.values())}
-        if r is None or adapter.record.get("sha256") != r.digest or packs & damaged:
+        if r is None or adapter.record.get("sha256") != r.digest or packs & missing:
             return False
         return digest_config(adapter.config) == r.config_digest
 
     return There(index, frozenset(name for name, adapter in index.adapters.items() if not stays(adapter)), step)
-
-
-def _is_whole(root: Path, pack: Pack) -> bool:
-    try:
-        check_pack(root / pack.file, pack)
-    except CheckpointError:
-        return False
-    return True
 
 
 def code(run: Run, job: Job, target: Target, publishing: Publishing) -> Method:
