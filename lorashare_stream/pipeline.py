@@ -36,7 +36,7 @@ from .stages.passes import check_disk, ingest, make_job, project, record_of_job
 from .stages.run import Run, places_of
 from .stages.update import catch_up
 from .text import bytes_shown
-from .workspace.journal import Journal
+from .workspace.journal import Admission, Journal
 from .workspace.workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -51,11 +51,13 @@ class Outcome:
         method: `current` if there was nothing to do, `projection` if new adapters were projected on the bases that
             were there, `recompute` if bases were fitted and all adapters projected.
         kept: share of the dW energy that the bases that were there keep, of each new adapter that was tried on them.
+        admissions: of all adapters that are not taken out.
     """
 
     skipped: list[AdapterError]
     method: Literal["current", "projection", "recompute"]
     kept: dict[str, float] = field(default_factory=dict)
+    admissions: Sequence[Admission] = ()
 
 
 def plan_for(
@@ -184,7 +186,7 @@ def compress(
         if not refit and is_current(job, out, left_out):
             catch_up(run, job)
             remove_stale(out, staged_digest(job.checkpoint_key, (ours_of(out) or {}).get("basis_digest")))
-            return Outcome(skipped, "current")
+            return Outcome(skipped, "current", admissions=job.journal.admissions)
 
         kept: dict[str, float] = {}
         enough = plan.settings.variance_threshold if accept is None else accept
@@ -193,10 +195,10 @@ def compress(
             catch_up(run, job)
             published, kept = grow(run, job, out, held, left_out, enough)
             if published:
-                return Outcome(skipped, "projection", kept)
+                return Outcome(skipped, "projection", kept, job.journal.admissions)
         check_sources(job, plan.absent, kept, enough)
         method = recompute(run, job, work, out, left_out, overwrite=overwrite)
-    return Outcome(skipped, method, kept)
+    return Outcome(skipped, method, kept, job.journal.admissions)
 
 
 def recompute(
