@@ -23,8 +23,6 @@ from ..pipeline import default_workspace
 from ..plan.file import plan_as_json
 from ..plan.plan import Plan
 from ..plan.sources import resolve
-from ..report.analysis import analyse
-from ..report.analysis_text import analysis_as_json, analysis_text
 from ..report.summary_text import summary_text
 from ..report.text import notes_text, plan_text, plan_warnings, rows_text, table
 from ..text import bytes_shown, counted, listed, name_fault, printable
@@ -45,6 +43,9 @@ def plan(args: Args) -> int:
     made = make_plan(chosen, workspace, runs=False, progress=progress_of(args))
     value, text, fault = plan_as_json(made), plan_text(made), _fault(made)
     if "analyze" in args:
+        from ..report.analysis import analyse
+        from ..report.analysis_text import analysis_as_json, analysis_text
+
         try:
             found = analyse(made, sample, progress=progress_of(args))
         except (CollectionError, BudgetError) as e:
@@ -105,7 +106,7 @@ def _compress(args: Args, chosen: Args, out: Path, named: Path | None, overwrite
         what = {"current": "is up to date", "projection": "has grown", "recompute": "has replaced what was there"}
         log.info("%s %s", printable(out), what[outcome.method])
     told = {note for adapter in made.adapters for note in adapter.layout.notes}
-    for note in notes_text(Workspace(workspace).journal().admissions, told):
+    for note in notes_text(outcome.admissions, told):
         log.info("%s", note)
     config = read_share_config(out)
     used = tree_bytes(workspace)
