@@ -239,7 +239,8 @@ def _code_within(run: Run, job: Job, target: Target, size: int, publishing: Publ
                 staged.publish(publishing)
                 return
             codes = staged.sizes["codes"]
-            factor, beside = codes / max(1.0, predicted(step)), staged.total - codes
+            factor = codes / max(1.0, predicted(step)) or 1.0
+            beside = staged.total - (codes or whole)  # at so fine a step all LoRA tensors may have stayed as they are
     raise BudgetError(
         "the checkpoint cannot be as small", found=f"{bytes_shown(staged.total)} at least", expected=bytes_shown(size),
         remedy=f"Use --max-bytes {staged.total} or more: {bytes_shown(beside)} of it are not codes.",
