@@ -139,6 +139,8 @@ class CodedReader(CheckpointReader):
     def _part(self, relative: str, offset: int, count: int) -> bytes:
         try:
             return self.place.read(relative, offset, count)
+        except CheckpointError:  # a FileNotFoundError too, where nobody knows whether there is such a file
+            raise
         except FileNotFoundError as e:
             raise CheckpointError(
                 f"{printable(relative)} is missing", found=self.place, remedy="Fetch the checkpoint again."

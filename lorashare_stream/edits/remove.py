@@ -17,7 +17,7 @@ from ..checkpoint.records import admission_in, metas_of
 from ..checkpoint.staging import Staging
 from ..checkpoint.summary import counts_of, record_of
 from ..errors import AdapterError, StreamError, UsageError, WorkspaceError, unknown_adapter
-from ..files import read_sealed, write_sealed
+from ..files import read_sealed, remove_tree, write_sealed
 from ..hub.lookup import recalled, resolve_on_hub, source_of
 from ..linalg.device import resolve_device
 from ..pipeline import plan_for, recompute
@@ -96,16 +96,13 @@ def remove(checkpoint: Path, names: Sequence[str], options: RunOptions, *, refit
     with options.running(plan, out, root) as (run, work):
         assert work is not None
         demand_unchanged(out, config)
+        if config.coded:
+            _take_out_coded(work, plan, out, config, names)
+            return Removed(tuple(names), (), {}, coded=True)
         take_out(work, journal_of_plan(plan, work), names)
         plan = _of_unchanged(plan, work.journal())
         write_sealed(work.root / "plan.json", plan_as_json(plan))
         run, job = replace(run, plan=plan), make_job(plan, work, out, resolve_device(plan.settings.device))
-        if config.coded:
-            for module in work.modules():
-                work.forget(module)
-            published = str(config.ours["basis_digest"])
-            _keep_others(out, config, names, lambda key: work.publishing(out, key, published))
-            return Removed(tuple(names), (), {}, coded=True)
         shrink(out, config, names)
         catch_up(run, job)
         forget_unused(job)
@@ -150,6 +147,23 @@ def _removed_entries(job: Job, workspace: Path) -> dict[str, Adapter]:
     sources = [source_of(r.source_id, r.name) for r in removed if isinstance(r, Admission)]
     found, surveyed = resolve_on_hub(sources, job.settings, workspace)
     return read_entries(found, job.settings, surveyed)
+
+
+def _take_out_coded(work: Workspace, plan: Plan, out: Path, config: SHAREConfig, names: Sequence[str]) -> None:
+    """Take adapters out of a coded checkpoint and its workspace, which may have moments and bases of a SHARE one."""
+    journal = journal_of_plan(plan, work)
+
+    def publishing(key: str) -> None:  # only now: until then it may be found that another one is damaged
+        take_out(work, journal, names)
+        work.publishing(out, key, str(config.ours["basis_digest"]))
+
+    _keep_others(out, config, names, publishing)
+    take_out(work, work.journal(), names)  # those that the checkpoint did not have
+    write_sealed(work.root / "plan.json", plan_as_json(_of_unchanged(plan, work.journal())))
+    for module in work.modules():
+        work.forget(module)
+    for bases in work.bases.iterdir():
+        remove_tree(bases)
 
 
 def _keep_others(out: Path, config: SHAREConfig, names: Collection[str], publishing: coding.Publishing) -> None:
