@@ -154,6 +154,7 @@ def test_a_limit_on_bytes_takes_the_recorded_step_while_it_holds(
         with pytest.raises(BudgetError, match="no source is known of 5 adapters"):
             add(tight, resolve(sources[5:]), RunOptions())
         assert tree_digest(tight) == before
+        assert [p.name for p in tight.parent.glob(".*")] == []
         remove(tight, ["a05"], RunOptions())  # the workspace has it by now
         assert tree_digest(tight) == before
         return
@@ -238,6 +239,20 @@ def test_moments_of_a_time_when_it_was_no_coded_one_go_too(tmp_path: Path) -> No
     assert refit(out, {"num_components": 3}, out, RunOptions()) == "recompute"
     go(rest, tmp_path / "rest", num_components=3)
     assert tree_digest(out) == tree_digest(tmp_path / "rest")
+
+
+def test_what_was_staged_of_one_that_is_given_up_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources, out = make_collection(tmp_path / "in", 3), tmp_path / "out"
+    go(sources[:2], out)
+    before = tree_digest(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(coding, "share_config", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            add(out, resolve(sources[2:]), RunOptions())
+    assert b"a02" in said(tmp_path / ".out.staging")
+    assert remove(out, ["a02"], RunOptions()).names == ("a02",)
+    assert [p.name for p in tmp_path.glob(".*")] == []
+    assert tree_digest(out) == before
 
 
 def test_others_in_the_pack_that_are_damaged_are_not_copied(tmp_path: Path) -> None:

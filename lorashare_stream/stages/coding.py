@@ -23,6 +23,7 @@ from ..checkpoint.config import SHAREConfig, read_share_config
 from ..checkpoint.format import ADAPTERS, INDEX, OURS, PACKS, ours_of, skipped_of, total_bytes
 from ..checkpoint.index import CodedAdapter, Index, Pack, read_index, write_index
 from ..checkpoint.packs import opened, remove_from_packs, write_packs
+from ..checkpoint.publish import staging_folder
 from ..checkpoint.records import REPAIR
 from ..checkpoint.staging import Staging
 from ..checkpoint.summary import CheckpointRecord, record_of, share_config, statistics_of
@@ -177,14 +178,26 @@ def code(run: Run, job: Job, target: Target, publishing: Publishing) -> Method:
         _check_recodable(job, target, staged, size)
         log.info("%s with the step that is recorded: all adapters are coded again", bytes_shown(staged.total))
     _check_sources(run, job, target.admissions)
-    _code_within(run, job, target, size, publishing)
+    try:
+        _code_within(run, job, target, size, publishing)
+    except BudgetError:  # nothing of it is of use
+        _clear(target)
+        raise
     return "recompute"
+
+
+def _clear(target: Target) -> None:
+    """Remove what is staged beside a target, of whatever it is: of adapters that it does not have, perhaps."""
+    if staging_folder(target.out).is_dir():
+        with Staging.open(target.out, staged_key(target)) as staging:
+            staging.clear()
 
 
 def _check_recodable(job: Job, target: Target, staged: _Staged, size: int) -> None:
     """Demand the sources of all adapters, which are coded again if a limit on bytes does not hold them as they are."""
     gone = [r.name for r in target.admissions if r.name not in job.adapters]
     if gone:
+        staged.staging.clear()
         raise BudgetError(
             "the checkpoint would exceed its limit, and its adapters cannot be coded again, since no source is known "
             f"of {counted(len(gone), 'adapter')} ({listed(gone, 3)})",
@@ -213,6 +226,7 @@ def keep(target: Target, publishing: Publishing) -> None:
         CheckpointError: if one that is to stay is damaged.
     """
     if is_current(target):
+        _clear(target)
         return
     found = there(target)
     lost = {r.name for r in target.admissions} - {*found.names}
