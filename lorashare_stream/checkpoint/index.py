@@ -147,9 +147,14 @@ def write_index(path: Path, index: Index) -> int:
     Returns:
         Bytes of the file.
     """
-    raw = canonical(_as_json(index)).encode()
     with atomic_file(path) as f:
-        return f.write(lzma.compress(raw, lzma.FORMAT_XZ, lzma.CHECK_CRC64, filters=[{"id": lzma.FILTER_LZMA2} | _XZ]))
+        return f.write(index_bytes(index))
+
+
+def index_bytes(index: Index) -> bytes:
+    """What `write_index` writes."""
+    raw = canonical(_as_json(index)).encode()
+    return lzma.compress(raw, lzma.FORMAT_XZ, lzma.CHECK_CRC64, filters=[{"id": lzma.FILTER_LZMA2} | _XZ])
 
 
 def canonical(value: Any) -> str:
