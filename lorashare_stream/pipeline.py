@@ -180,7 +180,9 @@ def compress(
         if not overwrite:
             check_kept(job, out)
         if plan.settings.limit:
-            return Outcome(skipped, encode(run, job, work, out, left_out, overwrite=overwrite), {}, job.journal.admissions)
+            return Outcome(
+                skipped, encode(run, job, work, out, left_out, overwrite=overwrite), {}, job.journal.admissions
+            )
         if not refit and is_current(job, out, left_out):
             catch_up(run, job)
             remove_stale(out, staged_digest(job.checkpoint_key, (ours_of(out) or {}).get("basis_digest")))

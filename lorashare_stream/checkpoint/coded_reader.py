@@ -20,7 +20,7 @@ from .config import read_share_config
 from .format import CONFIG, INDEX, SKIPPED
 from .index import CodedAdapter, Location, Pack
 from .location import Place
-from .packs import Read, read_code, read_verbatim
+from .packs import Read, check_pack, read_code, read_verbatim
 from .reader import CheckpointReader, Tensors
 
 LARGEST = 1 << 34  # numbers of an adapter; a foreign index may claim more
@@ -114,6 +114,16 @@ class CodedReader(CheckpointReader):
             raw = bytearray(read_verbatim(read(stored.at.pack), self.index, adapter, key))
             empty = torch.empty(stored.shape, dtype=_TORCH[stored.dtype])
             found[key] = torch.frombuffer(raw, dtype=empty.dtype).reshape(stored.shape) if raw else empty
+        return found
+
+    def damaged(self) -> list[CheckpointError]:
+        """Packs that are not what was written, by their SHA-256."""
+        found = []
+        for pack in self.index.packs:
+            try:
+                check_pack(self._file(pack.file), pack)
+            except CheckpointError as e:
+                found.append(e)
         return found
 
     def _read(self, parts: Sequence[Location]) -> Callable[[Pack], Read]:

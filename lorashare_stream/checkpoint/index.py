@@ -142,7 +142,7 @@ class Index:
 
 
 def write_index(path: Path, index: Index) -> int:
-    """Write an index, atomically; its bytes depend on what is in it alone, and on the version of liblzma.
+    """Write an index, atomically.
 
     Returns:
         Bytes of the file.
@@ -152,7 +152,7 @@ def write_index(path: Path, index: Index) -> int:
 
 
 def index_bytes(index: Index) -> bytes:
-    """What `write_index` writes."""
+    """The file of an index: it depends on what is in it alone, and on the version of liblzma."""
     raw = canonical(_as_json(index)).encode()
     return lzma.compress(raw, lzma.FORMAT_XZ, lzma.CHECK_CRC64, filters=[{"id": lzma.FILTER_LZMA2} | _XZ])
 

@@ -39,15 +39,19 @@ def parser() -> argparse.ArgumentParser:
         loud.add_argument("-v", "--verbose", action="store_true", help="say more")
         return p
 
-    p = command("plan", "Read headers only: what will be read, computed and written, and what is refused.")
+    p = command(
+        "plan",
+        "Read headers only: what will be read, computed and written, and what is refused. For a limit a sample is "
+        "coded, too, which foretells bytes and errors.",
+    )
     _add_sources(p)
     p.add_argument("-o", "--output", metavar="PLAN.json", help="write the plan, for compress --plan")
     p.add_argument(
         "--analyze",
         action="store_true",
-        help="read a sample, too: what these adapters have in common, and errors to expect",
+        help="read a sample, too: what adapters have in common, and errors to expect; for a limit, fetch it if need be",
     )
-    p.add_argument("--sample", type=int, metavar="N", help="adapters that --analyze reads (default: 64 at most)")
+    p.add_argument("--sample", type=int, metavar="N", help="adapters of the sample (default: 64 at most)")
     p = command("compress", "Compress adapters into a SHARE checkpoint. The same command again goes on where it was.")
     _add_sources(p)
     p.add_argument("-o", "--output", metavar="OUT", help="the checkpoint's folder")

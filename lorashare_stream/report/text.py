@@ -54,7 +54,7 @@ def plan_text(plan: Plan) -> str:
         *[("  also named", text) for text in _other_names(plan)],
         ("adapters", f"{len(plan.adapters)}" + (f", and {len(plan.refused)} refused" if plan.refused else "")),
         *([("groups", groups)] if s.limit is None else []),
-        ("objective", s.objective + (", centred" if s.center else "")),
+        *([("objective", s.objective + (", centred" if s.center else ""))] if s.limit is None else []),
         ("components k", f"auto, to {s.variance_threshold:.4g} of the energy" if auto else s.num_components)
         if s.limit is None
         else ("asked for", asked(s.chosen())[0]),
