@@ -80,9 +80,10 @@ def _rows(left: Array, right: Array, step: float, scales: Float64) -> tuple[Floa
     q_b, q_a = left.astype(np.float64), right.astype(np.float64)
     lengths, others = (np.sqrt(np.einsum("...d,...d->...", q, q)) for q in (q_b, q_a))  # of integers: exact sums
     lengths[lengths == 0] = 1.0
-    exponents = np.frexp(others / (lengths * lengths * np.abs(scales)[:, None] * (step or 1.0)))[1] // 2
-    q_b *= np.ldexp(step, exponents)[..., None]
-    q_a *= (np.ldexp(1.0, -exponents) / (lengths * scales[:, None]))[..., None]
+    with np.errstate(all="ignore"):  # a foreign step or scale may be beyond all that have dW
+        exponents = np.frexp(others / (lengths * lengths * np.abs(scales)[:, None] * (step or 1.0)))[1] // 2
+        q_b *= np.ldexp(step, exponents)[..., None]
+        q_a *= (np.ldexp(1.0, -exponents) / (lengths * scales[:, None]))[..., None]
     return q_a, q_b
 
 
@@ -101,8 +102,9 @@ def _padded(m: CodedModule, rows: Float64) -> Float64:
 
 
 def rounded(values: Float64, dtype: str) -> Array:
-    """Values as a tensor of a dtype holds them."""
-    return values if dtype == "F64" else as_stored(values, dtype)
+    """Values as a tensor of a dtype holds them; infinite beyond its range."""
+    with np.errstate(over="ignore"):
+        return values if dtype == "F64" else as_stored(values, dtype)
 
 
 def errors(pairs: Pairs, a_hat: Array, b_hat: Array, scalings: Sequence[Scaling]) -> list[DeltaError]:
