@@ -25,7 +25,7 @@ from .packs import read_code, read_verbatim
 from .reader import CheckpointReader, Tensors
 
 LARGEST = 1 << 34  # numbers of an adapter; a foreign index may claim more
-DECODED_BYTES = 32  # of each number, in memory while an adapter is decoded, at most
+DECODED_BYTES = 40  # of each number, in memory while an adapter is decoded, at most
 _TORCH = {stored: getattr(torch, name) for name, stored in TORCH_DTYPES.items()}
 
 
