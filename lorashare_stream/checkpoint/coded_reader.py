@@ -14,6 +14,7 @@ from ..adapters.keys import factor_key
 from ..codec.code import decoded
 from ..codec.factors import CodedModule
 from ..errors import CheckpointError
+from ..machine import memory
 from ..text import printable
 from .coded import index_of, meta_of
 from .config import read_share_config
@@ -24,6 +25,7 @@ from .packs import Read, check_pack, read_code, read_verbatim
 from .reader import CheckpointReader, Tensors
 
 LARGEST = 1 << 34  # numbers of an adapter; a foreign index may claim more
+DECODED_BYTES = 40  # of each number, in memory while an adapter is decoded, at most
 _TORCH = {stored: getattr(torch, name) for name, stored in TORCH_DTYPES.items()}
 
 
@@ -172,8 +174,9 @@ def _modules(adapter: CodedAdapter) -> list[CodedModule]:
             sound = sound and isinstance(m.scale, float | int) and 0 < abs(m.scale) < float("inf")
             if not sound or not {m.dtype_a, m.dtype_b} <= {*FLOATS} or not isinstance(m.name, str):
                 raise ValueError(printable(m, 200))
-        if sum(m.rank * (m.d_out + m.d_in) for m in modules) > LARGEST:
-            raise ValueError(f"more than {LARGEST} numbers")
+        numbers = sum(m.rank * (m.d_out + m.d_in) for m in modules)
+        if numbers > min(LARGEST, memory() // DECODED_BYTES):
+            raise ValueError(f"{numbers} numbers, which this machine's memory does not hold")
     except (TypeError, ValueError) as e:
         raise CheckpointError("a layout that cannot be that of an adapter", adapter=adapter.name, found=str(e)) from e
     return modules

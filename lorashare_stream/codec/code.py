@@ -18,6 +18,7 @@ from .search import likely_step, search
 from .stream import decode, encode
 
 Trial = Sequence[Quantised]
+ROUGH = 0.01  # the least error that float32 products tell to 1 %
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,11 @@ class Subject:
             certificate.update(self.certified(trial, step))
             return sqrt(sum(e.error for e in certificate.values()) / sum(e.norm for e in certificate.values()))
 
-        found = search(limit, likely_step(self.pairs, self.norm, limit), self.attempt, certify)
+        def attempt(step: float) -> tuple[Trial, float]:
+            trial, error = self.attempt(step)
+            return trial, error if error > ROUGH else certify(trial, step)
+
+        found = search(limit, likely_step(self.pairs, self.norm, limit), attempt, certify)
         return None if found is None else Coded(self._code(found.trial, found.step), found.step, certificate)
 
     def at(self, step: float) -> Coded:
@@ -88,10 +93,10 @@ class Subject:
         groups = groups_of(self.modules, self._integers(trial))
         back = {m.name: (a, b) for m, a, b in factors(self.modules, groups, step * self.norm)}
         found: dict[str, DeltaError] = {}
-        for batch in self.batches:
+        for batch, pairs in zip(self.batches, self.pairs, strict=True):
             names = [m.name for m in batch.modules]
             a_hat, b_hat = (np.stack([back[name][side] for name in names]) for side in (0, 1))
-            found |= zip(names, errors(batch.a, batch.b, a_hat, b_hat, batch.scalings), strict=True)
+            found |= zip(names, errors(pairs, a_hat, b_hat, batch.scalings), strict=True)
         return found
 
     def _code(self, trial: Trial, step: float) -> bytes:

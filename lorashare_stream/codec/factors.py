@@ -16,6 +16,7 @@ from ..adapters.dtypes import as_stored
 from ..adapters.scaling import Scaling
 from ..linalg.delta import DeltaError, energies, gram
 from ..linalg.types import Array, Float64
+from .gauge import Pairs
 from .stream import Group, Shape
 
 _AT_ONCE = 1 << 20  # numbers in float64
@@ -79,9 +80,10 @@ def _rows(left: Array, right: Array, step: float, scales: Float64) -> tuple[Floa
     q_b, q_a = left.astype(np.float64), right.astype(np.float64)
     lengths, others = (np.sqrt(np.einsum("...d,...d->...", q, q)) for q in (q_b, q_a))  # of integers: exact sums
     lengths[lengths == 0] = 1.0
-    exponents = np.frexp(others / (lengths * lengths * np.abs(scales)[:, None] * (step or 1.0)))[1] // 2
-    q_b *= np.ldexp(step, exponents)[..., None]
-    q_a *= (np.ldexp(1.0, -exponents) / (lengths * scales[:, None]))[..., None]
+    with np.errstate(all="ignore"):  # a foreign step or scale may be beyond all that have dW
+        exponents = np.frexp(others / (lengths * lengths * np.abs(scales)[:, None] * (step or 1.0)))[1] // 2
+        q_b *= np.ldexp(step, exponents)[..., None]
+        q_a *= (np.ldexp(1.0, -exponents) / (lengths * scales[:, None]))[..., None]
     return q_a, q_b
 
 
@@ -100,22 +102,29 @@ def _padded(m: CodedModule, rows: Float64) -> Float64:
 
 
 def rounded(values: Float64, dtype: str) -> Array:
-    """Values as a tensor of a dtype holds them."""
-    return values if dtype == "F64" else as_stored(values, dtype)
+    """Values as a tensor of a dtype holds them; infinite beyond its range."""
+    with np.errstate(over="ignore"):
+        return values if dtype == "F64" else as_stored(values, dtype)
 
 
-def errors(a: Array, b: Array, a_hat: Array, b_hat: Array, scalings: Sequence[Scaling]) -> list[DeltaError]:
-    """Error of dW^ = s B^ A^ against dW = s B A for modules of one shape, in float64, whatever their gauges.
+def errors(pairs: Pairs, a_hat: Array, b_hat: Array, scalings: Sequence[Scaling]) -> list[DeltaError]:
+    """Error of dW^ = s B^ A^ for the modules of some pairs, in float64; infinite where a number of it is.
 
-    dW - dW^ = s [B, -B^] [A ; A^], of each expert. What both have in common cancels: to some 1e-8 of ||A|| ||B||.
+    dW - dW^ = [P, -B^] [S Q' ; s A^], of each expert. What both have in common cancels: to some 1e-7 of ||dW||, in
+    whatever gauge dW came.
 
     Args:
-        a, a_hat: (m, E r, d_in). b, b_hat: (m, d_out, E r).
+        pairs: of all experts of the modules. a_hat: (m, E r, d_in). b_hat: (m, d_out, E r).
         scalings: of each module; E is the same in all.
     """
-    blocks = scalings[0].blocks
-    left = gram(blocks(b.swapaxes(-1, -2), "B"), blocks(-b_hat.swapaxes(-1, -2), "B"))
-    right = gram(blocks(a, "A"), blocks(a_hat, "A"))
-    r, scales = right.shape[-1] // 2, np.array([p.scale for p in scalings])
-    found, norms = energies(right, left, scales), energies(right[..., :r, :r], left[..., :r, :r], scales)
+    scaling, count = scalings[0], len(scalings)
+    p, q = (side.reshape(count, scaling.experts, *side.shape[1:]) for side in (pairs.left, pairs.right))
+    values = pairs.values.reshape(p.shape[:3])
+    scales = np.array([s.scale for s in scalings])[:, None, None, None]
+    with np.errstate(over="ignore", invalid="ignore"):
+        left = gram(p, scaling.blocks(-b_hat.swapaxes(-1, -2), "B"))
+        right = gram(values[..., None] * q, scales * scaling.blocks(a_hat, "A"))
+        found = energies(right, left, np.ones(count))
+    found[~np.isfinite(found)] = np.inf
+    norms = np.square(values).sum(axis=(-2, -1))
     return [DeltaError(error, norm) for error, norm in zip(found.tolist(), norms.tolist(), strict=True)]

@@ -28,7 +28,7 @@ from ..checkpoint.records import REPAIR
 from ..checkpoint.staging import Staging
 from ..checkpoint.summary import CheckpointRecord, record_of, share_config, statistics_of
 from ..codec.rate import Curve, curve_of, step_for
-from ..codec.search import FINEST
+from ..codec.search import COARSEST, FINEST
 from ..errors import AdapterError, BudgetError, CheckpointError, GoneError, refusal
 from ..files import atomic_path, own_folder, remove_tree, sync
 from ..plan.memory import SAMPLE
@@ -41,7 +41,9 @@ from .passes import checkpoint_key_of, write_adapters
 from .run import Run, check_none_lost
 
 ENOUGH = 0.97  # of a limit on bytes: what is left then is not worth to encode all once more
-_AIMS = (1.0, 0.998, 0.99, 0.95, 0.8)  # of a limit on bytes, one after the other
+_DEFLATED, _RECORDS, _RECORD = 0.84, 5000, 200  # of tensors that are no LoRA; bytes of records, and of each
+_DRIFT = 0.1  # of codes that are wanted more or fewer than there are, how far off a prediction may be
+_AIMS = (0.985, 0.995, 0.98, 0.95, 0.8)  # of a limit on bytes, one after the other
 Skipped = list[dict[str, Any]]
 Method = Literal["projection", "recompute"]
 Publishing = Callable[[str], object]
@@ -239,22 +241,28 @@ def keep(target: Target, publishing: Publishing) -> None:
 def _code_within(run: Run, job: Job, target: Target, size: int, publishing: Publishing) -> None:
     """Code all adapters at the step that makes `size` bytes, nearly: once or twice, as the rates of a sample tell."""
     curves = rates(run, job, list(job.adapters.values()))
-    part = sum(job.adapters[name].layout.lora_bytes for name in curves) or 1
+    part = sum(adapter.layout.lora_bytes for adapter in _sample(list(job.adapters.values()))) or 1
     whole = sum(job.adapter(r.name).layout.lora_bytes for r in target.admissions)
 
     def predicted(step: float) -> float:
         return sum(curve.bytes_at(step) for curve in curves.values()) * whole / part
 
-    factor, beside = 1.0, float(sum(job.adapter(r.name).layout.extra_bytes for r in target.admissions))
+    extras = sum(job.adapter(r.name).layout.extra_bytes for r in target.admissions)
+    codes, factor, drift = 1, 1.0, 0.0
+    beside = int(_DEFLATED * extras) + _RECORDS + _RECORD * len(target.admissions)
     for aim in _AIMS:
-        step = step_for(predicted, max(1.0, aim * size - beside) / factor)
+        wanted = max(1.0, aim * size - beside)
+        step = step_for(predicted, wanted * (1 - drift * min(1.0, abs(1 - wanted / codes))) / factor)
         with _staged(target.at(step), There(Index(), frozenset(), 0.0), partial(_encode, run, job)) as staged:
-            if staged.total <= size and (aim < 1.0 or staged.total >= ENOUGH * size or step <= FINEST):
+            if staged.total <= size and (drift or staged.total >= ENOUGH * size or step < 1.01 * FINEST):
                 staged.publish(publishing)
                 return
             codes = staged.sizes["codes"]
-            factor = codes / max(1.0, predicted(step)) or 1.0
+            factor, drift = codes / max(1.0, predicted(step)) or 1.0, _DRIFT
             beside = staged.total - (codes or whole)  # at so fine a step all LoRA tensors may have stayed as they are
+            codes = max(1, codes)
+        if step >= COARSEST and staged.total > size:
+            break
     raise BudgetError(
         "the checkpoint cannot be as small", found=f"{bytes_shown(staged.total)} at least", expected=bytes_shown(size),
         remedy=f"Use --max-bytes {staged.total} or more: {bytes_shown(beside)} of it are not codes.",
@@ -263,12 +271,16 @@ def _code_within(run: Run, job: Job, target: Target, size: int, publishing: Publ
 
 def rates(run: Run, job: Job, adapters: Sequence[Adapter]) -> dict[str, Curve]:
     """The rates of some of these adapters, evenly spaced, by name; those whose dW is zero have none."""
-    some = [adapters[i * len(adapters) // SAMPLE] for i in range(SAMPLE)] if len(adapters) > SAMPLE else list(adapters)
+    some = _sample(adapters)
     lost: list[AdapterError] = []
     found = run.map("rate", rate_adapter, run.arriving(some, lost), len(some), run.release)
     curves = {name: curve for name, curve in found if curve is not None}
     check_none_lost(lost)
     return curves
+
+
+def _sample(adapters: Sequence[Adapter]) -> list[Adapter]:
+    return [adapters[i * len(adapters) // SAMPLE] for i in range(SAMPLE)] if len(adapters) > SAMPLE else list(adapters)
 
 
 def rate_adapter(adapter: Adapter) -> tuple[str, Curve | None]:
