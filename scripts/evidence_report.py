@@ -189,10 +189,10 @@ def _tables(lines: list[Line], page: str) -> Iterator[str]:
         zero = f", of which {len(about['zero'])} with dW = 0" if about["zero"] else ""
         yield f"## {name}"
         yield f"{about['adapters']} adapters{zero}; ranks {', '.join(map(str, about['ranks']))};"
-        yield f"{about['modules']} modules; LoRA {_mb(about['lora'])} MB, heads and other extras {_mb(about['extras'])} MB,"
-        yield f"headers and configurations {_mb(about['other'])} MB."
+        yield f"{about['modules']} modules; LoRA {_mb(about['lora'])} MB,"
+        yield f"heads and other extras {_mb(about['extras'])} MB, headers and configurations {_mb(about['other'])} MB."
         yield ""
-        yield "| system | setting | LoRA, MB | exact | heads | other | times smaller | all | mean | median | p95 | max |"
+        yield "| system | setting | LoRA, MB | kept | heads | other | times smaller | all | mean | median | p95 | max |"
         yield "|---" * 12 + "|"
         for x in _rows(lines, name):
             sizes = " | ".join(_mb(x[kind]) for kind in ("lora", "verbatim", "extras", "other"))
