@@ -35,6 +35,12 @@ def memory_limit(root: Path = Path("/")) -> int | None:
     return min((n for n in limits if 0 < n < 1 << 60), default=None)  # version 1 writes about 2^63 for none
 
 
+def memory() -> int:
+    """Bytes of memory of this machine, or of the control groups of this process if these may have less."""
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(whole, memory_limit() or whole)
+
+
 def _groups(root: Path, controller: str) -> Iterator[Path]:
     """The folders of this process's control groups for a controller, of either version, and of those around them."""
     try:

@@ -283,6 +283,8 @@ class SHAREModel:
     ) -> dict[str, Any]:
         """Add an adapter, on disk: on the bases that are there if they hold it well enough, else on new ones.
 
+        To a coded checkpoint it is added as it is coded, alone; then the last three arguments mean nothing.
+
         Args:
             adapter: its folder.
             name: else its folder's.
@@ -305,6 +307,8 @@ class SHAREModel:
 
     def remove_adapter(self, adapter_name: str) -> None:
         """Take an adapter out, on disk. Bases and moments still contain its trace: see `lorashare-stream remove`.
+
+        A coded checkpoint keeps nothing of it.
 
         Raises:
             UnknownAdapterError: a KeyError, if there is no such adapter.

@@ -113,7 +113,7 @@ def factors(code: bytes, layout: list[list[Any]]) -> Tensors:
             exponents = np.frexp(norms[1] / (np.square(norms[0]) * abs(scale) * (step or 1.0)))[1] // 2
             b, a = np.zeros((experts, rank // experts, d_out)), np.zeros((experts, rank // experts, d_in))
             b[:, : shape[0]] = np.ldexp(left * step, exponents)
-            a[:, : shape[0]] = np.ldexp(right / (norms[0] * scale), -exponents)
+            a[:, : shape[0]] = right * (np.ldexp(1.0, -exponents) / (norms[0] * scale))
             key = f"base_model.model.{name}.lora_"
             found[f"{key}A.weight"] = factor(a.reshape(rank, d_in), dtype_a)
             found[f"{key}B.weight"] = factor(b.transpose(2, 1, 0).reshape(d_out, rank), dtype_b)

@@ -18,7 +18,7 @@ from ..adapters.keys import SIDES, adapter_names, factor_key, parse_key
 from ..adapters.safetensors import float32
 from ..adapters.scaling import Scaling
 from ..adapters.stacks import STACK_BYTES
-from ..codec.factors import errors as errors_of_products
+from ..codec.factors import errors_of_products
 from ..errors import MissingSourceError, UndecidedError, UsageError
 from ..linalg.delta import DeltaError, delta_errors, relative_error
 from .reader import Tensors, as_array

@@ -69,7 +69,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_edits(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
-    p = command("add", "Add adapters to a checkpoint: on its bases if these hold them well enough, else on new ones.")
+    p = command(
+        "add",
+        "Add adapters to a checkpoint: on its bases if these hold them well enough, else on new ones; or coded alone.",
+    )
     p.add_argument("checkpoint")
     p.add_argument("sources", nargs="+", metavar="SOURCE", help="as for compress")
     p.add_argument("--names", nargs="+", metavar="NAME", help="names of the sources, which are then adapter folders")
@@ -85,7 +88,10 @@ def _add_edits(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
     p.add_argument("adapters", nargs="*", metavar="NAME", help="none is for --refit of what was taken out before")
     p.add_argument("--refit", action="store_true", help="compute moments and bases anew without them")
     _add_means(p)
-    p = command("refit", "Another k from the same moments; or bases for all that was added and taken out since.")
+    p = command(
+        "refit",
+        "Another k from the same moments, or a limit from the sources; or bases for all that was added and taken out.",
+    )
     p.add_argument("place", metavar="CHECKPOINT|WORKSPACE")
     _add_limit(p, "components per group, or auto (default: as it was)")
     p.add_argument("-o", "--output", metavar="OUT", required=True, help="the new checkpoint; may be the old one")

@@ -23,10 +23,6 @@ from ..pipeline import default_workspace
 from ..plan.file import plan_as_json
 from ..plan.plan import Plan
 from ..plan.sources import resolve
-from ..report.analysis import analyse
-from ..report.analysis_text import analysis_as_json, analysis_text
-from ..report.forecast import forecast_of
-from ..report.forecast_text import forecast_text
 from ..report.summary_text import summary_text
 from ..report.text import notes_text, plan_text, plan_warnings, rows_text, table
 from ..settings import LIMITS
@@ -68,6 +64,9 @@ def plan(args: Args) -> int:
 def _looked_into(args: Args, made: Plan, sample: int | None) -> tuple[dict[str, Any], list[str]]:
     """What a sample tells, as plain values and as text: a forecast where a limit is set, else what `--analyze` asks."""
     if made.settings.limit:
+        from ..report.forecast import forecast_of
+        from ..report.forecast_text import forecast_text
+
         if "analyze" not in args and not any(e.fetched for e in made.adapters):
             return {}, [
                 "note: nothing is foretold: adapters on the Hub are not fetched for it; --analyze fetches a sample"
@@ -76,6 +75,9 @@ def _looked_into(args: Args, made: Plan, sample: int | None) -> tuple[dict[str, 
         return {"forecast": asdict(forecast)}, [forecast_text(forecast)]
     if "analyze" not in args:
         return {}, []
+    from ..report.analysis import analyse
+    from ..report.analysis_text import analysis_as_json, analysis_text
+
     found = analyse(made, sample, progress=progress_of(args))
     return {"analysis": analysis_as_json(found)}, [analysis_text(found, made)]
 
@@ -124,7 +126,7 @@ def _compress(args: Args, chosen: Args, out: Path, named: Path | None, overwrite
         what = {"current": "is up to date", "projection": "has grown", "recompute": "has replaced what was there"}
         log.info("%s %s", printable(out), what[outcome.method])
     told = {note for adapter in made.adapters for note in adapter.layout.notes}
-    for note in notes_text(Workspace(workspace).journal().admissions, told):
+    for note in notes_text(outcome.admissions, told):
         log.info("%s", note)
     config = read_share_config(out)
     used = tree_bytes(workspace)

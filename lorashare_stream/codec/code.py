@@ -18,6 +18,7 @@ from .search import likely_step, search
 from .stream import decode, encode
 
 Trial = Sequence[Quantised]
+ROUGH = 0.01  # the least error that float32 products tell to 1 %
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,23 @@ class Subject:
         """The code of fewest bytes whose certified relative error is at most `limit`; None if there is none."""
         if self.norm == 0:
             return self.at(1.0)
-        first = likely_step(self.pairs, self.norm, limit)
-        found = search(limit, first, self.attempt, lambda trial, step: self._error(self.certified(trial, step)))
-        return None if found is None else self._coded(found.trial, found.step)
+        certificate: dict[str, DeltaError] = {}
+
+        def certify(trial: Trial, step: float) -> float:
+            certificate.update(self.certified(trial, step))
+            return sqrt(sum(e.error for e in certificate.values()) / sum(e.norm for e in certificate.values()))
+
+        def attempt(step: float) -> tuple[Trial, float]:
+            trial, error = self.attempt(step)
+            return trial, error if error > ROUGH else certify(trial, step)
+
+        found = search(limit, likely_step(self.pairs, self.norm, limit), attempt, certify)
+        return None if found is None else Coded(self._code(found.trial, found.step), found.step, certificate)
 
     def at(self, step: float) -> Coded:
         """The code at a step, which is of coefficients divided by ||dW||."""
-        return self._coded(quantise_all(self.pairs, self.norm or 1.0, step), step)
+        trial = quantise_all(self.pairs, self.norm or 1.0, step)
+        return Coded(self._code(trial, step), step, self.certified(trial, step))
 
     def attempt(self, step: float) -> tuple[Trial, float]:
         """The integers at a step, and their relative error."""
@@ -82,18 +93,14 @@ class Subject:
         groups = groups_of(self.modules, self._integers(trial))
         back = {m.name: (a, b) for m, a, b in factors(self.modules, groups, step * self.norm)}
         found: dict[str, DeltaError] = {}
-        for batch in self.batches:
+        for batch, pairs in zip(self.batches, self.pairs, strict=True):
             names = [m.name for m in batch.modules]
             a_hat, b_hat = (np.stack([back[name][side] for name in names]) for side in (0, 1))
-            found |= zip(names, errors(batch.a, batch.b, a_hat, b_hat, batch.scalings), strict=True)
+            found |= zip(names, errors(pairs, a_hat, b_hat, batch.scalings), strict=True)
         return found
 
-    def _error(self, found: Mapping[str, DeltaError]) -> float:
-        return sqrt(sum(e.error for e in found.values()) / sum(e.norm for e in found.values()))
-
-    def _coded(self, trial: Trial, step: float) -> Coded:
-        code = encode(groups_of(self.modules, self._integers(trial)), step * self.norm)
-        return Coded(code, step, self.certified(trial, step))
+    def _code(self, trial: Trial, step: float) -> bytes:
+        return encode(groups_of(self.modules, self._integers(trial)), step * self.norm)
 
     def _integers(self, trial: Trial) -> dict[str, tuple[Array, Array]]:
         """The integers of each module, (E, r, d) on both sides."""

@@ -16,7 +16,10 @@ from ..adapters.dtypes import as_stored
 from ..adapters.scaling import Scaling
 from ..linalg.delta import DeltaError, energies, gram
 from ..linalg.types import Array, Float64
+from .gauge import Pairs, pairs_of
 from .stream import Group, Shape
+
+_AT_ONCE = 1 << 20  # numbers in float64
 
 
 class CodedModule(NamedTuple):
@@ -58,42 +61,75 @@ def factors(
 ) -> Iterator[tuple[CodedModule, Array, Array]]:
     """Each module with its lora_A (E r, d_in) and lora_B (d_out, E r), in values of its dtypes, group by group."""
     for shape, group in zip(sorted({m.shape for m in modules}), groups, strict=True):
-        at = 0
-        for m in (m for m in modules if m.shape == shape):
-            part = slice(at, at + m.experts)
-            at += m.experts
-            yield m, *_tensors(m, group.left[part].astype(np.float64), group.right[part].astype(np.float64), step)
+        alike = [m for m in modules if m.shape == shape]
+        ends = np.cumsum([0, *(m.experts for m in alike)]).tolist()
+        some = max(1, _AT_ONCE // (sum(shape[1:]) * shape[0] * alike[0].experts))
+        for first in range(0, len(alike), some):
+            part = alike[first : first + some]
+            pairs = slice(ends[first], ends[first + len(part)])
+            scales = np.repeat([m.scale for m in part], [m.experts for m in part])
+            a, b = _rows(group.left[pairs], group.right[pairs], step, scales)
+            starts = [end - ends[first] for end in ends[first:]]
+            for m, start in zip(part, starts, strict=False):
+                own = slice(start, start + m.experts)
+                yield m, _lora_a(m, a[own]), _lora_b(m, b[own])
 
 
-def _tensors(m: CodedModule, left: Float64, right: Float64, step: float) -> tuple[Array, Array]:
-    lengths = np.sqrt(np.square(left).sum(axis=-1, keepdims=True))  # exact sums of integers
+def _rows(left: Array, right: Array, step: float, scales: Float64) -> tuple[Float64, Float64]:
+    """The rows of lora_A and lora_B' of pairs (n, r, d)."""
+    q_b, q_a = left.astype(np.float64), right.astype(np.float64)
+    lengths, others = (np.sqrt(np.einsum("...d,...d->...", q, q)) for q in (q_b, q_a))  # of integers: exact sums
     lengths[lengths == 0] = 1.0
-    others = np.sqrt(np.square(right).sum(axis=-1, keepdims=True))
-    exponents = np.frexp(others / (np.square(lengths) * abs(m.scale) * (step or 1.0)))[1] // 2
-    missing = [(0, 0), (0, m.rank // m.experts - left.shape[1]), (0, 0)]
-    b = np.pad(np.ldexp(left * step, exponents), missing)  # (E, r, d_out)
-    a = np.pad(np.ldexp(right / (lengths * m.scale), -exponents), missing)
-    lora_b = b.swapaxes(0, 1).reshape(m.rank, m.d_out).T  # experts innermost
-    return rounded(a.reshape(m.rank, m.d_in), m.dtype_a), rounded(lora_b, m.dtype_b)
+    with np.errstate(all="ignore"):  # a foreign step or scale may be beyond all that have dW
+        exponents = np.frexp(others / (lengths * lengths * np.abs(scales)[:, None] * (step or 1.0)))[1] // 2
+        q_b *= np.ldexp(step, exponents)[..., None]
+        q_a *= (np.ldexp(1.0, -exponents) / (lengths * scales[:, None]))[..., None]
+    return q_a, q_b
+
+
+def _lora_a(m: CodedModule, rows: Float64) -> Array:
+    return rounded(_padded(m, rows).reshape(m.rank, m.d_in), m.dtype_a)
+
+
+def _lora_b(m: CodedModule, rows: Float64) -> Array:
+    return rounded(_padded(m, rows).swapaxes(0, 1).reshape(m.rank, m.d_out).T, m.dtype_b)  # experts innermost
+
+
+def _padded(m: CodedModule, rows: Float64) -> Float64:
+    """Rows (E, columns, d) with zeros up to the rank, where dW has fewer columns."""
+    missing = m.rank // m.experts - rows.shape[1]
+    return np.pad(rows, [(0, 0), (0, missing), (0, 0)]) if missing else rows
 
 
 def rounded(values: Float64, dtype: str) -> Array:
-    """Values as a tensor of a dtype holds them."""
-    return values if dtype == "F64" else as_stored(values, dtype)
+    """Values as a tensor of a dtype holds them; infinite beyond its range."""
+    with np.errstate(over="ignore"):
+        return values if dtype == "F64" else as_stored(values, dtype)
 
 
-def errors(a: Array, b: Array, a_hat: Array, b_hat: Array, scalings: Sequence[Scaling]) -> list[DeltaError]:
-    """Error of dW^ = s B^ A^ against dW = s B A for modules of one shape, in float64, whatever their gauges.
+def errors(pairs: Pairs, a_hat: Array, b_hat: Array, scalings: Sequence[Scaling]) -> list[DeltaError]:
+    """Error of dW^ = s B^ A^ for the modules of some pairs, in float64; infinite where a number of it is.
 
-    dW - dW^ = s [B, -B^] [A ; A^], of each expert. What both have in common cancels: to some 1e-8 of ||A|| ||B||.
+    dW - dW^ = [P, -B^] [S Q' ; s A^], of each expert. What both have in common cancels: to some 1e-7 of ||dW||, in
+    whatever gauge dW came.
 
     Args:
-        a, a_hat: (m, E r, d_in). b, b_hat: (m, d_out, E r).
+        pairs: of all experts of the modules. a_hat: (m, E r, d_in). b_hat: (m, d_out, E r).
         scalings: of each module; E is the same in all.
     """
-    blocks = scalings[0].blocks
-    left = gram(blocks(b.swapaxes(-1, -2), "B"), blocks(-b_hat.swapaxes(-1, -2), "B"))
-    right = gram(blocks(a, "A"), blocks(a_hat, "A"))
-    r, scales = right.shape[-1] // 2, np.array([p.scale for p in scalings])
-    found, norms = energies(right, left, scales), energies(right[..., :r, :r], left[..., :r, :r], scales)
+    scaling, count = scalings[0], len(scalings)
+    p, q = (side.reshape(count, scaling.experts, *side.shape[1:]) for side in (pairs.left, pairs.right))
+    values = pairs.values.reshape(p.shape[:3])
+    scales = np.array([s.scale for s in scalings])[:, None, None, None]
+    with np.errstate(over="ignore", invalid="ignore"):
+        left = gram(p, scaling.blocks(-b_hat.swapaxes(-1, -2), "B"))
+        right = gram(values[..., None] * q, scales * scaling.blocks(a_hat, "A"))
+        found = energies(right, left, np.ones(count))
+    found[~np.isfinite(found)] = np.inf
+    norms = np.square(values).sum(axis=(-2, -1))
     return [DeltaError(error, norm) for error, norm in zip(found.tolist(), norms.tolist(), strict=True)]
+
+
+def errors_of_products(a: Array, b: Array, a_hat: Array, b_hat: Array, scalings: Sequence[Scaling]) -> list[DeltaError]:
+    """`errors` for modules of one shape, given by lora_A (m, E r, d_in) and lora_B (m, d_out, E r)."""
+    return errors(pairs_of(a, b, scalings), a_hat, b_hat, scalings)

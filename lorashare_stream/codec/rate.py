@@ -18,7 +18,7 @@ from .entropy import kinds_of
 from .refit import Quantised
 from .search import FINEST, likely_step
 
-ERRORS = (0.02, 0.05, 0.12, 0.25, 0.45, 0.75)  # near which an adapter is tried
+ERRORS = (0.02, 0.05, 0.12, 0.25, 0.45, 0.7, 0.92)  # near which an adapter is tried
 _COLUMN_BITS, _PAIR_BITS, _BYTES = 7, 3, 12  # of classes, of counts, and what a stream takes beside
 _HALVINGS = 40
 
@@ -32,8 +32,11 @@ class Curve:
     errors: tuple[float, ...]
 
     def bytes_at(self, step: float) -> float:
-        """Bytes at a step, by interpolation in logarithms; beyond the ends by the slope there."""
-        return _between(self.steps, self.nbytes, step)
+        """Bytes at a step, by interpolation in logarithms; beyond the end by the slope there, finer by bytes a bit."""
+        if step >= self.steps[0] or len(self.steps) < 2:
+            return _between(self.steps, self.nbytes, step)
+        slope = (self.nbytes[0] - self.nbytes[1]) / log(self.steps[1] / self.steps[0])
+        return self.nbytes[0] + slope * log(self.steps[0] / step)
 
     def error_at(self, step: float) -> float:
         """The relative error at a step, likewise; dW itself at most."""

@@ -38,24 +38,23 @@ def quantise(pairs: Pairs, norm: float, step: float) -> Quantised:
     """Pairs of an adapter with ||dW|| = `norm`, quantised at `step`, which is of coefficients divided by it."""
     weights = (pairs.values / norm).astype(np.float32)[..., None]
     left = quantised(pairs.left * weights, step)
-    grams: Float64 = _products(left, left)
+    grams = _products(left, left)
     lengths = np.sqrt(np.diagonal(grams, axis1=-2, axis2=-1))[..., None]  # (n, r, 1)
     onto = _products(left, pairs.left)  # qB P (n, r, r)
     solved = _solved(grams, onto * (pairs.values / norm)[..., None, :]) * lengths
     right = quantised(solved.astype(np.float32) @ pairs.right, step)
-    both = np.asarray((lengths > 0) & right.any(axis=-1, keepdims=True))
+    both = (lengths > 0) & right.any(axis=-1, keepdims=True)
     if not both.all():
         left, right = left * both, right * both
     return Quantised(left, right, _error(pairs, norm, step, left, right))
 
 
-def _solved(grams: Float64, right: Float64) -> Float64:
+def _solved(grams: Float64, right: Float64) -> Array:
     """G^-1 times (n, r, r), with a ridge; rows of zeros stay zero."""
     i = np.arange(grams.shape[-1])
     diagonal = grams[:, i, i]
     grams[:, i, i] = np.where(diagonal > 0, diagonal * (1 + _RIDGE), 1.0)
-    found: Float64 = np.linalg.solve(grams, right)
-    return found
+    return np.linalg.solve(grams, right)
 
 
 def _products(rows: Array, others: Array) -> Float64:

@@ -17,7 +17,7 @@ import numpy as np
 from .gauge import Pairs
 
 T = TypeVar("T")
-FINEST = 2.0**-21  # step: integers stay exact in float32
+FINEST, COARSEST = 2.0**-21, 1.0  # steps: integers stay exact in float32; no coefficient is larger
 WIDTH = 0.01  # of the bracket, relative
 _TRIALS = 40
 _PER_STEP = 1 / 11  # of a squared step, the error of a coefficient that has bits, nearly
@@ -61,10 +61,12 @@ def search(
             low, best = step, (trial, measured)
         else:
             high = step
-        if best is not None and high <= (1 + WIDTH) * low:
+        if best is not None and (high <= (1 + WIDTH) * low or low >= COARSEST):
             exact = certify(best[0], low)
             if exact <= limit:
                 return Found(low, exact, high, best[0])
+            if exact == float("inf"):  # beyond the range of a dtype, at any step
+                return None
             rounding = max(rounding, exact**2 - best[1] ** 2)  # of a trial that was thought to be within the limit
             low, high, best = 0.0, low, None
         if high <= FINEST:
@@ -79,10 +81,10 @@ def _next(known: Sequence[tuple[float, float]], low: float, high: float, limit: 
     if len(known) > 1:
         slope = min(max((y - known[-2][1]) / (x - known[-2][0]), 0.3), 1.5)
     step = exp(x + (log(limit) + (WIDTH / 3 if low else -WIDTH / 5) - y) / slope)
-    least, most = max(low * (1 + WIDTH / 4), FINEST / 2), min(high / (1 + WIDTH / 4), 1.0)
+    least, most = max(low * (1 + WIDTH / 4), FINEST / 2), min(high / (1 + WIDTH / 4), COARSEST)
     if least <= step <= most:
         return step
-    return sqrt(low * high) if low and high <= 1.0 else min(max(step, least), most)
+    return sqrt(low * high) if low and high <= COARSEST else min(max(step, least), most)
 
 
 def likely_step(batches: Sequence[Pairs], norm: float, limit: float) -> float:

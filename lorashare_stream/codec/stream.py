@@ -85,7 +85,14 @@ def decode(code: bytes, shapes: Sequence[tuple[Shape, int]]) -> tuple[list[Group
         return [Group(*(np.zeros((n, r, d), np.float32) for d in (d_out, d_in))) for (r, d_out, d_in), n in shapes], 0.0
     if len(code) % 4 or len(code) < _STEP.size or not isfinite(step := _STEP.unpack_from(code)[0]) or step <= 0:
         raise _no_code(f"{len(code)} bytes")
-    coder, found, sides = Decoder(code[_STEP.size :]), [], ([], [])  # type: ignore[var-annotated]
+    try:
+        return _decoded(Decoder(code[_STEP.size :]), shapes), step
+    except (AssertionError, OverflowError) as e:  # of constriction: words that no encoder writes; of an escape
+        raise _no_code(str(e)) from e
+
+
+def _decoded(coder: Decoder, shapes: Sequence[tuple[Shape, int]]) -> list[Group]:
+    found, sides = [], ([], [])  # type: ignore[var-annotated]
     for (r, d_out, d_in), n in shapes:
         counts = np.cumsum(coder.get(n, differences(r, *_COUNTS)) - r)
         if counts.min(initial=0) < 0 or counts.max(initial=0) > r:
@@ -113,7 +120,7 @@ def decode(code: bytes, shapes: Sequence[tuple[Shape, int]]) -> tuple[list[Group
     for places, sizes, values in pending:
         for (rows, at), part in zip(places, np.split(values, np.cumsum(sizes)[:-1]), strict=True):
             rows[at] = part.reshape(-1, rows.shape[1])
-    return [_spread(live, shape, a[1], b[1]) for (live, shape), a, b in zip(found, *sides, strict=True)], step
+    return [_spread(live, shape, a[1], b[1]) for (live, shape), a, b in zip(found, *sides, strict=True)]
 
 
 def _begins(counts: Ints) -> NDArray[np.bool_]:

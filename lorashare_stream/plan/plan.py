@@ -217,7 +217,7 @@ class Plan:
             )
 
     def _check_size(self) -> None:
-        limit, extras = self.settings.byte_limit(self.sizes["originals"]), self.sizes["verbatim"]
+        limit, extras = self.settings.byte_limit(self.sizes["originals"]), self.sizes["verbatim"] // 2  # deflated
         if limit is not None and limit <= extras:
             ratio = self.sizes["originals"] / max(1, extras)
             raise BudgetError(

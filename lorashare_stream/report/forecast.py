@@ -29,6 +29,7 @@ from ..plan.memory import SAMPLE
 from ..plan.plan import Plan
 from ..runtime.executors import executor_for, local_mapper
 from ..runtime.progress import Progress, silent
+from ..stages.coding import ENOUGH
 from ..stages.encode import subject_of
 from ..stages.ingest import ingest_adapter
 from .analysis import at_hand
@@ -255,7 +256,8 @@ def _forecast(plan: Plan, s: _Sample, away: int, problems: Sequence[AdapterError
         room = max(1.0, limit - verbatim.value - _metadata(plan, s, s.codes_at(1.0).value, common=common))
         step = step_for(lambda at: s.codes_at(at).value, room)
         codes, mean = s.codes_at(step), s.mean_error(step)
-        ends = [step_for(lambda at: s.codes_at(at).value, max(1.0, room + side * codes.margin)) for side in (-1, 1)]
+        unused = math.hypot(codes.margin, (1 - ENOUGH) * limit)  # that much of the limit may be left
+        ends = [step_for(lambda at: s.codes_at(at).value, max(1.0, room + side * unused)) for side in (-1, 1)]
         unsure = abs(s.mean_error(ends[0]).value - s.mean_error(ends[1]).value) / 2  # the step may be another
         error, codes = Estimate(mean.value, math.hypot(mean.margin, unsure)), Estimate(codes.value, 0.0)
     metadata = _metadata(plan, s, codes.value, common=common)

@@ -19,28 +19,32 @@ from typing import Any, Literal
 from ..adapters.adapter import Adapter
 from ..adapters.folder import digest_config, digest_files
 from ..checkpoint.coded import VERSION, index_of, meta_of, staged_adapters
-from ..checkpoint.config import read_share_config
+from ..checkpoint.config import SHAREConfig, read_share_config
 from ..checkpoint.format import ADAPTERS, INDEX, OURS, PACKS, ours_of, skipped_of, total_bytes
 from ..checkpoint.index import CodedAdapter, Index, Pack, read_index, write_index
-from ..checkpoint.packs import check_pack, opened, remove_from_packs, write_packs
+from ..checkpoint.packs import opened, remove_from_packs, write_packs
+from ..checkpoint.publish import staging_folder
 from ..checkpoint.records import REPAIR
 from ..checkpoint.staging import Staging
-from ..checkpoint.summary import CheckpointRecord, share_config, statistics_of
+from ..checkpoint.summary import CheckpointRecord, record_of, share_config, statistics_of
 from ..codec.rate import Curve, curve_of, step_for
-from ..codec.search import FINEST
-from ..errors import AdapterError, BudgetError, CheckpointError
+from ..codec.search import COARSEST, FINEST
+from ..errors import AdapterError, BudgetError, CheckpointError, GoneError, refusal
 from ..files import atomic_path, own_folder, remove_tree, sync
 from ..plan.memory import SAMPLE
 from ..plan.plan import Plan
-from ..text import bytes_shown, digest_of, listed
+from ..text import bytes_shown, counted, digest_of, listed
 from ..workspace.journal import Admission
 from .encode import encode_adapter, subject_of
 from .job import Job
-from .passes import write_adapters
+from .passes import checkpoint_key_of, write_adapters
 from .run import Run, check_none_lost
 
 ENOUGH = 0.97  # of a limit on bytes: what is left then is not worth to encode all once more
-_AIMS = (1.0, 0.998, 0.99, 0.95, 0.8)  # of a limit on bytes, one after the other
+_DEFLATED, _RECORDS, _RECORD = 0.84, 5000, 200  # of tensors that are no LoRA; bytes of records, and of each
+_DRIFT = 0.1  # of codes that are wanted more or fewer than there are, how far off a prediction may be
+_AIMS = (0.985, 0.995, 0.98, 0.95, 0.8)  # of a limit on bytes, one after the other
+Skipped = list[dict[str, Any]]
 Method = Literal["projection", "recompute"]
 Publishing = Callable[[str], object]
 Encode = Callable[[Staging, "Target", Sequence[Admission]], object]
@@ -64,7 +68,7 @@ class Target:
     record: CheckpointRecord
     admissions: Sequence[Admission]
     digest: str
-    left_out: list[dict[str, Any]]
+    left_out: Skipped
     step: float = 0.0
 
     def at(self, step: float) -> Target:
@@ -82,12 +86,18 @@ def staged_key(target: Target) -> str:
     return digest_of([target.digest, target.record.basis_key])
 
 
-def target_of(plan: Plan, job: Job, left_out: list[dict[str, Any]]) -> Target:
+def target_of(plan: Plan, job: Job, left_out: Skipped) -> Target:
     """What the coded checkpoint of a job is to be."""
     record = CheckpointRecord(
         plan.base_model, plan.settings.chosen(), plan.storage, plan.settings_key, plan.binding, "", "", {}
     )
     return Target(job.out, record, job.journal.admissions, job.checkpoint_key, left_out).at(0.0)
+
+
+def target_there(out: Path, config: SHAREConfig, admissions: Sequence[Admission], left_out: Skipped) -> Target:
+    """What the coded checkpoint that is there is to be, with other adapters."""
+    record = replace(record_of(config), basis_key="")
+    return Target(out, record, admissions, checkpoint_key_of(record.settings_key, admissions), left_out).at(0.0)
 
 
 def is_current(target: Target) -> bool:
@@ -124,7 +134,7 @@ class There:
 
 
 def there(target: Target) -> There:
-    """What of the coded checkpoint that is there can stay: whole adapters of the target, coded by the same rule."""
+    """What of the coded checkpoint that is there can stay: adapters of the target, coded by the same rule."""
     try:
         config = read_share_config(target.out)
         if config.ours.get("choice") != target.record.settings_key or not config.coded:
@@ -132,25 +142,17 @@ def there(target: Target) -> There:
         index, step = index_of(target.out, config.coded), float(config.coded["step"])
     except (CheckpointError, KeyError, TypeError, ValueError):
         return There(Index(), frozenset(), 0.0)
-    damaged = {pack for pack in index.packs if not _is_whole(target.out, pack)}
+    missing = {pack for pack in index.packs if not _is_there(target.out, pack)}
     known = {r.name: r for r in target.admissions}
 
     def stays(adapter: CodedAdapter) -> bool:
         r = known.get(adapter.name)
         packs = {adapter.code.pack, *(index.tensors[digest].at.pack for digest in adapter.verbatim.values())}
-        if r is None or adapter.record.get("sha256") != r.digest or packs & damaged:
+        if r is None or adapter.record.get("sha256") != r.digest or packs & missing:
             return False
         return digest_config(adapter.config) == r.config_digest
 
     return There(index, frozenset(name for name, adapter in index.adapters.items() if not stays(adapter)), step)
-
-
-def _is_whole(root: Path, pack: Pack) -> bool:
-    try:
-        check_pack(root / pack.file, pack)
-    except CheckpointError:
-        return False
-    return True
 
 
 def code(run: Run, job: Job, target: Target, publishing: Publishing) -> Method:
@@ -166,6 +168,7 @@ def code(run: Run, job: Job, target: Target, publishing: Publishing) -> Method:
 
     Raises:
         BudgetError: if so few bytes cannot be had, with the fewest that can.
+        CollectionError: naming adapters that must be coded, and whose sources are gone.
     """
     size, found = job.settings.byte_limit(sum(sum(r.sizes) for r in job.journal.admissions)), there(target)
     encode = partial(_encode, run, job)
@@ -174,9 +177,48 @@ def code(run: Run, job: Job, target: Target, publishing: Publishing) -> Method:
             if size is None or staged.total <= size:
                 staged.publish(publishing)
                 return "projection" if found.names else "recompute"
+        _check_recodable(job, target, staged, size)
         log.info("%s with the step that is recorded: all adapters are coded again", bytes_shown(staged.total))
-    _code_within(run, job, target, size, publishing)
+    _check_sources(run, job, target.admissions)
+    try:
+        _code_within(run, job, target, size, publishing)
+    except BudgetError:  # nothing of it is of use
+        _clear(target)
+        raise
     return "recompute"
+
+
+def _clear(target: Target) -> None:
+    """Remove what is staged beside a target, of whatever it is: of adapters that it does not have, perhaps."""
+    if staging_folder(target.out).is_dir():
+        with Staging.open(target.out, staged_key(target)) as staging:
+            staging.clear()
+
+
+def _check_recodable(job: Job, target: Target, staged: _Staged, size: int) -> None:
+    """Demand the sources of all adapters, which are coded again if a limit on bytes does not hold them as they are."""
+    gone = [r.name for r in target.admissions if r.name not in job.adapters]
+    if gone:
+        staged.staging.clear()
+        raise BudgetError(
+            "the checkpoint would exceed its limit, and its adapters cannot be coded again, since no source is known "
+            f"of {counted(len(gone), 'adapter')} ({listed(gone, 3)})",
+            found=f"{bytes_shown(staged.total)} at the step that is recorded", expected=bytes_shown(size),
+            remedy="Restore the sources, or name the workspace by --workspace; or compress all sources again, by "
+            f"--max-bytes {staged.total} or more for the errors of now.",
+        )  # fmt: skip
+
+
+def _check_sources(run: Run, job: Job, admissions: Sequence[Admission]) -> None:
+    """Demand the sources of adapters that are to be coded."""
+    gone = [r for r in admissions if r.name not in job.adapters]
+    if gone:
+        why = {e.adapter: e for e in run.plan.absent}
+        raise refusal(
+            f"{counted(len(gone), 'adapter')} must be coded from their sources, which are gone",
+            [why.get(r.name) or GoneError("its source is gone", adapter=r.name, found=r.source_id) for r in gone],
+            "Restore them, or take the adapters out by lorashare-stream remove.",
+        )
 
 
 def keep(target: Target, publishing: Publishing) -> None:
@@ -185,6 +227,9 @@ def keep(target: Target, publishing: Publishing) -> None:
     Raises:
         CheckpointError: if one that is to stay is damaged.
     """
+    if is_current(target):
+        _clear(target)
+        return
     found = there(target)
     lost = {r.name for r in target.admissions} - {*found.names}
     if lost:
@@ -196,21 +241,28 @@ def keep(target: Target, publishing: Publishing) -> None:
 def _code_within(run: Run, job: Job, target: Target, size: int, publishing: Publishing) -> None:
     """Code all adapters at the step that makes `size` bytes, nearly: once or twice, as the rates of a sample tell."""
     curves = rates(run, job, list(job.adapters.values()))
-    part = sum(job.adapters[name].layout.lora_bytes for name in curves) or 1
+    part = sum(adapter.layout.lora_bytes for adapter in _sample(list(job.adapters.values()))) or 1
     whole = sum(job.adapter(r.name).layout.lora_bytes for r in target.admissions)
 
     def predicted(step: float) -> float:
         return sum(curve.bytes_at(step) for curve in curves.values()) * whole / part
 
-    factor, beside = 1.0, float(sum(job.adapter(r.name).layout.extra_bytes for r in target.admissions))
+    extras = sum(job.adapter(r.name).layout.extra_bytes for r in target.admissions)
+    codes, factor, drift = 1, 1.0, 0.0
+    beside = int(_DEFLATED * extras) + _RECORDS + _RECORD * len(target.admissions)
     for aim in _AIMS:
-        step = step_for(predicted, max(1.0, aim * size - beside) / factor)
+        wanted = max(1.0, aim * size - beside)
+        step = step_for(predicted, wanted * (1 - drift * min(1.0, abs(1 - wanted / codes))) / factor)
         with _staged(target.at(step), There(Index(), frozenset(), 0.0), partial(_encode, run, job)) as staged:
-            if staged.total <= size and (aim < 1.0 or staged.total >= ENOUGH * size or step <= FINEST):
+            if staged.total <= size and (drift or staged.total >= ENOUGH * size or step < 1.01 * FINEST):
                 staged.publish(publishing)
                 return
             codes = staged.sizes["codes"]
-            factor, beside = codes / max(1.0, predicted(step)), staged.total - codes
+            factor, drift = codes / max(1.0, predicted(step)) or 1.0, _DRIFT
+            beside = staged.total - (codes or whole)  # at so fine a step all LoRA tensors may have stayed as they are
+            codes = max(1, codes)
+        if step >= COARSEST and staged.total > size:
+            break
     raise BudgetError(
         "the checkpoint cannot be as small", found=f"{bytes_shown(staged.total)} at least", expected=bytes_shown(size),
         remedy=f"Use --max-bytes {staged.total} or more: {bytes_shown(beside)} of it are not codes.",
@@ -219,12 +271,16 @@ def _code_within(run: Run, job: Job, target: Target, size: int, publishing: Publ
 
 def rates(run: Run, job: Job, adapters: Sequence[Adapter]) -> dict[str, Curve]:
     """The rates of some of these adapters, evenly spaced, by name; those whose dW is zero have none."""
-    some = [adapters[i * len(adapters) // SAMPLE] for i in range(SAMPLE)] if len(adapters) > SAMPLE else list(adapters)
+    some = _sample(adapters)
     lost: list[AdapterError] = []
     found = run.map("rate", rate_adapter, run.arriving(some, lost), len(some), run.release)
     curves = {name: curve for name, curve in found if curve is not None}
     check_none_lost(lost)
     return curves
+
+
+def _sample(adapters: Sequence[Adapter]) -> list[Adapter]:
+    return [adapters[i * len(adapters) // SAMPLE] for i in range(SAMPLE)] if len(adapters) > SAMPLE else list(adapters)
 
 
 def rate_adapter(adapter: Adapter) -> tuple[str, Curve | None]:
@@ -234,6 +290,7 @@ def rate_adapter(adapter: Adapter) -> tuple[str, Curve | None]:
 
 
 def _encode(run: Run, job: Job, staging: Staging, target: Target, admissions: Sequence[Admission]) -> None:
+    _check_sources(run, job, admissions)
     job = replace(job, basis_key=target.record.basis_key, step=target.step)
     write_adapters(run, job, staging, admissions, "encode", encode_adapter)
 

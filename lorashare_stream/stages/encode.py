@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf
+
 from ..adapters.adapter import Adapter
 from ..adapters.safetensors import TensorReader
 from ..checkpoint.format import CODE
@@ -29,7 +31,8 @@ def _encoded(job: Job, adapter: Adapter, tensors: TensorReader) -> Stored:
         return Stored(b"", {}, every, [])
     limit = job.settings.max_error
     coded = subject.at(job.step) if limit is None else subject.within(limit)
-    if coded is None or len(coded.code) >= adapter.layout.lora_bytes:
+    beyond = coded is not None and any(e.error == inf for e in coded.errors.values())  # the range of its dtypes
+    if coded is None or beyond or len(coded.code) >= adapter.layout.lora_bytes:
         return Stored(b"", {}, every, [])
     exact = [name for name in every if name not in coded.errors]
     return Stored(coded.code, coded.errors, exact, [list(m) for m in subject.modules])

@@ -18,7 +18,7 @@ from ..adapters.safetensors import TensorReader
 from ..adapters.source import Source
 from ..checkpoint.config import SHAREConfig
 from ..checkpoint.reader import Tensors, as_array
-from ..codec.factors import errors as errors_of_products
+from ..codec.factors import errors_of_products
 from ..errors import AdapterError, StreamError
 from ..hub.fetch import AT_ONCE, fetching
 from ..hub.lookup import loose_ids, resolve_on_hub
