@@ -5,6 +5,9 @@
 Every collection is compressed by the command line at each limit; an adapter above the limit ends the script. LoRA bytes
 of the originals are divided by the size of all files less the tensors that are kept verbatim (heads): codes, records,
 headers. In brackets: the same without share_config.json, which weighs some 3 KB, and the codes alone. Prints Markdown.
+
+The last column tells the spectrum: the participation ratio (sum s^2)^2 / sum s^4 of the singular values of dW, averaged
+over modules and adapters by energy, of the rank.
 """
 
 from __future__ import annotations
@@ -15,6 +18,9 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import evidence_measure as em
+import numpy as np
 
 from lorashare_stream import SHAREModel
 
@@ -42,9 +48,22 @@ def collections(root: Path) -> Iterator[tuple[str, list[Path]]]:
 
 def _is_zero(folder: Path) -> bool:
     """Whether every lora_B of a folder is zero."""
-    import evidence_measure
+    return all(not m.b.any() for m in em.read_adapter(folder).values())
 
-    return all(not m.b.any() for m in evidence_measure.read_adapter(folder).values())
+
+def participation(folders: Sequence[Path]) -> tuple[float, float]:
+    """The participation ratio, and the rank, weighted by energy (each adapter by the same)."""
+    ratios, ranks, weights = [], [], []
+    for folder in folders:
+        modules = em.read_adapter(folder).values()
+        squares = [em.singular(m)[1] ** 2 for m in modules]
+        whole = sum(float(s.sum()) for s in squares)
+        for m, s in zip(modules, squares, strict=True):
+            if s.sum() > 0:
+                ratios.append(float(s.sum() ** 2 / np.square(s).sum()))
+                ranks.append(len(m.a))
+                weights.append(float(s.sum()) / whole)
+    return float(np.average(ratios, weights=weights)), float(np.average(ranks, weights=weights))
 
 
 def measured(folders: Sequence[Path], limit: float) -> tuple[list[float], float]:
@@ -78,14 +97,16 @@ def main() -> None:
         "folder", nargs="?", type=Path, default=SHARED, help="with minilm, distilbert, gpt2 and spectra"
     )
     root = parser.parse_args().folder
-    print(f"| times smaller at E = | {' | '.join(map(str, LIMITS))} | asked | largest error / E |")
-    print("|---" * (len(LIMITS) + 3) + "|")
+    print(f"| times smaller at E = | {' | '.join(map(str, LIMITS))} | asked | largest error / E | spectrum |")
+    print("|---" * (len(LIMITS) + 4) + "|")
     for name, folders in collections(root):
         found = [measured(folders, limit) for limit in LIMITS]
         cells = [_cell(*times, wanted) for (times, _), wanted in zip(found, ASKED[name], strict=True)]
         largest = max(worst / limit for (_, worst), limit in zip(found, LIMITS, strict=True))
         asked = ", ".join(f"{a:g}" for a in ASKED[name])
-        print(f"| {name} ({len(folders)}) | {' | '.join(cells)} | {asked} | {largest:.4f} |", flush=True)
+        ratio, rank = participation(folders)
+        told = [f"{name} ({len(folders)})", *cells, asked, f"{largest:.4f}", f"{ratio:.1f} of {rank:.0f}"]
+        print(f"| {' | '.join(told)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ LINES = {
 }  # fmt: skip
 NAMES = {"coded": "coded (--max-error)", "-k": "SHARE (-k)", "SVD": "truncated SVD", "SVD, int8": "truncated SVD, int8",
          "integers": "A and B as bfloat16, int8, int4, int3"}  # fmt: skip
-WIDTH, HEIGHT, LEFT, TOP = 620, 330, 62, 46
+WIDTH, HEIGHT, LEFT, TOP = 620, 330, 62, 64
 FEWER = (1.0, 256.0)
 LOWEST = 0.5
 Point = tuple[str, float, float, float]  # system, times smaller, agreement, setting

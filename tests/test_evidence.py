@@ -277,3 +277,16 @@ def test_a_checkpoint_measured_here_is_as_certified(tmp_path: Path, monkeypatch:
             assert em.statistics(errors)["max"] <= 0.2
             size = sum(p.stat().st_size for p in (scratch / "out").rglob("*") if p.is_file())
             assert sum(found.bytes.as_dict().values()) == size
+
+
+def test_ratios_count_every_file_but_what_is_verbatim(tmp_path: Path) -> None:
+    import coded_ratios
+
+    folders = [Path(p) for p in make_collection(tmp_path, 2)]
+    lora = sum(em.bytes_of(folder).lora for folder in folders)
+    times, worst = coded_ratios.measured(folders, 0.3)
+    assert 0.25 < worst <= 0.3
+    assert times == sorted(times)  # all files, without share_config.json, the codes alone
+    files, without, codes = (lora / t for t in times)
+    assert 1000 < files - without < 10_000
+    assert codes < without
