@@ -16,33 +16,27 @@ from typing import Any
 
 import constriction
 import numpy as np
-from scipy.special import ndtr
 
 Model = constriction.stream.model
+TABLES = Path(__file__).parents[1] / "lorashare_stream" / "codec" / "tables.npy"  # data, a part of the format
 SIZES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 Tensors = dict[str, tuple[str, list[int], bytes]]  # key -> dtype, shape, bytes
 
 
 @cache
 def table(kind: int) -> np.ndarray:
-    sigma, scale = 2.0 ** (kind / 4), 2 ** max(0, math.ceil((kind - 24) / 4))
-    width = min(1 + 0.16 / (2 * math.log(2) * sigma**2), 1.25)
-    first = width / 2
-    for _ in range(8):
-        zero, one = 2 * ndtr(first / sigma) - 1, ndtr(-first / sigma) - ndtr(-1.5 * width / sigma)
-        first = min(max(0.5 + 0.08 * (math.log2(zero) - math.log2(max(one, 2.0**-22))), width / 2), 0.999)
-    k = math.ceil(8 * sigma / scale) + 1
-    edges = (np.arange(-k, k + 2) * float(scale) - 0.5) * width
-    edges[k : k + 2] = (-first, first) if scale == 1 else edges[k : k + 2]
-    low, high = edges[:-1] / sigma, edges[1:] / sigma
-    cells = np.where(low > 0, ndtr(-low) - ndtr(-high), ndtr(high) - ndtr(low))
-    found = np.maximum([*cells, 0.0], 2.0**-22)
-    return found / found.sum()
+    weights = np.load(TABLES).astype(np.int64)
+    kind -= 4 * max(0, math.ceil((kind - 24) / 4))
+    sizes = [math.ceil(8 * 2 ** (c / 4)) + 3 for c in range(-20, kind + 1)]
+    at = sum(sizes[:-1])
+    half = weights[at : at + sizes[-1]]
+    return np.array([*half[-2:0:-1], *half]) / 2**24
 
 
 @cache
 def differences(most: int, rise: float, fall: float, center: int = 0) -> Any:
-    weights = np.array([(rise if i > center else fall) ** abs(i - center) for i in range(-most, most + 1)])
+    likely = np.array([(rise if i > center else fall) ** abs(i - center) for i in range(-most, most + 1)])
+    weights = np.maximum(np.rint(likely / likely.sum() * 2**24), 1)
     return Model.Categorical(weights / weights.sum(), perfect=False)
 
 
@@ -67,7 +61,7 @@ def integers(code: bytes, shapes: list[tuple[tuple[int, int, int], int]]) -> tup
         places = [(i, j) for i, m in enumerate(counts) for j in range(m)]
         for side, kinds in enumerate((left, right)):
             columns[side].extend((int(c), group[side][at]) for c, at in zip(kinds, places, strict=True))
-    escaped = []
+    escaped, halves = [], []
     for kind in sorted({c for c, _ in (*columns[0], *columns[1])}):
         rows, bits = [v for c, v in (*columns[0], *columns[1]) if c == kind], max(0, math.ceil((kind - 24) / 4))
         k, count = len(table(kind)) // 2 - 1, sum(map(len, rows))
@@ -75,6 +69,7 @@ def integers(code: bytes, shapes: list[tuple[tuple[int, int, int], int]]) -> tup
         low = get(Model.Uniform(1 << bits), count) if bits else 0
         for row, part in zip(rows, np.split((high << bits) + low, np.cumsum([*map(len, rows)])[:-1]), strict=True):
             row[:] = part
+            halves.append((row, 1 << bits >> 1))
             escaped += [(row, i, bits) for i in np.flatnonzero(part >> bits > k)]
     lengths, signs = get(Model.Uniform(64), len(escaped)), get(Model.Uniform(2), len(escaped))
     for (row, i, bits), length, negative in zip(escaped, lengths.tolist(), signs.tolist(), strict=True):
@@ -82,6 +77,8 @@ def integers(code: bytes, shapes: list[tuple[tuple[int, int, int], int]]) -> tup
         for low in range(0, length - 1, 16):
             value |= int(get(Model.Uniform(1 << min(16, length - 1 - low)), 1)[0]) << low
         row[i] = ((-value if negative else value) << bits) + (row[i] & (1 << bits) - 1)
+    for row, half in halves:
+        row -= half
     return groups, struct.unpack_from("<d", code)[0]
 
 
