@@ -31,6 +31,7 @@ METHOD = """\
   which of four packages is a paragraph of documentation from? Half share one initial A, half have a seed each.
   Accuracy and agreement (same prediction as by the original adapter) are on held-out files."""
 ERRORS = (0.05, 0.1, 0.25, 0.4)  # at which systems are compared
+ORDER = ("coded", "-k", "lorashare", "vlora", "SVD", "SVD, int8", "bfloat16", "int8", "int4", "int3")
 NOT_FILES = ("bfloat16", "int", "SVD")  # begins of systems whose numbers alone are counted
 
 
@@ -62,7 +63,8 @@ def _page(lines: list[Line], kept: Mapping[str, str], chart: str, tables: str) -
 
 
 def _rows(lines: list[Line], name: str) -> list[Line]:
-    return [x for x in lines if x["kind"] == "row" and x["collection"] == name]
+    rows = [x for x in lines if x["kind"] == "row" and x["collection"] == name]
+    return sorted(rows, key=lambda x: ORDER.index(x["system"]))
 
 
 def _names(lines: list[Line]) -> list[str]:
