@@ -37,6 +37,8 @@ from .text import digest_of
 from .workspace.journal import Admission, Journal
 from .workspace.workspace import Workspace
 
+Method = Literal["current", "projection", "recompute"]
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -51,7 +53,7 @@ class Outcome:
     """
 
     skipped: list[AdapterError]
-    method: Literal["current", "projection", "recompute"]
+    method: Method
     kept: dict[str, float] = field(default_factory=dict)
     admissions: Sequence[Admission] = ()
 
@@ -179,31 +181,51 @@ def compress(
         job = make_job(plan, work, out, device)
         if not overwrite:
             check_kept(job, out)
-        if plan.settings.limit:
-            return Outcome(
-                skipped, encode(run, job, work, out, left_out, overwrite=overwrite), {}, job.journal.admissions
-            )
-        if not refit and is_current(job, out, left_out):
-            catch_up(run, job)
-            remove_stale(out, staged_digest(job.checkpoint_key, (ours_of(out) or {}).get("basis_digest")))
-            return Outcome(skipped, "current", admissions=job.journal.admissions)
-
         kept: dict[str, float] = {}
-        enough = plan.settings.variance_threshold if accept is None else accept
-        held = None if refit else growable(job, out, work.published())
-        if held is not None:
-            catch_up(run, job)
-            published, kept = grow(run, job, out, held, left_out, enough)
-            if published:
-                return Outcome(skipped, "projection", kept, job.journal.admissions)
-        check_sources(job, plan.absent, kept, enough)
-        method = recompute(run, job, work, out, left_out, overwrite=overwrite)
+        method: Method
+        if plan.settings.limit:
+            method = encode(run, job, work, out, left_out, overwrite=overwrite)
+        else:
+            enough = None if refit else plan.settings.variance_threshold if accept is None else accept
+            method, kept = share(run, job, work, out, left_out, enough, overwrite=overwrite)
     return Outcome(skipped, method, kept, job.journal.admissions)
+
+
+def share(
+    run: Run,
+    job: Job,
+    work: Workspace,
+    out: Path,
+    left_out: list[dict[str, Any]],
+    enough: float | None,
+    *,
+    overwrite: bool = False,
+) -> tuple[Method, dict[str, float]]:
+    """Make `out` the SHARE checkpoint of a job: project what it lacks on its bases, or fit bases to all.
+
+    `enough` is the share of its dW energy that bases must keep of each new adapter; None if they are fitted anyway.
+
+    Returns:
+        What was done, and what share the bases that were there keep of each adapter that was tried on them.
+    """
+    kept: dict[str, float] = {}
+    if enough is not None and is_current(job, out, left_out):
+        catch_up(run, job)
+        remove_stale(out, staged_digest(job.checkpoint_key, (ours_of(out) or {}).get("basis_digest")))
+        return "current", kept
+    held = None if enough is None else growable(job, out, work.published())
+    if held is not None and enough is not None:
+        catch_up(run, job)
+        published, kept = grow(run, job, out, held, left_out, enough)
+        if published:
+            return "projection", kept
+    check_sources(job, run.plan.absent, kept, enough or 0.0)
+    return recompute(run, job, work, out, left_out, overwrite=overwrite), kept
 
 
 def encode(
     run: Run, job: Job, work: Workspace, out: Path, left_out: list[dict[str, Any]], *, overwrite: bool = False
-) -> Literal["current", "projection", "recompute"]:
+) -> Method:
     """Code the adapters that the checkpoint at `out` lacks, and publish; or see that all is so."""
     target = coding.target_of(run.plan, job, left_out)
     if coding.is_current(target):
