@@ -25,7 +25,6 @@ from .plan.plan import Plan, make_plan
 from .runtime.executors import executor_for, mapper_for
 from .runtime.progress import Progress, silent
 from .settings import Settings
-from .stages import coding
 from .stages.bases import Bases, write_bases
 from .stages.grow import check_kept, check_sources, demand_unchanged, grow, growable, staged_digest
 from .stages.ingest import pickles_kept
@@ -227,6 +226,8 @@ def encode(
     run: Run, job: Job, work: Workspace, out: Path, left_out: list[dict[str, Any]], *, overwrite: bool = False
 ) -> Method:
     """Code the adapters that the checkpoint at `out` lacks, and publish; or see that all is so."""
+    from .stages import coding  # what shares need not wait for the codec's imports
+
     target = coding.target_of(run.plan, job, left_out)
     if coding.is_current(target):
         remove_stale(out, coding.staged_key(target))

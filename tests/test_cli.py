@@ -373,7 +373,7 @@ class Child:
 @pytest.fixture
 def slow(tmp_path: Path) -> Iterator[list[object]]:
     """A command that runs for a second or more."""
-    make_collection(tmp_path / "adapters", 150, {f"layers.{i}.q": (256, 256) for i in range(12)})
+    make_collection(tmp_path / "adapters", 100, {f"layers.{i}.q": (256, 256) for i in range(8)})
     return [tmp_path / "adapters", "-o", tmp_path / "out", "-k", 4, "--device", "cpu"]
 
 

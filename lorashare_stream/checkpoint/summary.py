@@ -187,6 +187,7 @@ def _ours(
     s = record.settings
     lora = sum(a.lora_bytes for a in adapters if a.shared)
     stored = sum(sizes.get(part, 0) for part in ("basis", "loadings", "codes"))
+    stored += sizes["metadata"] if "codes" in sizes else 0  # an index of records, without which no code is read
     return {
         "version": __version__,
         "objective": s["objective"],

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtr
 
 from ..linalg.types import Array, Float64
 
@@ -48,6 +47,8 @@ def low_bits(kind: int) -> int:
 @lru_cache(maxsize=1)
 def thresholds() -> tuple[Float64, Float64]:
     """The distance w of thresholds, and the first one, in steps, of each class from LOWEST."""
+    from scipy.special import ndtr  # only to encode
+
     sigmas = 2.0 ** (np.arange(LOWEST, HIGHEST + 1) / PER_OCTAVE)
     width = np.minimum(1 + LAMBDA / (2 * np.log(2) * sigmas**2), _WIDEST)
     first = width / 2

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from math import exp, log, sqrt
 
 import numpy as np
-from scipy.special import stdtrit
 
 from .code import Subject
 from .entropy import kinds_of
@@ -105,6 +104,8 @@ def estimated(values: Sequence[float], weights: Sequence[float], whole: float) -
     ratio = sum(values) / total if total else 0.0
     if n < 2 or not total or total >= whole:
         return Estimate(ratio * whole, 0.0 if total >= whole else ratio * whole)
+    from scipy.special import stdtrit
+
     rest = np.asarray(values) - ratio * np.asarray(weights)
     spread = sqrt(float(np.square(rest).sum()) / (n - 1) / n * (1 - total / whole)) * whole / (total / n)
     return Estimate(ratio * whole, float(stdtrit(n - 1, 0.975)) * spread)
