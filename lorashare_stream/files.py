@@ -20,7 +20,7 @@ _SEAL = "checksum"
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def naming(path: str | Path) -> Iterator[None]:
     """Give errors of the machine the name of what was written: those of `write` and `fsync` have none."""
     try:
         yield
@@ -83,7 +83,7 @@ def sync(path: str | Path) -> None:
     """Make the content of a file, or the names in a folder, durable."""
     fd = os.open(path, os.O_RDONLY)
     try:
-        with naming(Path(path)):
+        with naming(path):
             os.fsync(fd)
     finally:
         os.close(fd)

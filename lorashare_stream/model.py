@@ -283,6 +283,8 @@ class SHAREModel:
     ) -> dict[str, Any]:
         """Add an adapter, on disk: on the bases that are there if they hold it well enough, else on new ones.
 
+        To a coded checkpoint it is added as it is coded, alone; then the last three arguments mean nothing.
+
         Args:
             adapter: its folder.
             name: else its folder's.
@@ -305,6 +307,8 @@ class SHAREModel:
 
     def remove_adapter(self, adapter_name: str) -> None:
         """Take an adapter out, on disk. Bases and moments still contain its trace: see `lorashare-stream remove`.
+
+        A coded checkpoint keeps nothing of it.
 
         Raises:
             UnknownAdapterError: a KeyError, if there is no such adapter.
@@ -357,6 +361,10 @@ class SHAREModel:
         """Print what the checkpoint holds, how large it is, and how far off."""
         print(summary_text(self.config))
 
+    def damaged_files(self) -> list[CheckpointError]:
+        """Files of many adapters that are not what was written, by their digests: packs of a coded checkpoint."""
+        return [] if self._reader is None else self._reader.damaged()
+
     def reconstruction_error(
         self,
         adapter_name: str,
@@ -372,7 +380,8 @@ class SHAREModel:
 
         Returns:
             `per_layer` (key -> relative Frobenius error), `mean` and `max`, as lorashare gives them; and of
-            dW = s B A: `delta_per_module`, `delta_relative` over all modules, `delta_worst_module`.
+            dW = s B A: `delta_per_module`, `delta_relative` over all modules, `delta_worst_module`. What is coded has
+            the dW, but not the factors of its original: there `per_layer` is `delta_per_module`, by module.
 
         Raises:
             ValueError: if neither original is given.
@@ -384,4 +393,5 @@ class SHAREModel:
         if original_weights is None:
             original_weights = {k: v for k, v in load_adapter(Path(str(original_path))).items() if ".lora_" in k}
         config = self.adapter_configs.get(adapter_name, {})
-        return comparison(original_weights, self.reconstruct(adapter_name), config, adapter_name)
+        found = self.reconstruct(adapter_name)
+        return comparison(original_weights, found, config, adapter_name, coded=bool(self.config.coded))

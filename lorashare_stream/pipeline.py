@@ -34,7 +34,7 @@ from .stages.passes import check_disk, ingest, make_job, project, record_of_job
 from .stages.run import Run, places_of
 from .stages.update import catch_up, sum_and_fit
 from .text import digest_of
-from .workspace.journal import Journal
+from .workspace.journal import Admission, Journal
 from .workspace.workspace import Workspace
 
 
@@ -47,11 +47,13 @@ class Outcome:
         method: `current` if there was nothing to do, `projection` if new adapters were projected on the bases that
             were there, `recompute` if bases were fitted and all adapters projected.
         kept: share of the dW energy that the bases that were there keep, of each new adapter that was tried on them.
+        admissions: of all adapters that are not taken out.
     """
 
     skipped: list[AdapterError]
     method: Literal["current", "projection", "recompute"]
     kept: dict[str, float] = field(default_factory=dict)
+    admissions: Sequence[Admission] = ()
 
 
 def plan_for(
@@ -178,11 +180,13 @@ def compress(
         if not overwrite:
             check_kept(job, out)
         if plan.settings.limit:
-            return Outcome(skipped, encode(run, job, work, out, left_out, overwrite=overwrite))
+            return Outcome(
+                skipped, encode(run, job, work, out, left_out, overwrite=overwrite), {}, job.journal.admissions
+            )
         if not refit and is_current(job, out, left_out):
             catch_up(run, job)
             remove_stale(out, staged_digest(job.checkpoint_key, (ours_of(out) or {}).get("basis_digest")))
-            return Outcome(skipped, "current")
+            return Outcome(skipped, "current", admissions=job.journal.admissions)
 
         kept: dict[str, float] = {}
         enough = plan.settings.variance_threshold if accept is None else accept
@@ -191,10 +195,10 @@ def compress(
             catch_up(run, job)
             published, kept = grow(run, job, out, held, left_out, enough)
             if published:
-                return Outcome(skipped, "projection", kept)
+                return Outcome(skipped, "projection", kept, job.journal.admissions)
         check_sources(job, plan.absent, kept, enough)
         method = recompute(run, job, work, out, left_out, overwrite=overwrite)
-    return Outcome(skipped, method, kept)
+    return Outcome(skipped, method, kept, job.journal.admissions)
 
 
 def encode(

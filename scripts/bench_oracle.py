@@ -157,9 +157,11 @@ def captured(data: Data, checkpoint: Path, objective: str) -> float:
 
 
 def restored(checkpoint: Path, adapter: str) -> Factors:
-    """What a checkpoint gives back for an adapter, from its files: SHARE's or vlora's."""
+    """What a checkpoint gives back for an adapter: SHARE's or vlora's from its files, a coded one's as decoded."""
     if (checkpoint / "subspace_meta.json").exists():
         return _restored_vlora(checkpoint, adapter)
+    if (checkpoint / "index.json.xz").exists():
+        return _decoded(checkpoint, adapter)
     path = checkpoint / "shared_components.safetensors"
     header, found = header_of(path), {}
     loadings = tensors(checkpoint / "adapters" / adapter / "loadings.safetensors")
@@ -169,6 +171,18 @@ def restored(checkpoint: Path, adapter: str) -> Factors:
         )
         found[module] = (a.T, b)
     return found
+
+
+def _decoded(checkpoint: Path, adapter: str) -> Factors:
+    """By the library: tests/test_coded_format.py has a decoder that shares no code with it."""
+    from lorashare_stream import SHAREModel
+
+    back = SHAREModel.from_pretrained(checkpoint).reconstruct(adapter)
+    sides: dict[str, list[np.ndarray]] = {}
+    for key in sorted(key for key in back if ".lora_" in key):  # A before B
+        module = key.removeprefix("base_model.model.").split(".lora_")[0]
+        sides.setdefault(module, []).append(back[key].double().numpy())
+    return {module: (a, b) for module, (a, b) in sides.items()}
 
 
 def _restored_vlora(checkpoint: Path, adapter: str) -> Factors:

@@ -1,7 +1,8 @@
-"""Error against bytes on real collections, and what the error does to a task: writes docs/evidence.md.
+"""Error against bytes on real collections, and what the error does to a task: writes docs/evidence.md
+and its tables.
 
     python scripts/train_adapters.py build/evidence/trained
-    python scripts/evidence.py [RUN] [--collections ...] [-k ...]
+    python scripts/evidence.py [RUN] [--collections ...]
     python scripts/evidence.py [RUN] --render docs/evidence.md
 
 Every row goes to a file of JSON lines, and what is there already is not measured again; a RUN that is not given is
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import itertools
 import json
 import shutil
 import tempfile
@@ -32,35 +32,19 @@ from bench import Results, default_run, machine
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "evidence"
 SHARED = ROOT.parent / "shared" / "adapters"
-REAL = ("distilbert", "gpt2", "minilm")
-HALVES = {"trained-shared": "shared", "trained-own": "own"}  # each half of the trained ones as a collection
-COLLECTIONS = (*REAL, "trained", *HALVES)
-KS = (8, 16, 32, 64, 128)
-TASK_KS = (8, 16, 32, 64)
-TASK_EVERY = 2  # one of so many held-out texts is asked of what is reconstructed, whatever its class
-TASK_SYSTEMS = (
-    "originals, int8", "lorashare", "factors", "delta", "delta, int8", "truncated SVD", "truncated SVD, int8",
-)  # fmt: skip
-BELOW = (2, 4)  # of `delta` besides, so that it is known at what a peer takes with the least k
-VLORA_KS = (1, 2, 4, 8, 16, 24)  # its vectors are whole tensors, of which N adapters have no more than N
+COLLECTIONS = ("distilbert", "gpt2", "minilm", "trained")
+LIMITS = (0.05, 0.1, 0.16, 0.25, 0.4, 0.55)  # of `coded`: --max-error
+KS = (8, 16, 32, 64)  # of `-k` and lorashare
+RATIOS = (2, 4, 8, 16, 32, 64)  # of truncated SVDs: so many times fewer bytes than A and B
+VLORA_KS = (1, 2, 4, 8)  # its vectors are whole tensors, of which N adapters have no more than N
+ROUNDED = {
+    "bfloat16": em.bfloat16,
+    "int8": em.int8,
+    "int4": partial(em.integers, bits=4),
+    "int3": partial(em.integers, bits=3),
+}
 AGREES = 1e-3  # our certificate with what is measured here
 Line = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One of our settings: a name, and keyword arguments of `SHAREModel.from_adapters` beside k."""
-
-    name: str
-    options: Mapping[str, Any]
-
-
-# A line each; what the installed version does not know is left out, and said.
-OURS = (
-    Variant("factors", {"objective": "factors"}),
-    Variant("delta", {}),
-    Variant("delta, bfloat16", {"dtype": "bfloat16"}),
-)
 
 
 @dataclass
@@ -69,14 +53,11 @@ class Collection:
 
     name: str
     folder: Path
-    names: frozenset[str] | None = None  # None is all that are there
     adapters: dict[str, em.Adapter] = field(default_factory=dict)
     bytes: em.Bytes = field(default_factory=em.Bytes)
 
     def __post_init__(self) -> None:
         for path in sorted(p.parent for p in self.folder.glob("*/adapter_config.json")):
-            if self.names is not None and path.name not in self.names:
-                continue
             self.adapters[path.name] = em.read_adapter(path)
             for key, size in em.bytes_of(path).as_dict().items():
                 setattr(self.bytes, key, getattr(self.bytes, key) + size)
@@ -88,6 +69,14 @@ class Collection:
     def computed(self, lora: int) -> em.Bytes:
         """Of adapters that stay PEFT's, with other tensors: headers, configurations and heads are as they were."""
         return em.Bytes(lora=lora, extras=self.bytes.extras, other=self.bytes.other)
+
+    def rounded(self, adapters: Mapping[str, em.Adapter], rounding: Any) -> tuple[dict[str, em.Adapter], em.Bytes]:
+        found, size = em.rounded(adapters, rounding)
+        return found, self.computed(size)
+
+    def truncated(self, budget: int, width: int = 4, scales: int = 0) -> tuple[dict[str, em.Adapter], em.Bytes]:
+        found, size = em.truncated(self.adapters, budget, width, scales)
+        return found, self.computed(size)
 
 
 @dataclass
@@ -103,19 +92,12 @@ class Left(Exception):
     """A system cannot do this, for this reason."""
 
 
-def ours(c: Collection, k: int, options: Mapping[str, Any], scratch: Path) -> Found:
+def ours(c: Collection, options: Mapping[str, Any], scratch: Path) -> Found:
+    """By `SHAREModel.from_adapters` with these options."""
     from lorashare_stream import SHAREModel
-    from lorashare_stream.errors import BudgetError, UsageError
 
     out = scratch / "out"
-    try:
-        share = SHAREModel.from_adapters(c.paths, num_components=k, device="cpu", output_dir=out, **options)
-    except (UsageError, BudgetError, TypeError) as e:
-        if any(word in str(e) for word in ("unknown setting", "unexpected keyword")):
-            raise Left("a setting that this version does not have") from e
-        if isinstance(e, TypeError):
-            raise
-        raise Left(str(e).splitlines()[0]) from e
+    share = SHAREModel.from_adapters(c.paths, device="cpu", output_dir=out, **options)
     found = {name: _restored(share, name, scratch) for name in c.adapters}
     claims = {name: share.certified(name).get("relative_error") for name in c.adapters}
     return Found(found, em.bytes_of(out), {"claims": claims})
@@ -201,34 +183,6 @@ def _restored(share: Any, name: str, scratch: Path) -> em.Adapter:
     return em.read_adapter(place)
 
 
-def quantised(c: Collection, k: int, scratch: Path) -> Iterator[tuple[str, Found]]:
-    """`delta` with int8 loadings, and with int8 components too, a scale a column: a trial, no setting of ours."""
-    from lorashare_stream import SHAREModel
-
-    share = SHAREModel.from_adapters(c.paths, num_components=k, device="cpu", output_dir=scratch / "out")
-    exact = em.bytes_of(scratch / "out")
-    bases = {group: share.components[group].float().numpy() for group in share.components}
-    plain = sum(4 * v.size for v in bases.values())
-    coarse = {group: em.int8(v) for group, v in bases.items()}
-    for system, chosen, basis_bytes in (
-        ("delta, int8 loadings", bases, plain),
-        ("delta, int8", {g: v for g, (v, _) in coarse.items()}, sum(size for _, size in coarse.values())),
-    ):
-        found, size = {}, basis_bytes
-        for name, adapter in c.adapters.items():
-            loadings = {g: em.int8(x.float().numpy()) for g, x in share.all_loadings[name].items()}
-            size += sum(nbytes for _, nbytes in loadings.values())
-            back = {
-                m: em.Module(
-                    (chosen[f"{m}:A"] @ loadings[f"{m}:A"][0]).T, chosen[f"{m}:B"] @ loadings[f"{m}:B"][0], a.scale
-                )
-                for m, a in adapter.items()
-                if f"{m}:A" in loadings
-            }
-            found[name] = back | {m: a for m, a in adapter.items() if m not in back}  # what is kept verbatim
-        yield system, Found(found, em.Bytes(size, exact.verbatim, exact.extras, exact.other))
-
-
 class Evidence:
     """Measures what is not measured yet."""
 
@@ -237,11 +191,11 @@ class Evidence:
 
     def run(self) -> None:
         for name in self.args.collections:
-            folder = SHARED / name if name in REAL else self.args.trained / "adapters"
+            folder = self.args.trained / "adapters" if name == "trained" else SHARED / name
             if not folder.is_dir():
                 print(f"{name}: left out, there is no {folder}", flush=True)
                 continue
-            c = Collection(name, folder, self._half(HALVES[name]) if name in HALVES else None)
+            c = Collection(name, folder)
             zero = [i for i, adapter in c.adapters.items() if not any(m.norm for m in adapter.values())]
             about = {"collection": name, "adapters": len(c.adapters), "zero": zero, **c.bytes.as_dict()}
             self._about(c, about)
@@ -251,14 +205,9 @@ class Evidence:
                 tasks = Tasks(self.args.trained, c, known and known["labels"])
                 if known is None:
                     self.results.add("originals", {"collection": name, **tasks.originals()})
-            for system, k, work in self._systems(c):
-                if self.args.systems and not system.startswith(tuple(self.args.systems)):
-                    continue
-                self._one(c, system, k, work, tasks)
-
-    def _half(self, half: str) -> frozenset[str]:
-        tasks = self.args.trained / "tasks"
-        return frozenset(p.stem for p in tasks.glob("*.json") if json.loads(p.read_text())["half"] == half)
+            for system, setting, work in self._systems(c):
+                if not self.args.systems or system.startswith(tuple(self.args.systems)):
+                    self._one(c, system, setting, work, tasks)
 
     def _about(self, c: Collection, about: Line) -> None:
         if self.results.find("collection", **about) is None:
@@ -267,48 +216,32 @@ class Evidence:
                 "collection", about | {"ranks": ranks, "modules": len({m for a in c.adapters.values() for m in a})}
             )
 
-    def _systems(self, c: Collection) -> Iterator[tuple[str, int | None, Callable[[Path], Any]]]:
-        """In the order of the page; every one with the k it is given, if it is given one."""
-        for rounding in (em.bfloat16, em.int8):
-
-            def work(_: Path, rounding: Any = rounding) -> Found:
-                found, size = em.rounded(c.adapters, rounding)
-                return Found(found, c.computed(size))
-
-            yield f"originals, {rounding.__name__}", None, work
-        for k, v in itertools.product(BELOW, (v for v in OURS if v.name in ("delta", "delta, bfloat16"))):
-            yield v.name, k, lambda scratch, k=k, v=v: ours(c, k, v.options, scratch)
-        for k in self.args.k:
-            yield "lorashare", k, lambda scratch, k=k: lorashare(c, k, scratch)
-            for v in OURS:
-                yield v.name, k, lambda scratch, k=k, v=v: ours(c, k, v.options, scratch)
-            yield "truncated SVD", k, lambda _, k=k: self._truncated(c, k, "delta")
-            for system in ("delta, int8 loadings", "delta, int8"):
-                yield system, k, lambda scratch, k=k, s=system: dict(quantised(c, k, scratch))[s]
-            yield "truncated SVD, int8", k, lambda _, k=k: self._truncated(c, k, "delta, int8")
+    def _systems(self, c: Collection) -> Iterator[tuple[str, float, Callable[[Path], Any]]]:
+        """Every system with each of its settings: a limit, k, how many times fewer bytes; 0 if it has none."""
+        for limit in LIMITS:
+            yield "coded", limit, lambda scratch, limit=limit: ours(c, {"max_error": limit}, scratch)
+        for k in KS:
+            yield "-k", k, lambda scratch, k=k: ours(c, {"num_components": k}, scratch)
+        for name, rounding in ROUNDED.items():
+            yield name, 0, lambda _, rounding=rounding: Found(*c.rounded(c.adapters, rounding))
+        for ratio in RATIOS:
+            budget = c.bytes.lora // ratio
+            yield "SVD", ratio, lambda _, b=budget: Found(*c.truncated(b))
+            yield (
+                "SVD, int8",
+                ratio,
+                lambda _, b=budget: Found(*c.rounded(c.truncated(b, width=1, scales=8)[0], em.int8)),
+            )
         for k in VLORA_KS:
-            if k < len(c.adapters):
-                yield "vlora", k, lambda scratch, k=k: vlora(c, k, scratch)
+            yield "vlora", k, lambda scratch, k=k: vlora(c, k, scratch)
+        for k in KS:
+            yield "lorashare", k, lambda scratch, k=k: lorashare(c, k, scratch)
 
-    def _truncated(self, c: Collection, k: int, like: str) -> Found:
-        """At the LoRA bytes of another system with this k; what that keeps verbatim has no dW."""
-        row = self.results.find("row", collection=c.name, system=like, k=k)
-        if row is None:
-            raise Left(f"{like} was not measured")
-        if like == "delta":
-            found, size = em.truncated(c.adapters, row["lora"])
-        else:
-            found, _ = em.truncated(c.adapters, row["lora"], width=1, scales=8)
-            found, size = em.rounded(found, em.int8)
-        return Found(found, c.computed(size))
-
-    def _one(self, c: Collection, system: str, k: int | None, work: Callable[[Path], Any], tasks: Tasks | None) -> None:
-        facts = {"collection": c.name, "system": system, "k": k}
-        row = self.results.find("row", **facts)
-        chosen = system in TASK_SYSTEMS and k in (None, *TASK_KS)
-        chosen = chosen or (system == "vlora" and k in (4, 16))
-        wanted = tasks is not None and chosen and self.results.find("task", **facts) is None
-        if row is not None and not wanted:
+    def _one(
+        self, c: Collection, system: str, setting: float, work: Callable[[Path], Any], tasks: Tasks | None
+    ) -> None:
+        facts = {"collection": c.name, "system": system, "setting": setting}
+        if self.results.find("row", **facts) is not None:
             return
         with tempfile.TemporaryDirectory() as scratch:
             try:
@@ -318,18 +251,17 @@ class Evidence:
                     self.results.add("left", {**facts, "why": str(e)})
                 return
         errors = {i: em.dw_error(c.adapters[i], found.adapters[i]) for i in c.adapters}
-        if row is None:
-            claims = found.facts.pop("claims", {})
-            apart = [abs(errors[i] - x) for i, x in claims.items() if x is not None and not np.isnan(errors[i])]
-            if apart and max(apart) > AGREES:
-                raise SystemExit(f"{c.name}, {system}, k = {k}: a certificate is {max(apart):.1e} off")
-            told = {"errors": errors, "apart": max(apart, default=None), **found.bytes.as_dict(), **found.facts}
-            row = self.results.add("row", {**facts, **em.statistics(errors), **told})
-            print(f"{c.name} {system} k={k}: {row['lora'] / 1e6:.2f} MB, error {row['mean']:.4f}", flush=True)
-        if wanted and tasks is not None:
-            line = self.results.add("task", {**facts, **tasks.measure(found.adapters)})
-            options = [float(np.mean(list(line[key].values()))) for key in ("accuracy", "agreement")]
-            print(f"    accuracy {options[0]:.3f}, agreement {options[1]:.3f}", flush=True)
+        claims = found.facts.pop("claims", {})
+        apart = [abs(errors[i] - x) for i, x in claims.items() if x is not None and not np.isnan(errors[i])]
+        if apart and max(apart) > AGREES:
+            raise SystemExit(f"{c.name}, {system}, {setting}: a certificate is {max(apart):.1e} off")
+        told = {"errors": errors, "apart": max(apart, default=None), **found.bytes.as_dict(), **found.facts}
+        told |= tasks.measure(found.adapters) if tasks is not None else {}
+        row = self.results.add("row", {**facts, **em.statistics(errors), **told})
+        words = f"{c.name} {system} {setting:g}: {row['lora'] / 1e6:.3f} MB, error {row['mean']:.4f}"
+        if tasks is not None:
+            words += f", agreement {np.mean(list(row['agreement'].values())):.3f}"
+        print(words, flush=True)
 
 
 class Tasks:
@@ -345,15 +277,11 @@ class Tasks:
         self.base = {name: m.weight.detach().clone() for name, m in self.layers.items()}
         self.texts = {name: self._encoded(facts["held_out"]) for name, facts in self.facts.items()}
         self.truth = {name: np.array([y for _, y in facts["held_out"]]) for name, facts in self.facts.items()}
-        self.asked = slice(None)
         self.predicted = {
             name: np.array(known[name]) if known else self.predict(name, adapter)
             for name, adapter in c.adapters.items()
         }
         self._check()
-        self.asked = slice(None, None, TASK_EVERY)
-        self.truth = {name: y[self.asked] for name, y in self.truth.items()}
-        self.texts = {name: self._encoded(facts["held_out"][self.asked]) for name, facts in self.facts.items()}
 
     def _check(self) -> None:
         """dW added to the base is what PEFT computes: the accuracy is that of the end of training."""
@@ -387,16 +315,15 @@ class Tasks:
 
     def originals(self) -> Line:
         return {
-            "accuracy": {n: self._accuracy(n, labels[self.asked]) for n, labels in self.predicted.items()},
+            "accuracy": {n: self._accuracy(n, labels) for n, labels in self.predicted.items()},
             "labels": {name: labels.tolist() for name, labels in self.predicted.items()},
-            "half": {name: facts["half"] for name, facts in self.facts.items()},
             "texts": sum(len(y) for y in self.truth.values()),
             "classes": train_adapters.CLASSES,
         }
 
     def measure(self, adapters: Mapping[str, em.Adapter]) -> Line:
         labels = {name: self.predict(name, adapter) for name, adapter in adapters.items()}
-        agreement = {n: float(np.mean(found == self.predicted[n][self.asked])) for n, found in labels.items()}
+        agreement = {n: float(np.mean(found == self.predicted[n])) for n, found in labels.items()}
         return {"accuracy": {n: self._accuracy(n, found) for n, found in labels.items()}, "agreement": agreement}
 
     def _accuracy(self, name: str, labels: np.ndarray) -> float:
@@ -409,13 +336,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=BUILD / "evidence.jsonl")
     parser.add_argument("--trained", type=Path, default=BUILD / "trained", help="what train_adapters.py has made")
     parser.add_argument("--collections", nargs="+", choices=COLLECTIONS, default=COLLECTIONS)
-    parser.add_argument("-k", nargs="+", type=int, default=KS)
     parser.add_argument("--systems", nargs="+", help="only those that begin with one of these words")
     parser.add_argument("--no-tasks", action="store_true", help="errors and bytes alone")
     parser.add_argument("--render", type=Path, metavar="FILE.md", help="write tables of the run, and measure nothing")
     args = parser.parse_args()
-    if max(args.k) > max(KS):
-        parser.error(f"-k: at most {max(KS)}")
     results = Results.read(args.results, args.run)
     if args.render:
         if not results.lines:

@@ -1,67 +1,72 @@
-"""Error against bytes as an SVG, a panel for each collection: for scripts/evidence.py --render."""
+"""Agreement with the original adapters against times smaller, as an SVG: for scripts/evidence.py --render."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-Line = dict[str, Any]
 LINES = {
-    "lorashare": "#d95f02", "factors": "#e6ab02", "delta": "#1b6ca8", "truncated SVD": "#444444", "vlora": "#a6761d",
-    "originals": "#66a61e", "delta, int8": "#7fb3d9", "truncated SVD, int8": "#aaaaaa",
+    "coded": "#1b6ca8", "-k": "#7fb3d9", "lorashare": "#d95f02", "vlora": "#a6761d", "SVD": "#888888",
+    "SVD, int8": "#444444", "integers": "#66a61e",
 }  # fmt: skip
-WIDTH, HEIGHT, LEFT, TOP, GAP = 330, 250, 56, 42, 40
-ERRORS = (1e-3, 1.0)
-FEWER = (0.8, 100.0)
+NAMES = {"coded": "coded (--max-error)", "-k": "SHARE (-k)", "SVD": "truncated SVD", "SVD, int8": "truncated SVD, int8",
+         "integers": "A and B as bfloat16, int8, int4, int3"}  # fmt: skip
+WIDTH, HEIGHT, LEFT, TOP = 620, 330, 62, 64
+FEWER = (1.0, 256.0)
+LOWEST = 0.5
+Point = tuple[str, float, float, float]  # system, times smaller, agreement, setting
 
 
-def chart(rows: list[Line], abouts: dict[str, Line]) -> str:
-    """Mean error (down) against how many times fewer LoRA bytes than the originals (right), both logarithmic."""
-    across = 2
-    down = -(-len(abouts) // across)
-    wide, high = across * (WIDTH + LEFT + GAP), down * (HEIGHT + TOP + GAP) + 40
+def chart(points: Sequence[Point], texts: int, adapters: int) -> str:
+    """The mean over the adapters of the share of held-out texts whose label stays; times smaller is logarithmic."""
+    wide, high = WIDTH + LEFT + 30, HEIGHT + TOP + 104
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" font-family="sans-serif" font-size="11">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" font-family="sans-serif" font-size="12">',
         f'<rect width="{wide}" height="{high}" fill="white"/>',
+        f'<text x="{LEFT}" y="22" font-size="14" font-weight="bold">Same prediction as the original adapter, against '
+        "times smaller</text>",
+        f'<text x="{LEFT}" y="38" fill="#666666">{adapters} MiniLM adapters, {texts:,} held-out texts; '
+        "LoRA bytes, all but heads counted</text>",
+        f'<g transform="translate({LEFT} {TOP})">',
+        *_axes(),
+        *(word for system in LINES for word in _line(system, points)),
+        "</g>",
     ]
-    for i, (name, about) in enumerate(abouts.items()):
-        x, y = (i % across) * (WIDTH + LEFT + GAP) + LEFT, (i // across) * (HEIGHT + TOP + GAP) + TOP
-        parts.append(f'<g transform="translate({x} {y})">')
-        parts += _panel([r for r in rows if r["collection"] == name], about)
-        parts.append("</g>")
     for i, (system, colour) in enumerate(LINES.items()):
-        x, y = LEFT + (i % 4) * 175, high - 26 + (i // 4) * 16
+        x, y = LEFT + (i % 3) * 215, HEIGHT + TOP + 52 + (i // 3) * 18
         parts.append(f'<rect x="{x}" y="{y - 7}" width="16" height="4" fill="{colour}"/>')
-        parts.append(f'<text x="{x + 22}" y="{y}">{system}</text>')
+        parts.append(f'<text x="{x + 22}" y="{y}">{NAMES.get(system, system)}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def _panel(rows: list[Line], about: Line) -> Iterator[str]:
-    yield f'<text y="-14" font-size="13" font-weight="bold">{about["collection"]}, {about["adapters"]} adapters</text>'
-    for error in (1e-3, 1e-2, 1e-1, 1.0):
-        _, y = _place(1.0, error)
+def _axes() -> Iterator[str]:
+    for percent in range(round(100 * LOWEST), 101, 10):
+        _, y = _place(1.0, percent / 100)
         yield f'<line x2="{WIDTH}" y1="{y:.1f}" y2="{y:.1f}" stroke="#dddddd"/>'
-        yield f'<text x="-6" y="{y + 4:.1f}" text-anchor="end">{error:g}</text>'
-    for fewer in (1, 2, 5, 10, 20, 50, 100):
+        yield f'<text x="-8" y="{y + 4:.1f}" text-anchor="end">{percent} %</text>'
+    for fewer in (1, 2, 4, 8, 16, 32, 64, 128, 256):
         x, _ = _place(fewer, 1.0)
         yield f'<line x1="{x:.1f}" x2="{x:.1f}" y2="{HEIGHT}" stroke="#eeeeee"/>'
-        yield f'<text x="{x:.1f}" y="{HEIGHT + 14}" text-anchor="middle">{fewer}x</text>'
-    for system, colour in LINES.items():
-        chosen = [
-            r for r in rows if r["system"] == system or (system == "originals" and r["system"].startswith(system))
-        ]
-        points = sorted(
-            _place(about["lora"] / r["lora"], r["mean"]) for r in chosen if r["lora"] <= about["lora"] / FEWER[0]
-        )
-        words = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        yield f'<polyline points="{words}" fill="none" stroke="{colour}" stroke-width="1.8"/>'
-        yield from (f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.6" fill="{colour}"/>' for x, y in points)
+        yield f'<text x="{x:.1f}" y="{HEIGHT + 16}" text-anchor="middle">{fewer}x</text>'
 
 
-def _place(fewer: float, error: float) -> tuple[float, float]:
-    x, y = (
-        np.log(np.clip(v, *span) / span[0]) / np.log(span[1] / span[0]) for v, span in ((fewer, FEWER), (error, ERRORS))
-    )
+def _line(system: str, points: Sequence[Point]) -> Iterator[str]:
+    """One system's points, joined; those of `coded` have their limit beside them."""
+    own = sorted(p[1:] for p in points if p[0] == system or (system == "integers" and p[0].startswith(("bf", "int"))))
+    if not own:
+        return
+    places = [_place(fewer, agreement) for fewer, agreement, _ in own]
+    width = 3 if system == "coded" else 1.6
+    joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+    yield f'<polyline points="{joined}" fill="none" stroke="{LINES[system]}" stroke-width="{width}"/>'
+    for (x, y), (*_, setting) in zip(places, own, strict=True):
+        yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{width + 0.8:.1f}" fill="{LINES[system]}"/>'
+        if system == "coded":
+            yield f'<text x="{x + 7:.1f}" y="{y - 7:.1f}" fill="{LINES[system]}">{setting:g}</text>'
+
+
+def _place(fewer: float, agreement: float) -> tuple[float, float]:
+    x = np.log(np.clip(fewer, *FEWER) / FEWER[0]) / np.log(FEWER[1] / FEWER[0])
+    y = (max(agreement, LOWEST) - LOWEST) / (1 - LOWEST)
     return float(x) * WIDTH, (1 - float(y)) * HEIGHT

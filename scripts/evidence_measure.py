@@ -159,12 +159,18 @@ def truncated(
 # Rounding
 
 
-def int8(x: Array) -> tuple[Array, int]:
-    """Symmetric int8 with a float32 scale for each column, and its bytes; what it stands for."""
-    scale = (np.abs(x).max(axis=0, initial=0.0) / 127).astype(np.float32)
+def integers(x: Array, bits: int) -> tuple[Array, int]:
+    """Symmetric integers of so many bits with a float32 scale for each column, and their bytes; what they stand for."""
+    most = 2 ** (bits - 1) - 1
+    scale = (np.abs(x).max(axis=0, initial=0.0) / most).astype(np.float32)
     safe = np.where(scale > 0, scale, 1).astype(np.float32)
-    codes = np.clip(np.rint(x / safe), -127, 127).astype(np.int8)
-    return codes.astype(np.float32) * safe, codes.nbytes + scale.nbytes
+    codes = np.clip(np.rint(x / safe), -most, most).astype(np.int8)
+    return codes.astype(np.float32) * safe, -(-codes.size * bits // 8) + scale.nbytes
+
+
+def int8(x: Array) -> tuple[Array, int]:
+    """Of 8 bits."""
+    return integers(x, 8)
 
 
 def bfloat16(x: Array) -> tuple[Array, int]:
@@ -211,7 +217,7 @@ class Bytes:
 
 
 def bytes_of(folder: Path) -> Bytes:
-    """Of a checkpoint of SHARE or vlora, or of one PEFT adapter."""
+    """Of a checkpoint of SHARE or vlora, of a coded one, or of one PEFT adapter."""
     total = Bytes()
     peft = (folder / CONFIG).exists()
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
@@ -223,7 +229,7 @@ def bytes_of(folder: Path) -> Bytes:
                 total.verbatim += 0 if peft else nbytes
             elif path.name == "eigenvalues.safetensors" or key.endswith((".sv_a", ".sv_b")):
                 total.other += nbytes
-            elif peft or path.name == "classifier_head.safetensors":
+            elif peft or path.name == "classifier_head.safetensors" or key == ":verbatim":  # the last in packs
                 total.extras += nbytes
             else:
                 total.lora += nbytes
@@ -233,7 +239,7 @@ def bytes_of(folder: Path) -> Bytes:
 
 def _sizes(path: Path) -> dict[str, int]:
     if path.suffix == ".safetensors":
-        width = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I8": 1, "I64": 8}
+        width = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "I64": 8}
         return {k: width[dtype] * int(np.prod(shape)) for k, (dtype, shape, _) in header_of(path).items()}
     if path.name == "adapter_model.bin":
         import torch

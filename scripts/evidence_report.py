@@ -1,11 +1,11 @@
-"""Tables from the JSON lines of one run: for scripts/evidence.py --render.
+"""Two pages from the JSON lines of one run, evidence.md and evidence-tables.md: for scripts/evidence.py --render.
 
-Text between `<!-- keep NAME -->` and `<!-- /keep -->` is written by hand and survives.
+Text between `<!-- keep NAME -->` and `<!-- /keep -->` of the first is written by hand and survives.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,272 +17,198 @@ Line = dict[str, Any]
 KEPT = {"summary": "", "limits": ""}
 METHOD = """\
 - **Error**: ||dW - dW^|| / ||dW|| of an adapter over all its modules together, in float64, from what is on the disk
-  (`scripts/evidence_measure.py`, which shares no code with the library); then mean, median, 95th percentile and largest
-  over the adapters. Adapters with dW = 0 have no such error and are left out of these. Ours and lorashare are saved,
-  opened, reconstructed into PEFT folders, and those are read.
-- **LoRA bytes**: the numbers from which LoRA is rebuilt: A and B; or components, means and loadings. What we keep exact
-  of LoRA is *verbatim*. **All bytes**: everything on the disk, heads and other extras, headers, configurations and
-  certificates too. vlora keeps no heads: they are counted as they were. (x) is how many times
-  fewer than the originals: in the tables of all rows with what is verbatim, before them and in the chart without.
-- **Same k is the same LoRA bytes** for lorashare, `factors` and `delta`, except where lorashare stores components that
-  its columns cannot span (k above n), which we leave out.
-- **truncated SVD**: each adapter on its own, at the LoRA bytes of `delta` with that k. Singular triples are taken
-  where they keep most of ||dW_i||^2 per byte, over all modules and adapters: the best that any choice of ranks can do.
-- **originals, bfloat16 / int8**: A and B rounded; int8 is symmetric with a float32 scale for each of the r vectors.
-  **delta, int8**: loadings and components of a float32 checkpoint, a scale for each column, computed here.
-- **vlora** flattens a tensor to one vector, and its k is none of ours: compare it by bytes. It needs equal ranks.
+  (`scripts/evidence_measure.py`, which shares no code with the library). Adapters with dW = 0 have none. Ours and
+  lorashare are saved, opened, reconstructed into PEFT folders, and those are read.
+- **Times smaller**: LoRA bytes of the originals over all files less heads: codes or bases and loadings, records,
+  configurations, headers. Of what is computed here (integers, SVD) the numbers alone are counted, which favours it.
+  *All*: every byte on the disk against every byte of the originals, heads and configurations too.
+- **coded**: `compress --max-error E`. **-k**: SHARE with k components. **lorashare** 0.1.3, **vlora**: with their k
+  (vlora flattens a tensor to one vector, so that its k is none of ours, and needs equal ranks).
+- **bfloat16, int8, int4, int3**: A and B rounded, integers symmetric with a float32 scale for each of the r vectors.
+- **SVD**: each adapter's own truncated SVD, triples taken where they keep most of ||dW||^2 per byte over all modules
+  and adapters: the best that any choice of ranks can do. **SVD, int8**: the same in int8, at the same bytes.
 - **trained**: MiniLM adapters of `scripts/train_adapters.py`, r = 8 on query and value, each on a task of its own:
   which of four packages is a paragraph of documentation from? Half share one initial A, half have a seed each.
-  `trained-shared` and `trained-own` are the halves, each compressed as a collection of its own.
   Accuracy and agreement (same prediction as by the original adapter) are on held-out files."""
-TARGETS = (("distilbert", 32, 0.36), ("gpt2", 16, 0.43), ("minilm", 32, 0.75))
-AT_BYTES = ("lorashare", "factors", "delta", "truncated SVD")
-SHARED_BASIS = ("lorashare", "factors", "delta", "delta, bfloat16", "delta, int8")
+ERRORS = (0.05, 0.1, 0.25, 0.4)  # at which systems are compared
+ORDER = ("coded", "-k", "lorashare", "vlora", "SVD", "SVD, int8", "bfloat16", "int8", "int4", "int3")
+NOT_FILES = ("bfloat16", "int", "SVD")  # begins of systems whose numbers alone are counted
 
 
 def render(lines: list[Line], path: Path) -> None:
+    """Write the page at `path`, the tables beside it, and the chart."""
     kept = {**KEPT, **dict(bench_report.KEEP.findall(path.read_text()))} if path.exists() else KEPT
+    tables, chart = path.with_name(f"{path.stem}-tables.md"), path.with_suffix(".svg")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(_page(lines, kept, path.with_suffix(".svg").name)).rstrip() + "\n")
-    rows = [x for x in lines if x["kind"] == "row"]
-    abouts = {name: _about(lines, name) for name in _names(rows)}
-    path.with_suffix(".svg").write_text(evidence_chart.chart(rows, abouts))
+    path.write_text("\n".join(_page(lines, kept, chart.name, tables.name)).rstrip() + "\n")
+    tables.write_text("\n".join(_tables(lines, path.name)).rstrip() + "\n")
+    for original in (x for x in lines if x["kind"] == "originals"):
+        about = _about(lines, original["collection"])
+        rows = [x for x in _rows(lines, original["collection"]) if "agreement" in x]
+        points = [(x["system"], fewer(x, about), _mean(x["agreement"]), x["setting"]) for x in rows]
+        chart.write_text(evidence_chart.chart(points, original["texts"], len(original["accuracy"])))
 
 
-def _page(lines: list[Line], kept: dict[str, str], chart: str) -> Iterator[str]:
-    rows = [x for x in lines if x["kind"] == "row"]
-    names = _names(rows)
-    yield from (
-        "# Evidence",
-        "",
-        "Written by `scripts/evidence.py --render`, except for the text between the marks.",
-        "",
-    )
-    yield from (f"<!-- keep summary -->\n{kept['summary']}<!-- /keep -->", "")
-    yield f"![Mean error of dW against how many times fewer LoRA bytes, both logarithmic]({chart})"
-    yield ""
-    yield from bench_report._machine(lines)
-    yield from ("## How it is measured", METHOD, "")
-    yield from _checks(rows, names)
-    for name in names:
-        yield from _at_bytes([x for x in rows if x["collection"] == name], _about(lines, name))
-    yield from _int8(rows, names)
-    yield from _tasks(lines, rows)
-    for name in names:
-        yield from _everything([x for x in rows if x["collection"] == name], _about(lines, name))
-    yield from _left(lines)
+def _page(lines: list[Line], kept: Mapping[str, str], chart: str, tables: str) -> Iterator[str]:
+    yield from ("# Evidence", "")
+    yield f"Written by `scripts/evidence.py --render`, but for the text between the marks. [All rows]({tables})."
+    yield from ("", f"<!-- keep summary -->\n{kept['summary']}<!-- /keep -->", "")
+    yield from (f"![Agreement with the original adapter against how many times smaller]({chart})", "")
+    for original in (x for x in lines if x["kind"] == "originals"):
+        yield from _task(lines, original)
+    yield from _at_errors(lines)
+    yield from _checks(lines)
+    yield from ("## How it is measured", METHOD, "", *bench_report._machine(lines))
     yield f"<!-- keep limits -->\n{kept['limits']}<!-- /keep -->"
 
 
-def _names(rows: list[Line]) -> list[str]:
-    return sorted({x["collection"] for x in rows}, key=lambda name: (name.startswith("trained"), name))
+def _rows(lines: list[Line], name: str) -> list[Line]:
+    rows = [x for x in lines if x["kind"] == "row" and x["collection"] == name]
+    return sorted(rows, key=lambda x: ORDER.index(x["system"]))
+
+
+def _names(lines: list[Line]) -> list[str]:
+    return list(dict.fromkeys(x["collection"] for x in lines if x["kind"] == "row"))
 
 
 def _about(lines: list[Line], name: str) -> Line:
     return next(x for x in reversed(lines) if x["kind"] == "collection" and x["collection"] == name)
 
 
-def lora(row: Line) -> int:
-    """LoRA bytes, with what is kept verbatim."""
-    return int(row["lora"] + row["verbatim"])
+def fewer(row: Line, about: Line) -> float:
+    """How many times fewer bytes than the LoRA bytes of the originals."""
+    beside = 0 if row["system"].startswith(NOT_FILES) else row["other"]
+    return float(about["lora"] / (row["lora"] + row["verbatim"] + beside))
 
 
-def everything(row: Line) -> int:
-    return int(row["lora"] + row["verbatim"] + row["extras"] + row["other"])
+def _all_fewer(row: Line, about: Line) -> float:
+    kinds = ("lora", "verbatim", "extras", "other")
+    return float(sum(about[kind] for kind in kinds) / sum(row[kind] for kind in kinds))
 
 
-def curve(rows: list[Line], system: str, size: Any = lora) -> list[tuple[int, float]]:
-    """(bytes, mean error) of a system, where more bytes are less error."""
-    points = sorted((size(x), x["mean"]) for x in rows if x["system"] == system)
-    return [p for i, p in enumerate(points) if all(p[1] < q[1] for q in points[:i])]
+def _task(lines: list[Line], original: Line) -> Iterator[str]:
+    """What it does to the task: error, accuracy and agreement against bytes."""
+    name, about = original["collection"], _about(lines, original["collection"])
+    right = np.array(list(original["accuracy"].values()))
+    yield f"## {name}: what it does to the task"
+    yield f"{about['adapters']} adapters, {original['texts']:,} held-out texts of {original['classes']} classes."
+    yield f"Originals: accuracy {right.mean():.3f}. Means over adapters, and the worst adapter's."
+    yield "*Fall*: mean loss of accuracy in points, with its standard error over adapters."
+    yield ""
+    yield "| system | setting | times smaller | all | error | worst | accuracy | fall | agreement | worst |"
+    yield "|---" * 10 + "|"
+    for x in (x for x in _rows(lines, name) if "agreement" in x):
+        falls = 100 * (right - np.array([x["accuracy"][i] for i in original["accuracy"]]))
+        error = falls.std(ddof=1) / np.sqrt(len(falls)) if len(falls) > 1 else float("nan")
+        cells = [x["system"], _setting(x), f"{fewer(x, about):.1f}", f"{_all_fewer(x, about):.1f}"]
+        cells += [_error(x["mean"]), _error(x["max"]), f"{_mean(x['accuracy']):.3f}"]
+        cells += [f"{falls.mean():+.1f} ± {error:.1f}", f"{_mean(x['agreement']):.3f}"]
+        cells.append(f"{min(x['agreement'].values()):.3f}")
+        yield f"| {' | '.join(cells)} |"
+    yield ""
 
 
-def at(points: list[tuple[int, float]], size: int) -> float | None:
-    """Error at a number of bytes, linear between measured ones, which for a convex curve is more than it would be."""
-    if not points or size < points[0][0]:
+def curve(rows: list[Line], about: Line, system: str) -> list[tuple[float, float]]:
+    """(mean error, times smaller) of a system, where a larger error is fewer bytes."""
+    points = sorted((x["mean"], fewer(x, about)) for x in rows if x["system"] == system)
+    return [p for i, p in enumerate(points) if all(q[1] < p[1] for q in points[:i])]
+
+
+def at(points: list[tuple[float, float]], error: float) -> float | None:
+    """Times smaller at a mean error, linear in logarithms between measured ones."""
+    if len(points) < 2 or not 0.98 * points[0][0] <= error <= 1.02 * points[-1][0] or points[0][0] <= 0:
         return None
-    return float(np.interp(size, *zip(*points, strict=True)))
+    errors, times = (np.log(v) for v in zip(*points, strict=True))
+    return float(np.exp(np.interp(np.log(error), errors, times)))
 
 
-def _checks(rows: list[Line], names: list[str]) -> Iterator[str]:
+def _at_errors(lines: list[Line]) -> Iterator[str]:
+    yield "## Times smaller at the same mean error"
+    yield "Between measured ones; empty where a system was not measured so near, or so far."
+    yield ""
+    yield f"| collection | system | {' | '.join(f'{e:g}' for e in ERRORS)} |"
+    yield "|---" * (len(ERRORS) + 2) + "|"
+    for name in _names(lines):
+        rows, about = _rows(lines, name), _about(lines, name)
+        for system in dict.fromkeys(x["system"] for x in rows):
+            found = [at(curve(rows, about, system), e) for e in ERRORS]
+            if any(found):
+                yield f"| {name} | {system} | {' | '.join('' if t is None else f'{t:.1f}' for t in found)} |"
+        for x in (x for x in rows if x["system"].startswith(("int", "bfloat16"))):
+            yield f"| {name} | {x['system']} | {fewer(x, about):.1f} at {_error(x['mean'])} | | | |"
+    yield ""
+
+
+def _checks(lines: list[Line]) -> Iterator[str]:
     yield from ("## Checks", "| claim | measured | holds |", "|---|---|---|")
-    for name in names:
-        here = {(x["system"], x["k"]): x for x in rows if x["collection"] == name}
-        ratios = {
-            k: here["delta", k]["mean"] / x["mean"]
-            for (system, k), x in here.items()
-            if system == "lorashare" and ("delta", k) in here and x["mean"] > 1e-6
-        }
-        if ratios:
-            worst, words = max(ratios, key=lambda k: ratios[k]), ", ".join(f"{k}: {r:.2f}" for k, r in ratios.items())
-            yield _check(f"{name}: `delta` no worse than lorashare at the same k", words, ratios[worst] <= 1)
-        for collection, k, most in TARGETS:
-            if collection == name and k in ratios:
-                yield _check(
-                    f"{name}, k = {k}: at most {most} times lorashare's error", f"{ratios[k]:.3f}", ratios[k] <= most
-                )
-    for name in names:
-        here_rows = [x for x in rows if x["collection"] == name]
-        for what, size in (("LoRA bytes, verbatim ones too", lora), ("all bytes", everything)):
-            delta = curve(here_rows, "delta", size)
-            pairs = [(at(delta, size(x)), x) for x in here_rows if x["system"] == "lorashare"]
-            found = {x["k"]: e / x["mean"] for e, x in pairs if e is not None and x["mean"] > 1e-6}
-            outside = [str(x["k"]) for e, x in pairs if e is None]
-            if found:
-                words = ", ".join(f"{k}: {r:.2f}" for k, r in found.items())
-                words += f" ({', '.join(outside)}: fewer than `delta` was given)" if outside else ""
-                yield _check(
-                    f"{name}: the same at lorashare's {what} (between measured k)", words, max(found.values()) <= 1
-                )
+    rows = [x for x in lines if x["kind"] == "row"]
+    over = [max(e for e in x["errors"].values() if not np.isnan(e)) / x["setting"] for x in rows if _is_coded(x)]
+    if over:
+        yield _check(
+            "coded: every adapter's measured error over its limit E, at most 1", max(over), max(over) <= 1.00001
+        )
     apart = [x["apart"] for x in rows if x.get("apart") is not None]
     if apart:
-        yield _check(
-            "certified errors are what is measured, to 1e-3", f"{max(apart):.0e} off at most", max(apart) <= 1e-3
-        )
-    for name in names:
-        here = {(x["system"], x["k"]): x for x in rows if x["collection"] == name}
+        yield _check("certified errors are what is measured, to 1e-5", max(apart), max(apart) <= 1e-5)
+    for name in _names(lines):
+        here, about = _rows(lines, name), _about(lines, name)
+        ours = curve(here, about, "coded")
         ratios = {
-            k: x["mean"] / here["truncated SVD", k]["mean"]
-            for (system, k), x in here.items()
-            if system == "delta" and ("truncated SVD", k) in here and here["truncated SVD", k]["mean"] > 1e-6
+            f"{x['system']} {_setting(x)}".strip(): own / fewer(x, about)
+            for x in here
+            if not _is_coded(x) and (own := at(ours, x["mean"])) is not None
         }
         if ratios:
-            words = ", ".join(f"{k}: {r:.2f}" for k, r in ratios.items())
+            nearest = min(ratios, key=lambda rival: ratios[rival])
+            claim = f"{name}: coded is smaller than every rival at the rival's mean error; times, least ({nearest})"
+            yield _check(claim, ratios[nearest], ratios[nearest] > 1)
+        peers = {x["setting"]: x["mean"] for x in here if x["system"] == "lorashare" and x["mean"] > 1e-6}
+        same = {
+            x["setting"]: x["mean"] / peers[x["setting"]] for x in here if x["system"] == "-k" and x["setting"] in peers
+        }
+        if same:
             yield _check(
-                f"{name}: `delta` no worse than truncated SVD at the same LoRA bytes (not claimed)", words,
-                max(ratios.values()) <= 1,
-            )  # fmt: skip
+                f"{name}: -k over lorashare's mean error at the same k, at most 1",
+                max(same.values()),
+                max(same.values()) <= 1,
+            )
     yield ""
 
 
-def _check(claim: str, measured: str, holds: bool) -> str:
-    return f"| {claim} | {measured} | {'yes' if holds else '**no**'} |"
+def _check(claim: str, measured: float, holds: bool) -> str:
+    return f"| {claim} | {measured:.3g} | {'yes' if holds else '**no**'} |"
 
 
-def _at_bytes(rows: list[Line], about: Line) -> Iterator[str]:
-    """Mean error by k, all systems at the LoRA bytes of `delta` with it."""
-    peer = {x["k"] for x in rows if x["system"] == "lorashare"}  # of `delta` there may be more
-    delta = {x["k"]: x for x in rows if x["system"] == "delta" and x["k"] in peer}
-    zero = f", of which {len(about['zero'])} with dW = 0" if about["zero"] else ""
-    ranks = ", ".join(map(str, about["ranks"]))
-    yield f"## {about['collection']}: mean error at the same bytes"
-    yield f"{about['adapters']} adapters{zero}; ranks {ranks}; {about['modules']} modules;"
-    yield f"LoRA {_mb(about['lora'])} MB, heads and other extras {_mb(about['extras'])} MB,"
-    yield f"headers and configurations {_mb(about['other'])} MB."
-    yield from ("", f"| | {' | '.join(f'k = {k}' for k in delta)} |", "|---" * (len(delta) + 1) + "|")
-    yield _cells(
-        "LoRA bytes of `delta`, MB (x)", [f"{_mb(x['lora'])} ({about['lora'] / x['lora']:.1f})" for x in delta.values()]
+def _tables(lines: list[Line], page: str) -> Iterator[str]:
+    yield from (
+        "# Evidence: all rows",
+        "",
+        f"Written by `scripts/evidence.py --render`; words as in [evidence]({page}).",
+        "",
     )
-    for system in AT_BYTES:
-        known = {x["k"]: x["mean"] for x in rows if x["system"] == system}
-        yield _cells(f"`{system}`" if system in ("factors", "delta") else system, [_error(known.get(k)) for k in delta])
-    points = curve(rows, "vlora")
-    if points:
-        cells = [at(points, x["lora"]) if x["lora"] <= 1.05 * points[-1][0] else None for x in delta.values()]
-        yield _cells("vlora, between measured k", [_error(e) for e in cells])
-    for x in (x for x in rows if x["system"].startswith("originals")):
-        size = f"{_mb(x['lora'])} MB ({about['lora'] / x['lora']:.1f})"
-        yield from ("", f"{x['system'].capitalize()}: mean error {_error(x['mean'])} at {size}.")
-    yield ""
-
-
-def _int8(rows: list[Line], names: list[str]) -> Iterator[str]:
-    """`delta` in int8 against `delta` in wider numbers with a smaller k, at the same LoRA bytes."""
-    if not any(x["system"] == "delta, int8" for x in rows):
-        return
-    yield from ("## Is int8 worth a storage dtype?", "Mean error at the LoRA bytes of `delta, int8` with each k;")
-    yield from ("bfloat16 and float32 then have room for a smaller k only (linear between measured k).", "")
-    yield "| collection | k | MB | int8, its rounding | int8 | bfloat16 | float32 | truncated SVD, int8 |"
-    yield "|---" * 8 + "|"
-    for name in names:
-        here = [x for x in rows if x["collection"] == name]
-        wide = {x["k"]: x["mean"] for x in here if x["system"] == "delta"}
-        svd = {x["k"]: x["mean"] for x in here if x["system"] == "truncated SVD, int8"}
-        bf16, f32 = curve(here, "delta, bfloat16"), curve(here, "delta")
-        for x in sorted((x for x in here if x["system"] == "delta, int8"), key=lambda x: x["k"]):
-            rounding = np.sqrt(max(x["mean"] ** 2 - wide.get(x["k"], 0.0) ** 2, 0.0))
-            cells = [at(bf16, x["lora"] + x["verbatim"]), at(f32, x["lora"] + x["verbatim"]), svd.get(x["k"])]
-            told = " | ".join(_error(e) for e in (x["mean"], *cells))
-            yield f"| {name} | {x['k']} | {_mb(x['lora'])} | {rounding:.4f} | {told} |"
-    yield ""
-
-
-def _tasks(lines: list[Line], rows: list[Line]) -> Iterator[str]:
-    for original in (x for x in lines if x["kind"] == "originals"):
-        name, half = original["collection"], original["half"]
+    for name in _names(lines):
         about = _about(lines, name)
-        yield f"## {name}: what it does to the task"
-        yield f"{original['texts']:,} held-out paragraphs, {original['classes']} classes. Halves: one initial A"
-        yield "(shared) and a seed each (own). Error, accuracy and agreement are means over adapters."
+        zero = f", of which {len(about['zero'])} with dW = 0" if about["zero"] else ""
+        yield f"## {name}"
+        yield f"{about['adapters']} adapters{zero}; ranks {', '.join(map(str, about['ranks']))};"
+        yield f"{about['modules']} modules; LoRA {_mb(about['lora'])} MB,"
+        yield f"heads and other extras {_mb(about['extras'])} MB, headers and configurations {_mb(about['other'])} MB."
         yield ""
-        yield "| system | k | LoRA MB (x) | error, shared | own | accuracy, shared | own | agreement, shared | own |"
-        yield "|---" * 9 + "|"
-        scores = " | ".join(f"{_half(original['accuracy'], half, h):.3f}" for h in ("shared", "own"))
-        yield f"| originals | | {_mb(about['lora'])} (1.0) | | | {scores} | | |"
-        done = {(x["system"], x["k"]): x for x in lines if x["kind"] == "task" and x["collection"] == name}
-        for row in sorted((x for x in rows if x["collection"] == name), key=_order):
-            task = done.get((row["system"], row["k"]))
-            if task:
-                halves = [(row["errors"], 3), (task["accuracy"], 3), (task["agreement"], 3)]
-                told = " | ".join(f"{_half(v, half, h):.{d}f}" for v, d in halves for h in ("shared", "own"))
-                size = f"{_mb(row['lora'])} ({about['lora'] / row['lora']:.1f})"
-                yield f"| {row['system']} | {row['k'] or ''} | {size} | {told} |"
+        yield "| system | setting | LoRA, MB | kept | heads | other | times smaller | all | mean | median | p95 | max |"
+        yield "|---" * 12 + "|"
+        for x in _rows(lines, name):
+            sizes = " | ".join(_mb(x[kind]) for kind in ("lora", "verbatim", "extras", "other"))
+            errors = " | ".join(_error(x[key]) for key in ("mean", "median", "p95", "max"))
+            times = f"{fewer(x, about):.1f} | {_all_fewer(x, about):.1f}"
+            yield f"| {x['system']} | {_setting(x)} | {sizes} | {times} | {errors} |"
         yield ""
-        yield from _paired(done)
-
-
-def _paired(done: dict[tuple[str, int | None], Line]) -> Iterator[str]:
-    """Of `delta` less of a rival at the same k, adapter by adapter."""
-    ks = sorted(k for system, k in done if system == "delta" and k is not None)
-    rivals = [r for r in ("lorashare", "factors", "truncated SVD") if any((r, k) in done for k in ks)]
-    if not rivals:
-        return
-    yield "`delta` less its rival at the same k, with the standard error over adapters, in points:"
-    yield ""
-    yield f"| | {' | '.join(f'{what}, k = {k}' for what in ('accuracy', 'agreement') for k in ks)} |"
-    yield "|---" * (2 * len(ks) + 1) + "|"
-    for rival in rivals:
-        cells = []
-        for key in ("accuracy", "agreement"):
-            for k in ks:
-                ours, other = done["delta", k][key], done.get((rival, k), {}).get(key)
-                apart = 100 * np.array([ours[n] - other[n] for n in ours]) if other else np.zeros(0)
-                error = apart.std(ddof=1) / np.sqrt(len(apart)) if len(apart) > 1 else float("nan")
-                cells.append(f"{apart.mean():+.1f} ± {error:.1f}" if len(apart) else "")
-        yield _cells(rival, cells)
-    yield ""
-
-
-def _half(values: dict[str, float], half: dict[str, str], which: str) -> float:
-    return float(np.mean([v for name, v in values.items() if half[name] == which]))
-
-
-SYSTEMS = ("originals", "lorashare", "factors", "delta", "truncated", "vlora")
-
-
-def _order(row: Line) -> tuple[Any, ...]:
-    kind = next((i for i, s in enumerate(SYSTEMS) if row["system"].startswith(s)), len(SYSTEMS))
-    return (kind == SYSTEMS.index("vlora"), row["k"] is None and kind > 0, row["k"] or 0, kind, row["system"])
-
-
-def _everything(rows: list[Line], about: Line) -> Iterator[str]:
-    whole = everything({**about, "verbatim": 0})
-    yield f"## {about['collection']}: all rows"
-    yield "| system | k | LoRA MB (x) | verbatim, MB | heads, MB | all MB (x) | mean | median | p95 | max |"
-    yield "|---" * 10 + "|"
-    for x in sorted(rows, key=_order):
-        sizes = f"{_mb(x['lora'])} ({about['lora'] / lora(x):.1f}) | {_mb(x['verbatim'])} | {_mb(x['extras'])}"
-        sizes += f" | {_mb(everything(x))} ({whole / everything(x):.1f})"
-        errors = " | ".join(_error(x[key]) for key in ("mean", "median", "p95", "max"))
-        yield f"| {x['system']} | {x['k'] or ''} | {sizes} | {errors} |"
-    yield ""
+    yield from _left(lines)
 
 
 def _left(lines: list[Line]) -> Iterator[str]:
     told: dict[tuple[str, str], list[str]] = {}
-    done = {(x["collection"], x["system"], x["k"]) for x in lines if x["kind"] == "row"}
-    for x in sorted(lines, key=lambda x: str(x.get("collection"))):
-        if x["kind"] == "left" and (x["collection"], x["system"], x["k"]) not in done:
+    for x in lines:
+        if x["kind"] == "left":
             told.setdefault((x["system"], x["why"]), []).append(x["collection"])
         if x["kind"] == "row" and "refuses" in x:
             why = f"refuses by itself ({x['refuses'].lower()}); run without its check of configurations"
@@ -290,11 +216,19 @@ def _left(lines: list[Line]) -> Iterator[str]:
     if told:
         yield "## Left out, or helped"
         yield from (f"- {system}, {', '.join(dict.fromkeys(names))}: {why}." for (system, why), names in told.items())
-        yield ""
 
 
-def _cells(title: str, cells: list[str]) -> str:
-    return f"| {title} | {' | '.join(cells)} |"
+def _is_coded(row: Line) -> bool:
+    return bool(row["system"] == "coded")
+
+
+def _setting(row: Line) -> str:
+    name = {"coded": "E", "-k": "k", "lorashare": "k", "vlora": "k", "SVD": "1/", "SVD, int8": "1/"}.get(row["system"])
+    return "" if name is None else f"{name}{row['setting']:g}" if name == "1/" else f"{name} = {row['setting']:g}"
+
+
+def _mean(values: Mapping[str, float]) -> float:
+    return float(np.mean(list(values.values())))
 
 
 def _error(value: float | None) -> str:
@@ -302,4 +236,4 @@ def _error(value: float | None) -> str:
 
 
 def _mb(size: float) -> str:
-    return f"{size / 1e6:.2f}"
+    return f"{size / 1e6:.3f}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ from ..text import printable
 from .coded import index_of, meta_of
 from .config import read_share_config
 from .format import CONFIG, INDEX, SKIPPED
-from .index import CodedAdapter
+from .index import CodedAdapter, Location, Pack
 from .location import Place
-from .packs import read_code, read_verbatim
+from .packs import Read, check_pack, read_code, read_verbatim
 from .reader import CheckpointReader, Tensors
 
 LARGEST = 1 << 34  # numbers of an adapter; a foreign index may claim more
@@ -89,34 +89,70 @@ class CodedReader(CheckpointReader):
         """PEFT key -> tensor of one adapter, decoded, in the dtypes that it came with."""
         adapter = self.index.adapters[name]
         found: Tensors = {}
+        read = self._read([adapter.code, *self._verbatim_parts(adapter)])
         try:
             modules = _modules(adapter)
-            for m, a, b in decoded(read_code(self._read(adapter.code.pack.file), adapter), modules):
+            for m, a, b in decoded(read_code(read(adapter.code.pack), adapter), modules):
                 for side, array, dtype in (("A", a, m.dtype_a), ("B", b, m.dtype_b)):
                     tensor = torch.from_numpy(array.copy()).to(_TORCH[dtype])
                     found[factor_key(m.name, side)] = tensor  # type: ignore[arg-type]
         except CheckpointError as e:
             e.adapter = name
             raise
-        return found | self.verbatim(name)
+        return found | self._verbatim(adapter, read)
 
     def verbatim(self, name: str) -> Tensors:
         """PEFT key -> tensor, of what is kept verbatim of one adapter."""
         adapter = self.index.adapters[name]
+        return self._verbatim(adapter, self._read(self._verbatim_parts(adapter)))
+
+    def _verbatim_parts(self, adapter: CodedAdapter) -> list[Location]:
+        return [self.index.tensors[digest].at for digest in adapter.verbatim.values()]
+
+    def _verbatim(self, adapter: CodedAdapter, read: Callable[[Pack], Read]) -> Tensors:
         found: Tensors = {}
         for key, digest in adapter.verbatim.items():
             stored = self.index.tensors[digest]
-            raw = bytearray(read_verbatim(self._read(stored.at.pack.file), self.index, adapter, key))
+            raw = bytearray(read_verbatim(read(stored.at.pack), self.index, adapter, key))
             empty = torch.empty(stored.shape, dtype=_TORCH[stored.dtype])
             found[key] = torch.frombuffer(raw, dtype=empty.dtype).reshape(stored.shape) if raw else empty
         return found
 
-    def _read(self, relative: str) -> Callable[[int, int], bytes]:
-        return partial(self._part, relative)
+    def damaged(self) -> list[CheckpointError]:
+        """Packs that are not what was written, by their SHA-256."""
+        found = []
+        for pack in self.index.packs:
+            try:
+                check_pack(self._file(pack.file), pack)
+            except CheckpointError as e:
+                found.append(e)
+        return found
+
+    def _read(self, parts: Sequence[Location]) -> Callable[[Pack], Read]:
+        """Reads of packs, for some parts of them: those that lie near each other are read at once."""
+        near, runs = self.place.near, list[list[Any]]()
+        if not near:
+            return lambda pack: partial(self._part, pack.file)
+        for at in sorted(set(parts), key=lambda at: (at.pack.file, at.offset)):
+            if runs and runs[-1][0] == at.pack and at.offset - runs[-1][2] <= near:
+                runs[-1][2] = max(runs[-1][2], at.offset + at.nbytes)
+            else:
+                runs.append([at.pack, at.offset, at.offset + at.nbytes])
+        held: dict[tuple[str, int], memoryview] = {}
+
+        def read(pack: Pack, offset: int, count: int) -> memoryview:
+            first, end = next((a, b) for p, a, b in runs if p == pack and a <= offset and offset + count <= b)
+            if (pack.file, first) not in held:
+                held[pack.file, first] = memoryview(self._part(pack.file, first, end - first))
+            return held[pack.file, first][offset - first : offset - first + count]
+
+        return lambda pack: partial(read, pack)
 
     def _part(self, relative: str, offset: int, count: int) -> bytes:
         try:
             return self.place.read(relative, offset, count)
+        except CheckpointError:  # a FileNotFoundError too, where nobody knows whether there is such a file
+            raise
         except FileNotFoundError as e:
             raise CheckpointError(
                 f"{printable(relative)} is missing", found=self.place, remedy="Fetch the checkpoint again."

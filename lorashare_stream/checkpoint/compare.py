@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,21 +17,32 @@ from ..adapters.folder import open_tensors, tensor_records, weight_files
 from ..adapters.keys import SIDES, adapter_names, factor_key, parse_key
 from ..adapters.safetensors import float32
 from ..adapters.scaling import Scaling
+from ..adapters.stacks import STACK_BYTES
+from ..codec.factors import errors_of_products
 from ..errors import MissingSourceError, UndecidedError, UsageError
-from ..linalg.delta import DeltaError, delta_error, relative_error
-from .reader import Tensors
+from ..linalg.delta import DeltaError, delta_errors, relative_error
+from .reader import Tensors, as_array
 
 
 def comparison(
-    original: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], config: Mapping[str, Any], adapter: str
+    original: Mapping[str, torch.Tensor],
+    found: Mapping[str, torch.Tensor],
+    config: Mapping[str, Any],
+    adapter: str,
+    *,
+    coded: bool = False,
 ) -> dict[str, Any]:
     """The result of `SHAREModel.reconstruction_error`.
+
+    Factors that are coded have another gauge than the original: differences of theirs mean nothing. `per_layer`, and so
+    `mean` and `max`, then are relative errors of dW, by module.
 
     Args:
         original: the adapter's tensors, by raw or canonical key.
         found: the reconstructed ones, by canonical key.
         config: its adapter_config.json, for PEFT's scale of each module.
         adapter: its name, for errors.
+        coded: whether `found` comes of a coded checkpoint.
 
     Raises:
         UsageError: if a tensor has another shape than its original.
@@ -49,11 +60,15 @@ def comparison(
                 found=list(tensor.shape),
                 expected=list(other.shape),
             )
+        if coded:
+            continue
         wide = tensor.double()
         norm = float(torch.norm(wide))
         per_layer[key] = float(torch.norm(wide - other.double())) / norm if norm > 1e-12 else 0.0
+    deltas = module_errors(original, found, config, coded=coded)
+    if coded:
+        per_layer = {module: d.relative for module, d in deltas.items()}
     errors = list(per_layer.values()) or [0.0]
-    deltas = delta_errors(original, found, config)
     return {
         "per_layer": per_layer,
         "mean": sum(errors) / len(errors),
@@ -64,8 +79,12 @@ def comparison(
     }
 
 
-def delta_errors(
-    original: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], config: Mapping[str, Any]
+def module_errors(
+    original: Mapping[str, torch.Tensor],
+    found: Mapping[str, torch.Tensor],
+    config: Mapping[str, Any],
+    *,
+    coded: bool = False,
 ) -> dict[str, DeltaError]:
     """Error of dW by module, for all modules of which both sides are 2-D in both; keys may be raw.
 
@@ -74,10 +93,10 @@ def delta_errors(
     if other_scaling(config) is not None:
         return {}
     parsed = {(k.module, k.side): tensor for key, tensor in original.items() if (k := parse_key(key)).module}
-    arrays: dict[str, list[NDArray[np.float32]]] = {}
+    arrays: dict[str, list[NDArray[np.floating[Any]]]] = {}
     for module in sorted({m for m, _ in parsed if m is not None}):
         pairs = [(parsed.get((module, side)), found.get(factor_key(module, side))) for side in SIDES]
-        matrices = [t.float().numpy() for pair in pairs for t in pair if t is not None and t.ndim == 2]
+        matrices = [as_array(t) for pair in pairs for t in pair if t is not None and t.ndim == 2]
         if len(matrices) == 4:
             arrays[module] = matrices
     ranks = {module: len(a_hat) for module, (_, a_hat, *_) in arrays.items()}
@@ -85,10 +104,20 @@ def delta_errors(
     if "r" in config and "lora_alpha" in config:
         with suppress(UndecidedError):
             each = scalings(config, ranks)
-    return {
-        module: delta_error(a, b, a_hat, b_hat, scaling)
-        for (module, (a, a_hat, b, b_hat)), scaling in zip(arrays.items(), each, strict=True)
-    }
+    scaling_of, alike = dict(zip(arrays, each, strict=True)), dict[object, list[str]]()
+    for module, matrices in arrays.items():
+        alike.setdefault((*(m.shape for m in matrices), scaling_of[module].experts), []).append(module)
+    measure, measured = errors_of_products if coded else delta_errors, dict[str, DeltaError]()
+    for names in (part for some in alike.values() for part in _parts(some, sum(m.nbytes for m in arrays[some[0]]))):
+        a, a_hat, b, b_hat = (np.stack(matrices) for matrices in zip(*(arrays[m] for m in names), strict=True))
+        measured |= zip(names, measure(a, b, a_hat, b_hat, [scaling_of[m] for m in names]), strict=True)
+    return {module: measured[module] for module in arrays}
+
+
+def _parts(names: Sequence[str], nbytes: int) -> Iterator[Sequence[str]]:
+    """Modules of `nbytes` bytes each, as many at a time as are measured together."""
+    count = max(1, 2 * STACK_BYTES // max(1, nbytes))
+    return (names[i : i + count] for i in range(0, len(names), count))
 
 
 def load_adapter(folder: Path) -> Tensors:

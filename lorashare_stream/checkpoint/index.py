@@ -142,14 +142,19 @@ class Index:
 
 
 def write_index(path: Path, index: Index) -> int:
-    """Write an index, atomically; its bytes depend on what is in it alone, and on the version of liblzma.
+    """Write an index, atomically.
 
     Returns:
         Bytes of the file.
     """
-    raw = canonical(_as_json(index)).encode()
     with atomic_file(path) as f:
-        return f.write(lzma.compress(raw, lzma.FORMAT_XZ, lzma.CHECK_CRC64, filters=[{"id": lzma.FILTER_LZMA2} | _XZ]))
+        return f.write(index_bytes(index))
+
+
+def index_bytes(index: Index) -> bytes:
+    """The file of an index: it depends on what is in it alone, and on the version of liblzma."""
+    raw = canonical(_as_json(index)).encode()
+    return lzma.compress(raw, lzma.FORMAT_XZ, lzma.CHECK_CRC64, filters=[{"id": lzma.FILTER_LZMA2} | _XZ])
 
 
 def canonical(value: Any) -> str:

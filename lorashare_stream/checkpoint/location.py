@@ -17,9 +17,11 @@ class Place(Protocol):
     Attributes:
         root: the folder that holds its configuration.
         mixed: what it means if parts of it belong to different bases.
+        near: bytes between two parts of a file that it is cheaper to read along than to read the parts one by one.
     """
 
     mixed: str
+    near: int
     root: Path
 
     def file(self, relative: str) -> Path:
@@ -57,9 +59,11 @@ class Folder:
     Attributes:
         root: the folder.
         mixed: what it means if parts of it belong to different bases.
+        near: bytes that it is cheaper to read along: none.
     """
 
     mixed = "the checkpoint was replaced, open it again"
+    near = 0
 
     def __init__(self, root: Path) -> None:
         self.root = root

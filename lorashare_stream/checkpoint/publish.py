@@ -11,7 +11,7 @@ from ..adapters.hubid import parse_hub_id
 from ..errors import UsageError
 from ..files import atomic_path, remove_tree, sync, sync_tree, write_json
 from ..text import printable
-from .format import ADAPTERS, FILES, STAGING, ours_of
+from .format import ADAPTERS, FILES, PACKS, STAGING, ours_of
 
 
 def staging_folder(out: Path) -> Path:
@@ -164,9 +164,12 @@ def copy_checkpoint(source: Path, out: Path) -> None:
 
 def _copy_into(source: Path, out: Path) -> None:
     """Copy a checkpoint beside files of the user's; the configuration, which makes it one, comes last."""
-    if os.path.lexists(out / ADAPTERS):
-        raise UsageError(f"the folder holds {ADAPTERS}/ of something else", found=out, remedy="Choose another one.")
-    shutil.copytree(source / ADAPTERS, out / ADAPTERS)
+    folders = [name for name in (ADAPTERS, PACKS) if (source / name).is_dir()]
+    for name in folders:
+        if os.path.lexists(out / name):
+            raise UsageError(f"the folder holds {name}/ of something else", found=out, remedy="Choose another one.")
+    for name in folders:
+        shutil.copytree(source / name, out / name)
     for name in (n for n in FILES if (source / n).is_file()):
         with atomic_path(out / name) as path:
             shutil.copyfile(source / name, path)

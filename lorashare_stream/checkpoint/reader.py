@@ -15,7 +15,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from ..adapters.keys import factor_key, split_group_id
@@ -201,6 +203,10 @@ class CheckpointReader:
         found |= {relative: self._optional(relative) for relative in (SPECTRUM, SKIPPED)}
         return {relative: path for relative, path in found.items() if path is not None}
 
+    def damaged(self) -> list[CheckpointError]:
+        """Files that many adapters share and that are not what was written, by their digests; a coded one has such."""
+        return []
+
     def adapter_config(self, name: str) -> dict[str, Any]:
         """The adapter_config.json that one adapter came with."""
         config = self.meta(name).get("original_config", {})
@@ -242,6 +248,12 @@ def restored(name: str, group: str, components: Mapping[str, torch.Tensor], load
         raise CheckpointError("loadings that fit no components", adapter=name, key=group, found=str(e)) from e
     vectors = (v.float() @ loading.float()).to(v.dtype)  # (d, r)
     return {factor_key(module, side): (vectors.T if side == "A" else vectors).contiguous()}
+
+
+def as_array(tensor: torch.Tensor) -> NDArray[np.floating[Any]]:
+    """The values of a float tensor, of which none is rounded."""
+    array: NDArray[np.floating[Any]] = (tensor if tensor.dtype == torch.float64 else tensor.float()).numpy()
+    return array
 
 
 def was_reconstructed(path: Path) -> bool:

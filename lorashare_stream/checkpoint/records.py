@@ -63,7 +63,8 @@ def has_files(root: Path, names: Iterable[str]) -> bool:
 def admission_in(meta: Mapping[str, Any]) -> Admission:
     """What of an admission a checkpoint of ours records: enough to know the adapter again."""
     ours, config = meta[OURS], digest_config(meta["original_config"])
-    return Admission(meta["adapter_name"], ours["source_id"], ours["sha256"], config, 0.0, (), (), "")
+    sizes = (ours["source_bytes"],)  # of all files together
+    return Admission(meta["adapter_name"], ours["source_id"], ours["sha256"], config, 0.0, sizes, (), "")
 
 
 def metas_of(root: Path, names: Iterable[str]) -> Iterator[dict[str, Any]]:

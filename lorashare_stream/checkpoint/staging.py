@@ -34,7 +34,7 @@ from .format import ADAPTERS, COMPONENTS, CONFIG, META, SKIPPED, SPECTRUM, STAGI
 from .publish import drop, publish, recover_output, replaced_folder, staging_folder
 from .records import is_whole
 
-MANY, SYNCS = 64, 16  # adapters in a lot, and threads that sync one: one alone takes ten times as long on ext4
+MANY, SYNCS = 128, 8  # adapters in a lot, and threads that sync one: one alone takes ten times as long on ext4
 
 
 class Staging:

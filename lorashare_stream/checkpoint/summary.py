@@ -132,7 +132,7 @@ def share_config(
         digest: of all that decides the result.
         sizes: bytes on disk by part.
         skipped: the adapters that were left out.
-        coded: the field of a coded checkpoint, if it is one. modules: of such a one.
+        coded: the field of a coded checkpoint, if it is one. modules: that such a one has coded, of any adapter.
     """
     groups = {group: {**facts, "n": counts.get(group, 0)} for group, facts in sorted(record.bases.items())}
     explained = {group: facts["explained"] for group, facts in groups.items()}
@@ -167,7 +167,7 @@ def share_config(
         "compression_stats": stats,
     }
     if coded is not None:
-        config["coded"] = dict(coded)
+        config["coded"] = {**coded, "modules": len(modules)}
     stats[OURS]["bytes"]["metadata"] = _with_itself(config, sizes["metadata"] + (json_bytes(skipped) if skipped else 0))
     return config
 

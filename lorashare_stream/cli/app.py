@@ -7,6 +7,7 @@ Exit codes: 0 done; 1 permanent error; 2 usage; 3 done, but some adapters were l
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import logging
 import os
@@ -74,10 +75,12 @@ def _run(argv: list[str] | None) -> int:
 
 def _dispatch(args: dict[str, Any]) -> int:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # tasks are parallel: threads of BLAS would only wait, and spin
+    gc.disable()  # it would look through what is imported again and again, a tenth of the time, and find nothing
     from ..cli import commands
     from ..cli import edit as edits
     from ..cli import hub as hubcommands
 
+    gc.enable()
     owners = [module for module in (edits, hubcommands) if args["command"] in module.COMMANDS]
     module = owners[0] if owners else commands
     return int(getattr(module, args["command"])(args))

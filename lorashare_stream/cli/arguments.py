@@ -39,15 +39,19 @@ def parser() -> argparse.ArgumentParser:
         loud.add_argument("-v", "--verbose", action="store_true", help="say more")
         return p
 
-    p = command("plan", "Read headers only: what will be read, computed and written, and what is refused.")
+    p = command(
+        "plan",
+        "Read headers only: what will be read, computed and written, and what is refused. For a limit a sample is "
+        "coded, too, which foretells bytes and errors.",
+    )
     _add_sources(p)
     p.add_argument("-o", "--output", metavar="PLAN.json", help="write the plan, for compress --plan")
     p.add_argument(
         "--analyze",
         action="store_true",
-        help="read a sample, too: what these adapters have in common, and errors to expect",
+        help="read a sample, too: what adapters have in common, and errors to expect; for a limit, fetch it if need be",
     )
-    p.add_argument("--sample", type=int, metavar="N", help="adapters that --analyze reads (default: 64 at most)")
+    p.add_argument("--sample", type=int, metavar="N", help="adapters of the sample (default: 64 at most)")
     p = command("compress", "Compress adapters into a SHARE checkpoint. The same command again goes on where it was.")
     _add_sources(p)
     p.add_argument("-o", "--output", metavar="OUT", help="the checkpoint's folder")
@@ -65,7 +69,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_edits(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
-    p = command("add", "Add adapters to a checkpoint: on its bases if these hold them well enough, else on new ones.")
+    p = command(
+        "add",
+        "Add adapters to a checkpoint: on its bases if these hold them well enough, else on new ones; or coded alone.",
+    )
     p.add_argument("checkpoint")
     p.add_argument("sources", nargs="+", metavar="SOURCE", help="as for compress")
     p.add_argument("--names", nargs="+", metavar="NAME", help="names of the sources, which are then adapter folders")
@@ -81,7 +88,10 @@ def _add_edits(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
     p.add_argument("adapters", nargs="*", metavar="NAME", help="none is for --refit of what was taken out before")
     p.add_argument("--refit", action="store_true", help="compute moments and bases anew without them")
     _add_means(p)
-    p = command("refit", "Another k from the same moments; or bases for all that was added and taken out since.")
+    p = command(
+        "refit",
+        "Another k from the same moments, or a limit from the sources; or bases for all that was added and taken out.",
+    )
     p.add_argument("place", metavar="CHECKPOINT|WORKSPACE")
     _add_limit(p, "components per group, or auto (default: as it was)")
     p.add_argument("-o", "--output", metavar="OUT", required=True, help="the new checkpoint; may be the old one")

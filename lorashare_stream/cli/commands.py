@@ -23,10 +23,9 @@ from ..pipeline import default_workspace
 from ..plan.file import plan_as_json
 from ..plan.plan import Plan
 from ..plan.sources import resolve
-from ..report.analysis import analyse
-from ..report.analysis_text import analysis_as_json, analysis_text
 from ..report.summary_text import summary_text
 from ..report.text import notes_text, plan_text, plan_warnings, rows_text, table
+from ..settings import LIMITS
 from ..text import bytes_shown, counted, listed, name_fault, printable
 from ..workspace.workspace import Workspace
 from .choices import Args, cluster_of, make_plan, names_meant, planned, with_config, with_workers
@@ -39,18 +38,19 @@ SKIPPED = 3  # exit code: done, but adapters were left out
 def plan(args: Args) -> int:
     """`plan`: print it, write it, and fail for what it already shows to be impossible; with `--analyze`, measure."""
     chosen, sample = with_config(args), args.get("sample")
-    if sample is not None and ("analyze" not in args or sample < 2):
-        raise UsageError("--sample needs --analyze, and two adapters or more", found=sample)
+    limited = any(chosen.get(name) is not None for name in LIMITS)
+    if sample is not None and (not ("analyze" in args or limited) or sample < 2):
+        raise UsageError("--sample needs --analyze or a limit, and two adapters or more", found=sample)
     workspace = Path(chosen["workspace"]) if "workspace" in chosen else None
     made = make_plan(chosen, workspace, runs=False, progress=progress_of(args))
     value, text, fault = plan_as_json(made), plan_text(made), _fault(made)
-    if "analyze" in args:
+    if fault is None or ("analyze" in args and not limited):
         try:
-            found = analyse(made, sample, progress=progress_of(args))
+            more, told = _looked_into(args, made, sample)
         except (CollectionError, BudgetError) as e:
             fault = fault or e
         else:
-            value, text = value | {"analysis": analysis_as_json(found)}, f"{text}\n\n{analysis_text(found, made)}"
+            value, text = value | more, "\n\n".join([text, *told])
     if "output" in args:
         write_json(Path(args["output"]), value)
     print_result(args, value | ({"error": fault.problem} if fault else {}), text)
@@ -59,6 +59,27 @@ def plan(args: Args) -> int:
         print(f"lorashare-stream: {fault}", file=sys.stderr)
         return fault.exit_code
     return SKIPPED if made.refused else 0
+
+
+def _looked_into(args: Args, made: Plan, sample: int | None) -> tuple[dict[str, Any], list[str]]:
+    """What a sample tells, as plain values and as text: a forecast where a limit is set, else what `--analyze` asks."""
+    if made.settings.limit:
+        from ..report.forecast import forecast_of
+        from ..report.forecast_text import forecast_text
+
+        if "analyze" not in args and not any(e.fetched for e in made.adapters):
+            return {}, [
+                "note: nothing is foretold: adapters on the Hub are not fetched for it; --analyze fetches a sample"
+            ]
+        forecast = forecast_of(made, sample, fetches="analyze" in args, progress=progress_of(args))
+        return {"forecast": asdict(forecast)}, [forecast_text(forecast)]
+    if "analyze" not in args:
+        return {}, []
+    from ..report.analysis import analyse
+    from ..report.analysis_text import analysis_as_json, analysis_text
+
+    found = analyse(made, sample, progress=progress_of(args))
+    return {"analysis": analysis_as_json(found)}, [analysis_text(found, made)]
 
 
 def _fault(made: Plan) -> StreamError | None:
@@ -105,7 +126,7 @@ def _compress(args: Args, chosen: Args, out: Path, named: Path | None, overwrite
         what = {"current": "is up to date", "projection": "has grown", "recompute": "has replaced what was there"}
         log.info("%s %s", printable(out), what[outcome.method])
     told = {note for adapter in made.adapters for note in adapter.layout.notes}
-    for note in notes_text(Workspace(workspace).journal().admissions, told):
+    for note in notes_text(outcome.admissions, told):
         log.info("%s", note)
     config = read_share_config(out)
     used = tree_bytes(workspace)
@@ -210,6 +231,7 @@ def verify(args: Args) -> int:
         if not sources:
             missing = f"no {printable(beside)}, and no adapter of the Hub"
             raise UsageError("no originals to compare with", found=missing, remedy="Name them by --sources.")
+    damaged = model.damaged_files()
     found = verdicts_of(model, originals_of(model, sources), workspace=beside, offline=offline)
     verdicts = list(progress_of(args)("verify", len(model.adapter_names), found))
     verdicts.sort(key=lambda v: (v.problem is None, -v.relative_error if v.relative_error >= 0 else 0, v.name))
@@ -228,11 +250,14 @@ def verify(args: Args) -> int:
     ]
     text = table(rows, ("adapter", "dW error", "certified", "at worst", "in module"))
     text += f"\nmean dW error {mean:.6f} of {counted(len(measured), 'compressed adapter')}" if mean is not None else ""
-    print_result(args, {"mean": mean, "failed": len(bad), "adapters": [asdict(v) for v in verdicts]}, text)
+    result = {"mean": mean, "failed": len(bad), "damaged": [e.problem for e in damaged]}
+    print_result(args, result | {"adapters": [asdict(v) for v in verdicts]}, text)
+    for fault in damaged:
+        print(f"FAILED {printable(fault, 2000)}", file=sys.stderr)
     for problem in dict.fromkeys(v.problem for v in bad):
         names = [v.name for v in bad if v.problem == problem]
         print(f"FAILED {listed(names)}: {printable(problem, 2000)}", file=sys.stderr)
-    return 1 if bad else 0
+    return 1 if bad or damaged else 0
 
 
 def _figure(value: float | None) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.config import read_share_config
-from ..checkpoint.format import ADAPTERS
+from ..checkpoint.format import ADAPTERS, total_bytes
 from ..edits import add as adding
 from ..edits import refit as refitting
 from ..edits import remove as shrinking
@@ -49,18 +49,24 @@ def _means(args: Args) -> Iterator[RunOptions]:
 def add(args: Args) -> int:
     """`add`: adapters into a checkpoint."""
     out, config = opened(Path(args["checkpoint"]))
-    before = set(config.adapter_names)
+    before, bytes_before = set(config.adapter_names), total_bytes(config.ours.get("bytes", {}))
     sources = named_sources(args, skipping=args.get("on_error") == "skip")
     with _means(args) as options:
         outcome = adding.add(out, sources, options)
     config = read_share_config(out)
     tried = list(outcome.kept.items())[:20]
     added = [name for name in config.adapter_names if name not in before]
-    cost = bytes_shown(sum(tree_bytes(out / ADAPTERS / name) for name in added))
+    how, again = "on the bases that were there", "bases were fitted again, and all adapters projected on them"
+    size = sum(tree_bytes(out / ADAPTERS / name) for name in added)
+    if config.coded:
+        how, again = "coded alone", "all adapters were coded again, since the limit did not hold the new ones"
+        size = total_bytes(config.ours["bytes"]) - bytes_before
     text = {
         "current": "nothing to add: the checkpoint has these adapters",
-        "projection": f"added {listed(added)} on the bases that were there, for {cost}" if added else "nothing to add",
-        "recompute": f"added {listed(added)}; bases were fitted again, and all adapters projected on them",
+        "projection": f"added {listed(added)}{', ' if config.coded else ' '}{how}, for {bytes_shown(size)}"
+        if added
+        else "nothing to add",
+        "recompute": f"added {listed(added)}; {again}",
     }[outcome.method]
     kept = [(name, f"keeps {share:.4f} of its dW energy on the bases that were there") for name, share in tried]
     result: dict[str, Any] = {"added": added, "method": outcome.method, "kept": outcome.kept}
@@ -99,6 +105,10 @@ def remove(args: Args) -> int:
 
 def _traces(done: Removed, refit: bool) -> list[str]:
     """Where what was taken out is left, in words."""
+    if done.coded and done.in_moments is None:
+        return ["nothing of them is left in the checkpoint; there is no workspace here, whose journal would name them"]
+    if done.coded:
+        return ["nothing of them is left in the checkpoint; the workspace's journal keeps their names and digests"]
     lines = []
     if done.in_bases:
         lines.append(f"the bases were fitted to {listed(done.in_bases)} too, and still contain their trace")
@@ -115,7 +125,7 @@ def _traces(done: Removed, refit: bool) -> list[str]:
 
 
 def refit(args: Args) -> int:
-    """`refit`: another k, or bases anew."""
+    """`refit`: another k or limit, or bases anew."""
     asked = {name: args[name] for name in _ASKED if name in args}
     out = Path(args["output"])
     with _means(args) as options:
@@ -123,7 +133,10 @@ def refit(args: Args) -> int:
     config = read_share_config(out)
     note = {
         "sliced": "cut from what was stored; errors follow from those of the larger k, and are not measured",
-        "recompute": "bases fitted, and all adapters projected from their sources",
+        "recompute": "all adapters coded from their sources"
+        if config.coded
+        else "bases fitted, and all adapters projected from their sources",
+        "projection": "what was coded so stays; the rest was coded from the sources",
         "current": "nothing to do",
     }[method]
     log.info("%s: %s", printable(out), note)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..linalg.types import Array, Float64
-from .quantiser import LOWEST, Ints, classes_of, low_bits, reach, table
+from .quantiser import LOWEST, TOTAL, Ints, classes_of, low_bits, reach, table
 
 Categorical, Uniform = constriction.stream.model.Categorical, constriction.stream.model.Uniform
 _COUNTED = 12  # classes up to which code lengths are compared; of wider ones a column's own deviation tells the best
@@ -29,7 +29,8 @@ def _model(kind: int) -> Any:
 def differences(most: int, rise: float, fall: float, center: int = 0) -> Any:
     """A model of differences from -`most` to `most`, as symbols from 0: geometric on both sides of `center`."""
     away = np.arange(-most, most + 1) - center
-    weights = np.where(away > 0, rise, fall) ** np.abs(away)
+    likely = np.where(away > 0, rise, fall) ** np.abs(away)
+    weights = np.maximum(np.rint(likely / likely.sum() * TOTAL), 1)  # whole: the same, whoever computes powers
     return Categorical(weights / weights.sum(), perfect=False)
 
 
@@ -77,6 +78,7 @@ class Encoder:
     def integers(self, values: Ints, kind: int) -> None:
         """Encode integers of a class."""
         bits, k = low_bits(kind), reach(kind)
+        values = values + (1 << bits >> 1)  # the high part is the nearest
         high = values >> bits
         outside = np.abs(high) > k
         self.put(np.where(outside, 2 * k + 1, high + k), _model(kind))
@@ -111,7 +113,7 @@ class Decoder:
         return found
 
     def integers(self, count: int, kind: int) -> Ints:
-        """Decode integers of a class; those that have escaped are right when the stream is `finished`."""
+        """Decode integers of a class, which are right when the stream is at its end: after `finish`."""
         bits, k = low_bits(kind), reach(kind)
         values = self.get(count, _model(kind)) - k
         outside = np.flatnonzero(values > k)
@@ -122,7 +124,7 @@ class Decoder:
         return values
 
     def finish(self) -> None:
-        """Decode what has escaped, into the arrays that were given."""
+        """Decode what has escaped, and finish the arrays that were given."""
         count = sum(len(places) for _, places, _ in self._escaped)
         lengths, negative = self.get(count, Uniform(_LENGTHS)).tolist(), self.get(count, Uniform(2)).tolist()
         at = 0
@@ -132,6 +134,7 @@ class Decoder:
                 low = int(values[place]) & ((1 << bits) - 1)
                 values[place] = ((-high if negative[at] else high) << bits) + low
                 at += 1
+            values -= 1 << bits >> 1
 
     def _magnitude(self, length: int) -> int:
         value = 1 << max(0, length - 1) if length else 0

@@ -16,7 +16,7 @@ from ..adapters.dtypes import as_stored
 from ..adapters.scaling import Scaling
 from ..linalg.delta import DeltaError, energies, gram
 from ..linalg.types import Array, Float64
-from .gauge import Pairs
+from .gauge import Pairs, pairs_of
 from .stream import Group, Shape
 
 _AT_ONCE = 1 << 20  # numbers in float64
@@ -128,3 +128,8 @@ def errors(pairs: Pairs, a_hat: Array, b_hat: Array, scalings: Sequence[Scaling]
     found[~np.isfinite(found)] = np.inf
     norms = np.square(values).sum(axis=(-2, -1))
     return [DeltaError(error, norm) for error, norm in zip(found.tolist(), norms.tolist(), strict=True)]
+
+
+def errors_of_products(a: Array, b: Array, a_hat: Array, b_hat: Array, scalings: Sequence[Scaling]) -> list[DeltaError]:
+    """`errors` for modules of one shape, given by lora_A (m, E r, d_in) and lora_B (m, d_out, E r)."""
+    return errors(pairs_of(a, b, scalings), a_hat, b_hat, scalings)

@@ -13,7 +13,9 @@ first, whose dead zone is wider. Integers then are near the centroids of their c
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +27,8 @@ LAMBDA = 0.16  # squared steps a bit: of 0.08 to 0.2 the fewest bytes at dW erro
 PER_OCTAVE = 4  # classes to a factor of 2 of sigma
 LOWEST, WHOLE, HIGHEST = -20, 24, 88  # classes; above WHOLE the low bits of a coefficient are coded as they are
 REACH = 8  # times sigma, up to which a table has entries
-RAREST = 2.0**-22  # probability of an entry at least; a range coder of 24 bits knows none below 2^-24
+TOTAL = 1 << 24  # of the weights of a table: a range coder of 24 bits knows no less than one of these
+TABLES = Path(__file__).with_name("tables.npy")
 _WIDEST, _ZONE = 1.25, 0.999  # of w, and of the first threshold: no integer is farther off than the next one
 Ints = NDArray[np.int64]
 
@@ -50,7 +53,7 @@ def thresholds() -> tuple[Float64, Float64]:
     first = width / 2
     for _ in range(8):  # it decides the lengths of 0 and 1, and these decide it
         zero, one = 2 * ndtr(first / sigmas) - 1, ndtr(-first / sigmas) - ndtr(-1.5 * width / sigmas)
-        more = np.log2(zero) - np.log2(np.maximum(one, RAREST))
+        more = np.log2(zero) - np.log2(np.maximum(one, 4 / TOTAL))
         first = np.clip(0.5 + LAMBDA / 2 * more, width / 2, _ZONE)
     return width, first
 
@@ -67,26 +70,29 @@ def quantised(rows: Array, step: float) -> Array:
     return found
 
 
+def reach(kind: int) -> int:
+    """K of a class: the largest magnitude, without low bits, that is no escape."""
+    sigma: float = 2.0 ** (kind / PER_OCTAVE - low_bits(kind))
+    return math.ceil(REACH * sigma) + 1
+
+
+@lru_cache(maxsize=1)
+def _weights() -> dict[int, Ints]:
+    """By class up to WHOLE, the weights of 0 to K and of an escape."""
+    found, at = np.load(TABLES).astype(np.int64), 0
+    tables = {}
+    for kind in range(LOWEST, WHOLE + 1):
+        tables[kind] = found[at : at + reach(kind) + 2]
+        at += reach(kind) + 2
+    return tables
+
+
 @lru_cache(maxsize=256)
 def table(kind: int) -> Float64:
     """Probabilities of the integers -K to K of a class, without their low bits, and of an escape: (2 K + 2,) float64.
 
-    They are those of a normal density in the cells of the quantiser: fixed for all collections, and so no part of any
-    file. Counted ones, at no cost, are 0.2 to 0.5 % shorter.
+    They are those of a normal density in the cells of the quantiser, as whole parts of 2^24: fixed for all collections,
+    and so no part of any file (`scripts/make_tables.py`). Counted ones, at no cost, are 0.2 to 0.5 % shorter.
     """
-    sigma, bits = 2.0 ** (kind / PER_OCTAVE), low_bits(kind)
-    width, first = (float(values[kind - LOWEST]) for values in thresholds())
-    reach = int(np.ceil(REACH * sigma / 2**bits)) + 1
-    edges = (np.arange(-reach, reach + 2) * 2.0**bits - 0.5) * width  # of q >> bits, which is rounded down
-    if not bits:
-        edges[reach], edges[reach + 1] = -first, first
-    lower = edges / sigma
-    cells = np.where(lower[:-1] > 0, ndtr(-lower[:-1]) - ndtr(-lower[1:]), ndtr(lower[1:]) - ndtr(lower[:-1]))
-    found = np.append(np.maximum(cells, RAREST), RAREST)
-    whole: Float64 = found / found.sum()
-    return whole
-
-
-def reach(kind: int) -> int:
-    """K of a class: the largest magnitude, without low bits, that is no escape."""
-    return (len(table(kind)) - 2) // 2
+    weights = _weights()[kind - PER_OCTAVE * low_bits(kind)]
+    return np.concatenate([weights[-2:0:-1], weights]) / TOTAL

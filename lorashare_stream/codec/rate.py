@@ -32,7 +32,7 @@ class Curve:
     errors: tuple[float, ...]
 
     def bytes_at(self, step: float) -> float:
-        """Bytes at a step, by interpolation in logarithms; finer than the first, a bit takes as many bytes as there."""
+        """Bytes at a step, by interpolation in logarithms; beyond the end by the slope there, finer by bytes a bit."""
         if step >= self.steps[0] or len(self.steps) < 2:
             return _between(self.steps, self.nbytes, step)
         slope = (self.nbytes[0] - self.nbytes[1]) / log(self.steps[1] / self.steps[0])

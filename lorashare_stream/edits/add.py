@@ -10,9 +10,10 @@ from typing import Any
 
 from ..adapters.folder import digest_files
 from ..adapters.source import Source
+from ..checkpoint.coded import metas_in
 from ..checkpoint.config import SHAREConfig, read_share_config
 from ..checkpoint.format import OURS, skipped_of
-from ..checkpoint.records import admission_in, metas_of
+from ..checkpoint.records import admission_in
 from ..checkpoint.staging import remove_stale
 from ..checkpoint.summary import counts_of, record_of
 from ..errors import AdapterError, CheckpointError, UsageError, WorkspaceError, refusal, skipped_as_json
@@ -22,6 +23,7 @@ from ..plan.catalog import Surveyed, catalog, read_entries
 from ..plan.plan import make_plan
 from ..plan.sources import resolve
 from ..settings import Settings
+from ..stages import coding
 from ..stages.grow import demand_unchanged, grow, offer, staged_digest
 from ..stages.job import Job
 from ..stages.passes import checkpoint_key_of, ingested
@@ -36,15 +38,17 @@ log = logging.getLogger(__name__)
 def add(checkpoint: Path, sources: Sequence[Source], options: RunOptions, *, refit: bool = False) -> Outcome:
     """Add adapters to a checkpoint: project them on its bases if these keep enough of each, else fit bases anew.
 
-    Without a workspace, adapters can only be projected.
+    Without a workspace, adapters can only be projected. To a coded checkpoint they are added as they are coded: alone,
+    by the limit or the step that it records.
 
     Args:
         checkpoint: one of ours.
         sources: the adapters; those that it has are passed over.
         options: with what, and what share of dW energy must be kept.
-        refit: fit bases anew in any case, for which the workspace is needed.
+        refit: fit bases anew in any case, for which the workspace is needed; a coded checkpoint has none.
 
     Raises:
+        BudgetError: if a limit on bytes does not hold them, and adapters cannot be coded again.
         CollectionError: if bases must be fitted anew, and cannot: it says what the bases that are there keep.
     """
     out, config = opened(checkpoint)
@@ -53,10 +57,12 @@ def add(checkpoint: Path, sources: Sequence[Source], options: RunOptions, *, ref
     pins = _pins_in(out, config) if loose else None
     sources, surveyed = resolve_on_hub(sources, settings, root, pins=pins, progress=options.progress)
     _check_names(config, out, sources)
+    if config.coded and options.accept is not None:
+        log.warning("--variance says nothing of a coded checkpoint: each adapter is coded within its limit")
     if root is None:
-        if refit:
+        if refit and not config.coded:
             raise WorkspaceError("no workspace to fit bases anew from", remedy="Compress the sources again.")
-        return _add_by_projection(out, config, sources, surveyed, settings, options)
+        return _add_alone(out, config, sources, surveyed, settings, options)
     check_same(out, config, root, adding={s.id for s in sources})
     held = recalled(root)
     fresh = _fresh(sources, [(s.id, s.name) for s in held])
@@ -97,7 +103,7 @@ def _check_names(config: SHAREConfig, out: Path, sources: Sequence[Source]) -> N
     taken = {folded(name): name for name in config.adapter_names}
     for source in sources:
         name = None if source.name is None else taken.get(folded(source.name))
-        if name is not None and next(metas_of(out, [name]))[OURS]["source_id"] != source.id:
+        if name is not None and next(metas_in(out, config, [name]))[OURS]["source_id"] != source.id:
             raise UsageError(
                 f"there is an adapter named {printable(name)!r} already", found=source.path, remedy="Give another name."
             )
@@ -125,19 +131,19 @@ def _fresh(sources: Sequence[Source], held: Sequence[tuple[str, str | None]]) ->
 
 def _pins_in(out: Path, config: SHAREConfig) -> dict[str, str]:
     """What ids of the Hub mean that a checkpoint has adapters of."""
-    return loose_ids(str(meta[OURS]["source_id"]) for meta in metas_of(out, config.adapter_names))
+    return loose_ids(str(meta[OURS]["source_id"]) for meta in metas_in(out, config, config.adapter_names))
 
 
 def _receipts_in(out: Path, config: SHAREConfig) -> list[Admission]:
     """What a checkpoint records of its adapters."""
     try:
-        return [admission_in(meta) for meta in metas_of(out, config.adapter_names)]
+        return [admission_in(meta) for meta in metas_in(out, config, config.adapter_names)]
     except CheckpointError:
         demand_unchanged(out, config)  # else another run is taking the adapter out
         raise
 
 
-def _add_by_projection(
+def _add_alone(
     out: Path,
     config: SHAREConfig,
     sources: Sequence[Source],
@@ -145,21 +151,27 @@ def _add_by_projection(
     settings: Settings,
     options: RunOptions,
 ) -> Outcome:
-    log.info("no workspace is named, nor beside the checkpoint: adapters are projected on its bases only")
+    """Add adapters without a workspace."""
+    if not config.coded:
+        log.info("no workspace is named, nor beside the checkpoint: adapters are projected on its bases only")
     there = _receipts_in(out, config)
     fresh = _fresh(sources, [(r.source_id, r.name) for r in there])
     _check_unchanged(there, sources, settings)
     if not fresh:
         remove_stale(out, staged_digest(config.ours["digest"], config.ours["basis_digest"]))
         return Outcome([], "current")
-    plan = make_plan(catalog(fresh, settings, admissions=there, surveyed=surveyed), settings, grows=True)
+    found = catalog(fresh, settings, admissions=there, surveyed=surveyed)
+    if settings.ratio is not None:  # of the whole checkpoint, and not of these adapters alone
+        originals = sum(sum(r.sizes) for r in there) + sum(f.size for e in found.adapters for f in e.files)
+        settings = replace(settings, ratio=None, max_bytes=settings.byte_limit(originals))
+    plan = make_plan(found, settings, grows=True)
     plan.validate()
     with options.running(plan, out, None) as (run, _):
-        return _projected(out, config, there, run, options)
+        return _grown(out, config, there, run, options)
 
 
-def _projected(out: Path, config: SHAREConfig, there: Sequence[Admission], run: Run, options: RunOptions) -> Outcome:
-    """Project the adapters of a run's plan on the bases of a checkpoint that has others."""
+def _grown(out: Path, config: SHAREConfig, there: Sequence[Admission], run: Run, options: RunOptions) -> Outcome:
+    """Add the adapters of a run's plan to a checkpoint that has others: projected on its bases, or coded."""
     plan, settings = run.plan, run.plan.settings
     threshold = config.variance_threshold if options.accept is None else options.accept
     admissions = list(ingested(run, plan.adapters))
@@ -184,10 +196,14 @@ def _projected(out: Path, config: SHAREConfig, there: Sequence[Admission], run: 
         settings_key=settings_key,
         checkpoint_key=checkpoint_key_of(settings_key, journal.admissions),
     )
+    left_out = [*skipped_of(out), *skipped_as_json(refused)]
+    if config.coded:
+        target = coding.target_there(out, config, journal.admissions, left_out)
+        return Outcome(refused, coding.code(run, job, target, lambda _: demand_unchanged(out, config)))
     counts = counts_of(config)
     for group, n in replace(job, journal=Journal(admitted)).counts.items():
         counts[group] = counts.get(group, 0) + n
-    published, kept = grow(run, job, out, config, [*skipped_of(out), *skipped_as_json(refused)], threshold, counts)
+    published, kept = grow(run, job, out, config, left_out, threshold, counts)
     if not published:
         raise WorkspaceError(
             "bases must be fitted anew for these adapters, and there is no workspace with the moments",

@@ -82,8 +82,9 @@ class RunOptions:
 
     def settings(self, config: SHAREConfig) -> Settings:
         """Those with which a checkpoint was made, but for the changes."""
-        base = config.base_model_name_or_path or None
-        made = {**record_of(config).settings, "base_model": base, "dtype": DTYPES[config.ours["dtype"]]}
+        record, base = record_of(config), config.base_model_name_or_path or None
+        dtype = "auto" if config.coded else DTYPES[record.dtype]  # a code has none
+        made = {**record.settings, "base_model": base, "dtype": dtype}
         return Settings.from_mapping(overridden(made, self.changes))
 
     def compress(self, plan: Plan, out: Path, root: Path, **options: Any) -> Outcome:

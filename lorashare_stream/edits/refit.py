@@ -1,4 +1,4 @@
-"""Another k from what was computed before."""
+"""Another k from what was computed before, or another limit from the sources."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from ..machine import usable_cores
 from ..pipeline import plan_for
 from ..runtime.executors import Places, executor_for, mapper_for
 from ..settings import LIMITS, Settings, overridden
+from ..settings import asked as asked_for
 from ..stages.slice import cut_of, slice_checkpoint
+from ..text import listed
 from ..workspace.workspace import Workspace
 from .options import RunOptions, check_same, opened
 
@@ -28,7 +30,8 @@ def refit(place: Path, asked: Mapping[str, Any], out: Path, options: RunOptions,
     """Another k from the same moments, or the same k for all that was added and taken out since.
 
     A smaller k than the checkpoint has is cut from what it stores, without sources or workspace. Else bases are fitted
-    to the moments, and all adapters are projected from their sources, which are read once.
+    to the moments, and all adapters are projected from their sources, which are read once. Another limit, and k instead
+    of one, or one instead of k, is another checkpoint of the same sources, which the workspace knows.
 
     Args:
         place: a checkpoint of ours, or a workspace.
@@ -38,7 +41,7 @@ def refit(place: Path, asked: Mapping[str, Any], out: Path, options: RunOptions,
         overwrite: replace a checkpoint of another run at `out`.
 
     Returns:
-        `sliced`, `recompute` or `current`.
+        `sliced`, `recompute`, `projection` (of a coded one, some of whose adapters have stayed) or `current`.
     """
     changes = {**options.changes, **asked}
     if Workspace(place).exists():
@@ -54,16 +57,28 @@ def refit(place: Path, asked: Mapping[str, Any], out: Path, options: RunOptions,
             return _slice(place, config, k, out, options, overwrite)
         found = options.root_of(place, config)
         if found is None:
-            raise WorkspaceError(
-                "only a smaller k can be cut from a checkpoint without its workspace",
-                found=f"k = {config.num_components}",
-                remedy="Name the workspace by --workspace, or compress the sources again.",
-            )
+            raise _no_sources(config, settings)
         check_same(place, config, found)
         root = found
     held = recalled(root)
     plan = plan_for(held, settings, root, recalled=[str(s.name) for s in held], progress=options.progress)
     return options.compress(plan, out, root, refit=True, overwrite=overwrite).method
+
+
+def _no_sources(config: SHAREConfig, settings: Settings) -> WorkspaceError:
+    remedy = "Name the workspace by --workspace, or compress the sources again."
+    if settings.limit or config.coded:
+        return WorkspaceError(
+            "the adapters must be read again from their sources, which only the workspace knows",
+            found=listed([*asked_for(record_of(config).settings), f"k = {config.num_components}"][:1]),
+            expected=listed([*asked_for(settings.as_dict()), f"k = {settings.num_components}"][:1]),
+            remedy=remedy,
+        )
+    return WorkspaceError(
+        "only a smaller k can be cut from a checkpoint without its workspace",
+        found=f"k = {config.num_components}",
+        remedy=remedy,
+    )
 
 
 def _last_settings(workspace: Path) -> dict[str, Any]:

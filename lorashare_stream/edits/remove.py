@@ -10,19 +10,21 @@ from pathlib import Path
 
 from ..adapters.adapter import Adapter
 from ..adapters.safetensors import read_header
+from ..checkpoint.coded import metas_in
 from ..checkpoint.config import SHAREConfig, read_share_config
 from ..checkpoint.format import ADAPTERS, LOADINGS, skipped_of
 from ..checkpoint.records import admission_in, metas_of
 from ..checkpoint.staging import Staging
 from ..checkpoint.summary import counts_of, record_of
 from ..errors import AdapterError, StreamError, UsageError, WorkspaceError, unknown_adapter
-from ..files import read_sealed, write_sealed
+from ..files import read_sealed, remove_tree, write_sealed
 from ..hub.lookup import recalled, resolve_on_hub, source_of
 from ..linalg.device import resolve_device
 from ..pipeline import plan_for, recompute
 from ..plan.catalog import read_entries
 from ..plan.file import plan_as_json
 from ..plan.plan import Plan
+from ..stages import coding
 from ..stages.clean import clean_module, places_to_clean
 from ..stages.grow import changed, demand_unchanged
 from ..stages.job import Job
@@ -42,6 +44,7 @@ class Removed:
 
     Attributes:
         names: the adapters.
+        coded: whether the checkpoint is: then nothing of them is left in it, their names included.
         in_bases: all that were ever taken out whose vectors the bases of the checkpoint were fitted to.
         in_moments: name -> in how many modules sums still hold its vectors; None if there is no workspace.
         absent: adapters that stay, without whose sources, which are gone, bases cannot be fitted anew.
@@ -51,12 +54,14 @@ class Removed:
     in_bases: tuple[str, ...]
     in_moments: Mapping[str, int] | None = None
     absent: tuple[str, ...] = ()
+    coded: bool = False
 
 
 def remove(checkpoint: Path, names: Sequence[str], options: RunOptions, *, refit: bool = False) -> Removed:
     """Take adapters out of a checkpoint: their files and their stacked columns go.
 
-    Sums and bases still contain what they added, unless they are computed anew.
+    Sums and bases still contain what they added, unless they are computed anew. A coded checkpoint has neither: it is
+    then what it would be without them, and sums that its workspace has of a time when it was none are dropped.
 
     Args:
         checkpoint: one of ours.
@@ -72,15 +77,18 @@ def remove(checkpoint: Path, names: Sequence[str], options: RunOptions, *, refit
     root = options.root_of(out, config)
     journal = Journal() if root is None else Workspace(root).journal()
     _check_names(out, config, journal, names, refit)
-    if root is None and refit:
+    if root is None and refit and not config.coded:
         raise WorkspaceError(
             "no workspace to compute anything anew from",
             remedy="Name it by --workspace; or leave --refit off, and compress the sources of the others again.",
         )
+    if root is None and config.coded:
+        _keep_others(out, config, names, lambda _: demand_unchanged(out, config))
+        return Removed(tuple(names), (), coded=True)
     if root is None:
         shrink(out, config, names)
         return Removed(tuple(names), tuple(read_share_config(out).ours["removed"]))
-    if refit:
+    if refit and not config.coded:
         check_same(out, config, root, removing=names)
     held = [s for s in recalled(root) if s.name not in names]
     names_held = [str(s.name) for s in held]
@@ -88,6 +96,9 @@ def remove(checkpoint: Path, names: Sequence[str], options: RunOptions, *, refit
     with options.running(plan, out, root) as (run, work):
         assert work is not None
         demand_unchanged(out, config)
+        if config.coded:
+            _take_out_coded(work, plan, out, config, names)
+            return Removed(tuple(names), (), {}, coded=True)
         take_out(work, journal_of_plan(plan, work), names)
         plan = _of_unchanged(plan, work.journal())
         write_sealed(work.root / "plan.json", plan_as_json(plan))
@@ -136,6 +147,29 @@ def _removed_entries(job: Job, workspace: Path) -> dict[str, Adapter]:
     sources = [source_of(r.source_id, r.name) for r in removed if isinstance(r, Admission)]
     found, surveyed = resolve_on_hub(sources, job.settings, workspace)
     return read_entries(found, job.settings, surveyed)
+
+
+def _take_out_coded(work: Workspace, plan: Plan, out: Path, config: SHAREConfig, names: Sequence[str]) -> None:
+    """Take adapters out of a coded checkpoint and its workspace, which may have moments and bases of a SHARE one."""
+    journal = journal_of_plan(plan, work)
+
+    def publishing(key: str) -> None:  # only now: until then it may be found that another one is damaged
+        take_out(work, journal, names)
+        work.publishing(out, key, str(config.ours["basis_digest"]))
+
+    _keep_others(out, config, names, publishing)
+    take_out(work, work.journal(), names)  # those that the checkpoint did not have
+    write_sealed(work.root / "plan.json", plan_as_json(_of_unchanged(plan, work.journal())))
+    for module in work.modules():
+        work.forget(module)
+    for bases in work.bases.iterdir():
+        remove_tree(bases)
+
+
+def _keep_others(out: Path, config: SHAREConfig, names: Collection[str], publishing: coding.Publishing) -> None:
+    """Take adapters out of a coded checkpoint: packs that hold them are written without them."""
+    stay = metas_in(out, config, [name for name in config.adapter_names if name not in names])
+    coding.keep(coding.target_there(out, config, [admission_in(meta) for meta in stay], skipped_of(out)), publishing)
 
 
 def shrink(out: Path, config: SHAREConfig, names: Sequence[str]) -> None:

@@ -68,18 +68,22 @@ def card(config: SHAREConfig, sources: Sequence[Provenance], repo_id: str) -> st
     base = _base_link(config)
     parts = [
         f"---\n{_front_matter(config, sources)}---\n{MARK}",
-        f"# {counted(len(sources), 'LoRA adapter')} in one SHARE checkpoint",
-        f"Adapters of {base}, each kept as loadings on bases that all of them share. Any one of them can be "
-        "reconstructed as a PEFT adapter.",
+        f"# {counted(len(sources), 'LoRA adapter')} in one {'coded' if config.coded else 'SHARE'} checkpoint",
+        f"Adapters of {base}, {_CODED if config.coded else _SHARED} Any one of them can be reconstructed as a PEFT "
+        "adapter.",
         _table(("", ""), facts),
         *_errors_explained(config),
         _USE.replace("REPO", repo_id),
-        _LORASHARE.replace("REPO", repo_id),
+        _CODED_ONLY if config.coded else _LORASHARE.replace("REPO", repo_id),
         "## Where the adapters came from",
-        *_provenance(sources),
+        *_provenance(sources, _TELLS if config.coded else "`adapters/<name>/adapter_meta.json`"),
     ]
     return "\n\n".join(parts) + "\n"
 
+
+_SHARED = "each kept as loadings on bases that all of them share."
+_CODED = "each coded alone: the weight change dW = s B A of its modules, quantised and entropy-coded."
+_TELLS = "`SHAREModel.certified(name)`"
 
 _USE = """## Use
 
@@ -102,6 +106,11 @@ from lorashare import SHAREModel
 share = SHAREModel.from_pretrained(snapshot_download("REPO"))
 ```"""
 
+_CODED_ONLY = (
+    "The codes of some hundred adapters are one file, of which one ranged request fetches one. lorashare cannot read a "
+    "coded checkpoint. What `reconstruct` writes is a PEFT adapter, of the rank and with the keys of its original."
+)
+
 
 def _front_matter(config: SHAREConfig, sources: Sequence[Provenance]) -> str:
     import yaml
@@ -109,7 +118,7 @@ def _front_matter(config: SHAREConfig, sources: Sequence[Provenance]) -> str:
     values: dict[str, Any] = {"library_name": "lorashare-stream"}
     if is_repo(config.base_model_name_or_path):
         values |= {"base_model": config.base_model_name_or_path, "base_model_relation": "adapter"}
-    values["tags"] = ["lora", "peft", "share", "lorashare"]
+    values["tags"] = ["lora", "peft", "compression"] if config.coded else ["lora", "peft", "share", "lorashare"]
     licenses = {source.license for source in sources}
     only = licenses.pop() if len(licenses) == 1 else None
     if only and _LICENSE.fullmatch(only):
@@ -135,23 +144,25 @@ def _facts(config: SHAREConfig) -> Rows:
         ("base model", _base_link(config)),
         ("adapters", str(len(config.adapter_names))),
         *[("asked for", escaped(text)) for text in limit],
-        ("adapted modules on shared bases", str(len(config.layer_keys))),
     ]
+    if not config.coded:
+        rows.append(("adapted modules on shared bases", str(len(config.layer_keys))))
     if config.layer_keys:
         rows += [("components k", f"{config.num_components}{auto}"), ("explained variance", ", ".join(variance))]
     if not ours:
         return [*rows, ("LoRA parameters", _times(float(stats["compression_ratio"])))]
-    return [*rows, *_our_facts(ours, len(config.adapter_names))]
+    return [*rows, *_our_facts(ours, len(config.adapter_names), coded=bool(config.coded))]
 
 
 _VARIANCE = (("mean", "mean"), ("min", "least"))
 
 
-def _our_facts(ours: dict[str, Any], adapters: int) -> Rows:
+def _our_facts(ours: dict[str, Any], adapters: int, *, coded: bool) -> Rows:
     """Certified errors, and bytes on disk."""
     size, errors = ours["bytes"], ours["errors"]
     total = total_bytes(size)
     centred = ", centred" if ours["center"] else ""
+    whole = "everything" if coded else "the basis"
     summary = [f"{name} {float(errors[key]):.4f}" for key, name in _ERRORS]
     worst = [f"{escaped(w['name'])} ({float(w['relative_error']):.4f})" for w in errors["worst"][:5]]
     rows = [
@@ -159,13 +170,13 @@ def _our_facts(ours: dict[str, Any], adapters: int) -> Rows:
         ("relative error of dW", ", ".join(summary) if errors["adapters"] else "none: no adapter is compressed"),
         ("worst adapters", ", ".join(worst)),
         ("bytes of the originals", bytes_shown(size["originals"])),
-        ("bytes of this checkpoint", f"{bytes_shown(total)}, the basis included: {_times(size['originals'] / total)}"),
-        ("of which", ", ".join(f"{part} {bytes_shown(size[part])}" for part in PARTS)),
-        ("the next adapter", f"about {bytes_shown(next_bytes(size, adapters))} on these bases"),
+        ("bytes of this checkpoint", f"{bytes_shown(total)}, {whole} included: {_times(size['originals'] / total)}"),
+        ("of which", ", ".join(f"{part} {bytes_shown(size[part])}" for part in PARTS if part in size)),
+        ("the next adapter", f"about {bytes_shown(next_bytes(size, adapters))}{'' if coded else ' on these bases'}"),
         ("LoRA tensors alone", _times(float(size["lora_ratio"]))),
         ("kept exact", _some(ours["verbatim_adapters"])),
         ("added on bases that were not fitted to them", _some(ours["projected"])),
-        ("precision", escaped(ours["dtype"])),
+        ("precision", "" if coded else escaped(ours["dtype"])),
     ]
     return [(name, value) for name, value in rows if value]
 
@@ -178,15 +189,16 @@ def _errors_explained(config: SHAREConfig) -> list[str]:
         return []
     text = (
         "The error of an adapter is the Frobenius norm of what its weight change dW = s B A lost, over that of dW, all "
-        "of its compressed modules together, computed of the values that are stored. Each adapter's own is in its "
-        "`adapter_meta.json`."
+        "of its compressed modules together, computed of the values that are stored. "
     )
+    text += f"{_TELLS} tells" if config.coded else "In `adapter_meta.json` is"
+    text += " that of each adapter."
     if config.ours.get("cut_from"):
         text += " These are not measured: they follow from the errors at the larger k from which this one was cut."
     return [text]
 
 
-def _provenance(sources: Sequence[Provenance]) -> list[str]:
+def _provenance(sources: Sequence[Provenance], tells: str) -> list[str]:
     rows = [
         (
             escaped(source.name),
@@ -197,7 +209,7 @@ def _provenance(sources: Sequence[Provenance]) -> list[str]:
         for source in sources[:ROWS]
     ]
     more = len(sources) - ROWS
-    rest = [f"And {more} more: each says so in its `adapters/<name>/adapter_meta.json`."] if more > 0 else []
+    rest = [f"And {more} more: {tells} says it of each."] if more > 0 else []
     terms = "The licences are those that the Hub stated when the adapters were read."
     from_hub = any(source.hub is not None for source in sources)
     return [_table(("adapter", "source", "licence", "access"), rows), *rest, *([terms] if from_hub else [])]

@@ -153,14 +153,26 @@ class Hub:
             raise AdapterError("a file that is too large", key=file, found=f"{size} bytes", remedy="Leave it out.")
         return found
 
-    def _range(self, hub_id: HubId, file: str, first: int, last: int) -> Head:
+    def part(self, hub_id: HubId, file: str, offset: int, count: int, token: str | bool | None = None) -> bytes:
+        """Bytes of a file, fewer at its end: one ranged request, which is not retried.
+
+        Args:
+            hub_id, file: the file.
+            offset, count: of the bytes.
+            token: for the client, which else takes that of the environment.
+        """
+        return self._range(hub_id, file, offset, offset + count - 1, token).start if count else b""
+
+    def _range(self, hub_id: HubId, file: str, first: int, last: int, token: str | bool | None = None) -> Head:
         from huggingface_hub import get_session, hf_hub_url
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
         url = hf_hub_url(hub_id.repo, hub_id.path(file), revision=hub_id.revision)
-        headers = {**build_hf_headers(library_name="lorashare-stream"), "Range": f"bytes={first}-{last}"}
+        headers = {**build_hf_headers(token=token, library_name="lorashare-stream"), "Range": f"bytes={first}-{last}"}
         headers["Accept-Encoding"] = "identity"  # sizes are those of the file
         with get_session().stream("GET", url, headers=headers, timeout=TIMEOUT) as response:
+            if response.status_code == 416:  # a file that ends before
+                return Head(b"", 0, None)
             if response.status_code >= 400:
                 response.read()
             hf_raise_for_status(response)

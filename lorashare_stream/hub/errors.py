@@ -8,7 +8,6 @@ import logging
 import os
 import re
 import time
-from email.utils import parsedate_to_datetime
 from typing import Any
 
 from ..errors import AdapterError, MissingFileError, StreamError
@@ -88,6 +87,8 @@ def _asked_to_wait(response: Any) -> float | None:
     after = headers.get("Retry-After", "").strip()
     if re.fullmatch(r"\d{1,6}", after):
         return float(after) + 1
+    from email.utils import parsedate_to_datetime  # late: it imports a dozen modules
+
     try:
         return max(1.0, parsedate_to_datetime(after).timestamp() - time.time() + 1)
     except (TypeError, ValueError, OverflowError):

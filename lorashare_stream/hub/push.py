@@ -7,6 +7,7 @@ one. Run again, a push compares what is there and goes on. Local paths are taken
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,8 +19,11 @@ from typing import Any
 from ..adapters.folder import digest_files
 from ..adapters.hubid import is_repo, parse_hub_id
 from ..adapters.safetensors import read_header
+from ..checkpoint.coded import index_of, meta_of, record_in
 from ..checkpoint.config import SHAREConfig, read_share_config
-from ..checkpoint.format import ADAPTERS, COMPONENTS, CONFIG, LOADINGS, META, OURS, SKIPPED, SPECTRUM, VERBATIM
+from ..checkpoint.format import ADAPTERS, COMPONENTS, CONFIG, INDEX, LOADINGS, META, OURS, SKIPPED, SPECTRUM, VERBATIM
+from ..checkpoint.index import index_bytes
+from ..checkpoint.packs import check_pack
 from ..checkpoint.records import REPAIR, check_components, has_files
 from ..errors import CheckpointError, UsageError
 from ..files import read_json, sealed, unsealed
@@ -107,9 +111,10 @@ def push(
     readme = _readme(local, repo_id)
     target = Target(hub, repo_id, token, revision, create_pr=create_pr)
     is_private = target.prepare(private, closed)
-    message = commit_message or f"SHARE checkpoint of {counted(len(local.names), 'adapter')}"
+    form = "Coded" if local.statistics.coded else "SHARE"
+    message = commit_message or f"{form} checkpoint of {counted(len(local.names), 'adapter')}"
     config = Item.of(json.dumps(local.config, indent=2).encode())
-    done = target.upload({CARD: readme, **items}, config, message, progress, overwrite=overwrite)
+    done = target.upload(local.names, {CARD: readme, **items}, config, message, progress, overwrite=overwrite)
     return Pushed(repo_id, done.url, done.revision, done.uploaded, done.present, done.deleted, is_private)
 
 
@@ -166,7 +171,7 @@ class _Local:
         if unsafe or not self.names:
             found = listed(unsafe) or "none"
             raise CheckpointError("adapter names that are no path components", found=found, expected="names of folders")
-        if not has_files(root, self.names):
+        if not read.coded and not has_files(root, self.names):
             raise CheckpointError("files of the checkpoint are missing", found=root, remedy="Fetch it again.")
         settings = read.ours.get("settings", {})
         aliases = settings.get("base_aliases", []) if isinstance(settings, dict) else []
@@ -179,17 +184,39 @@ class _Local:
 
     def items(self, progress: Progress) -> dict[str, Item]:
         """All files but the configuration and the card: path in the repository -> what is uploaded."""
+        skipped = {SKIPPED: Item.of(self._skipped(), self._skipped)} if (self.root / SKIPPED).is_file() else {}
+        if self.statistics.coded:
+            return self._coded(progress) | skipped
         digest = self.statistics.ours.get("components")
         if digest is not None:
             check_components(self.root, str(digest))
         found = {COMPONENTS: self._tensors(COMPONENTS, digest)}
         if (self.root / SPECTRUM).is_file():
             found[SPECTRUM] = self._tensors(SPECTRUM)
-        if (self.root / SKIPPED).is_file():
-            found[SKIPPED] = Item.of(self._skipped(), self._skipped)
         for adapter in progress("look", len(self.names), self._adapters()):
             found |= adapter
-        return found
+        return found | skipped
+
+    def _coded(self, progress: Progress) -> dict[str, Item]:
+        """The index, without paths, and the packs, which have none."""
+        index = index_of(self.root, self.statistics.coded)
+        if index.adapters.keys() != {*self.names}:
+            raise CheckpointError(f"{CONFIG} and {INDEX} name other adapters", found=self.root)
+        told = {name: self._scrub(meta_of(adapter, "")) for name, adapter in index.adapters.items()}
+        self.sources = [_provenance(name, told[name]) for name in self.names]
+        adapters = {
+            name: replace(adapter, config=told[name]["original_config"], record=record_in(told[name]))
+            for name, adapter in index.adapters.items()
+        }
+        content = index_bytes(replace(index, adapters=adapters))
+        self.config["coded"]["index"] = hashlib.sha256(content).hexdigest()
+
+        def packs() -> Iterator[tuple[str, Item]]:
+            for pack in index.packs:
+                check_pack(self.root / pack.file, pack)
+                yield pack.file, Item(pack.sha256, pack.nbytes, self.root / pack.file)
+
+        return {INDEX: Item.of(content), **dict(progress("look", len(index.packs), packs()))}
 
     def _adapters(self) -> Iterator[dict[str, Item]]:
         for name in self.names:

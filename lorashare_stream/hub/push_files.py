@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.format import ADAPTERS, COMPONENTS, CONFIG, LOADINGS, META, SKIPPED, SPECTRUM, VERBATIM
+from ..checkpoint.format import ADAPTERS, COMPONENTS, CONFIG, INDEX, LOADINGS, META, PACKS, SKIPPED, SPECTRUM, VERBATIM
+from ..checkpoint.index import read_index
 from ..errors import CheckpointError
 from ..text import printable
 
-_COMMON = {SKIPPED, SPECTRUM, COMPONENTS, "README.md", ".gitattributes", ".gitignore", "LICENSE", "LICENSE.md"}
+_OURS = {SKIPPED, SPECTRUM, COMPONENTS, INDEX}
+_COMMON = {*_OURS, "README.md", ".gitattributes", ".gitignore", "LICENSE", "LICENSE.md"}
+_PACK = re.compile(f"{PACKS}/[0-9a-f]{{16}}\\.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,20 +59,35 @@ Changes = dict[str, Item | None]  # path in the repository -> what it becomes; N
 
 def changes_for(items: Mapping[str, Item], there: Mapping[str, Any]) -> Changes:
     """What makes of the files that are there those that are to be; files of others are left alone."""
-    gone = [p for p in there if p not in items and (_is_of_an_adapter(p) or p in (SPECTRUM, SKIPPED))]
+    gone = [p for p in there if p not in items and (_holds_adapters(p) or p in _OURS)]
     new = {path: item for path, item in items.items() if not item.is_at(there.get(path))}
     return {**dict.fromkeys(gone), **new}
 
 
 def foreign(items: Mapping[str, Item], there: Mapping[str, Any]) -> list[str]:
     """What of a repository no push wrote, and is not of every repository."""
-    return [p for p in there if p not in items and p not in _COMMON and p != CONFIG and not _is_of_an_adapter(p)]
+    return [p for p in there if p not in items and p not in _COMMON and p != CONFIG and not _holds_adapters(p)]
 
 
-def others(items: Mapping[str, Item], there: Mapping[str, Any]) -> list[str]:
-    """The adapters on the Hub, if it has some and none of these is among them."""
-    ours, theirs = ({p.split("/")[1] for p in paths if _is_of_an_adapter(p)} for paths in (items, there))
-    return sorted(theirs) if theirs and not theirs & ours else []
+def others(names: Collection[str], there: Iterable[str], index: bytes | None) -> list[str]:
+    """The adapters on the Hub, if it has some and none of these names is among them.
+
+    Args:
+        names: of the adapters that are pushed.
+        there: paths on the Hub.
+        index: the content of `INDEX` there, if there is one.
+    """
+    theirs = {p.split("/")[1] for p in there if _is_of_an_adapter(p)}
+    if index is not None:
+        try:
+            theirs |= {*read_index(index).adapters}
+        except CheckpointError:
+            theirs.add(INDEX)  # of whatever it is, it is not of these
+    return sorted(theirs) if theirs and not theirs & {*names} else []
+
+
+def _holds_adapters(path: str) -> bool:
+    return _is_of_an_adapter(path) or _PACK.fullmatch(path) is not None
 
 
 def _is_of_an_adapter(path: str) -> bool:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-from ..checkpoint.format import CONFIG
+from ..checkpoint.format import CONFIG, INDEX
 from ..errors import CheckpointError, StreamError, UnreachableError, UsageError
 from ..runtime.progress import Progress
 from ..text import listed
@@ -135,11 +135,11 @@ class Target:
 
         return self._ask(get)
 
-    def _check_there(self, items: Mapping[str, Item], there: Mapping[str, Any], overwrite: bool) -> None:
+    def _check_there(self, names: Collection[str], items: Mapping[str, Item], there: Mapping[str, Any]) -> None:
         """Refuse a repository that is not for this checkpoint."""
         strange = [] if CONFIG in there else foreign(items, there)
-        other = others(items, there)
-        if overwrite or not (strange or other):
+        other = others(names, there, self._content(INDEX) if INDEX in there else None)
+        if not (strange or other):
             return
         raise UsageError(
             "the repository holds another checkpoint, none of whose adapters is in this one" if other
@@ -149,11 +149,19 @@ class Target:
         )  # fmt: skip
 
     def upload(
-        self, items: Mapping[str, Item], config: Item, message: str, progress: Progress, *, overwrite: bool = False
+        self,
+        names: Collection[str],
+        items: Mapping[str, Item],
+        config: Item,
+        message: str,
+        progress: Progress,
+        *,
+        overwrite: bool = False,
     ) -> Done:
         """Commit what is not there yet, and the configuration last.
 
         Args:
+            names: of the adapters.
             items: path in the repository -> file, all but the configuration.
             config: the configuration.
             message: of the last commit; those before it say which part they are.
@@ -165,7 +173,8 @@ class Target:
         """
         self._head = self._ask(self._sha)
         there = self._listing()
-        self._check_there(items, there, overwrite)
+        if not overwrite:
+            self._check_there(names, items, there)
         if not self._card_is_ours(there.get(CARD), items[CARD]):
             items = {path: item for path, item in items.items() if path != CARD}
         changes = changes_for(items, there)
@@ -192,15 +201,20 @@ class Target:
         if there is None or mine.is_at(there):
             return True
 
-        def get() -> bytes:
-            with TemporaryDirectory(prefix="lorashare-stream-") as folder:
-                path = self._api.hf_hub_download(**self._as, filename=CARD, revision=self._head, local_dir=folder)
-                return Path(path).read_bytes()
-
-        ours = MARK.encode() in self._ask(get)
+        ours = MARK.encode() in self._content(CARD)
         if not ours:
             log.warning("the %s on the Hub is not one that a push wrote: it is left as it is", CARD)
         return ours
+
+    def _content(self, path: str) -> bytes:
+        """A file at the head."""
+
+        def get() -> bytes:
+            with TemporaryDirectory(prefix="lorashare-stream-") as folder:
+                found = self._api.hf_hub_download(**self._as, filename=path, revision=self._head, local_dir=folder)
+                return Path(found).read_bytes()
+
+        return self._ask(get)
 
     def _commit_all(self, changes: Changes, message: str) -> Iterator[str]:
         """Commit in batches; paths, as they are done."""

@@ -1,4 +1,4 @@
-"""A SHARE checkpoint at one commit of the Hub, from which files come one at a time.
+"""A checkpoint at one commit of the Hub, from which files come one at a time, and of packs only what is asked for.
 
 A commit is pinned when a checkpoint is opened, so that one which is replaced on the Hub meanwhile is never mixed with
 it. The files lie in the Hub's cache, where other programs find them; what is there of a commit is not asked for again.
@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from ..adapters.folder import CONFIG as ADAPTER_CONFIG
 from ..adapters.hubid import HubId, parse_hub_id
-from ..checkpoint.format import ADAPTERS, COMPONENTS, CONFIG, FILES, LOADINGS, META, VERBATIM
+from ..checkpoint.format import ADAPTERS, COMPONENTS, CONFIG, FILES, INDEX, LOADINGS, META, PACKS, VERBATIM
 from ..checkpoint.location import Folder, Place
 from ..checkpoint.packs import opened
 from ..errors import CheckpointError, MissingCheckpointError, StreamError, UnreachableError, UsageError
@@ -28,6 +28,7 @@ from .retry import unheard
 
 T = TypeVar("T")
 Token = str | bool | None
+LARGE = 64 << 20  # bytes of a part for which the whole file is fetched, since a download goes on where it was cut
 
 
 class Repository:
@@ -47,6 +48,7 @@ class Repository:
     """
 
     mixed = "this commit has parts of two checkpoints, push it again"
+    near = 256 << 10  # a request takes as long as so many bytes
 
     def __init__(
         self,
@@ -125,13 +127,17 @@ class Repository:
         )
 
     def read(self, relative: str, offset: int, count: int) -> bytes:
-        """Bytes of a file of it; fewer at its end.
+        """Bytes of a file of it, fewer at its end: by one ranged request, unless it is in the cache.
 
         Raises:
-            FileNotFoundError: if it has no such file.
+            FileNotFoundError: if the commit has no such file.
+            CheckpointError: if it may not be read, or is not in the cache and this is offline.
         """
-        with opened(self.file(relative)) as read:
-            return bytes(read(offset, count))
+        if count > LARGE or self._hub.offline or self._cached(relative) is not None:
+            with opened(self.file(relative)) as read:
+                return bytes(read(offset, count))
+        part = partial(self._hub.part, self.id, relative, offset, count, self._token)
+        return self._patiently(part, f"{self.id}: {relative}")
 
     def adapters(self) -> Collection[str] | None:
         """None: a repository is not listed, the configuration says what is in it."""
@@ -147,7 +153,8 @@ class Repository:
             return
         from huggingface_hub import snapshot_download
 
-        files = [f for f in FILES if f != ADAPTERS] + [f"{ADAPTERS}/*/{f}" for f in (LOADINGS, META, VERBATIM)]
+        files = [f for f in FILES if f not in (ADAPTERS, PACKS)] + [f"{PACKS}/*.safetensors"]
+        files += [f"{ADAPTERS}/*/{f}" for f in (LOADINGS, META, VERBATIM)]
         prefix = f"{escape(self.id.subfolder)}/" if self.id.subfolder else ""
         self._patiently(
             lambda: snapshot_download(
@@ -197,7 +204,7 @@ class Repository:
                 )
                 names = [item.path.rpartition("/")[2] for item in islice(tree, 1000)]
         but, remedy = "", None
-        if COMPONENTS in names or ADAPTERS in names:
+        if {COMPONENTS, ADAPTERS, PACKS, INDEX} & {*names}:
             but, remedy = ", but a part of one", "It may be on its way just now; else push it again."
         elif ADAPTER_CONFIG in names:
             but = ", but a PEFT adapter"

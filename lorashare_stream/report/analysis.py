@@ -86,7 +86,7 @@ def analyse(
     with (
         executor_for(executor, at_once) as workers,
         local_mapper(workers) as mapper,
-        _at_hand(plan, asked) as (chosen, lost),
+        at_hand(plan, asked) as (chosen, lost),
     ):
         results = list(progress("ingest", len(chosen), mapper.map(_ingested, chosen, at_once)))
         norms = {r.name: r.energy**0.5 for r in results if isinstance(r, Admission)}
@@ -150,7 +150,7 @@ def _outlooks(plan: Plan, totals: Totals, share: float) -> tuple[Outlook, ...]:
 
 
 @contextmanager
-def _at_hand(plan: Plan, chosen: list[Adapter]) -> Iterator[tuple[list[Adapter], tuple[AdapterError, ...]]]:
+def at_hand(plan: Plan, chosen: list[Adapter]) -> Iterator[tuple[list[Adapter], tuple[AdapterError, ...]]]:
     """The adapters of a sample, on this machine until the end of the block; and those that cannot be had.
 
     What a plan does not read of adapters of the Hub is read of these: their configurations, and files, which go into

@@ -20,14 +20,15 @@ _WIDTH = 480.0
 _LINES = 96  # points of a spectrum
 
 
-def error_histogram(errors: Array) -> Html:
-    """How many adapters have which relative dW error.
+def histogram(values: Array, what: str = "relative dW error") -> Html:
+    """How many adapters have which value.
 
     Args:
-        errors: (n,), n >= 1.
+        values: (n,), n >= 1.
+        what: they are.
     """
-    edges, log = _edges(errors)
-    counts, _ = np.histogram(errors.clip(edges[0], edges[-1]), edges)
+    edges, log = _edges(values)
+    counts, _ = np.histogram(values.clip(edges[0], edges[-1]), edges)
     x, y = Axis(edges[0], edges[-1], 44, _WIDTH - 12, log), Axis(0, max(counts) * 1.02, 230, 64)
     bars = []
     for count, low, high in zip(counts.tolist(), edges[:-1].tolist(), edges[1:].tolist(), strict=True):
@@ -37,13 +38,13 @@ def error_histogram(errors: Array) -> Html:
             tip = element("title", f"{low:.4g} to {high:.4g}: {counted(count, 'adapter')}")
             bars.append(element("rect", tip, height=num(y.start - top), class_="bar", **shape))
     steps = [tick for tick in y.ticks(4) if tick == int(tick)]
-    marks = (("median", np.median(errors)), ("mean", errors.mean()), ("p95", np.quantile(errors, 0.95)))
+    marks = (("median", np.median(values)), ("mean", values.mean()), ("p95", np.quantile(values, 0.95)))
     lines = [_mark(x, y, float(value), f"{name} {value:.3g}", 26 + 15 * i) for i, (name, value) in enumerate(marks)]
-    label = f"Histogram of the relative dW error of {counted(len(errors), 'adapter')}, from {errors.min():.3g} to "
+    label = f"Histogram of the {what} of {counted(len(values), 'adapter')}, from {values.min():.3g} to "
     return drawing(
-        "histogram", _WIDTH, 272, f"{label}{errors.max():.3g}, median {np.median(errors):.3g}",
+        "histogram", _WIDTH, 272, f"{label}{values.max():.3g}, median {np.median(values):.3g}",
         y_axis(y, x, named(steps), "adapters"), *bars,
-        x_axis(x, 230, named(x.ticks(6)), f"relative dW error{', log scale' if log else ''}"), *lines,
+        x_axis(x, 230, named(x.ticks(6)), f"{what}{', log scale' if log else ''}"), *lines,
     )  # fmt: skip
 
 
@@ -78,14 +79,15 @@ def bytes_bars(sizes: Mapping[str, int]) -> Html:
         rows.append(element("rect", x=0, y=top, width=num(max(whole.at(size), 1)), height=26, rx=2, class_=kind))
     rows.append(element("text", "what the checkpoint is made of", x=0, y=129))
     at, scale = 0.0, Axis(0, max(total, 1), 0, _WIDTH)
-    for part in PARTS:
+    parts = [part for part in PARTS if sizes[part]]
+    for part in parts:
         width = scale.at(sizes[part])
         tip = element("title", f"{part}: {bytes_shown(sizes[part])}, {_percent(sizes[part], total)}")
         rows.append(element("rect", tip, x=num(at), y=134, width=num(width), height=26, class_=part))
         at += width
     foot = [f"M0 104L0 134M{num(whole.at(total))} 104L{num(_WIDTH)} 134"]
     label = f"Bytes: originals {bytes_shown(sizes['originals'])}, checkpoint {bytes_shown(total)}, of which "
-    label += ", ".join(f"{part} {bytes_shown(sizes[part])}" for part in PARTS)
+    label += ", ".join(f"{part} {bytes_shown(sizes[part])}" for part in parts)
     return drawing("bytes", _WIDTH, 162, label, element("path", d=foot[0], class_="fan"), *rows)
 
 

@@ -6,13 +6,14 @@ import numpy as np
 
 from ..checkpoint.format import PARTS
 from ..errors import CheckpointError
+from ..settings import asked
 from ..text import bytes_shown, counted, printable
 from ..version import __version__
-from .charts import bytes_bars, error_histogram, tradeoff
+from .charts import bytes_bars, histogram, tradeoff
 from .markup import Html, element, joined
 from .page_parts import bases_part, provenance_part, skipped_part, table
 from .page_style import STYLE
-from .statistics import PageData, curve_of
+from .statistics import PageData, curve_of, parts_of
 
 WORST, SEEN = 20, 8  # adapters that are named, and those that are seen at once
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -50,7 +51,7 @@ def _page(found: PageData) -> str:
         _notes(found),
         _errors_part(found),
         _bytes_part(found),
-        bases_part(found),
+        *([] if found.coded else [bases_part(found)]),
         skipped_part(found),
         provenance_part(found),
         element("footer", f"Made by lorashare-stream {__version__} from what the checkpoint records; nothing in this "
@@ -69,9 +70,13 @@ def _base(found: PageData) -> str:
 
 def _lead(found: PageData) -> str:
     k = sorted(basis.k for basis in found.bases)
+    kept = len(found.config.adapter_names) - len(found.certified)
+    if found.coded:
+        wanted = "; asked for: ".join(["", *asked(found.ours["settings"])])
+        text = f"A coded checkpoint: each adapter is coded alone, and decodes without any other{wanted}"
+        return text + (f"; {counted(kept, 'adapter')} kept exact." if kept else ".")
     text = f"A SHARE checkpoint: {len(k)} shared {'basis' if len(k) == 1 else 'bases'}"
     text += "" if not k else f" with k = {k[0]}" if k[0] == k[-1] else f" with k from {k[0]} to {k[-1]}"
-    kept = len(found.config.adapter_names) - len(found.certified)
     return text + (f"; {counted(kept, 'adapter')} kept exact." if kept else ".")
 
 
@@ -81,7 +86,7 @@ def _tiles(found: PageData) -> Html:
     tiles = [
         ("on disk", bytes_shown(total), f"originals {bytes_shown(originals)}"),
         ("ratio", f"{originals / total:.2f}\u00d7" if total else "-", "originals over checkpoint, on disk"),
-        ("next adapter costs", bytes_shown(each), "mean loadings, verbatim, metadata"),
+        ("next adapter costs", bytes_shown(each), f"mean {', '.join(parts_of(found.config)[-3:])}"),
     ]
     if found.certified:
         errors = found.errors
@@ -106,7 +111,7 @@ def _notes(found: PageData) -> Html:
         notes.append(f"{counted(projected, 'adapter')} added since the bases were fitted, and not in them.")
     if removed := len(ours.get("removed", ())):
         notes.append(f"{counted(removed, 'adapter')} taken out since the bases were fitted, and still in them.")
-    if found.certified and found.errors.mean() > 0.5:
+    if found.certified and found.errors.mean() > 0.5 and not found.coded:
         notes.append("The mean error is large: these adapters share little at this k.")
     shared = found.sizes["basis"] + found.sizes["loadings"]
     if shared > found.sizes["lora"] > 0:
@@ -123,7 +128,7 @@ def _errors_part(found: PageData) -> Html:
         "The relative error of an adapter is the Frobenius norm of what its weight change dW lost, over that of dW, "
         "over all its compressed modules, of the values that are stored. Adapters kept exact are not counted."
     )
-    figure = element("figure", error_histogram(found.errors), element("figcaption", text))
+    figure = element("figure", histogram(found.errors), element("figcaption", text))
     left = element("div", element("h3", "Distribution"), figure)
     return joined(title, element("div", left, element("div", *_worst(found)), class_="two"))
 
@@ -166,10 +171,10 @@ def _bytes_part(found: PageData) -> Html:
             f"{100 * size / total:.1f} %" if total else "",
             what,
         )
-        for part, what in _WHAT
-        for size in (found.sizes[part],)
+        for part in parts_of(found.config)
+        for size, what in ((found.sizes[part], _WHAT[part]),)
     ]
-    rows.append(("checkpoint", bytes_shown(total), "100 %", "all four"))
+    rows.append(("checkpoint", bytes_shown(total), "100 %", "all of these"))
     size = found.sizes["originals"]
     rows.append(
         ("originals", bytes_shown(size), f"{100 * size / total:.0f} %" if total else "", "the files as they came")
@@ -180,15 +185,30 @@ def _bytes_part(found: PageData) -> Html:
         element("figure", bytes_bars(found.sizes)),
         table(("part", "bytes on disk", "share", "what it is"), rows, numbers=(1, 2)),
     )
-    return joined(element("h2", "Bytes, and what they buy"), element("div", left, _tradeoff(found), class_="two"))
+    right = _times(found) if found.coded else _tradeoff(found)
+    return joined(element("h2", "Bytes, and what they buy"), element("div", left, right, class_="two"))
 
 
-_WHAT = (
-    ("basis", "components that all share"),
-    ("loadings", "coordinates of each adapter"),
-    ("verbatim", "what is kept without the bases"),
-    ("metadata", "configurations, figures, spectra"),
-)
+_WHAT = {
+    "basis": "components that all share",
+    "loadings": "coordinates of each adapter",
+    "codes": "each adapter on its own",
+    "verbatim": "what is kept as it came",
+    "metadata": "configurations, figures, and where things lie",
+}
+
+
+def _times(found: PageData) -> Html:
+    """How much smaller each adapter is."""
+    times = np.array([adapter.times for adapter in found.certified if adapter.times])
+    title = element("h3", "Times smaller, adapter by adapter")
+    if not len(times):
+        return element("div", title, element("p", "No adapter has a code.", class_="soft"))
+    text = (
+        "The LoRA bytes of an adapter over the bytes of its code, of adapters whose weight change dW is not zero. A "
+        "flat spectrum of dW needs the most bytes for an error, whatever the rank."
+    )
+    return element("div", title, element("figure", histogram(times, "times smaller"), element("figcaption", text)))
 
 
 def _tradeoff(found: PageData) -> Html:

@@ -156,26 +156,28 @@ def provenance_part(found: PageData) -> Html:
     pairs: list[tuple[str, object]] = [
         ("base model", element("bdi", printable(found.base_model or "not named", 120))),
         ("written by", f"lorashare-stream {printable(ours.get('version', 'of unknown version'), 40)}"),
-        ("objective", f"{printable(ours['objective'], 40)}{centred}"),
-        ("stored as", printable(ours["dtype"], 20)),
+        *([] if found.coded else [("objective", f"{printable(ours['objective'], 40)}{centred}")]),
+        *([] if found.coded else [("stored as", printable(ours["dtype"], 20))]),
         ("adapters", _sources(found)),
     ]
     if origins.hub:
         pairs.append(("licences", listed((f"{name} ({n})" for name, n in origins.licenses.most_common()), 12)))
         closed = f"{origins.closed} gated or private" if origins.closed else "none gated or private"
         pairs.append(("access", f"{closed}, as the Hub said when they were read"))
-    for name, key in (("kept exact", "verbatim_adapters"), ("added since the fit", "projected"),
-                      ("taken out since the fit", "removed")):  # fmt: skip
+    fit = [("added since the fit", "projected"), ("taken out since the fit", "removed")]
+    for name, key in (("kept exact", "verbatim_adapters"), *([] if found.coded else fit)):
         names = ours.get(key) or ()
         pairs.append((name, element("bdi", f"{len(names)}: {listed(names, 5)}") if names else "none"))
     if ours.get("cut_from"):
         pairs.append(("cut from", f"k = {printable(ours['cut_from'], 20)}"))
-    for name, key in (
-        ("digest", "digest"),
-        ("digest of the bases", "basis_digest"),
-        ("SHA-256 of the components", "components"),
-    ):
-        pairs.append((name, element("code", printable(ours.get(key, "not recorded"), 80))))
+    digests = [("digest", ours.get("digest"))]
+    if found.coded:
+        digests.append(("SHA-256 of the index", found.config.coded.get("index")))
+        pairs += [("step", f"{step:.4g} of ||dW||")] if (step := float(found.config.coded.get("step", 0))) else []
+    else:
+        bases = (("digest of the bases", "basis_digest"), ("SHA-256 of the components", "components"))
+        digests += [(name, ours.get(key)) for name, key in bases]
+    pairs += [(name, element("code", printable(value or "not recorded", 80))) for name, value in digests]
     settings = [
         (printable(k, 60), element("code", printable(v, 120))) for k, v in list(ours["settings"].items())[:_ROWS]
     ]

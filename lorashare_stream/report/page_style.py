@@ -62,7 +62,7 @@ svg path,svg line{fill:none;stroke-linecap:round;stroke-linejoin:round}
 .histogram .bar{fill-opacity:.8}
 .orig{fill:var(--metadata);fill-opacity:.45}
 .all{fill:var(--basis)}
-.basis{fill:var(--basis);color:var(--basis)}
+.basis,.codes{fill:var(--basis);color:var(--basis)}
 .loadings{fill:var(--loadings);color:var(--loadings)}
 .verbatim{fill:var(--verbatim);color:var(--verbatim)}
 .metadata{fill:var(--metadata);color:var(--metadata)}

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from ..adapters.dtypes import ITEMSIZE
 from ..adapters.folder import open_tensors, tensor_records
 from ..adapters.keys import SIDES, Side, split_group_id
+from ..checkpoint.coded import index_of, meta_of
 from ..checkpoint.config import SHAREConfig, read_share_config
-from ..checkpoint.format import ADAPTERS, CONFIG, META, OURS, PARTS, SKIPPED, SPECTRUM, skipped_of, total_bytes
+from ..checkpoint.format import ADAPTERS, CONFIG, INDEX, META, OURS, PARTS, SKIPPED, SPECTRUM, skipped_of, total_bytes
 from ..checkpoint.location import Folder, Place
 from ..checkpoint.records import metas_of
 from ..errors import AdapterError, CheckpointError
@@ -31,12 +32,18 @@ _POINTS = 200  # of a curve
 
 @dataclass(frozen=True, slots=True)
 class Certified:
-    """An adapter that is compressed: its relative dW error, and the module where that is largest."""
+    """An adapter that is compressed.
+
+    Attributes:
+        error: its relative dW error. worst_module, worst_error: where that is largest.
+        times: its LoRA bytes over those of its code; 0 without one.
+    """
 
     name: str
     error: float
     worst_module: str
     worst_error: float
+    times: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +108,7 @@ class PageData:
         ours: what this package recorded in it.
         sizes: bytes on disk by part, and of the originals.
         certified: the adapters that are compressed, the worst first.
-        bases: of all groups.
+        bases: of all groups; none of a coded checkpoint.
         skipped: adapters that were left out, with reasons.
         origins: where the adapters came from.
     """
@@ -119,6 +126,11 @@ class PageData:
     def total(self) -> int:
         """Bytes of the checkpoint on disk."""
         return total_bytes(self.sizes)
+
+    @property
+    def coded(self) -> bool:
+        """Whether each adapter is coded alone."""
+        return bool(self.config.coded)
 
     @property
     def errors(self) -> Array:
@@ -142,22 +154,47 @@ def findings_of(place: Place) -> PageData:
     unsafe = [name for name in config.adapter_names if not is_component(name)]
     if unsafe:
         raise CheckpointError("adapter names that are no path components", found=listed(unsafe))
-    _fetch(place, config.adapter_names)
-    metas = list(metas_of(place.root, config.adapter_names))
-    spectra = _spectra(place)
+    metas, codes = _coded_metas(place, config) if config.coded else _metas(place, config)
+    spectra = {} if config.coded else _spectra(place)
     try:
         skipped = tuple(item for item in skipped_of(place.root) if isinstance(item, dict))
         scrub = Scrubber(config.base_model_name_or_path)  # a page is sent to others
         told = scrub({"base_model": config.base_model_name_or_path, "settings": config.ours["settings"]})
-        certified = sorted(_certified(metas), key=lambda adapter: (-adapter.error, adapter.name))
+        certified = sorted(_certified(metas, codes), key=lambda adapter: (-adapter.error, adapter.name))
         bases = tuple(_basis(group, facts, spectra) for group, facts in config.ours["groups"].items())
-        sizes = {part: int(config.ours["bytes"][part]) for part in (*PARTS, "originals", "lora")}
+        parts = (*parts_of(config), "originals", "lora")
+        sizes = dict.fromkeys(PARTS, 0) | {part: int(config.ours["bytes"][part]) for part in parts}
         ITEMSIZE[config.ours["dtype"]]
         ours = {**config.ours, "settings": told["settings"]}
         reasons = tuple(scrub(item) for item in skipped)
         return PageData(config, told["base_model"], ours, sizes, tuple(certified), bases, reasons, _origins(metas))
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
         raise CheckpointError("the figures of the checkpoint cannot be read", found=f"{type(e).__name__}: {e}") from e
+
+
+def parts_of(config: SHAREConfig) -> tuple[str, ...]:
+    """The parts that a checkpoint has."""
+    return tuple(part for part in PARTS if part not in (("basis", "loadings") if config.coded else ("codes",)))
+
+
+def _metas(place: Place, config: SHAREConfig) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """What is recorded of each adapter of a SHARE checkpoint, and bytes of codes: of none."""
+    _fetch(place, config.adapter_names)
+    return list(metas_of(place.root, config.adapter_names)), {}
+
+
+def _coded_metas(place: Place, config: SHAREConfig) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """What is recorded of each adapter of a coded checkpoint, and the bytes of its code."""
+    for file in (INDEX, SKIPPED):
+        with suppress(FileNotFoundError):  # it has none of these if none was left out; the index is asked for below
+            place.file(file)
+    adapters = index_of(place.root, config.coded).adapters
+    missing = [name for name in config.adapter_names if name not in adapters]
+    if missing:
+        raise CheckpointError(f"{CONFIG} names what is not there", found=listed(missing))
+    key = str(config.ours.get("basis_digest"))
+    metas = [meta_of(adapters[name], key) for name in config.adapter_names]
+    return metas, {name: adapter.code.nbytes for name, adapter in adapters.items()}
 
 
 def _fetch(place: Place, names: Iterable[str]) -> None:
@@ -186,12 +223,15 @@ def _spectra(place: Place) -> dict[str, Array]:
         ) from e
 
 
-def _certified(metas: Iterable[Mapping[str, Any]]) -> Iterable[Certified]:
+def _certified(metas: Iterable[Mapping[str, Any]], codes: Mapping[str, int]) -> Iterable[Certified]:
     for meta in metas:
         ours = meta[OURS]
         if ours["worst_module"] is not None:  # else it is kept exact
             error, worst = _number(ours["relative_error"]), _number(ours["worst_module_error"])
-            yield Certified(str(meta["adapter_name"]), error, str(ours["worst_module"]), worst)
+            name, code = str(meta["adapter_name"]), codes.get(meta["adapter_name"], 0)
+            yield Certified(
+                name, error, str(ours["worst_module"]), worst, _number(ours["lora_bytes"]) / code if code else 0.0
+            )
 
 
 def _basis(group: str, facts: Mapping[str, Any], spectra: Mapping[str, Array]) -> Basis:

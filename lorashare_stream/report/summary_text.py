@@ -23,11 +23,12 @@ def summary_text(config: SHAREConfig) -> str:
 
 def _rows_of(config: SHAREConfig) -> list[Row]:
     stats, ours = config.compression_stats, config.ours
+    if config.coded:
+        return _coded_rows(config)
     auto, shares = ", the most of any group" if config.component_selection == "auto" else "", bool(config.layer_keys)
     mean, least = (_number(stats.get(f"{which}_explained_variance")) for which in ("mean", "min"))
     pairs: list[Row] = [
-        ("base model", config.base_model_name_or_path or "not named"),
-        ("adapters", f"{config.num_adapters}: {listed(config.adapter_names, 5)}"),
+        *_head_rows(config),
         ("shared modules", f"{len(config.layer_keys)} ({listed(config.target_modules, 12)})" if shares else "none"),
         *([("components k", f"{config.num_components}{auto}")] if shares else []),
         *([("explained variance", f"mean {mean}, least {least}")] if shares else []),
@@ -37,19 +38,70 @@ def _rows_of(config: SHAREConfig) -> list[Row]:
     return [*pairs, ("LoRA parameters", f"{_number(stats.get('compression_ratio'))} times fewer")]
 
 
-def _our_rows(ours: dict[str, Any], adapters: int) -> list[Row]:
-    """What this package recorded: bytes on disk, certified errors, and who is not shared."""
-    size, errors = ours["bytes"], ours["errors"]
-    total = total_bytes(size)
-    pairs: list[Row] = [
-        ("objective", ours["objective"] + (", centred" if ours["center"] else "")),
+def _head_rows(config: SHAREConfig) -> list[Row]:
+    """What it is of."""
+    return [
+        ("base model", config.base_model_name_or_path or "not named"),
+        ("adapters", f"{config.num_adapters}: {listed(config.adapter_names, 5)}"),
+    ]
+
+
+def _coded_rows(config: SHAREConfig) -> list[Row]:
+    """What a coded checkpoint says of itself."""
+    ours, coded = config.ours, config.coded
+    kinds, mean = listed(config.target_modules, 12), ours["errors"]["mean"]
+    step = [("step", f"{float(coded['step']):.4g} of ||dW||, of every adapter")] if coded["step"] else []
+    large = "the mean error is large: these adapters need more bytes, or a smaller --max-error"
+    return [
+        *_head_rows(config),
+        ("coded modules", f"{coded['modules']} ({kinds})" if coded["modules"] else "none"),
         *[("asked for", text) for text in asked(ours["settings"])],
+        *step,
+        *_bytes_rows(ours, config.num_adapters),
+        *_error_rows(ours),
+        *_left_rows(ours),
+        *([("note", large)] if mean > 0.5 else []),
+    ]
+
+
+def _bytes_rows(ours: dict[str, Any], adapters: int) -> list[Row]:
+    """Bytes on disk."""
+    size = ours["bytes"]
+    total, more = total_bytes(size), " on these bases" if size.get("basis") else ""
+    return [
         ("originals", bytes_shown(size["originals"])),
         ("checkpoint", f"{bytes_shown(total)}, {_times(size['originals'] / max(total, 1))}"),
         *[(f"  {part}", bytes_shown(size[part])) for part in PARTS if part in size],
-        ("  next adapter", f"about {bytes_shown(next_bytes(size, adapters))} on these bases"),
+        ("  next adapter", f"about {bytes_shown(next_bytes(size, adapters))}{more}"),
         ("LoRA bytes", f"{bytes_shown(size['lora'])} in the originals, {_times(size['lora_ratio'])}"),
-        ("relative dW error", ", ".join(f"{name} {errors[name]:.4f}" for name in ("mean", "median", "p95", "max"))),
+    ]
+
+
+def _error_rows(ours: dict[str, Any]) -> list[Row]:
+    """Certified errors."""
+    errors = ours["errors"]
+    return [("relative dW error", ", ".join(f"{name} {errors[name]:.4f}" for name in ("mean", "median", "p95", "max")))]
+
+
+def _left_rows(ours: dict[str, Any]) -> list[Row]:
+    """The worst adapters, those that are kept exact, and how many were left out."""
+    worst = [f"{w['name']} {w['relative_error']:.4f}" for w in ours["errors"]["worst"][:3]]
+    pairs: list[Row] = [("worst adapters", listed(worst) or "none is compressed")]
+    if ours["verbatim_adapters"]:
+        pairs.append(("kept exact", f"{len(ours['verbatim_adapters'])}: {listed(ours['verbatim_adapters'])}"))
+    if ours["num_skipped"]:
+        pairs.append(("left out", f"{ours['num_skipped']}, with reasons in skipped.json"))
+    return pairs
+
+
+def _our_rows(ours: dict[str, Any], adapters: int) -> list[Row]:
+    """What this package recorded of a SHARE checkpoint: bytes on disk, certified errors, and who is not shared."""
+    size, errors = ours["bytes"], ours["errors"]
+    pairs: list[Row] = [
+        ("objective", ours["objective"] + (", centred" if ours["center"] else "")),
+        *[("asked for", text) for text in asked(ours["settings"])],
+        *_bytes_rows(ours, adapters),
+        *_error_rows(ours),
     ]
     if ours.get("cut_from"):
         pairs.append(("  cut", f"from k = {ours['cut_from']}: these errors follow from its, and are not measured"))
@@ -57,10 +109,7 @@ def _our_rows(ours: dict[str, Any], adapters: int) -> list[Row]:
         low, high = (min(1.0, bound**0.5) for bound in errors["mean_square_bounds"])
         if high > 1e-3:  # below it they are rounding of float32 moments
             pairs.append(("  bounds of its rms", f"{low:.4f} to {high:.4f}, known from the bases"))
-    worst = [f"{w['name']} {w['relative_error']:.4f}" for w in errors["worst"][:3]]
-    pairs.append(("worst adapters", listed(worst) or "none is compressed"))
-    if ours["verbatim_adapters"]:
-        pairs.append(("kept exact", f"{len(ours['verbatim_adapters'])}: {listed(ours['verbatim_adapters'])}"))
+    pairs += _left_rows(ours)
     if ours["projected"]:
         pairs.append(
             ("added since", f"{len(ours['projected'])}, on bases not fitted to them: {listed(ours['projected'])}")
@@ -68,8 +117,6 @@ def _our_rows(ours: dict[str, Any], adapters: int) -> list[Row]:
     if ours["removed"]:
         removed = f"{len(ours['removed'])}, still in the bases (remove --refit frees them): {listed(ours['removed'])}"
         pairs.append(("removed", removed))
-    if ours["num_skipped"]:
-        pairs.append(("left out", f"{ours['num_skipped']}, with reasons in skipped.json"))
     if errors["mean"] > 0.5:
         pairs.append(("note", "the mean error is large: these adapters share little at this k; take more components"))
     if size["lora_ratio"] < 1:

@@ -54,7 +54,7 @@ def plan_text(plan: Plan) -> str:
         *[("  also named", text) for text in _other_names(plan)],
         ("adapters", f"{len(plan.adapters)}" + (f", and {len(plan.refused)} refused" if plan.refused else "")),
         *([("groups", groups)] if s.limit is None else []),
-        ("objective", s.objective + (", centred" if s.center else "")),
+        *([("objective", s.objective + (", centred" if s.center else ""))] if s.limit is None else []),
         ("components k", f"auto, to {s.variance_threshold:.4g} of the energy" if auto else s.num_components)
         if s.limit is None
         else ("asked for", asked(s.chosen())[0]),
@@ -165,7 +165,7 @@ def adapter_notes(plan: Plan) -> list[str]:
         out.append(f"no adapter names the base model {listed(idle)}: is it written as the adapters write it?")
     if s.any_base and (others := _other_names(plan)):
         out.append(f"whatever base model they name, adapters are accepted: {listed(others)}")
-    alone = _alone(plan)
+    alone = _alone(plan) if s.limit is None else []  # what is coded shares nothing
     if alone:
         out.append(f"no module is shared with any other adapter by {counted(len(alone), 'adapter')} ({listed(alone)})")
     out += _by_kind((e.name, note) for e in plan.adapters for note in e.layout.notes)

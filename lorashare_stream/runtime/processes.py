@@ -105,7 +105,7 @@ def _begin(numbers: Any, barrier: Any, level: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
     die_with_parent()
     one_thread()
-    bytearray(_KEPT_BYTES)  # freed, the C library maps no smaller piece anew: the next adapter needs as much again
+    bytes(_KEPT_BYTES)  # freed, the C library maps no smaller piece anew: the next adapter needs as much again
     gc.freeze()  # to look at what is shared would copy it
     lots.PACKAGE.handlers, lots.PACKAGE.propagate = [logging.NullHandler()], False
     lots.PACKAGE.setLevel(level)

@@ -19,30 +19,32 @@ from typing import Any, Literal
 from ..adapters.adapter import Adapter
 from ..adapters.folder import digest_config, digest_files
 from ..checkpoint.coded import VERSION, index_of, meta_of, staged_adapters
-from ..checkpoint.config import read_share_config
+from ..checkpoint.config import SHAREConfig, read_share_config
 from ..checkpoint.format import ADAPTERS, INDEX, OURS, PACKS, ours_of, skipped_of, total_bytes
 from ..checkpoint.index import CodedAdapter, Index, Pack, read_index, write_index
 from ..checkpoint.packs import opened, remove_from_packs, write_packs
+from ..checkpoint.publish import staging_folder
 from ..checkpoint.records import REPAIR
 from ..checkpoint.staging import Staging
-from ..checkpoint.summary import CheckpointRecord, share_config, statistics_of
+from ..checkpoint.summary import CheckpointRecord, record_of, share_config, statistics_of
 from ..codec.rate import Curve, curve_of, step_for
 from ..codec.search import COARSEST, FINEST
-from ..errors import AdapterError, BudgetError, CheckpointError
+from ..errors import AdapterError, BudgetError, CheckpointError, GoneError, refusal
 from ..files import atomic_path, own_folder, remove_tree, sync
 from ..plan.memory import SAMPLE
 from ..plan.plan import Plan
-from ..text import bytes_shown, digest_of, listed
+from ..text import bytes_shown, counted, digest_of, listed
 from ..workspace.journal import Admission
 from .encode import encode_adapter, subject_of
 from .job import Job
-from .passes import write_adapters
+from .passes import checkpoint_key_of, write_adapters
 from .run import Run, check_none_lost
 
 ENOUGH = 0.97  # of a limit on bytes: what is left then is not worth to encode all once more
 _DEFLATED, _RECORDS, _RECORD = 0.84, 5000, 200  # of tensors that are no LoRA; bytes of records, and of each
 _DRIFT = 0.1  # of codes that are wanted more or fewer than there are, how far off a prediction may be
 _AIMS = (0.985, 0.995, 0.98, 0.95, 0.8)  # of a limit on bytes, one after the other
+Skipped = list[dict[str, Any]]
 Method = Literal["projection", "recompute"]
 Publishing = Callable[[str], object]
 Encode = Callable[[Staging, "Target", Sequence[Admission]], object]
@@ -66,7 +68,7 @@ class Target:
     record: CheckpointRecord
     admissions: Sequence[Admission]
     digest: str
-    left_out: list[dict[str, Any]]
+    left_out: Skipped
     step: float = 0.0
 
     def at(self, step: float) -> Target:
@@ -84,12 +86,18 @@ def staged_key(target: Target) -> str:
     return digest_of([target.digest, target.record.basis_key])
 
 
-def target_of(plan: Plan, job: Job, left_out: list[dict[str, Any]]) -> Target:
+def target_of(plan: Plan, job: Job, left_out: Skipped) -> Target:
     """What the coded checkpoint of a job is to be."""
     record = CheckpointRecord(
         plan.base_model, plan.settings.chosen(), plan.storage, plan.settings_key, plan.binding, "", "", {}
     )
     return Target(job.out, record, job.journal.admissions, job.checkpoint_key, left_out).at(0.0)
+
+
+def target_there(out: Path, config: SHAREConfig, admissions: Sequence[Admission], left_out: Skipped) -> Target:
+    """What the coded checkpoint that is there is to be, with other adapters."""
+    record = replace(record_of(config), basis_key="")
+    return Target(out, record, admissions, checkpoint_key_of(record.settings_key, admissions), left_out).at(0.0)
 
 
 def is_current(target: Target) -> bool:
@@ -160,6 +168,7 @@ def code(run: Run, job: Job, target: Target, publishing: Publishing) -> Method:
 
     Raises:
         BudgetError: if so few bytes cannot be had, with the fewest that can.
+        CollectionError: naming adapters that must be coded, and whose sources are gone.
     """
     size, found = job.settings.byte_limit(sum(sum(r.sizes) for r in job.journal.admissions)), there(target)
     encode = partial(_encode, run, job)
@@ -168,9 +177,48 @@ def code(run: Run, job: Job, target: Target, publishing: Publishing) -> Method:
             if size is None or staged.total <= size:
                 staged.publish(publishing)
                 return "projection" if found.names else "recompute"
+        _check_recodable(job, target, staged, size)
         log.info("%s with the step that is recorded: all adapters are coded again", bytes_shown(staged.total))
-    _code_within(run, job, target, size, publishing)
+    _check_sources(run, job, target.admissions)
+    try:
+        _code_within(run, job, target, size, publishing)
+    except BudgetError:  # nothing of it is of use
+        _clear(target)
+        raise
     return "recompute"
+
+
+def _clear(target: Target) -> None:
+    """Remove what is staged beside a target, of whatever it is: of adapters that it does not have, perhaps."""
+    if staging_folder(target.out).is_dir():
+        with Staging.open(target.out, staged_key(target)) as staging:
+            staging.clear()
+
+
+def _check_recodable(job: Job, target: Target, staged: _Staged, size: int) -> None:
+    """Demand the sources of all adapters, which are coded again if a limit on bytes does not hold them as they are."""
+    gone = [r.name for r in target.admissions if r.name not in job.adapters]
+    if gone:
+        staged.staging.clear()
+        raise BudgetError(
+            "the checkpoint would exceed its limit, and its adapters cannot be coded again, since no source is known "
+            f"of {counted(len(gone), 'adapter')} ({listed(gone, 3)})",
+            found=f"{bytes_shown(staged.total)} at the step that is recorded", expected=bytes_shown(size),
+            remedy="Restore the sources, or name the workspace by --workspace; or compress all sources again, by "
+            f"--max-bytes {staged.total} or more for the errors of now.",
+        )  # fmt: skip
+
+
+def _check_sources(run: Run, job: Job, admissions: Sequence[Admission]) -> None:
+    """Demand the sources of adapters that are to be coded."""
+    gone = [r for r in admissions if r.name not in job.adapters]
+    if gone:
+        why = {e.adapter: e for e in run.plan.absent}
+        raise refusal(
+            f"{counted(len(gone), 'adapter')} must be coded from their sources, which are gone",
+            [why.get(r.name) or GoneError("its source is gone", adapter=r.name, found=r.source_id) for r in gone],
+            "Restore them, or take the adapters out by lorashare-stream remove.",
+        )
 
 
 def keep(target: Target, publishing: Publishing) -> None:
@@ -179,6 +227,9 @@ def keep(target: Target, publishing: Publishing) -> None:
     Raises:
         CheckpointError: if one that is to stay is damaged.
     """
+    if is_current(target):
+        _clear(target)
+        return
     found = there(target)
     lost = {r.name for r in target.admissions} - {*found.names}
     if lost:
@@ -206,8 +257,10 @@ def _code_within(run: Run, job: Job, target: Target, size: int, publishing: Publ
             if staged.total <= size and (drift or staged.total >= ENOUGH * size or step < 1.01 * FINEST):
                 staged.publish(publishing)
                 return
-            codes = max(1, staged.sizes["codes"])
-            factor, drift, beside = codes / max(1.0, predicted(step)), _DRIFT, staged.total - staged.sizes["codes"]
+            codes = staged.sizes["codes"]
+            factor, drift = codes / max(1.0, predicted(step)) or 1.0, _DRIFT
+            beside = staged.total - (codes or whole)  # at so fine a step all LoRA tensors may have stayed as they are
+            codes = max(1, codes)
         if step >= COARSEST and staged.total > size:
             break
     raise BudgetError(
@@ -237,6 +290,7 @@ def rate_adapter(adapter: Adapter) -> tuple[str, Curve | None]:
 
 
 def _encode(run: Run, job: Job, staging: Staging, target: Target, admissions: Sequence[Admission]) -> None:
+    _check_sources(run, job, admissions)
     job = replace(job, basis_key=target.record.basis_key, step=target.step)
     write_adapters(run, job, staging, admissions, "encode", encode_adapter)
 

@@ -59,6 +59,8 @@ def check_disk(plan: Plan, workspace: Path, out: Path, *, adds: bool = False, fe
         needs.append((workspace / FILES, min(budget, fetch) - tree_bytes(workspace / FILES)))
     elif fetch:
         needs.append((cache_folder(), fetch))
+    moments = "; or free moments when they are fitted, by --discard-moments" if plan.groups else ""
+    budget_too = "; or free adapters after they are added, by --disk-budget" if fetch else ""
     free: dict[int, int] = {}
     needed: dict[int, int] = {}
     for folder, size in needs:
@@ -70,8 +72,7 @@ def check_disk(plan: Plan, workspace: Path, out: Path, *, adds: bool = False, fe
                 "not enough disk for the workspace and the checkpoint" + (", and what is fetched" if fetch else ""),
                 found=f"{bytes_shown(free[disk])} free",
                 expected=f"about {bytes_shown(size)} more",
-                remedy="Free some; put --workspace on another disk; or free moments when they are fitted, "
-                "by --discard-moments" + (", or adapters after they are added, by --disk-budget." if fetch else "."),
+                remedy=f"Free some; put --workspace on another disk{moments}{budget_too}.",
             )
 
 
@@ -202,7 +203,7 @@ def _gone(names: Sequence[str], refused: Sequence[AdapterError], moved: Mapping[
             "the commits that are there.",
         )
     return WorkspaceError(
-        "the workspace holds adapters that the sources no longer give, and its moments contain them",
+        "the workspace holds adapters that the sources no longer give",
         found=listed(names),
         remedy=f"One of them is refused now: {now[0]}"
         if now

@@ -89,7 +89,7 @@ def check_unchanged(adapter: Adapter, admission: Admission) -> None:
     """
     if adapter.config_digest != admission.config_digest:
         raise AdapterError(
-            "its adapter_config.json has changed since the adapter was added to the moments",
+            "its adapter_config.json has changed since the adapter was admitted",
             adapter=adapter.name,
             remedy="Restore it; or take it out by lorashare-stream remove, and add it again.",
         )
@@ -101,7 +101,7 @@ def check_unchanged(adapter: Adapter, admission: Admission) -> None:
         return
     if not same or digest_files(adapter.paths) != admission.digest:
         raise AdapterError(
-            "the adapter has changed since it was added to the moments",
+            "the adapter has changed since it was admitted",
             adapter=adapter.name,
             found=", ".join(f"{f.size} bytes" for f in now),
             expected=f"the files with SHA-256 {admission.digest}",

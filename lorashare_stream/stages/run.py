@@ -162,7 +162,7 @@ def check_none_lost(lost: Sequence[AdapterError]) -> None:
     """
     if lost:
         raise refusal(
-            f"{len(lost)} adapters are in the moments, their values are needed again, and the Hub does not give them",
+            f"{len(lost)} adapters were admitted before, their values are needed again, and the Hub does not give them",
             lost,
             "Take them out by lorashare-stream remove, or wait until it does, and run the same command again.",
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -65,7 +66,8 @@ def sum_and_fit(run: Run, job: Job) -> dict[str, dict[str, Any]]:
             summed = [m for m in todo if job.holds_all(work.marker(m))]
             if summed:  # what is projected after it is fetched meanwhile; nothing of it is there yet
                 run.fetcher.prefetch(job.adapters[r.name] for r in job.journal.admissions if r.name in job.adapters)
-            fitted = run.map("fit", partial(fit_module, job), summed, len(summed))
+            task = partial(fit_module, replace(job, adapters={}))  # of which it needs none: half of what is sent
+            fitted = run.map("fit", task, summed, len(summed))
             for module in [m for m, whole in zip(summed, fitted, strict=True) if not whole]:
                 work.forget(module)
         if job.settings.discard_moments:

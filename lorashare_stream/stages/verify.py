@@ -14,18 +14,20 @@ from ..adapters.adapter import Adapter
 from ..adapters.folder import digest_files
 from ..adapters.keys import SIDES, factor_key
 from ..adapters.pickles import raw_bytes
-from ..adapters.safetensors import TensorReader, float32
+from ..adapters.safetensors import TensorReader
 from ..adapters.source import Source
 from ..checkpoint.config import SHAREConfig
-from ..checkpoint.reader import Tensors
+from ..checkpoint.reader import Tensors, as_array
+from ..codec.factors import errors_of_products
 from ..errors import AdapterError, StreamError
 from ..hub.fetch import AT_ONCE, fetching
 from ..hub.lookup import loose_ids, resolve_on_hub
-from ..linalg.delta import DeltaError, delta_error, relative_error
+from ..linalg.delta import DeltaError, delta_errors, relative_error
 from ..plan.catalog import Interned, catalog, read_entry
 from ..settings import Settings
 
 TOLERANCE = 1e-3  # between a certified error and the one that is measured
+EXACTLY = 1e-6, 1e-7  # of one of a coded checkpoint, which is of the tensors themselves: relative, and in any case
 # Of components, by which the errors that slicing adds up are not orthogonal.
 ROUNDING = {"BF16": 1e-2, "F16": 2e-3}
 
@@ -138,7 +140,7 @@ def _number(value: object) -> float | None:
 def _verdict(model: Checkpoint, name: str, adapter: Adapter, certified: float | None) -> Verdict:
     tensors = model.reconstruct(name)
     with adapter.open() as originals:
-        errors = {m.name: e for m, e in _module_errors(adapter, originals, tensors)}
+        errors = _module_errors(adapter, originals, tensors, coded=bool(model.config.coded))
         kept = model.certified(name).get("verbatim")
         kept = kept if isinstance(kept, list) else []
         problem = _verbatim_fault(adapter, originals, tensors, kept)
@@ -146,7 +148,8 @@ def _verdict(model: Checkpoint, name: str, adapter: Adapter, certified: float | 
     vanishes = name in model.config.ours.get("verbatim_adapters", ())  # its dW is exact, and no error of others
     worst = None if vanishes else max(errors, key=lambda m: errors[m].relative, default=None)
     rounding = ROUNDING.get(str(model.config.ours.get("dtype")), 0.0) if "estimated" in model.certified(name) else 0.0
-    if problem is None and certified is not None and not abs(total - certified) <= TOLERANCE + rounding:
+    allowed = EXACTLY[0] * total + EXACTLY[1] if model.config.coded else TOLERANCE + rounding
+    if problem is None and certified is not None and not abs(total - certified) <= allowed:
         problem = f"the checkpoint claims a relative error of {certified:.6f}"
     digest = model.certified(name).get("sha256")
     if problem is not None and digest is not None and digest_files(adapter.paths) != digest:
@@ -154,16 +157,22 @@ def _verdict(model: Checkpoint, name: str, adapter: Adapter, certified: float | 
     return Verdict(name, total, certified, worst, errors[worst].relative if worst else 0.0, problem)
 
 
-def _module_errors(adapter: Adapter, originals: TensorReader, tensors: Tensors) -> Iterator[tuple[Any, DeltaError]]:
+def _module_errors(
+    adapter: Adapter, originals: TensorReader, tensors: Tensors, *, coded: bool
+) -> dict[str, DeltaError]:
+    """The error of each module; what is `coded` has another gauge than its original."""
     for module in adapter.layout.modules:
-        hats = []
         for side in SIDES:
             key = factor_key(module.name, side)
             if key not in tensors or tuple(tensors[key].shape) != tuple(module.record(side).shape):
                 raise StreamError("a tensor is missing, or has another shape", key=key)
-            hats.append(tensors[key].float().numpy())
-        a, b = float32(originals, module.a), float32(originals, module.b)
-        yield module, delta_error(a, b, hats[0], hats[1], adapter.scaling(module.name))
+    measure, found = errors_of_products if coded else delta_errors, dict[str, DeltaError]()
+    for batch in adapter.batches_of(adapter.layout.by_name):
+        read = batch.read(originals)
+        a_hat, b_hat = (np.stack([as_array(tensors[factor_key(name, side)]) for name in batch.names]) for side in SIDES)
+        each = measure(read["A"], read["B"], a_hat, b_hat, adapter.scalings_of(batch.names))
+        found |= dict(zip(batch.names, each, strict=True))
+    return found
 
 
 def _verbatim_fault(adapter: Adapter, originals: TensorReader, tensors: Tensors, kept: Collection[str]) -> str | None:

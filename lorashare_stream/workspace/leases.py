@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ..adapters.keys import SIDES, Side
-from ..files import remove_tree, sync
+from ..files import remove_tree, sync, write_json
 from ..settings import QUANTUM
 from ..text import digest_of
 
@@ -133,21 +133,23 @@ def _rounded(count: int) -> int:
 
 def make_groups(root: Path, groups: Mapping[str, str]) -> None:
     """Make folders groups of zarr, those that are none: path under `root` -> words that say what is in it."""
-    missing = {path: words for path, words in groups.items() if not _is_group(root / path, words)}
-    if missing:
-        wait_for(_write_groups, root, missing)
+    for path, words in groups.items():
+        if not _is_group(root / path, words):
+            write_json(root / path / METADATA, _group(words))
 
 
 def make_arrays(root: Path, slots: Mapping[str, Mapping[Side, Slot]], words: str) -> dict[str, dict[Side, Slot]]:
     """Make the group and the arrays of a new lease, durable; the slots again, with the digest of their metadata."""
     members = _members((module, slot) for module, both in slots.items() for slot in both.values())
-    for lease in {lease for lease, _ in members}:
+    leases = {lease for lease, _ in members}
+    for lease in leases:
         (root / lease).mkdir()
-    wait_for(_write, root, members, words)
+    make_groups(root, dict.fromkeys(leases, words))
+    wait_for(_write, root, members)
     for folder in {root / lease / f"{sums}{array}" for lease, array in members for sums in ("", SUM)}:
         sync(folder / METADATA)
         sync(folder)
-    for lease in {lease for lease, _ in members}:
+    for lease in leases:
         sync(root / lease)
     sync(root)
     digests = {key: _metadata(root / key[0], key[1]) for key in members}
@@ -184,20 +186,11 @@ def wait_for(function: Callable[..., Coroutine[Any, Any, T]], *arguments: Any) -
         return thread.submit(run).result()
 
 
-async def _write_groups(root: Path, groups: Mapping[str, str]) -> None:
-    from zarr.api.asynchronous import create_group
-
-    for path, words in groups.items():
-        (root / path / METADATA).unlink(missing_ok=True)
-        await create_group(store=root / path, attributes={"what": words})
-
-
-async def _write(root: Path, members: Mapping[tuple[str, str], Mapping[str, Slot]], words: str) -> None:
+async def _write(root: Path, members: Mapping[tuple[str, str], Mapping[str, Slot]]) -> None:
     """Write what says how arrays are read, and what is in them."""
     from zarr.api.asynchronous import create_array
     from zarr.codecs import Crc32cCodec
 
-    await _write_groups(root, {lease: words for lease, _ in members if not _is_group(root / lease, words)})
     for (lease, array), places in members.items():
         slot = next(iter(places.values()))
         names: list[str | None] = [None] * slot.shape[0]
@@ -222,11 +215,15 @@ async def _write(root: Path, members: Mapping[tuple[str, str], Mapping[str, Slot
             )
 
 
+def _group(words: str) -> dict[str, Any]:
+    """The metadata of a group, by the specification of Zarr 3."""
+    return {"zarr_format": 3, "node_type": "group", "attributes": {"what": words}}
+
+
 def _is_group(folder: Path, words: str) -> bool:
-    expected = {"zarr_format": 3, "node_type": "group", "attributes": {"what": words}}
     try:
         found = json.loads((folder / METADATA).read_bytes())
-        return all(found[key] == value for key, value in expected.items())
+        return all(found[key] == value for key, value in _group(words).items())
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return False
 
@@ -250,7 +247,7 @@ def sweep(root: Path, markers: Mapping[str, Marker], words: str) -> None:
         if not _describes(root / name, array, next(iter(places.values())).metadata):
             for sums in ("", SUM):
                 (root / name / f"{sums}{array}" / METADATA).unlink(missing_ok=True)
-            wait_for(_write, root, {(name, array): places}, words)
+            wait_for(_write, root, {(name, array): places})
     make_groups(root, dict.fromkeys(sorted(leases), words))
 
 
