@@ -517,11 +517,12 @@ def test_a_layout_takes_no_more_memory_than_there_is() -> None:
 
 
 def test_tables_are_those_of_a_normal_density() -> None:
-    """What `scripts/make_tables.py` computes here, but for a weight that another mathematics library rounds otherwise."""
+    """As `scripts/make_tables.py` computes them here, but for what another mathematics library rounds otherwise."""
     spec = importlib.util.spec_from_file_location(
         "make_tables", Path(__file__).parents[1] / "scripts" / "make_tables.py"
     )
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     made = np.concatenate([script.weights(kind) for kind in range(LOWEST, WHOLE + 1)]).astype(np.int64)
