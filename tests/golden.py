@@ -1,4 +1,4 @@
-"""Digests of the tensors that five small collections give: what no change of structure may change.
+"""Digests of the tensors that four small collections give: what no change of structure may change.
 
 python tests/golden.py          prints them, computed by one kernel on every x86-64 machine (see `environment`)
 python tests/golden.py --write  replaces tests/golden.json; say why in the commit
@@ -23,7 +23,6 @@ CHOICES: dict[str, dict[str, object]] = {
     },
     "factors, bfloat16": {"num_components": 5, "objective": "factors", "dtype": "bfloat16"},
     "coded within an error": {"max_error": 0.1},
-    "coded in so many bytes": {"ratio": 8},
 }  # fmt: skip
 MODULES = {
     "layers.0.q": (96, 64), "layers.0.v": (96, 32), "layers.1.q": (96, 64),

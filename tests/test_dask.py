@@ -217,6 +217,30 @@ def test_a_checkpoint_is_the_same_byte_for_byte_though_workers_are_killed_and_ot
     assert not list(default_workspace(tmp_path / "dask").glob(".*"))
 
 
+def test_a_coded_checkpoint_is_the_same_byte_for_byte_though_a_worker_is_killed(
+    tmp_path: Path,
+    collection: list[str],
+    workers: Callable[..., dict[str, str]],
+    processes: Processes,
+    dask: Any,
+) -> None:
+    workers("a", "b")
+    happened: list[str] = []
+
+    def progress(step: str, total: int, results: Iterator[Any]) -> Iterator[Any]:
+        for number, result in enumerate(results):
+            yield result
+            if (step, number) == ("encode", 1):
+                processes.end("a")
+                happened.append("killed")
+
+    chosen = Settings(max_error=0.2, device="cpu")
+    compress(plan_for(resolve(collection), chosen), tmp_path / "dask", executor=dask, progress=progress)
+    compress(plan_for(resolve(collection), chosen), tmp_path / "serial", executor=SerialExecutor())
+    assert happened == ["killed"]
+    assert tree_digest(tmp_path / "dask") == tree_digest(tmp_path / "serial")
+
+
 def test_a_stopped_driver_goes_on_alone(
     tmp_path: Path, collection: list[str], workers: Callable[..., dict[str, str]], processes: Processes
 ) -> None:

@@ -109,7 +109,7 @@ def test_a_feature_of_peft(tmp_path: Path, compressed: Compress, name: str, opti
 
     for adapter, truth in truths.items():
         share.reconstruct(adapter, output_dir=tmp_path / "ours" / adapter)
-        close = 2e-4 * truth.abs().max().clamp(min=1) if share.config.coded else 1e-4
+        close = 1e-3 * truth.abs().max().clamp(min=1) if share.config.coded else 1e-4
         check_same(feature, tmp_path / "ours" / adapter, tmp_path / adapter, truth, close)
         written, original = (tmp_path / "ours" / adapter, tmp_path / adapter)
         assert json.loads((written / "adapter_config.json").read_text()) == json.loads(

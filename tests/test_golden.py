@@ -1,4 +1,4 @@
-"""The tensors of five small collections, to the last bit: no change of structure changes them."""
+"""The tensors of four small collections, to the last bit: no change of structure changes them."""
 
 from __future__ import annotations
 

@@ -491,6 +491,41 @@ def test_a_disk_budget_is_kept_and_the_plan_says_how_often_each_is_fetched(
     assert not hub.requests
 
 
+@pytest.mark.parametrize("limit", [{"max_error": 0.2}, {"ratio": 4}])
+def test_a_coded_checkpoint_keeps_a_disk_budget_too(
+    tmp_path: Path, hub: FakeHub, limit: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = make_collection(tmp_path / "many", 14)
+    pins = [
+        f"org/x{i:02}@{hub.add(f'org/x{i:02}', files_of(f), base_model='tiny-base')}" for i, f in enumerate(folders)
+    ]
+    size = Path(folders[0], WEIGHTS).stat().st_size
+
+    def planned(out: Path, **settings: Any) -> Any:
+        return plan_for(
+            resolve(pins), Settings.from_mapping({"device": "cpu", **limit, **settings}), default_workspace(out)
+        )
+
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    made = planned(out, disk_budget=8 * size)
+    assert len(made.batches) > 2
+    hub.requests.clear()
+    gauge = Gauge(hub, default_workspace(out) / "hub")
+    compress(made, out)
+    assert size < gauge.end() <= 8 * size
+    fetched = Counter(r.repo for r in hub.requests if r.file == WEIGHTS and r.method == "GET" and r.whole)
+    for entry in made.adapters:
+        assert 1 <= fetched[entry.origin.hub.repo] <= made.fetches(entry)
+    assert not list((default_workspace(out) / "hub").rglob(WEIGHTS))
+    compress(planned(whole), whole)
+    assert content(out) == content(whole)
+    share = SHAREModel.from_pretrained(out)
+    assert share.certified(share.adapter_names[0])["hub"]["repo"] == "org/x00"
+    hub.requests.clear()
+    assert compress(planned(out, disk_budget=8 * size), out).method == "current"
+    assert not hub.requests
+
+
 def test_what_the_users_cache_has_is_used_and_never_removed(tmp_path: Path, hub: FakeHub, pins: list[str]) -> None:
     go(pins[:4], tmp_path / "first")
     before = tree_digest(tmp_path / "home")

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from lorashare_stream.pipeline import plan_for
+from lorashare_stream.plan.memory import WORKER_BYTES
 from lorashare_stream.plan.plan import Plan
 from lorashare_stream.plan.sources import resolve
 from lorashare_stream.settings import Settings
@@ -103,6 +104,29 @@ def test_the_smallest_budget_that_the_plan_names_is_kept(
     assert peak_of_a_run(tmp_path / "out", folders, least, **options) <= least
 
 
+SEVEN_B = {"d": 4096, "r": 16, "modules": tuple(f"m{i}" for i in range(64))}  # q and v of 32 layers, all of one class
+
+
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [
+        ({"n": 8, "d": 768, "r": 8, "modules": tuple(f"m{i}" for i in range(24))}, {"max_error": 0.25}),
+        slow({"n": 2, **SEVEN_B}, {"max_error": 0.25}),
+        slow({"n": 2, **SEVEN_B}, {"max_error": 0.05}),
+        slow({"n": 2, **SEVEN_B}, {"ratio": 10}),
+    ],
+)
+def test_coding_an_adapter_takes_what_the_plan_says(
+    tmp_path: Path, case: dict[str, Any], options: dict[str, Any]
+) -> None:
+    folders = collection_of(tmp_path / "adapters", **case)
+    plan, least = least_memory(folders, **options)
+    one, together = peak_of_processes(tmp_path, least, 1, **options)
+    assert together <= least
+    (encode,) = (step for step in plan.steps if step.name == "encode")
+    assert one <= WORKER_BYTES + encode.task_bytes
+
+
 @pytest.mark.slow
 def test_so_it_is_where_lapack_finds_too_few_vectors(tmp_path: Path) -> None:
     folders, options = collection_of(tmp_path / "adapters", 200, 1536, 16), {"num_components": 200}
@@ -123,6 +147,21 @@ def sizes_of(pid: int) -> list[int]:
     return sizes
 
 
+def peak_of_processes(root: Path, memory: int, workers: int, **options: Any) -> tuple[int, int]:
+    """The largest proportional size of one process of a run, and of all together; there is one more than workers."""
+    flags = [f"--{FLAGS.get(k, k).replace('_', '-')}={v}" for k, v in options.items()]
+    command = ["compress", str(root / "adapters"), "-o", str(root / "out"), "--device=cpu", "-q", *flags]
+    command += [f"--workers={workers}", f"--memory={memory}"]
+    found = [[0]]
+    with subprocess.Popen([sys.executable, "-m", "lorashare_stream", *command], stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            found.append(sizes_of(process.pid))
+            time.sleep(0.002)
+    assert process.returncode == 0
+    assert max(map(len, found)) == workers + 1
+    return max(max(sizes, default=0) for sizes in found), max(map(sum, found))
+
+
 @pytest.mark.parametrize(
     ("case", "options"),
     [
@@ -137,17 +176,16 @@ def test_processes_keep_the_budget_together(tmp_path: Path, case: dict[str, Any]
     memory = max(step.peak_bytes for step in ample.steps)
     exact, _ = least_memory(folders, workers=2, memory=memory, **options)
     assert {step.concurrency for step in exact.steps} == {2}
-    flags = [f"--{FLAGS.get(k, k).replace('_', '-')}={v}" for k, v in options.items()]
-    command = ["compress", str(tmp_path / "adapters"), "-o", str(tmp_path / "out"), "--device=cpu", "-q", *flags]
-    command += ["--workers=2", f"--memory={memory}"]
-    found = [[0]]
-    with subprocess.Popen([sys.executable, "-m", "lorashare_stream", *command], stdout=subprocess.DEVNULL) as process:
-        while process.poll() is None:
-            found.append(sizes_of(process.pid))
-            time.sleep(0.002)
-    assert process.returncode == 0
-    assert max(map(len, found)) == 3
-    assert max(map(sum, found)) <= memory
+    assert peak_of_processes(tmp_path, memory, 2, **options)[1] <= memory
+
+
+@pytest.mark.slow
+def test_memory_of_coding_does_not_grow_with_the_number_of_adapters(tmp_path: Path) -> None:
+    modules, peaks = tuple(f"m{i}" for i in range(8)), []
+    for n in (200, 800):
+        collection_of(tmp_path / str(n) / "adapters", n, 512, 8, modules=modules)
+        peaks.append(peak_of_processes(tmp_path / str(n), 1 << 30, 1, max_error=0.25)[1])
+    assert peaks[1] - peaks[0] <= 600 * (30 << 10)  # the catalog and records of each; its factors have 256 KiB
 
 
 def test_memory_does_not_grow_with_the_number_of_adapters(tmp_path: Path) -> None:
