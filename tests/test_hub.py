@@ -458,6 +458,7 @@ class Gauge:
         return self.most
 
 
+@pytest.mark.slow
 def test_a_disk_budget_is_kept_and_the_plan_says_how_often_each_is_fetched(
     tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -627,7 +628,7 @@ def test_an_adapter_that_is_gone_when_it_is_needed_again(tmp_path: Path, hub: Fa
     out = tmp_path / "out"
     go(pins, out, disk_budget=4 * 3676)
     del hub.repos["org/a03"]
-    with pytest.raises(CollectionError, match=r"are in the moments.*\n.*org--a03.*no such repository") as e:
+    with pytest.raises(CollectionError, match=r"were admitted before.*\n.*org--a03.*no such repository") as e:
         go(pins, out, disk_budget=4 * 3676, num_components=6)
     assert "lorashare-stream remove" in str(e.value)
     assert main(["remove", str(out), "org--a03", "--disk-budget", "14704"]) == 0
@@ -841,7 +842,7 @@ def test_a_torn_or_damaged_ledger_is_asked_for_again(tmp_path: Path, hub: FakeHu
     assert not hub.requests
 
 
-@pytest.mark.parametrize("kind", ["serial", "dask"])
+@pytest.mark.parametrize("kind", ["serial", slow("dask")])
 def test_other_executors_take_adapters_as_they_come(tmp_path: Path, hub: FakeHub, pins: list[str], kind: str) -> None:
     from distributed import Client, LocalCluster
 

@@ -340,7 +340,7 @@ EXPERTS = {f"model.layers.{i}.mlp.experts.{j}.up_proj": (24, 12) for i in range(
 @pytest.mark.parametrize(
     ("modules", "adapters", "options"),
     [
-        (EXPERTS, 4, {}),
+        pytest.param(EXPERTS, 4, {}, marks=pytest.mark.slow),
         pytest.param(EXPERTS, 3, {"num_components": "auto"}, marks=pytest.mark.slow),
         ({f"layers.{i}.q": (600, 300) for i in range(3)}, 200, {}),  # sums, and columns
         ({"q": (40, 30), "v": (20, 9)}, 400, {"num_components": 8}),  # mostly what is known of adapters

@@ -122,7 +122,7 @@ def whole_lines(text: str) -> list[str]:
     return lines
 
 
-@pytest.mark.parametrize("count", [50, slow(300)])
+@pytest.mark.parametrize("count", [30, slow(300)])
 def test_few_files_are_open_at_a_time_however_many_adapters_there_are(tmp_path: Path, count: int) -> None:
     make_collection(tmp_path / "adapters", count, {"q": (12, 8)})
     adapters, out = str(tmp_path / "adapters"), str(tmp_path / "out")
