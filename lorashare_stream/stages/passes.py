@@ -6,6 +6,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -270,7 +271,8 @@ def write_adapters(
     lost: list[AdapterError] = []
     arriving = run.arriving(adapters, lost)
     with staging.syncing() as written:
-        for each in run.map(step, partial(task, job), arriving, len(adapters), run.release):
+        bare = replace(job, adapters={})  # each task has its own: half of what is sent
+        for each in run.map(step, partial(task, bare), arriving, len(adapters), run.release):
             statistics[each.name] = each
             written(each.name)
     check_none_lost(lost)
