@@ -178,6 +178,7 @@ class Settings:
         others = {"memory", "workers", "on_error", "device", "discard_moments", "base_model", "dtype"}
         others |= {"disk_budget", "offline"}
         others |= {name for name in LIMITS if not getattr(self, name)}
+        others |= {"num_components", "variance_threshold"} if self.limit else set()
         return {k: list(v) if isinstance(v, tuple) else v for k, v in self.as_dict().items() if k not in others}
 
     def binding(self) -> dict[str, Any]:

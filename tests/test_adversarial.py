@@ -284,7 +284,7 @@ def test_a_refused_output_leaves_no_workspace_behind(
 ) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "diary.txt").write_text("x")
-    with pytest.raises(UsageError, match="no SHARE checkpoint"):
+    with pytest.raises(UsageError, match="no checkpoint"):
         compressed(collection)
     assert not default_workspace(tmp_path / "out").exists()
 

@@ -213,7 +213,8 @@ def test_bad_adapters_are_named_and_left_out(tmp_path: Path, capsys: Capture) ->
     assert main(["plan", str(folder), "--analyze", "-q"]) == 0
     text = capsys.readouterr().out
     assert all(name in text for name in ("a001", "a002", "a003", "a004", "not finite"))
-    assert text.splitlines()[-1].startswith("recommended: ")
+    assert text.splitlines()[-3].startswith("recommended for shared bases: ")
+    assert text.splitlines()[-1].startswith("for the smallest store, code each alone: ")
 
 
 def test_samples_are_spread_and_the_same_every_time(tmp_path: Path) -> None:

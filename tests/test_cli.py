@@ -113,10 +113,10 @@ def test_quiet_is_silent(tmp_path: Path, collection: list[str], capsys: Capture)
         (["compress", "{c}", "-o", "{out}", "--plan", "{c}"], 2, "both sources and --plan"),
         (["compress", "{c}", "-o", "{out}", "--names", "one", "two"], 2, "--names needs one name"),
         (["compress", "{c}", "-o", "{out}", "--memory", "1MiB"], 1, "smallest|at least"),
-        (["info", "{c}"], 1, "no SHARE checkpoint"),
-        (["info", "nowhere"], 1, "no SHARE checkpoint"),
-        (["reconstruct", "{c}", "--all", "-o", "{out}"], 1, "no SHARE checkpoint"),
-        (["verify", "nowhere"], 1, "no SHARE checkpoint"),
+        (["info", "{c}"], 1, "no checkpoint"),
+        (["info", "nowhere"], 1, "no checkpoint"),
+        (["reconstruct", "{c}", "--all", "-o", "{out}"], 1, "no checkpoint"),
+        (["verify", "nowhere"], 1, "no checkpoint"),
     ],
 )
 def test_exit_codes_of_errors(

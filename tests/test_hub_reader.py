@@ -188,9 +188,9 @@ def test_a_folder_comes_first(hub: FakeHub, checkpoint: Path, other: Path, tmp_p
         SHAREModel.from_pretrained("org/share", revision="main")
     assert SHAREModel.from_pretrained("hf://org/share").config.num_components == 4
     hub.requests.clear()
-    with pytest.raises(MissingCheckpointError, match="no SHARE checkpoint at"):
+    with pytest.raises(MissingCheckpointError, match="no checkpoint at"):
         SHAREModel.from_pretrained(Path("nobody/nothing"))  # a path is no id
-    with pytest.raises(MissingCheckpointError, match="no SHARE checkpoint at"):
+    with pytest.raises(MissingCheckpointError, match="no checkpoint at"):
         SHAREModel.from_pretrained("./nobody/nothing")
     assert not hub.requests
 

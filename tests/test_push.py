@@ -242,7 +242,7 @@ def test_an_answer_that_is_lost_is_no_second_commit(
 def test_a_repository_that_is_not_for_it_is_left_alone(hub: FakeHub, checkpoint: Path) -> None:
     other = {"adapters/finance/adapter_model.safetensors": b"x", "adapter_config.json": b"{}", "README.md": b"mine"}
     hub.add(REPO, other)
-    with pytest.raises(UsageError, match=r"something else than a SHARE checkpoint.*adapter_config.json.*overwrite"):
+    with pytest.raises(UsageError, match=r"something else than a checkpoint.*adapter_config.json.*overwrite"):
         push(checkpoint, REPO)
     assert hub.files(REPO).items() >= other.items()
     assert hub.count("commit") == 0
@@ -548,7 +548,7 @@ def _damage(path: Path) -> None:
 @pytest.mark.parametrize(
     ("breaking", "match"),
     [
-        (lambda root: (root / CONFIG).unlink(), "no SHARE checkpoint"),
+        (lambda root: (root / CONFIG).unlink(), "no checkpoint"),
         (lambda root: (root / "adapters/a01/loadings.safetensors").unlink(), "missing"),
         (lambda root: (root / "adapters/a01/classifier_head.safetensors").unlink(), "cannot be read"),
         (lambda root: _damage(root / "shared_components.safetensors"), "damaged"),

@@ -53,6 +53,15 @@ class Refused(Mapping[str, Any]):
     def __contains__(self, key: object) -> bool:
         raise self._refuse()
 
+    def keys(self) -> Any:
+        """Raises CheckpointError, as all else."""
+        raise self._refuse()
+
+    items = values = keys
+
+    def __repr__(self) -> str:
+        return f"<{self._refuse()}>"
+
 
 class CodedReader(CheckpointReader):
     """An open coded checkpoint: its index at open, an adapter when it is asked for.

@@ -59,13 +59,13 @@ def read_share_config(root: Path) -> SHAREConfig:
     except FileNotFoundError:
         entries = sorted(os.listdir(root)) if root.is_dir() else []
         raise MissingCheckpointError(
-            f"no SHARE checkpoint at {printable(root)}", found=listed(entries) or "nothing", expected=CONFIG
+            f"no checkpoint at {printable(root)}", found=listed(entries) or "nothing", expected=CONFIG
         ) from None
     except (ValueError, NotADirectoryError) as e:
         raise CheckpointError(f"{CONFIG} cannot be read", found=str(e)) from e
     known = SHAREConfig()
     if not isinstance(values, dict) or not values.keys() >= _NEEDED:
-        raise CheckpointError(f"{CONFIG} is not that of a SHARE checkpoint", found=values, expected=listed(_NEEDED))
+        raise CheckpointError(f"{CONFIG} is not that of a checkpoint", found=values, expected=listed(_NEEDED))
     for name, value in values.items():
         default = getattr(known, name, None) if name in SHAREConfig.__dataclass_fields__ else None
         if default is None:

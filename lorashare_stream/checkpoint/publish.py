@@ -118,9 +118,7 @@ def check_output(out: Path, *, own: Collection[str], overwrite: bool) -> None:
         return
     ours = ours_of(out)
     if ours is None:
-        raise UsageError(
-            "the output exists and is no SHARE checkpoint", found=out, remedy="Choose another output folder."
-        )
+        raise UsageError("the output exists and is no checkpoint", found=out, remedy="Choose another output folder.")
     if not overwrite and ours.get("basis_digest") not in own:
         raise UsageError(
             "the output holds a checkpoint of another run",

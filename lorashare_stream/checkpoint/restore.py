@@ -20,7 +20,7 @@ from .reader import MARK, Tensors, was_reconstructed
 def refuse_originals(folder: Path) -> None:
     """Demand that a reconstruction overwrites nothing but a reconstruction."""
     if (folder / SHARE_CONFIG).exists():
-        raise UsageError("the folder is a SHARE checkpoint", found=folder, remedy="Choose another one.")
+        raise UsageError("the folder is a checkpoint", found=folder, remedy="Choose another one.")
     for path in (folder / SAFETENSORS, folder / PICKLE):
         if os.path.lexists(path) and not was_reconstructed(path):
             raise UsageError(

@@ -155,8 +155,8 @@ def share_config(
     config = {
         "share_version": "0.1.0",
         "num_components": max((f["k"] for f in groups.values()), default=0),
-        "component_selection": "auto" if record.settings["num_components"] == "auto" else "fixed",
-        "variance_threshold": record.settings["variance_threshold"],
+        "component_selection": "auto" if record.settings.get("num_components") == "auto" else "fixed",
+        "variance_threshold": record.settings.get("variance_threshold", 0.95),
         "base_model_name_or_path": record.base_model,
         "target_modules": sorted({m.rpartition(".")[2] for m in (*layers, *modules)}),
         "lora_rank": _commonest([a.rank for a in adapters]),

@@ -23,7 +23,9 @@ class Parser(argparse.ArgumentParser):
 def parser() -> argparse.ArgumentParser:
     """All commands and their options. Options that were not given are absent from the result."""
     top = Parser(prog="lorashare-stream", epilog=_EPILOG)
-    top.description = "Compress thousands of LoRA adapters of one base model into a SHARE checkpoint."
+    top.description = (
+        "Compress thousands of LoRA adapters of one base model: each coded alone, or all on shared bases (SHARE)."
+    )
     top.add_argument("--version", action="version", version=f"lorashare-stream {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -39,20 +41,11 @@ def parser() -> argparse.ArgumentParser:
         loud.add_argument("-v", "--verbose", action="store_true", help="say more")
         return p
 
+    _add_plan(command)
     p = command(
-        "plan",
-        "Read headers only: what will be read, computed and written, and what is refused. For a limit a sample is "
-        "coded, too, which foretells bytes and errors.",
+        "compress",
+        "Compress adapters: -k into a SHARE checkpoint, a limit into a coded one. The same command again goes on.",
     )
-    _add_sources(p)
-    p.add_argument("-o", "--output", metavar="PLAN.json", help="write the plan, for compress --plan")
-    p.add_argument(
-        "--analyze",
-        action="store_true",
-        help="read a sample, too: what adapters have in common, and errors to expect; for a limit, fetch it if need be",
-    )
-    p.add_argument("--sample", type=int, metavar="N", help="adapters of the sample (default: 64 at most)")
-    p = command("compress", "Compress adapters into a SHARE checkpoint. The same command again goes on where it was.")
     _add_sources(p)
     p.add_argument("-o", "--output", metavar="OUT", help="the checkpoint's folder")
     p.add_argument("--plan", metavar="PLAN.json", help="run this plan")
@@ -66,6 +59,22 @@ def parser() -> argparse.ArgumentParser:
     _add_readers(command)
     _add_hub(command)
     return top
+
+
+def _add_plan(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
+    p = command(
+        "plan",
+        "Read headers only: what will be read, computed and written, and what is refused. For a limit a sample is "
+        "coded, too, which foretells bytes and errors.",
+    )
+    _add_sources(p)
+    p.add_argument("-o", "--output", metavar="PLAN.json", help="write the plan, for compress --plan")
+    p.add_argument(
+        "--analyze",
+        action="store_true",
+        help="read a sample, too: what adapters have in common, and errors to expect; for a limit, fetch it if need be",
+    )
+    p.add_argument("--sample", type=int, metavar="N", help="adapters of the sample (default: 64 at most)")
 
 
 def _add_edits(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
@@ -119,9 +128,8 @@ def _add_readers(command: Callable[[str, str], argparse.ArgumentParser]) -> None
     _add_offline(p)
     p = command("verify", "Measure errors against the originals, per adapter, worst first.")
     p.add_argument("checkpoint")
-    p.add_argument(
-        "--sources", nargs="+", metavar="SOURCE", help="the originals; else those of the workspace beside it"
-    )
+    p.add_argument("--sources", nargs="+", metavar="SOURCE", help="the originals; else those of the workspace")
+    p.add_argument("--workspace", metavar="DIR", help="that knows the originals; else the one beside the checkpoint")
     _add_offline(p)
 
 

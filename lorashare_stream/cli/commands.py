@@ -7,13 +7,13 @@ import shlex
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.config import SHAREConfig, read_share_config
-from ..checkpoint.format import ours_of
+from ..checkpoint.format import ours_of, total_bytes
 from ..checkpoint.publish import check_output, output_folder
-from ..errors import BudgetError, CollectionError, StreamError, UsageError, skipped_as_json
-from ..files import atomic_file, own_folder, tree_bytes, write_json
+from ..errors import BudgetError, CheckpointError, CollectionError, StreamError, UsageError, skipped_as_json
+from ..files import atomic_file, own_path, tree_bytes, write_json
 from ..hub.client import Hub
 from ..hub.lookup import recalled, source_of
 from ..hub.pins import pinned
@@ -30,6 +30,10 @@ from ..text import bytes_shown, counted, listed, name_fault, printable
 from ..workspace.workspace import Workspace
 from .choices import Args, cluster_of, make_plan, names_meant, planned, with_config, with_workers
 from .output import print_result, progress_of, say_left_out, say_what_will_be_left_out
+
+if TYPE_CHECKING:
+    from ..adapters.source import Source
+    from ..model import SHAREModel
 
 log = logging.getLogger(__name__)
 SKIPPED = 3  # exit code: done, but adapters were left out
@@ -182,7 +186,11 @@ def info_of(config: SHAREConfig) -> dict[str, Any]:
     """What `info` tells, as plain values."""
     stats = {k: v for k, v in config.compression_stats.items() if k != "lorashare_stream"}
     ours = {k: v for k, v in config.ours.items() if k != "groups"}
-    return {**{k: v for k, v in config.to_dict().items() if k != "compression_stats"}, **stats, **ours}
+    whole = {}
+    if ours:
+        total = total_bytes(ours["bytes"])
+        whole = {"checkpoint_bytes": total, "times_smaller": ours["bytes"]["originals"] / max(1, total)}
+    return {**{k: v for k, v in config.to_dict().items() if k != "compression_stats"}, **stats, **ours, **whole}
 
 
 def reconstruct(args: Args) -> int:
@@ -201,36 +209,32 @@ def reconstruct(args: Args) -> int:
     if out.exists() and not out.is_dir():
         raise UsageError("the output is no folder", found=out, remedy="Choose another.")
     out.mkdir(parents=True, exist_ok=True)
-    folders = {name: own_folder(out / name) if len(names) > 1 else out for name in names}
+    folders = {name: own_path(out / name) if len(names) > 1 else out for name in names}
+    faults: dict[str, CheckpointError] = {}
     for name in progress_of(args)("reconstruct", len(names), iter(names)):
-        model.reconstruct(name, output_dir=folders[name])
-    print_result(
-        args,
-        {"reconstructed": {n: str(f) for n, f in folders.items()}},
-        f"{counted(len(names), 'adapter')} in {printable(out)}",
-    )
-    return 0
+        try:
+            model.reconstruct(name, output_dir=folders[name])
+        except CheckpointError as e:  # a damaged one keeps nobody from the others
+            faults[name] = e
+    written = {n: str(f) for n, f in folders.items() if n not in faults}
+    failed = {n: str(e) for n, e in faults.items()}
+    result = {"reconstructed": written} | ({"failed": failed} if failed else {})
+    print_result(args, result, f"{counted(len(written), 'adapter')} in {printable(out)}")
+    for text in failed.values():
+        print(f"FAILED {text}", file=sys.stderr)
+    return 1 if faults else 0
 
 
 def verify(args: Args) -> int:
     """`verify`: measured errors, worst first; fails if one is not as certified, or an original is missing."""
     from ..model import SHAREModel
-    from ..stages.verify import originals_of, pins_in
+    from ..stages.verify import originals_of
     from ..stages.verify import verify as verdicts_of
 
     offline = bool(args.get("offline"))
     model = SHAREModel.from_pretrained(args["checkpoint"], local_files_only=offline)
-    beside = default_workspace(Path(args["checkpoint"]).absolute())
-    if "sources" in args:
-        sources = pinned(resolve(args["sources"]), lambda: Hub(offline=offline), pins_in(model))
-    elif Workspace(beside).exists():
-        sources = [replace(source, name=None) for source in recalled(beside)]  # matched by their ids
-    else:
-        ids = [str(model.certified(name).get("source_id", "")) for name in model.adapter_names]
-        sources = [source for source in (source_of(i, None) for i in ids) if source.hub is not None]
-        if not sources:
-            missing = f"no {printable(beside)}, and no adapter of the Hub"
-            raise UsageError("no originals to compare with", found=missing, remedy="Name them by --sources.")
+    beside = Path(args.get("workspace", default_workspace(Path(args["checkpoint"]).absolute())))
+    sources = _originals(args, model, beside, offline=offline)
     damaged = model.damaged_files()
     found = verdicts_of(model, originals_of(model, sources), workspace=beside, offline=offline)
     verdicts = list(progress_of(args)("verify", len(model.adapter_names), found))
@@ -258,6 +262,23 @@ def verify(args: Args) -> int:
         names = [v.name for v in bad if v.problem == problem]
         print(f"FAILED {listed(names)}: {printable(problem, 2000)}", file=sys.stderr)
     return 1 if bad or damaged else 0
+
+
+def _originals(args: Args, model: SHAREModel, beside: Path, *, offline: bool) -> list[Source]:
+    """The originals to compare a checkpoint with: as they are named, of its workspace, or of the Hub."""
+    from ..stages.verify import pins_in
+
+    if "sources" in args:
+        return pinned(resolve(args["sources"]), lambda: Hub(offline=offline), pins_in(model))
+    if Workspace(beside).exists():
+        return [replace(source, name=None) for source in recalled(beside)]  # matched by their ids
+    ids = [str(model.certified(name).get("source_id", "")) for name in model.adapter_names]
+    sources = [source for source in (source_of(i, None) for i in ids) if source.hub is not None]
+    if not sources:
+        missing = f"no {printable(beside)}, and no adapter of the Hub"
+        remedy = "Name them by --sources, or their --workspace."
+        raise UsageError("no originals to compare with", found=missing, remedy=remedy)
+    return sources
 
 
 def _figure(value: float | None) -> str:

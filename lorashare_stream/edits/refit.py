@@ -95,8 +95,8 @@ def _last_settings(workspace: Path) -> dict[str, Any]:
 def _is_so(config: SHAREConfig, settings: Settings) -> bool:
     """Whether a checkpoint has this k, as it was asked for, and bases that are fitted to its adapters and no others."""
     record, k = record_of(config), settings.num_components
-    same = _bought(config) == settings.bought and (k == record.settings["num_components"] or bool(settings.limit))
-    same = same and (k != "auto" or settings.variance_threshold == record.settings["variance_threshold"])
+    same = _bought(config) == settings.bought and (k == record.settings.get("num_components") or bool(settings.limit))
+    same = same and (k != "auto" or settings.variance_threshold == record.settings.get("variance_threshold"))
     return same and not record.projected and not record.removed
 
 
@@ -114,7 +114,7 @@ def _can_cut(config: SHAREConfig, settings: Settings) -> bool:
 def _is_cut_to(config: SHAREConfig, settings: Settings) -> bool:
     """Whether a checkpoint was cut to this k: the same command has done its work."""
     record = record_of(config)
-    same = record.settings["num_components"] == settings.num_components
+    same = record.settings.get("num_components") == settings.num_components
     return record.cut_from is not None and same and _bought(config) == settings.bought
 
 

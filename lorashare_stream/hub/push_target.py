@@ -143,7 +143,7 @@ class Target:
             return
         raise UsageError(
             "the repository holds another checkpoint, none of whose adapters is in this one" if other
-            else "the repository holds something else than a SHARE checkpoint",
+            else "the repository holds something else than a checkpoint",
             found=f"{self._repo}: {listed(other or strange, 5)}",
             remedy="Push to another; or replace it by --overwrite (overwrite=True): files of other kinds stay.",
         )  # fmt: skip

@@ -210,7 +210,7 @@ class Repository:
             but = ", but a PEFT adapter"
             remedy = "Load it by PEFT, or compress it with others: lorashare-stream compress."
         return MissingCheckpointError(
-            f"no SHARE checkpoint at {printable(self.id)}{but}",
+            f"no checkpoint at {printable(self.id)}{but}",
             found=listed(names) or "nothing",
             expected=CONFIG,
             remedy=remedy,

@@ -17,6 +17,7 @@ from .catalog import Catalog
 from .memory import Group, Step, beside_moments, examples, groups_of, modules_of, portions, steps_of, stored_moment
 
 T = TypeVar("T")
+LEAST_BYTES = 4096  # of a checkpoint, all files
 
 
 @dataclass(frozen=True)
@@ -217,14 +218,17 @@ class Plan:
             )
 
     def _check_size(self) -> None:
-        limit, extras = self.settings.byte_limit(self.sizes["originals"]), self.sizes["verbatim"] // 2  # deflated
-        if limit is not None and limit <= extras:
-            ratio = self.sizes["originals"] / max(1, extras)
+        limit, extras = self.settings.byte_limit(self.sizes["originals"]), self.sizes["verbatim"]
+        if limit is not None and limit <= max(extras // 2, LEAST_BYTES):  # deflated
             raise BudgetError(
-                "tensors that are not LoRA, which are kept as they are, take more than the checkpoint may have",
-                found=f"{bytes_shown(limit)} asked for", expected=f"more than {bytes_shown(extras)}",
-                remedy=f"Use --max-bytes {int(1.1 * extras)} or more, or --ratio below {ratio:.2f}.",
+                "records, and tensors that are not LoRA, which are kept as they are, take more than the checkpoint may "
+                "have", found=f"{bytes_shown(limit)} asked for", expected=f"{bytes_shown(extras)} and some for dW",
+                remedy=f"Use --max-bytes {self._ample(extras)} or more.",
             )  # fmt: skip
+
+    def _ample(self, extras: int) -> int:
+        """Bytes that surely hold something of every adapter."""
+        return extras + self.sizes["lora"] // 50 + 300 * len(self.adapters) + 2 * LEAST_BYTES
 
     def _check_disk_budget(self) -> None:
         budget, largest = self.settings.disk_budget, max((e.hub_bytes for e in self.adapters), default=0)
@@ -278,7 +282,8 @@ def check_enough(count: int, refused: Iterable[AdapterError], fewest: int) -> No
             problems=tuple(refused),
             found=count,
             expected=f"{fewest} or more",
-            remedy="Add adapters of the same base model.",
+            remedy="Add adapters of the same base model"
+            + (", or give a limit such as --max-error 0.25, by which each is coded alone." if fewest > 1 else "."),
         )
 
 

@@ -28,12 +28,13 @@ def analysis_as_json(a: Analysis) -> dict[str, Any]:
 
 
 def analysis_text(a: Analysis, plan: Plan) -> str:
-    """An analysis of a plan's adapters, the recommendation last."""
+    """An analysis of a plan's adapters, the recommendations last."""
     parts = [
         rows_text(_looked_at(a)),
         _spectra(a),
         _errors(a, plan.settings.num_components),
-        f"recommended: {a.recommended}",
+        f"recommended for shared bases: {a.recommended}",
+        "for the smallest store, code each alone: lorashare-stream plan SOURCES --max-error 0.25 foretells its bytes",
     ]
     if a.problems:
         parts.insert(1, "\n".join(["cannot be compressed:", *problem_lines(a.problems)]))

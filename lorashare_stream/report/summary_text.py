@@ -54,6 +54,7 @@ def _coded_rows(config: SHAREConfig) -> list[Row]:
     large = "the mean error is large: these adapters need more bytes, or a smaller --max-error"
     return [
         *_head_rows(config),
+        ("form", "coded: each adapter alone"),
         ("coded modules", f"{coded['modules']} ({kinds})" if coded["modules"] else "none"),
         *[("asked for", text) for text in asked(ours["settings"])],
         *step,
@@ -73,7 +74,11 @@ def _bytes_rows(ours: dict[str, Any], adapters: int) -> list[Row]:
         ("checkpoint", f"{bytes_shown(total)}, {_times(size['originals'] / max(total, 1))}"),
         *[(f"  {part}", bytes_shown(size[part])) for part in PARTS if part in size],
         ("  next adapter", f"about {bytes_shown(next_bytes(size, adapters))}{more}"),
-        ("LoRA bytes", f"{bytes_shown(size['lora'])} in the originals, {_times(size['lora_ratio'])}"),
+        *(
+            [("LoRA bytes", f"{bytes_shown(size['lora'])} in the originals, {_times(size['lora_ratio'])}")]
+            if size["lora"]
+            else []
+        ),
     ]
 
 
@@ -118,7 +123,8 @@ def _our_rows(ours: dict[str, Any], adapters: int) -> list[Row]:
         removed = f"{len(ours['removed'])}, still in the bases (remove --refit frees them): {listed(ours['removed'])}"
         pairs.append(("removed", removed))
     if errors["mean"] > 0.5:
-        pairs.append(("note", "the mean error is large: these adapters share little at this k; take more components"))
+        remedy = "take more components, or code each alone by --max-error"
+        pairs.append(("note", f"the mean error is large: these adapters share little at this k; {remedy}"))
     if size["lora_ratio"] < 1:
         pairs.append(("note", "the shared form is larger than the LoRA tensors: add adapters, or take a smaller k"))
     return pairs

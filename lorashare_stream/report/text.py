@@ -48,7 +48,6 @@ def plan_text(plan: Plan) -> str:
     auto = s.num_components == "auto"
     stacked = sum(g.stacked for g in plan.groups)
     groups = f"{len(plan.groups)}: {stacked} as stacked columns, {len(plan.groups) - stacked} as second moments"
-    most = "up to " if auto or s.limit else ""
     pairs: list[Row] = [
         ("base model", plan.base_model or "not named"),
         *[("  also named", text) for text in _other_names(plan)],
@@ -61,12 +60,7 @@ def plan_text(plan: Plan) -> str:
         ("originals", f"{bytes_shown(size['originals'])}, of which LoRA {bytes_shown(size['lora'])}"),
         *_of_the_hub(plan),
         ("workspace", f"{bytes_shown(size['workspace'])} on disk, in {counted(size['workspace_files'], 'file')}"),
-        (
-            "checkpoint",
-            f"{most}about {bytes_shown(size['checkpoint'])}" + (f" ({plan.storage})" if s.limit is None else ""),
-        ),
-        *[(f"  {part}", bytes_shown(size[part])) for part in PARTS if size.get(part)],
-        *([("break-even k", break_even_range(plan))] if s.limit is None else []),
+        *(_stored_rows(plan) if s.limit is None else []),  # a forecast tells of a coded one
     ]
     steps = [
         (t.name, f"{t.tasks}", bytes_shown(t.read_bytes), f"{t.concurrency}", bytes_shown(t.peak_bytes))
@@ -76,6 +70,16 @@ def plan_text(plan: Plan) -> str:
     return "\n".join(
         [rows_text(pairs), "", table(steps, ("step", "tasks", "reads", "at a time", "peak memory")), *notes]
     )
+
+
+def _stored_rows(plan: Plan) -> list[Row]:
+    """Bytes of a SHARE checkpoint."""
+    size, most = plan.sizes, "up to " if plan.settings.num_components == "auto" else ""
+    return [
+        ("checkpoint", f"{most}about {bytes_shown(size['checkpoint'])} ({plan.storage})"),
+        *[(f"  {part}", bytes_shown(size[part])) for part in PARTS if size.get(part)],
+        ("break-even k", break_even_range(plan)),
+    ]
 
 
 def _of_the_hub(plan: Plan) -> list[Row]:

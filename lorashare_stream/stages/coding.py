@@ -43,6 +43,7 @@ from .run import Run, check_none_lost
 ENOUGH = 0.97  # of a limit on bytes: what is left then is not worth to encode all once more
 _DEFLATED, _RECORDS, _RECORD = 0.84, 5000, 200  # of tensors that are no LoRA; bytes of records, and of each
 _DRIFT = 0.1  # of codes that are wanted more or fewer than there are, how far off a prediction may be
+NOTHING = 0.9  # a mean dW error that no limit on bytes is met by
 _AIMS = (0.985, 0.995, 0.98, 0.95, 0.8)  # of a limit on bytes, one after the other
 Skipped = list[dict[str, Any]]
 Method = Literal["projection", "recompute"]
@@ -254,18 +255,23 @@ def _code_within(run: Run, job: Job, target: Target, size: int, publishing: Publ
         wanted = max(1.0, aim * size - beside)
         step = step_for(predicted, wanted * (1 - drift * min(1.0, abs(1 - wanted / codes))) / factor)
         with _staged(target.at(step), There(Index(), frozenset(), 0.0), partial(_encode, run, job)) as staged:
-            if staged.total <= size and (drift or staged.total >= ENOUGH * size or step < 1.01 * FINEST):
+            error = staged.config["compression_stats"][OURS]["errors"]["mean"]
+            enough = drift or staged.total >= ENOUGH * size or step < 1.01 * FINEST
+            if staged.total <= size and error <= NOTHING and enough:
                 staged.publish(publishing)
                 return
             codes = staged.sizes["codes"]
             factor, drift = codes / max(1.0, predicted(step)) or 1.0, _DRIFT
-            beside = staged.total - (codes or whole)  # at so fine a step all LoRA tensors may have stayed as they are
+            fine = not codes and step < COARSEST / 2  # so that all LoRA tensors have stayed as they are
+            beside = staged.total - (whole if fine else codes)
             codes = max(1, codes)
-        if step >= COARSEST and staged.total > size:
+        if error > NOTHING and staged.total >= ENOUGH * size:
             break
+    least = int(beside + sum(curve.bytes_within(NOTHING) for curve in curves.values()) * whole / part)
     raise BudgetError(
-        "the checkpoint cannot be as small", found=f"{bytes_shown(staged.total)} at least", expected=bytes_shown(size),
-        remedy=f"Use --max-bytes {staged.total} or more: {bytes_shown(beside)} of it are not codes.",
+        "so few bytes leave nothing of the adapters", found=f"{bytes_shown(size)}, of which {bytes_shown(beside)} are "
+        "no codes", expected=f"about {bytes_shown(least)} for a dW error of {NOTHING:g}",
+        remedy=f"Use --max-bytes {int(1.1 * least)} or more, or --max-error to ask for an error.",
     )  # fmt: skip
 
 
