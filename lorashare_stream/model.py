@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import torch
 
-from .checkpoint.coded_reader import Refused, open_checkpoint
+from .checkpoint.coded_reader import AbsentMapping, open_checkpoint
 from .checkpoint.compare import comparison, load_adapter
 from .checkpoint.config import SHAREConfig
 from .checkpoint.location import Folder
@@ -186,7 +186,7 @@ class SHAREModel:
         """Take everything from a checkpoint, when it is asked for."""
         names = reader.names
         self._names, self.config, self.components = names, reader.config, reader.components
-        self.all_loadings = Refused("loadings") if reader.config.coded else PerAdapter(names, reader.loadings)
+        self.all_loadings = AbsentMapping("loadings") if reader.config.coded else PerAdapter(names, reader.loadings)
         self.adapter_configs = PerAdapter(names, reader.adapter_config)
         self.all_classifier_heads = PerAdapter(names, reader.verbatim)
         self.adapter_sources = reader.sources

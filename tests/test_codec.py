@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from lorashare_stream.adapters.scaling import Scaling
 from lorashare_stream.checkpoint.coded_reader import DECODED_BYTES, _modules
 from lorashare_stream.checkpoint.index import CodedAdapter, Location, Pack
-from lorashare_stream.codec.code import Batch, Coded, Subject, decoded
+from lorashare_stream.codec.code import AdapterCode, Batch, Subject, decoded
 from lorashare_stream.codec.entropy import Decoder, Encoder, kinds_of
 from lorashare_stream.codec.factors import CodedModule, groups_of, rounded, shapes_of
 from lorashare_stream.codec.quantiser import HIGHEST, LOWEST, TABLES, WHOLE, low_bits, table
@@ -78,7 +78,7 @@ def subject_of(adapter: Mapping[str, Factors], dtype: str = "F32") -> tuple[Subj
     return Subject.of(modules, batches), truth
 
 
-def certificate(coded: Coded) -> float:
+def certificate(coded: AdapterCode) -> float:
     errors = coded.errors.values()
     return float(np.sqrt(sum(e.error for e in errors) / sum(e.norm for e in errors)))
 

@@ -279,15 +279,15 @@ def test_what_another_run_has_changed_meanwhile_is_left_alone(tmp_path: Path, mo
     sources, out = make_collection(tmp_path / "in", 4), tmp_path / "out"
     go(sources[:3], out)
     alone(out)
-    original: Callable[..., Any] = coding.there
+    original: Callable[..., Any] = coding.reusable
 
-    def slow(target: coding.Target) -> coding.There:
+    def slow(target: coding.Target) -> coding.Reusable:
         found = original(target)
-        monkeypatch.setattr(coding, "there", original)
+        monkeypatch.setattr(coding, "reusable", original)
         remove(out, ["a00"], RunOptions())
         return found
 
-    monkeypatch.setattr(coding, "there", slow)
+    monkeypatch.setattr(coding, "reusable", slow)
     with pytest.raises((LockedError, FileNotFoundError)):
         add(out, resolve(sources[3:]), RunOptions())
     assert SHAREModel.from_pretrained(out).adapter_names == ["a01", "a02"]

@@ -128,7 +128,7 @@ def test_a_false_certificate_is_seen(mixed: Path, monkeypatch: pytest.MonkeyPatc
 def test_damaged_packs_are_named_and_other_adapters_verified(mixed: Path, tmp_path: Path, capsys: Capture) -> None:
     sources = ["--sources", str(mixed / "in"), "--json"]
     whole = SHAREModel.from_pretrained(mixed / "out")
-    at = whole._open_reader().index.adapters["plain"].code  # type: ignore[attr-defined]
+    at = whole._open_reader().index.adapters["plain"].code
     for offset, bad in ((at.offset + at.nbytes // 2, {"plain"}), (12, set())):  # of a code, and of the header
         out = tmp_path / f"out{offset}"
         shutil.copytree(mixed / "out", out)

@@ -36,9 +36,9 @@ def test_a_reader_written_from_the_page_gets_the_same_bytes(
         assert tensors.keys() == expected.keys()
         for key, (_, shape, raw) in tensors.items():
             assert (shape, raw) == (list(expected[key].shape), raw_bytes(expected[key]).tobytes()), (name, key)
-    layouts = [adapter.layout for adapter in model._open_reader().index.adapters.values()]  # type: ignore[attr-defined]
+    layouts = [adapter.layout for adapter in model._open_reader().index.adapters.values()]
     assert any(row[0] == EXPERTS and row[5] == 3 for layout in layouts for row in layout)
-    assert "layers.0.v" not in {row[0] for row in model._open_reader().index.adapters["off"].layout}  # type: ignore[attr-defined]
+    assert "layers.0.v" not in {row[0] for row in model._open_reader().index.adapters["off"].layout}
 
 
 def test_the_tables_of_the_page_are_those_of_the_package() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..adapters.dtypes import FLOATS, TORCH_DTYPES
-from ..adapters.keys import factor_key
+from ..adapters.keys import SIDES, factor_key
 from ..codec.code import decoded
 from ..codec.factors import CodedModule
 from ..errors import CheckpointError
@@ -29,7 +29,7 @@ DECODED_BYTES = 40  # of each number, in memory while an adapter is decoded, at 
 _TORCH = {stored: getattr(torch, name) for name, stored in TORCH_DTYPES.items()}
 
 
-class Refused(Mapping[str, Any]):
+class AbsentMapping(Mapping[str, Any]):
     """What a SHARE checkpoint has, and a coded one has not: any use of it says so."""
 
     def __init__(self, what: str) -> None:
@@ -80,7 +80,7 @@ class CodedReader(CheckpointReader):
         self.names = dict.fromkeys(self.config.adapter_names)
         if self.names.keys() != self.index.adapters.keys():
             raise CheckpointError(f"{CONFIG} and {INDEX} name other adapters", found=place)
-        self.components: Any = Refused("components")
+        self.components: Any = AbsentMapping("components")
 
     def meta(self, name: str) -> dict[str, Any]:
         """What is recorded of one adapter, as SHARE checkpoints have it in adapter_meta.json."""
@@ -92,7 +92,7 @@ class CodedReader(CheckpointReader):
         Raises:
             CheckpointError: always.
         """
-        raise Refused("loadings")._refuse()
+        raise AbsentMapping("loadings")._refuse()
 
     def tensors(self, name: str) -> Tensors:
         """PEFT key -> tensor of one adapter, decoded, in the dtypes that it came with."""
@@ -102,9 +102,8 @@ class CodedReader(CheckpointReader):
         try:
             modules = _modules(adapter)
             for m, a, b in decoded(read_code(read(adapter.code.pack), adapter), modules):
-                for side, array, dtype in (("A", a, m.dtype_a), ("B", b, m.dtype_b)):
-                    tensor = torch.from_numpy(array.copy()).to(_TORCH[dtype])
-                    found[factor_key(m.name, side)] = tensor  # type: ignore[arg-type]
+                for side, array, dtype in zip(SIDES, (a, b), (m.dtype_a, m.dtype_b), strict=True):
+                    found[factor_key(m.name, side)] = torch.from_numpy(array.copy()).to(_TORCH[dtype])
         except CheckpointError as e:
             e.adapter = name
             raise

@@ -335,25 +335,26 @@ def _item(values: Sequence[Any], number: Any) -> Any:
 
 def _list(value: Any) -> list[Any]:
     _demand(isinstance(value, list), f"{printable(value, 40)}, where a list should be")
-    return value  # type: ignore[no-any-return]
+    found: list[Any] = value
+    return found
 
 
 def _count(value: Any) -> int:
     _demand(type(value) is int and 0 <= value < 1 << 63, f"{printable(value, 40)}, where a count should be")
-    return value  # type: ignore[no-any-return]
+    return int(value)
 
 
 def _name(value: Any) -> str:
     _demand(isinstance(value, str), f"an adapter name {printable(value, 40)}")
     fault = name_fault(value)
     _demand(fault is None, f"an adapter name {printable(value)!r}: {fault}")
-    return value  # type: ignore[no-any-return]
+    return str(value)
 
 
 def _hex(value: Any, digits: int = _DIGEST) -> str:
     whole = isinstance(value, str) and len(value) == digits and not value.strip("0123456789abcdef")
     _demand(whole, f"{printable(value, 40)}, where {digits} hex digits should be")
-    return value  # type: ignore[no-any-return]
+    return str(value)
 
 
 def _demand(true: bool, otherwise: str) -> None:

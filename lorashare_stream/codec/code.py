@@ -32,7 +32,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Coded:
+class AdapterCode:
     """The code of an adapter, and the certified error of each of its modules."""
 
     code: bytes
@@ -61,7 +61,7 @@ class Subject:
         pairs = [pairs_of(batch.a, batch.b, batch.scalings) for batch in batches]
         return cls(modules, batches, pairs, norm_of(pairs))
 
-    def within(self, limit: float) -> Coded | None:
+    def within(self, limit: float) -> AdapterCode | None:
         """The code of fewest bytes whose certified relative error is at most `limit`; None if there is none."""
         if self.norm == 0:
             return self.at(1.0)
@@ -76,12 +76,12 @@ class Subject:
             return trial, error if error > ROUGH else certify(trial, step)
 
         found = search(limit, likely_step(self.pairs, self.norm, limit), attempt, certify)
-        return None if found is None else Coded(self._code(found.trial, found.step), found.step, certificate)
+        return None if found is None else AdapterCode(self._code(found.trial, found.step), found.step, certificate)
 
-    def at(self, step: float) -> Coded:
+    def at(self, step: float) -> AdapterCode:
         """The code at a step, which is of coefficients divided by ||dW||."""
         trial = quantise_all(self.pairs, self.norm or 1.0, step)
-        return Coded(self._code(trial, step), step, self.certified(trial, step))
+        return AdapterCode(self._code(trial, step), step, self.certified(trial, step))
 
     def attempt(self, step: float) -> tuple[Trial, float]:
         """The integers at a step, and their relative error."""

@@ -27,6 +27,7 @@ from .entropy import Decoder, Encoder, differences, kinds_of
 from .quantiser import HIGHEST, LOWEST, PER_OCTAVE, Ints
 
 Shape = tuple[int, int, int]  # r, d_out, d_in
+Columns = list[tuple[Ints, Array]]  # of each group on one side: classes (n,), and integers (n, d)
 _STEP = struct.Struct("<d")
 _RANGE = HIGHEST - LOWEST  # of differences of classes
 _COUNTS = (0.45, 0.45)  # of a difference: how much rarer the next higher, and the next lower one is
@@ -53,7 +54,8 @@ def encode(groups: Sequence[Group], step: float) -> bytes:
         groups: of ascending shapes, none twice. A column is zero on both sides or on none.
         step: of the coefficients of dW itself.
     """
-    coder, sides = Encoder(), ([], [])  # type: tuple[Encoder, tuple[list[tuple[Ints, Array]], list[tuple[Ints, Array]]]]
+    coder = Encoder()
+    sides: tuple[Columns, Columns] = ([], [])
     for group in groups:
         (r, d_out, d_in), live = group.shape, group.left.any(axis=-1)
         counts, begins = live.sum(axis=-1), _begins(live.sum(axis=-1))
@@ -92,7 +94,8 @@ def decode(code: bytes, shapes: Sequence[tuple[Shape, int]]) -> tuple[list[Group
 
 
 def _decoded(coder: Decoder, shapes: Sequence[tuple[Shape, int]]) -> list[Group]:
-    found, sides = [], ([], [])  # type: ignore[var-annotated]
+    found: list[tuple[NDArray[np.bool_], tuple[int, int, int, int]]] = []
+    sides: tuple[Columns, Columns] = ([], [])
     for (r, d_out, d_in), n in shapes:
         counts = np.cumsum(coder.get(n, differences(r, *_COUNTS)) - r)
         if counts.min(initial=0) < 0 or counts.max(initial=0) > r:

@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -121,12 +121,12 @@ def _is_there(root: Path, pack: Pack) -> bool:
 
 
 @dataclass(frozen=True)
-class There:
+class Reusable:
     """What a target's folder holds: its index, the adapters that cannot stay, and the step with which it was coded."""
 
-    index: Index
-    gone: frozenset[str]
-    step: float
+    index: Index = field(default_factory=Index)
+    gone: frozenset[str] = frozenset()
+    step: float = 0.0
 
     @property
     def names(self) -> list[str]:
@@ -134,15 +134,15 @@ class There:
         return [name for name in self.index.adapters if name not in self.gone]
 
 
-def there(target: Target) -> There:
+def reusable(target: Target) -> Reusable:
     """What of the coded checkpoint that is there can stay: adapters of the target, coded by the same rule."""
     try:
         config = read_share_config(target.out)
         if config.ours.get("choice") != target.record.settings_key or not config.coded:
-            return There(Index(), frozenset(), 0.0)
+            return Reusable()
         index, step = index_of(target.out, config.coded), float(config.coded["step"])
     except (CheckpointError, KeyError, TypeError, ValueError):
-        return There(Index(), frozenset(), 0.0)
+        return Reusable()
     missing = {pack for pack in index.packs if not _is_there(target.out, pack)}
     known = {r.name: r for r in target.admissions}
 
@@ -153,7 +153,7 @@ def there(target: Target) -> There:
             return False
         return digest_config(adapter.config) == r.config_digest
 
-    return There(index, frozenset(name for name, adapter in index.adapters.items() if not stays(adapter)), step)
+    return Reusable(index, frozenset(name for name, adapter in index.adapters.items() if not stays(adapter)), step)
 
 
 def code(run: Run, job: Job, target: Target, publishing: Publishing) -> Method:
@@ -171,7 +171,7 @@ def code(run: Run, job: Job, target: Target, publishing: Publishing) -> Method:
         BudgetError: if so few bytes cannot be had, with the fewest that can.
         CollectionError: naming adapters that must be coded, and whose sources are gone.
     """
-    size, found = job.settings.byte_limit(sum(sum(r.sizes) for r in job.journal.admissions)), there(target)
+    size, found = job.settings.byte_limit(sum(sum(r.sizes) for r in job.journal.admissions)), reusable(target)
     encode = partial(_encode, run, job)
     if size is None or found.names:
         with _staged(target.at(found.step if size else 0.0), found, encode) as staged:
@@ -231,7 +231,7 @@ def keep(target: Target, publishing: Publishing) -> None:
     if is_current(target):
         _clear(target)
         return
-    found = there(target)
+    found = reusable(target)
     lost = {r.name for r in target.admissions} - {*found.names}
     if lost:
         raise CheckpointError("adapters that are to stay are damaged", found=listed(sorted(lost)), remedy=REPAIR)
@@ -254,7 +254,7 @@ def _code_within(run: Run, job: Job, target: Target, size: int, publishing: Publ
     for aim in _AIMS:
         wanted = max(1.0, aim * size - beside)
         step = step_for(predicted, wanted * (1 - drift * min(1.0, abs(1 - wanted / codes))) / factor)
-        with _staged(target.at(step), There(Index(), frozenset(), 0.0), partial(_encode, run, job)) as staged:
+        with _staged(target.at(step), Reusable(), partial(_encode, run, job)) as staged:
             error = staged.config["compression_stats"][OURS]["errors"]["mean"]
             enough = drift or staged.total >= ENOUGH * size or step < 1.01 * FINEST
             if staged.total <= size and error <= NOTHING and enough:
@@ -322,7 +322,7 @@ class _Staged:
 
 
 @contextmanager
-def _staged(target: Target, found: There, encode: Encode) -> Iterator[_Staged]:
+def _staged(target: Target, found: Reusable, encode: Encode) -> Iterator[_Staged]:
     """Stage a target: what can stay is linked, the rest encoded and packed, unless a killed run has done that."""
     with Staging.open(target.out, staged_key(target)) as staging:
         root = staging.root
@@ -340,7 +340,7 @@ def _staged(target: Target, found: There, encode: Encode) -> Iterator[_Staged]:
         yield _Staged(target, staging, index, sizes, _config(target, digest_files([root / INDEX]), index, sizes))
 
 
-def _linked(out: Path, root: Path, found: There) -> Index:
+def _linked(out: Path, root: Path, found: Reusable) -> Index:
     """The packs that can stay, as links to those that are there, or written without the adapters that go."""
     own_folder(root / PACKS)
     index = found.index
