@@ -26,6 +26,7 @@ from .fakehub import FakeHub, patched
 from .synthetic import synthetic
 
 FIGURES = ["histogram", "bytes", "tradeoff", "spectrum", "heat.k", "heat.explained"]
+OF_CODED = ["histogram", "bytes"]
 EVIL = ["<script>alert(1)<", "q\"uo'te onload=alert(1)", "rtl\u202eevil", "&lt;b&gt;", "x" * 190, "שלום"]
 Compress = Callable[..., Path]
 Capture = pytest.CaptureFixture[str]
@@ -39,7 +40,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def pages() -> Iterator[dict[str, Path]]:
-    """Reports of one adapter, of ten thousand, and of hostile strings."""
+    """Reports of one adapter, of ten thousand, of hostile strings, and of a coded checkpoint."""
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # a disk may take a minute to drop so many files
     with tempfile.TemporaryDirectory(dir=memory) as root:
         yield made_pages(Path(root))
@@ -58,6 +59,9 @@ def made_pages(root: Path) -> dict[str, Path]:
         begun = time.monotonic()
         assert main(["report", str(checkpoint), "-o", str(made[name])]) == 0
         assert time.monotonic() - begun < 20
+    made["coded"], coded = root / "coded.html", str(root / "coded")
+    assert main(["compress", *make_collection(root / "in", 6), "-o", coded, "--max-error", "0.2", "-q"]) == 0
+    assert main(["report", coded, "-o", str(made["coded"])]) == 0
     return made
 
 
@@ -73,7 +77,7 @@ def spoil(checkpoint: Path) -> None:
     path.write_text(json.dumps(config))
 
 
-@pytest.mark.parametrize("name", ["one", "many", "evil"])
+@pytest.mark.parametrize("name", ["one", "many", "evil", "coded"])
 @pytest.mark.parametrize("width", [390, 1200])
 def test_a_browser_shows_every_figure_and_asks_for_nothing(
     browser: Browser, pages: dict[str, Path], name: str, width: int
@@ -82,7 +86,7 @@ def test_a_browser_shows_every_figure_and_asks_for_nothing(
     for opened in (False, True):
         browser.value(f"document.querySelectorAll('details').forEach(d => {{ d.open = {json.dumps(opened)} }})")
         assert browser.value("document.documentElement.scrollWidth") <= width, "the page can be moved sideways"
-    for figure in FIGURES:
+    for figure in OF_CODED if name == "coded" else FIGURES:
         boxes = f"[...document.querySelectorAll('svg.fig.{figure}')].map(e => e.getBoundingClientRect())"
         sizes = browser.value(f"{boxes}.map(r => [r.left, r.right, r.width, r.height])")
         assert sizes, figure
@@ -99,7 +103,7 @@ def test_a_browser_shows_every_figure_and_asks_for_nothing(
     assert browser.asked() == [pages[name].as_uri()]
 
 
-@pytest.mark.parametrize("name", ["one", "many"])
+@pytest.mark.parametrize("name", ["one", "many", "coded"])
 def test_text_can_be_read_on_a_phone(browser: Browser, pages: dict[str, Path], name: str) -> None:
     browser.open(pages[name], 390)
     heights = (
