@@ -92,15 +92,16 @@ def main() -> None:
     print(f"training {len(pairs)} adapters with PEFT ...", flush=True)
     before = {name: train(pair, root / "adapters" / name, tokenizer) for name, pair in pairs.items()}
 
-    command = ["lorashare-stream", "compress", str(root / "adapters"), "-o", str(root / "collection.share"), "-k", "24"]
-    print(f"\n$ {' '.join(command)}", flush=True)
-    subprocess.run(command, check=True)
-
-    share = SHAREModel.from_pretrained(root / "collection.share")
-    print(f"\nopened again: {len(share.adapter_names)} adapters; accuracy on held-out sentences:")
-    for name, pair in pairs.items():
-        after = accuracy(share.apply(base_model(), adapter_name=name), pair, tokenizer)
-        print(f"  {name:20} original {before[name]:.2f}, reconstructed {after:.2f}")
+    for form, asked in (("share", ["-k", "24"]), ("coded", ["--max-error", "0.25"])):
+        out = root / f"collection.{form}"
+        command = ["lorashare-stream", "compress", str(root / "adapters"), "-o", str(out), *asked]
+        print(f"\n$ {' '.join(command)}", flush=True)
+        subprocess.run(command, check=True)
+        share = SHAREModel.from_pretrained(out)
+        print(f"\nopened again: {len(share.adapter_names)} adapters; accuracy on held-out sentences:")
+        for name, pair in pairs.items():
+            after = accuracy(share.apply(base_model(), adapter_name=name), pair, tokenizer)
+            print(f"  {name:20} original {before[name]:.2f}, reconstructed {after:.2f}")
     first = next(iter(pairs))
     folder = root / "reconstructed" / first
     share.reconstruct(first, output_dir=folder)
