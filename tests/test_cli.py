@@ -389,7 +389,7 @@ def test_a_signal_stops_within_seconds_says_how_to_resume_and_exits_with_75(
     begun = time.monotonic()
     code, out, err = child.finish()
     assert (code, out) == (75, "")
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 60
     assert "run the same command again" in err
     assert "Traceback" not in err
     assert not (tmp_path / "out").exists()
