@@ -160,7 +160,7 @@ def restored(checkpoint: Path, adapter: str) -> Factors:
     """What a checkpoint gives back for an adapter: SHARE's or vlora's from its files, a coded one's as decoded."""
     if (checkpoint / "subspace_meta.json").exists():
         return _restored_vlora(checkpoint, adapter)
-    if (checkpoint / "index.json.xz").exists():
+    if (checkpoint / "index.json.zz").exists():
         return _decoded(checkpoint, adapter)
     path = checkpoint / "shared_components.safetensors"
     header, found = header_of(path), {}

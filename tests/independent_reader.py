@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import lzma
 import math
 import struct
 import zlib
@@ -18,14 +17,14 @@ import constriction
 import numpy as np
 
 Model = constriction.stream.model
-TABLES = Path(__file__).parents[1] / "lorashare_stream" / "codec" / "tables.npy"  # data, a part of the format
+DATA = Path(__file__).parents[1] / "lorashare_stream"  # two files in it are a part of the format
 SIZES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 Tensors = dict[str, tuple[str, list[int], bytes]]  # key -> dtype, shape, bytes
 
 
 @cache
 def table(kind: int) -> np.ndarray:
-    weights = np.load(TABLES).astype(np.int64)
+    weights = np.load(DATA / "codec/tables.npy").astype(np.int64)
     kind -= 4 * max(0, math.ceil((kind - 24) / 4))
     sizes = [math.ceil(8 * 2 ** (c / 4)) + 3 for c in range(-20, kind + 1)]
     at = sum(sizes[:-1])
@@ -138,9 +137,9 @@ def objects(columns: dict[str, Any]) -> list[dict[str, Any]]:
 
 def read(root: Path) -> Iterator[tuple[str, Tensors, dict[str, Any]]]:
     """Name, tensors and record of each adapter."""
-    raw, coded = (root / "index.json.xz").read_bytes(), json.loads((root / "share_config.json").read_text())["coded"]
+    raw, coded = (root / "index.json.zz").read_bytes(), json.loads((root / "share_config.json").read_text())["coded"]
     assert (coded["version"], coded["index"]) == (1, hashlib.sha256(raw).hexdigest())
-    index = json.loads(lzma.decompress(raw))
+    index = json.loads(zlib.decompressobj(zdict=(DATA / "checkpoint/dictionary.json").read_bytes()).decompress(raw))
     adapters, tensors = index["adapters"], index["tensors"]
     codes, stored = [], []
     for sha256, nbytes, start, *counts in index["packs"]:

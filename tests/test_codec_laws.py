@@ -265,7 +265,7 @@ def test_bytes_that_cannot_be_had_are_refused_with_the_fewest_that_can(
 ) -> None:
     originals = sum((Path(f) / WEIGHTS).stat().st_size for f in many)
     found = []
-    for size, problem in ((4000, "take more than the checkpoint may have"), (6000, "leave nothing of the adapters")):
+    for size, problem in ((2500, "take more than the checkpoint may have"), (4300, "leave nothing of the adapters")):
         with pytest.raises(BudgetError, match=problem) as caught:
             compressed(many, max_bytes=size)
         found.append(int(caught.value.remedy.split()[2]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import lzma
 import os
 import shutil
 from collections.abc import Callable
@@ -16,7 +15,7 @@ import pytest
 from lorashare_stream.checkpoint import packs
 from lorashare_stream.checkpoint.config import read_share_config
 from lorashare_stream.checkpoint.format import CONFIG, INDEX, total_bytes
-from lorashare_stream.checkpoint.index import read_index
+from lorashare_stream.checkpoint.index import inflated, read_index
 from lorashare_stream.cli.app import main
 from lorashare_stream.edits.add import add
 from lorashare_stream.edits.options import RunOptions
@@ -70,7 +69,7 @@ def nodes(out: Path) -> dict[str, int]:
 def said(out: Path) -> bytes:
     """All that a checkpoint says."""
     files = [p for p in out.rglob("*") if p.is_file()]
-    return b"\n".join(lzma.decompress(p.read_bytes()) if p.suffix == ".xz" else p.read_bytes() for p in files)
+    return b"\n".join(inflated(p.read_bytes()) if p.suffix == ".zz" else p.read_bytes() for p in files)
 
 
 @pytest.fixture
@@ -167,7 +166,7 @@ def test_a_limit_on_bytes_takes_the_recorded_step_while_it_holds(
     assert tree_digest(tight) == before
     shutil.move(tmp_path / "second", default_workspace(tight))
     go(sources[:5], tmp_path / "enough", max_bytes=least)  # what it names will do
-    assert read_share_config(tmp_path / "enough").coded["step"] < 1.1 * read_share_config(tight).coded["step"]
+    assert read_share_config(tmp_path / "enough").coded["step"] < 1.25 * read_share_config(tight).coded["step"]
 
 
 # -- fewer -------------------------------------------------------------------------------------------------------------

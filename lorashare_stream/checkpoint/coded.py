@@ -2,7 +2,7 @@
 
 share_config.json        as in a SHARE checkpoint, with one field more, `coded`, at which lorashare raises
 packs/<id>.safetensors   codes, and tensors that are kept verbatim
-index.json.xz            configurations, layouts, records, and where each code lies
+index.json.zz            configurations, layouts, records, and where each code lies
 skipped.json             adapters that were left out, with reasons; only if there are some
 """
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,11 @@ from ..text import listed, printable
 from .format import CONFIG, OURS
 
 _NEEDED = {"num_components", "adapter_names", "compression_stats"}
+# What `ours` says in a coded checkpoint, unless it is written there.
+_CODED: dict[str, Any] = {
+    "objective": "delta", "center": False, "share_initial": False, "dtype": "F32", "cut_from": None, "components": "",
+    "groups": {}, "verbatim_adapters": [], "projected": [], "removed": [], "num_skipped": 0,
+}  # fmt: skip
 
 
 @dataclass
@@ -40,11 +47,22 @@ class SHAREConfig:
     def ours(self) -> dict[str, Any]:
         """What this package recorded; empty in a checkpoint that lorashare wrote."""
         found = self.compression_stats.get(OURS, {})
-        return found if isinstance(found, dict) else {}
+        return (_CODED if self.coded else {}) | (found if isinstance(found, dict) else {})
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values."""
         return {name: value for name, value in asdict(self).items() if name != "coded" or value}
+
+
+def config_bytes(config: Mapping[str, Any]) -> bytes:
+    """The file of a configuration: as lorashare writes it, or, of a coded checkpoint, without blanks and defaults."""
+    if not config.get("coded"):
+        return json.dumps(config, indent=2).encode()
+    ours = config["compression_stats"][OURS]
+    stats = {OURS: {key: value for key, value in ours.items() if key not in _CODED or value != _CODED[key]}}
+    default = asdict(SHAREConfig())
+    kept = {key: value for key, value in config.items() if key in _NEEDED or value != default.get(key, MISSING)}
+    return json.dumps(kept | {"compression_stats": stats}, separators=(",", ":")).encode()
 
 
 def read_share_config(root: Path) -> SHAREConfig:

@@ -11,7 +11,7 @@ from ..files import read_json
 CONFIG, COMPONENTS, ADAPTERS = "share_config.json", "shared_components.safetensors", "adapters"
 LOADINGS, VERBATIM, META = "loadings.safetensors", "classifier_head.safetensors", "adapter_meta.json"
 SKIPPED = "skipped.json"
-PACKS, INDEX = "packs", "index.json.xz"  # of a coded checkpoint: a folder of codes, and what is known of them
+PACKS, INDEX = "packs", "index.json.zz"  # of a coded checkpoint: a folder of codes, and what is known of them
 CODE = "code.bin"  # of one adapter of a coded checkpoint, while it is staged
 SPECTRUM = "eigenvalues.safetensors"  # module:side -> (k,) float64, of the moments, descending
 STAGING = "staging.json"  # in a checkpoint that is not whole yet: the digest of what it will be

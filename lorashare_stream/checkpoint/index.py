@@ -1,7 +1,8 @@
 """The index of a coded checkpoint: what it holds of each adapter, and where.
 
-The codes of adapters lie in packs (`checkpoint.packs`); all else about them is in one file, `INDEX`: xz (CRC64) of JSON
-with sorted keys and without blanks,
+The codes of adapters lie in packs (`checkpoint.packs`); all else about them is in one file, `INDEX`: a zlib stream (RFC
+1950) with the preset dictionary `DICTIONARY` (made by scripts/make_dictionary.py), of JSON with sorted keys and without
+blanks,
 
     {"version": 1,
      "packs":    [[SHA-256, bytes, bytes of its header, adapters, tensors], ...],
@@ -21,11 +22,12 @@ the values of "verbatim" are numbers of tensors.
 from __future__ import annotations
 
 import json
-import lzma
 import math
 import os
+import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +44,7 @@ VERSION = 1
 PLANES = "planes"  # the coding of a tensor in byte planes; that of one stored as it is, is ""
 LIMIT = 256 << 20  # bytes of JSON; a million adapters have 200 MB
 AGAIN = "Fetch the checkpoint again; or take the adapters out (lorashare-stream remove) and add them again."
-_MEMORY = 128 << 20  # bytes that xz may take to read; that of ours takes 2 MiB
-# Most of an index is digests, in which matches are not looked for long: three times as fast, and no larger.
-_XZ = {"preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 20, "lc": 0, "pb": 0, "nice_len": 64, "depth": 16}
+DICTIONARY = Path(__file__).with_name("dictionary.json")  # data, a part of the format
 _DIGEST = 32  # hex digits
 
 
@@ -152,9 +152,35 @@ def write_index(path: Path, index: Index) -> int:
 
 
 def index_bytes(index: Index) -> bytes:
-    """The file of an index: it depends on what is in it alone, and on the version of liblzma."""
-    raw = canonical(_as_json(index)).encode()
-    return lzma.compress(raw, lzma.FORMAT_XZ, lzma.CHECK_CRC64, filters=[{"id": lzma.FILTER_LZMA2} | _XZ])
+    """The file of an index: it depends on what is in it alone, and on the version of zlib."""
+    return deflated(canonical(_as_json(index)).encode())
+
+
+def deflated(raw: bytes) -> bytes:
+    """The zlib stream of the JSON of an index."""
+    z = zlib.compressobj(9, zlib.DEFLATED, zlib.MAX_WBITS, 9, zdict=_dictionary())
+    return z.compress(raw) + z.flush()
+
+
+def inflated(stream: bytes) -> bytes:
+    """The JSON in a zlib stream.
+
+    Raises:
+        ValueError: if it is cut short, damaged, or of more than `LIMIT` bytes.
+    """
+    z = zlib.decompressobj(zlib.MAX_WBITS, _dictionary())
+    try:
+        raw = z.decompress(stream, LIMIT + 1)
+    except zlib.error as e:
+        raise ValueError(str(e)) from e
+    _demand(len(raw) <= LIMIT, f"more than {LIMIT} bytes of JSON")
+    _demand(z.eof and not z.unused_data, "a zlib stream that is cut short, or longer than it should be")
+    return raw
+
+
+@cache
+def _dictionary() -> bytes:
+    return DICTIONARY.read_bytes()
 
 
 def canonical(value: Any) -> str:
@@ -176,8 +202,8 @@ def read_index(source: Path | bytes) -> Index:
     except FileNotFoundError as e:
         raise CheckpointError(f"{INDEX} is missing", found=str(source), remedy="Fetch the checkpoint again.") from e
     try:
-        return _parsed(json.loads(_decompressed(compressed)))
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError, lzma.LZMAError) as e:
+        return _parsed(json.loads(inflated(compressed)))
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as e:
         found = f"no {e}" if isinstance(e, KeyError) else str(e)
         remedy = "Fetch the checkpoint again, or compress its sources again."
         raise CheckpointError(
@@ -187,15 +213,7 @@ def read_index(source: Path | bytes) -> Index:
 
 def _bytes_of(path: Path) -> bytes:
     with path.open("rb", buffering=0) as f:
-        return f.read(min(os.fstat(f.fileno()).st_size, LIMIT + 1))  # cut there, it is no whole xz file
-
-
-def _decompressed(compressed: bytes) -> bytes:
-    xz = lzma.LZMADecompressor(lzma.FORMAT_XZ, _MEMORY)
-    raw = xz.decompress(compressed, LIMIT + 1)
-    _demand(len(raw) <= LIMIT, f"more than {LIMIT} bytes of JSON")
-    _demand(xz.eof and not xz.unused_data, "an xz file that is cut short, or longer than it should be")
-    return raw
+        return f.read(min(os.fstat(f.fileno()).st_size, LIMIT + 1))  # cut there, it is no whole stream
 
 
 def _as_json(index: Index) -> dict[str, Any]:

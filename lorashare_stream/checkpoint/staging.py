@@ -30,6 +30,7 @@ from ..adapters.safetensors import write_arrays, write_safetensors
 from ..errors import LockedError
 from ..files import atomic_file, own_folder, read_json, remove_tree, sync, sync_tree, write_json
 from ..workspace.journal import Admission
+from .config import config_bytes
 from .format import ADAPTERS, COMPONENTS, CONFIG, META, SKIPPED, SPECTRUM, STAGING, ours_of, skipped_of
 from .publish import drop, publish, recover_output, replaced_folder, staging_folder
 from .records import is_whole
@@ -160,7 +161,7 @@ class Staging:
         write_skipped(self.root, skipped)
         for path in (self.root / ADAPTERS).glob(".*"):  # of a worker of a cluster that was killed
             remove_tree(path)
-        write_json(self.root / CONFIG, config)
+        _write_config(self.root, config)
         (self.root / STAGING).unlink()
         sync(self.root)
         publish(self.root, out)
@@ -185,7 +186,7 @@ class Staging:
                 os.replace(self.root / SKIPPED, out / SKIPPED)
             else:
                 (out / SKIPPED).unlink()
-        write_json(self.root / CONFIG, config)
+        _write_config(self.root, config)
         os.replace(self.root / CONFIG, out / CONFIG)
         sync(out)
 
@@ -226,6 +227,11 @@ def remove_stale(out: Path, digest: str) -> None:
     if not os.listdir(staging) or ((staging / STAGING).exists() and _marker(staging) in (None, digest)):
         with Staging.open(out, digest) as staged:
             staged.clear()
+
+
+def _write_config(root: Path, config: Mapping[str, Any]) -> None:
+    with atomic_file(root / CONFIG) as f:
+        f.write(config_bytes(config))
 
 
 def write_skipped(root: Path, skipped: list[dict[str, Any]]) -> None:

@@ -13,7 +13,7 @@ from ..adapters.keys import SIDES, split_group_id
 from ..errors import CheckpointError
 from ..files import json_bytes
 from ..version import __version__
-from .config import SHAREConfig
+from .config import SHAREConfig, config_bytes
 from .format import OURS
 
 Json = Mapping[str, Any]
@@ -176,7 +176,7 @@ def _with_itself(config: dict[str, Any], others: int) -> int:
     """Bytes of metadata, share_config.json among them, which says how many they are."""
     size = config["compression_stats"][OURS]["bytes"]
     for _ in range(3):  # the number of digits settles
-        size["metadata"] = others + json_bytes(config)
+        size["metadata"] = others + len(config_bytes(config))
     found: int = size["metadata"]
     return found
 

@@ -139,7 +139,6 @@ def _facts(config: SHAREConfig) -> Rows:
     limit = asked(ours.get("settings", {}))
     if auto and not limit:
         auto += ": as many as explain " + _share(config.variance_threshold)
-    variance = [f"{word} {_share(stats[f'{key}_explained_variance'])}" for key, word in _VARIANCE]
     rows = [
         ("base model", _base_link(config)),
         ("adapters", str(len(config.adapter_names))),
@@ -148,6 +147,7 @@ def _facts(config: SHAREConfig) -> Rows:
     if not config.coded:
         rows.append(("adapted modules on shared bases", str(len(config.layer_keys))))
     if config.layer_keys:
+        variance = [f"{word} {_share(stats[f'{key}_explained_variance'])}" for key, word in _VARIANCE]
         rows += [("components k", f"{config.num_components}{auto}"), ("explained variance", ", ".join(variance))]
     if not ours:
         return [*rows, ("LoRA parameters", _times(float(stats["compression_ratio"])))]

@@ -20,7 +20,7 @@ from ..adapters.folder import digest_files
 from ..adapters.hubid import is_repo, parse_hub_id
 from ..adapters.safetensors import read_header
 from ..checkpoint.coded import index_of, meta_of, record_in
-from ..checkpoint.config import SHAREConfig, read_share_config
+from ..checkpoint.config import SHAREConfig, config_bytes, read_share_config
 from ..checkpoint.format import ADAPTERS, COMPONENTS, CONFIG, INDEX, LOADINGS, META, OURS, SKIPPED, SPECTRUM, VERBATIM
 from ..checkpoint.index import index_bytes
 from ..checkpoint.packs import check_pack
@@ -113,7 +113,7 @@ def push(
     is_private = target.prepare(private, closed)
     form = "Coded" if local.statistics.coded else "SHARE"
     message = commit_message or f"{form} checkpoint of {counted(len(local.names), 'adapter')}"
-    config = Item.of(json.dumps(local.config, indent=2).encode())
+    config = Item.of(config_bytes(local.config))
     done = target.upload(local.names, {CARD: readme, **items}, config, message, progress, overwrite=overwrite)
     return Pushed(repo_id, done.url, done.revision, done.uploaded, done.present, done.deleted, is_private)
 

@@ -17,6 +17,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.dtypes import ITEMSIZE
 from ..adapters.safetensors import TensorReader, TensorRecord, tensor_records_of
 from ..checkpoint.coded import VERSION
+from ..checkpoint.config import config_bytes
 from ..checkpoint.index import PLANES, CodedAdapter, Index, Location, Pack, StoredTensor, index_bytes
 from ..checkpoint.packs import ADAPTERS_MOST, GAIN, VERBATIM_PART, digest_of_tensor
 from ..checkpoint.planes import BLOCK, encoded
@@ -328,7 +329,7 @@ def _metadata(plan: Plan, s: _Sample, codes: float, *, common: Collection[Kind])
         coded={"version": VERSION, "step": 0.0, "index": "0" * 64},
         modules={m.name for e in {e.layout.digest: e for e in adapters}.values() for m in e.layout.modules},
     )  # fmt: skip
-    return headers + index + json_bytes(config) + (json_bytes(skipped) if skipped else 0)
+    return headers + index + len(config_bytes(config)) + (json_bytes(skipped) if skipped else 0)
 
 
 def _statistics(adapter: Adapter) -> Statistics:
