@@ -4,7 +4,7 @@
 
 Every collection is compressed by the command line at each limit; an adapter above the limit ends the script. LoRA bytes
 of the originals are divided by the size of all files less the tensors that are kept verbatim (heads): codes, records,
-headers. In brackets: the same without share_config.json, which weighs some 1.1 KB, and the codes alone. Prints Markdown.
+headers. In brackets: the same without share_config.json, which weighs 1 KB, and the codes alone. Prints Markdown.
 
 The last column tells the spectrum: the participation ratio (sum s^2)^2 / sum s^4 of the singular values of dW, averaged
 over modules and adapters by energy, of the rank.
