@@ -36,6 +36,7 @@ from lorashare_stream.runtime.executors import SerialExecutor
 from lorashare_stream.settings import Settings
 from lorashare_stream.stages import coding
 from lorashare_stream.stages.encode import encode_adapter, subject_of
+from lorashare_stream.stages.job import Admitted
 from lorashare_stream.stages.verify import originals_of, verify
 
 from .conftest import factor_keys, load_tensors, make_collection, make_tensors, tree_digest, write_adapter
@@ -247,9 +248,9 @@ def test_a_limit_on_bytes_is_met_and_used(
 ) -> None:
     times: Counter[str] = Counter()
 
-    def counted(job: Any, adapter: Adapter) -> Any:
-        times[adapter.name] += 1
-        return encode_adapter(job, adapter)
+    def counted(job: Any, task: Admitted) -> Any:
+        times[task.name] += 1
+        return encode_adapter(job, task)
 
     monkeypatch.setattr(coding, "encode_adapter", counted)
     out = compressed([real / name], **options)

@@ -30,14 +30,10 @@ from lorashare_stream.plan.sources import resolve
 from lorashare_stream.runtime import dask as cluster
 from lorashare_stream.runtime.dask import connected, not_seen, workers_of
 from lorashare_stream.runtime.executors import Mapper, Places, SerialExecutor, mapper_for
-from lorashare_stream.runtime.lots import call_of
 from lorashare_stream.runtime.progress import silent
 from lorashare_stream.settings import Settings
-from lorashare_stream.stages.passes import make_job
-from lorashare_stream.stages.project import project_adapter
 from lorashare_stream.stages.run import Run
 from lorashare_stream.version import __version__
-from lorashare_stream.workspace.workspace import Workspace
 
 from . import tasks
 from .conftest import make_collection, tree_digest
@@ -465,19 +461,25 @@ def test_a_deserted_cluster_ends_the_run(
 # -- what goes through the scheduler, and how many threads ------------------------------------------------
 
 
-def test_a_task_is_small_whatever_the_number_of_adapters(tmp_path: Path) -> None:
-    sizes: dict[int, dict[str, int]] = {}
+def test_what_a_worker_gets_does_not_grow_with_the_number_of_adapters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: dict[str, list[int]] = {}
+    mapped = Mapper.map
+
+    def seen(self: Mapper, fn: Any, tasks: Any, *options: Any) -> Iterator[Any]:
+        sizes.setdefault(fn.func.__name__, []).append(len(pickle.dumps((fn, tasks[:2]))))
+        return mapped(self, fn, tasks, *options)
+
+    monkeypatch.setattr(Mapper, "map", seen)
     for n in (4, 40):
-        folder = tmp_path / str(n)
-        plan = plan_for(resolve(make_collection(folder / "adapters", n)), SETTINGS)
-        compress(plan, folder / "out", executor=SerialExecutor())
-        job = make_job(plan, Workspace(default_workspace(folder / "out")), folder / "out", "cpu")
-        with call_of(folder, (partial(project_adapter, job), plan.adapters)) as call:
-            sizes[n] = {"file": call.size, "known": len(pickle.dumps((call, range(16))))}
-            sizes[n]["sent"] = len(pickle.dumps((call, plan.adapters[:1])))
-    assert sizes[40]["known"] < sizes[4]["known"] + 20 < 400
-    assert sizes[40]["sent"] < sizes[4]["sent"] + 20 < 8000
-    assert sizes[40]["file"] > 3 * sizes[4]["file"]
+        sources = resolve(make_collection(tmp_path / str(n), n))
+        for settings in (SETTINGS, Settings(max_error=0.3, device="cpu")):
+            out = tmp_path / f"{n}-{settings.max_error}"
+            compress(plan_for(sources, settings), out, executor=SerialExecutor())
+    for step in ("ingest_adapter", "project_adapter", "encode_adapter"):
+        few, many = sizes[step][:: len(sizes[step]) // 2]
+        assert many < few + 100 < 8000
 
 
 def threads_within(n: int) -> tuple[set[int], int]:

@@ -246,7 +246,7 @@ class _There(partial[Any]):
         return self.func, self.args
 
 
-def perform_there(call: Call, version: str, first: int, lot: range | tuple[Any, ...]) -> Done:
+def perform_there(call: Call, version: str, first: int, lot: Sequence[Any]) -> Done:
     """Do a lot of tasks on a worker.
 
     Errors of ours are final, and come back; those of the machine are raised: elsewhere it may be done.
@@ -342,7 +342,7 @@ class _DaskMapper(Mapper):
     def _submit(self, call: Call, lot: Lot) -> Future[Done]:
         lot.label = f"{call.name} {listed([n for task in lot.tasks for n in names_of(task)], 3)}"
         key = f"{call.name}-{uuid.uuid4().hex}"  # Dask keeps the mean time of what has the same name
-        there = pickle.dumps(_There(perform_there, call, __version__, lot.first, lot.message))
+        there = pickle.dumps(_There(perform_there, call, __version__, lot.first, lot.tasks))
         submit: Callable[..., Future[Done]] = self.executor.submit
         return submit(pickle.loads, there, key=key)
 

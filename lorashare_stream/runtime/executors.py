@@ -121,13 +121,11 @@ class Lot:
 
     Attributes:
         first: number of the first, of all tasks of the map.
-        message: what goes to the worker: which of those in the file, or the tasks themselves.
         ready: set when they are done, and `after` has been told of them.
     """
 
     first: int
     tasks: Sequence[Any]
-    message: Any
     future: Future[Done] = field(default_factory=Future)
     ready: bool = False
     label: str = ""
@@ -144,11 +142,11 @@ class Lot:
             bell.put(None)
 
 
-def _lots(tasks: Iterable[Any], size: int, *, sent: bool) -> Iterator[Lot]:
-    """Tasks, `size` at a time; `sent` if they are not in the file."""
+def _lots(tasks: Iterable[Any], size: int) -> Iterator[Lot]:
+    """Tasks, `size` at a time."""
     remaining, first = iter(tasks), 0
     while some := tuple(islice(remaining, size)):
-        yield Lot(first, some, some if sent else range(first, first + len(some)))
+        yield Lot(first, some)
         first += len(some)
 
 
@@ -192,13 +190,11 @@ class Mapper:
         at_once = max(1, at_once)
         if isinstance(self.executor, SerialExecutor | ThreadPoolExecutor):
             here = partial(self.executor.submit, perform_here, fn)
-            yield from self._in_order(lambda lot: here(lot.tasks), _lots(tasks, 1, sent=True), at_once, after)
+            yield from self._in_order(lambda lot: here(lot.tasks), _lots(tasks, 1), at_once, after)
             return
-        known = list(tasks) if isinstance(tasks, Sequence) else None
-        with call_of(self.folder, (self.places, at_once, fn, known), durable=self.places is not None) as call:
-            size = 1 if known is None else max(1, min(lot, len(known) // (4 * self.width(at_once))))
-            lots = _lots(tasks, size, sent=known is None)
-            yield from self._in_order(partial(self._submit, call), lots, at_once, after, call.file)
+        size = max(1, min(lot, len(tasks) // (4 * self.width(at_once)))) if isinstance(tasks, Sequence) else 1
+        with call_of(self.folder, (self.places, at_once, fn), durable=self.places is not None) as call:
+            yield from self._in_order(partial(self._submit, call), _lots(tasks, size), at_once, after, call.file)
 
     def _in_order(
         self, submit: Callable[[Lot], Future[Done]], lots: Iterator[Lot], at_once: int,
@@ -239,7 +235,7 @@ class Mapper:
             raise done.error
 
     def _submit(self, call: Call, lot: Lot) -> Future[Done]:
-        return self.executor.submit(perform, call, lot.first, lot.message)
+        return self.executor.submit(perform, call, lot.first, lot.tasks)
 
     def _done(self, lot: Lot) -> Done:
         return lot.future.result()

@@ -1,8 +1,9 @@
 """What a worker does: a lot of tasks, by a function that all tasks of a map share.
 
-The function has with it what tasks share, which may be megabytes. It lies in one file with the tasks, which every
-worker process reads once, so that a message is small. What Dask scatters is lost with the last worker that holds it; a
-file is there for any worker that joins or is started again. It is also the sign that somebody waits for the results.
+The function has with it what tasks share, which may be megabytes. It lies in one file, which every worker process reads
+once; tasks come with their lots, so that a worker holds no others. What Dask scatters is lost with the last worker that
+holds it; a file is there for any worker that joins or is started again. It is also the sign that somebody waits for the
+results.
 """
 
 from __future__ import annotations
@@ -74,11 +75,11 @@ class Done:
 
 @contextmanager
 def call_of(folder: Path, shared: Any, *, durable: bool = False) -> Iterator[Call]:
-    """Write what tasks share, `(..., function, tasks)`, into a file of `folder` till the end of the block.
+    """Write what tasks share, `(..., function)`, into a file of `folder` till the end of the block.
 
     Opening the workspace sweeps the file of a run that was killed, by its name.
     """
-    data, fn = pickle.dumps(shared, pickle.HIGHEST_PROTOCOL), shared[-2]
+    data, fn = pickle.dumps(shared, pickle.HIGHEST_PROTOCOL), shared[-1]
     while isinstance(fn, partial):
         fn = fn.func
     name, path = getattr(fn, "__name__", type(fn).__name__), folder / f".{uuid.uuid4().hex}.tmp"
@@ -108,18 +109,14 @@ def loaded(call: Call) -> Any:
     return pickle.loads(data)  # noqa: S301 - by its digest, it is what the run has written
 
 
-def perform(call: Call, first: int, lot: range | tuple[Any, ...]) -> Done:
-    """Do a lot of tasks, with one thread of BLAS: some of those in the file, or those that were not known then.
-
-    `first` is the number of the first of them, for `in_work`.
-    """
+def perform(call: Call, first: int, lot: Sequence[Any]) -> Done:
+    """Do a lot of tasks, with one thread of BLAS; `first` is the number of the first of them, for `in_work`."""
     one_thread()
     begun, results, error = time.perf_counter(), list[Any](), None
     with _heard() as records:
         try:
-            *_, fn, tasks = loaded(call)
-            some = [tasks[i] for i in lot] if isinstance(lot, range) else lot
-            for number, task in enumerate(some, first):
+            *_, fn = loaded(call)
+            for number, task in enumerate(lot, first):
                 if not call.file.exists():
                     raise ClusterError(ENDED)
                 in_work[slot] = number

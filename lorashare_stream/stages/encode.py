@@ -10,21 +10,22 @@ from ..checkpoint.format import CODE
 from ..checkpoint.summary import Statistics
 from ..codec.code import Batch, Subject
 from ..codec.factors import CodedModule
-from .job import Job
+from .job import Admitted, Job
 from .project import Stored, write_adapter
 
 
-def encode_adapter(job: Job, adapter: Adapter) -> Statistics:
+def encode_adapter(job: Job, task: Admitted) -> Statistics:
     """Write one adapter of a coded checkpoint: its code, what is verbatim, and the error of what comes back.
 
     Returns:
         What the summary of the checkpoint needs of it.
     """
-    return write_adapter(job, adapter, CODE, _encoded)
+    return write_adapter(job, task, CODE, _encoded)
 
 
-def _encoded(job: Job, adapter: Adapter, tensors: TensorReader) -> Stored:
+def _encoded(job: Job, task: Admitted, tensors: TensorReader) -> Stored:
     """The code within the limit, or at the step, of the job; without one that is smaller, the tensors are kept."""
+    adapter = task.adapter
     subject = subject_of(adapter, tensors)
     every = list(adapter.layout.by_name)
     if not subject.modules:

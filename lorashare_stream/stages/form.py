@@ -18,7 +18,7 @@ from ..errors import AdapterError
 from ..linalg.delta import DeltaError, delta_errors, grams, projected_errors
 from ..linalg.types import Float64
 from .components import Components, Part, Stack, components_at, projected, restored
-from .job import Job
+from .job import Admitted, Job
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Formed:
     exact: Sequence[str] = ()
 
 
-def formed(job: Job, adapter: Adapter, tensors: TensorReader) -> Formed:
+def formed(job: Job, task: Admitted, tensors: TensorReader) -> Formed:
     """The modules of an adapter as they are stored, with the errors of what is stored.
 
     An adapter whose dW is zero takes no part in bases, but is stored as others are if its dW is exactly zero then, as
@@ -45,7 +45,7 @@ def formed(job: Job, adapter: Adapter, tensors: TensorReader) -> Formed:
     Raises:
         AdapterError: if what comes back is beyond the range of the storage dtype.
     """
-    vanishes = not job.shares(job.admission_of[adapter.name])
+    adapter, vanishes = task.adapter, not job.shares(task.admission)
     exact = Formed(exact=list(adapter.layout.by_name))
     if not adapter.layout.modules:
         return exact

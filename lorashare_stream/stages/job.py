@@ -25,6 +25,19 @@ from ..workspace.workspace import Workspace
 
 
 @dataclass(frozen=True)
+class Admitted:
+    """An adapter and its admission: the task of a step that writes one adapter."""
+
+    adapter: Adapter
+    admission: Admission
+
+    @property
+    def name(self) -> str:
+        """Of the adapter."""
+        return self.adapter.name
+
+
+@dataclass(frozen=True)
 class Job:
     """What the tasks of one run share; picklable, so that a cluster can have it.
 

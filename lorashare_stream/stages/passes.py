@@ -30,7 +30,7 @@ from ..workspace.journal import Admission, Journal, Removal
 from ..workspace.workspace import FACTS, FILES, HUB, Workspace
 from .bases import Bases
 from .ingest import ingest_adapter
-from .job import Job
+from .job import Admitted, Job
 from .project import check_unchanged, project_adapter
 from .run import Run, check_none_lost
 from .update import is_complete, sum_batch
@@ -253,7 +253,7 @@ def write_adapters(
     staging: Staging,
     admissions: Sequence[Admission],
     step: str,
-    task: Callable[[Job, Adapter], Statistics],
+    task: Callable[[Job, Admitted], Statistics],
 ) -> dict[str, Statistics]:
     """Write adapters into the staged checkpoint by a task, as they come, unless they are there; all are durable then.
 
@@ -271,8 +271,10 @@ def write_adapters(
     lost: list[AdapterError] = []
     arriving = run.arriving(adapters, lost)
     with staging.syncing() as written:
-        bare = replace(job, adapters={})  # each task has its own: half of what is sent
-        for each in run.map(step, partial(task, bare), arriving, len(adapters), run.release):
+        bare = replace(job, adapters={}, journal=Journal())  # each task has its own
+        admitted = (Admitted(adapter, job.admission_of[adapter.name]) for adapter in arriving)
+        tasks = list(admitted) if isinstance(arriving, Sequence) else admitted
+        for each in run.map(step, partial(task, bare), tasks, len(adapters), lambda task: run.release(task.adapter)):
             statistics[each.name] = each
             written(each.name)
     check_none_lost(lost)

@@ -24,7 +24,7 @@ from ..files import naming, sealed
 from ..linalg.delta import DeltaError, relative_error
 from ..workspace.journal import Admission
 from .form import formed
-from .job import Job
+from .job import Admitted, Job
 
 
 @dataclass(frozen=True)
@@ -44,39 +44,40 @@ class Stored:
     layout: Sequence[Any] | None = None
 
 
-def project_adapter(job: Job, adapter: Adapter) -> Statistics:
+def project_adapter(job: Job, task: Admitted) -> Statistics:
     """Write one adapter of a SHARE checkpoint: loadings, what is verbatim, and the error of what was stored.
 
     Returns:
         What the summary of the checkpoint needs of it.
     """
-    return write_adapter(job, adapter, LOADINGS, _projected)
+    return write_adapter(job, task, LOADINGS, _projected)
 
 
-def _projected(job: Job, adapter: Adapter, tensors: TensorReader) -> Stored:
-    form = formed(job, adapter, tensors)
+def _projected(job: Job, task: Admitted, tensors: TensorReader) -> Stored:
+    form = formed(job, task, tensors)
     write_arrays(loadings := io.BytesIO(), form.loadings, job.storage, {"format": "pt"})
     return Stored(loadings.getbuffer(), form.errors, form.exact)
 
 
 def write_adapter(
-    job: Job, adapter: Adapter, file: str, store: Callable[[Job, Adapter, TensorReader], Stored]
+    job: Job, task: Admitted, file: str, store: Callable[[Job, Admitted, TensorReader], Stored]
 ) -> Statistics:
     """Write one adapter into the staged checkpoint, in a folder of its own: a file, what is verbatim, what is recorded.
 
     Returns:
         What the summary of the checkpoint needs of it.
     """
-    check_unchanged(adapter, job.admission_of[adapter.name])
+    adapter, admission = task.adapter, task.admission
+    check_unchanged(adapter, admission)
     with adapter.open() as tensors, Staging(job.staging).adapter(adapter.name) as folder, naming(folder):
-        stored = store(job, adapter, tensors)
+        stored = store(job, task, tensors)
         (folder / file).write_bytes(stored.content)
         digests = {file: hashlib.sha256(stored.content).hexdigest()}
         verbatim = _write_verbatim(adapter, tensors, folder, stored.exact)
         if verbatim:
             digests[VERBATIM] = digest_files([folder / VERBATIM])
         check_still(adapter.files)
-        meta = _meta(job, adapter, stored, verbatim, digests)
+        meta = _meta(job, task, stored, verbatim, digests)
         (folder / META).write_text(json.dumps(sealed(meta)), encoding="utf-8")
     return statistics_of(meta)
 
@@ -121,8 +122,8 @@ def _write_verbatim(adapter: Adapter, tensors: TensorReader, folder: Path, exact
     return [key for key, _ in verbatim]
 
 
-def _meta(job: Job, adapter: Adapter, stored: Stored, verbatim: list[str], digests: dict[str, str]) -> dict[str, Any]:
-    admission, errors = job.admission_of[adapter.name], stored.errors
+def _meta(job: Job, task: Admitted, stored: Stored, verbatim: list[str], digests: dict[str, str]) -> dict[str, Any]:
+    adapter, admission, errors = task.adapter, task.admission, stored.errors
     norm = sum(e.norm for e in errors.values())
     coded = stored.layout is not None
     measured = list(errors) if coded or job.shares(admission) else []  # what vanishes has no error
