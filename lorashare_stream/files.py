@@ -64,6 +64,15 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
         yield f
 
 
+def link_or_copy(source: Path, path: Path) -> None:
+    """Another name of a file, durable with its folder; a copy, whole and synced, on a disk without links."""
+    try:
+        os.link(source, path)
+    except OSError:
+        with atomic_path(path) as temporary:
+            shutil.copyfile(source, temporary)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON, atomically; foreign strings are escaped by JSON itself."""
     with atomic_file(path) as f:

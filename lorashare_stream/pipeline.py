@@ -13,7 +13,7 @@ from .checkpoint.config import SHAREConfig
 from .checkpoint.format import ours_of, skipped_of
 from .checkpoint.publish import check_output, output_folder
 from .checkpoint.records import has_files, sizes_of
-from .checkpoint.staging import Staging, recover, remove_stale
+from .checkpoint.staging import Staging, recover
 from .checkpoint.summary import share_config
 from .errors import AdapterError, WorkspaceError, skipped_as_json
 from .files import own_path, write_sealed
@@ -26,7 +26,7 @@ from .runtime.executors import executor_for, mapper_for
 from .runtime.progress import Progress, silent
 from .settings import Settings
 from .stages.bases import Bases, write_bases
-from .stages.grow import check_kept, check_sources, demand_unchanged, grow, growable, staged_digest
+from .stages.grow import check_kept, check_sources, demand_unchanged, grow, growable
 from .stages.ingest import pickles_kept
 from .stages.job import Job
 from .stages.passes import check_disk, ingest, make_job, project, record_of_job
@@ -210,7 +210,6 @@ def share(
     kept: dict[str, float] = {}
     if enough is not None and is_current(job, out, left_out):
         catch_up(run, job)
-        remove_stale(out, staged_digest(job.checkpoint_key, (ours_of(out) or {}).get("basis_digest")))
         return "current", kept
     held = None if enough is None else growable(job, out, work.published())
     if held is not None and enough is not None:
@@ -230,7 +229,6 @@ def encode(
 
     target = coding.target_of(run.plan, job, left_out)
     if coding.is_current(target):
-        remove_stale(out, coding.staged_key(target))
         return "current"
     check_output(out, own=work.published(), overwrite=overwrite)
     ours = ours_of(out) or {}

@@ -10,7 +10,6 @@ from lorashare_stream.linalg.moments import (
     HostSum,
     Moment,
     add_block,
-    downdate,
     empty,
     merge,
     mirror,
@@ -85,12 +84,6 @@ def test_merge_is_associative_and_commutative_with_a_neutral_element(
     assert_close(merge(a, b), merge(b, a))
     assert_close(merge(a, empty(d, "float64")), a)
     assert_close(merge(empty(d, "float64", stacked=True), a), a)
-
-
-@given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 10))
-def test_downdate_undoes_merge(n: int, m: int, d: int) -> None:
-    a, b = of_columns(rows(0, n, d)), of_columns(rows(1, m, d))
-    assert_close(downdate(merge(a, b), b), a, rtol=1e-8)
 
 
 @pytest.mark.parametrize("stacked", [True, False])

@@ -28,10 +28,10 @@ import numpy as np
 
 from ..adapters.safetensors import write_arrays, write_safetensors
 from ..errors import LockedError
-from ..files import atomic_file, own_folder, read_json, remove_tree, sync, sync_tree, write_json
+from ..files import atomic_file, link_or_copy, own_folder, read_json, remove_tree, sync, sync_tree, write_json
 from ..workspace.journal import Admission
 from .config import config_bytes
-from .format import ADAPTERS, COMPONENTS, CONFIG, META, SKIPPED, SPECTRUM, STAGING, ours_of, skipped_of
+from .format import ADAPTERS, COMPONENTS, CONFIG, META, SKIPPED, SPECTRUM, STAGING, ours_of
 from .publish import drop, publish, recover_output, replaced_folder, staging_folder
 from .records import is_whole
 
@@ -126,6 +126,19 @@ class Staging:
                 os.rename(folder, place)
             remove_tree(aside)
 
+    def link(self, out: Path, names: Iterable[str]) -> None:
+        """Take bases and adapters over from a checkpoint: the same files, where the disk has links."""
+        for file in (COMPONENTS, SPECTRUM):
+            if (out / file).exists():
+                link_or_copy(out / file, self.root / file)
+        linked = [name for name in names if not (self.root / ADAPTERS / name).exists()]
+        for name in linked:
+            with self.adapter(name) as folder:
+                for path in (out / ADAPTERS / name).iterdir():
+                    if path.is_file():
+                        link_or_copy(path, folder / path.name)
+        self.sync(linked)
+
     @contextmanager
     def syncing(self) -> Iterator[Callable[[str], None]]:
         """Takes the names of adapters that are written, and makes these durable while others are projected.
@@ -158,10 +171,11 @@ class Staging:
 
     def commit(self, out: Path, config: Mapping[str, Any], skipped: list[dict[str, Any]]) -> None:
         """Write what is left, share_config.json last, and rename the folder into place."""
-        write_skipped(self.root, skipped)
+        _write_skipped(self.root, skipped)
         for path in (self.root / ADAPTERS).glob(".*"):  # of a worker of a cluster that was killed
             remove_tree(path)
-        _write_config(self.root, config)
+        with atomic_file(self.root / CONFIG) as f:
+            f.write(config_bytes(config))
         (self.root / STAGING).unlink()
         sync(self.root)
         publish(self.root, out)
@@ -169,36 +183,6 @@ class Staging:
     def clear(self) -> None:
         """Remove the folder: all that was in it is published."""
         drop(self.root)
-
-    def join(self, out: Path, names: Iterable[str]) -> None:
-        """Rename adapters, which are durable, into a checkpoint; its configuration does not name them yet."""
-        for name in names:
-            if (self.root / ADAPTERS / name).exists():  # else it was renamed before
-                self.take_out(out, [name])
-                os.rename(self.root / ADAPTERS / name, out / ADAPTERS / name)
-        sync(out / ADAPTERS)
-
-    def replace(self, out: Path, config: Mapping[str, Any], skipped: list[dict[str, Any]]) -> None:
-        """Replace the configuration of a checkpoint, written here first: no half-written file is ever among its own."""
-        if skipped != skipped_of(out):
-            write_skipped(self.root, skipped)
-            if skipped:
-                os.replace(self.root / SKIPPED, out / SKIPPED)
-            else:
-                (out / SKIPPED).unlink()
-        _write_config(self.root, config)
-        os.replace(self.root / CONFIG, out / CONFIG)
-        sync(out)
-
-    def take_out(self, out: Path, names: Iterable[str]) -> None:
-        """Remove adapters, which its configuration does not name, from a checkpoint: each is gone by one rename."""
-        for name in names:
-            aside = self.root / ADAPTERS / f".{name}.removed"
-            remove_tree(aside)
-            if os.path.lexists(out / ADAPTERS / name):
-                os.rename(out / ADAPTERS / name, aside)
-                remove_tree(aside)
-        sync(out / ADAPTERS)
 
 
 def recover(out: Path) -> None:
@@ -219,22 +203,7 @@ def recover(out: Path) -> None:
         os.close(fd)
 
 
-def remove_stale(out: Path, digest: str) -> None:
-    """Remove what is left beside a checkpoint of a change that was published: what is staged under this digest."""
-    staging = staging_folder(out)
-    if not staging.is_dir():
-        return
-    if not os.listdir(staging) or ((staging / STAGING).exists() and _marker(staging) in (None, digest)):
-        with Staging.open(out, digest) as staged:
-            staged.clear()
-
-
-def _write_config(root: Path, config: Mapping[str, Any]) -> None:
-    with atomic_file(root / CONFIG) as f:
-        f.write(config_bytes(config))
-
-
-def write_skipped(root: Path, skipped: list[dict[str, Any]]) -> None:
+def _write_skipped(root: Path, skipped: list[dict[str, Any]]) -> None:
     """Write which adapters were left out of a checkpoint; nothing if none was."""
     (root / SKIPPED).unlink(missing_ok=True)
     if skipped:

@@ -14,7 +14,6 @@ from ..checkpoint.coded import metas_in
 from ..checkpoint.config import SHAREConfig, read_share_config
 from ..checkpoint.format import OURS, skipped_of
 from ..checkpoint.records import admission_in
-from ..checkpoint.staging import remove_stale
 from ..checkpoint.summary import counts_of, record_of
 from ..errors import AdapterError, CheckpointError, UsageError, WorkspaceError, refusal, skipped_as_json
 from ..hub.lookup import loose_ids, recalled, resolve_on_hub
@@ -24,7 +23,7 @@ from ..plan.plan import make_plan
 from ..plan.sources import resolve
 from ..settings import Settings
 from ..stages import coding
-from ..stages.grow import demand_unchanged, grow, offer, staged_digest
+from ..stages.grow import demand_unchanged, grow, offer
 from ..stages.job import Job
 from ..stages.passes import checkpoint_key_of, ingested
 from ..stages.run import Run
@@ -158,7 +157,6 @@ def _add_alone(
     fresh = _fresh(sources, [(r.source_id, r.name) for r in there])
     _check_unchanged(there, sources, settings)
     if not fresh:
-        remove_stale(out, staged_digest(config.ours["digest"], config.ours["basis_digest"]))
         return Outcome([], "current")
     found = catalog(fresh, settings, admissions=there, surveyed=surveyed)
     if settings.ratio is not None:  # of the whole checkpoint, and not of these adapters alone

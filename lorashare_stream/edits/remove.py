@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
-from ..adapters.adapter import Adapter
 from ..adapters.safetensors import read_header
 from ..checkpoint.coded import metas_in
 from ..checkpoint.config import SHAREConfig, read_share_config
@@ -18,22 +16,19 @@ from ..checkpoint.staging import Staging
 from ..checkpoint.summary import counts_of, record_of
 from ..errors import AdapterError, StreamError, UsageError, WorkspaceError, unknown_adapter
 from ..files import read_sealed, remove_tree, write_sealed
-from ..hub.lookup import recalled, resolve_on_hub, source_of
+from ..hub.lookup import recalled
 from ..linalg.device import resolve_device
 from ..pipeline import plan_for, recompute
-from ..plan.catalog import read_entries
 from ..plan.file import plan_as_json
 from ..plan.plan import Plan
 from ..stages import coding
-from ..stages.clean import clean_module, places_to_clean
 from ..stages.grow import changed, demand_unchanged
 from ..stages.job import Job
 from ..stages.passes import checkpoint_key_of, journal_of_plan, make_job
 from ..stages.project import check_unchanged
-from ..stages.run import Run
 from ..stages.update import catch_up, forget_unused
 from ..text import digest_of, is_component
-from ..workspace.journal import Admission, Journal, Removal
+from ..workspace.journal import Journal, Removal
 from ..workspace.workspace import Workspace
 from .options import RunOptions, check_same, opened
 
@@ -107,7 +102,7 @@ def remove(checkpoint: Path, names: Sequence[str], options: RunOptions, *, refit
         catch_up(run, job)
         forget_unused(job)
         if refit:
-            clean(run, job, _removed_entries(job, root))
+            forget_removed(job)
             config = read_share_config(out)
             if config.ours["removed"] and not plan.absent:
                 recompute(run, job, work, out, skipped_of(out))
@@ -141,14 +136,6 @@ def _of_unchanged(plan: Plan, journal: Journal) -> Plan:
     return replace(plan, adapters=adapters, absent=(*plan.absent, *changed))
 
 
-def _removed_entries(job: Job, workspace: Path) -> dict[str, Adapter]:
-    """Adapters that were taken out and can be read, or fetched, by source id."""
-    removed = [job.journal.entries[e.admission] for e in job.journal.entries if isinstance(e, Removal)]
-    sources = [source_of(r.source_id, r.name) for r in removed if isinstance(r, Admission)]
-    found, surveyed = resolve_on_hub(sources, job.settings, workspace)
-    return read_entries(found, job.settings, surveyed)
-
-
 def _take_out_coded(work: Workspace, plan: Plan, out: Path, config: SHAREConfig, names: Sequence[str]) -> None:
     """Take adapters out of a coded checkpoint and its workspace, which may have moments and bases of a SHARE one."""
     journal = journal_of_plan(plan, work)
@@ -173,13 +160,15 @@ def _keep_others(out: Path, config: SHAREConfig, names: Collection[str], publish
 
 
 def shrink(out: Path, config: SHAREConfig, names: Sequence[str]) -> None:
-    """Take adapters out of a checkpoint: its configuration names them no longer, then their folders go.
+    """Take adapters out of a checkpoint: the one that takes its place has the others, and the same bases.
 
     Args:
         out, config: the checkpoint.
         names: of adapters that it names, or did before this was interrupted.
     """
     record, gone = record_of(config), set(names)
+    if gone.isdisjoint(config.adapter_names) and not any((out / ADAPTERS / name).exists() for name in gone):
+        return
     counts = _counts_without(out, config, gone)
     outside = {*_outside(config), *record.projected}
     record = replace(
@@ -192,9 +181,8 @@ def shrink(out: Path, config: SHAREConfig, names: Sequence[str]) -> None:
     digest = checkpoint_key_of(record.settings_key, [admission_in(meta) for meta in metas_of(out, stay)])
     with Staging.open(out, digest_of(["shrinking", digest])) as staging:
         demand_unchanged(out, config)
-        staging.replace(out, changed(out, record, stay, counts, digest, left_out), left_out)
-        staging.take_out(out, names)
-        staging.clear()
+        staging.link(out, stay)
+        staging.commit(out, changed(staging.root, record, stay, counts, digest, left_out), left_out)
 
 
 def _counts_without(out: Path, config: SHAREConfig, gone: Collection[str]) -> dict[str, int]:
@@ -240,53 +228,15 @@ def traces(job: Job) -> dict[str, int]:
     return found
 
 
-def clean(run: Run, job: Job, adapters: Mapping[str, Adapter]) -> None:
-    """Free the moments of the vectors of adapters that were taken out, where that can be done.
+def forget_removed(job: Job) -> None:
+    """Drop moments that hold vectors of removed adapters: of the sources of the others they are summed again.
 
-    Args:
-        run, job: of the adapters that stay.
-        adapters: adapters that can be read, by source id.
+    Where a source of these is gone, they stay as they are.
     """
     work = Workspace(job.workspace)
-    for module in _fitted_to_removed(job):
-        work.forget(module)
-    removed = {e.admission: job.journal.entries[e.admission] for e in job.journal.entries if isinstance(e, Removal)}
-    gone = {
-        i: adapters[r.source_id] for i, r in removed.items() if isinstance(r, Admission) and r.source_id in adapters
-    }
-    gone = {i: adapter for i, adapter in gone.items() if _is_unchanged(adapter, removed[i])}
-    budget = job.settings.disk_budget
-    fitting: dict[int, Adapter] = {}
-    for i, adapter in gone.items():  # of what does not fit, the modules are summed anew
-        if budget is None or sum(e.hub_bytes for e in fitting.values()) + adapter.hub_bytes <= budget // 2:
-            fitting[i] = adapter
-    gone = fitting
-    lost: list[AdapterError] = []
-    here = {e.source_id: e for e in run.arriving(list(gone.values()), lost)}  # sums keep what cannot be had
-    gone = {i: here[adapter.source_id] for i, adapter in gone.items() if adapter.source_id in here}
-    modules = sorted(work.modules())
-    job = replace(job, slots=places_to_clean(job, work, modules))
-    cleaned = run.map("accumulate", partial(clean_module, job, gone), modules, len(modules))
-    for module, marker in zip(modules, cleaned, strict=True):
-        if marker == "forget":
+    for module in sorted({*work.modules(), *job.modules}):
+        marker = work.marker(module)
+        holds = read_sealed(job.facts_file(module)).get("removed") if marker is None else job.removed_in(marker)
+        others = job.holders(module, len(job.journal.entries)).values()
+        if holds and (marker is None or all(r.name in job.adapters for r in others)):
             work.forget(module)
-        elif marker is not None:
-            work.mark(marker)
-    work.sweep()
-    run.fetcher.release(here.values())
-
-
-def _fitted_to_removed(job: Job) -> list[str]:
-    """Modules whose bases were fitted to moments with removed adapters in them, that were discarded since."""
-    work = Workspace(job.workspace)
-    bases = {module: read_sealed(job.facts_file(module)) for module in job.modules if work.marker(module) is None}
-    return [module for module, facts in bases.items() if facts.get("removed")]
-
-
-def _is_unchanged(adapter: Adapter, admission: Admission | Removal) -> bool:
-    try:
-        assert isinstance(admission, Admission)
-        check_unchanged(adapter, admission)
-    except (AdapterError, OSError):
-        return False
-    return True

@@ -9,8 +9,7 @@ A moment of oriented vectors X (d, n), one column a vector, is what a basis is f
 
 Both forms are exact and hold the same. Columns are kept up to n = 2d: S would save half of them at most, and costs
 n d^2 flops, while few components of columns cost a fraction of that (`eigen`). Laws (tested): `merge` is
-associative and commutative up to rounding; adding vectors in blocks of any size gives the same moment up to rounding;
-`downdate(merge(a, b), b)` is `a` up to rounding times the ratio of their traces.
+associative and commutative up to rounding; adding vectors in blocks of any size gives the same moment up to rounding.
 """
 
 from __future__ import annotations
@@ -81,17 +80,6 @@ def merge(a: Moment, b: Moment) -> Moment:
     else:
         second, columns = second_of(a) + second_of(b), None
     return Moment(second, columns, a.sum + b.sum, a.count + b.count, a.energy + b.energy)
-
-
-def downdate(a: Moment, b: Moment) -> Moment:
-    """`a`, which is overwritten, without the vectors of `b`: as good as rounding allows, which a large `b` spoils."""
-    second = second_of(a)
-    for strip in (slice(j, j + QUANTUM) for j in range(0, a.dim, QUANTUM)):  # no second (d, d) is needed beside
-        if b.columns is not None:
-            second[:, strip] -= b.columns.T @ b.columns[:, strip]
-        else:
-            second[:, strip] -= second_of(b)[:, strip]
-    return Moment(second, None, a.sum - b.sum, a.count - b.count, max(a.energy - b.energy, 0.0))
 
 
 def second_of(moment: Moment) -> Array:

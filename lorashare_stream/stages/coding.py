@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -30,7 +29,7 @@ from ..checkpoint.summary import CheckpointRecord, record_of, share_config, stat
 from ..codec.rate import Curve, curve_of, step_for
 from ..codec.search import COARSEST, FINEST
 from ..errors import AdapterError, BudgetError, CheckpointError, GoneError, refusal
-from ..files import atomic_path, own_folder, remove_tree, sync
+from ..files import link_or_copy, own_folder, remove_tree, sync
 from ..plan.memory import SAMPLE
 from ..plan.plan import Plan
 from ..text import bytes_shown, counted, digest_of, listed
@@ -348,11 +347,7 @@ def _linked(out: Path, root: Path, found: Reusable) -> Index:
         index = remove_from_packs(root, index, found.gone, lambda pack: opened(out / pack.file))
     for pack in index.packs:
         if not (root / pack.file).exists():
-            try:
-                os.link(out / pack.file, root / pack.file)
-            except OSError:  # no links on this disk
-                with atomic_path(root / pack.file) as path:
-                    shutil.copyfile(out / pack.file, path)
+            link_or_copy(out / pack.file, root / pack.file)
     sync(root / PACKS)
     return index
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from ..adapters.keys import SIDES, group_id
 from ..checkpoint.config import SHAREConfig, read_share_config
-from ..checkpoint.format import ADAPTERS, ours_of
-from ..checkpoint.records import check_components, has_files, is_whole, metas_of, sizes_of
+from ..checkpoint.format import ours_of
+from ..checkpoint.records import check_components, has_files, metas_of, sizes_of
 from ..checkpoint.staging import Staging
 from ..checkpoint.summary import CheckpointRecord, record_of, share_config, statistics_of
 from ..errors import AdapterError, CollectionError, LockedError, WorkspaceError
@@ -50,9 +50,7 @@ def grow(
     threshold: float,
     counts: Mapping[str, int] | None = None,
 ) -> tuple[bool, dict[str, float]]:
-    """Project the adapters that a checkpoint lacks on its bases, and publish them if all are held well enough.
-
-    Each is published by one rename of its folder, then all by the configuration, which names them.
+    """Project the adapters that a checkpoint lacks on its bases, and publish it with them if all are held well enough.
 
     Args:
         run, job: of the adapters that there will be.
@@ -72,22 +70,19 @@ def grow(
         log.info("%s modules for which there is no basis: bases are fitted again", _have(outside))
         return False, dict.fromkeys(outside, 0.0)
     job = replace(job, basis_key=record.basis_key, grows=True)
-    with Staging.open(out, staged_digest(job.checkpoint_key, record.basis_key)) as staging:
+    with Staging.open(out, digest_of(["growing", job.checkpoint_key, record.basis_key])) as staging:
         demand_unchanged(out, config)
         check_components(out, record.components)
-        there = {r.name for r in fresh if is_whole(out / ADAPTERS / r.name, r, record.basis_key)}
-        waiting = [r for r in fresh if r.name not in there]
-        statistics = project(run, job, staging, waiting)
-        statistics |= {f.name: f for f in map(statistics_of, metas_of(out, there))}
+        statistics = project(run, job, staging, fresh)
         kept = {name: 1 - f.relative_error**2 for name, f in statistics.items()}
         if not _enough(kept, threshold):
             return False, kept
-        staging.join(out, [r.name for r in waiting])
         shared = [r.name for r in fresh if statistics[r.name].shared]
         record = replace(record, projected=(*record.projected, *shared))
         names = [r.name for r in job.journal.admissions]
-        staging.replace(out, changed(out, record, names, counts or job.counts, job.checkpoint_key, left_out), left_out)
-        staging.clear()
+        staging.link(out, config.adapter_names)
+        new = changed(staging.root, record, names, counts or job.counts, job.checkpoint_key, left_out)
+        staging.commit(out, new, left_out)
     return True, kept
 
 
@@ -101,11 +96,6 @@ def demand_unchanged(out: Path, config: SHAREConfig) -> None:
         raise LockedError(
             "another run has changed the checkpoint meanwhile", found=out, remedy="Run the same command again."
         )
-
-
-def staged_digest(digest: str, basis_key: object) -> str:
-    """Under which adapters are staged that are projected on a basis to make a checkpoint of this digest."""
-    return digest_of(["growing", digest, basis_key])
 
 
 def _is_covered(record: CheckpointRecord, job: Job, admission: Admission) -> bool:
@@ -153,16 +143,16 @@ def _have(names: Sequence[str]) -> str:
 
 
 def changed(
-    out: Path,
+    root: Path,
     record: CheckpointRecord,
     names: Sequence[str],
     counts: Mapping[str, int],
     digest: str,
     skipped: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """The configuration of a checkpoint whose adapters are others than it says."""
-    statistics = [statistics_of(meta) for meta in metas_of(out, names)]
-    return share_config(record, statistics, counts, digest=digest, sizes=sizes_of(out, names), skipped=skipped)
+    """The configuration of a staged checkpoint that has other adapters than the one that it takes its bases from."""
+    statistics = [statistics_of(meta) for meta in metas_of(root, names)]
+    return share_config(record, statistics, counts, digest=digest, sizes=sizes_of(root, names), skipped=skipped)
 
 
 def check_kept(job: Job, out: Path) -> None:
