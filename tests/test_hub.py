@@ -786,6 +786,30 @@ def test_discover_lists_by_page_and_leaves_out_what_cannot_be_lora(
     assert hub.count("info") == 0
 
 
+def test_weights_beside_an_adapter_are_named_as_far_as_a_listing_is_at_hand(
+    tmp_path: Path, hub: FakeHub, collection: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    more = {"value_head.bin": b"x", "2_Dense/model.safetensors": b"x", "optimizer.pt": b"x", "sub/value_head.bin": b"x"}
+    files = files_of(collection[0])
+    for i in range(2):
+        hub.add(f"org/a{i}", files | more | {f"sub/{k}": v for k, v in files.items()}, base_model="tiny-base")
+    out = tmp_path / "m.jsonl"
+    assert main(["discover", "--base-model", "tiny-base", "-o", str(out)]) == 0
+    expected = ("2_Dense/model.safetensors", "value_head.bin")
+    for sources in ([out], ["org/a0", "org/a1"]):
+        hub.requests.clear()
+        assert [e.beside for e in plan(sources).adapters] == [expected, expected]
+        assert hub.count("info") == (0 if sources == [out] else 2)  # as without such files
+    (only,) = plan([f"org/a0@{hub.repos['org/a0'].refs['main']}//sub"], max_error=0.3).adapters
+    assert only.beside == ()  # not listed, and not asked for
+    (only,) = plan(["org/a0//sub"], tmp_path / "out", max_error=0.3).adapters
+    assert only.beside == ("value_head.bin",)
+    for _ in range(2):  # the second time from what is kept in the workspace
+        assert main(["compress", "org/a0", "org/a1", "-o", str(tmp_path / "out"), "-k", "2"]) == 0
+        assert "beside 2 adapters (org--a0, org--a1) are not taken into the checkpoint" in caplog.text
+        caplog.clear()
+
+
 def test_a_listing_is_foreign(tmp_path: Path, hub: FakeHub, collection: list[str]) -> None:
     good = files_of(collection[0])
     hub.add("org/fine", good, base_model="tiny-base")

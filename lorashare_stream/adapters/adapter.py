@@ -57,6 +57,8 @@ class Adapter:
         origin: where on the Hub it comes from.
         fetched: whether its files are on this machine.
         converted: the folder that keeps what its `.bin` was converted to, if one does.
+        beside: files of weights in its folder that are not its own, relative to it; of the Hub, as far as they are
+            listed.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Adapter:
     origin: Origin | None = None
     fetched: bool = True
     converted: Path | None = None
+    beside: tuple[str, ...] = ()
 
     @property
     def where(self) -> str:

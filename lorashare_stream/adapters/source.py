@@ -16,7 +16,7 @@ class Listing:
     """What the Hub says of a repository without its files being read.
 
     Attributes:
-        files: names in the adapter's folder; empty if they were not asked for.
+        files: names in the adapter's folder, and paths of weights below it; empty if they were not asked for.
         base_model: of which it says to be an adapter.
         gated, private: whether not everybody may read it; None if that is not known.
         license: as its card gives it.

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..adapters import config as peftconfig
 from ..adapters.adapter import Adapter, Origin
+from ..adapters.beside import paths_below, weights_beside
 from ..adapters.folder import FileFact, digest_config, file_fact, read_config, tensor_records, weight_files
 from ..adapters.layout import NOTHING, Layout, kept_exact, read_layout
 from ..adapters.safetensors import TensorRecord
@@ -140,8 +141,9 @@ def read_entry(source: Source, name: str, shared: Interned, settings: Settings, 
     peftconfig.check_lora(config)  # before anything else that is wrong with another kind of adapter
     paths = weight_files(folder)
     files = tuple(file_fact(p) for p in paths)
+    beside = weights_beside(paths_below(folder), [p.name for p in paths])
     return _entry(
-        Adapter(name, source.id, folder, files, NOTHING, (), None, ""),
+        Adapter(name, source.id, folder, files, NOTHING, (), None, "", beside=beside),
         config,
         tensor_records(paths),
         shared,
@@ -159,7 +161,10 @@ def _surveyed_entry(
     listing = known.listing if known.listing.files else source.listing
     files = tuple(FileFact(Path(file), size, 0) for file, size in known.files)
     origin = Origin(source.hub, source.asked, listing, known.digest, known.sha256, known.refused)
-    bare = Adapter(name, source.id, Path(source.id), files, NOTHING, (), None, "", None, origin, fetched=False)
+    beside = weights_beside(listing.files, [file for file, _ in known.files])
+    bare = Adapter(
+        name, source.id, Path(source.id), files, NOTHING, (), None, "", None, origin, fetched=False, beside=beside
+    )
     if known.config is not None:
         config = json.loads(known.config)
         peftconfig.check_lora(config)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..checkpoint.format import PARTS
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from ..workspace.journal import Admission
 
 Row = tuple[str, object]
+_SHARD = re.compile(r"\d+-of-\d+")
 _OFTEN = {1: "once", 2: "twice"}
 
 
@@ -173,10 +175,28 @@ def adapter_notes(plan: Plan) -> list[str]:
     if alone:
         out.append(f"no module is shared with any other adapter by {counted(len(alone), 'adapter')} ({listed(alone)})")
     out += _by_kind((e.name, note) for e in plan.adapters for note in e.layout.notes)
+    out += beside_notes({e.name: e.beside for e in plan.adapters})
     if plan.inner:
         where = listed([f"{name}/{sub}" for name, subs in sorted(plan.inner.items()) for sub in subs], 3)
         out.append(f"adapters in subfolders of adapters are not taken: {where}; name them as sources to take them")
     return out
+
+
+def beside_notes(beside: Mapping[str, Iterable[str]]) -> list[str]:
+    """Which files of weights beside adapters (name -> paths) a checkpoint does not hold, and what to do."""
+    of_file: dict[str, dict[str, None]] = {}
+    for name, paths in beside.items():
+        for path in paths:
+            of_file.setdefault(_SHARD.sub("*-of-*", path), {})[name] = None
+    if not of_file:
+        return []
+    files = listed(f"{path} ({counted(len(names), 'adapter')})" for path, names in sorted(of_file.items()))
+    names = {name for some in of_file.values() for name in some}
+    who = f"{counted(len(names), 'adapter')} ({listed(sorted(names), 3)})"
+    return [
+        f"files of weights beside {who} are not taken into the checkpoint: {files}; keep those that were trained, "
+        "and copy them beside what reconstruct writes"
+    ]
 
 
 def _alone(plan: Plan) -> list[str]:

@@ -61,6 +61,7 @@ class Verdict:
         certified: what the checkpoint claims, if it claims anything.
         worst_module, worst_module_error: where it is farthest off.
         problem: what is wrong, or None.
+        beside: files of weights beside the original, which the checkpoint does not hold.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Verdict:
     worst_module: str | None = None
     worst_module_error: float = 0.0
     problem: str | None = None
+    beside: tuple[str, ...] = ()
 
 
 def verify(
@@ -154,7 +156,8 @@ def _verdict(model: Checkpoint, name: str, adapter: Adapter, certified: float | 
     digest = model.certified(name).get("sha256")
     if problem is not None and digest is not None and digest_files(adapter.paths) != digest:
         problem = "its original is not the one that was compressed: the files have changed"
-    return Verdict(name, total, certified, worst, errors[worst].relative if worst else 0.0, problem)
+    at_worst = errors[worst].relative if worst else 0.0
+    return Verdict(name, total, certified, worst, at_worst, problem, adapter.beside)
 
 
 def _module_errors(
