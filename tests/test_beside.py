@@ -18,7 +18,7 @@ from lorashare_stream.pipeline import plan_for
 from lorashare_stream.plan.sources import resolve
 from lorashare_stream.report.text import plan_warnings
 from lorashare_stream.settings import Settings
-from lorashare_stream.workspace.workspace import _COPIES
+from lorashare_stream.workspace.workspace import COPY
 
 from .conftest import make_collection
 
@@ -34,7 +34,7 @@ OTHERS = [
     "global_step9/mp_rank_00_model_states.pt", "global_step9/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt",
     "checkpoint-100/value_head.bin", "checkpoint-200/global_step200/zero_pp_rank_0.pt", ".cache/x.bin",
     "__MACOSX/x.bin", "named/adapter_config.json", "named/value_head.bin", "named/deeper/value_head.bin",
-    "out.share/share_config.json", "out.share/adapters/a/x.safetensors", "w/workspace.json",
+    "out.share/share_config.json", "out.share/adapters/a/x.safetensors", "w/workspace.copy.json",
     "w/converted/x.safetensors",
 ]  # fmt: skip
 
@@ -51,7 +51,7 @@ def test_what_is_trained_is_told_and_what_is_of_a_training_is_not(tmp_path: Path
     with_files(folder, TRAINED + OTHERS)
     assert weights_beside(TRAINED + OTHERS) == tuple(sorted(TRAINED))  # a listing of the Hub
     assert weights_beside(paths_below(Path(folder))) == tuple(sorted(TRAINED))
-    assert {CONFIG, SHARE_CONFIG, _COPIES[0]} == _OTHERS
+    assert {CONFIG, SHARE_CONFIG, COPY} == _OTHERS
 
 
 def test_plan_compress_add_and_verify_name_them(tmp_path: Path, capsys: Any, caplog: Any) -> None:

@@ -20,7 +20,7 @@ _LEFT_OUT = re.compile(
 )
 _FOLDER_LEFT_OUT = re.compile(r"checkpoint-\d+$|global_step\d+$|pytorch_model_fsdp|optimizer|__MACOSX$|\.")
 # A folder that has one of these is a thing of its own: an adapter, a checkpoint or a workspace of ours.
-_OTHERS = {"adapter_config.json", "share_config.json", "workspace.json"}
+_OTHERS = {"adapter_config.json", "share_config.json", "workspace.copy.json"}
 
 
 def weights_beside(paths: Iterable[str], own: Collection[str] = ()) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from ..errors import AdapterError, MissingFileError
 from ..files import read_json
 from ..text import listed, printable
 from .keys import foreign_kind, parse_key
-from .safetensors import AGAIN, TensorReader, TensorRecord, read_header, repeated
+from .safetensors import AGAIN, Header, TensorReader, TensorRecord, header_of, read_header, repeated
 from .shards import INDEXES, check_shards, shard_names
 
 CONFIG = "adapter_config.json"
@@ -181,7 +181,12 @@ def missing_weights(entries: Sequence[str]) -> MissingFileError:
 
 
 def tensor_records(paths: tuple[Path, ...]) -> tuple[TensorRecord, ...]:
-    """All tensors of an adapter's files.
+    """All tensors of an adapter's files, as `tensor_header`."""
+    return tensor_header(paths).records
+
+
+def tensor_header(paths: tuple[Path, ...]) -> Header:
+    """All tensors of an adapter's files, and the metadata of one that is alone.
 
     Raises:
         AdapterError: if a file is damaged, or two shards hold one key.
@@ -189,10 +194,10 @@ def tensor_records(paths: tuple[Path, ...]) -> tuple[TensorRecord, ...]:
     if paths[0].suffix == ".bin":
         from .pickles import pickle_records
 
-        return pickle_records(paths[0])
+        return Header(pickle_records(paths[0]), {})
     if len(paths) == 1:  # of equal headers the same records
-        return read_header(paths[0])
-    return once(record for number, path in enumerate(paths) for record in read_header(path, number))
+        return header_of(paths[0])
+    return Header(once(record for number, path in enumerate(paths) for record in read_header(path, number)), {})
 
 
 def once(found: Iterable[TensorRecord]) -> tuple[TensorRecord, ...]:

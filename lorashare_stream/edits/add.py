@@ -22,7 +22,7 @@ from ..pipeline import Outcome, plan_for
 from ..plan.catalog import Surveyed, catalog, read_entries
 from ..plan.plan import Plan, make_plan
 from ..plan.sources import resolve
-from ..report.text import beside_notes
+from ..report.text import beside_notes, double_notes
 from ..settings import Settings
 from ..stages import coding
 from ..stages.grow import demand_unchanged, grow, offer, staged_digest
@@ -69,7 +69,7 @@ def add(checkpoint: Path, sources: Sequence[Source], options: RunOptions, *, ref
     fresh = _fresh(sources, [(s.id, s.name) for s in held])
     names = [str(s.name) for s in held]
     plan = plan_for([*held, *fresh], settings, root, recalled=names, progress=options.progress)
-    _note_beside(plan, {s.id for s in fresh})
+    _note(plan, {s.id for s in fresh})
     before = [e for e in skipped_of(out) if e.get("adapter") not in {x.name for x in plan.adapters}]
     return options.compress(
         plan, out, root, refit=refit and bool(fresh), accept=options.accept, there=config, also_left_out=before
@@ -131,8 +131,10 @@ def _fresh(sources: Sequence[Source], held: Sequence[tuple[str, str | None]]) ->
     return [s for s in sources if s.id not in ids or (s.name is not None and (s.id, s.name) not in held)]
 
 
-def _note_beside(plan: Plan, fresh: Collection[str]) -> None:
-    for note in beside_notes({e.name: e.beside for e in plan.adapters if e.source_id in fresh}):
+def _note(plan: Plan, fresh: Collection[str]) -> None:
+    """Tell what is not taken of the sources that are added."""
+    beside = {e.name: e.beside for e in plan.adapters if e.source_id in fresh}
+    for note in beside_notes(beside) + double_notes(plan):
         log.warning("%s", note)
 
 
@@ -172,7 +174,7 @@ def _add_alone(
         originals = sum(sum(r.sizes) for r in there) + sum(f.size for e in found.adapters for f in e.files)
         settings = replace(settings, ratio=None, max_bytes=settings.byte_limit(originals))
     plan = make_plan(found, settings, grows=True)
-    _note_beside(plan, {s.id for s in fresh})
+    _note(plan, {s.id for s in fresh})
     plan.validate()
     with options.running(plan, out, None) as (run, _):
         return _grown(out, config, there, run, options)

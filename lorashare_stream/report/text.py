@@ -175,7 +175,7 @@ def adapter_notes(plan: Plan) -> list[str]:
     if alone:
         out.append(f"no module is shared with any other adapter by {counted(len(alone), 'adapter')} ({listed(alone)})")
     out += _by_kind((e.name, note) for e in plan.adapters for note in e.layout.notes)
-    out += beside_notes({e.name: e.beside for e in plan.adapters})
+    out += beside_notes({e.name: e.beside for e in plan.adapters}) + double_notes(plan)
     if plan.inner:
         where = listed([f"{name}/{sub}" for name, subs in sorted(plan.inner.items()) for sub in subs], 3)
         out.append(f"adapters in subfolders of adapters are not taken: {where}; name them as sources to take them")
@@ -197,6 +197,23 @@ def beside_notes(beside: Mapping[str, Iterable[str]]) -> list[str]:
         f"files of weights beside {who} are not taken into the checkpoint: {files}; keep those that were trained, "
         "and copy them beside what reconstruct writes"
     ]
+
+
+def double_notes(plan: Plan) -> list[str]:
+    """Which reconstructions are not taken, and which are."""
+    out = []
+    if plan.doubles:
+        out.append(
+            f"reconstructions are not taken, since their originals are there: {listed(plan.doubles, 3)}; to take one, "
+            "give it a name in a manifest or by --names"
+        )
+    again = [e.name for e in plan.adapters if e.reconstructs is not None]
+    if again:
+        out.append(
+            f"{counted(len(again), 'adapter')} ({listed(again, 3)}) came out of a checkpoint by reconstruct: what was "
+            "lost there is lost, and errors are relative to what is left"
+        )
+    return out
 
 
 def _alone(plan: Plan) -> list[str]:

@@ -11,13 +11,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..adapters.adapter import Adapter
-from ..adapters.folder import digest_files
+from ..adapters.folder import SAFETENSORS, digest_files
 from ..adapters.keys import SIDES, factor_key
 from ..adapters.pickles import raw_bytes
 from ..adapters.safetensors import TensorReader
 from ..adapters.source import Source
 from ..checkpoint.config import SHAREConfig
-from ..checkpoint.reader import Tensors, as_array
+from ..checkpoint.reader import Tensors, as_array, was_reconstructed
 from ..codec.factors import errors_of_products
 from ..errors import AdapterError, StreamError
 from ..hub.fetch import AT_ONCE, fetching
@@ -199,10 +199,13 @@ def pins_in(model: Checkpoint) -> dict[str, str]:
 def originals_of(model: Checkpoint, sources: list[Source]) -> dict[str, Source]:
     """Match sources to a checkpoint's adapters: by source id where it is recorded, else by name."""
     by_id = {source.id: source for source in sources if source.name is None}
-    by_name = {source.wanted_name: source for source in sources}
+    by_name: dict[str, Source] = {}
+    for source in sources:  # a reconstruction stands in for no original
+        if source.wanted_name not in by_name or not was_reconstructed(source.path / SAFETENSORS):
+            by_name[source.wanted_name] = source
     matched: dict[str, Source] = {}
     for name in model.adapter_names:
-        source = by_id.get(str(model.certified(name).get("source_id"))) or by_name.get(name)
-        if source is not None:
-            matched[name] = source
+        original = by_id.get(str(model.certified(name).get("source_id"))) or by_name.get(name)
+        if original is not None:
+            matched[name] = original
     return matched
