@@ -28,9 +28,9 @@ from safetensors import SafetensorError, safe_open
 from ..errors import AdapterError
 from ..text import printable
 from .dtypes import ITEMSIZE, widened
+from .foreign import AGAIN, START, disguised
 
 CHUNK = 8 << 20  # bytes copied at once
-AGAIN = "Fetch or save the adapter again, or leave it out."
 MAX_HEADER = 100_000_000  # the limit of the safetensors library
 MAX_DIMS = 16  # of a tensor; the library has no limit, NumPy has
 
@@ -76,12 +76,17 @@ def header_of(path: Path, file: int = 0) -> Header:
     with path.open("rb", buffering=0) as f:  # a buffer would be filled with tensors
         size = os.fstat(f.fileno()).st_size
         prefix = f.read(8)
-        return _header(f.read(_header_length(path, prefix, size)), size, file, _Origin(path, here=True))
+        length = _header_length(prefix, size)
+        if length is None:
+            raise _not_safetensors(path, prefix + f.read(START - 8), size)
+        return _header(f.read(length), size, file, _Origin(path, here=True))
 
 
 def parse_header(head: bytes, size: int, path: Path, file: int = 0) -> tuple[TensorRecord, ...]:
     """The tensors of a safetensors file of `size` bytes, from its first bytes; `path` is its name in errors."""
-    length = _header_length(path, head[:8], size)
+    length = _header_length(head[:8], size)
+    if length is None:
+        raise _not_safetensors(path, head[:START], size)
     return _header(head[8 : 8 + length], size, file, _Origin(path, here=False)).records
 
 
@@ -122,12 +127,17 @@ def _prove(raw: bytes, size: int, origin: _Origin) -> None:
         raise bad_file(origin.path, "the safetensors header is not true of the file", found) from e
 
 
-def _header_length(path: Path, prefix: bytes, size: int) -> int:
+def _header_length(prefix: bytes, size: int) -> int | None:
+    """The length of a header, from the 8 bytes before it; None if a file of `size` bytes has no such header."""
     length: int = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-    if length > min(size - 8, MAX_HEADER) or not length:
-        wanted = f"8 bytes and a header of {length or 'some'} bytes"
-        raise bad_file(path, "not a safetensors file, or cut short", f"{size} bytes", wanted)
-    return length
+    return length if 0 < length <= min(size - 8, MAX_HEADER) else None
+
+
+def _not_safetensors(path: Path, start: bytes, size: int) -> AdapterError:
+    length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
+    wanted = f"8 bytes and a header of {length or 'some'} bytes"
+    fault = bad_file(path, "not a safetensors file, or cut short", f"{size} bytes", wanted)
+    return disguised(path, start, size) or fault
 
 
 def _record(path: Path, name: str, entry: Any, data: int, file: int) -> TensorRecord:

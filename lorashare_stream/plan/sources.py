@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from ..adapters.folder import CONFIG, foreign_lora, inner_adapters, looks_like_adapter, remedy_for
+from ..adapters.foreign import tool_of_files
 from ..adapters.hubid import meant_by, parse_hub_id
 from ..adapters.source import Listing, Source, unique
 from ..checkpoint import format as share
@@ -145,10 +146,13 @@ def _walk(root: Path, ours: Ours) -> Iterator[Source]:
     sources = list(_adapters_under(root, ours))
     yield from sources
     if not sources and not ours:
+        there = sorted(os.listdir(root))
+        tool = tool_of_files(there)
         raise UsageError(
-            f"no adapter in {printable(root)}",
-            found=listed(sorted(os.listdir(root))) or "nothing",
+            f"no adapter in {printable(root)}" + (f", but one of {tool[0].name}" if tool else ""),
+            found=listed(there) or "nothing",
             expected=f"a folder with {CONFIG}, here or below",
+            remedy=tool[0].remedy if tool else None,
         )
 
 
@@ -168,7 +172,7 @@ def _adapters_under(root: Path, ours: Ours) -> Iterator[Source]:
             below.clear()
             continue
         visited.add(real)
-        below[:] = sorted(d for d in below if not d.startswith("."))
+        below[:] = sorted(d for d in below if not d.startswith(".") and d != "__MACOSX")
         path = Path(folder)
         what = _output(path, files)
         if what is not None:

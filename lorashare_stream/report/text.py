@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from ..adapters.hubid import cached_id
 from ..checkpoint.format import PARTS
 from ..settings import asked
 from ..text import bytes_shown, counted, listed, printable
@@ -175,6 +177,7 @@ def adapter_notes(plan: Plan) -> list[str]:
     if alone:
         out.append(f"no module is shared with any other adapter by {counted(len(alone), 'adapter')} ({listed(alone)})")
     out += _by_kind((e.name, note) for e in plan.adapters for note in e.layout.notes)
+    out += _commits_notes(plan)
     out += beside_notes({e.name: e.beside for e in plan.adapters}) + double_notes(plan)
     if plan.inner:
         where = listed([f"{name}/{sub}" for name, subs in sorted(plan.inner.items()) for sub in subs], 3)
@@ -197,6 +200,18 @@ def beside_notes(beside: Mapping[str, Iterable[str]]) -> list[str]:
         f"files of weights beside {who} are not taken into the checkpoint: {files}; keep those that were trained, "
         "and copy them beside what reconstruct writes"
     ]
+
+
+def _commits_notes(plan: Plan) -> list[str]:
+    """Which repositories of the Hub, or of its cache, have several commits among the adapters."""
+    of_repo: dict[str, dict[str, str]] = {}
+    for e in plan.adapters:
+        hub = cached_id(str(e.folder)) if e.origin is None else e.origin.hub
+        if hub is not None:
+            of_repo.setdefault(str(replace(hub, revision="")), {})[e.name] = hub.revision[:8]
+    several = {repo: names for repo, names in of_repo.items() if len(names) > 1}
+    each = [f"{repo} ({listed((f'{n} at {sha}' for n, sha in some.items()), 3)})" for repo, some in several.items()]
+    return [f"several commits of one repository are taken, each as an adapter: {listed(each, 3)}"] if each else []
 
 
 def double_notes(plan: Plan) -> list[str]:
