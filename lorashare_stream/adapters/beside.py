@@ -49,11 +49,10 @@ def _is_told(path: str) -> bool:
 
 def paths_below(root: Path) -> Iterator[str]:
     """Relative paths of the files below an adapter's folder, but for those in folders of which no weights are named."""
-    for folder, below, files in os.walk(root):
-        prefix = os.path.relpath(folder, root).replace(os.sep, "/") + "/"
-        if prefix == "./":
-            prefix = ""
-        elif not _OTHERS.isdisjoint(files):
+    top = os.fspath(root)
+    for folder, below, files in os.walk(top):
+        prefix = f"{folder[len(top) :].strip('/')}/".removeprefix("/")
+        if prefix and not _OTHERS.isdisjoint(files):
             below.clear()
             continue
         below[:] = [name for name in below if not _FOLDER_LEFT_OUT.match(name)]
