@@ -179,16 +179,25 @@ def free_bytes(path: Path) -> tuple[int, int]:
     return existing.stat().st_dev, shutil.disk_usage(existing).free
 
 
+def read_bounded(path: Path, limit: int) -> bytes:
+    """Read a file of bounded size.
+
+    Raises:
+        ValueError: if it is larger.
+    """
+    with open(path, "rb", buffering=0) as f:
+        if os.fstat(f.fileno()).st_size > limit:
+            raise ValueError(f"{printable(path.name)} is larger than {limit} bytes")
+        return f.read(limit + 1)
+
+
 def read_json(path: Path, limit: int = 64 << 20) -> Any:
     """Read a JSON file of bounded size.
 
     Raises:
         ValueError: if it is too large or no JSON.
     """
-    with open(path, "rb", buffering=0) as f:
-        if os.fstat(f.fileno()).st_size > limit:
-            raise ValueError(f"{printable(path.name)} is larger than {limit} bytes")
-        raw = f.read(limit + 1)
+    raw = read_bounded(path, limit)
     try:
         return json.loads(raw)
     except RecursionError as e:

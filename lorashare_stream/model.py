@@ -346,7 +346,7 @@ class SHAREModel:
             config = self.adapter_configs[adapter_name]
             if not config:
                 raise CheckpointError("its adapter_config.json was not kept", adapter=adapter_name)
-            save_adapter(Path(output_dir), tensors, config)
+            save_adapter(Path(output_dir), tensors, config, self.certified(adapter_name).get("source_id"))
         return tensors
 
     def apply(self, base_model: Any, adapter_name: str) -> Any:

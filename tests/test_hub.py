@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -276,7 +277,7 @@ def spoiled(hub: FakeHub, collection: list[str]) -> dict[str, str]:
         "org/gated": "gated", "org/private": "no such repository", "org/nothing": "no such repository",
         "org/ia3": "peft_type is 'IA3'", "org/empty": "no adapter_config.json", "org/bare": "no weights",
         "org/alone": "no adapter_config.json", "org/cut": "cut short", "org/other": "another base model",
-        "org/text": "not a safetensors file", "org/broken": "not valid JSON", "org/a00@nowhere": "no such revision",
+        "org/text": "text, and no weights", "org/broken": "not valid JSON", "org/a00@nowhere": "no such revision",
         "org/a00//nowhere": "no adapter_config.json", f"org/a00@{'0' * 40}": "no such revision",
     }  # fmt: skip
 
@@ -784,6 +785,60 @@ def test_discover_lists_by_page_and_leaves_out_what_cannot_be_lora(
     chosen = plan([out], on_error="skip", any_base=True, base_model="tiny-base")
     assert len(chosen.adapters) == 27  # one is gated
     assert hub.count("info") == 0
+
+
+def test_weights_beside_an_adapter_are_named_as_far_as_a_listing_is_at_hand(
+    tmp_path: Path, hub: FakeHub, collection: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    more = {"value_head.bin": b"x", "2_Dense/model.safetensors": b"x", "optimizer.pt": b"x", "sub/value_head.bin": b"x"}
+    files = files_of(collection[0])
+    for i in range(2):
+        hub.add(f"org/a{i}", files | more | {f"sub/{k}": v for k, v in files.items()}, base_model="tiny-base")
+    out = tmp_path / "m.jsonl"
+    assert main(["discover", "--base-model", "tiny-base", "-o", str(out)]) == 0
+    expected = ("2_Dense/model.safetensors", "value_head.bin")
+    for sources in ([out], ["org/a0", "org/a1"]):
+        hub.requests.clear()
+        assert [e.beside for e in plan(sources).adapters] == [expected, expected]
+        assert hub.count("info") == (0 if sources == [out] else 2)  # as without such files
+    (only,) = plan([f"org/a0@{hub.repos['org/a0'].refs['main']}//sub"], max_error=0.3).adapters
+    assert only.beside == ()  # not listed, and not asked for
+    (only,) = plan(["org/a0//sub"], tmp_path / "out", max_error=0.3).adapters
+    assert only.beside == ("value_head.bin",)
+    for _ in range(2):  # the second time from what is kept in the workspace
+        assert main(["compress", "org/a0", "org/a1", "-o", str(tmp_path / "out"), "-k", "2"]) == 0
+        assert "beside 2 adapters (org--a0, org--a1) are not taken into the checkpoint" in caplog.text
+        caplog.clear()
+
+
+@pytest.mark.parametrize("settings", [{"num_components": 4}, {"max_error": 0.3}, {"disk_budget": 1 << 20}])
+def test_files_that_are_something_else_are_named_for_it(
+    tmp_path: Path, hub: FakeHub, collection: list[str], pins: list[str], settings: dict[str, Any]
+) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 25984\n"
+    page, good = b"<!DOCTYPE html><html>" + b"x" * 400, files_of(collection[0])
+    saved = io.BytesIO()
+    torch.save({k: torch.from_numpy(v) for k, v in load_tensors(collection[0]).items()}, saved)
+    mlx = {"adapters.safetensors": good[WEIGHTS], "adapter_config.json": b'{"fine_tune_type": "lora"}'}
+    config = {"adapter_config.json": good["adapter_config.json"]}
+    reasons = {
+        "org/lfs": ({**good, WEIGHTS: pointer}, f"{WEIGHTS}: a Git-LFS pointer"),
+        "org/page": ({**good, WEIGHTS: page}, f"{WEIGHTS}: a web page"),
+        "org/empty": ({**good, WEIGHTS: b""}, f"{WEIGHTS}: an empty file"),
+        "org/pickle": ({**good, WEIGHTS: saved.getvalue()}, "a pickle of torch under another name"),
+        "org/renamed": ({**config, "adapter_model.bin": good[WEIGHTS]}, "safetensors under another name"),
+        "org/config": ({**good, "adapter_config.json": pointer}, "adapter_config.json: a Git-LFS pointer"),
+        "org/index": ({**config, "adapter_model.safetensors.index.json": page}, "index.json: a web page"),
+        "org/mlx": (mlx, "an adapter of mlx-lm, not of PEFT: adapters.safetensors"),
+    }
+    for repo, (files, _) in reasons.items():
+        hub.add(repo, files, base_model="tiny-base")
+    hub.add("org/bom", {**good, "adapter_config.json": b"\xef\xbb\xbf" + good["adapter_config.json"]})
+    made = plan([*pins[:2], "org/bom", *reasons], **settings, on_error="skip")
+    assert {e.name for e in made.adapters} == {"org--a00", "org--a01", "org--bom"}
+    told = {str(e.source).partition("@")[0]: str(e) for e in made.refused}
+    for repo, (_, reason) in reasons.items():
+        assert reason in told[repo], told[repo]
 
 
 def test_a_listing_is_foreign(tmp_path: Path, hub: FakeHub, collection: list[str]) -> None:

@@ -1,14 +1,22 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 
+from lorashare_stream.cli.app import main
 from lorashare_stream.errors import UsageError
+from lorashare_stream.model import SHAREModel
+from lorashare_stream.pipeline import default_workspace, plan_for
 from lorashare_stream.plan.sources import resolve
+from lorashare_stream.report.text import plan_warnings
+from lorashare_stream.settings import Settings
+from lorashare_stream.stages.verify import originals_of
 
-from .conftest import make_collection
+from .conftest import make_collection, tree_digest
 
 
 def names(sources: object) -> list[str]:
@@ -96,3 +104,72 @@ def test_what_is_not_there_and_may_be_on_the_hub_is_asked_for_there(tmp_path: Pa
 def test_a_single_string_is_not_a_list_of_letters() -> None:
     with pytest.raises(UsageError, match="must be a list"):
         resolve("adapters/")
+
+
+# -- output of ours among the sources --------------------------------------------------------------------------------
+
+
+FORMS = pytest.mark.parametrize("form", [("-k", "4"), ("--max-error", "0.3")], ids=["share", "coded"])
+
+
+@FORMS
+def test_output_in_the_folder_of_the_sources_is_left_out_and_nothing_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, form: tuple[str, ...]
+) -> None:
+    make_collection(tmp_path, 3)
+    shutil.move(make_collection(tmp_path / "x", 1, init_lora_weights="pissa")[0], tmp_path / "exact")
+    (tmp_path / "x").rmdir()
+    monkeypatch.chdir(tmp_path)
+    command = ["compress", ".", "-o", "out.share/", *form]
+    assert main(command) == 0
+    assert "left out" not in caplog.text
+    before = tree_digest(Path("out.share")), (default_workspace(Path("out.share")) / "journal.jsonl").read_bytes()
+    assert main(["reconstruct", "out.share", "--all", "-o", "back/"]) == 0
+    shutil.copytree("out.share", "half.share")
+    Path("half.share", "share_config.json").unlink()
+    shutil.copytree("out.share", ".other.staging")
+    shutil.copytree("out.share", "given.staging")
+    for left in ("share_config.json", "shared_components.safetensors", "index.json.xz"):
+        Path("given.staging", left).unlink(missing_ok=True)
+    Path("given.staging", "staging.json").write_text('"0"')
+    for sources in (["."], sorted(os.listdir(".")), ["./*"]):  # the shell's glob, and ours
+        caplog.clear()
+        assert main([command[0], *sources, *command[2:]]) == 0
+        assert "out.share is up to date" in caplog.text
+        assert all(f"{name} (a " in caplog.text for name in ("out.share", "half.share", "out.share.workspace"))
+        assert "given.staging (a checkpoint that is not whole yet)" in caplog.text
+        assert "reconstructions are not taken, since their originals are there" in caplog.text
+        assert "back/a00" in caplog.text
+        after = tree_digest(Path("out.share")), (default_workspace(Path("out.share")) / "journal.jsonl").read_bytes()
+        assert after == before
+    for ours in ("out.share", "out.share.workspace", "half.share", "given.staging"):
+        with pytest.raises(UsageError, match=r"but output of this program \(found .*reconstruct"):
+            resolve([ours])
+    share = SHAREModel.from_pretrained("out.share")
+    found = originals_of(share, resolve(["back", "."]))
+    assert {name: Path(source.path).parent for name, source in found.items()} == dict.fromkeys(found, Path())
+
+
+def test_an_adapter_of_a_checkpoint_is_known_by_its_files(checkpoint: Path) -> None:
+    with pytest.raises(UsageError, match="an adapter of a checkpoint"):
+        resolve([checkpoint / "adapters"])
+
+
+def test_a_reconstruction_is_taken_where_it_is_meant(tmp_path: Path, collection: list[str]) -> None:
+    out, back = str(tmp_path / "out"), tmp_path / "back"
+    assert main(["compress", *collection[:4], "-o", out, "-k", "4"]) == 0
+    assert main(["reconstruct", out, "--all", "-o", str(back)]) == 0
+    made = plan_for(resolve([back]), Settings())  # alone: what was lost is lost, and told
+    assert [e.name for e in made.adapters] == ["a00", "a01", "a02", "a03"]
+    assert any("4 adapters (a00, a01, a02 and 1 more) came out of a checkpoint" in w for w in plan_warnings(made))
+    mixed = plan_for(resolve([*collection[2:], back]), Settings())  # of others the originals are not there
+    assert [e.folder.parent.name for e in mixed.adapters if e.name in ("a00", "a01")] == ["back", "back"]
+    assert [Path(path).name for path in mixed.doubles] == ["a02", "a03"]
+    assert len(mixed.adapters) == 8
+    named = plan_for(resolve({"again": str(back / "a02"), "first": collection[2]}), Settings())
+    assert [e.name for e in named.adapters] == ["again", "first"]
+    assert main(["add", out, str(back / "a02")]) == 0  # the original is in the checkpoint
+    assert main(["add", out, str(back / "a02"), "--names", "again"]) == 0
+    assert SHAREModel.from_pretrained(out).adapter_names == ["a00", "a01", "a02", "a03", "again"]
+    assert main(["compress", *collection[:4], str(back), "-o", out, "-k", "4"]) == 0
+    assert SHAREModel.from_pretrained(out).adapter_names == ["a00", "a01", "a02", "a03", "again"]

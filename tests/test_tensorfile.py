@@ -201,7 +201,7 @@ def test_a_disk_that_maps_nothing_is_read(
     mapped, proof, original = go(tmp_path / "mapped"), tensorfile.safe_open, tensorfile.mmap.mmap
     monkeypatch.setattr(tensorfile.mmap, "mmap", unmapped)
     monkeypatch.setattr(tensorfile, "safe_open", unproved)
-    tensorfile._records.cache_clear()
+    tensorfile._header.cache_clear()
     assert go(tmp_path / "read") == mapped
     weights = Path(collection[0]) / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes() + b"more")
@@ -233,7 +233,7 @@ def test_equal_headers_are_proved_once_and_no_other_passes_for_them(
 
     proof = tensorfile.safe_open
     monkeypatch.setattr(tensorfile, "safe_open", counted)
-    tensorfile._records.cache_clear()
+    tensorfile._header.cache_clear()
     assert len({read_header(path) for path in paths}) == 1
     assert proved == paths[:1]
     os.truncate(paths[1], paths[1].stat().st_size - 4)

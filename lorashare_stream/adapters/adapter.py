@@ -57,6 +57,9 @@ class Adapter:
         origin: where on the Hub it comes from.
         fetched: whether its files are on this machine.
         converted: the folder that keeps what its `.bin` was converted to, if one does.
+        beside: files of weights in its folder that are not its own, relative to it; of the Hub, as far as they are
+            listed.
+        reconstructs: digest of the source id of the adapter that it is a reconstruction of, if it is one.
     """
 
     name: str
@@ -71,6 +74,8 @@ class Adapter:
     origin: Origin | None = None
     fetched: bool = True
     converted: Path | None = None
+    beside: tuple[str, ...] = ()
+    reconstructs: str | None = None
 
     @property
     def where(self) -> str:

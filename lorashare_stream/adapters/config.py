@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import AdapterError, UndecidedError
 from ..text import printable
+from .foreign import Tool, tool_of_config
 from .keys import factor_key
 from .patterns import matcher
 from .scaling import Scaling
@@ -41,7 +42,8 @@ def check_lora(config: Config) -> None:
     """
     peft_type = config.get("peft_type")
     if peft_type != "LORA":
-        raise _other_type(peft_type)
+        tool = None if peft_type else tool_of_config(config)
+        raise _other_type(peft_type) if tool is None else _of_tool(tool)
     if config.get("enable_lora"):
         raise AdapterError(
             "a legacy MergedLinear adapter (enable_lora), which current PEFT cannot load",
@@ -59,6 +61,13 @@ def check_lora(config: Config) -> None:
     parameters = config.get("target_parameters") or []
     if not isinstance(parameters, list) or not all(isinstance(p, str) for p in parameters):
         _refuse_field("target_parameters", parameters, "a list of names")
+
+
+def _of_tool(tool: Tool) -> AdapterError:
+    found, expected = ", ".join(sorted(tool.fields)), "peft_type LORA"
+    return AdapterError(
+        f"an adapter of {tool.name}, not of PEFT", key="peft_type", found=found, expected=expected, remedy=tool.remedy
+    )
 
 
 def _other_type(peft_type: object) -> AdapterError:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import AdapterError, MissingFileError
-from ..files import read_json
+from ..files import read_bounded, read_json
 from ..text import listed, printable
+from .foreign import AGAIN, START, disguised, disguised_file, is_unfinished, remedy_of, tool_of_files, unfinished
 from .keys import foreign_kind, parse_key
-from .safetensors import AGAIN, TensorReader, TensorRecord, read_header, repeated
+from .safetensors import Header, TensorReader, TensorRecord, header_of, read_header, repeated
 from .shards import INDEXES, check_shards, shard_names
 
 CONFIG = "adapter_config.json"
@@ -58,8 +59,8 @@ def check_still(files: Iterable[FileFact]) -> None:
 
 def looks_like_adapter(names: Iterable[str]) -> bool:
     """Whether a folder with these file names is meant as an adapter, whole or broken."""
-    weights = ("adapter_model", "pytorch_lora_weights"), (".safetensors", ".bin")
-    return any(n == CONFIG or (n.startswith(weights[0]) and n.endswith(weights[1])) for n in names)
+    weights = ("adapter_model", "pytorch_lora_weights"), (".safetensors", ".bin", ".pt")
+    return any(n == CONFIG or (n.startswith(weights[0]) and n.endswith(weights[1])) or is_unfinished(n) for n in names)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -69,17 +70,22 @@ def read_config(folder: Path) -> dict[str, Any]:
         MissingFileError: if there is none, saying what the folder holds instead.
         AdapterError: if it is no JSON object.
     """
-    if not (folder / CONFIG).is_file():
-        raise _no_config(folder)
-    return parse_config(lambda: read_json(folder / CONFIG, limit=16 << 20))
-
-
-def parse_config(read: Callable[[], Any]) -> dict[str, Any]:
-    """A configuration, from what reads its JSON; an AdapterError if it is no JSON object."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise _dangling(path) or _no_config(folder)
     try:
-        config = read()
+        return parse_config(read_bounded(path, limit=16 << 20))
+    except ValueError as e:
+        raise e if isinstance(e, AdapterError) else AdapterError(f"{CONFIG}: {e}", remedy=AGAIN) from e
+
+
+def parse_config(raw: bytes) -> dict[str, Any]:
+    """A configuration, from its bytes; an AdapterError if they are no JSON object."""
+    try:
+        config = json.loads(raw)  # also with a byte order mark
     except (ValueError, RecursionError) as e:
-        raise AdapterError(f"{CONFIG} is not valid JSON", found=str(e), remedy=AGAIN) from e
+        fault = AdapterError(f"{CONFIG} is not valid JSON", found=str(e), remedy=AGAIN)
+        raise (disguised(Path(CONFIG), raw[:START], len(raw)) or fault) from e
     if not isinstance(config, dict):
         kind = type(config).__name__
         raise AdapterError(f"{CONFIG} is not an object", found=kind, expected="an object", remedy=AGAIN)
@@ -97,7 +103,7 @@ def foreign_lora(folder: Path, names: Iterable[str]) -> tuple[str, str] | None:
     diffusers = [n for n in names if n.startswith("pytorch_lora_weights")]
     if diffusers:
         return diffusers[0], "diffusers LoRA"
-    for name in [n for n in names if n.endswith(".safetensors")][:MOST_PEEKS]:
+    for name in [n for n in names if n.endswith(".safetensors") and not n.startswith("._")][:MOST_PEEKS]:
         try:
             keys = [r.name for r in read_header(folder / name)]
         except (AdapterError, OSError):
@@ -115,8 +121,14 @@ def missing_config(
     remedy: str = "Point to what PEFT's save_pretrained wrote, by org/name//subfolder if it is in one.",
 ) -> MissingFileError:
     """The error for a listing without a configuration."""
+    problem = f"no {CONFIG}"
+    cut, tool = unfinished(names), tool_of_files(names)
+    if cut is not None:
+        problem, remedy = f"{problem}, but a download that was cut short: {printable(cut)}", AGAIN
+    elif tool is not None:
+        problem, remedy = f"an adapter of {tool[0].name}: {printable(tool[1])} without {CONFIG}", tool[0].remedy
     found, expected = listed(names) or "nothing", f"{CONFIG} and {SAFETENSORS}"
-    return MissingFileError(f"no {CONFIG}", found=found, expected=expected, remedy=remedy)
+    return MissingFileError(problem, found=found, expected=expected, remedy=remedy)
 
 
 def _no_config(folder: Path) -> MissingFileError:
@@ -139,7 +151,8 @@ def remedy_for(kind: str) -> str:
     """What to do with a file that `foreign_lora` has found."""
     if kind == PEFT_TENSORS:
         return f"Put its {CONFIG} beside it, and name it {SAFETENSORS}."
-    return "Only PEFT adapters are taken: load it where it is used, and save it by PEFT's save_pretrained."
+    otherwise = "Only PEFT adapters are taken: load it where it is used, and save it by PEFT's save_pretrained."
+    return remedy_of(kind, otherwise)
 
 
 def inner_adapters(folder: Path, names: Iterable[str]) -> tuple[str, ...]:
@@ -160,28 +173,57 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
     there = sorted(os.listdir(folder))
     index = next((name for name in INDEXES if (folder / name).is_file()), None)
     if index is None:
-        raise missing_weights(there)
+        links = [_dangling(folder / name) for name in (SAFETENSORS, PICKLE, *INDEXES)]
+        raise next(filter(None, links), None) or missing_weights([*there, *_elsewhere(folder)])
     try:
         where = read_json(folder / index)
     except ValueError as e:
-        raise AdapterError(f"{index} has no usable weight_map", found=str(e), remedy=AGAIN) from e
+        fault = AdapterError(f"{index} has no usable weight_map", found=str(e), remedy=AGAIN)
+        raise (disguised_file(folder / index) or fault) from e
     names = shard_names(index, where, there)
+    for name in names:
+        if (gone := _dangling(folder / name)) is not None:
+            raise gone
     check_shards(index, where["weight_map"], {name: {r.name for r in read_header(folder / name)} for name in names})
     return tuple(folder / name for name in names)
 
 
+def _dangling(path: Path) -> MissingFileError | None:
+    """The error for a link to what is not there, as a cache has them that was cleaned, or copied in part."""
+    if not path.is_symlink() or path.exists():
+        return None
+    what = f"{path.name} is a link to a file that is not there"
+    return MissingFileError(what, found=os.readlink(path), remedy="Fetch it again, or copy what links lead to as well.")
+
+
+def _elsewhere(folder: Path) -> list[str]:
+    """Parts of downloads that the Hub's client keeps for a folder: in a folder of its own, or among a cache's blobs."""
+    places = (folder / ".cache" / "huggingface" / "download", folder.parent.parent / "blobs")
+    return [os.path.relpath(part, folder) for place in places for part in sorted(place.glob("*.incomplete"))]
+
+
 def missing_weights(entries: Sequence[str]) -> MissingFileError:
     """The error for a listing without weights."""
-    remedy = AGAIN
-    if any(n.endswith(".distcp") or n.startswith(_OF_TRAINERS) for n in entries):
+    remedy, problem = AGAIN, "no weights"
+    cut, tool = unfinished(entries), tool_of_files(entries)
+    if cut is not None:
+        problem = f"no weights, but a download that was cut short: {printable(cut)}"
+    elif tool is not None:
+        problem, remedy = f"an adapter of {tool[0].name}, not of PEFT: {printable(tool[1])}", tool[0].remedy
+    elif any(n.endswith(".distcp") or n.startswith(_OF_TRAINERS) for n in entries):
         remedy = "It holds the shards of ZeRO-3 or FSDP: gather the weights, and save the adapter again."
     elif any(n.startswith("adapter_model") for n in entries):
         remedy = f"If a file among these has the weights, rename it to {SAFETENSORS}."
-    return MissingFileError("no weights", found=listed(entries), expected=f"{SAFETENSORS} or {PICKLE}", remedy=remedy)
+    return MissingFileError(problem, found=listed(entries), expected=f"{SAFETENSORS} or {PICKLE}", remedy=remedy)
 
 
 def tensor_records(paths: tuple[Path, ...]) -> tuple[TensorRecord, ...]:
-    """All tensors of an adapter's files.
+    """All tensors of an adapter's files, as `tensor_header`."""
+    return tensor_header(paths).records
+
+
+def tensor_header(paths: tuple[Path, ...]) -> Header:
+    """All tensors of an adapter's files, and the metadata of one that is alone.
 
     Raises:
         AdapterError: if a file is damaged, or two shards hold one key.
@@ -189,10 +231,10 @@ def tensor_records(paths: tuple[Path, ...]) -> tuple[TensorRecord, ...]:
     if paths[0].suffix == ".bin":
         from .pickles import pickle_records
 
-        return pickle_records(paths[0])
+        return Header(pickle_records(paths[0]), {})
     if len(paths) == 1:  # of equal headers the same records
-        return read_header(paths[0])
-    return once(record for number, path in enumerate(paths) for record in read_header(path, number))
+        return header_of(paths[0])
+    return Header(once(record for number, path in enumerate(paths) for record in read_header(path, number)), {})
 
 
 def once(found: Iterable[TensorRecord]) -> tuple[TensorRecord, ...]:

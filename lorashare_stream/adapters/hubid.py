@@ -8,6 +8,7 @@ from dataclasses import dataclass
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
 _REPO = re.compile(rf"{_PART}/{_PART}")
 _SHA = re.compile("[0-9a-f]{40}")
+_SNAPSHOT = re.compile(r"/models--(?P<repo>[^/]+)/snapshots/(?P<sha>[0-9a-f]{40})(?:/(?P<below>.+))?$")
 _REVISION = re.compile(r"[A-Za-z0-9_](?:[\w./-]*[\w])?")
 
 
@@ -60,6 +61,16 @@ def parse_hub_id(text: str) -> HubId | None:
     if any(part in ("", ".", "..") or not part.isprintable() or "\\" in part for part in parts):
         return None
     return HubId(repo, revision, "/".join(parts))
+
+
+def cached_id(folder: str) -> HubId | None:
+    """The id of what lies in a folder of the Hub's cache, by its path; None if it is no snapshot.
+
+    >>> str(cached_id(f"/data/hub/models--org--name/snapshots/{'0' * 40}/sub"))
+    'org/name@0000000000000000000000000000000000000000//sub'
+    """
+    found = _SNAPSHOT.search(folder)
+    return found and HubId(found["repo"].replace("--", "/", 1), found["sha"], found["below"] or "")
 
 
 def meant_by(text: str) -> str | None:

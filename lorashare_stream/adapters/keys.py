@@ -37,6 +37,9 @@ _FOREIGN: tuple[tuple[str, re.Pattern[str]], ...] = (
     ),
     ("diffusers LoRA", re.compile(r"(?:^|[._])(?:lora|lora_linear_layer)\.(?:up|down)\.weight$")),
     ("diffusers LoRA", re.compile(r"to_(?:q|k|v|out)_lora\.(?:up|down)\.weight$")),
+    ("mlx-lm LoRA", re.compile(r"(?:^|\.)lora_[ab]$")),
+    ("torchtune LoRA", re.compile(r"(?:^|\.)lora_[ab]\.weight$")),
+    ("NeMo LoRA", re.compile(r"\.adapters?\.(?:.*\.)?linear_(?:in|out)\.weight$")),
     ("AdaLoRA", re.compile(r"\.lora_E(?:\.|$)")),
     (
         "another PEFT method",

@@ -9,6 +9,7 @@ from functools import cached_property
 
 from ..errors import AdapterError
 from .dtypes import FLOATS
+from .foreign import CONVERT, named_by_tinker, remedy_of
 from .keys import PEFT_PREFIX, SIDES, Key, Side, adapter_names, factor_key, foreign_kind, parse_key
 from .safetensors import TensorRecord
 from .stacks import Chunk, FileItem, Module, ModuleBatch, chunks, module_batches
@@ -119,6 +120,8 @@ def _key_notes(keyed: Mapping[str, tuple[Key, TensorRecord]]) -> list[str]:
         notes.append(
             "keys were not as PEFT saves them (names of adapter or wrappers, no prefix), and are written as it does"
         )
+    if any(map(named_by_tinker, keyed)):
+        notes.append(f"modules have Tinker's names, under which PEFT does not find them; {CONVERT}, before or after")
     if any(canonical.startswith(2 * PEFT_PREFIX) for canonical in keyed):
         notes.append(
             "keys begin with base_model.model. twice, and stay so, since PEFT loads them on a base model that has them"
@@ -138,8 +141,18 @@ def _refuse_foreign(records: Sequence[TensorRecord], keyed: Mapping[str, tuple[K
             key=foreign[1],
             found=f"{len(records)} tensors, no module with lora_A and lora_B",
             expected="LORA keys",
-            remedy="Load it where it is used and save it by PEFT's save_pretrained as LoRA, or leave it out.",
+            remedy=remedy_of(
+                foreign[0], "Load it where it is used and save it by PEFT's save_pretrained as LoRA, or leave it out."
+            ),
         )
+
+
+def _empty_or_flat(record: TensorRecord) -> AdapterError:
+    what = "an empty tensor" if 0 in record.shape else "a flattened LoRA tensor"
+    why, remedy = "ZeRO-3 or FSDP shards that were not gathered before saving", "Gather the weights and save it again."
+    if named_by_tinker(record.name):
+        why, remedy = "Tinker's placeholder for what the model has not", f"Convert it: {CONVERT}."
+    return AdapterError(f"{what}: {why}", key=record.name, found=list(record.shape), remedy=remedy)
 
 
 def _keyed(records: Sequence[TensorRecord], adapter: str | None) -> dict[str, tuple[Key, TensorRecord]]:
@@ -147,13 +160,7 @@ def _keyed(records: Sequence[TensorRecord], adapter: str | None) -> dict[str, tu
     for record in records:
         key = parse_key(record.name, adapter)
         if 0 in record.shape or (key.module is not None and len(record.shape) < 2):
-            what = "an empty tensor" if 0 in record.shape else "a flattened LoRA tensor"
-            raise AdapterError(
-                f"{what}: ZeRO-3 or FSDP shards that were not gathered before saving",
-                key=record.name,
-                found=list(record.shape),
-                remedy="Gather the weights and save the adapter again.",
-            )
+            raise _empty_or_flat(record)
         if key.canonical in keyed:
             other = keyed[key.canonical][1].name
             raise AdapterError(
@@ -207,7 +214,7 @@ def _unshared(pair: Mapping[Side, TensorRecord], embeddings: frozenset[Shapes]) 
             remedy="Convert it with the PEFT release that made it, or leave it out.",
         )
     if len(a.shape) != 2:
-        return f"{len(a.shape)}-D lora_A and {len(b.shape)}-D lora_B (a convolution)"
+        return f"{len(a.shape)}-D lora_A and {len(b.shape)}-D lora_B (a convolution, or experts in one tensor)"
     if a.dtype not in FLOATS or b.dtype not in FLOATS:
         return f"dtype {a.dtype if a.dtype not in FLOATS else b.dtype}"
     if a.shape[0] != b.shape[1]:

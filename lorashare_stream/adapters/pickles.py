@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from ..files import atomic_file, own_folder
 from .dtypes import ITEMSIZE, TORCH_DTYPES
+from .foreign import disguised_file
 from .safetensors import MAX_DIMS, TensorReader, TensorRecord, bad_file, tensor_records_of, write_safetensors
 
 if TYPE_CHECKING:
@@ -149,6 +150,9 @@ def pickle_records(path: Path) -> tuple[TensorRecord, ...]:
     except Exception as e:  # whatever a damaged pickle leads to
         if isinstance(e, OSError) and e.errno not in (None, errno.EINVAL):  # an invalid one is a number in the file
             raise
+        what = disguised_file(path)
+        if what is not None:
+            raise what from e
         fault = str(e) if isinstance(e, UnpicklingError) and str(e) else f"{type(e).__name__} {e}".strip()
         raise bad_file(path, _UNSAFE, fault) from e
     if not isinstance(result, dict):

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,9 +28,9 @@ from safetensors import SafetensorError, safe_open
 from ..errors import AdapterError
 from ..text import printable
 from .dtypes import ITEMSIZE, widened
+from .foreign import AGAIN, START, disguised
 
 CHUNK = 8 << 20  # bytes copied at once
-AGAIN = "Fetch or save the adapter again, or leave it out."
 MAX_HEADER = 100_000_000  # the limit of the safetensors library
 MAX_DIMS = 16  # of a tensor; the library has no limit, NumPy has
 
@@ -55,8 +55,20 @@ class _Origin:
     here: bool = field(compare=False)
 
 
+class Header(NamedTuple):
+    """The header of a safetensors file: its tensors, in file order, and its metadata."""
+
+    records: tuple[TensorRecord, ...]
+    metadata: Mapping[str, str]
+
+
 def read_header(path: Path, file: int = 0) -> tuple[TensorRecord, ...]:
-    """The tensors of a safetensors file, in file order; safetensors proves that its header tells no lies of it.
+    """The tensors of a safetensors file, as `header_of`."""
+    return header_of(path, file).records
+
+
+def header_of(path: Path, file: int = 0) -> Header:
+    """The header of a safetensors file; safetensors proves that it tells no lies of the file.
 
     Raises:
         AdapterError: if the header is not valid, lies about the data, or the file is cut short.
@@ -64,17 +76,22 @@ def read_header(path: Path, file: int = 0) -> tuple[TensorRecord, ...]:
     with path.open("rb", buffering=0) as f:  # a buffer would be filled with tensors
         size = os.fstat(f.fileno()).st_size
         prefix = f.read(8)
-        return _records(f.read(_header_length(path, prefix, size)), size, file, _Origin(path, here=True))
+        length = _header_length(prefix, size)
+        if length is None:
+            raise _not_safetensors(path, prefix + f.read(START - 8), size)
+        return _header(f.read(length), size, file, _Origin(path, here=True))
 
 
 def parse_header(head: bytes, size: int, path: Path, file: int = 0) -> tuple[TensorRecord, ...]:
     """The tensors of a safetensors file of `size` bytes, from its first bytes; `path` is its name in errors."""
-    length = _header_length(path, head[:8], size)
-    return _records(head[8 : 8 + length], size, file, _Origin(path, here=False))
+    length = _header_length(head[:8], size)
+    if length is None:
+        raise _not_safetensors(path, head[:START], size)
+    return _header(head[8 : 8 + length], size, file, _Origin(path, here=False)).records
 
 
 @lru_cache(maxsize=64)  # adapters of one script have equal headers, which are parsed and proved once
-def _records(raw: bytes, size: int, file: int, origin: _Origin) -> tuple[TensorRecord, ...]:
+def _header(raw: bytes, size: int, file: int, origin: _Origin) -> Header:
     path, data = origin.path, 8 + len(raw)
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
@@ -82,14 +99,14 @@ def _records(raw: bytes, size: int, file: int, origin: _Origin) -> tuple[TensorR
         raise bad_file(path, "the safetensors header is not valid JSON", str(e)) from e
     if not isinstance(header, dict):
         raise bad_file(path, "the safetensors header is not an object", type(header).__name__, "object")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
     records = [_record(path, name, entry, data, file) for name, entry in header.items()]
     records.sort(key=lambda r: (r.offset, r.nbytes))  # an empty tensor shares its offset with the next one
     end = max((r.offset + r.nbytes for r in records), default=data)
     if end != size:
         raise bad_file(path, "cut short or padded: the header and the file disagree", f"{size} bytes", f"{end} bytes")
     _prove(raw, size, origin)
-    return tuple(records)
+    return Header(tuple(records), metadata or {})
 
 
 def _prove(raw: bytes, size: int, origin: _Origin) -> None:
@@ -110,12 +127,17 @@ def _prove(raw: bytes, size: int, origin: _Origin) -> None:
         raise bad_file(origin.path, "the safetensors header is not true of the file", found) from e
 
 
-def _header_length(path: Path, prefix: bytes, size: int) -> int:
+def _header_length(prefix: bytes, size: int) -> int | None:
+    """The length of a header, from the 8 bytes before it; None if a file of `size` bytes has no such header."""
     length: int = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-    if length > min(size - 8, MAX_HEADER) or not length:
-        wanted = f"8 bytes and a header of {length or 'some'} bytes"
-        raise bad_file(path, "not a safetensors file, or cut short", f"{size} bytes", wanted)
-    return length
+    return length if 0 < length <= min(size - 8, MAX_HEADER) else None
+
+
+def _not_safetensors(path: Path, start: bytes, size: int) -> AdapterError:
+    length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
+    wanted = f"8 bytes and a header of {length or 'some'} bytes"
+    fault = bad_file(path, "not a safetensors file, or cut short", f"{size} bytes", wanted)
+    return disguised(path, start, size) or fault
 
 
 def _record(path: Path, name: str, entry: Any, data: int, file: int) -> TensorRecord:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import AdapterError, MissingFileError
 from ..text import listed
-from .safetensors import AGAIN
+from .foreign import AGAIN
 
 SHARD = re.compile(r"(?:adapter_)?model-\d+-of-\d+\.safetensors")
 INDEXES = ("adapter_model.safetensors.index.json", "model.safetensors.index.json")

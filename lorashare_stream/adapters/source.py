@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import AdapterError
-from .hubid import HubId
+from .hubid import HubId, cached_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +16,7 @@ class Listing:
     """What the Hub says of a repository without its files being read.
 
     Attributes:
-        files: names in the adapter's folder; empty if they were not asked for.
+        files: names in the adapter's folder, and paths of weights below it; empty if they were not asked for.
         base_model: of which it says to be an adapter.
         gated, private: whether not everybody may read it; None if that is not known.
         license: as its card gives it.
@@ -55,10 +55,12 @@ class Source:
 
     @property
     def wanted_name(self) -> str:
-        """The given name; or the folder's, or `org--name`."""
+        """The given name; or the folder's, or `org--name`, also of what lies in the Hub's cache."""
         if self.name is not None:
             return self.name
-        return self.hub.name if self.hub is not None else os.path.basename(os.path.abspath(self.path))
+        folder = os.path.abspath(self.path)
+        hub = self.hub or cached_id(folder)
+        return hub.name if hub is not None else os.path.basename(folder)
 
     @property
     def where(self) -> str:

@@ -15,6 +15,7 @@ PACKS, INDEX = "packs", "index.json.zz"  # of a coded checkpoint: a folder of co
 CODE = "code.bin"  # of one adapter of a coded checkpoint, while it is staged
 SPECTRUM = "eigenvalues.safetensors"  # module:side -> (k,) float64, of the moments, descending
 STAGING = "staging.json"  # in a checkpoint that is not whole yet: the digest of what it will be
+MARK = "reconstructed"  # in the metadata of an adapter that was reconstructed: the digest of its source id, if known
 OURS = "lorashare_stream"  # the key of what is ours, in compression_stats and in adapter_meta.json
 FILES = (
     COMPONENTS,

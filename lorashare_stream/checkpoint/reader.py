@@ -25,12 +25,11 @@ from ..errors import CheckpointError
 from ..files import read_json
 from ..text import is_component, listed, printable
 from .config import read_share_config
-from .format import ADAPTERS, COMPONENTS, CONFIG, LOADINGS, META, OURS, SKIPPED, SPECTRUM, VERBATIM
+from .format import ADAPTERS, COMPONENTS, CONFIG, LOADINGS, MARK, META, OURS, SKIPPED, SPECTRUM, VERBATIM
 from .location import Folder, Place
 
 T = TypeVar("T")
 Tensors = dict[str, torch.Tensor]
-MARK = "reconstructed"  # in the metadata of an adapter that was reconstructed, which may be overwritten
 
 
 class PerAdapter(Mapping[str, T]):

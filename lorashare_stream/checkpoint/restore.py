@@ -13,8 +13,10 @@ from ..adapters.pickles import raw_bytes
 from ..adapters.safetensors import write_safetensors
 from ..errors import UsageError
 from ..files import atomic_file, write_json
+from ..text import digest_of
 from .format import CONFIG as SHARE_CONFIG
-from .reader import MARK, Tensors, was_reconstructed
+from .format import MARK
+from .reader import Tensors, was_reconstructed
 
 
 def refuse_originals(folder: Path) -> None:
@@ -30,13 +32,14 @@ def refuse_originals(folder: Path) -> None:
             )
 
 
-def save_adapter(folder: Path, tensors: Tensors, config: Mapping[str, Any]) -> None:
-    """Write a PEFT adapter folder, marked as a reconstruction."""
+def save_adapter(folder: Path, tensors: Tensors, config: Mapping[str, Any], source_id: str | None) -> None:
+    """Write a PEFT adapter folder, marked as the reconstruction of an adapter."""
     folder.mkdir(parents=True, exist_ok=True)
     shapes = [
         (key, TORCH_DTYPES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape))
         for key, tensor in tensors.items()
     ]
+    metadata = {"format": "pt", MARK: "yes" if source_id is None else digest_of(source_id)}
     with atomic_file(folder / SAFETENSORS) as f:
-        write_safetensors(f, shapes, (raw_bytes(t).data for t in tensors.values()), {"format": "pt", MARK: "yes"})
+        write_safetensors(f, shapes, (raw_bytes(t).data for t in tensors.values()), metadata)
     write_json(folder / CONFIG, config)

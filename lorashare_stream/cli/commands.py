@@ -25,7 +25,7 @@ from ..plan.file import plan_as_json
 from ..plan.plan import Plan
 from ..plan.sources import resolve
 from ..report.summary_text import summary_text
-from ..report.text import notes_text, plan_text, plan_warnings, rows_text, table
+from ..report.text import beside_notes, notes_text, plan_text, plan_warnings, rows_text, table
 from ..settings import LIMITS
 from ..text import bytes_shown, counted, listed, name_fault, printable
 from ..workspace.workspace import Workspace
@@ -257,6 +257,8 @@ def verify(args: Args) -> int:
     text += f"\nmean dW error {mean:.6f} of {counted(len(measured), 'compressed adapter')}" if mean is not None else ""
     result = {"mean": mean, "failed": len(bad), "damaged": [e.problem for e in damaged]}
     print_result(args, result | {"adapters": [asdict(v) for v in verdicts]}, text)
+    for note in beside_notes({v.name: v.beside for v in verdicts}):
+        log.warning("%s", note)
     for fault in damaged:
         print(f"FAILED {printable(fault, 2000)}", file=sys.stderr)
     for problem in dict.fromkeys(v.problem for v in bad):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from ..errors import AdapterError, CheckpointError, UsageError, WorkspaceError, 
 from ..hub.lookup import loose_ids, recalled, resolve_on_hub
 from ..pipeline import Outcome, plan_for
 from ..plan.catalog import Surveyed, catalog, read_entries
-from ..plan.plan import make_plan
+from ..plan.plan import Plan, make_plan
 from ..plan.sources import resolve
+from ..report.text import beside_notes, double_notes
 from ..settings import Settings
 from ..stages import coding
 from ..stages.grow import demand_unchanged, grow, offer
@@ -67,6 +68,7 @@ def add(checkpoint: Path, sources: Sequence[Source], options: RunOptions, *, ref
     fresh = _fresh(sources, [(s.id, s.name) for s in held])
     names = [str(s.name) for s in held]
     plan = plan_for([*held, *fresh], settings, root, recalled=names, progress=options.progress)
+    _note(plan, {s.id for s in fresh})
     before = [e for e in skipped_of(out) if e.get("adapter") not in {x.name for x in plan.adapters}]
     return options.compress(
         plan, out, root, refit=refit and bool(fresh), accept=options.accept, there=config, also_left_out=before
@@ -128,6 +130,13 @@ def _fresh(sources: Sequence[Source], held: Sequence[tuple[str, str | None]]) ->
     return [s for s in sources if s.id not in ids or (s.name is not None and (s.id, s.name) not in held)]
 
 
+def _note(plan: Plan, fresh: Collection[str]) -> None:
+    """Tell what is not taken of the sources that are added."""
+    beside = {e.name: e.beside for e in plan.adapters if e.source_id in fresh}
+    for note in beside_notes(beside) + double_notes(plan):
+        log.warning("%s", note)
+
+
 def _pins_in(out: Path, config: SHAREConfig) -> dict[str, str]:
     """What ids of the Hub mean that a checkpoint has adapters of."""
     return loose_ids(str(meta[OURS]["source_id"]) for meta in metas_in(out, config, config.adapter_names))
@@ -163,6 +172,7 @@ def _add_alone(
         originals = sum(sum(r.sizes) for r in there) + sum(f.size for e in found.adapters for f in e.files)
         settings = replace(settings, ratio=None, max_bytes=settings.byte_limit(originals))
     plan = make_plan(found, settings, grows=True)
+    _note(plan, {s.id for s in fresh})
     plan.validate()
     with options.running(plan, out, None) as (run, _):
         return _grown(out, config, there, run, options)

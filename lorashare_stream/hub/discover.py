@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..adapters.beside import weights_beside
 from ..adapters.folder import CONFIG, PICKLE, SAFETENSORS
 from ..adapters.hubid import HubId, is_repo, parse_hub_id
 from ..adapters.shards import INDEXES, SHARD
@@ -114,11 +115,12 @@ def _has_weights(files: Sequence[str]) -> bool:
 
 def _item(info: Any, folder: str, base: str) -> Item:
     listing = listing_of(info, folder)
+    beside = weights_beside(listing.files)
     item: Item = {
         "repo": info.id,
         "revision": info.sha,
         "subfolder": folder,
-        "files": [name for name in listing.files if name in _KNOWN or SHARD.fullmatch(name)],
+        "files": [name for name in listing.files if name in _KNOWN or name in beside],
         "size": info.used_storage,
         "gated": listing.gated,
         "private": listing.private,

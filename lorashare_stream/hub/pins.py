@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any, TypeVar
 
+from ..adapters.beside import weights_beside
 from ..adapters.folder import CONFIG
 from ..adapters.hubid import HubId, parse_hub_id
 from ..adapters.source import Listing, Source, unique
@@ -101,10 +102,11 @@ def listing_of(info: Any, subfolder: str = "") -> Listing:
     """What a `ModelInfo` says of an adapter."""
     below = f"{subfolder}/" if subfolder else ""
     paths = [s.rfilename.removeprefix(below) for s in info.siblings or () if s.rfilename.startswith(below)]
+    beside = set(weights_beside(paths))
     card = info.card_data
     tags = [str(tag) for tag in info.tags or ()]
     return Listing(
-        tuple(path for path in paths if "/" not in path),
+        tuple(path for path in paths if "/" not in path or path in beside),
         _peft(info).get("base_model_name_or_path") or _first(getattr(card, "base_model", None)),
         None if info.gated is None else bool(info.gated),
         None if info.private is None else bool(info.private),

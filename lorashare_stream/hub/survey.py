@@ -26,6 +26,7 @@ from ..adapters.folder import (
     read_config,
     tensor_records,
 )
+from ..adapters.foreign import START, disguised
 from ..adapters.hubid import HubId
 from ..adapters.safetensors import TensorRecord, parse_header, read_header
 from ..adapters.shards import INDEXES, check_shards, shard_names
@@ -115,7 +116,7 @@ class _Look:
         index = next((name for name in INDEXES if name in listing.files), None)
         if index is None:
             raise missing_weights(listing.files)
-        content = parse_index(self._text(hub_id, index))
+        content = parse_index(index, self._text(hub_id, index))
         names = shard_names(index, content, listing.files)
         if not all(name.startswith("adapter_model") for name in names):  # a whole model, merged perhaps
             raise missing_weights(listing.files)
@@ -161,7 +162,7 @@ class _Look:
             if self.in_cache or self.client.cached(hub_id, CONFIG) is not None:
                 config = read_config(self.client.download(hub_id, CONFIG, None).parent)
             else:
-                config = parse_config(lambda: json.loads(self.client.text(hub_id, CONFIG)))
+                config = parse_config(self.client.text(hub_id, CONFIG))
             return json.dumps(config, separators=(",", ":"))
         except MissingFileError as e:
             raise (missing_config(listing.files) if listing.files else e) from e
@@ -180,8 +181,8 @@ class _Look:
             yield self.client.download(hub_id, name, Path(folder))
 
 
-def parse_index(text: bytes) -> Any:
-    """The content of an index of shards.
+def parse_index(index: str, text: bytes) -> Any:
+    """The content of an index of shards, of the name `index`.
 
     Raises:
         AdapterError: if it is no JSON.
@@ -189,4 +190,5 @@ def parse_index(text: bytes) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as e:
-        raise AdapterError("an index of shards is not valid JSON", found=str(e), remedy="Leave it out.") from e
+        fault = AdapterError("an index of shards is not valid JSON", found=str(e), remedy="Leave it out.")
+        raise (disguised(Path(index), text[:START], len(text)) or fault) from e

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import sys
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,19 +14,22 @@ from typing import Any
 
 from ..adapters import config as peftconfig
 from ..adapters.adapter import Adapter, Origin
-from ..adapters.folder import FileFact, digest_config, file_fact, read_config, tensor_records, weight_files
+from ..adapters.beside import paths_below, weights_beside
+from ..adapters.folder import FileFact, digest_config, file_fact, read_config, tensor_header, weight_files
 from ..adapters.layout import NOTHING, Layout, kept_exact, read_layout
 from ..adapters.safetensors import TensorRecord
 from ..adapters.scaling import Scaling
 from ..adapters.shapes import Shapes
 from ..adapters.source import Source
+from ..checkpoint.format import MARK
 from ..errors import AdapterError, UndecidedError
 from ..hub.ledger import Known
 from ..settings import Settings
-from ..text import unique_names
+from ..text import digest_of, unique_names
 from ..workspace.journal import Admission
 from .compatibility import common_base, of_base, of_shape, other_parameters
 
+MOST_RECORDS = 256  # headers that are kept whole: where each has metadata of its own, none comes again
 Surveyed = Mapping[str, Known | AdapterError]  # by source id: what is known of adapters of the Hub
 
 
@@ -39,12 +42,14 @@ class Catalog:
         refused: one error for each adapter that was refused.
         base_model: what all are taken to be of; empty if nothing names it.
         inner: name -> subfolders of an adapter's folder that hold adapters too, which are not taken.
+        doubles: where reconstructions lie whose originals are there too, which are not taken.
     """
 
     adapters: tuple[Adapter, ...]
     refused: tuple[AdapterError, ...] = ()
     base_model: str = ""
     inner: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    doubles: tuple[str, ...] = ()
 
 
 def catalog(
@@ -69,18 +74,17 @@ def catalog(
     adapters: list[Adapter] = []
     refused: list[AdapterError] = []
     shared = Interned()
-    names = _names(sources, {r.name: r.source_id for r in admissions})
-    for source, name in zip(sources, names, strict=True):
-        try:
-            adapters.append(read_entry(source, name, shared, settings, surveyed))
-        except AdapterError as e:
-            e.adapter = name
-            refused.append(e)
-        except OSError as e:
-            if e.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):  # of this machine, not of this adapter
-                raise
-            remedy = "Mend its permissions or its disk, or leave it out."
-            refused.append(AdapterError("cannot be read", adapter=name, found=e.strerror or str(e), remedy=remedy))
+    read = [(source, _read(source, shared, settings, surveyed)) for source in sources]
+    admitted = {r.name: r.source_id for r in admissions}
+    read, doubles = _without_doubles(read, set(admitted.values()))
+    sources = [source for source, _ in read]
+    names = _names(sources, admitted)
+    for name, (_, result) in zip(names, read, strict=True):
+        if isinstance(result, AdapterError):
+            result.adapter = name
+            refused.append(result)
+        else:
+            adapters.append(result if result.name == name else replace(result, name=name))
     base = common_base((e.base_model for e in adapters), settings, bound_base)
     adapters, strangers = of_base(adapters, base, settings)
     exact = {r.name for r in admissions if r.exact}
@@ -92,7 +96,40 @@ def catalog(
     for error in refused:
         error.source = by_name[str(error.adapter)].where
     inner = {name: source.inner for name, source in by_name.items() if source.inner}
-    return Catalog(tuple(adapters), tuple(refused), base, inner)
+    return Catalog(tuple(adapters), tuple(refused), base, inner, tuple(doubles))
+
+
+Read = tuple[Source, Adapter | AdapterError]
+
+
+def _read(source: Source, shared: Interned, settings: Settings, surveyed: Surveyed) -> Adapter | AdapterError:
+    """An adapter under the name that its source wants; or why it is refused."""
+    try:
+        return read_entry(source, source.wanted_name, shared, settings, surveyed)
+    except AdapterError as e:
+        return e
+    except OSError as e:
+        if e.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):  # of this machine, not of this adapter
+            raise
+        remedy = "Mend its permissions or its disk, or leave it out."
+        return AdapterError("cannot be read", found=e.strerror or str(e), remedy=remedy)
+
+
+def _without_doubles(read: Sequence[Read], admitted: Collection[str]) -> tuple[list[Read], list[str]]:
+    """What was read but for reconstructions whose originals are there too, or are `admitted`; and where those lie.
+
+    One that was given a name, or was admitted itself, is meant.
+    """
+    there = {digest_of(source_id) for source_id in (*(source.id for source, _ in read), *admitted)}
+    kept: list[Read] = []
+    doubles: list[str] = []
+    for source, result in read:
+        original = None if isinstance(result, AdapterError) else result.reconstructs
+        if original in there and source.name is None and source.id not in admitted:
+            doubles.append(source.where)
+        else:
+            kept.append((source, result))
+    return kept, doubles
 
 
 def _names(sources: Sequence[Source], admitted: Mapping[str, str]) -> list[str]:
@@ -140,13 +177,11 @@ def read_entry(source: Source, name: str, shared: Interned, settings: Settings, 
     peftconfig.check_lora(config)  # before anything else that is wrong with another kind of adapter
     paths = weight_files(folder)
     files = tuple(file_fact(p) for p in paths)
-    return _entry(
-        Adapter(name, source.id, folder, files, NOTHING, (), None, ""),
-        config,
-        tensor_records(paths),
-        shared,
-        settings,
-    )
+    beside = weights_beside(paths_below(folder), [p.name for p in paths])
+    records, metadata = tensor_header(paths)
+    mark = metadata.get(MARK)
+    bare = Adapter(name, source.id, folder, files, NOTHING, (), None, "", beside=beside, reconstructs=mark)
+    return _entry(bare, config, records, shared, settings)
 
 
 def _surveyed_entry(
@@ -159,7 +194,10 @@ def _surveyed_entry(
     listing = known.listing if known.listing.files else source.listing
     files = tuple(FileFact(Path(file), size, 0) for file, size in known.files)
     origin = Origin(source.hub, source.asked, listing, known.digest, known.sha256, known.refused)
-    bare = Adapter(name, source.id, Path(source.id), files, NOTHING, (), None, "", None, origin, fetched=False)
+    beside = weights_beside(listing.files, [file for file, _ in known.files])
+    bare = Adapter(
+        name, source.id, Path(source.id), files, NOTHING, (), None, "", None, origin, fetched=False, beside=beside
+    )
     if known.config is not None:
         config = json.loads(known.config)
         peftconfig.check_lora(config)
@@ -210,9 +248,12 @@ def _layout(
     shared: Interned, records: tuple[TensorRecord, ...], digest: str | None, exact: str | None, *, tied: bool
 ) -> Layout:
     key = digest or id(records), exact, tied
-    if key not in shared.read:
-        shared.read[key] = records, _interned(shared, read_layout(records, exact=exact, tied=tied))
-    return shared.read[key][1]
+    if key in shared.read:
+        return shared.read[key][1]
+    layout = _interned(shared, read_layout(records, exact=exact, tied=tied))
+    if len(shared.read) < MOST_RECORDS:
+        shared.read[key] = records, layout
+    return layout
 
 
 def _exact(adapter: Adapter, shared: Interned) -> Adapter:

@@ -43,7 +43,8 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
 
 
 def _entry_as_json(plan: Plan, e: Adapter) -> dict[str, Any]:
+    beside = {"beside": e.beside} if e.beside else {}
     if e.origin is None:
-        return {"name": e.name, "path": str(e.folder.absolute()), "source_id": e.source_id}
-    size, fetches = e.hub_bytes, plan.fetches(e)
-    return {"name": e.name, "asked": e.origin.asked, "source_id": e.source_id, "bytes": size, "fetches": fetches}
+        return {"name": e.name, "path": str(e.folder.absolute()), "source_id": e.source_id, **beside}
+    asked, size, fetches = e.origin.asked, e.hub_bytes, plan.fetches(e)
+    return {"name": e.name, "asked": asked, "source_id": e.source_id, "bytes": size, "fetches": fetches, **beside}

@@ -102,5 +102,5 @@ def _of_hub(where: str, name: str | None, entry: dict[str, Any]) -> Item:
     if hub is None or parse_hub_id(str(hub)) != hub:
         raise UsageError(f"{where}: not an adapter of the Hub", found=entry, expected="repo, revision, files as text")
     gated, private = (None if entry.get(k) is None else bool(entry[k]) for k in ("gated", "private"))
-    files = [f for f in files if isinstance(f, str) and name_fault(f) is None]  # the others are not read
+    files = [f for f in files if isinstance(f, str) and not any(map(name_fault, f.split("/")))]  # others are not read
     return name, str(hub), Listing(tuple(files), text["base_model"] or None, gated, private, text["license"] or None)

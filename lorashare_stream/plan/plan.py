@@ -34,6 +34,7 @@ class Plan:
         steps: the passes.
         base_model: the base model that the adapters are taken to be of; empty if nothing names it.
         inner: name -> subfolders of an adapter's folder that hold adapters too, which are not taken.
+        doubles: where reconstructions lie whose originals are there too, which are not taken.
         bound_base: the name of it to which the workspace is bound.
         grows: whether there may be moments already, to which is added.
         journal: digest of the workspace's journal when the plan was made; None if no workspace was looked at.
@@ -48,6 +49,7 @@ class Plan:
     steps: tuple[Step, ...]
     base_model: str
     inner: Mapping[str, tuple[str, ...]]
+    doubles: tuple[str, ...]
     bound_base: str
     grows: bool
     journal: str | None = None
@@ -313,5 +315,7 @@ def make_plan(
     names = set(recalled)
     absent = tuple(e for e in found.refused if e.adapter in names)
     refused = tuple(e for e in found.refused if e.adapter not in names)
-    base = found.base_model
-    return Plan(settings, found.adapters, refused, absent, groups, storage, steps, base, found.inner, bound, grows)
+    return Plan(
+        settings, found.adapters, refused, absent, groups, storage, steps, found.base_model, found.inner, found.doubles,
+        bound, grows,
+    )  # fmt: skip

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from ..adapters.folder import CONFIG, foreign_lora, inner_adapters, looks_like_adapter, remedy_for
+from ..adapters.foreign import tool_of_files
 from ..adapters.hubid import meant_by, parse_hub_id
 from ..adapters.source import Listing, Source, unique
+from ..checkpoint import format as share
 from ..errors import MissingSourceError, UsageError
 from ..text import listed, name_fault, printable
+from ..workspace.workspace import COPY
 from .manifests import SUFFIXES, read_manifest
+
+log = logging.getLogger(__name__)
+Ours = dict[str, str]  # folder of ours that was come across -> what it is
 
 
 def resolve(
     sources: Iterable[str | os.PathLike[str]] | Mapping[str, str | os.PathLike[str]], *, missing_ok: bool = False
 ) -> list[Source]:
     """All adapters that `sources` mean, in a fixed order, no folder twice.
+
+    Checkpoints and workspaces of ours among them are left out, and told.
 
     Args:
         sources: adapter folders, folders that contain some at any depth, globs, manifests, ids of the Hub; or
@@ -32,14 +41,21 @@ def resolve(
     if isinstance(sources, str | os.PathLike):
         raise UsageError("sources must be a list or a mapping of names to paths", found=sources)
     named = sources.items() if isinstance(sources, Mapping) else ((None, source) for source in sources)
-    found = unique(one for name, source in named for one in _expand(name, os.fspath(source)))
+    ours: Ours = {}
+    found = unique(one for name, source in named for one in _expand(name, os.fspath(source), ours))
+    told = listed(f"{folder} ({what})" for folder, what in ours.items())
+    if ours and not found:
+        remedy = "Name the adapters that it was made of, or have them back by lorashare-stream reconstruct."
+        raise UsageError("no adapter among the sources, but output of this program", found=told, remedy=remedy)
+    if ours:
+        log.warning("left out of the sources, being output of this program: %s", told)
     missing = [os.fspath(source.path) for source in found if source.hub is None and not source.path.is_dir()]
     if missing and not missing_ok:
         raise _no_such_source(missing)
     return found
 
 
-def _expand(name: str | None, text: str) -> Iterator[Source]:
+def _expand(name: str | None, text: str, ours: Ours) -> Iterator[Source]:
     path = Path(text)
     if not text or "\0" in text:
         raise UsageError("an empty source" if not text else "a source with a NUL character", found=text)
@@ -53,11 +69,11 @@ def _expand(name: str | None, text: str) -> Iterator[Source]:
             )
         yield _one(text, name)
     elif path.is_dir():
-        yield from _walk(path)
+        yield from _walk(path, ours)
     elif path.is_file():
-        yield from _from_manifest(path)
+        yield from _from_manifest(path, ours)
     elif glob.has_magic(text):
-        yield from _from_glob(text)
+        yield from _from_glob(text, ours)
     else:
         yield _one(text, None)
 
@@ -81,19 +97,19 @@ def _no_such_source(missing: list[str]) -> MissingSourceError:
     )
 
 
-def _from_glob(pattern: str) -> Iterator[Source]:
+def _from_glob(pattern: str, ours: Ours) -> Iterator[Source]:
     """Every adapter under the matching folders, and in the matching manifests; other matches mean nothing."""
     found = 0
     for match in sorted(glob.glob(pattern, recursive=True)):
-        inner = _adapters_under(Path(match)) if os.path.isdir(match) else ()
-        for source in _from_manifest(Path(match)) if match.endswith(SUFFIXES) else inner:
+        inner = _adapters_under(Path(match), ours) if os.path.isdir(match) else ()
+        for source in _from_manifest(Path(match), ours) if match.endswith(SUFFIXES) else inner:
             found += 1
             yield source
-    if not found:
+    if not found and not ours:
         raise UsageError(f"no adapter matches {printable(pattern)!r}", expected="folders or manifests")
 
 
-def _from_manifest(path: Path) -> Iterator[Source]:
+def _from_manifest(path: Path, ours: Ours) -> Iterator[Source]:
     if path.suffix not in SUFFIXES:
         raise _no_manifest(path)
     entries = read_manifest(path)
@@ -106,7 +122,7 @@ def _from_manifest(path: Path) -> Iterator[Source]:
         elif os.path.splitext(source)[1] in SUFFIXES:
             raise UsageError(f"manifest {printable(path)} names another manifest", found=source)
         else:
-            yield from _expand(name, beside)
+            yield from _expand(name, beside, ours)
 
 
 def _no_manifest(path: Path) -> UsageError:
@@ -126,14 +142,17 @@ def _no_manifest(path: Path) -> UsageError:
     )
 
 
-def _walk(root: Path) -> Iterator[Source]:
-    sources = list(_adapters_under(root))
+def _walk(root: Path, ours: Ours) -> Iterator[Source]:
+    sources = list(_adapters_under(root, ours))
     yield from sources
-    if not sources:
+    if not sources and not ours:
+        there = sorted(os.listdir(root))
+        tool = tool_of_files(there)
         raise UsageError(
-            f"no adapter in {printable(root)}",
-            found=listed(sorted(os.listdir(root))) or "nothing",
+            f"no adapter in {printable(root)}" + (f", but one of {tool[0].name}" if tool else ""),
+            found=listed(there) or "nothing",
             expected=f"a folder with {CONFIG}, here or below",
+            remedy=tool[0].remedy if tool else None,
         )
 
 
@@ -141,8 +160,8 @@ def _unreadable(error: OSError) -> None:
     raise error  # a folder that cannot be read may hold adapters: it is not passed over
 
 
-def _adapters_under(root: Path) -> Iterator[Source]:
-    """Adapters at or under `root`, and LoRA of other kinds, for the catalog to refuse.
+def _adapters_under(root: Path, ours: Ours) -> Iterator[Source]:
+    """Adapters at or under `root`, and LoRA of other kinds, for the catalog to refuse; what is ours is noted in `ours`.
 
     An adapter's own subfolders are not entered: they are its training checkpoints, or adapters saved with it.
     """
@@ -153,8 +172,23 @@ def _adapters_under(root: Path) -> Iterator[Source]:
             below.clear()
             continue
         visited.add(real)
-        below[:] = sorted(d for d in below if not d.startswith("."))
+        below[:] = sorted(d for d in below if not d.startswith(".") and d != "__MACOSX")
         path = Path(folder)
-        if looks_like_adapter(files) or foreign_lora(path, files):
+        what = _output(path, files)
+        if what is not None:
+            ours[folder] = what
+            below.clear()
+        elif looks_like_adapter(files) or foreign_lora(path, files):
             yield Source(real, path, inner=inner_adapters(path, below))
             below.clear()
+
+
+def _output(folder: Path, files: Collection[str]) -> str | None:
+    """What of this program's output a folder is, by the names of its files; None if it is none."""
+    if not {share.CONFIG, share.COMPONENTS, share.INDEX}.isdisjoint(files):
+        return "a checkpoint"
+    if share.STAGING in files and folder.name.endswith(".staging"):
+        return "a checkpoint that is not whole yet"
+    if share.META in files and (share.LOADINGS in files or share.VERBATIM in files):
+        return "an adapter of a checkpoint"
+    return "a workspace" if COPY in files else None

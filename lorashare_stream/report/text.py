@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from ..adapters.hubid import cached_id
 from ..checkpoint.format import PARTS
 from ..settings import asked
 from ..text import bytes_shown, counted, listed, printable
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
     from ..workspace.journal import Admission
 
 Row = tuple[str, object]
+_SHARD = re.compile(r"\d+-of-\d+")
 _OFTEN = {1: "once", 2: "twice"}
 
 
@@ -173,9 +177,57 @@ def adapter_notes(plan: Plan) -> list[str]:
     if alone:
         out.append(f"no module is shared with any other adapter by {counted(len(alone), 'adapter')} ({listed(alone)})")
     out += _by_kind((e.name, note) for e in plan.adapters for note in e.layout.notes)
+    out += _commits_notes(plan)
+    out += beside_notes({e.name: e.beside for e in plan.adapters}) + double_notes(plan)
     if plan.inner:
         where = listed([f"{name}/{sub}" for name, subs in sorted(plan.inner.items()) for sub in subs], 3)
         out.append(f"adapters in subfolders of adapters are not taken: {where}; name them as sources to take them")
+    return out
+
+
+def beside_notes(beside: Mapping[str, Iterable[str]]) -> list[str]:
+    """Which files of weights beside adapters (name -> paths) a checkpoint does not hold, and what to do."""
+    of_file: dict[str, dict[str, None]] = {}
+    for name, paths in beside.items():
+        for path in paths:
+            of_file.setdefault(_SHARD.sub("*-of-*", path), {})[name] = None
+    if not of_file:
+        return []
+    files = listed(f"{path} ({counted(len(names), 'adapter')})" for path, names in sorted(of_file.items()))
+    names = {name for some in of_file.values() for name in some}
+    who = f"{counted(len(names), 'adapter')} ({listed(sorted(names), 3)})"
+    return [
+        f"files of weights beside {who} are not taken into the checkpoint: {files}; keep those that were trained, "
+        "and copy them beside what reconstruct writes"
+    ]
+
+
+def _commits_notes(plan: Plan) -> list[str]:
+    """Which repositories of the Hub, or of its cache, have several commits among the adapters."""
+    of_repo: dict[str, dict[str, str]] = {}
+    for e in plan.adapters:
+        hub = cached_id(str(e.folder)) if e.origin is None else e.origin.hub
+        if hub is not None:
+            of_repo.setdefault(str(replace(hub, revision="")), {})[e.name] = hub.revision[:8]
+    several = {repo: names for repo, names in of_repo.items() if len(names) > 1}
+    each = [f"{repo} ({listed((f'{n} at {sha}' for n, sha in some.items()), 3)})" for repo, some in several.items()]
+    return [f"several commits of one repository are taken, each as an adapter: {listed(each, 3)}"] if each else []
+
+
+def double_notes(plan: Plan) -> list[str]:
+    """Which reconstructions are not taken, and which are."""
+    out = []
+    if plan.doubles:
+        out.append(
+            f"reconstructions are not taken, since their originals are there: {listed(plan.doubles, 3)}; to take one, "
+            "give it a name in a manifest or by --names"
+        )
+    again = [e.name for e in plan.adapters if e.reconstructs is not None]
+    if again:
+        out.append(
+            f"{counted(len(again), 'adapter')} ({listed(again, 3)}) came out of a checkpoint by reconstruct: what was "
+            "lost there is lost, and errors are relative to what is left"
+        )
     return out
 
 

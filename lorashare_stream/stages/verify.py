@@ -11,13 +11,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..adapters.adapter import Adapter
-from ..adapters.folder import digest_files
+from ..adapters.folder import SAFETENSORS, digest_files
 from ..adapters.keys import SIDES, factor_key
 from ..adapters.pickles import raw_bytes
 from ..adapters.safetensors import TensorReader
 from ..adapters.source import Source
 from ..checkpoint.config import SHAREConfig
-from ..checkpoint.reader import Tensors, as_array
+from ..checkpoint.reader import Tensors, as_array, was_reconstructed
 from ..codec.factors import errors_of_products
 from ..errors import AdapterError, StreamError
 from ..hub.fetch import AT_ONCE, fetching
@@ -61,6 +61,7 @@ class Verdict:
         certified: what the checkpoint claims, if it claims anything.
         worst_module, worst_module_error: where it is farthest off.
         problem: what is wrong, or None.
+        beside: files of weights beside the original, which the checkpoint does not hold.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Verdict:
     worst_module: str | None = None
     worst_module_error: float = 0.0
     problem: str | None = None
+    beside: tuple[str, ...] = ()
 
 
 def verify(
@@ -154,7 +156,8 @@ def _verdict(model: Checkpoint, name: str, adapter: Adapter, certified: float | 
     digest = model.certified(name).get("sha256")
     if problem is not None and digest is not None and digest_files(adapter.paths) != digest:
         problem = "its original is not the one that was compressed: the files have changed"
-    return Verdict(name, total, certified, worst, errors[worst].relative if worst else 0.0, problem)
+    at_worst = errors[worst].relative if worst else 0.0
+    return Verdict(name, total, certified, worst, at_worst, problem, adapter.beside)
 
 
 def _module_errors(
@@ -196,10 +199,13 @@ def pins_in(model: Checkpoint) -> dict[str, str]:
 def originals_of(model: Checkpoint, sources: list[Source]) -> dict[str, Source]:
     """Match sources to a checkpoint's adapters: by source id where it is recorded, else by name."""
     by_id = {source.id: source for source in sources if source.name is None}
-    by_name = {source.wanted_name: source for source in sources}
+    by_name: dict[str, Source] = {}
+    for source in sources:  # a reconstruction stands in for no original
+        if source.wanted_name not in by_name or not was_reconstructed(source.path / SAFETENSORS):
+            by_name[source.wanted_name] = source
     matched: dict[str, Source] = {}
     for name in model.adapter_names:
-        source = by_id.get(str(model.certified(name).get("source_id"))) or by_name.get(name)
-        if source is not None:
-            matched[name] = source
+        original = by_id.get(str(model.certified(name).get("source_id"))) or by_name.get(name)
+        if original is not None:
+            matched[name] = original
     return matched

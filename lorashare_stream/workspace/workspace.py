@@ -51,7 +51,8 @@ from .shapes import keep_shapes, shapes_of
 
 FORMAT = 2
 IN_WORK = "in_work.json"
-_COPIES = ("workspace.json", "workspace.copy.json")
+COPY = "workspace.copy.json"  # no other program has a file of that name
+_COPIES = ("workspace.json", COPY)
 _FOLDERS = ("moments", "markers", "bases", "shapes")
 _GROUPS = {
     ".": "workspace of lorashare-stream: moments are arrays of zarr",
