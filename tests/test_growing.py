@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from lorashare_stream.checkpoint.publish import replaced_folder
 from lorashare_stream.cli.app import main
 from lorashare_stream.edits.add import add
 from lorashare_stream.edits.options import RunOptions
@@ -55,6 +58,41 @@ def strangers(tmp_path: Path) -> list[str]:
         noise = {k: rng.standard_normal(v.shape).astype(np.float32) for k, v in tensors.items()}
         folders.append(str(write_adapter(tmp_path / "strangers" / f"s{i}", noise)))
     return folders
+
+
+def files_of(out: Path) -> dict[str, int]:
+    """Path -> inode of every file of a checkpoint."""
+    return {str(p.relative_to(out)): p.stat().st_ino for p in out.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_what_stays_is_the_same_file_where_the_disk_has_links(
+    tmp_path: Path, collection: list[str], links: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, fresh = tmp_path / "out", make_collection(tmp_path / "more", 1, seed=1)
+    go(collection, out)
+    (out / "README.md").write_text("of the user")
+    share, before, content = SHAREModel.from_pretrained(out), files_of(out), tree_digest(out)
+    if not links:
+        monkeypatch.setattr("os.link", lambda *_: (_ for _ in ()).throw(OSError("no links here")))
+    add(out, resolve({"new": fresh[0]}), RunOptions())
+    remove(out, ["a03"], RunOptions())
+    stays = {k for k in before if not k.startswith(("adapters/a03/", "share_config.json"))}
+    assert all(tree_digest(out)[k] == content[k] for k in stays)
+    assert all((files_of(out)[k] == before[k]) is links for k in stays - {"README.md"})
+    assert share.reconstruct("a05")  # by a reader that was open all the while
+    assert [p.name for p in tmp_path.glob(".out*")] == []
+
+
+def test_a_reader_between_two_renames_looks_again(tmp_path: Path, collection: list[str]) -> None:
+    out = tmp_path / "out"
+    go(collection, out)
+    share, aside = SHAREModel.from_pretrained(out), replaced_folder(out)
+    for read in (lambda: SHAREModel.from_pretrained(out), lambda: share.reconstruct("a02")):
+        out.rename(aside)
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(lambda: (time.sleep(0.2), aside.rename(out)))
+            assert read()
 
 
 @pytest.mark.parametrize("way", ["add", "compress"])

@@ -13,6 +13,7 @@ from ..errors import CheckpointError, MissingCheckpointError
 from ..files import read_json
 from ..text import listed, printable
 from .format import CONFIG, OURS
+from .publish import settled
 
 _NEEDED = {"num_components", "adapter_names", "compression_stats"}
 # What `ours` says in a coded checkpoint, unless it is written there.
@@ -72,6 +73,7 @@ def read_share_config(root: Path) -> SHAREConfig:
         CheckpointError: if there is none, or it is not what it should be, or of an older version in a form that is
             gone.
     """
+    settled(root)
     try:
         values = read_json(root / CONFIG)
     except FileNotFoundError:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from .format import ADAPTERS
 from .packs import opened
+from .publish import settled
 
 
 class Place(Protocol):
@@ -78,6 +79,8 @@ class Folder:
             FileNotFoundError: if it has no such file.
         """
         path = self.root / relative
+        if not path.exists():
+            settled(self.root)
         if not path.exists():
             raise FileNotFoundError(relative)
         return path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Collection
 from pathlib import Path
 
@@ -69,6 +70,13 @@ def publish(staged: Path, out: Path) -> None:
 def replaced_folder(out: Path) -> Path:
     """Where the checkpoint `out` lies while another takes its place."""
     return out.parent / f".{out.name}.replaced"
+
+
+def settled(out: Path, seconds: float = 2.0) -> None:
+    """Wait, for a moment, while another checkpoint takes the place of `out` by two renames, and there is none."""
+    end = time.monotonic() + seconds
+    while not out.exists() and replaced_folder(out).exists() and time.monotonic() < end:
+        time.sleep(0.01)
 
 
 def output_folder(out: Path) -> Path:
