@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from .adapters.shapes import ModuleShape
+from .adapters.shapes import Shapes
 from .adapters.source import Source
 from .checkpoint.config import SHAREConfig
 from .checkpoint.format import ours_of, skipped_of
@@ -89,11 +89,13 @@ def plan_for(
     sources, surveyed = resolve_on_hub(
         sources, settings, workspace, configs=runs, writes=runs or work.exists(), progress=progress
     )
+    held = _held(work, journal)
     found = catalog(
         sources,
         settings,
         admissions=journal.admissions,
-        known=_known(work, journal),
+        held=held,
+        known={module: shape for shapes in held.values() for module, shape in shapes.items()},
         bound_base=base,
         surveyed=surveyed,
     )
@@ -101,12 +103,13 @@ def plan_for(
     return replace(made, journal=journal.digest(len(journal.entries)))
 
 
-def _known(work: Workspace, journal: Journal) -> dict[str, ModuleShape]:
+def _held(work: Workspace, journal: Journal) -> dict[str, Shapes]:
+    """The shapes of the modules that are shared, by the name of the admission."""
     try:
         found = work.shapes_of(journal, {})
     except WorkspaceError:  # damaged: the sources tell, and the run mends it
         return {}
-    return {module: shape for admission in journal.admissions for module, shape in found[admission.shapes].items()}
+    return {admission.name: found[admission.shapes] for admission in journal.admissions}
 
 
 def default_workspace(out: Path) -> Path:
