@@ -19,6 +19,7 @@ from lorashare_stream.errors import CollectionError
 from lorashare_stream.model import SHAREModel
 from lorashare_stream.pipeline import compress, plan_for
 from lorashare_stream.plan.sources import resolve
+from lorashare_stream.report.summary_text import summary_text
 from lorashare_stream.report.text import plan_warnings
 from lorashare_stream.settings import Settings
 from lorashare_stream.stages.verify import originals_of, verify
@@ -79,6 +80,7 @@ def test_what_has_no_scale_is_kept_and_named(tmp_path: Path, compressed: Compres
     assert kept_of(share, folders[2]) == {"layers.0.v"}
     assert kept_of(share, folders[3]) == set()
     assert share.config.ours["verbatim_adapters"] == ["a01"]
+    assert share.config.ours["verbatim_factors"] == {"v": 1}
     check_verified(share, folders)
     assert share.certified("a02")["relative_error"] > 0.01
     assert share.reconstruction_error("a02", original_path=folders[2])["delta_per_module"]["layers.0.v"] == 0
@@ -153,6 +155,8 @@ def test_a_head_of_another_width_is_verbatim_alone(
     assert kept_of(share, folders[4]) == {"classifier"}
     (note,) = share.certified("t6")["notes"]
     assert all(part in note for part in ("classifier, d_out = 5:", "d_out is 2 there in most adapters"))
+    assert share.config.ours["verbatim_factors"] == {"classifier": 3}
+    assert "LoRA tensors of classifier in 3 adapters" in summary_text(share.config)
     assert share.config.ours["groups"]["classifier:B"]["n"] == 5 * 4
     check_verified(share, folders)
     assert main(["plan", str(tmp_path / "in"), "-k", "4", "--json"]) == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -118,6 +118,12 @@ def kept_verbatim(layout: Layout, reasons: Mapping[str, Reason]) -> Layout:
         notes = list(dict.fromkeys(_exact_note(reason.why) for reason in reasons.values()))
     digest = hashlib.sha256(repr((layout.digest, notes)).encode("utf-8", "surrogatepass")).hexdigest()
     return Layout(shared, tuple(sorted([*layout.extras, *kept])), (*notes, *layout.notes), digest)
+
+
+def with_note(layout: Layout, note: str) -> Layout:
+    """The same layout with something more that the user should know."""
+    digest = hashlib.sha256(repr((layout.digest, note)).encode("utf-8", "surrogatepass")).hexdigest()
+    return replace(layout, notes=(*layout.notes, note), digest=digest)
 
 
 def _verbatim_note(module: str, reason: Reason) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from ..adapters import config as peftconfig
 from ..adapters.adapter import Adapter, Origin
 from ..adapters.folder import FileFact, digest_config, file_fact, read_config, tensor_records, weight_files
-from ..adapters.layout import NOTHING, Layout, Reason, kept_verbatim, read_layout
+from ..adapters.layout import NOTHING, Layout, Reason, kept_verbatim, read_layout, with_note
 from ..adapters.safetensors import TensorRecord
 from ..adapters.scaling import Scaling
 from ..adapters.shapes import Shapes
@@ -217,6 +217,8 @@ def _layout(
 
 def _scaled(layout: Layout, config: Mapping[str, Any], shared: Interned) -> tuple[Layout, tuple[Scaling, ...]]:
     """A layout, with what dW tells nothing of verbatim, and the scalings of its modules."""
+    if (note := peftconfig.unknown_fields(config)) is not None:
+        layout = with_note(layout, note)
     try:
         scalings = peftconfig.scalings(config, {m.name: m.rank for m in layout.modules})
     except UndecidedError as e:

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from ..adapters.adapter import Adapter
+from ..adapters.config import rank_and_alpha
 from ..adapters.dtypes import ITEMSIZE
 from ..adapters.safetensors import TensorReader, TensorRecord, tensor_records_of
 from ..checkpoint.coded import VERSION
@@ -334,8 +335,8 @@ def _metadata(plan: Plan, s: _Sample, codes: float, *, common: Collection[Kind])
 def _statistics(adapter: Adapter) -> Statistics:
     config = json.loads(str(adapter.config)) if adapter.config is not None else {}
     sizes, digest = sum(f.size for f in adapter.files), int(_digest(adapter.name)[:6], 16)
-    lora, r, alpha = adapter.layout.lora_bytes, config.get("r", 8), config.get("lora_alpha", 8)
-    return Statistics(adapter.name, digest / 2**24, sizes, lora, True, r, alpha)
+    lora = adapter.layout.lora_bytes
+    return Statistics(adapter.name, digest / 2**24, sizes, lora, True, *rank_and_alpha(config))
 
 
 def _index(adapters: Sequence[Adapter], other: Adapter, length: int, *, common: Collection[Kind]) -> Index:
