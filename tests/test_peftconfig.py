@@ -180,6 +180,14 @@ def test_a_pattern_that_is_no_expression_is_an_error_of_ours() -> None:
         scale({"alpha_pattern": {"(": 1}}, "q")
 
 
+def test_a_pattern_that_is_the_whole_name_counts_though_as_a_pattern_it_does_not_match() -> None:
+    from peft.utils.other import get_pattern_key
+
+    name = "layers.0.w+"
+    assert get_pattern_key(["w+", name], name) == name  # since none matches; PEFT looks it up
+    assert scale({"alpha_pattern": {"w+": 64, name: 4}}, name) == 4 / 8
+
+
 # -- configurations that people and other tools write -----------------------------------------------------------------
 
 

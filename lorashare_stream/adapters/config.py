@@ -195,12 +195,11 @@ def scalings(config: Config, ranks: Mapping[str, int]) -> tuple[Scaling, ...]:
 
 
 def _configured(config: Config, names: Collection[str]) -> dict[str, tuple[int, float]]:
-    """PEFT's r and alpha of each name: those of the first pattern that matches, else the defaults."""
+    """PEFT's r and alpha of each name: those of the first pattern that matches, or is the name; else the defaults."""
     r, alpha = rank_and_alpha(config)
-    ranks: Mapping[str | None, int] = {None: r} | (config.get("rank_pattern") or {})
-    alphas: Mapping[str | None, float] = {None: alpha} | (config.get("alpha_pattern") or {})
-    rank_of, alpha_of = (matcher([p for p in values if p is not None], names) for values in (ranks, alphas))
-    return {name: (ranks[rank_of(name)], alphas[alpha_of(name)]) for name in names}
+    ranks, alphas = (config.get(name) or {} for name in ("rank_pattern", "alpha_pattern"))
+    rank_of, alpha_of = matcher(ranks, names), matcher(alphas, names)
+    return {n: (ranks.get(rank_of(n) or n, r), alphas.get(alpha_of(n) or n, alpha)) for n in names}
 
 
 def _meant(targets: Sequence[str], module: str, modules: Collection[str]) -> tuple[str | None, tuple[str, ...]]:
