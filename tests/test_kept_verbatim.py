@@ -15,9 +15,9 @@ from lorashare_stream.cli.app import main
 from lorashare_stream.edits.add import add
 from lorashare_stream.edits.options import RunOptions
 from lorashare_stream.edits.remove import remove
-from lorashare_stream.errors import CollectionError
+from lorashare_stream.errors import CollectionError, WorkspaceError
 from lorashare_stream.model import SHAREModel
-from lorashare_stream.pipeline import compress, plan_for
+from lorashare_stream.pipeline import compress, default_workspace, plan_for
 from lorashare_stream.plan.sources import resolve
 from lorashare_stream.report.summary_text import summary_text
 from lorashare_stream.report.text import plan_warnings
@@ -184,6 +184,18 @@ def test_a_coded_head_may_have_any_width(tmp_path: Path, compressed: Compress) -
     fresh = more(tmp_path, 9)
     add(tmp_path / "out", resolve([str(fresh)]), RunOptions())
     assert kept_of(SHAREModel.from_pretrained(tmp_path / "out"), fresh) == set()
+
+
+def test_a_workspace_of_coded_adapters_with_several_widths_fits_no_bases(tmp_path: Path, compressed: Compress) -> None:
+    folders = heads(tmp_path / "in", (2, 3, 2))
+    compressed(folders, **CODED)
+    with pytest.raises(WorkspaceError, match=r"'classifier': .*not the same in all.*another --workspace"):
+        compressed(folders, **SHARED)
+    other = compressed(folders, "other", **SHARED)
+    assert verbatim_in(other) == classifiers("t1")
+    plan = plan_for(resolve([str(f) for f in folders]), Settings(max_error=0.3), default_workspace(other))
+    compress(plan, other, overwrite=True)
+    assert verbatim_in(other) == {}
 
 
 def more(tmp_path: Path, labels: int, name: str = "new") -> Path:
