@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from .adapters.shapes import ModuleShape
+from .adapters.shapes import ModuleShape, Shapes
 from .adapters.source import Source
 from .checkpoint.config import SHAREConfig
 from .checkpoint.format import ours_of, skipped_of
@@ -89,11 +89,13 @@ def plan_for(
     sources, surveyed = resolve_on_hub(
         sources, settings, workspace, configs=runs, writes=runs or work.exists(), progress=progress
     )
+    held = _held(work, journal)
     found = catalog(
         sources,
         settings,
         admissions=journal.admissions,
-        known=_known(work, journal),
+        held=held,
+        known=_known(held) if settings.limit is None else {},
         bound_base=base,
         surveyed=surveyed,
     )
@@ -101,12 +103,34 @@ def plan_for(
     return replace(made, journal=journal.digest(len(journal.entries)))
 
 
-def _known(work: Workspace, journal: Journal) -> dict[str, ModuleShape]:
+def _held(work: Workspace, journal: Journal) -> dict[str, Shapes]:
+    """The shapes of the modules that each adapter of a workspace shares, by its name."""
     try:
         found = work.shapes_of(journal, {})
     except WorkspaceError:  # damaged: the sources tell, and the run mends it
         return {}
-    return {module: shape for admission in journal.admissions for module, shape in found[admission.shapes].items()}
+    return {admission.name: found[admission.shapes] for admission in journal.admissions}
+
+
+def _known(held: Mapping[str, Shapes]) -> dict[str, ModuleShape]:
+    """The shapes of the modules of a workspace.
+
+    Raises:
+        WorkspaceError: if one has several: such adapters can only be coded alone.
+    """
+    known: dict[str, ModuleShape] = {}
+    for shapes in {id(shapes): shapes for shapes in held.values()}.values():
+        for module, shape in shapes.items():
+            first = known.setdefault(module, shape)
+            if first[1:] != shape[1:]:
+                raise WorkspaceError(
+                    "adapters of the workspace, coded alone until now, have a module that is not the same in all",
+                    key=module,
+                    found=f"d_in, d_out, experts, parameters {list(shape[1:])}",
+                    expected=f"{list(first[1:])}",
+                    remedy="Compress their sources into another --workspace.",
+                )
+    return known
 
 
 def default_workspace(out: Path) -> Path:

@@ -269,9 +269,8 @@ def test_a_checkpoint_measured_here_is_as_certified(tmp_path: Path, monkeypatch:
         assert (em.statistics(errors)["max"] < 1e-4) is exact
         for name, claim in found.facts.get("claims", {}).items():
             assert np.isnan(errors[name]) or abs(claim - errors[name]) < 1e-5
-        assert (
-            0 < found.bytes.extras <= c.bytes.extras
-        )  # heads of a coded checkpoint are stored without loss, in planes
+        # Heads of a coded checkpoint are stored without loss, in planes; with them, the factors without any dW.
+        assert 0 < found.bytes.extras <= c.bytes.extras + (number == 3) * sum(t.nbytes for t in tensors.values())
         assert number == 3 or found.bytes.extras == c.bytes.extras
         if number == 3:
             assert em.statistics(errors)["max"] <= 0.2

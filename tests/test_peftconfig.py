@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,16 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from lorashare_stream.adapters import config as peftconfig
 from lorashare_stream.adapters.config import check_lora, scalings
 from lorashare_stream.adapters.patterns import matcher
-from lorashare_stream.errors import AdapterError, UndecidedError
+from lorashare_stream.errors import AdapterError, CollectionError, UndecidedError
+from lorashare_stream.model import SHAREModel
 from lorashare_stream.pipeline import plan_for
 from lorashare_stream.plan.sources import resolve
+from lorashare_stream.report.text import plan_warnings
 from lorashare_stream.settings import Settings
+from lorashare_stream.stages.verify import originals_of, verify
 
 from .conftest import make_collection, make_tensors, write_adapter
 
@@ -172,3 +178,132 @@ def test_patterns_match_as_those_of_peft(patterns: list[str], name: str) -> None
 def test_a_pattern_that_is_no_expression_is_an_error_of_ours() -> None:
     with pytest.raises(AdapterError, match="no regular expression"):
         scale({"alpha_pattern": {"(": 1}}, "q")
+
+
+def test_a_pattern_that_is_the_whole_name_counts_though_as_a_pattern_it_does_not_match() -> None:
+    from peft.utils.other import get_pattern_key
+
+    name = "layers.0.w+"
+    assert get_pattern_key(["w+", name], name) == name  # since none matches; PEFT looks it up
+    assert scale({"alpha_pattern": {"w+": 64, name: 4}}, name) == 4 / 8
+
+
+# -- configurations that people and other tools write -----------------------------------------------------------------
+
+
+LOADED: dict[str, dict[str, Any]] = {  # a value of ... takes the field out
+    "no alpha": {"lora_alpha": ...},
+    "no r": {"r": ..., "lora_alpha": 4},
+    "neither": {"r": ..., "lora_alpha": ..., "rank_pattern": ..., "alpha_pattern": ..., "bias": ...},
+    "no r, rsLoRA": {"r": ..., "use_rslora": True},
+    "no alpha, a pattern": {"lora_alpha": ..., "alpha_pattern": {"q": 2.5}},
+    "alpha a float": {"lora_alpha": 12.0},
+    "alpha below zero": {"lora_alpha": -8},
+    "a field of later": {"use_newproduct": {"block": 4}, "peft_version": "0.99.0"},
+    "Gaussian": {"init_lora_weights": "Gaussian"},
+    "MiCA": {"init_lora_weights": "MiCA"},
+    "no initialisation": {"init_lora_weights": None},
+}
+NOT_LOADED: dict[str, tuple[dict[str, Any], str]] = {
+    "r a float": ({"r": 8.0}, "key 'r'.*found 8.0; expected a whole number"),
+    "r a text": ({"r": "8"}, "key 'r'.*found \"8\"; expected a whole number"),
+    "r null": ({"r": None}, "key 'r'.*found null"),
+    "alpha a text": ({"lora_alpha": "16"}, "key 'lora_alpha'.*found \"16\"; expected a number"),
+    "alpha null": ({"lora_alpha": None}, "key 'lora_alpha'.*found null"),
+    "peft_type in small letters": ({"peft_type": "lora"}, "found lora; expected LORA.*capital letters"),
+}
+
+
+def written(folder: Path, change: dict[str, Any]) -> Path:
+    write_adapter(folder, make_tensors(np.random.default_rng(0), {"layers.0.q": (8, 8), "layers.0.v": (8, 8)}, r=8))
+    plain = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q", "v"], "bias": "none"} | change
+    config = {name: value for name, value in plain.items() if value is not ...}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def as_peft_loads(folder: Path) -> dict[str, float]:
+    """PEFT's scale of each module, its tensors being those of the file."""
+    import torch
+    from peft import PeftModel
+    from safetensors.torch import load_file
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.ModuleList([torch.nn.ModuleDict({n: torch.nn.Linear(8, 8) for n in "qv"})])
+
+    model, tensors = PeftModel.from_pretrained(Net(), str(folder)), load_file(folder / "adapter_model.safetensors")
+    layers = {f"layers.0.{n}": model.base_model.model.layers[0][n] for n in "qv"}
+    for name, layer in layers.items():
+        key = f"base_model.model.{name}.lora_A.weight"
+        assert torch.equal(layer.lora_A["default"].weight, tensors[key])
+    return {name: layer.scaling["default"] for name, layer in layers.items()}
+
+
+@pytest.mark.filterwarnings("ignore:Unexpected keyword arguments")
+@pytest.mark.parametrize("name", LOADED)
+def test_what_peft_loads_is_taken_with_its_scale(tmp_path: Path, name: str) -> None:
+    folder = written(tmp_path / "a", LOADED[name])
+    (adapter,) = plan_for(resolve([folder]), Settings(max_error=0.1)).adapters
+    found = dict(zip(adapter.layout.by_name, (p.scale for p in adapter.scalings), strict=True))
+    assert found == pytest.approx(as_peft_loads(folder))
+
+
+@pytest.mark.parametrize("name", NOT_LOADED)
+def test_what_peft_does_not_load_is_refused_with_the_way_out(tmp_path: Path, name: str) -> None:
+    change, text = NOT_LOADED[name]
+    folder = written(tmp_path / "a", change)
+    with pytest.raises((TypeError, KeyError)):
+        as_peft_loads(folder)
+    with pytest.raises(CollectionError, match=text):
+        plan_for(resolve([folder]), Settings(max_error=0.1)).validate()
+
+
+@pytest.mark.parametrize("options", [{"num_components": 4}, {"max_error": 0.3}], ids=["share", "coded"])
+def test_configurations_without_r_and_alpha_go_through_and_come_back(
+    tmp_path: Path, compressed: Callable[..., Path], options: dict[str, Any]
+) -> None:
+    folders = [written(tmp_path / name, LOADED[name]) for name in ("neither", "a field of later", "no alpha")]
+    share = SHAREModel.from_pretrained(compressed(folders, **options))
+    assert not any(v.problem for v in verify(share, originals_of(share, resolve(folders))))
+    assert (share.config.lora_rank, share.config.lora_alpha) == (8, 8)
+    for folder in folders:
+        share.reconstruct(folder.name, output_dir=tmp_path / "back" / folder.name)
+        both = (place / "adapter_config.json" for place in (folder, tmp_path / "back" / folder.name))
+        assert len({json.dumps(json.loads(path.read_text()), sort_keys=True) for path in both}) == 1
+    (note,) = share.certified("a field of later")["notes"]
+    assert all(part in note for part in ("use_newproduct", "dW is taken to be s B A"))
+    assert share.config.ours["verbatim_adapters"] == []
+
+
+def test_an_initialisation_that_is_not_known_is_kept_exact_and_told(
+    tmp_path: Path, compressed: Callable[..., Path]
+) -> None:
+    """MiLoRA, of another library, trains a part of the base as PiSSA does; PEFT 0.21 refuses its name."""
+    folders = [written(tmp_path / str(i), {"init_lora_weights": "milora"} if i == 1 else {}) for i in range(3)]
+    notes = plan_warnings(plan_for(resolve(folders), Settings()))
+    (told,) = [note for note in notes if "milora" in note]
+    assert all(part in told for part in ("kept exact", "may hold", "--share-initial", "in 1 adapter (1)"))
+    share = SHAREModel.from_pretrained(compressed(folders, num_components=4))
+    assert share.config.ours["verbatim_adapters"] == ["1"]
+    asked = SHAREModel.from_pretrained(compressed(folders, "asked", num_components=4, share_initial=True))
+    assert asked.config.ours["verbatim_adapters"] == []
+
+
+@pytest.mark.parametrize("value", [{}, {"beta": 1e-4}])
+def test_a_variant_with_its_defaults_is_that_variant(tmp_path: Path, value: dict[str, Any]) -> None:
+    """PEFT makes a KasaConfig of {}, and the diagonal counts."""
+    for name in "ab":
+        written(tmp_path / name, {"kasa_config": value})
+    assert not any(e.layout.modules for e in plan_for(resolve([tmp_path]), Settings()).adapters)
+
+
+def test_every_field_of_the_installed_peft_is_known() -> None:
+    import dataclasses
+
+    from peft import LoraConfig
+
+    assert {f.name for f in dataclasses.fields(LoraConfig)} == peftconfig._FIELDS
+    default = {f.name: f.default for f in dataclasses.fields(LoraConfig)}
+    assert peftconfig.rank_and_alpha({}) == (default["r"], default["lora_alpha"])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ..errors import AdapterError, UndecidedError
-from ..text import printable
+from ..text import listed, printable
 from .foreign import Tool, tool_of_config
 from .keys import factor_key
 from .patterns import matcher
@@ -22,6 +23,19 @@ _CONVERTIBLE = {
     "VBLORA", "VERA", "WAVEFT",
 }  # fmt: skip
 _INITIAL = re.compile(r"pissa(_niter_\d+)?|olora|corda|lora_ga|loftq", re.IGNORECASE)
+_PLAIN = {"gaussian", "eva", "orthogonal", "mica"}  # initialisations that leave the base as it is
+_PEFT = "0.21"
+_DEFAULT = 8  # PEFT's r and lora_alpha, where a configuration has none
+# Of its LoraConfig.
+_FIELDS = {
+    "alora_invocation_tokens", "alpha_pattern", "arrow_config", "auto_mapping", "base_model_name_or_path", "bias",
+    "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode",
+    "init_lora_weights", "kasa_config", "layer_replication", "layers_pattern", "layers_to_transform", "loftq_config",
+    "lora_alpha", "lora_bias", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core",
+    "modules_to_save", "monteclora_config", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
+    "revision", "runtime_config", "target_modules", "target_parameters", "task_type", "trainable_token_indices",
+    "use_bdlora", "use_dora", "use_qalora", "use_rslora", "velora_config",
+}  # fmt: skip
 _WITHIN = ".base_layer.out_proj"  # of a MultiheadAttention, beside the name of the whole
 _MOST_PAIRS = 10**7  # of names in target_parameters and modules
 _MOST_PARAMETERS = 64  # of one module
@@ -50,10 +64,11 @@ def check_lora(config: Config) -> None:
             key="enable_lora",
             remedy="Convert it with the PEFT release that made it, or leave it out.",
         )
-    if not _is_rank(config.get("r")):
-        _refuse_field("r", config.get("r"), "a whole number from 1")
-    if not _is_alpha(config.get("lora_alpha")):
-        _refuse_field("lora_alpha", config.get("lora_alpha"), "a number")
+    r, alpha = rank_and_alpha(config)
+    if not _is_rank(r):
+        _refuse_field("r", r, "a whole number from 1")
+    if not _is_alpha(alpha):
+        _refuse_field("lora_alpha", alpha, "a number")
     for name, holds in (("rank_pattern", _is_rank), ("alpha_pattern", _is_alpha)):
         pattern = config.get(name) or {}
         if not isinstance(pattern, dict) or not all(holds(value) for value in pattern.values()):
@@ -80,6 +95,11 @@ def _other_type(peft_type: object) -> AdapterError:
             remedy="It was not saved by PEFT, or is damaged: save it again, or leave it out.",
         )
     name = peft_type.upper() if isinstance(peft_type, str) else ""
+    if name == "LORA":
+        return AdapterError(
+            "a peft_type that PEFT does not know", key="peft_type", found=peft_type, expected="LORA",
+            remedy="Write it in capital letters in adapter_config.json.",
+        )  # fmt: skip
     return AdapterError(
         f"not a LoRA adapter: peft_type is {printable(repr(peft_type), 60)}",
         key="peft_type",
@@ -104,9 +124,25 @@ def _refuse_field(name: str, found: object, expected: str) -> None:
     raise AdapterError(
         f"adapter_config.json has an unusable {name}",
         key=name,
-        found="nothing" if found is None else found,
+        found=json.dumps(found) if isinstance(found, str | None) else found,
         expected=expected,
         remedy="Mend the configuration, or leave the adapter out.",
+    )
+
+
+def rank_and_alpha(config: Config) -> tuple[Any, Any]:
+    """Rank and alpha, PEFT's defaults where there are none: numbers, of what `check_lora` lets pass."""
+    return config.get("r", _DEFAULT), config.get("lora_alpha", _DEFAULT)
+
+
+def unknown_fields(config: Config) -> str | None:
+    """What a user should know of fields that PEFT 0.21 passes over; None if there are none that are set."""
+    names = sorted(name for name, value in config.items() if name not in _FIELDS and value)
+    return (
+        f"fields of adapter_config.json that PEFT {_PEFT} does not know ({listed(names, 5)}) are kept as they are; "
+        "dW is taken to be s B A, and may be another product"
+        if names
+        else None
     )
 
 
@@ -117,23 +153,24 @@ def base_model(config: Config) -> str | None:
 
 
 def initial_part(config: Config) -> str | None:
-    """Why the factors hold a part of the base model beside what was learnt, or None if they do not.
+    """Why the factors hold a part of the base model beside what was learnt, or may do so; None if they do not.
 
     These initialisations split W into a residual, which becomes the base, and a product of factors, which are then
     trained. PEFT splits it anew whenever it loads the adapter.
     """
     init = config.get("init_lora_weights")
-    if not isinstance(init, str) or not _INITIAL.fullmatch(init):
+    if not isinstance(init, str) or init.lower() in _PLAIN:
         return None
+    hold = "hold" if _INITIAL.fullmatch(init) else f"may hold, as PEFT {_PEFT} does not know how they began,"
     return (
-        f"its factors hold a part of the base model (init_lora_weights {init}); "
+        f"its factors {hold} a part of the base model (init_lora_weights {printable(init, 40)}); "
         "--share-initial compresses such adapters, into another output, at an error relative to that part as well"
     )
 
 
 def other_scaling(config: Config) -> str | None:
     """Why dW is not s B A of an adapter's tensors, or None if it is."""
-    return next((reason for name, reason in _OTHER_PRODUCTS.items() if config.get(name)), None)
+    return next((reason for name, reason in _OTHER_PRODUCTS.items() if config.get(name) not in (None, False)), None)
 
 
 def scalings(config: Config, ranks: Mapping[str, int]) -> tuple[Scaling, ...]:
@@ -167,11 +204,11 @@ def scalings(config: Config, ranks: Mapping[str, int]) -> tuple[Scaling, ...]:
 
 
 def _configured(config: Config, names: Collection[str]) -> dict[str, tuple[int, float]]:
-    """PEFT's r and alpha of each name: those of the first pattern that matches, else the defaults."""
-    ranks: Mapping[str | None, int] = {None: config["r"]} | (config.get("rank_pattern") or {})
-    alphas: Mapping[str | None, float] = {None: config["lora_alpha"]} | (config.get("alpha_pattern") or {})
-    rank_of, alpha_of = (matcher([p for p in values if p is not None], names) for values in (ranks, alphas))
-    return {name: (ranks[rank_of(name)], alphas[alpha_of(name)]) for name in names}
+    """PEFT's r and alpha of each name: those of the first pattern that matches, or is the name; else the defaults."""
+    r, alpha = rank_and_alpha(config)
+    ranks, alphas = (config.get(name) or {} for name in ("rank_pattern", "alpha_pattern"))
+    rank_of, alpha_of = matcher(ranks, names), matcher(alphas, names)
+    return {n: (ranks.get(rank_of(n) or n, r), alphas.get(alpha_of(n) or n, alpha)) for n in names}
 
 
 def _meant(targets: Sequence[str], module: str, modules: Collection[str]) -> tuple[str | None, tuple[str, ...]]:

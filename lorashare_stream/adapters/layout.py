@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import NamedTuple
 
 from ..errors import AdapterError
 from .dtypes import FLOATS
@@ -102,11 +103,33 @@ def read_layout(records: Sequence[TensorRecord], *, exact: str | None = None, ti
     return _paired(keyed, digest, _embeddings(keyed) if tied else frozenset())
 
 
-def kept_exact(layout: Layout, reason: str) -> Layout:
-    """The layout of the same tensors, none of which is shared."""
-    modules = [(factor_key(m.name, side), m.record(side)) for m in layout.modules for side in SIDES]
-    digest = hashlib.sha256(f"{layout.digest} {reason}".encode()).hexdigest()
-    return Layout((), tuple(sorted([*layout.extras, *modules])), (_exact_note(reason), *layout.notes), digest)
+class Reason(NamedTuple):
+    """Why the factors of a module are kept verbatim: the same for many adapters; and what was found, of this one."""
+
+    why: str
+    found: str = ""
+
+
+def kept_verbatim(layout: Layout, reasons: Mapping[str, Reason]) -> Layout:
+    """The layout of the same tensors, of which those of some modules, named with the reasons, are not shared."""
+    shared = tuple(m for m in layout.modules if m.name not in reasons)
+    kept = [(factor_key(name, side), layout.by_name[name].record(side)) for name in reasons for side in SIDES]
+    notes = [_verbatim_note(name, reason) for name, reason in reasons.items()]
+    if not shared:
+        notes = list(dict.fromkeys(_exact_note(reason.why) for reason in reasons.values()))
+    digest = hashlib.sha256(repr((layout.digest, notes)).encode("utf-8", "surrogatepass")).hexdigest()
+    return Layout(shared, tuple(sorted([*layout.extras, *kept])), (*notes, *layout.notes), digest)
+
+
+def with_note(layout: Layout, note: str) -> Layout:
+    """The same layout with something more that the user should know."""
+    digest = hashlib.sha256(repr((layout.digest, note)).encode("utf-8", "surrogatepass")).hexdigest()
+    return replace(layout, notes=(*layout.notes, note), digest=digest)
+
+
+def _verbatim_note(module: str, reason: Reason) -> str:
+    found = f", {reason.found}" if reason.found else ""
+    return f"{module}{found}: LoRA tensors of {module.rpartition('.')[2]} kept verbatim, since {reason.why}"
 
 
 def _exact_note(reason: str) -> str:

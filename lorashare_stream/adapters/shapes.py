@@ -12,7 +12,7 @@ class ModuleShape(NamedTuple):
     Attributes:
         rank: of its vectors, those of all stacked experts.
         d_in, d_out: their lengths, of A and of B.
-        experts: how many are stacked.
+        experts: how many are stacked; 0 where that is not known.
         parameters: which its name means, where it names several.
     """
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ..adapters.keys import SIDES, split_group_id
+from ..adapters.config import rank_and_alpha
+from ..adapters.keys import SIDES, parse_key, split_group_id
 from ..errors import CheckpointError
 from ..files import json_bytes
 from ..version import __version__
@@ -22,7 +23,11 @@ _BASIS = ("d", "k", "energy", "explained")
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """What the summary needs of one adapter; `shared` is whether it is coded, or on the bases and has part in them."""
+    """What the summary needs of one adapter.
+
+    `shared` is whether it is coded, or on the bases and has part in them; `kept` are the last parts of the names of the
+    modules whose factors are verbatim though others are not.
+    """
 
     name: str
     relative_error: float
@@ -31,19 +36,21 @@ class Statistics:
     shared: bool
     rank: int
     alpha: float
+    kept: frozenset[str] = frozenset()
 
 
 def statistics_of(meta: Json) -> Statistics:
     """The figures in an adapter_meta.json."""
     ours, config = meta[OURS], meta["original_config"]
+    shared = ours["worst_module"] is not None
     return Statistics(
         meta["adapter_name"],
         ours["relative_error"],
         ours["source_bytes"],
         ours["lora_bytes"],
-        ours["worst_module"] is not None,
-        config["r"],
-        config["lora_alpha"],
+        shared,
+        *rank_and_alpha(config),
+        frozenset(m.rpartition(".")[2] for key in ours["verbatim"] if shared and (m := parse_key(key, "").module)),
     )
 
 
@@ -208,6 +215,7 @@ def _ours(
         },
         "errors": _errors(adapters) | ({} if record.projected else _bound(groups, s["objective"])),
         "verbatim_adapters": [a.name for a in adapters if not a.shared],
+        "verbatim_factors": dict(sorted(Counter(name for a in adapters for name in a.kept).items())),
         "projected": list(record.projected),
         "removed": list(record.removed),
         "groups": {g: {k: f[k] for k in ("n", *_BASIS)} for g, f in groups.items()},

@@ -48,7 +48,7 @@ def plan(args: Args) -> int:
         raise UsageError("--sample needs --analyze or a limit, and two adapters or more", found=sample)
     workspace = Path(chosen["workspace"]) if "workspace" in chosen else None
     made = make_plan(chosen, workspace, runs=False, progress=progress_of(args))
-    value, text, fault = plan_as_json(made), plan_text(made), _fault(made)
+    value, text, fault = plan_as_json(made) | {"notes": plan_warnings(made)}, plan_text(made), _fault(made)
     if fault is None or ("analyze" in args and not limited):
         try:
             more, told = _looked_into(args, made, sample)

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.folder import digest_files
+from ..adapters.keys import group_id, split_group_id
+from ..adapters.shapes import ModuleShape
 from ..adapters.source import Source
 from ..checkpoint.coded import metas_in
 from ..checkpoint.config import SHAREConfig, read_share_config
@@ -167,7 +169,7 @@ def _add_alone(
     _check_unchanged(there, sources, settings)
     if not fresh:
         return Outcome([], "current")
-    found = catalog(fresh, settings, admissions=there, surveyed=surveyed)
+    found = catalog(fresh, settings, admissions=there, known=_shapes_in(config), surveyed=surveyed)
     if settings.ratio is not None:  # of the whole checkpoint, and not of these adapters alone
         originals = sum(sum(r.sizes) for r in there) + sum(f.size for e in found.adapters for f in e.files)
         settings = replace(settings, ratio=None, max_bytes=settings.byte_limit(originals))
@@ -176,6 +178,13 @@ def _add_alone(
     plan.validate()
     with options.running(plan, out, None) as (run, _):
         return _grown(out, config, there, run, options)
+
+
+def _shapes_in(config: SHAREConfig) -> dict[str, ModuleShape]:
+    """What a checkpoint's bases tell of the shapes of its modules."""
+    d = {group: int(basis["d"]) for group, basis in record_of(config).bases.items()}
+    modules = {split_group_id(group)[0] for group in d}
+    return {m: ModuleShape(0, d[group_id(m, "A")], d[group_id(m, "B")], experts=0) for m in modules}
 
 
 def _grown(out: Path, config: SHAREConfig, there: Sequence[Admission], run: Run, options: RunOptions) -> Outcome:

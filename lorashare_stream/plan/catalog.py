@@ -16,7 +16,7 @@ from ..adapters import config as peftconfig
 from ..adapters.adapter import Adapter, Origin
 from ..adapters.beside import paths_below, weights_beside
 from ..adapters.folder import FileFact, digest_config, file_fact, read_config, tensor_header, weight_files
-from ..adapters.layout import NOTHING, Layout, kept_exact, read_layout
+from ..adapters.layout import NOTHING, Layout, Reason, kept_verbatim, read_layout, with_note
 from ..adapters.safetensors import TensorRecord
 from ..adapters.scaling import Scaling
 from ..adapters.shapes import Shapes
@@ -27,9 +27,11 @@ from ..hub.ledger import Known
 from ..settings import Settings
 from ..text import digest_of, unique_names
 from ..workspace.journal import Admission
-from .compatibility import common_base, of_base, of_shape, other_parameters
+from .compatibility import Misfit, common_base, misfits, of_base, of_shape, reason_of
 
 MOST_RECORDS = 256  # headers that are kept whole: where each has metadata of its own, none comes again
+_NO_SCALE = Reason("lora_alpha is 0, so that dW is 0 and tells nothing of them")
+_KEPT_BEFORE = Reason("they were kept so when the adapter was admitted")  # and what did not fit then is gone
 Surveyed = Mapping[str, Known | AdapterError]  # by source id: what is known of adapters of the Hub
 
 
@@ -57,6 +59,7 @@ def catalog(
     settings: Settings,
     *,
     admissions: Sequence[Admission] = (),
+    held: Mapping[str, Shapes] = MappingProxyType({}),
     known: Shapes = MappingProxyType({}),
     bound_base: str | None = None,
     surveyed: Surveyed = MappingProxyType({}),
@@ -67,7 +70,8 @@ def catalog(
         sources: what `sources.resolve` gives.
         settings: which base models are accepted, and what is kept exact.
         admissions: admissions of a workspace: they keep their names.
-        known: shapes of the modules in that workspace.
+        held: the shapes of the modules of each that are shared there, by name: these stay shared, and no others.
+        known: shapes of the modules in that workspace, or of those that a checkpoint has bases for.
         bound_base: the base model of that workspace.
         surveyed: what is known of adapters of the Hub, by source id.
     """
@@ -87,11 +91,13 @@ def catalog(
             adapters.append(result if result.name == name else replace(result, name=name))
     base = common_base((e.base_model for e in adapters), settings, bound_base)
     adapters, strangers = of_base(adapters, base, settings)
-    exact = {r.name for r in admissions if r.exact}
-    differing = other_parameters([e for e in adapters if e.name not in exact], known) | exact
-    adapters = [_exact(e, shared) if e.name in differing else e for e in adapters]
-    adapters, misshapen = of_shape(adapters, known)
-    refused += [*strangers, *misshapen]
+    refused += strangers
+    if settings.limit is None:  # what is coded alone need not fit
+        before: dict[str, Shapes] = {r.name: {} for r in admissions if r.exact} | dict(held)
+        odd = misfits([e for e in adapters if before.get(e.name) != {}], known)
+        adapters, misshapen = of_shape(adapters, odd)
+        refused += misshapen
+        adapters = [_fitting(e, odd.get(e.name, {}), before.get(e.name), shared) for e in adapters]
     by_name = dict(zip(names, sources, strict=True))
     for error in refused:
         error.source = by_name[str(error.adapter)].where
@@ -150,12 +156,12 @@ class Interned:
         layouts: by their digest.
         read: by what tells the records that they were read from: their digest, or their identity, which is that of the
             header in this process; with the records, so that it is no other's.
-        scalings: by digests of configuration and layout; or the reason why they are not known.
+        kept: layout and scalings, by digests of configuration and layout and what else decides them.
     """
 
     layouts: dict[str, Layout] = field(default_factory=dict)
     read: dict[Hashable, tuple[tuple[TensorRecord, ...], Layout]] = field(default_factory=dict)
-    scalings: dict[Hashable, tuple[Scaling, ...] | str] = field(default_factory=dict)
+    kept: dict[Hashable, tuple[Layout, tuple[Scaling, ...]]] = field(default_factory=dict)
 
 
 def read_entry(source: Source, name: str, shared: Interned, settings: Settings, surveyed: Surveyed) -> Adapter:
@@ -204,8 +210,7 @@ def _surveyed_entry(
         return _entry(bare, config, known.records, shared, settings)
     # A plan that is not run takes it for plain LoRA of the base that the Hub says.
     layout = _layout(shared, known.records, known.digest, None, tied=False)
-    scalings = shared.scalings.setdefault(layout.digest, (Scaling(1.0),) * len(layout.modules))
-    assert not isinstance(scalings, str)
+    layout, scalings = shared.kept.setdefault(layout.digest, (layout, (Scaling(1.0),) * len(layout.modules)))
     return replace(bare, layout=layout, scalings=scalings, base_model=listing.base_model)
 
 
@@ -219,14 +224,9 @@ def _entry(
     layout = _layout(shared, records, None if bare.origin is None else bare.origin.records, exact, tied=tied)
     digest = digest_config(config)
     key = digest, layout.digest
-    if key not in shared.scalings:
-        try:
-            shared.scalings[key] = peftconfig.scalings(config, {m.name: m.rank for m in layout.modules})
-        except UndecidedError as e:
-            shared.scalings[key] = e.problem
-    scalings = shared.scalings[key]
-    if isinstance(scalings, str):
-        layout, scalings = _interned(shared, kept_exact(layout, scalings)), ()
+    if key not in shared.kept:
+        shared.kept[key] = _scaled(layout, config, shared)
+    layout, scalings = shared.kept[key]
     base, text = peftconfig.base_model(config), sys.intern(json.dumps(config))  # many have the same
     return replace(bare, layout=layout, scalings=scalings, base_model=base, config_digest=digest, config=text)
 
@@ -256,11 +256,39 @@ def _layout(
     return layout
 
 
-def _exact(adapter: Adapter, shared: Interned) -> Adapter:
-    if not adapter.layout.modules:
+def _scaled(layout: Layout, config: Mapping[str, Any], shared: Interned) -> tuple[Layout, tuple[Scaling, ...]]:
+    """A layout, with what dW tells nothing of verbatim, and the scalings of its modules."""
+    if (note := peftconfig.unknown_fields(config)) is not None:
+        layout = with_note(layout, note)
+    try:
+        scalings = peftconfig.scalings(config, {m.name: m.rank for m in layout.modules})
+    except UndecidedError as e:
+        return _without(layout, (), {m.name: Reason(e.problem) for m in layout.modules}, shared)
+    none = {m.name: _NO_SCALE for m, p in zip(layout.modules, scalings, strict=True) if p.scale == 0}
+    return _without(layout, scalings, none, shared)
+
+
+def _fitting(adapter: Adapter, odd: Mapping[str, Misfit], held: Shapes | None, shared: Interned) -> Adapter:
+    """An adapter with the modules verbatim that do not fit those of others, or did not when it was admitted."""
+    reasons = {m: reason_of(misfit) for m, misfit in odd.items()}
+    if held is not None:
+        reasons = {m: reasons.get(m, _KEPT_BEFORE) for m in adapter.layout.by_name if m not in held}
+    if not reasons:
         return adapter
-    reason = "its target_parameters are others than those of most adapters, or of those that were summed before"
-    return replace(adapter, layout=_interned(shared, kept_exact(adapter.layout, reason)), scalings=())
+    key = adapter.config_digest, adapter.layout.digest, *reasons.items()
+    if key not in shared.kept:
+        shared.kept[key] = _without(adapter.layout, adapter.scalings, reasons, shared)
+    layout, scalings = shared.kept[key]
+    return replace(adapter, layout=layout, scalings=scalings)
+
+
+def _without(
+    layout: Layout, scalings: Sequence[Scaling], reasons: Mapping[str, Reason], shared: Interned
+) -> tuple[Layout, tuple[Scaling, ...]]:
+    if reasons:
+        scalings = [p for m, p in zip(layout.modules, scalings, strict=False) if m.name not in reasons]
+        layout = _interned(shared, kept_verbatim(layout, reasons))
+    return layout, tuple(scalings)
 
 
 def _interned(shared: Interned, layout: Layout) -> Layout:

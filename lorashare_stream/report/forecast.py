@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from ..adapters.adapter import Adapter
+from ..adapters.config import rank_and_alpha
 from ..adapters.dtypes import ITEMSIZE
 from ..adapters.safetensors import TensorReader, TensorRecord, tensor_records_of
 from ..checkpoint.coded import VERSION
@@ -194,14 +195,14 @@ def probe(limit: float | None, adapter: Adapter) -> Probe | AdapterError:
         return found
     with adapter.open() as tensors:
         subject = subject_of(adapter, tensors)
-        coded = subject.within(limit) if limit is not None and subject.modules else None
+        coded = subject.within(limit) if limit is not None and subject.norm else None
         smaller = limit is None or (coded is not None and len(coded.code) < adapter.layout.lora_bytes)
-        names = {m.name for m in subject.modules} if smaller else set()
+        names = {m.name for m in subject.modules} if subject.norm and smaller else set()
         exactly = [r for m in adapter.layout.modules if m.name not in names for r in (m.a, m.b)]
         kept = tuple(_kept(tensors, key, record) for key, record in adapter.layout.extras)
         lora = sum(_kept(tensors, "", record).stored for record in exactly)
-        curve = curve_of(subject) if subject.modules else None
-    is_coded, exact = bool(names), bool(subject.modules) and not smaller
+        curve = curve_of(subject)
+    is_coded, exact = bool(names), bool(subject.norm) and not smaller
     if coded is None or exact:
         return Probe(adapter.name, 0, 0.0, curve, kept, lora, is_coded, exact)
     error = relative_error(*(sum(getattr(e, part) for e in coded.errors.values()) for part in ("error", "norm")))
@@ -335,8 +336,8 @@ def _metadata(plan: Plan, s: _Sample, codes: float, *, common: Collection[Kind])
 def _statistics(adapter: Adapter) -> Statistics:
     config = json.loads(str(adapter.config)) if adapter.config is not None else {}
     sizes, digest = sum(f.size for f in adapter.files), int(_digest(adapter.name)[:6], 16)
-    lora, r, alpha = adapter.layout.lora_bytes, config.get("r", 8), config.get("lora_alpha", 8)
-    return Statistics(adapter.name, digest / 2**24, sizes, lora, True, r, alpha)
+    lora = adapter.layout.lora_bytes
+    return Statistics(adapter.name, digest / 2**24, sizes, lora, True, *rank_and_alpha(config))
 
 
 def _index(adapters: Sequence[Adapter], other: Adapter, length: int, *, common: Collection[Kind]) -> Index:

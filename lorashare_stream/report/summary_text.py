@@ -8,7 +8,7 @@ from ..checkpoint.config import SHAREConfig
 from ..checkpoint.format import PARTS, next_bytes, total_bytes
 from ..errors import CheckpointError
 from ..settings import asked
-from ..text import bytes_shown, listed
+from ..text import bytes_shown, counted, listed
 from .text import Row, rows_text
 
 
@@ -94,6 +94,9 @@ def _left_rows(ours: dict[str, Any]) -> list[Row]:
     pairs: list[Row] = [("worst adapters", listed(worst) or "none is compressed")]
     if ours["verbatim_adapters"]:
         pairs.append(("kept exact", f"{len(ours['verbatim_adapters'])}: {listed(ours['verbatim_adapters'])}"))
+    if kept := ours.get("verbatim_factors"):
+        each = [f"of {name} in {counted(n, 'adapter')}" for name, n in kept.items()]
+        pairs.append(("kept verbatim", f"LoRA tensors {listed(each)}, which are compressed but for these"))
     if ours["num_skipped"]:
         pairs.append(("left out", f"{ours['num_skipped']}, with reasons in skipped.json"))
     return pairs

@@ -28,27 +28,24 @@ def _encoded(job: Job, task: Admitted, tensors: TensorReader) -> Stored:
     adapter = task.adapter
     subject = subject_of(adapter, tensors)
     every = list(adapter.layout.by_name)
-    if not subject.modules:
+    if not subject.norm:  # dW, being zero, tells nothing of its factors
         return Stored(b"", {}, every, [])
     limit = job.settings.max_error
     coded = subject.at(job.step) if limit is None else subject.within(limit)
     beyond = coded is not None and any(e.error == inf for e in coded.errors.values())  # the range of its dtypes
     if coded is None or beyond or len(coded.code) >= adapter.layout.lora_bytes:
         return Stored(b"", {}, every, [])
-    exact = [name for name in every if name not in coded.errors]
-    return Stored(coded.code, coded.errors, exact, [list(m) for m in subject.modules])
+    return Stored(coded.code, coded.errors, [], [list(m) for m in subject.modules])
 
 
 def subject_of(adapter: Adapter, tensors: TensorReader) -> Subject:
-    """An adapter as the codec takes it, but for modules with scale 0, whose dW tells nothing of their factors."""
-    scaled = zip(adapter.layout.modules, adapter.scalings, strict=True)
+    """An adapter as the codec takes it."""
     modules = {
         m.name: CodedModule(m.name, m.rank, m.dim("B"), m.dim("A"), p.scale, p.experts, m.b.dtype, m.a.dtype)
-        for m, p in scaled
-        if p.scale
+        for m, p in zip(adapter.layout.modules, adapter.scalings, strict=True)
     }
     batches = []
-    for batch in adapter.batches_of(modules):
+    for batch in adapter.module_batches:
         read = batch.read(tensors)
         of_batch = [modules[name] for name in batch.names]
         batches.append(Batch(of_batch, read["A"], read["B"], adapter.scalings_of(batch.names)))

@@ -39,26 +39,16 @@ class Formed:
 def formed(job: Job, task: Admitted, tensors: TensorReader) -> Formed:
     """The modules of an adapter as they are stored, with the errors of what is stored.
 
-    An adapter whose dW is zero takes no part in bases, but is stored as others are if its dW is exactly zero then, as
-    it is where A or B or the scale is; else, or if there are no bases for it, all of it is kept verbatim.
+    An adapter whose dW is zero takes no part in bases, and dW tells nothing of its factors: they are kept verbatim.
 
     Raises:
         AdapterError: if what comes back is beyond the range of the storage dtype.
     """
-    adapter, vanishes = task.adapter, not job.shares(task.admission)
-    exact = Formed(exact=list(adapter.layout.by_name))
-    if not adapter.layout.modules:
-        return exact
+    adapter = task.adapter
+    if not adapter.layout.modules or not job.shares(task.admission):
+        return Formed(exact=list(adapter.layout.by_name))
     components = components_at(job.components, job.basis_key, job.settings.memory, job.device)
-    if vanishes and not _has_bases(components, adapter):
-        return exact
-    found = _on_bases(components, job.storage, adapter, tensors)
-    return exact if vanishes and any(e.error > 0 for e in found.errors.values()) else found
-
-
-def _has_bases(components: Components, adapter: Adapter) -> bool:
-    groups = [(group_id(m.name, side), m.dim(side)) for m in adapter.layout.modules for side in SIDES]
-    return all(group in components and components.shape(group)[0] == d for group, d in groups)
+    return _on_bases(components, job.storage, adapter, tensors)
 
 
 def _on_bases(components: Components, storage: str, adapter: Adapter, tensors: TensorReader) -> Formed:

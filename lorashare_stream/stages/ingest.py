@@ -97,7 +97,10 @@ def _scan(adapter: Adapter, tensors: TensorReader, *, weigh: bool) -> tuple[floa
             found = grams_of(adapter.scaling(modules[0]), rows, side)  # (m, E, r, r)
             grams |= {(side, module): own for module, own in zip(modules, found, strict=True)}
     whole_digest = digest_files(adapter.paths) if adapter.pickled else digest.hexdigest()
-    return _energy(adapter, grams) if weigh else 0.0, tuple(notes), whole_digest
+    energy = _energy(adapter, grams) if weigh else 0.0
+    if weigh and not energy and adapter.layout.modules:
+        notes.append("kept exact, since dW is 0 and tells nothing of lora_A and lora_B")
+    return energy, tuple(notes), whole_digest
 
 
 def _energy(adapter: Adapter, grams: Mapping[tuple[Side, str], Float64]) -> float:

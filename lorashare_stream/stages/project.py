@@ -34,7 +34,7 @@ class Stored:
     Attributes:
         content: of its file.
         errors: of every module that is stored in it.
-        exact: modules that are kept verbatim though others are not.
+        exact: modules that are kept verbatim though they could be in it: all or none.
         layout: what a decoder must know of its modules, if the file does not tell.
     """
 
@@ -125,9 +125,7 @@ def _write_verbatim(adapter: Adapter, tensors: TensorReader, folder: Path, exact
 def _meta(job: Job, task: Admitted, stored: Stored, verbatim: list[str], digests: dict[str, str]) -> dict[str, Any]:
     adapter, admission, errors = task.adapter, task.admission, stored.errors
     norm = sum(e.norm for e in errors.values())
-    coded = stored.layout is not None
-    measured = list(errors) if coded or job.shares(admission) else []  # what vanishes has no error
-    worst = max(measured, key=lambda m: errors[m].relative, default=None)
+    worst = max(errors, key=lambda m: errors[m].relative, default=None)
     ours = {
         "basis_digest": job.basis_key,
         "source_id": admission.source_id,
@@ -149,7 +147,7 @@ def _meta(job: Job, task: Admitted, stored: Stored, verbatim: list[str], digests
             "repo": hub.repo, "revision": hub.revision, "subfolder": hub.subfolder,
             "gated": told.gated, "private": told.private, "license": told.license,
         }  # fmt: skip
-    if coded:
+    if stored.layout is not None:
         ours["layout"] = stored.layout
     return {
         "adapter_name": adapter.name,

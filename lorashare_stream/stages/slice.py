@@ -188,8 +188,7 @@ def _lost(
 
 
 def _sliced_facts(ours: dict[str, Any], lost: dict[str, DeltaError], basis_key: str) -> dict[str, Any]:
-    measured = lost if ours["worst_module"] is not None else {}  # of what vanishes, nothing is lost
-    worst = max(measured, key=lambda m: lost[m].relative, default=None)
+    worst = max(lost, key=lambda m: lost[m].relative, default=None)
     norm = ours["delta_norm"] ** 2
     error = ours["relative_error"] ** 2 + (sum(e.error for e in lost.values()) / norm if norm > 0 else 0.0)
     return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -142,13 +142,13 @@ def _number(value: object) -> float | None:
 def _verdict(model: Checkpoint, name: str, adapter: Adapter, certified: float | None) -> Verdict:
     tensors = model.reconstruct(name)
     with adapter.open() as originals:
-        errors = _module_errors(adapter, originals, tensors, coded=bool(model.config.coded))
         kept = model.certified(name).get("verbatim")
         kept = kept if isinstance(kept, list) else []
+        lossy = [m.name for m in adapter.layout.modules if factor_key(m.name, "A") not in kept]
+        errors = _module_errors(adapter, lossy, originals, tensors, coded=bool(model.config.coded))
         problem = _verbatim_fault(adapter, originals, tensors, kept)
     total = relative_error(sum(e.error for e in errors.values()), sum(e.norm for e in errors.values()))
-    vanishes = name in model.config.ours.get("verbatim_adapters", ())  # its dW is exact, and no error of others
-    worst = None if vanishes else max(errors, key=lambda m: errors[m].relative, default=None)
+    worst = max(errors, key=lambda m: errors[m].relative, default=None)
     rounding = ROUNDING.get(str(model.config.ours.get("dtype")), 0.0) if "estimated" in model.certified(name) else 0.0
     allowed = EXACTLY[0] * total + EXACTLY[1] if model.config.coded else TOLERANCE + rounding
     if problem is None and certified is not None and not abs(total - certified) <= allowed:
@@ -161,16 +161,16 @@ def _verdict(model: Checkpoint, name: str, adapter: Adapter, certified: float | 
 
 
 def _module_errors(
-    adapter: Adapter, originals: TensorReader, tensors: Tensors, *, coded: bool
+    adapter: Adapter, modules: Sequence[str], originals: TensorReader, tensors: Tensors, *, coded: bool
 ) -> dict[str, DeltaError]:
-    """The error of each module; what is `coded` has another gauge than its original."""
+    """The error of each of some modules; what is `coded` has another gauge than its original."""
     for module in adapter.layout.modules:
         for side in SIDES:
             key = factor_key(module.name, side)
             if key not in tensors or tuple(tensors[key].shape) != tuple(module.record(side).shape):
                 raise StreamError("a tensor is missing, or has another shape", key=key)
     measure, found = errors_of_products if coded else delta_errors, dict[str, DeltaError]()
-    for batch in adapter.batches_of(adapter.layout.by_name):
+    for batch in adapter.batches_of(modules):
         read = batch.read(originals)
         a_hat, b_hat = (np.stack([as_array(tensors[factor_key(name, side)]) for name in batch.names]) for side in SIDES)
         each = measure(read["A"], read["B"], a_hat, b_hat, adapter.scalings_of(batch.names))
