@@ -64,7 +64,10 @@ def made_pages(root: Path) -> dict[str, Path]:
         assert main(["report", str(checkpoint), "-o", str(made[name])]) == 0
         assert time.monotonic() - begun < 120
     made["coded"], coded = root / "coded.html", str(root / "coded")
-    assert main(["compress", *make_collection(root / "in", 6), "-o", coded, "--max-error", "0.2", "-q"]) == 0
+    folders = make_collection(root / "in", 6)
+    (Path(folders[3]) / "adapter_config.json").write_text("{")
+    command = ["compress", *folders, "-o", coded, "--max-error", "0.2", "-q", "--on-error", "skip"]
+    assert main(command) == 3
     assert main(["report", coded, "-o", str(made["coded"])]) == 0
     return made
 
@@ -222,6 +225,23 @@ def test_kinds_and_depths() -> None:
     assert kind_and_depth("a." + "9" * 5000 + ".b") == ("b", None)
 
 
+def test_the_page_of_a_coded_checkpoint_has_errors_bytes_the_worst_and_what_was_left_out(
+    browser: Browser, pages: dict[str, Path]
+) -> None:
+    browser.open(pages["coded"], 1200)
+    shown = browser.value("document.body.innerText")
+    titles = ("Distribution", "The worst 5 of 5", "By part", "Error against bytes, adapter by adapter")
+    for text in (*titles, "asked for: a relative dW error of at most 0.2", "an adapter", "its worst module"):
+        assert text in shown
+    left_out = shown[shown.index("Adapters that were left out") : shown.index("Provenance")]
+    assert "1 adapter, by reason." in left_out
+    assert "adapter_config.json" in left_out
+    cells = browser.value("[...document.querySelectorAll('.two td.n')].slice(0, 5).map(e => e.innerText)")
+    worst = [float(text) for text in cells]
+    assert 0.2 >= worst[0] > worst[-1] > 0
+    assert worst == sorted(worst, reverse=True)
+
+
 @pytest.mark.parametrize("name", ["one", "many", "coded"])
 def test_figures_have_no_ids_and_no_colours_of_their_own(pages: dict[str, Path], name: str) -> None:
     """Several share a page, in a light or a dark window; and each says what it shows."""
@@ -275,7 +295,7 @@ sys.exit(main(["report", sys.argv[1], "-o", sys.argv[2]]))
     command = [sys.executable, "-c", code, str(checkpoint), str(tmp_path / "r.html")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert "matplotlib, which is not here. Install it by: pip install 'lorashare-stream[report]'." in done.stderr
+    assert "there is no matplotlib. Install both by: pip install jinja2 matplotlib" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "r.html").exists()
 

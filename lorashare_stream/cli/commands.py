@@ -178,8 +178,8 @@ def report(args: Args) -> int:
     except ModuleNotFoundError as e:
         if e.name not in ("jinja2", "matplotlib"):
             raise
-        remedy = "Install it by: pip install 'lorashare-stream[report]'."
-        raise UsageError(f"a report is made by {e.name}, which is not here", remedy=remedy) from e
+        remedy = "Install both by: pip install jinja2 matplotlib (the extra `report` of this package)."
+        raise UsageError(f"a report is drawn by jinja2 and matplotlib, and there is no {e.name}", remedy=remedy) from e
     from ..report.statistics import findings_of
 
     content = page(findings_of(place_of(args["checkpoint"], local_files_only="offline" in args))).encode()

@@ -246,6 +246,6 @@ def spectrum(kind: str, bases: Sequence[Basis], floor: float, most: int) -> tupl
         low, mean, high = (how(table[:, at], 0).clip(floor, 1) for how in (np.nanmin, np.nanmean, np.nanmax))
         if len(rows) > 1:
             axes.fill(np.append(at, at[::-1]) + 1, np.append(low, high[::-1]), color=colour, alpha=0.18)
-        axes.plot(np.append(at, at[-1]) + 1, np.append(mean, mean[-1]), color=colour, linewidth=2)
+        axes.plot(np.append(at, at[-1]) + 1, np.append(mean, mean[-1]), color=colour, linewidth=2 if len(at) > 1 else 6)
     label = f"Eigenvalue spectra of {printable(kind, 40)}, sides A and B, {counted(len(bases), 'group')}, log scale"
     return figure, "spectrum", label

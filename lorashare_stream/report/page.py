@@ -122,7 +122,7 @@ def _heatmaps(kinds: Mapping[str, Sequence[Basis]]) -> dict[str, Any]:
         if some.size
     ]
     names = ["none" if depth < 0 else str(depth) for depth in depths[::step]]
-    return {"maps": maps, "depths": names, "every": math.ceil(len(names) / 10)}
+    return {"maps": maps, "depths": names, "every": 1 if len(names) <= 12 else math.ceil(len(names) / 6)}
 
 
 def _table(kinds: Mapping[str, Sequence[Basis]]) -> list[tuple[str, Side, dict[str, str]]]:
@@ -135,7 +135,7 @@ def _table(kinds: Mapping[str, Sequence[Basis]]) -> list[tuple[str, Side, dict[s
                 share = sum(b.energy for b in some) / total[side] if total[side] else 0.0
                 least, mean = min(b.explained for b in some), np.mean([b.explained for b in some])
                 facts = {"groups": str(len(some))} | {name: _range([getattr(b, name) for b in some]) for name in "dnk"}
-                facts |= {"energy": f"{share:.1%}", "explained, mean": f"{mean:.4f}", "least": f"{least:.4f}"}
+                facts |= {"energy": f"{100 * share:.1f} %", "explained, mean": f"{mean:.4f}", "least": f"{least:.4f}"}
                 rows.append((kind, side, facts))
     return rows
 
