@@ -90,7 +90,7 @@ assert main(["plan", *sys.argv[2:], "-k", "4", "--device", "cpu"]) == 0
 assert "zarr" not in sys.modules
 assert main(["compress", *sys.argv[2:], "-o", sys.argv[1], "-k", "4", "-q", "--device", "cpu", "--workers", "2"]) == 0
 print([t.name for t in threading.enumerate() if t.name.startswith(("zarr", "asyncio"))])  # else it could not fork
-print({"peft", "transformers", "torch", "huggingface_hub", "dask"} & set(sys.modules))
+print({"peft", "transformers", "torch", "huggingface_hub", "dask", "jinja2", "matplotlib"} & set(sys.modules))
 """
     assert run(code, str(tmp_path / "out"), *collection).endswith("[]\nset()\n")
 
@@ -102,7 +102,7 @@ from lorashare_stream.cli.app import main
 try:
     main(["--help"])
 except SystemExit:
-    print({"torch", "numpy", "scipy", "zarr", "yaml", "tqdm"} & set(sys.modules))
+    print({"torch", "numpy", "scipy", "zarr", "yaml", "tqdm", "jinja2", "matplotlib"} & set(sys.modules))
 """
     assert run(code).endswith("set()\n")
 

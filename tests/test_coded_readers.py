@@ -184,7 +184,14 @@ def test_the_page_of_a_coded_checkpoint(mixed: Path, tmp_path: Path) -> None:
         assert f"{config.ours['errors'][key]:.4f}" in text
     for worst in config.ours["errors"]["worst"]:
         assert worst["name"] in text
-    for what in (config.coded["index"], config.ours["digest"], "A coded checkpoint", "at most 0.2", "Times smaller"):
+    for what in (
+        config.coded["index"],
+        config.ours["digest"],
+        "A coded checkpoint",
+        "at most 0.2",
+        "Error against bytes",
+        "Times smaller",
+    ):
         assert what in text
     shown = re.sub("<style>.*?</style>", "", text, flags=re.DOTALL)
     assert not re.search("spectr[ua] by|loadings|eigenvalue|k = |bases by|SHARE checkpoint", shown, re.IGNORECASE)

@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
 
 from lorashare_stream.checkpoint.location import Folder
 from lorashare_stream.cli.app import main
-from lorashare_stream.report.markup import element
+from lorashare_stream.report import charts
 from lorashare_stream.report.page import page
 from lorashare_stream.report.statistics import curve_of, findings_of, kind_and_depth
 
@@ -26,7 +30,7 @@ from .fakehub import FakeHub, patched
 from .synthetic import synthetic
 
 FIGURES = ["histogram", "bytes", "tradeoff", "spectrum", "heat.k", "heat.explained"]
-OF_CODED = ["histogram", "bytes"]
+OF_CODED = ["histogram", "bytes", "cloud"]
 EVIL = ["<script>alert(1)<", "q\"uo'te onload=alert(1)", "rtl\u202eevil", "&lt;b&gt;", "x" * 190, "שלום"]
 Compress = Callable[..., Path]
 Capture = pytest.CaptureFixture[str]
@@ -60,7 +64,10 @@ def made_pages(root: Path) -> dict[str, Path]:
         assert main(["report", str(checkpoint), "-o", str(made[name])]) == 0
         assert time.monotonic() - begun < 120
     made["coded"], coded = root / "coded.html", str(root / "coded")
-    assert main(["compress", *make_collection(root / "in", 6), "-o", coded, "--max-error", "0.2", "-q"]) == 0
+    folders = make_collection(root / "in", 6)
+    (Path(folders[3]) / "adapter_config.json").write_text("{")
+    command = ["compress", *folders, "-o", coded, "--max-error", "0.2", "-q", "--on-error", "skip"]
+    assert main(command) == 3
     assert main(["report", coded, "-o", str(made["coded"])]) == 0
     return made
 
@@ -78,7 +85,7 @@ def spoil(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["one", "many", "evil", "coded"])
-@pytest.mark.parametrize("width", [390, 1200])
+@pytest.mark.parametrize("width", [360, 1200])
 def test_a_browser_shows_every_figure_and_asks_for_nothing(
     browser: Browser, pages: dict[str, Path], name: str, width: int
 ) -> None:
@@ -87,11 +94,11 @@ def test_a_browser_shows_every_figure_and_asks_for_nothing(
         browser.value(f"document.querySelectorAll('details').forEach(d => {{ d.open = {json.dumps(opened)} }})")
         assert browser.value("document.documentElement.scrollWidth") <= width, "the page can be moved sideways"
     for figure in OF_CODED if name == "coded" else FIGURES:
-        boxes = f"[...document.querySelectorAll('svg.fig.{figure}')].map(e => e.getBoundingClientRect())"
+        boxes = f"[...document.querySelectorAll('.fig.{figure}')].map(e => e.getBoundingClientRect())"
         sizes = browser.value(f"{boxes}.map(r => [r.left, r.right, r.width, r.height])")
         assert sizes, figure
         assert all(x >= 0 and end <= width and w > 250 and h > 60 for x, end, w, h in sizes), (figure, sizes)
-        drawn = f"[...document.querySelectorAll('svg.fig.{figure} :is(rect, path, circle)')]"
+        drawn = f"[...document.querySelectorAll('.fig.{figure} :is(path, td, .bar i)')]"
         assert browser.value(f"{drawn}.filter(e => e.getBoundingClientRect().width > 0).length") > 0, figure
     outside = """[...document.querySelectorAll('svg.fig text')].filter(t => {
         const a = t.ownerSVGElement.getBoundingClientRect(), b = t.getBoundingClientRect();
@@ -106,10 +113,9 @@ def test_a_browser_shows_every_figure_and_asks_for_nothing(
 @pytest.mark.parametrize("name", ["one", "many", "coded"])
 def test_text_can_be_read_on_a_phone(browser: Browser, pages: dict[str, Path], name: str) -> None:
     browser.open(pages[name], 390)
-    heights = (
-        """[...document.querySelectorAll('svg text')].map(t => t.getBoundingClientRect().height).filter(h => h > 0)"""
-    )
-    assert min(browser.value(heights)) >= 11  # of a line, of letters of about 10
+    letters = "[...document.querySelectorAll('svg text, .fig div:not(.bar), .fig th, .fig caption')]"
+    heights = browser.value(f"{letters}.map(t => t.getBoundingClientRect().height).filter(h => h > 0)")
+    assert min(heights) >= 11  # of a line, of letters of about 10
 
 
 def test_the_dark_page_is_dark(browser: Browser, pages: dict[str, Path]) -> None:
@@ -219,10 +225,79 @@ def test_kinds_and_depths() -> None:
     assert kind_and_depth("a." + "9" * 5000 + ".b") == ("b", None)
 
 
-def test_elements_escape_all_that_is_no_element() -> None:
-    assert str(element("td", "<b>", element("i", "&"), class_="a\"'")) == (
-        '<td class="a&quot;&#x27;">&lt;b&gt;<i>&amp;</i></td>'
-    )
+def test_the_page_of_a_coded_checkpoint_has_errors_bytes_the_worst_and_what_was_left_out(
+    browser: Browser, pages: dict[str, Path]
+) -> None:
+    browser.open(pages["coded"], 1200)
+    shown = browser.value("document.body.innerText")
+    titles = ("Distribution", "The worst 5 of 5", "By part", "Error against bytes, adapter by adapter")
+    for text in (*titles, "asked for: a relative dW error of at most 0.2", "an adapter", "its worst module"):
+        assert text in shown
+    left_out = shown[shown.index("Adapters that were left out") : shown.index("Provenance")]
+    assert "1 adapter, by reason." in left_out
+    assert "adapter_config.json" in left_out
+    cells = browser.value("[...document.querySelectorAll('.two td.n')].slice(0, 5).map(e => e.innerText)")
+    worst = [float(text) for text in cells]
+    assert 0.2 >= worst[0] > worst[-1] > 0
+    assert worst == sorted(worst, reverse=True)
+
+
+@pytest.mark.parametrize("name", ["one", "many", "coded"])
+def test_figures_have_no_ids_and_no_colours_of_their_own(pages: dict[str, Path], name: str) -> None:
+    """Several share a page, in a light or a dark window; and each says what it shows."""
+    figures = re.findall(r'<svg class="fig.*?</svg>', pages[name].read_text(), re.DOTALL)
+    assert len(figures) >= 2
+    for figure in figures:
+        assert 'role="img" aria-label="' in figure
+        assert re.findall(r"(?:fill|stroke): var\(--[a-z]+\)", figure)
+        for foreign in (" id=", "href", "#", "font-family", "<style", "nan"):
+            assert foreign not in figure, foreign
+
+
+def test_figures_are_the_same_whatever_matplotlib_is_told_and_in_threads() -> None:
+    values = np.linspace(0.1, 0.3, 40)
+    drawn = charts.histogram(values)
+    with matplotlib.rc_context({"axes.facecolor": "red", "font.size": 30, "lines.linewidth": 9}):
+        assert charts.histogram(values) == drawn
+        assert matplotlib.rcParams["font.size"] == 30
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(charts.histogram, [values] * 8)) == {drawn}
+
+
+@pytest.mark.parametrize("values", [[0.0], [0.3], [0.25] * 40, [1e-7, 0.5], [1e-3, 0.5, 0.9], list(range(1, 90))])
+def test_a_histogram_has_every_adapter_and_names_its_axes(values: list[float]) -> None:
+    drawn = charts.histogram(np.array(values, dtype=float))
+    assert sum(map(int, re.findall(r"<title>[^<]*: (\d+) adapters?</title>", drawn))) == len(values)
+    texts = re.findall(r">([^<>]+)</text>", drawn)
+    assert len([text for text in texts if re.fullmatch(r"[\d.e-]+", text)]) >= 4, texts
+    assert ("relative dW error, log scale" in texts) == (0 < values[0] * 100 < values[-1])
+
+
+def test_a_cloud_does_not_grow_with_the_adapters() -> None:
+    rng = np.random.default_rng(0)
+    drawn = {}
+    for count in (1, 50, 10_000):
+        times, errors = rng.gamma(9, 4, count), np.sort(rng.uniform(0, 0.4, count))[::-1]
+        drawn[count] = charts.cloud(times, errors, 2 * errors, 0.4)
+        dots = min(count, charts.DOTS)
+        assert len(re.findall(r"M (\S+) (\S+) L \1 \2(?=[ \"])", drawn[count])) == 2 * dots
+    assert len(drawn[10_000]) < 60_000
+
+
+def test_a_report_says_what_it_lacks(tmp_path: Path) -> None:
+    checkpoint = synthetic(tmp_path / "out", ["a"], depths=1)
+    code = """
+import sys
+sys.modules["matplotlib"] = None
+from lorashare_stream.cli.app import main
+sys.exit(main(["report", sys.argv[1], "-o", sys.argv[2]]))
+"""
+    command = [sys.executable, "-c", code, str(checkpoint), str(tmp_path / "r.html")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "there is no matplotlib. Install both by: pip install jinja2 matplotlib" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "r.html").exists()
 
 
 def test_a_checkpoint_on_the_hub(

@@ -168,14 +168,20 @@ def info(args: Args) -> int:
 
 def report(args: Args) -> int:
     """`report`: a page of pictures of what a checkpoint says of itself."""
-    from ..report.page import page
-    from ..report.statistics import findings_of
-
     out = Path(args["output"])
     if out.suffix.lower() not in (".html", ".htm"):
         raise UsageError("a report is an .html file", found=out, expected="a name that ends in .html")
     if not out.absolute().parent.is_dir():
         raise UsageError("no folder for the report", found=out.parent, remedy="Make it, or name another.")
+    try:
+        from ..report.page import page
+    except ModuleNotFoundError as e:
+        if e.name not in ("jinja2", "matplotlib"):
+            raise
+        remedy = "Install both by: pip install jinja2 matplotlib (the extra `report` of this package)."
+        raise UsageError(f"a report is drawn by jinja2 and matplotlib, and there is no {e.name}", remedy=remedy) from e
+    from ..report.statistics import findings_of
+
     content = page(findings_of(place_of(args["checkpoint"], local_files_only="offline" in args))).encode()
     with atomic_file(out) as f:
         f.write(content)

@@ -1,22 +1,27 @@
-"""The page of a checkpoint: one HTML file, without scripts and without anything that is fetched."""
+"""The page of a checkpoint: one HTML file by jinja2, without scripts and without anything that is fetched."""
 
 from __future__ import annotations
 
-import numpy as np
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateRuntimeError
+from markupsafe import Markup
+
+from ..adapters.keys import SIDES, Side
 from ..checkpoint.format import PARTS
 from ..errors import CheckpointError
 from ..settings import asked
-from ..text import bytes_shown, counted, printable
+from ..text import bytes_shown, counted, listed, printable
 from ..version import __version__
-from .charts import bytes_bars, histogram, tradeoff
-from .markup import Html, element, joined
-from .page_parts import bases_part, provenance_part, skipped_part, table
-from .page_style import STYLE
-from .statistics import PageData, curve_of, parts_of
+from . import charts
+from .statistics import Basis, PageData, curve_of, parts_of
 
-WORST, SEEN = 20, 8  # adapters that are named, and those that are seen at once
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+_KINDS = 12  # of modules that are drawn
+_DEPTHS = 96  # columns
+_ROWS = 50  # of a table, by two sides
 
 
 def page(found: PageData) -> str:
@@ -25,219 +30,124 @@ def page(found: PageData) -> str:
     Raises:
         CheckpointError: if what was recorded makes no sense.
     """
+    loader = PackageLoader("lorashare_stream.report", "")
+    made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, finalize=_clean, trim_blocks=True,
+                       lstrip_blocks=True)  # fmt: skip
+    made.filters |= {"bytes": bytes_shown, "printable": printable, "counted": counted, "listed": listed}
     try:
-        return _page(found)
-    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
+        return made.get_template("page.html.j2").render(_context(found))
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, TemplateRuntimeError) as e:
         raise CheckpointError("the figures of the checkpoint cannot be drawn", found=f"{type(e).__name__}: {e}") from e
 
 
-def _page(found: PageData) -> str:
-    count = _many(len(found.config.adapter_names), "LoRA adapter")
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", name="color-scheme", content="light dark"),
-        element("link", rel="icon", href="data:,"),
-        element("title", f"{count} of {_base(found)}"),
-        element("style", Html(STYLE)),
-    )
-    main = element(
-        "main",
-        element("h1", f"{count} of ", element("bdi", _base(found))),
-        element("p", _lead(found), class_="soft"),
-        _tiles(found),
-        _notes(found),
-        _errors_part(found),
-        _bytes_part(found),
-        *([] if found.coded else [bases_part(found)]),
-        skipped_part(found),
-        provenance_part(found),
-        element("footer", f"Made by lorashare-stream {__version__} from what the checkpoint records; nothing in this "
-                "page is fetched, and no script runs."),
-    )  # fmt: skip
-    return f"<!doctype html>\n{element('html', head, element('body', main), lang='en')}\n"
+def _clean(value: object) -> object:
+    """What the template shows of a value: no control character, and no mark that turns the order of text around."""
+    return printable(value, 10_000) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def _many(count: int, thing: str) -> str:
-    return counted(count, thing).replace(str(count), f"{count:,}", 1)
+def _context(found: PageData) -> dict[str, Any]:
+    errors, ours = found.errors, found.ours
+    kinds = _kinds(found.bases)
+    return {
+        "found": found, "ours": ours, "sizes": found.sizes, "parts": parts_of(found.config), "version": __version__,
+        "names": found.config.adapter_names, "asked": asked(ours["settings"]) if found.coded else (),
+        "k": sorted({basis.k for basis in found.bases}), "each": sum(found.sizes[part] for part in PARTS[1:]),
+        "errors": errors, "median": np.median(errors) if len(errors) else 0,
+        "p95": np.quantile(errors, 0.95) if len(errors) else 0,
+        "histogram": charts.histogram(errors) if len(errors) else "",
+        "tradeoff": _cloud(found) if found.coded else _tradeoff(found),
+        "num_kinds": len(kinds), "kinds": _table(kinds), "spectra": _spectra(kinds), "heat": _heatmaps(kinds),
+        "num_skipped": max(int(ours["num_skipped"]), len(found.skipped)),
+        "reasons": _reasons(found.skipped),
+        "licences": [f"{name} ({n})" for name, n in found.origins.licenses.most_common()],
+    }  # fmt: skip
 
 
-def _base(found: PageData) -> str:
-    return printable(found.base_model or "a base model that is not named", 120)
+def _cloud(found: PageData) -> dict[str, Any] | None:
+    """Error against bytes of a coded checkpoint."""
+    coded = [adapter for adapter in found.certified if adapter.times]
+    if not coded:
+        return None
+    times, errors, worst = np.array([(adapter.times, adapter.error, adapter.worst_error) for adapter in coded]).T
+    limit = found.ours["settings"].get("max_error")
+    figure = charts.cloud(times, errors, worst, None if limit is None else float(limit))
+    return {"figure": figure, "drawn": min(charts.DOTS, len(coded))}
 
 
-def _lead(found: PageData) -> str:
-    k = sorted(basis.k for basis in found.bases)
-    kept = len(found.config.adapter_names) - len(found.certified)
-    if found.coded:
-        wanted = "; asked for: ".join(["", *asked(found.ours["settings"])])
-        text = f"A coded checkpoint: each adapter is coded alone, and decodes without any other{wanted}"
-        return text + (f"; {counted(kept, 'adapter')} kept exact." if kept else ".")
-    text = f"A SHARE checkpoint: {len(k)} shared {'basis' if len(k) == 1 else 'bases'}"
-    text += "" if not k else f" with k = {k[0]}" if k[0] == k[-1] else f" with k from {k[0]} to {k[-1]}"
-    return text + (f"; {counted(kept, 'adapter')} kept exact." if kept else ".")
-
-
-def _tiles(found: PageData) -> Html:
-    originals, total = found.sizes["originals"], found.total
-    each = sum(found.sizes[part] for part in PARTS[1:]) / max(len(found.config.adapter_names), 1)
-    tiles = [
-        ("on disk", bytes_shown(total), f"originals {bytes_shown(originals)}"),
-        ("ratio", f"{originals / total:.2f}\u00d7" if total else "-", "originals over checkpoint, on disk"),
-        ("next adapter costs", bytes_shown(each), f"mean {', '.join(parts_of(found.config)[-3:])}"),
-    ]
-    if found.certified:
-        errors = found.errors
-        tiles += [
-            ("mean error", f"{errors.mean():.4f}", f"median {np.median(errors):.4f}"),
-            ("p95 error", f"{np.quantile(errors, 0.95):.4f}", "of relative dW error"),
-            ("worst error", f"{errors[0]:.4f}", printable(found.certified[0].name, 40)),
-        ]
-    cells = [
-        element("div", element("dt", name), element("dd", value, element("small", element("bdi", more))))
-        for name, value, more in tiles
-    ]
-    return element("dl", *cells, class_="tiles")
-
-
-def _notes(found: PageData) -> Html:
-    """What a reader should know before the figures are believed."""
-    ours, notes = found.ours, []
-    if ours.get("cut_from"):
-        notes.append(f"Cut from k = {ours['cut_from']}: the errors follow from those there, and were not measured.")
-    if projected := len(ours.get("projected", ())):
-        notes.append(f"{counted(projected, 'adapter')} added since the bases were fitted, and not in them.")
-    if removed := len(ours.get("removed", ())):
-        notes.append(f"{counted(removed, 'adapter')} taken out since the bases were fitted, and still in them.")
-    if found.certified and found.errors.mean() > 0.5 and not found.coded:
-        notes.append("The mean error is large: these adapters share little at this k.")
-    shared = found.sizes["basis"] + found.sizes["loadings"]
-    if shared > found.sizes["lora"] > 0:
-        notes.append(f"The shared form, {bytes_shown(shared)}, is larger than the LoRA tensors it stands for, "
-                     f"{bytes_shown(found.sizes['lora'])}.")  # fmt: skip
-    return element("ul", *[element("li", note) for note in notes], class_="notes") if notes else Html("")
-
-
-def _errors_part(found: PageData) -> Html:
-    title = element("h2", "Error over the adapters")
-    if not found.certified:
-        return joined(title, element("p", "No adapter is compressed: all are kept exact.", class_="soft"))
-    text = (
-        "The relative error of an adapter is the Frobenius norm of what its weight change dW lost, over that of dW, "
-        "over all its compressed modules, of the values that are stored. Adapters kept exact are not counted."
-    )
-    figure = element("figure", histogram(found.errors), element("figcaption", text))
-    left = element("div", element("h3", "Distribution"), figure)
-    return joined(title, element("div", left, element("div", *_worst(found)), class_="two"))
-
-
-def _worst(found: PageData) -> list[Html]:
-    """The worst adapters: some to be seen, more on demand."""
-    top = found.certified[0].error or 1.0
-    rows = [
-        (
-            joined(
-                element("bdi", printable(adapter.name, 90)),
-                element(
-                    "small", f"{adapter.worst_error:.4f} in ", element("bdi", printable(adapter.worst_module, 120))
-                ),
-            ),
-            joined(_meter(adapter.error / top), f"{adapter.error:.4f}"),
-        )
-        for adapter in found.certified[:WORST]
-    ]
-    first, count = rows[:SEEN], len(found.certified)
-    name = "The only one" if count == 1 else f"The worst {len(first)} of {count:,}"
-    header = ("adapter, worst module", "error")
-    listing = [element("h3", name), table(header, first, numbers=(1,))]
-    if rows[SEEN:]:
-        more = element("summary", f"The next {len(rows) - SEEN}")
-        listing.append(element("details", more, table(header, rows[SEEN:], numbers=(1,))))
-    return listing
-
-
-def _meter(share: float) -> Html:
-    return element("span", element("i", style=f"width:{100 * share:.0f}%"), class_="meter", aria_hidden="true")
-
-
-def _bytes_part(found: PageData) -> Html:
-    total = found.total
-    rows: list[tuple[object, ...]] = [
-        (
-            element("span", element("i", class_=part), part, class_="whole"),
-            bytes_shown(size),
-            f"{100 * size / total:.1f} %" if total else "",
-            what,
-        )
-        for part in parts_of(found.config)
-        for size, what in ((found.sizes[part], _WHAT[part]),)
-    ]
-    rows.append(("checkpoint", bytes_shown(total), "100 %", "all of these"))
-    size = found.sizes["originals"]
-    rows.append(
-        ("originals", bytes_shown(size), f"{100 * size / total:.0f} %" if total else "", "the files as they came")
-    )
-    left = element(
-        "div",
-        element("h3", "By part"),
-        element("figure", bytes_bars(found.sizes)),
-        table(("part", "bytes on disk", "share", "what it is"), rows, numbers=(1, 2)),
-    )
-    right = _times(found) if found.coded else _tradeoff(found)
-    return joined(element("h2", "Bytes, and what they buy"), element("div", left, right, class_="two"))
-
-
-_WHAT = {
-    "basis": "components that all share",
-    "loadings": "coordinates of each adapter",
-    "codes": "each adapter on its own",
-    "verbatim": "what is kept as it came",
-    "metadata": "configurations, figures, and where things lie",
-}
-
-
-def _times(found: PageData) -> Html:
-    """How much smaller each adapter is."""
-    times = np.array([adapter.times for adapter in found.certified if adapter.times])
-    title = element("h3", "Times smaller, adapter by adapter")
-    if not len(times):
-        return element("div", title, element("p", "No adapter has a code.", class_="soft"))
-    text = (
-        "The LoRA bytes of an adapter over the bytes of its code, of adapters whose weight change dW is not zero. A "
-        "flat spectrum of dW needs the most bytes for an error, whatever the rank."
-    )
-    return element("div", title, element("figure", histogram(times, "times smaller"), element("figcaption", text)))
-
-
-def _tradeoff(found: PageData) -> Html:
+def _tradeoff(found: PageData) -> dict[str, Any] | None:
+    """Error against bytes of a SHARE checkpoint, for each smaller k."""
     if not found.bases:
-        nothing = element("p", "Nothing is shared: there is no k to choose.", class_="soft")
-        return element("div", element("h3", "Error against bytes"), nothing)
-    curve, squares = curve_of(found), found.errors**2
-    word = "estimated" if found.ours.get("cut_from") else "certified"
-    measured: dict[str, float] = {}
-    if curve.bounds:
-        title, text, keys = "Error against bytes", _BOUNDS.format(word=word), [("c-curve", "bounds of the rms")]
-        if len(squares):
-            measured = {"rms": float(np.sqrt(squares.mean())), "mean": float(found.errors.mean())}
-            keys += [(f"c-{name}", f"{word} {name} {value:.4f}") for name, value in measured.items()]
-    else:
-        title, text, keys = "Explained variance against bytes", _FACTORS, [("c-curve", "explained variance")]
-    legend = element("div", *[element("span", element("i", class_=c), name) for c, name in keys], class_="key")
-    figure = element("figure", tradeoff(curve, measured), legend, element("figcaption", text))
-    return element("div", element("h3", title), figure)
+        return None
+    curve, errors = curve_of(found), found.errors
+    measured = {"rms": float(np.sqrt((errors**2).mean())), "mean": float(errors.mean())} if len(errors) else {}
+    measured = measured if curve.bounds else {}
+    return {"figure": charts.tradeoff(curve, measured), "bounds": curve.bounds, "measured": measured}
 
 
-_BOUNDS = (
-    "The band is a prediction from the spectra for every smaller k, which then no group exceeds: the rms of the "
-    "relative dW error over the adapters that the bases were fitted to lies between its edges, sqrt(max(t_A, t_B)) "
-    "and sqrt(t_A + t_B), t being the share of a side's energy that is left out. The dots are no prediction: they are "
-    "the {word} errors of this checkpoint, at its bytes on disk."
-)
-_FACTORS = (
-    "Under the objective factors the spectra are those of A and B on their own, which bound no error of dW = s B A: "
-    "so this is the share of their energy that is kept, for every smaller k, which then no group exceeds. The errors "
-    "of dW are above, as certified."
-)
+def _kinds(bases: Sequence[Basis]) -> dict[str, list[Basis]]:
+    """The groups by the kind of their module, that with most energy first."""
+    found: dict[str, list[Basis]] = {}
+    for basis in bases:
+        found.setdefault(basis.kind, []).append(basis)
+    return dict(sorted(found.items(), key=lambda item: (-sum(b.energy for b in item[1]), item[0])))
+
+
+def _spectra(kinds: Mapping[str, Sequence[Basis]]) -> dict[str, Markup]:
+    """A figure for each kind, all on the same axes: down to the power of ten below all shares, six decades at most."""
+    drawn = dict(list(kinds.items())[:_KINDS])
+    every = [b for bases in drawn.values() for b in bases]
+    least = min((float(v) / b.energy for b in every if b.energy > 0 for v in b.eigenvalues[-1:] if v > 0), default=0.1)
+    floor = 10.0 ** max(math.floor(math.log10(min(least, 0.1))), -6)
+    most = max((b.k for b in every), default=0)
+    return {kind: charts.spectrum(kind, bases, floor, most) for kind, bases in drawn.items()}
+
+
+def _heatmaps(kinds: Mapping[str, Sequence[Basis]]) -> dict[str, Any]:
+    """Mean k and explained variance of each kind and side by depth; NaN where there is nothing."""
+    drawn = dict(list(kinds.items())[:_KINDS])
+    depths = sorted({-1 if b.depth is None else b.depth for bases in drawn.values() for b in bases})
+    step = max(1, math.ceil(len(depths) / _DEPTHS))
+    column = {depth: i // step for i, depth in enumerate(depths)}
+    sums = np.zeros((3, 2 * len(drawn), len(depths[::step])))
+    for row, bases in enumerate(drawn.values()):
+        for b in bases:
+            at = (2 * row + SIDES.index(b.side), column[-1 if b.depth is None else b.depth])
+            sums[(slice(None), *at)] += (b.k, b.explained, 1)
+    with np.errstate(invalid="ignore"):
+        cells = sums[:2] / sums[2]
+    rows = [f"{printable(kind, 40)} {side}" for kind in drawn for side in SIDES]
+    maps = [
+        (name, np.nanmin(some), np.nanmax(some), list(zip(rows, some.tolist(), strict=True)))
+        for name, some in zip(("k", "explained variance"), cells, strict=True)
+        if some.size
+    ]
+    names = ["none" if depth < 0 else str(depth) for depth in depths[::step]]
+    return {"maps": maps, "depths": names, "every": 1 if len(names) <= 12 else math.ceil(len(names) / 6)}
+
+
+def _table(kinds: Mapping[str, Sequence[Basis]]) -> list[tuple[str, Side, dict[str, str]]]:
+    """Kind, side, and what is known of these groups."""
+    total = {side: sum(b.energy for bases in kinds.values() for b in bases if b.side == side) for side in SIDES}
+    rows = []
+    for kind, bases in list(kinds.items())[:_ROWS]:
+        for side in SIDES:
+            if some := [b for b in bases if b.side == side]:
+                share = sum(b.energy for b in some) / total[side] if total[side] else 0.0
+                least, mean = min(b.explained for b in some), np.mean([b.explained for b in some])
+                facts = {"groups": str(len(some))} | {name: _range([getattr(b, name) for b in some]) for name in "dnk"}
+                facts |= {"energy": f"{100 * share:.1f} %", "explained, mean": f"{mean:.4f}", "least": f"{least:.4f}"}
+                rows.append((kind, side, facts))
+    return rows
+
+
+def _range(values: Sequence[int]) -> str:
+    return f"{min(values)}" if min(values) == max(values) else f"{min(values)}\u2013{max(values)}"
+
+
+def _reasons(skipped: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """Names of the adapters that were left out, by reason, the most frequent first."""
+    found: dict[str, list[str]] = {}
+    for item in skipped:
+        reason = printable(item.get("problem") or item.get("reason") or "no reason is recorded", 200)
+        found.setdefault(reason, []).append(str(item.get("adapter") or item.get("source") or "not named"))
+    return sorted(found.items(), key=lambda item: (-len(item[1]), item[0]))
