@@ -129,7 +129,7 @@ def test_output_in_the_folder_of_the_sources_is_left_out_and_nothing_changes(
     Path("half.share", "share_config.json").unlink()
     shutil.copytree("out.share", ".other.staging")
     shutil.copytree("out.share", "given.staging")
-    for left in ("share_config.json", "shared_components.safetensors", "index.json.xz"):
+    for left in ("share_config.json", "shared_components.safetensors", "index.json.zz"):
         Path("given.staging", left).unlink(missing_ok=True)
     Path("given.staging", "staging.json").write_text('"0"')
     for sources in (["."], sorted(os.listdir(".")), ["./*"]):  # the shell's glob, and ours

@@ -43,7 +43,7 @@ def resolve(
     named = sources.items() if isinstance(sources, Mapping) else ((None, source) for source in sources)
     ours: Ours = {}
     found = unique(one for name, source in named for one in _expand(name, os.fspath(source), ours))
-    told = listed(f"{folder} ({what})" for folder, what in ours.items())
+    told = listed(f"{printable(folder, 60)} ({what})" for folder, what in ours.items())
     if ours and not found:
         remedy = "Name the adapters that it was made of, or have them back by lorashare-stream reconstruct."
         raise UsageError("no adapter among the sources, but output of this program", found=told, remedy=remedy)

@@ -240,14 +240,15 @@ def keep(target: Target, publishing: Publishing) -> None:
 
 def _code_within(run: Run, job: Job, target: Target, size: int, publishing: Publishing) -> None:
     """Code all adapters at the step that makes `size` bytes, nearly: once or twice, as the rates of a sample tell."""
-    curves = rates(run, job, list(job.adapters.values()))
-    part = sum(adapter.layout.lora_bytes for adapter in _sample(list(job.adapters.values()))) or 1
-    whole = sum(job.adapter(r.name).layout.lora_bytes for r in target.admissions)
+    adapters = [job.adapter(r.name) for r in target.admissions]
+    alive = [adapter for adapter, r in zip(adapters, target.admissions, strict=True) if job.shares(r)]
+    curves = rates(run, job, alive)
+    part, whole = (sum(adapter.layout.lora_bytes for adapter in some) for some in (_sample(alive), alive))
 
     def predicted(step: float) -> float:
-        return sum(curve.bytes_at(step) for curve in curves.values()) * whole / part
+        return sum(curve.bytes_at(step) for curve in curves.values()) * whole / max(1, part)
 
-    extras = sum(job.adapter(r.name).layout.extra_bytes for r in target.admissions)
+    extras = sum(a.layout.extra_bytes + a.layout.lora_bytes for a in adapters) - whole
     codes, factor, drift = 1, 1.0, 0.0
     beside = int(_DEFLATED * extras) + _RECORDS + _RECORD * len(target.admissions)
     for aim in _AIMS:
@@ -266,7 +267,7 @@ def _code_within(run: Run, job: Job, target: Target, size: int, publishing: Publ
             codes = max(1, codes)
         if error > NOTHING and staged.total >= ENOUGH * size:
             break
-    least = int(beside + sum(curve.bytes_within(NOTHING) for curve in curves.values()) * whole / part)
+    least = int(beside + sum(curve.bytes_within(NOTHING) for curve in curves.values()) * whole / max(1, part))
     raise BudgetError(
         "so few bytes leave nothing of the adapters", found=f"{bytes_shown(size)}, of which {bytes_shown(beside)} are "
         "no codes", expected=f"about {bytes_shown(least)} for a dW error of {NOTHING:g}",
