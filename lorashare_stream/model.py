@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import sys
 import tempfile
 import warnings
 import weakref
@@ -32,7 +33,7 @@ from .report.summary_text import summary_text
 from .report.text import adapter_notes
 from .runtime.dask import workers_of
 from .settings import LIMITS, Settings
-from .text import listed, printable
+from .text import encodable, listed, printable
 
 log = logging.getLogger(__name__)
 _said: set[str] = set()
@@ -359,7 +360,7 @@ class SHAREModel:
 
     def summary(self) -> None:
         """Print what the checkpoint holds, how large it is, and how far off."""
-        print(summary_text(self.config))
+        print(encodable(summary_text(self.config), sys.stdout.encoding))
 
     def damaged_files(self) -> list[CheckpointError]:
         """Files of many adapters that are not what was written, by their digests: packs of a coded checkpoint."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import reprlib
 import unicodedata
@@ -29,6 +30,21 @@ def printable(text: object, limit: int = 300) -> str:
     raw = text if isinstance(text, str) else _text(text)
     out = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in raw[:limit])
     return out if len(raw) <= limit else f"{out}... ({len(raw)} characters)"
+
+
+def encodable(text: str, encoding: str | None) -> str:
+    r"""`text` with what an encoding cannot hold escaped: a log's, whose locale need not be that of the names.
+
+    >>> encodable("M\u00fcller", "ascii")
+    'M\\xfcller'
+    """
+    encoding = encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def has_surrogates(text: str) -> bool:
+    """Whether a text has bytes of a file name that are not UTF-8, which Python spells as surrogates."""
+    return any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def _text(value: object) -> str:
@@ -68,6 +84,10 @@ def name_fault(name: str) -> str | None:
         return "it is a reserved device name"
     if len(name.encode("utf-8", "surrogatepass")) > MAX_NAME_BYTES:
         return f"it is longer than {MAX_NAME_BYTES} bytes"
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return "no file can have it under this locale (PYTHONUTF8=1 helps)"
     return None
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
+import pwd
 import signal
 import subprocess
 import sys
@@ -16,9 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from huggingface_hub import constants
 
-from lorashare_stream.cli import progress
+from lorashare_stream.cli import commands, progress
 from lorashare_stream.cli.app import main
+from lorashare_stream.model import SHAREModel
 from lorashare_stream.settings import Settings
 from lorashare_stream.workspace import moments as momentstore
 
@@ -434,6 +438,112 @@ def test_a_signal_is_told_by_the_exit_code_even_if_nobody_reads(
         process.send_signal(signal.SIGTERM)
         assert process.wait() == 75
     assert not (tmp_path / "out.workspace" / "holder.json").exists()
+
+
+@pytest.mark.parametrize("limit", ["-k 8", "--max-error 0.3"])
+def test_names_that_the_encoding_of_stdout_cannot_hold_are_escaped(tmp_path: Path, limit: str) -> None:
+    """A batch job has another locale than the login shell: the work is done, and the names are shown all the same."""
+    folders = make_collection(tmp_path / "adapters", 2)
+    Path(folders[0]).rename(tmp_path / "adapters" / "M\u00fcller \u5ba2\u6237 \U0001f600")
+    out = tmp_path / "out"
+    for command in (
+        ["compress", tmp_path / "adapters", "-o", out, *limit.split()],
+        ["verify", out],
+        ["info", out],
+        ["report", out, "-o", tmp_path / "r\u5ba2.html"],
+        ["remove", out, "M\u00fcller \u5ba2\u6237 \U0001f600"],
+    ):
+        words = [sys.executable, "-m", "lorashare_stream", *map(str, command)]
+        done = subprocess.run(words, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+        assert done.returncode == 0, done.stderr
+        assert (b"\\u5ba2\\u6237 \\U0001f600" if command[0] != "report" else b"r\\u5ba2.html") in done.stdout
+
+
+def test_a_summary_in_python_is_escaped_too(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = json.loads((checkpoint / "share_config.json").read_text())
+    config["base_model_name_or_path"] = "M\u00fcller"
+    (checkpoint / "share_config.json").write_text(json.dumps(config))
+    written = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", written)
+    SHAREModel.from_pretrained(checkpoint).summary()
+    written.flush()
+    assert b"base model           M\\xfcller" in written.buffer.getvalue()
+
+
+def test_a_name_that_no_file_can_have_under_the_locale_is_refused_in_a_sentence(
+    tmp_path: Path, collection: list[str], capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsencode(name: str | os.PathLike[str]) -> bytes:
+        return os.fspath(name).encode("ascii")
+
+    manifest = tmp_path / "list.jsonl"
+    manifest.write_text("".join(json.dumps({"name": f"\u5ba2{i}", "path": p}) + "\n" for i, p in enumerate(collection)))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsencode", fsencode)
+        assert call("compress", manifest, "-o", tmp_path / "out", "-k", 4) == 2
+        assert "no file can have it under this locale" in capsys.readouterr().err
+        patched.setattr(commands, "place_of", lambda *_, **__: fsencode("\u5ba2"))
+        assert call("info", tmp_path / "out") == 1
+        assert "expected characters of ascii" in capsys.readouterr().err
+    assert call("compress", manifest, "-o", tmp_path / "out", "-k", 4) == 0
+
+
+def test_a_user_without_a_home_is_told_where_the_hub_needs_one(
+    tmp_path: Path, checkpoint: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nobody(uid: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "~/.cache/huggingface/hub")
+    assert call("report", checkpoint, "-o", tmp_path / "r.html") == 0
+    assert call("verify", checkpoint, "-q") == 0
+    assert call("info", checkpoint) == 0
+    capsys.readouterr()
+    for command in (["plan", "org/name", "--offline"], ["push", checkpoint, "org/name"], ["info", "org/name"]):
+        assert call(*command) == 1
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert "this user has no home folder (found ~/.cache/huggingface/hub). Set HF_HOME" in captured.err
+
+
+def test_bytes_that_are_not_utf_8_in_names_of_files(tmp_path: Path, collection: list[str], capsys: Capture) -> None:
+    """They are names like others, also of checkpoints, and reconstructions are known as such."""
+    odd = os.fsdecode(b"caf\xe9")
+    Path(collection[0]).rename(tmp_path / "adapters" / odd)
+    for limit in (["-k", 4], ["--max-error", 0.3]):
+        out, rec = tmp_path / f"{limit[0]}{odd}", tmp_path / f"rec{limit[0]}{odd}"
+        assert call("compress", tmp_path / "adapters", "-o", out, *limit, "-q") == 0
+        assert call("verify", out) == 0
+        assert call("report", out, "-o", tmp_path / f"{odd}.html") == 0
+        assert call("reconstruct", out, "--all", "-o", rec) == 0
+        assert call("reconstruct", out, "--all", "-o", rec) == 0
+        assert len(list(rec.iterdir())) == 8
+        assert "caf_-" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("closed", ["1>&-", "2>&-", "1>&- 2>&-", "0<&- 1>&- 2>&-", "2>/dev/full"])
+def test_closed_streams_and_a_full_log_keep_nobody_from_the_work(
+    tmp_path: Path, collection: list[str], closed: str
+) -> None:
+    command = f"{sys.executable} -m lorashare_stream compress {tmp_path}/adapters -o {tmp_path}/out -k 4 --json"
+    done = subprocess.run(f"{command} {closed}", shell=True, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    if "1>" not in closed:
+        assert json.loads(done.stdout)["checkpoint"] == str(tmp_path / "out")
+    assert call("verify", tmp_path / "out", "-q") == 0
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_a_full_disk_under_stdout_is_told_in_a_sentence(checkpoint: Path, flags: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        words = [sys.executable, "-m", "lorashare_stream", "info", str(checkpoint), *flags]
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 75
+    assert done.stderr.startswith("lorashare-stream: No space left on device. ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_progress_lines_tell_rate_and_time_left(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shlex
-import sys
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,6 +30,7 @@ from ..text import bytes_shown, counted, listed, name_fault, printable
 from ..workspace.workspace import Workspace
 from .choices import Args, cluster_of, make_plan, names_meant, planned, with_config, with_workers
 from .output import print_result, progress_of, say_left_out, say_what_will_be_left_out
+from .streams import say
 
 if TYPE_CHECKING:
     from ..adapters.source import Source
@@ -61,7 +61,7 @@ def plan(args: Args) -> int:
     print_result(args, value | ({"error": fault.problem} if fault else {}), text)
     say_what_will_be_left_out(made)
     if fault is not None:
-        print(f"lorashare-stream: {fault}", file=sys.stderr)
+        say(f"lorashare-stream: {fault}")
         return fault.exit_code
     return SKIPPED if made.refused else 0
 
@@ -222,7 +222,7 @@ def reconstruct(args: Args) -> int:
     result = {"reconstructed": written} | ({"failed": failed} if failed else {})
     print_result(args, result, f"{counted(len(written), 'adapter')} in {printable(out)}")
     for text in failed.values():
-        print(f"FAILED {text}", file=sys.stderr)
+        say(f"FAILED {text}")
     return 1 if faults else 0
 
 
@@ -258,10 +258,10 @@ def verify(args: Args) -> int:
     result = {"mean": mean, "failed": len(bad), "damaged": [e.problem for e in damaged]}
     print_result(args, result | {"adapters": [asdict(v) for v in verdicts]}, text)
     for fault in damaged:
-        print(f"FAILED {printable(fault, 2000)}", file=sys.stderr)
+        say(f"FAILED {printable(fault, 2000)}")
     for problem in dict.fromkeys(v.problem for v in bad):
         names = [v.name for v in bad if v.problem == problem]
-        print(f"FAILED {listed(names)}: {printable(problem, 2000)}", file=sys.stderr)
+        say(f"FAILED {listed(names)}: {printable(problem, 2000)}")
     return 1 if bad or damaged else 0
 
 

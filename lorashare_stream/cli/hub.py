@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from ..hub.discover import write_manifest
 from ..text import bytes_shown, counted, listed, printable
 from .choices import Args
 from .output import print_result, progress_of
+from .streams import say
 
 COMMANDS = {"discover", "push"}
 
@@ -41,7 +41,7 @@ def discover(args: Args) -> int:
     write_manifest(out, found.items)
     for reason, number in Counter(reason for _, reason in found.left_out).most_common(8):
         some = listed((repo for repo, why in found.left_out if why == reason), 3)
-        print(f"left out {number} ({some}): {printable(reason)}", file=sys.stderr)
+        say(f"left out {number} ({some}): {printable(reason)}")
     size = sum({item["repo"]: item.get("size") or 0 for item in found.items}.values())
     gated = sum(bool(item.get("gated")) for item in found.items)
     others = Counter(item["base_model"] for item in found.items if item["base_model"] not in (base, *aliases))

@@ -70,6 +70,7 @@ class Hub:
         from huggingface_hub import get_token, is_offline_mode
 
         check_token(get_token())
+        cache_folder()  # is known
         for handler in logging.getLogger("huggingface_hub").handlers:
             if not any(isinstance(f, NoSecrets) for f in handler.filters):
                 handler.addFilter(NoSecrets())
@@ -226,10 +227,20 @@ def hub_file(hub_id: HubId, file: str, **how: Any) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where the Hub's files lie for all programs: HF_HUB_CACHE."""
+    """Where the Hub's files lie for all programs: HF_HUB_CACHE.
+
+    Raises:
+        StreamError: if nobody has said where, and this user has no home.
+    """
     from huggingface_hub import constants
 
-    return Path(constants.HF_HUB_CACHE).expanduser()
+    try:
+        return Path(constants.HF_HUB_CACHE).expanduser()
+    except RuntimeError as e:
+        raise StreamError(
+            "there is no place for the Hub's files: this user has no home folder", found=constants.HF_HUB_CACHE,
+            remedy="Set HF_HOME to a folder that may be written.",
+        ) from e  # fmt: skip
 
 
 def repo_folder(cache: Path, repo: str) -> Path:

@@ -23,7 +23,7 @@ from ..checkpoint.packs import opened
 from ..errors import CheckpointError, MissingCheckpointError, StreamError, UnreachableError, UsageError
 from ..files import atomic_path
 from ..text import listed, printable
-from .client import Hub, check_token, hub_file, no_bar, repo_folder
+from .client import Hub, cache_folder, check_token, hub_file, no_bar, repo_folder
 from .retry import unheard
 
 T = TypeVar("T")
@@ -59,11 +59,9 @@ class Repository:
         cache_dir: str | Path | None = None,
         force_download: bool = False,
     ) -> None:
-        from huggingface_hub import constants
-
         self._hub, self._token, self._force = hub, token, force_download
         self._renewed: set[str] = set()
-        self._cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser().absolute()
+        self._cache = (Path(cache_dir).expanduser() if cache_dir else cache_folder()).absolute()
         self.id = hub_id
         try:
             self.id = self._pinned()
