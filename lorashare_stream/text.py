@@ -63,6 +63,16 @@ def listed(items: Iterable[object], limit: int = 8) -> str:
     return ", ".join(all_items[:limit]) + (f" and {more} more" if more > 0 else "")
 
 
+def few(lines: Sequence[str], thing: str, limit: int = 8) -> list[str]:
+    """Lines of bounded number, the last of which counts the others: `and 57 names more`.
+
+    >>> few(["a", "b", "c"], "name", 1)
+    ['a', 'and 2 names more']
+    """
+    more = len(lines) - limit
+    return [*lines[:limit], *([f"and {counted(more, thing)} more"] if more > 0 else [])]
+
+
 def name_fault(name: str) -> str | None:
     """Why `name` cannot name an adapter (one path component), or None if it can.
 

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from ..errors import Stopped, StreamError, UsageError
 from ..text import printable
 from .arguments import parser
-from .streams import discard, open_streams, say, show
+from .streams import discard, open_streams, say, say_error, show
 
 _RERUN_HELPS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENFILE, errno.ESTALE, errno.ENETDOWN, errno.ENETUNREACH,
@@ -118,7 +118,7 @@ def _failed(args: dict[str, Any], error: StreamError, code: int) -> int:
     if args.get("json"):
         with suppress(OSError):  # it may be stdout that failed
             show(_as_json(error, code))
-    say(f"lorashare-stream: {error}")
+    say_error(error)
     if isinstance(error, UsageError):
         say(f"Try: lorashare-stream {args['command']} --help")
     return code

@@ -24,7 +24,7 @@ from ..settings import LIMITS, TRIM_RANK, Settings
 from ..text import bytes_shown, counted, listed, printable
 from .choices import Args, cluster_of, named_sources, names_meant, with_workers
 from .output import print_result, progress_of, say_left_out
-from .streams import say
+from .streams import say_error
 
 COMMANDS = {"add", "remove", "refit"}
 SKIPPED = 3  # exit code: done, but adapters were left out
@@ -99,7 +99,7 @@ def remove(args: Args) -> int:
         found=listed(left),
         remedy=f"Restore the sources of {listed(done.absent) or 'others'}, or take them out too, and run it again.",
     )
-    say(f"lorashare-stream: {fault}")
+    say_error(fault)
     return fault.exit_code
 
 

@@ -42,7 +42,7 @@ def progress_of(args: Args) -> Progress:
 def say_what_will_be_left_out(made: Plan) -> None:
     """Adapters that a plan leaves out, with the reasons."""
     if made.refused and made.settings.on_error == "skip":
-        say(f"{counted(len(made.refused), 'adapter')} will be left out:")
+        say(f"{counted(len(made.refused), 'adapter')} will be left out, each of which --json tells:")
         say("\n".join(problem_lines(made.refused)))
 
 

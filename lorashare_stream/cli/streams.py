@@ -7,6 +7,7 @@ import sys
 from contextlib import suppress
 from typing import TextIO
 
+from ..errors import TOLD, CollectionError, StreamError
 from ..text import encodable
 
 
@@ -32,6 +33,13 @@ def say(text: str) -> None:
     """Print on stderr; where nobody can read it the work goes on."""
     with suppress(OSError):
         print(encodable(text, sys.stderr.encoding), file=sys.stderr, flush=True)
+
+
+def say_error(error: StreamError) -> None:
+    """Print why a command fails on stderr."""
+    say(f"lorashare-stream: {error}")
+    if isinstance(error, CollectionError) and len(error.problems) > TOLD:
+        say("With --json each of them is told, with its reason.")
 
 
 def discard(stream: TextIO) -> None:
