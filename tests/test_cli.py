@@ -90,6 +90,26 @@ def test_json_is_one_object_and_nothing_else(
     assert expected[command] in value
 
 
+@pytest.mark.parametrize("limit", [["-k", 4], ["--max-error", 0.3]])
+def test_info_tells_bytes_and_ratio_of_the_whole_checkpoint_as_json_too(
+    tmp_path: Path, collection: list[str], capsys: Capture, limit: list[object]
+) -> None:
+    out = tmp_path / "out"
+    assert call("compress", *collection, "-o", out, *limit, "-q", "--json") == 0
+    made = json.loads(capsys.readouterr().out)
+    assert call("info", out, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    used = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    originals = sum(file.stat().st_size for folder in collection for file in Path(folder).glob("*.safetensors"))
+    assert told["checkpoint_bytes"] == made["checkpoint_bytes"] == used
+    assert told["times_smaller"] == made["times_smaller"] == originals / used
+    assert call("info", out) == 0
+    shown = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("checkpoint "))
+    ratio = originals / used
+    how = f"{ratio:.2f} times smaller" if ratio >= 1 else f"{1 / ratio:.2f} times larger"
+    assert shown.split("  ")[-1].strip() == f"{used / 1024:.1f} KiB, {how}"
+
+
 def test_json_of_a_failure(tmp_path: Path, collection: list[str], capsys: Capture) -> None:
     (Path(collection[0]) / "adapter_config.json").unlink()
     for command in (["plan", *collection], ["compress", *collection, "-o", tmp_path / "out"]):

@@ -52,7 +52,7 @@ def _run(argv: list[str] | None) -> int:
     level = logging.WARNING if args.get("quiet") else logging.DEBUG if args.get("verbose") else logging.INFO
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     logging.getLogger("lorashare_stream").setLevel(level)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what it warns of is waited out, and said once
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # what it warns of is waited out, and said once
     before = {number: signal.signal(number, partial(_stop, args)) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         return _dispatch(args)

@@ -86,7 +86,7 @@ class Repository:
         else:
             api, revision = self._hub.api, self.id.revision or None
             ask = partial(api.model_info, self.id.repo, revision=revision, expand=["sha"], token=self._token)
-            sha = str(self._patiently(ask, str(self.id), unheard()).sha)
+            sha = str(self._patiently(ask, str(self.id)).sha)
         pinned = HubId(self.id.repo, sha, self.id.subfolder)
         if not pinned.pinned:
             raise CheckpointError("no commit is named for the revision", found=sha, expected="40 hex digits")
@@ -172,10 +172,10 @@ class Repository:
         info = self._patiently(ask, str(self.id))
         return bool(info.private or info.gated)
 
-    def _patiently(self, call: Callable[[], T], what: str, most: float | None = None) -> T:
+    def _patiently(self, call: Callable[[], T], what: str) -> T:
         """The result of a request, with errors that are said of a checkpoint, not of an adapter."""
         try:
-            return self._hub.retry(call, what, most)
+            return self._hub.retry(call, what, unheard())
         except UnreachableError:
             raise
         except StreamError as e:
