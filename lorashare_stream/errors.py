@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
-from .text import counted, listed, printable
+from .text import counted, listed, printable, spelled
 
 TOLD = 8  # kinds of problems, and names of each, in a message
 
@@ -47,11 +47,12 @@ class StreamError(Exception):
         return {k: v if isinstance(v, str) else printable(v) for k, v in parts.items() if v is not None}
 
     def __str__(self) -> str:
-        return self.text(f"adapter {printable(self.adapter)!r}" if self.adapter else "")
+        return spelled(self.text())
 
-    def text(self, who: str) -> str:
-        """The message, said of `who`."""
-        return _text_of([self], who)
+    def text(self, who: str | None = None) -> str:
+        """The message, said of `who`, or of the adapter, with options as the command line has them."""
+        adapter = f"adapter {printable(self.adapter)!r}" if self.adapter else ""
+        return _text_of([self], adapter if who is None else who)
 
 
 def _text_of(alike: Sequence[StreamError], who: str) -> str:
@@ -142,7 +143,8 @@ def problem_lines(problems: Iterable[StreamError], mark: str = "  - ") -> list[s
     for problem in problems:
         kinds.setdefault((problem.problem, problem.remedy), []).append(problem)
     ordered = sorted(kinds.values(), key=len, reverse=True)
-    lines = [mark + (str(alike[0]) if len(alike) == 1 else _text_of(alike, _names_of(alike))) for alike in ordered]
+    texts = [alike[0].text() if len(alike) == 1 else _text_of(alike, _names_of(alike)) for alike in ordered]
+    lines = [mark + spelled(text) for text in texts]
     more = f"{mark}and {sum(map(len, ordered[TOLD:]))} more, for {counted(len(ordered) - TOLD, 'other reason')}"
     return lines[:TOLD] + ([more] if len(ordered) > TOLD else [])
 
@@ -165,7 +167,7 @@ def problem_of(values: Mapping[str, Any]) -> AdapterError:
 
 def skipped_as_json(errors: Iterable[StreamError]) -> list[dict[str, Any]]:
     """Adapters that were left out, as plain values: name, reason, and the parts of the reason."""
-    listing = [{"reason": str(e), "problem": e.problem, **e.details(), "source": e.source} for e in errors]
+    listing = [{"reason": e.text(), "problem": e.problem, **e.details(), "source": e.source} for e in errors]
     return [{k: v for k, v in item.items() if v is not None} for item in listing]
 
 

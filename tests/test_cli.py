@@ -22,8 +22,9 @@ from huggingface_hub import constants
 
 from lorashare_stream.cli import commands, progress
 from lorashare_stream.cli.app import main
+from lorashare_stream.errors import BudgetError, CollectionError, UsageError
 from lorashare_stream.model import SHAREModel
-from lorashare_stream.settings import Settings
+from lorashare_stream.settings import CHOICES, Settings
 from lorashare_stream.workspace import moments as momentstore
 
 from .conftest import load_tensors, make_collection, tree_digest, write_adapter
@@ -108,6 +109,62 @@ def test_info_tells_bytes_and_ratio_of_the_whole_checkpoint_as_json_too(
     ratio = originals / used
     how = f"{ratio:.2f} times smaller" if ratio >= 1 else f"{1 / ratio:.2f} times larger"
     assert shown.split("  ")[-1].strip() == f"{used / 1024:.1f} KiB, {how}"
+
+
+@pytest.mark.parametrize("command", ["plan", "compress", "add", "remove", "refit"])
+def test_the_help_names_what_an_option_may_be(command: str, capsys: Capture) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    told = capsys.readouterr().out
+    for name, values in CHOICES.items():
+        flag = f"--{name.replace('_', '-')}"
+        assert f"{flag} " not in told or f"{flag} {{{','.join(values)}}}" in told
+    assert "--device {auto,cpu,cuda}" in told
+
+
+def test_what_says_nothing_of_a_coded_checkpoint_is_told(
+    tmp_path: Path, collection: list[str], capsys: Capture, caplog: pytest.LogCaptureFixture
+) -> None:
+    note = "dtype says nothing of a coded checkpoint: its adapters come back in the dtypes of their sources"
+    for form, told in (
+        (["--max-error", 0.3, "--dtype", "float16"], True), (["--ratio", 2, "--dtype", "float16"], True),
+        (["--max-error", 0.3], False), (["-k", 4, "--dtype", "float16"], False),
+    ):  # fmt: skip
+        caplog.clear()
+        assert call("plan", *collection, *form) == 0
+        assert (f"note: {note}" in capsys.readouterr().out) == told
+        assert call("compress", *collection, "-o", tmp_path / "out", *form, "--overwrite", "-q") == 0
+        assert (note in caplog.text) == told
+    caplog.clear()
+    SHAREModel.from_adapters([str(tmp_path / "adapters")], max_error=0.3, dtype="float16")
+    assert note in caplog.text
+
+
+def test_messages_in_python_name_arguments_and_those_of_the_command_line_options(
+    tmp_path: Path, collection: list[str], capsys: Capture, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = json.loads(Path(collection[0], "adapter_config.json").read_text())
+    Path(collection[0], "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "other"}))
+    Path(collection[1], "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": "pissa"}))
+    caplog.set_level("WARNING")
+    for arguments, flags in (({}, []), ({"on_error": "skip"}, ["--on-error", "skip"])):
+        assert call("compress", *collection, "-o", tmp_path / "shell", "-k", 4, *flags) == (3 if flags else 1)
+        shell = capsys.readouterr().err + caplog.text
+        caplog.clear()
+        with pytest.raises(CollectionError) if not flags else pytest.warns(UserWarning, match="left out") as caught:
+            SHAREModel.from_adapters(collection, 4, output_dir=tmp_path / "python", **arguments)
+        names = str(caught.value if not flags else caught[0].message) + caplog.text
+        caplog.clear()
+        assert all(flag in shell for flag in ("--base-alias", "--any-base"))
+        assert "any_base=True" not in shell
+        assert all(name in names for name in ("base_aliases", "any_base=True"))
+        assert "--" not in names.replace("---", "")
+    assert "--share-initial" in shell
+    assert "share_initial=True" in names
+    with pytest.raises(UsageError, match=r"^num_components cannot be 0"):
+        Settings(num_components=0)
+    with pytest.raises(BudgetError, match=r'Use memory="\d+MiB" or more'):
+        SHAREModel.from_adapters(collection[2:], 4, memory="1MiB")
 
 
 def test_json_of_a_failure(tmp_path: Path, collection: list[str], capsys: Capture) -> None:

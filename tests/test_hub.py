@@ -541,7 +541,7 @@ def test_what_the_users_cache_has_is_used_and_never_removed(tmp_path: Path, hub:
 
 
 def test_a_budget_that_cannot_do_is_said_with_the_one_that_can(tmp_path: Path, hub: FakeHub, pins: list[str]) -> None:
-    with pytest.raises(BudgetError, match=r"two of the largest adapter.*--disk-budget 1MiB"):
+    with pytest.raises(BudgetError, match=r'two of the largest adapter.*disk_budget="1MiB"'):
         go(pins, tmp_path / "out", disk_budget=5000)
 
 
@@ -890,7 +890,7 @@ def test_a_disk_without_room_for_what_is_fetched(
     made = plan(pins, tmp_path / "out")
     room = made.sizes["moments"] + made.sizes["basis"] + made.sizes["checkpoint"] + 4 * 3676
     monkeypatch.setattr(stages, "free_bytes", lambda folder: (1, room))
-    with pytest.raises(DiskError, match=r"what is fetched.*--disk-budget"):
+    with pytest.raises(DiskError, match=r"what is fetched.*by disk_budget"):
         compress(made, tmp_path / "out")
     assert hub.count(file=WEIGHTS, method="HEAD") == 0
     go(pins, tmp_path / "out", disk_budget=4 * 3676)

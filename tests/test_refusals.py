@@ -399,7 +399,7 @@ def test_one_base_model_goes_by_many_names(
     assert plan.base_model == base
     assert [e.adapter for e in plan.refused] == [f"a{i:02}" for i in refused]
     for error in plan.refused:
-        assert all(part in str(error) for part in ("base_model_name_or_path", base, "--base-alias", "--any-base"))
+        assert all(part in str(error) for part in ("base_model_name_or_path", base, "base_aliases", "any_base=True"))
     text = plan_text(plan)
     for name in {e.base_model for e in plan.adapters} - {None, base}:
         assert f"{name} by" in text  # what differs is listed before work
@@ -435,7 +435,7 @@ def test_a_workspace_keeps_its_base_model_when_others_outnumber_it(named: Path, 
 
 def test_adapters_that_are_refused_now_are_said_to_be(named: Path, compressed: Compress) -> None:
     compressed([named], num_components=4, any_base=True)
-    with pytest.raises(WorkspaceError, match=r"no longer give.*a03.*refused now: .*mirror/base-4bit.*--base-alias"):
+    with pytest.raises(WorkspaceError, match=r"no longer give.*a03.*refused now: .*mirror/base-4bit.*base_aliases"):
         compressed([named], num_components=4, on_error="skip")
 
 

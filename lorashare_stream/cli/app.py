@@ -19,7 +19,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from ..errors import Stopped, StreamError, UsageError
-from ..text import printable
+from ..text import in_shell, printable
 from .arguments import parser
 from .streams import discard, open_streams, say, say_error, show
 
@@ -34,7 +34,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code."""
     open_streams()
     try:
-        code = _run(argv)
+        with in_shell():
+            code = _run(argv)
     except BrokenPipeError:  # the reader of our output has gone, before the work was done perhaps
         discard(sys.stdout)
         discard(sys.stderr)

@@ -85,13 +85,14 @@ def remove(args: Args) -> int:
     left = sorted({*done.in_bases, *(done.in_moments or {})})
     result = {
         "removed": list(done.names),
+        "removed_before": list(done.before),
         "in_bases": list(done.in_bases),
         "in_moments": done.in_moments,
         "absent": list(done.absent),
     }
-    print_result(
-        args, result, "\n".join([f"took out {listed(done.names) or 'nothing more'}", *_traces(done, "refit" in args)])
-    )
+    told = [f"took out {listed(done.names) or 'nothing more'}"]
+    told += [f"taken out before: {listed(done.before)}"] if done.before else []
+    print_result(args, result, "\n".join([*told, *_traces(done, "refit" in args)]))
     if "refit" not in args or not left:
         return 0
     fault = StreamError(

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from ..checkpoint.format import PARTS
-from ..settings import asked
+from ..settings import Settings, asked
 from ..text import bytes_shown, counted, few, listed, printable
 
 if TYPE_CHECKING:
@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from ..workspace.journal import Admission
 
 Row = tuple[str, object]
+_UNUSED = {
+    "dtype": "its adapters come back in the dtypes of their sources",
+    "moment_dtype": "it has no moments",
+    "discard_moments": "it has no moments",
+}
 _OFTEN = {1: "once", 2: "twice"}
 
 
@@ -155,7 +160,8 @@ def adapter_notes(plan: Plan) -> list[str]:
     s = plan.settings
     presumed = sum(e.config is None for e in plan.adapters)
     names = Counter(e.base_model for e in plan.adapters)
-    out = []
+    unused = [name for name in _UNUSED if s.limit and getattr(s, name) != getattr(Settings, name)]
+    out = [f"{name} says nothing of a coded checkpoint: {_UNUSED[name]}" for name in unused]
     if presumed:
         out.append(f"configurations on the Hub are read when the plan is run: those of {counted(presumed, 'adapter')}")
     unnamed = [e.name for e in plan.adapters if e.base_model is None]
