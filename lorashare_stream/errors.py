@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
-from .text import listed, printable
+from .text import counted, listed, printable, spelled
+
+TOLD = 8  # kinds of problems, and names of each, in a message
 
 
 class StreamError(Exception):
@@ -45,17 +47,29 @@ class StreamError(Exception):
         return {k: v if isinstance(v, str) else printable(v) for k, v in parts.items() if v is not None}
 
     def __str__(self) -> str:
-        return self.text(f"adapter {printable(self.adapter)!r}" if self.adapter else "")
+        return spelled(self.text())
 
-    def text(self, who: str) -> str:
-        """The message, said of `who`."""
-        where = ", ".join(part for part in (who, f"key {printable(self.key)!r}" if self.key else "") if part)
-        text = f"{where}: {self.problem}" if where else self.problem
-        facts = [
-            f"{n} {printable(v)}" for n, v in (("found", self.found), ("expected", self.expected)) if v is not None
-        ]
-        text += f" ({'; '.join(facts)})" if facts else ""
-        return f"{text}. {self.remedy}" if self.remedy else text
+    def text(self, who: str | None = None) -> str:
+        """The message, said of `who`, or of the adapter, with options as the command line has them."""
+        adapter = f"adapter {printable(self.adapter)!r}" if self.adapter else ""
+        return _text_of([self], adapter if who is None else who)
+
+
+def _text_of(alike: Sequence[StreamError], who: str) -> str:
+    """The message of errors that have problem and remedy in common, said of `who`."""
+    one = alike[0]
+    keys, found, expected = (_each(e.details().get(part) for e in alike) for part in ("key", "found", "expected"))
+    where = ", ".join(part for part in (who, f"key {keys!r}" if keys else "") if part)
+    text = f"{where}: {one.problem}" if where else one.problem
+    facts = [f"{name} {values}" for name, values in (("found", found), ("expected", expected)) if values]
+    text += f" ({'; '.join(facts)})" if facts else ""
+    return f"{text}. {one.remedy}" if one.remedy else text
+
+
+def _each(values: Iterable[Any]) -> str:
+    """The values that differ, some of them if they are many."""
+    different = list(dict.fromkeys(printable(value) for value in values if value is not None))
+    return different[0] if len(different) == 1 else listed(different, 5)
 
 
 def _rebuild(cls: type[StreamError], problem: str, details: dict[str, Any]) -> StreamError:
@@ -116,20 +130,44 @@ def _rebuild_collection(
     return cls(problem, problems=problems, **details)
 
 
-def problem_lines(problems: Iterable[StreamError]) -> list[str]:
-    """A line for each problem, with the names of all adapters that have it."""
-    lines: dict[str, tuple[StreamError, list[str]]] = {}
+def problem_lines(problems: Iterable[StreamError], mark: str = "  - ") -> list[str]:
+    """A line for each kind of problem, of most adapters first, with some of the adapters that have it.
+
+    Of more than `TOLD` kinds, or names, the others are counted.
+
+    Args:
+        problems: of which those with the same problem and remedy are of one kind.
+        mark: at the beginning of a line.
+    """
+    kinds: dict[tuple[str, str | None], list[StreamError]] = {}
     for problem in problems:
-        lines.setdefault(problem.text(""), (problem, []))[1].append(repr(printable(problem.adapter)))
-    return [
-        "  - " + (str(problem) if len(names) == 1 else problem.text(f"{len(names)} adapters, {', '.join(names)}"))
-        for problem, names in lines.values()
-    ]
+        kinds.setdefault((problem.problem, problem.remedy), []).append(problem)
+    ordered = sorted(kinds.values(), key=len, reverse=True)
+    texts = [alike[0].text() if len(alike) == 1 else _text_of(alike, _names_of(alike)) for alike in ordered]
+    lines = [mark + spelled(text) for text in texts]
+    more = f"{mark}and {sum(map(len, ordered[TOLD:]))} more, for {counted(len(ordered) - TOLD, 'other reason')}"
+    return lines[:TOLD] + ([more] if len(ordered) > TOLD else [])
+
+
+def _names_of(alike: Sequence[StreamError]) -> str:
+    """How many adapters have a problem, and the names of some."""
+    names = [repr(printable(error.adapter)) for error in alike if error.adapter]
+    return f"{len(names)} adapters, {listed(names, TOLD)}" if names else f"{len(alike)} times"
+
+
+def problem_of(values: Mapping[str, Any]) -> AdapterError:
+    """One of what `skipped_as_json` gives, as an error again.
+
+    Raises:
+        KeyError: if it is none.
+    """
+    parts = ("adapter", "key", "found", "expected", "remedy")
+    return AdapterError(str(values["problem"]), **{part: str(values[part]) for part in parts if part in values})
 
 
 def skipped_as_json(errors: Iterable[StreamError]) -> list[dict[str, Any]]:
     """Adapters that were left out, as plain values: name, reason, and the parts of the reason."""
-    listing = [{"reason": str(e), "problem": e.problem, **e.details(), "source": e.source} for e in errors]
+    listing = [{"reason": e.text(), "problem": e.problem, **e.details(), "source": e.source} for e in errors]
     return [{k: v for k, v in item.items() if v is not None} for item in listing]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import sys
 import tempfile
 import warnings
 import weakref
@@ -32,7 +33,7 @@ from .report.summary_text import summary_text
 from .report.text import adapter_notes
 from .runtime.dask import workers_of
 from .settings import LIMITS, Settings
-from .text import listed, printable
+from .text import encodable, listed, printable, spelled
 
 log = logging.getLogger(__name__)
 _said: set[str] = set()
@@ -129,7 +130,7 @@ class SHAREModel:
             found = resolve(adapters, missing_ok=chosen.on_error == "skip")
             plan = plan_for(found, chosen, root or out.parent / f"{out.name}.workspace")
             for note in adapter_notes(plan):
-                log.warning("%s", note)
+                log.warning("%s", spelled(note))
             skipped = compress(plan, out, workspace=root, executor=executor).skipped
             if skipped:
                 reasons = "\n".join([f"left out: {listed(e.adapter for e in skipped)}", *problem_lines(skipped)])
@@ -283,7 +284,8 @@ class SHAREModel:
     ) -> dict[str, Any]:
         """Add an adapter, on disk: on the bases that are there if they hold it well enough, else on new ones.
 
-        To a coded checkpoint it is added as it is coded, alone; then the last three arguments mean nothing.
+        To a coded checkpoint it is added as it is coded, alone, within the limit or by the step that is recorded; then
+        the last three arguments mean nothing.
 
         Args:
             adapter: its folder.
@@ -359,7 +361,7 @@ class SHAREModel:
 
     def summary(self) -> None:
         """Print what the checkpoint holds, how large it is, and how far off."""
-        print(summary_text(self.config))
+        print(encodable(spelled(summary_text(self.config)), sys.stdout.encoding))
 
     def damaged_files(self) -> list[CheckpointError]:
         """Files of many adapters that are not what was written, by their digests: packs of a coded checkpoint."""

@@ -20,7 +20,7 @@ LIMITS = ("max_bytes", "ratio", "max_error")
 TRIM_RANK = "trim_rank"  # a setting of older versions, which plans that they wrote may have
 _INSTEAD = "Use --max-error, --ratio or --max-bytes, which write a coded checkpoint that is smaller at the same error."
 _FLAGS = {"num_components": "-k", "variance_threshold": "--variance", "base_aliases": "--base-alias"}
-_CHOICES: dict[str, tuple[str, ...]] = {
+CHOICES: dict[str, tuple[str, ...]] = {
     "objective": ("delta", "factors"),
     "moment_dtype": ("float32", "float64"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
@@ -85,7 +85,7 @@ class Settings:
     discard_moments: bool = False
 
     def __post_init__(self) -> None:
-        for name, allowed in _CHOICES.items():
+        for name, allowed in CHOICES.items():
             value = getattr(self, name)
             if (name, value) == ("dtype", "int8"):
                 raise UsageError("int8 storage (--dtype int8) is gone", remedy=_INSTEAD)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import reprlib
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 MAX_NAME_BYTES = 200  # of UTF-8; file systems stop at 255, and staged files add a prefix and a suffix
@@ -31,6 +33,64 @@ def printable(text: object, limit: int = 300) -> str:
     return out if len(raw) <= limit else f"{out}... ({len(raw)} characters)"
 
 
+def encodable(text: str, encoding: str | None) -> str:
+    r"""`text` with what an encoding cannot hold escaped: a log's, whose locale need not be that of the names.
+
+    >>> encodable("M\u00fcller", "ascii")
+    'M\\xfcller'
+    """
+    encoding = encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def has_surrogates(text: str) -> bool:
+    """Whether a text has bytes of a file name that are not UTF-8, which Python spells as surrogates."""
+    return any("\ud800" <= c <= "\udfff" for c in text)
+
+
+_VALUES = ("max_error", "max_bytes", "ratio", "memory", "workers", "workspace", "device", "dtype", "disk_budget")
+_SWITCHES = ("any_base", "share_initial", "discard_moments", "overwrite", "offline", "take_lock", "create_pr")
+_ARGUMENTS = {  # option of the command line -> argument in Python
+    **{f"--{name.replace('_', '-')}": name for name in (*_VALUES, "on_error", "base_model")},
+    **{f"--{name.replace('_', '-')}": f"{name}=True" for name in _SWITCHES},
+    "-k": "num_components",
+    "--variance": "variance_threshold",
+    "--base-alias": "base_aliases",
+    "--public": "private=False",
+}
+_FLAG = re.compile(rf"(?<![\w-])({'|'.join(_ARGUMENTS)})(?![\w-])(?: (\d+(?:\.\d+)?\w*|skip|cuda)\b)?")
+_in_shell = [False]
+
+
+@contextmanager
+def in_shell() -> Iterator[None]:
+    """Have messages name options as a shell takes them, until the end of the block."""
+    before, _in_shell[0] = _in_shell[0], True
+    try:
+        yield
+    finally:
+        _in_shell[0] = before
+
+
+def spelled(text: str) -> str:
+    """A message that names options of the command line, with those of Python instead, unless a shell is told.
+
+    >>> spelled("num_components (-k) cannot be 0. Go on by --on-error skip, or --memory 5MiB.")
+    'num_components cannot be 0. Go on by on_error="skip", or memory="5MiB".'
+    """
+    if _in_shell[0]:
+        return text
+    text = re.sub(r"\b([a-z_]+) \((-[a-z-]+)\)", lambda m: m[1] if _ARGUMENTS.get(m[2], m[2]) == m[1] else m[0], text)
+
+    def argument(found: re.Match[str]) -> str:
+        name, value = _ARGUMENTS[found[1]], found[2]
+        if value is None:
+            return name
+        return f"{name}={value}" if re.fullmatch(r"[\d.]+", value) else f'{name}="{value}"'
+
+    return _FLAG.sub(argument, text)
+
+
 def _text(value: object) -> str:
     """A value as text of bounded size: a container may hold itself many times over (YAML aliases)."""
     return _BOUNDED.repr(value) if isinstance(value, dict | list | tuple | set) else str(value)
@@ -45,6 +105,16 @@ def listed(items: Iterable[object], limit: int = 8) -> str:
     all_items = [printable(i, 120) for i in items]
     more = len(all_items) - limit
     return ", ".join(all_items[:limit]) + (f" and {more} more" if more > 0 else "")
+
+
+def few(lines: Sequence[str], thing: str, limit: int = 8) -> list[str]:
+    """Lines of bounded number, the last of which counts the others: `and 57 names more`.
+
+    >>> few(["a", "b", "c"], "name", 1)
+    ['a', 'and 2 names more']
+    """
+    more = len(lines) - limit
+    return [*lines[:limit], *([f"and {counted(more, thing)} more"] if more > 0 else [])]
 
 
 def name_fault(name: str) -> str | None:
@@ -68,6 +138,10 @@ def name_fault(name: str) -> str | None:
         return "it is a reserved device name"
     if len(name.encode("utf-8", "surrogatepass")) > MAX_NAME_BYTES:
         return f"it is longer than {MAX_NAME_BYTES} bytes"
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return "no file can have it under this locale (PYTHONUTF8=1 helps)"
     return None
 
 

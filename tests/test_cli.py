@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
+import pwd
 import signal
 import subprocess
 import sys
@@ -16,10 +18,13 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from huggingface_hub import constants
 
-from lorashare_stream.cli import progress
+from lorashare_stream.cli import commands, progress
 from lorashare_stream.cli.app import main
-from lorashare_stream.settings import Settings
+from lorashare_stream.errors import BudgetError, CollectionError, UsageError
+from lorashare_stream.model import SHAREModel
+from lorashare_stream.settings import CHOICES, Settings
 from lorashare_stream.workspace import moments as momentstore
 
 from .conftest import load_tensors, make_collection, tree_digest, write_adapter
@@ -84,6 +89,82 @@ def test_json_is_one_object_and_nothing_else(
         "verify": "mean",
     }
     assert expected[command] in value
+
+
+@pytest.mark.parametrize("limit", [["-k", 4], ["--max-error", 0.3]])
+def test_info_tells_bytes_and_ratio_of_the_whole_checkpoint_as_json_too(
+    tmp_path: Path, collection: list[str], capsys: Capture, limit: list[object]
+) -> None:
+    out = tmp_path / "out"
+    assert call("compress", *collection, "-o", out, *limit, "-q", "--json") == 0
+    made = json.loads(capsys.readouterr().out)
+    assert call("info", out, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    used = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    originals = sum(file.stat().st_size for folder in collection for file in Path(folder).glob("*.safetensors"))
+    assert told["checkpoint_bytes"] == made["checkpoint_bytes"] == used
+    assert told["times_smaller"] == made["times_smaller"] == originals / used
+    assert call("info", out) == 0
+    shown = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("checkpoint "))
+    ratio = originals / used
+    how = f"{ratio:.2f} times smaller" if ratio >= 1 else f"{1 / ratio:.2f} times larger"
+    assert shown.split("  ")[-1].strip() == f"{used / 1024:.1f} KiB, {how}"
+
+
+@pytest.mark.parametrize("command", ["plan", "compress", "add", "remove", "refit"])
+def test_the_help_names_what_an_option_may_be(command: str, capsys: Capture) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    told = capsys.readouterr().out
+    for name, values in CHOICES.items():
+        flag = f"--{name.replace('_', '-')}"
+        assert f"{flag} " not in told or f"{flag} {{{','.join(values)}}}" in told
+    assert "--device {auto,cpu,cuda}" in told
+
+
+def test_what_says_nothing_of_a_coded_checkpoint_is_told(
+    tmp_path: Path, collection: list[str], capsys: Capture, caplog: pytest.LogCaptureFixture
+) -> None:
+    note = "dtype says nothing of a coded checkpoint: its adapters come back in the dtypes of their sources"
+    for form, told in (
+        (["--max-error", 0.3, "--dtype", "float16"], True), (["--ratio", 2, "--dtype", "float16"], True),
+        (["--max-error", 0.3], False), (["-k", 4, "--dtype", "float16"], False),
+    ):  # fmt: skip
+        caplog.clear()
+        assert call("plan", *collection, *form) == 0
+        assert (f"note: {note}" in capsys.readouterr().out) == told
+        assert call("compress", *collection, "-o", tmp_path / "out", *form, "--overwrite", "-q") == 0
+        assert (note in caplog.text) == told
+    caplog.clear()
+    SHAREModel.from_adapters([str(tmp_path / "adapters")], max_error=0.3, dtype="float16")
+    assert note in caplog.text
+
+
+def test_messages_in_python_name_arguments_and_those_of_the_command_line_options(
+    tmp_path: Path, collection: list[str], capsys: Capture, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = json.loads(Path(collection[0], "adapter_config.json").read_text())
+    Path(collection[0], "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "other"}))
+    Path(collection[1], "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": "pissa"}))
+    caplog.set_level("WARNING")
+    for arguments, flags in (({}, []), ({"on_error": "skip"}, ["--on-error", "skip"])):
+        assert call("compress", *collection, "-o", tmp_path / "shell", "-k", 4, *flags) == (3 if flags else 1)
+        shell = capsys.readouterr().err + caplog.text
+        caplog.clear()
+        with pytest.raises(CollectionError) if not flags else pytest.warns(UserWarning, match="left out") as caught:
+            SHAREModel.from_adapters(collection, 4, output_dir=tmp_path / "python", **arguments)
+        names = str(caught.value if not flags else caught[0].message) + caplog.text
+        caplog.clear()
+        assert all(flag in shell for flag in ("--base-alias", "--any-base"))
+        assert "any_base=True" not in shell
+        assert all(name in names for name in ("base_aliases", "any_base=True"))
+        assert "--" not in names.replace("---", "")
+    assert "--share-initial" in shell
+    assert "share_initial=True" in names
+    with pytest.raises(UsageError, match=r"^num_components cannot be 0"):
+        Settings(num_components=0)
+    with pytest.raises(BudgetError, match=r'Use memory="\d+MiB" or more'):
+        SHAREModel.from_adapters(collection[2:], 4, memory="1MiB")
 
 
 def test_json_of_a_failure(tmp_path: Path, collection: list[str], capsys: Capture) -> None:
@@ -270,7 +351,7 @@ def test_verify_fails_for_what_is_not_as_certified(tmp_path: Path, collection: l
     out = tmp_path / "out"
     assert call("compress", *collection, "-o", out, "-k", 4, "-q") == 0
     assert call("verify", out, "--sources", *collection[1:], "-q") == 1
-    assert "a00: its original is not among the sources" in capsys.readouterr().err
+    assert "FAILED adapter 'a00': its original is not among the sources" in capsys.readouterr().err
     tensors = load_tensors(collection[0])
     write_adapter(
         Path(collection[0]), tensors | {k: v * 1.1 for k, v in tensors.items() if "lora_B" in k}, r=4, lora_alpha=8
@@ -295,11 +376,10 @@ def test_verify_fails_for_a_checkpoint_that_was_changed(
     path = out / "adapters" / "a02" / f"{part}.safetensors"
     save_file({k: v * np.float32(1.1) for k, v in load_file(path).items()}, path)
     assert call("verify", out, "-q") == 1
-    message = "claims a relative error" if part == "loadings" else "head.weight differs"
-    assert (
-        f"FAILED a02: {'the checkpoint ' if part == 'loadings' else 'base_model.model.'}{message}"
-        in capsys.readouterr().err
-    )
+    message = ": the checkpoint claims a relative error that it does not have (found "
+    if part == "classifier_head":
+        message = ", key 'base_model.model.head.weight': a tensor that is kept verbatim differs from the original"
+    assert f"FAILED adapter 'a02'{message}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -434,6 +514,114 @@ def test_a_signal_is_told_by_the_exit_code_even_if_nobody_reads(
         process.send_signal(signal.SIGTERM)
         assert process.wait() == 75
     assert not (tmp_path / "out.workspace" / "holder.json").exists()
+
+
+@pytest.mark.parametrize("limit", ["-k 8", "--max-error 0.3"])
+def test_names_that_the_encoding_of_stdout_cannot_hold_are_escaped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str
+) -> None:
+    """A batch job has another locale than the login shell: the work is done, and the names are shown all the same."""
+    folders = make_collection(tmp_path / "adapters", 2)
+    Path(folders[0]).rename(tmp_path / "adapters" / "M\u00fcller \u5ba2\u6237 \U0001f600")
+    out = tmp_path / "out"
+    for command in (
+        ["compress", tmp_path / "adapters", "-o", out, *limit.split()],
+        ["verify", out],
+        ["info", out],
+        ["report", out, "-o", tmp_path / "r\u5ba2.html"],
+        ["remove", out, "M\u00fcller \u5ba2\u6237 \U0001f600"],
+    ):
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+        assert call(*command) == 0
+        written = sys.stdout.buffer.getvalue()
+        assert (b"\\u5ba2\\u6237 \\U0001f600" if command[0] != "report" else b"r\\u5ba2.html") in written
+
+
+def test_a_summary_in_python_is_escaped_too(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = json.loads((checkpoint / "share_config.json").read_text())
+    config["base_model_name_or_path"] = "M\u00fcller"
+    (checkpoint / "share_config.json").write_text(json.dumps(config))
+    written = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", written)
+    SHAREModel.from_pretrained(checkpoint).summary()
+    written.flush()
+    assert b"base model           M\\xfcller" in written.buffer.getvalue()
+
+
+def test_a_name_that_no_file_can_have_under_the_locale_is_refused_in_a_sentence(
+    tmp_path: Path, collection: list[str], capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsencode(name: str | os.PathLike[str]) -> bytes:
+        return os.fspath(name).encode("ascii")
+
+    manifest = tmp_path / "list.jsonl"
+    manifest.write_text("".join(json.dumps({"name": f"\u5ba2{i}", "path": p}) + "\n" for i, p in enumerate(collection)))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsencode", fsencode)
+        assert call("compress", manifest, "-o", tmp_path / "out", "-k", 4) == 2
+        assert "no file can have it under this locale" in capsys.readouterr().err
+        patched.setattr(commands, "place_of", lambda *_, **__: fsencode("\u5ba2"))
+        assert call("info", tmp_path / "out") == 1
+        assert "expected characters of ascii" in capsys.readouterr().err
+    assert call("compress", manifest, "-o", tmp_path / "out", "-k", 4) == 0
+
+
+def test_a_user_without_a_home_is_told_where_the_hub_needs_one(
+    tmp_path: Path, checkpoint: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nobody(uid: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "~/.cache/huggingface/hub")
+    assert call("report", checkpoint, "-o", tmp_path / "r.html") == 0
+    assert call("verify", checkpoint, "-q") == 0
+    assert call("info", checkpoint) == 0
+    capsys.readouterr()
+    for command in (["plan", "org/name", "--offline"], ["push", checkpoint, "org/name"], ["info", "org/name"]):
+        assert call(*command) == 1
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert "this user has no home folder (found ~/.cache/huggingface/hub). Set HF_HOME" in captured.err
+
+
+def test_bytes_that_are_not_utf_8_in_names_of_files(tmp_path: Path, collection: list[str], capsys: Capture) -> None:
+    """They are names like others, also of checkpoints, and reconstructions are known as such."""
+    odd = os.fsdecode(b"caf\xe9")
+    Path(collection[0]).rename(tmp_path / "adapters" / odd)
+    for limit in (["-k", 4], ["--max-error", 0.3]):
+        out, rec = tmp_path / f"{limit[0]}{odd}", tmp_path / f"rec{limit[0]}{odd}"
+        assert call("compress", tmp_path / "adapters", "-o", out, *limit, "-q") == 0
+        assert call("verify", out) == 0
+        assert call("report", out, "-o", tmp_path / f"{odd}.html") == 0
+        assert call("reconstruct", out, "--all", "-o", rec) == 0
+        assert call("reconstruct", out, "--all", "-o", rec) == 0
+        assert len(list(rec.iterdir())) == 8
+        assert "caf_-" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("closed", ["1>&-", "2>&-", "1>&- 2>&-", "0<&- 1>&- 2>&-", "2>/dev/full"])
+def test_closed_streams_and_a_full_log_keep_nobody_from_the_work(
+    tmp_path: Path, collection: list[str], closed: str
+) -> None:
+    command = f"{sys.executable} -m lorashare_stream compress {tmp_path}/adapters -o {tmp_path}/out -k 4 --json"
+    done = subprocess.run(f"{command} {closed}", shell=True, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    if "1>" not in closed:
+        assert json.loads(done.stdout)["checkpoint"] == str(tmp_path / "out")
+    assert call("verify", tmp_path / "out", "-q") == 0
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_a_full_disk_under_stdout_is_told_in_a_sentence(checkpoint: Path, flags: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        words = [sys.executable, "-m", "lorashare_stream", "info", str(checkpoint), *flags]
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 75
+    assert done.stderr.startswith("lorashare-stream: No space left on device. ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_progress_lines_tell_rate_and_time_left(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,8 +97,9 @@ def test_an_adapter_is_added_alone_in_a_pack_of_its_own(
     assert main(["add", str(out), sources[3], "-q"]) == 0
     cost = total_bytes(read_share_config(out).ours["bytes"]) - size
     assert f"added a03, coded alone, for {cost} B" in capsys.readouterr().out
-    assert SHAREModel.from_pretrained(out).add_adapter(sources[4], name="fifth") == {
-        "method": "projection", "adapter_name": "fifth",
+    share = SHAREModel.from_pretrained(out)
+    assert share.add_adapter(sources[4], name="fifth") == {
+        "method": "projection", "adapter_name": "fifth", "relative_error": share.certified("fifth")["relative_error"],
     }  # fmt: skip
     assert encoded == ["a03", "fifth"]
     assert before.items() <= nodes(out).items()  # what was there is linked
@@ -120,8 +121,8 @@ def test_variance_means_nothing_and_that_is_said_once(tmp_path: Path, caplog: py
     go(sources[:2], out)
     caplog.set_level(logging.WARNING)
     assert add(out, resolve(sources[2:]), RunOptions(accept=1.0)).method == "projection"
-    assert [r.message for r in caplog.records if "--variance" in r.message] == [
-        "--variance says nothing of a coded checkpoint: each adapter is coded within its limit"
+    assert [r.message for r in caplog.records if "variance" in r.message] == [
+        "variance_threshold says nothing of a coded checkpoint: each adapter is coded within its limit"
     ]
 
 
@@ -194,7 +195,10 @@ def test_one_that_is_removed_leaves_no_trace(tmp_path: Path, workspace: bool, ca
     assert [p.name for p in tmp_path.glob(".*")] == []
     again = RunOptions()
     if workspace:
-        assert remove(out, ["a02"], again).names == ("a02",)  # as after a kill: nothing more to do
+        done = remove(out, ["a02"], again)
+        assert (done.names, done.before) == ((), ("a02",))
+        assert main(["remove", str(out), "a02"]) == 0
+        assert capsys.readouterr().out.startswith("took out nothing more\ntaken out before: a02\n")
         assert go([s for s in sources if not s.endswith("a02")], out).method == "current"
     else:
         with pytest.raises(UnknownAdapterError):

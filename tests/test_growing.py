@@ -190,7 +190,7 @@ def test_gone_sources_stop_a_refit_and_the_loss_of_doing_without_is_told(
         add(out, resolve(strangers), RunOptions())
     assert "'a03'" in str(caught.value)
     assert tree_digest(out) == before
-    threshold = float(str(caught.value).split("--variance ")[1].split()[0].rstrip("."))
+    threshold = float(str(caught.value).split("variance_threshold=")[1].split()[0].rstrip("."))
     outcome = add(out, resolve(strangers), RunOptions(accept=threshold))
     assert outcome.method == "projection"
     assert f"s0 {outcome.kept['s0']:.4f}" in str(caught.value)
@@ -218,7 +218,7 @@ def test_new_modules_need_new_bases(tmp_path: Path, collection: list[str]) -> No
     wider = make_collection(tmp_path / "yet", 1, {"layers.8.q": (40, 24)}, seed=1)
     with pytest.raises(CollectionError, match="sources are gone") as caught:
         add(out, resolve({"wider": wider[0]}), ANY)
-    assert "--variance" not in str(caught.value)  # no share of it can be had without a basis
+    assert "variance" not in str(caught.value)  # no share of it can be had without a basis
 
 
 def test_shapes_in_the_workspace_bind_when_its_sources_are_gone(tmp_path: Path, collection: list[str]) -> None:
@@ -243,7 +243,9 @@ def test_without_a_workspace_adapters_can_be_projected_only(
     assert add(with_it, resolve(named), RunOptions()).method == "projection"
     assert tree_digest(out) == tree_digest(with_it)
     assert add(out, resolve(named), RunOptions()).method == "current"
-    with pytest.raises(WorkspaceError, match=r"no workspace with the moments .*s0, s1.*--workspace.*--variance 0"):
+    with pytest.raises(
+        WorkspaceError, match=r"no workspace with the moments .*s0, s1.*by workspace.*variance_threshold="
+    ):
         add(out, resolve(strangers), RunOptions())
     other = make_collection(tmp_path / "other", 1, {"layers.0.q": (48, 24)}, seed=1)
     with pytest.raises(CollectionError, match=r"'o'.*found d_in = 48; expected d_in = 40"):

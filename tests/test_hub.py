@@ -6,13 +6,16 @@ import io
 import json
 import logging
 import os
+import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -413,7 +416,8 @@ def test_an_outage_without_end_stops_the_run_and_keeps_what_is_done(
 def test_what_fails_for_one_adapter_only_is_given_up_for_it(
     tmp_path: Path, hub: FakeHub, pins: list[str], monkeypatch: pytest.MonkeyPatch, fault: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(patience, "PATIENCE", 2.0)  # given up after pauses of 1.26 s in all
+    monkeypatch.setattr(patience, "PATIENCE", 2.0)
+    monkeypatch.setattr(patience, "ANSWER", 0.0)  # given up after pauses of 2 s in all, whatever the client does
     made = plan(pins, tmp_path / "out", on_error="skip")
     hub.fault(kind="resolve", method="GET", repo="org/a05", times=None, **fault)
     for i, delay in enumerate((0.8, 0.9, 1.0, 1.1)):  # others are heard meanwhile
@@ -538,7 +542,7 @@ def test_what_the_users_cache_has_is_used_and_never_removed(tmp_path: Path, hub:
 
 
 def test_a_budget_that_cannot_do_is_said_with_the_one_that_can(tmp_path: Path, hub: FakeHub, pins: list[str]) -> None:
-    with pytest.raises(BudgetError, match=r"two of the largest adapter.*--disk-budget 1MiB"):
+    with pytest.raises(BudgetError, match=r'two of the largest adapter.*disk_budget="1MiB"'):
         go(pins, tmp_path / "out", disk_budget=5000)
 
 
@@ -941,7 +945,7 @@ def test_a_disk_without_room_for_what_is_fetched(
     made = plan(pins, tmp_path / "out")
     room = made.sizes["moments"] + made.sizes["basis"] + made.sizes["checkpoint"] + 4 * 3676
     monkeypatch.setattr(stages, "free_bytes", lambda folder: (1, room))
-    with pytest.raises(DiskError, match=r"what is fetched.*--disk-budget"):
+    with pytest.raises(DiskError, match=r"what is fetched.*by disk_budget"):
         compress(made, tmp_path / "out")
     assert hub.count(file=WEIGHTS, method="HEAD") == 0
     go(pins, tmp_path / "out", disk_budget=4 * 3676)
@@ -1135,6 +1139,58 @@ def test_a_server_that_never_answers(tmp_path: Path, hub: FakeHub, monkeypatch: 
     hub.fault(kind="info", delay=5.0, times=None)
     with pytest.raises(UnreachableError):
         Hub().info(HubId("org/x"))
+
+
+@contextmanager
+def nobody(*, accepts: bool) -> Iterator[str]:
+    """An address on loopback that refuses, or that accepts and never answers."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if accepts:
+            server.listen(64)
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("accepts", [False, True])
+@pytest.mark.parametrize("command", ["discover", "push", "info", "plan", "pinned", "compress"])
+def test_without_a_network_commands_give_up_within_the_limit_and_say_each_thing_once(
+    tmp_path: Path, compressed_once: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, command: str, accepts: bool,
+) -> None:  # fmt: skip
+    """The client's own attempts and waits without end do not add to the limit of what was never answered."""
+    monkeypatch.setattr(patience, "UNHEARD", 0.6)
+    monkeypatch.setattr(hub_module, "TIMEOUT", 0.2)
+    monkeypatch.setattr(patience, "_heard", [0.0])
+    words = {
+        "discover": ["discover", "--base-model", "org/base", "-o", tmp_path / "m.jsonl"],
+        "push": ["push", compressed_once, "org/x"],
+        "info": ["info", "org/x"],
+        "plan": ["plan", "org/x", "org/y"],
+        "pinned": ["plan", f"org/x@{40 * 'a'}"],
+        "compress": ["compress", "org/x", "-o", tmp_path / "out", "--max-error", 0.2],
+    }[command]
+    with nobody(accepts=accepts) as url:
+        patched(monkeypatch, SimpleNamespace(url=url), tmp_path / "home")
+        begun = time.monotonic()
+        assert main([str(word) for word in words]) == 75
+        assert time.monotonic() - begun < 2.5
+    err = capfd.readouterr().err
+    assert err.count("the Hub cannot be reached") == 1
+    assert [r.name for r in caplog.records] in ([], ["lorashare_stream.hub.retry"])
+    assert "thrown while requesting" not in err
+
+
+def test_pages_of_a_listing_are_asked_for_one_by_one(hub: FakeHub, collection: list[str]) -> None:
+    """A page that fails is asked for again, and no other."""
+    hub.page_size = 2
+    for i in range(5):
+        hub.add(f"org/a{i}", files_of(collection[i]), base_model="tiny-base", downloads=9 - i)
+    models = Hub().models(filter=["base_model:adapter:tiny-base"], sort="downloads", author=None, search=None)
+    found = [next(models).id for _ in range(2)]
+    hub.fault(kind="list", status=503)
+    found += [model.id for model in models]
+    assert found == [f"org/a{i}" for i in range(5)]
+    assert hub.count(kind="list") == 4
 
 
 def test_errors_of_the_storage_client() -> None:

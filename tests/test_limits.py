@@ -46,7 +46,7 @@ def test_a_limit_takes_the_place_of_k(
 
 
 def test_a_limit_needs_errors_of_dw() -> None:
-    with pytest.raises(UsageError, match="--max-error needs objective delta"):
+    with pytest.raises(UsageError, match="max_error needs objective delta"):
         Settings(objective="factors", max_error=0.1)
     assert Settings(ratio=20.0).bought == ("ratio", 20.0)
     assert Settings(objective="factors").bought == ()

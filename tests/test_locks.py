@@ -63,7 +63,7 @@ def test_a_file_system_without_locks_is_an_error_that_names_the_workspace(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    with pytest.raises(WorkspaceError, match=r"no locks .*--workspace") as caught, held(tmp_path):
+    with pytest.raises(WorkspaceError, match=r"no locks .*by workspace") as caught, held(tmp_path):
         pass
     assert caught.value.exit_code == 1
 
@@ -84,7 +84,7 @@ with held(Path({str(tmp_path)!r})):
 
 def test_the_lock_of_another_host_stands_until_it_is_taken_over(tmp_path: Path) -> None:
     name_holder(tmp_path, host="elsewhere")
-    with pytest.raises(LockedError, match=r"host elsewhere.*by --take-lock"), held(tmp_path):
+    with pytest.raises(LockedError, match=r"host elsewhere.*by take_lock=True"), held(tmp_path):
         pass
     with held(tmp_path, take=True) as check:
         check()

@@ -418,7 +418,7 @@ def test_a_public_repository_does_not_get_closed_sources_unless_the_user_insists
     push(checkpoint, REPO)
     mark(checkpoint, "a01", repo="org/closed", gated=True)
     before = hub.files(REPO)
-    with pytest.raises(UsageError, match=r"public.*a01.*--public"):
+    with pytest.raises(UsageError, match=r"public.*a01.*private=False"):
         push(checkpoint, REPO)
     assert hub.files(REPO) == before
     assert not push(checkpoint, REPO, private=False).private

@@ -17,7 +17,8 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from safetensors.numpy import load_file, save_file
 
 from lorashare_stream.adapters import config as peftconfig
-from lorashare_stream.errors import CollectionError, UsageError, WorkspaceError
+from lorashare_stream.cli.app import main
+from lorashare_stream.errors import AdapterError, CollectionError, UsageError, WorkspaceError, problem_lines
 from lorashare_stream.model import SHAREModel
 from lorashare_stream.pipeline import plan_for
 from lorashare_stream.plan.sources import resolve
@@ -398,7 +399,7 @@ def test_one_base_model_goes_by_many_names(
     assert plan.base_model == base
     assert [e.adapter for e in plan.refused] == [f"a{i:02}" for i in refused]
     for error in plan.refused:
-        assert all(part in str(error) for part in ("base_model_name_or_path", base, "--base-alias", "--any-base"))
+        assert all(part in str(error) for part in ("base_model_name_or_path", base, "base_aliases", "any_base=True"))
     text = plan_text(plan)
     for name in {e.base_model for e in plan.adapters} - {None, base}:
         assert f"{name} by" in text  # what differs is listed before work
@@ -434,7 +435,7 @@ def test_a_workspace_keeps_its_base_model_when_others_outnumber_it(named: Path, 
 
 def test_adapters_that_are_refused_now_are_said_to_be(named: Path, compressed: Compress) -> None:
     compressed([named], num_components=4, any_base=True)
-    with pytest.raises(WorkspaceError, match=r"no longer give.*a03.*refused now: .*mirror/base-4bit.*--base-alias"):
+    with pytest.raises(WorkspaceError, match=r"no longer give.*a03.*refused now: .*mirror/base-4bit.*base_aliases"):
         compressed([named], num_components=4, on_error="skip")
 
 
@@ -533,3 +534,75 @@ def test_adapters_that_are_mostly_other_tensors_are_told(tmp_path: Path) -> None
     save_file(load_tensors(folders[0]) | vocabulary, Path(folders[0]) / WEIGHTS)
     (warning,) = [w for w in plan_warnings(plan_for(resolve(folders), Settings())) if "not LoRA" in w]
     assert "1 adapter (a00)" in warning
+
+
+BOUND = 4000  # characters
+
+
+def _of_many_bases(root: Path) -> str:
+    """68 adapters of 66 base models, by their names."""
+    for i in range(68):
+        make_collection(root / f"{i:02}", 1, {"q": (8, 8)}, seed=i, base_model_name_or_path=f"b/{max(i, 2)}")
+    return str(root)
+
+
+@pytest.mark.parametrize("form", [["-k", "2"], ["--max-error", "0.3"]])
+def test_messages_are_bounded_and_files_and_json_are_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, form: list[str]
+) -> None:
+    """66 names of one base model: one line, with some of the names, and how many there are."""
+    source, out = _of_many_bases(tmp_path / "in"), str(tmp_path / "out")
+    assert main(["plan", source, *form]) == 1
+    err = capsys.readouterr().err
+    assert len(err) < BOUND
+    assert err.count("made for another base model") == 1
+    assert "65 adapters, " in err
+    assert " and 57 more, key 'base_model_name_or_path'" in err
+    assert " and 60 more; expected b/2)" in err
+    assert "With --json each of them is told" in err
+    assert main(["plan", source, *form, "--json"]) == 1
+    assert len(json.loads(capsys.readouterr().out)["refused"]) == 65
+    assert main(["compress", source, "-o", out, *form, "--json"]) == 1
+    assert len(json.loads(capsys.readouterr().out)["error"]["problems"]) == 65
+
+    assert main(["compress", source, "-o", out, *form, "--on-error", "skip", "-q"]) == 3
+    assert len(capsys.readouterr().err) < BOUND
+    assert len(json.loads(Path(out, "skipped.json").read_text())) == 65
+    assert main(["add", out, source]) == 1
+    assert len(capsys.readouterr().err) < BOUND
+    assert main(["plan", source, *form, "--any-base", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["base_models"]) == 66
+    caplog.clear()
+    assert main(["compress", source, "-o", out, *form, "--any-base", "-q"]) == 0
+    assert len(caplog.text) + len(capsys.readouterr().out) < BOUND
+    assert main(["plan", source, *form, "--any-base"]) == 0
+    assert capsys.readouterr().out.count("also named") == 9
+
+    Path(source).rename(tmp_path / "away")
+    assert main(["verify", out]) == 1
+    err = capsys.readouterr().err
+    assert len(err) < BOUND
+    assert "FAILED 68 adapters, " in err
+    for file in (*Path(out).rglob("packs/*"), *Path(out).rglob("loadings.safetensors")):
+        file.write_bytes(b"")
+    assert main(["reconstruct", out, "--all", "-o", str(tmp_path / "rec")]) == 1
+    assert len(capsys.readouterr().err) < BOUND
+
+
+def test_messages_in_python_are_bounded_and_errors_whole(tmp_path: Path) -> None:
+    source = _of_many_bases(tmp_path / "in")
+    with pytest.raises(CollectionError) as caught:
+        SHAREModel.from_adapters([source], num_components=2)
+    assert len(str(caught.value)) < BOUND
+    assert len(caught.value.problems) == 65
+    with pytest.warns(UserWarning, match="left out: ") as warned:
+        SHAREModel.from_adapters([source], num_components=2, on_error="skip", output_dir=tmp_path / "out")
+    assert len(str(warned[0].message)) < BOUND
+
+
+def test_of_many_kinds_of_problems_the_commonest_are_told_and_the_others_counted() -> None:
+    problems = [AdapterError(f"kind {i}", adapter=f"a{i}{j}") for i in range(20) for j in range(i + 1)]
+    lines = problem_lines(problems)
+    assert lines[0].startswith("  - 20 adapters, 'a190', 'a191', ")
+    assert lines[0].endswith("'a197' and 12 more: kind 19")
+    assert lines[8:] == ["  - and 78 more, for 12 other reasons"]

@@ -152,7 +152,7 @@ def test_an_output_that_is_not_ours_is_not_touched(tmp_path: Path, collection: l
     go(collection, tmp_path / "one")
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     shutil.rmtree(pipeline.default_workspace(tmp_path / "two"), ignore_errors=True)
-    with pytest.raises(UsageError, match=r"another run.*--overwrite"):
+    with pytest.raises(UsageError, match=r"another run.*overwrite=True"):
         go(collection, tmp_path / "two", num_components=2)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def test_its_files_go_and_sums_still_contain_it_and_say_so(tmp_path: Path) -> No
     assert share.config.ours["groups"]["q:A"]["n"] == 24
     assert lorashare.SHAREModel.from_pretrained(out).adapter_names == share.adapter_names
     measured(out, [p for p in collection if p[-3:] not in ("a03", "a05")])
-    assert remove(out, ["a03", "a05"], RunOptions()) == done  # again: nothing to do, and the same is said
+    assert remove(out, ["a03", "a05"], RunOptions()) == replace(done, names=(), before=done.names)  # again
     assert tree_digest(out) == after
 
 
@@ -284,7 +285,7 @@ def test_the_command(tmp_path: Path, capsys: Capture) -> None:
     capsys.readouterr()
     assert main(["remove", str(out), "--refit", "--json", "-q"]) == 0
     assert json.loads(capsys.readouterr().out) == {
-        "removed": [], "in_bases": [], "in_moments": {}, "absent": [],
+        "removed": [], "removed_before": [], "in_bases": [], "in_moments": {}, "absent": [],
     }  # fmt: skip
     for gone in (1, 2):
         shutil.rmtree(collection[gone])
@@ -293,6 +294,7 @@ def test_the_command(tmp_path: Path, capsys: Capture) -> None:
     assert "took out a01" in captured.out
     assert "their trace could not be (found a01). Restore the sources of a02" in captured.err
     assert main(["remove", str(out), "a01", "--refit", "-q", "--json"]) == 1
-    assert json.loads(capsys.readouterr().out)["absent"] == ["a02"]
+    again = json.loads(capsys.readouterr().out)
+    assert (again["removed"], again["removed_before"], again["absent"]) == ([], ["a01"], ["a02"])
     assert main(["info", str(out)]) == 0
     assert "a01" in capsys.readouterr().out

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from ..adapters.keys import factor_key, split_group_id
 from ..errors import CheckpointError
 from ..files import read_json
-from ..text import is_component, listed, printable
+from ..text import has_surrogates, is_component, listed, printable
 from .config import read_share_config
 from .format import ADAPTERS, COMPONENTS, CONFIG, LOADINGS, MARK, META, OURS, SKIPPED, SPECTRUM, VERBATIM
 from .location import Folder, Place
@@ -229,7 +229,8 @@ def _is_folder_name(name: object) -> bool:
 
 def _open(path: Path) -> Any:
     try:
-        return safe_open(path, framework="pt")
+        with path.open("rb") as f:  # safetensors takes no name that is not UTF-8
+            return safe_open(f"/dev/fd/{f.fileno()}" if has_surrogates(str(path)) else path, framework="pt")
     except FileNotFoundError:
         raise CheckpointError(f"{printable(path.name)} is missing", found=printable(path.parent)) from None
     except (SafetensorError, OSError, json.JSONDecodeError) as e:

@@ -16,11 +16,12 @@ import sys
 from contextlib import suppress
 from functools import partial
 from types import FrameType
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 from ..errors import Stopped, StreamError, UsageError
-from ..text import printable
+from ..text import in_shell, printable
 from .arguments import parser
+from .streams import discard, open_streams, say, say_error, show
 
 _RERUN_HELPS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENFILE, errno.ESTALE, errno.ENETDOWN, errno.ENETUNREACH,
@@ -31,21 +32,20 @@ _REMEDIES = {errno.EMFILE: "Raise the limit, by ulimit -n, or use fewer --worker
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code."""
+    open_streams()
     try:
-        code = _run(argv)
+        with in_shell():
+            code = _run(argv)
     except BrokenPipeError:  # the reader of our output has gone, before the work was done perhaps
-        _discard(sys.stdout)
-        _discard(sys.stderr)
+        discard(sys.stdout)
+        discard(sys.stderr)
         return Stopped.exit_code
-    try:
-        sys.stderr.flush()
-    except BrokenPipeError:  # nobody reads the log: Python would fail to flush it, and exit with 120
-        _discard(sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            discard(stream)
     return code
-
-
-def _discard(stream: TextIO) -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _run(argv: list[str] | None) -> int:
@@ -53,7 +53,7 @@ def _run(argv: list[str] | None) -> int:
     level = logging.WARNING if args.get("quiet") else logging.DEBUG if args.get("verbose") else logging.INFO
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     logging.getLogger("lorashare_stream").setLevel(level)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # what it warns of is waited out, and said once
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # what it warns of is waited out, and said once
     before = {number: signal.signal(number, partial(_stop, args)) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         return _dispatch(args)
@@ -63,6 +63,12 @@ def _run(argv: list[str] | None) -> int:
         raise
     except OSError as e:
         return _failed(args, *_of_the_machine(e))
+    except UnicodeEncodeError as e:  # of the name of a file, under a locale that is not that of its names
+        error = StreamError(
+            "a name that no file can have under this locale", found=e.object, expected=f"characters of {e.encoding}",
+            remedy="Run the same command again with PYTHONUTF8=1, or under a UTF-8 locale. What was done is kept.",
+        )  # fmt: skip
+        return _failed(args, error, 1)
     except MemoryError:
         error = StreamError(
             "the machine ran out of memory", remedy="Give --memory what is really free, or fewer --workers."
@@ -111,10 +117,11 @@ def _of_the_machine(e: OSError) -> tuple[StreamError, int]:
 
 def _failed(args: dict[str, Any], error: StreamError, code: int) -> int:
     if args.get("json"):
-        print(_as_json(error, code))
-    print(f"lorashare-stream: {error}", file=sys.stderr)
+        with suppress(OSError):  # it may be stdout that failed
+            show(_as_json(error, code))
+    say_error(error)
     if isinstance(error, UsageError):
-        print(f"Try: lorashare-stream {args['command']} --help", file=sys.stderr)
+        say(f"Try: lorashare-stream {args['command']} --help")
     return code
 
 

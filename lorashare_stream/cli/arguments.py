@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import NoReturn
 
+from ..settings import CHOICES
 from ..text import printable
 from ..version import __version__
 
@@ -59,6 +60,11 @@ def parser() -> argparse.ArgumentParser:
     _add_readers(command)
     _add_hub(command)
     return top
+
+
+def _one_of(name: str) -> str:
+    """The values that a setting may have; what is none of them, the settings refuse, as in Python."""
+    return f"{{{','.join(CHOICES[name])}}}"
 
 
 def _add_plan(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
@@ -166,18 +172,23 @@ def _add_sources(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument("--names", nargs="+", metavar="NAME", help="names of the sources, which are then adapter folders")
     _add_limit(p, "components per group, or auto (default: 32)")
-    p.add_argument("--objective", help="delta: least error of dW (default); factors: A and B on their own")
+    p.add_argument(
+        "--objective",
+        metavar=_one_of("objective"),
+        help="delta: least error of dW (default); factors: A and B on their own",
+    )
     p.add_argument(
         "--center",
         action=argparse.BooleanOptionalAction,
         help="subtract the mean, as the published method does; factors only",
     )
-    p.add_argument("--moment-dtype", help="float32 (default) or float64")
+    p.add_argument("--moment-dtype", metavar=_one_of("moment_dtype"), help="of what is summed (default: float32)")
     _add_resources(p)
     _add_on_error(p)
     p.add_argument(
         "--dtype",
-        help="of what is stored: auto (default), float32, bfloat16 or float16",
+        metavar=_one_of("dtype"),
+        help="of what is stored (default: auto, the precision of the sources); a limit has no use for it",
     )
     p.add_argument("--base-model", metavar="ID", help="what the adapters are adapters of (default: what most name)")
     _add_base(p)
@@ -209,6 +220,7 @@ def _add_limit(p: argparse.ArgumentParser, of_k: str) -> None:
 def _add_on_error(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--on-error",
+        metavar=_one_of("on_error"),
         help="raise (default), or skip: go on without adapters that cannot be compressed, or are not there",
     )
 
@@ -231,7 +243,7 @@ def _add_resources(p: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tasks at a time (default: one per core that it may use, or thread of a worker)",
     )
-    p.add_argument("--device", help="auto (default), cpu or cuda")
+    p.add_argument("--device", metavar=_one_of("device"), help="where to compute (default: auto)")
     p.add_argument(
         "--disk-budget",
         metavar="SIZE",

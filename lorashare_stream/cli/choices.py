@@ -11,7 +11,7 @@ from typing import Any
 
 from ..adapters.hubid import parse_hub_id
 from ..adapters.source import Source
-from ..errors import AdapterError, UsageError
+from ..errors import UsageError, problem_of
 from ..files import read_json
 from ..pipeline import plan_for
 from ..plan.manifests import read_yaml
@@ -27,7 +27,6 @@ log = logging.getLogger(__name__)
 _SETTINGS = {f.name for f in fields(Settings)} | {TRIM_RANK}
 _PLACES: dict[str, type] = {"output": str, "workspace": str, "overwrite": bool, "sources": object}
 _GREEDY = {"names": "--names", "base_aliases": "--base-alias"}
-_DETAILS = ("adapter", "key", "found", "expected", "remedy")
 
 
 def with_config(args: Args) -> dict[str, Any]:
@@ -131,7 +130,7 @@ def planned(chosen: Args, workspace: Path, progress: Progress = silent) -> Plan:
         saved = read_json(Path(chosen["plan"]))
         sources = [_saved_source(a) for a in saved["adapters"]]
         settings, fingerprint, presumed = dict(saved["settings"]), saved["fingerprint"], bool(saved.get("presumed"))
-        refused = [AdapterError(**{k: str(r[k]) for k in ("problem", *_DETAILS) if k in r}) for r in saved["refused"]]
+        refused = [problem_of(r) for r in saved["refused"]]
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise UsageError(f"{printable(chosen['plan'])} is not a plan", found=f"{type(e).__name__}: {e}") from e
     settings = overridden(settings, {k: v for k, v in chosen.items() if k in _SETTINGS})

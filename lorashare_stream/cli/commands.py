@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shlex
-import sys
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 from ..checkpoint.config import SHAREConfig, read_share_config
 from ..checkpoint.format import ours_of, total_bytes
 from ..checkpoint.publish import check_output, output_folder
-from ..errors import BudgetError, CheckpointError, CollectionError, StreamError, UsageError, skipped_as_json
+from ..errors import (
+    BudgetError,
+    CheckpointError,
+    CollectionError,
+    StreamError,
+    UsageError,
+    problem_lines,
+    skipped_as_json,
+)
 from ..files import atomic_file, own_path, tree_bytes, write_json
 from ..hub.client import Hub
 from ..hub.lookup import recalled, source_of
@@ -31,6 +38,7 @@ from ..text import bytes_shown, counted, listed, name_fault, printable
 from ..workspace.workspace import Workspace
 from .choices import Args, cluster_of, make_plan, names_meant, planned, with_config, with_workers
 from .output import print_result, progress_of, say_left_out, say_what_will_be_left_out
+from .streams import say, say_error
 
 if TYPE_CHECKING:
     from ..adapters.source import Source
@@ -61,7 +69,7 @@ def plan(args: Args) -> int:
     print_result(args, value | ({"error": fault.problem} if fault else {}), text)
     say_what_will_be_left_out(made)
     if fault is not None:
-        print(f"lorashare-stream: {fault}", file=sys.stderr)
+        say_error(fault)
         return fault.exit_code
     return SKIPPED if made.refused else 0
 
@@ -222,13 +230,13 @@ def reconstruct(args: Args) -> int:
         try:
             model.reconstruct(name, output_dir=folders[name])
         except CheckpointError as e:  # a damaged one keeps nobody from the others
-            faults[name] = e
+            e.adapter, faults[name] = name, e
     written = {n: str(f) for n, f in folders.items() if n not in faults}
     failed = {n: str(e) for n, e in faults.items()}
     result = {"reconstructed": written} | ({"failed": failed} if failed else {})
     print_result(args, result, f"{counted(len(written), 'adapter')} in {printable(out)}")
-    for text in failed.values():
-        print(f"FAILED {text}", file=sys.stderr)
+    for line in problem_lines(faults.values(), "FAILED "):
+        say(line)
     return 1 if faults else 0
 
 
@@ -262,14 +270,12 @@ def verify(args: Args) -> int:
     text = table(rows, ("adapter", "dW error", "certified", "at worst", "in module"))
     text += f"\nmean dW error {mean:.6f} of {counted(len(measured), 'compressed adapter')}" if mean is not None else ""
     result = {"mean": mean, "failed": len(bad), "damaged": [e.problem for e in damaged]}
-    print_result(args, result | {"adapters": [asdict(v) for v in verdicts]}, text)
+    each = [asdict(v) | {"problem": v.problem and v.problem.text("")} for v in verdicts]
+    print_result(args, result | {"adapters": each}, text)
     for note in beside_notes({v.name: v.beside for v in verdicts}):
         log.warning("%s", note)
-    for fault in damaged:
-        print(f"FAILED {printable(fault, 2000)}", file=sys.stderr)
-    for problem in dict.fromkeys(v.problem for v in bad):
-        names = [v.name for v in bad if v.problem == problem]
-        print(f"FAILED {listed(names)}: {printable(problem, 2000)}", file=sys.stderr)
+    for line in problem_lines([*damaged, *(v.problem for v in bad if v.problem)], "FAILED "):
+        say(line)
     return 1 if bad or damaged else 0
 
 

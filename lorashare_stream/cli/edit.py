@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -25,6 +24,7 @@ from ..settings import LIMITS, TRIM_RANK, Settings
 from ..text import bytes_shown, counted, listed, printable
 from .choices import Args, cluster_of, named_sources, names_meant, with_workers
 from .output import print_result, progress_of, say_left_out
+from .streams import say_error
 
 COMMANDS = {"add", "remove", "refit"}
 SKIPPED = 3  # exit code: done, but adapters were left out
@@ -85,13 +85,14 @@ def remove(args: Args) -> int:
     left = sorted({*done.in_bases, *(done.in_moments or {})})
     result = {
         "removed": list(done.names),
+        "removed_before": list(done.before),
         "in_bases": list(done.in_bases),
         "in_moments": done.in_moments,
         "absent": list(done.absent),
     }
-    print_result(
-        args, result, "\n".join([f"took out {listed(done.names) or 'nothing more'}", *_traces(done, "refit" in args)])
-    )
+    told = [f"took out {listed(done.names) or 'nothing more'}"]
+    told += [f"taken out before: {listed(done.before)}"] if done.before else []
+    print_result(args, result, "\n".join([*told, *_traces(done, "refit" in args)]))
     if "refit" not in args or not left:
         return 0
     fault = StreamError(
@@ -99,7 +100,7 @@ def remove(args: Args) -> int:
         found=listed(left),
         remedy=f"Restore the sources of {listed(done.absent) or 'others'}, or take them out too, and run it again.",
     )
-    print(f"lorashare-stream: {fault}", file=sys.stderr)
+    say_error(fault)
     return fault.exit_code
 
 

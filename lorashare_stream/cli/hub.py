@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections import Counter
 from pathlib import Path
 
 from ..checkpoint.publish import demand_folder
-from ..errors import UsageError
+from ..errors import AdapterError, UsageError, problem_lines
 from ..hub.discover import discover as listed_by_hub
 from ..hub.discover import write_manifest
 from ..text import bytes_shown, counted, listed, printable
 from .choices import Args
 from .output import print_result, progress_of
+from .streams import say
 
 COMMANDS = {"discover", "push"}
 
@@ -39,9 +39,9 @@ def discover(args: Args) -> int:
         offline=bool(args.get("offline")),
     )
     write_manifest(out, found.items)
-    for reason, number in Counter(reason for _, reason in found.left_out).most_common(8):
-        some = listed((repo for repo, why in found.left_out if why == reason), 3)
-        print(f"left out {number} ({some}): {printable(reason)}", file=sys.stderr)
+    if found.left_out:
+        say(f"left out {counted(len(found.left_out), 'adapter')} that the Hub lists:")
+        say("\n".join(problem_lines(AdapterError(reason, adapter=repo) for repo, reason in found.left_out)))
     size = sum({item["repo"]: item.get("size") or 0 for item in found.items}.values())
     gated = sum(bool(item.get("gated")) for item in found.items)
     others = Counter(item["base_model"] for item in found.items if item["base_model"] not in (base, *aliases))

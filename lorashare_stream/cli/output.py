@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,14 +15,12 @@ from ..plan.plan import Plan
 from ..runtime.progress import Progress, silent
 from ..text import counted, printable
 from .choices import Args
+from .streams import say, show
 
 
 def print_result(args: Args, value: Mapping[str, Any], text: str) -> None:
     """The result of a command, as it was asked for."""
-    try:
-        print(json.dumps(finite(value)) if "json" in args else text, flush=True)
-    except BrokenPipeError:  # the reader has gone; the work is done
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    show(json.dumps(finite(value)) if "json" in args else text)
 
 
 def finite(value: Any) -> Any:
@@ -45,13 +42,13 @@ def progress_of(args: Args) -> Progress:
 def say_what_will_be_left_out(made: Plan) -> None:
     """Adapters that a plan leaves out, with the reasons."""
     if made.refused and made.settings.on_error == "skip":
-        print(f"{counted(len(made.refused), 'adapter')} will be left out:", file=sys.stderr)
-        print("\n".join(problem_lines(made.refused)), file=sys.stderr)
+        say(f"{counted(len(made.refused), 'adapter')} will be left out, each of which --json tells:")
+        say("\n".join(problem_lines(made.refused)))
 
 
 def say_left_out(skipped: Sequence[AdapterError], out: Path) -> None:
     """Adapters that were left out, with the reasons."""
     if skipped:
         where = printable(out / "skipped.json")
-        print(f"left out {counted(len(skipped), 'adapter')}; the reasons are in {where}:", file=sys.stderr)
-        print("\n".join(problem_lines(skipped)), file=sys.stderr)
+        say(f"left out {counted(len(skipped), 'adapter')}; the reasons are in {where}:")
+        say("\n".join(problem_lines(skipped)))

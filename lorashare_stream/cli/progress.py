@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import TypeVar
 
 from ..text import counted
+from .streams import say
 
 T = TypeVar("T")
 EVERY = 15.0  # seconds between lines
@@ -46,14 +46,9 @@ def lines(step: str, total: int, results: Iterator[T]) -> Iterator[T]:
         if now - said >= EVERY and done < total:
             said, rate = now, done / (now - begun)
             left = _clock((total - done) / rate)
-            _say(f"{step}: {done} of {counted(total, _UNITS.get(step, 'adapter'))}, {rate:.2f}/s, {left} left")
+            say(f"{step}: {done} of {counted(total, _UNITS.get(step, 'adapter'))}, {rate:.2f}/s, {left} left")
     if done:
-        _say(f"{step}: {counted(done, _UNITS.get(step, 'adapter'))} in {_clock(time.monotonic() - begun)}")
-
-
-def _say(text: str) -> None:
-    with suppress(BrokenPipeError):  # who reads it has gone; the work goes on
-        print(text, file=sys.stderr, flush=True)
+        say(f"{step}: {counted(done, _UNITS.get(step, 'adapter'))} in {_clock(time.monotonic() - begun)}")
 
 
 def _clock(seconds: float) -> str:

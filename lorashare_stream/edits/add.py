@@ -30,7 +30,7 @@ from ..stages.grow import demand_unchanged, grow, offer
 from ..stages.job import Job
 from ..stages.passes import checkpoint_key_of, ingested
 from ..stages.run import Run
-from ..text import folded, listed, printable
+from ..text import folded, listed, printable, spelled
 from ..workspace.journal import Admission, Journal
 from .options import RunOptions, check_same, opened
 
@@ -60,7 +60,8 @@ def add(checkpoint: Path, sources: Sequence[Source], options: RunOptions, *, ref
     sources, surveyed = resolve_on_hub(sources, settings, root, pins=pins, progress=options.progress)
     _check_names(config, out, sources)
     if config.coded and options.accept is not None:
-        log.warning("--variance says nothing of a coded checkpoint: each adapter is coded within its limit")
+        note = "--variance says nothing of a coded checkpoint: each adapter is coded within its limit"
+        log.warning("%s", spelled(note))
     if root is None:
         if refit and not config.coded:
             raise WorkspaceError("no workspace to fit bases anew from", remedy="Compress the sources again.")
@@ -86,19 +87,26 @@ def add_one(checkpoint: Path, adapter: str | Mapping[str, str], options: RunOpti
         options, refit: as for `add`.
 
     Returns:
-        `method` (`"projection"` or `"recompute"`), `adapter_name`; and `min_explained_variance` and
-        `mean_explained_variance`, both the share of its dW energy that the bases that were there keep.
+        `adapter_name`; and `method`: `"projection"` if the adapters that were there stay as they are, `"recompute"` if
+        all were projected on new bases, or coded again since the limit of bytes did not hold the new one. Of a SHARE
+        checkpoint, where the new one was tried on the bases that were there, `min_explained_variance` and
+        `mean_explained_variance`, both the share of its dW energy that these keep; of a coded one `relative_error`, the
+        dW error that is certified of it.
     """
     sources = resolve(adapter if isinstance(adapter, Mapping) else [adapter])
     if len(sources) != 1:
         raise UsageError("one adapter can be added at a time", found=listed(s.wanted_name for s in sources))
     before = set(read_share_config(checkpoint).adapter_names)
     outcome = add(checkpoint, sources, options, refit=refit)
-    added = [name for name in read_share_config(checkpoint).adapter_names if name not in before]
+    config = read_share_config(checkpoint)
+    added = [name for name in config.adapter_names if name not in before]
     if not added:
         raise UsageError("the checkpoint has this adapter already", found=sources[0].where)
     kept = dict.fromkeys(("min_explained_variance", "mean_explained_variance"), min(outcome.kept.values(), default=0.0))
-    return {"method": outcome.method, "adapter_name": added[0]} | (kept if outcome.kept else {})
+    result: dict[str, Any] = {"method": outcome.method, "adapter_name": added[0]}
+    if config.coded:
+        return result | {"relative_error": next(metas_in(checkpoint, config, added))[OURS]["relative_error"]}
+    return result | (kept if outcome.kept else {})
 
 
 def _check_names(config: SHAREConfig, out: Path, sources: Sequence[Source]) -> None:
@@ -194,7 +202,11 @@ def _grown(out: Path, config: SHAREConfig, there: Sequence[Admission], run: Run,
     admissions = list(ingested(run, plan.adapters))
     refused = [*plan.refused, *(r for r in admissions if isinstance(r, AdapterError))]
     if refused and settings.on_error == "raise":
-        raise refusal(f"{len(refused)} adapters cannot be added", refused, "Leave them out, or use --on-error skip.")
+        raise refusal(
+            f"{len(refused)} adapters cannot be added",
+            refused,
+            "Leave them out, or go on without them by --on-error skip.",
+        )
     admitted = tuple(r for r in admissions if isinstance(r, Admission))
     if not admitted:
         return Outcome(refused, "current")

@@ -38,7 +38,8 @@ class Removed:
     """What is left of adapters that were taken out.
 
     Attributes:
-        names: the adapters.
+        names: the adapters that were taken out now.
+        before: those that were named, and had been taken out before.
         coded: whether the checkpoint is: then nothing of them is left in it, their names included.
         in_bases: all that were ever taken out whose vectors the bases of the checkpoint were fitted to.
         in_moments: name -> in how many modules sums still hold its vectors; None if there is no workspace.
@@ -50,6 +51,7 @@ class Removed:
     in_moments: Mapping[str, int] | None = None
     absent: tuple[str, ...] = ()
     coded: bool = False
+    before: tuple[str, ...] = ()
 
 
 def remove(checkpoint: Path, names: Sequence[str], options: RunOptions, *, refit: bool = False) -> Removed:
@@ -72,6 +74,15 @@ def remove(checkpoint: Path, names: Sequence[str], options: RunOptions, *, refit
     root = options.root_of(out, config)
     journal = Journal() if root is None else Workspace(root).journal()
     _check_names(out, config, journal, names, refit)
+    there = {*config.adapter_names, *(r.name for r in journal.admissions)}
+    before = tuple(name for name in names if name not in there and not (out / ADAPTERS / name).is_dir())
+    done = _removed(out, config, root, names, options, refit=refit)
+    return replace(done, names=tuple(name for name in names if name not in before), before=before)
+
+
+def _removed(
+    out: Path, config: SHAREConfig, root: Path | None, names: Sequence[str], options: RunOptions, *, refit: bool
+) -> Removed:
     if root is None and refit and not config.coded:
         raise WorkspaceError(
             "no workspace to compute anything anew from",

@@ -10,9 +10,8 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -37,27 +36,6 @@ class Head(NamedTuple):
     sha256: str | None
 
 
-class _Pages:
-    """A listing that goes on where a request for a page has failed."""
-
-    def __init__(self, hub: Hub, query: dict[str, Any]) -> None:
-        self.hub, self.query = hub, query
-        self.given = 0
-        self.models: Iterator[Any] | None = None
-
-    def one(self) -> Any:
-        """The next model; None after the last."""
-        try:
-            if self.models is None:
-                self.models = islice(self.hub.api.list_models(**self.query), self.given, None)
-            model = next(self.models, None)
-        except Exception:
-            self.models = None
-            raise
-        self.given += 1
-        return model
-
-
 class Hub:
     """The Hub as the environment has it: HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_CACHE.
 
@@ -70,6 +48,7 @@ class Hub:
         from huggingface_hub import get_token, is_offline_mode
 
         check_token(get_token())
+        cache_folder()  # is known
         for handler in logging.getLogger("huggingface_hub").handlers:
             if not any(isinstance(f, NoSecrets) for f in handler.filters):
                 handler.addFilter(NoSecrets())
@@ -79,18 +58,20 @@ class Hub:
     @property
     def api(self) -> Any:
         """The client, which takes the token from the environment."""
-        from huggingface_hub import HfApi, get_session
+        from huggingface_hub import HfApi
 
         from ..version import __version__
 
-        session = get_session()
-        if session.timeout.read is None:  # else a server that accepts and never answers is waited for, for ever
-            session.timeout = LONG_TIMEOUT
         return HfApi(library_name="lorashare-stream", library_version=__version__)
 
     def retry(self, call: Callable[[], T], what: str, most: float | None = None) -> T:
         """The result of a request, as `retry.retry`."""
-        return retry(call, what, self.stopped, offline=self.offline, most=most)
+
+        def attempt() -> T:
+            _limit_session()
+            return call()
+
+        return retry(attempt, what, self.stopped, offline=self.offline, most=most)
 
     def info(self, hub_id: HubId) -> Any:
         """The `ModelInfo` of a repository at a revision: one request, of the API.
@@ -111,13 +92,16 @@ class Hub:
     def models(self, **query: Any) -> Iterator[Any]:
         """The models that a query finds, as `HfApi.list_models` gives them: one request a page.
 
-        A page that fails is asked for again from the beginning; what was given before is not given twice.
+        The client's own function tries a page again by itself, and waits for an answer for ever.
         """
         if self.offline:
             raise StreamError("the Hub cannot be asked offline", remedy="Use a manifest that was made before.")
-        pages = _Pages(self, query)
-        while (model := self.retry(pages.one, "listing models", unheard())) is not None:
-            yield model
+        url: str | None = f"{self.api.endpoint}/api/models"
+        asked: dict[str, Any] | None = {name: value for name, value in query.items() if value}
+        while url:
+            page, url = self.retry(partial(_page, url, asked), "listing models", unheard())
+            asked = None  # the address of the next page has it
+            yield from page
 
     def head(self, hub_id: HubId, file: str) -> Head:
         """The first bytes of a safetensors file, its header among them: one ranged request.
@@ -127,7 +111,7 @@ class Hub:
         self._demand_online(hub_id, file)
 
         def get(first: int, last: int) -> Head:
-            return self.retry(lambda: self._range(hub_id, file, first, last), f"{hub_id}: {file}")
+            return self.retry(lambda: self._range(hub_id, file, first, last), f"{hub_id}: {file}", unheard())
 
         start, size, sha256 = get(0, FIRST_BYTES - 1)
         end = 8 + int.from_bytes(start[:8], "little")
@@ -148,7 +132,7 @@ class Hub:
         """
         self._demand_online(hub_id, file)
         what = f"{hub_id}: {file}"
-        found, size, _ = self.retry(lambda: self._range(hub_id, file, 0, MOST_HEADER - 1), what)
+        found, size, _ = self.retry(lambda: self._range(hub_id, file, 0, MOST_HEADER - 1), what, unheard())
         if size > MOST_HEADER:
             raise AdapterError("a file that is too large", key=file, found=f"{size} bytes", remedy="Leave it out.")
         return found
@@ -214,6 +198,34 @@ class Hub:
             raise not_cached(f"{hub_id}: {file}" if file else str(hub_id))
 
 
+def _limit_session() -> None:
+    """Have a limit on the time of every request: the client asks without one, and drops its session after a failure."""
+    from huggingface_hub import get_session
+
+    session = get_session()
+    hooks = session.event_hooks
+    if _limit not in hooks["request"]:
+        session.event_hooks = {**hooks, "request": [*hooks["request"], _limit]}
+
+
+def _limit(request: Any) -> None:
+    """Limit the time of a request where its caller does not."""
+    read = min(LONG_TIMEOUT, unheard() or LONG_TIMEOUT)
+    given = {name: seconds for name, seconds in request.extensions.get("timeout", {}).items() if seconds is not None}
+    request.extensions["timeout"] = {"connect": min(TIMEOUT, read), "read": read, "write": read, "pool": read} | given
+
+
+def _page(url: str, query: Mapping[str, Any] | None) -> tuple[list[Any], str | None]:
+    """One page of a listing of models, and the address of the next one."""
+    from huggingface_hub import ModelInfo, get_session
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
+
+    response = get_session().get(url, params=query, headers=build_hf_headers(library_name="lorashare-stream"))
+    hf_raise_for_status(response)
+    found = [ModelInfo(**{"siblings": None, **item}) for item in response.json()]  # type: ignore[no-untyped-call]
+    return found, response.links.get("next", {}).get("url")
+
+
 def hub_file(hub_id: HubId, file: str, **how: Any) -> Path:
     """A file of a repository at a revision, as `hf_hub_download` has it."""
     from huggingface_hub import hf_hub_download
@@ -226,10 +238,20 @@ def hub_file(hub_id: HubId, file: str, **how: Any) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where the Hub's files lie for all programs: HF_HUB_CACHE."""
+    """Where the Hub's files lie for all programs: HF_HUB_CACHE.
+
+    Raises:
+        StreamError: if nobody has said where, and this user has no home.
+    """
     from huggingface_hub import constants
 
-    return Path(constants.HF_HUB_CACHE).expanduser()
+    try:
+        return Path(constants.HF_HUB_CACHE).expanduser()
+    except RuntimeError as e:
+        raise StreamError(
+            "there is no place for the Hub's files: this user has no home folder", found=constants.HF_HUB_CACHE,
+            remedy="Set HF_HOME to a folder that may be written.",
+        ) from e  # fmt: skip
 
 
 def repo_folder(cache: Path, repo: str) -> Path:

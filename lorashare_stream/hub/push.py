@@ -34,6 +34,7 @@ from .client import Hub, check_token
 from .pins import in_parallel, listing_of
 from .push_files import Item
 from .push_target import CARD, Target, Token
+from .retry import unheard
 from .scrub import Scrubber
 
 ENTRIES = 10_000  # in one folder: what the Hub advises at most
@@ -294,7 +295,7 @@ def _settled(hub: Hub, sources: Sequence[Provenance], token: Token) -> list[Prov
     def ask(source: Provenance) -> Provenance:
         assert source.hub is not None
         repo, what = source.hub.repo, ["gated", "private", "cardData", "tags"]
-        told = listing_of(hub.retry(lambda: hub.api.model_info(repo, expand=what, token=token), repo))
+        told = listing_of(hub.retry(lambda: hub.api.model_info(repo, expand=what, token=token), repo, unheard()))
         private = told.private is not False or told.gated is None  # what is not said is not for everybody
         return replace(source, gated=bool(told.gated), private=private, license=source.license or told.license)
 

@@ -87,7 +87,7 @@ class Target:
             raise UsageError(
                 "the repository is public, and some adapters come from gated or private ones",
                 found=listed(closed, 3),
-                remedy="Make it private on its page, or push to another; private=False (--public) insists.",
+                remedy="Make it private on its page, or push to another; --public insists.",
             )
         if private not in (None, is_private):
             raise UsageError(
@@ -145,7 +145,7 @@ class Target:
             "the repository holds another checkpoint, none of whose adapters is in this one" if other
             else "the repository holds something else than a checkpoint",
             found=f"{self._repo}: {listed(other or strange, 5)}",
-            remedy="Push to another; or replace it by --overwrite (overwrite=True): files of other kinds stay.",
+            remedy="Push to another; or replace it by --overwrite: files of other kinds stay.",
         )  # fmt: skip
 
     def upload(

@@ -23,7 +23,7 @@ from ..checkpoint.packs import opened
 from ..errors import CheckpointError, MissingCheckpointError, StreamError, UnreachableError, UsageError
 from ..files import atomic_path
 from ..text import listed, printable
-from .client import Hub, check_token, hub_file, no_bar, repo_folder
+from .client import Hub, cache_folder, check_token, hub_file, no_bar, repo_folder
 from .retry import unheard
 
 T = TypeVar("T")
@@ -59,11 +59,9 @@ class Repository:
         cache_dir: str | Path | None = None,
         force_download: bool = False,
     ) -> None:
-        from huggingface_hub import constants
-
         self._hub, self._token, self._force = hub, token, force_download
         self._renewed: set[str] = set()
-        self._cache = Path(cache_dir or constants.HF_HUB_CACHE).expanduser().absolute()
+        self._cache = (Path(cache_dir).expanduser() if cache_dir else cache_folder()).absolute()
         self.id = hub_id
         try:
             self.id = self._pinned()
@@ -88,7 +86,7 @@ class Repository:
         else:
             api, revision = self._hub.api, self.id.revision or None
             ask = partial(api.model_info, self.id.repo, revision=revision, expand=["sha"], token=self._token)
-            sha = str(self._patiently(ask, str(self.id), unheard()).sha)
+            sha = str(self._patiently(ask, str(self.id)).sha)
         pinned = HubId(self.id.repo, sha, self.id.subfolder)
         if not pinned.pinned:
             raise CheckpointError("no commit is named for the revision", found=sha, expected="40 hex digits")
@@ -174,10 +172,10 @@ class Repository:
         info = self._patiently(ask, str(self.id))
         return bool(info.private or info.gated)
 
-    def _patiently(self, call: Callable[[], T], what: str, most: float | None = None) -> T:
+    def _patiently(self, call: Callable[[], T], what: str) -> T:
         """The result of a request, with errors that are said of a checkpoint, not of an adapter."""
         try:
-            return self._hub.retry(call, what, most)
+            return self._hub.retry(call, what, unheard())
         except UnreachableError:
             raise
         except StreamError as e:

@@ -14,6 +14,7 @@ from .errors import CUT_SHORT, passing, permanent
 
 T = TypeVar("T")
 PATIENCE = 15 * 60.0  # seconds of waiting for one answer, outages of some minutes included
+ANSWER = 120.0  # seconds of a request that failed which count as waiting: one that took longer had an answer
 LONGEST = 330.0  # seconds waited at once: the Hub counts requests in windows of 5 minutes
 UNHEARD = 60.0  # of the first answer to what may be a mistyped path
 FIRST_PAUSE = 1.0  # seconds; doubled each time, up to a minute
@@ -36,7 +37,7 @@ def retry(
         what: it is for, in messages.
         stopped: set when a run ends, so that nobody waits on.
         offline: whether a missing file is no fault of the Hub.
-        most: seconds of waiting; those of `PATIENCE` if None.
+        most: seconds of waiting, requests that fail included; those of `PATIENCE` if None.
 
     Raises:
         AdapterError: if it cannot be had, whenever it is asked for; or fails again and again while others are answered.
@@ -45,18 +46,22 @@ def retry(
     most = PATIENCE if most is None else most
     pause, waited, begun, cuts = FIRST_PAUSE, 0.0, time.monotonic(), 0
     while True:
+        asked = time.monotonic()
         try:
             result = call()
         except Exception as e:
-            why, seconds = passing(e)
+            took = min(ANSWER, time.monotonic() - asked)
+            why, told = passing(e)
             if why is None:
                 error = permanent(e, what, offline=offline)
                 if error is e:
                     raise
                 raise error from e
             cuts += why == CUT_SHORT
-            seconds = min(LONGEST, pause if seconds is None else seconds)
-            if cuts >= MOST_CUTS or waited + seconds > most:
+            waited += took
+            left = most - waited - took  # another request takes as long
+            seconds = min(pause, left) if told is None else min(LONGEST, told)
+            if cuts >= MOST_CUTS or not FIRST_PAUSE <= seconds <= left:
                 others = cuts >= MOST_CUTS or _heard[0] > begun + waited / 2
                 raise _given_up(why, what, waited, others=others) from e
         else:
@@ -64,7 +69,7 @@ def retry(
             if waited:
                 _say_once(f"the Hub answers again ({what})", "answers")
             return result
-        _say_once(f"the Hub: {why}; waiting, {most / 60:.0f} minutes at most; what is done is kept ({what})", "waiting")
+        _say_once(f"the Hub: {why}; waiting, {most / 60:.0f} min at most; what is done is kept ({what})", "waiting")
         if stopped.wait(seconds):
             raise UnreachableError("stopped while waiting for the Hub", found=why)
         waited, pause = waited + seconds, min(2 * pause, 60.0)

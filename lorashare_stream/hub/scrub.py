@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from ..adapters.hubid import parse_hub_id
@@ -68,9 +67,9 @@ class Scrubber:
     """
 
     def __init__(self, base_model: str, folders: Iterable[str] = ()) -> None:
-        home = str(Path.home())
+        home = os.path.expanduser("~")  # as it is where a user has none
         self._base = "" if _is_folder(base_model) else base_model
-        known = {home, os.path.realpath(home), *(f for f in folders if _is_folder(f))}
+        known = {*(() if home == "~" else (home, os.path.realpath(home))), *(f for f in folders if _is_folder(f))}
         found = sorted(known, key=len, reverse=True)
         names = "|".join(re.escape(f.rstrip("/")) for f in found if len(f) > 2)
         self._folders = re.compile(rf"(?:{names or '(?!)'})(/|(?![\w-]))")

@@ -19,6 +19,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
         "presumed": plan.presumed,
         "settings": s.as_dict(),
         "base_model": plan.base_model,
+        "base_models": plan.base_models,
         "storage_dtype": plan.storage,
         "sizes": plan.sizes,
         "steps": [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -88,6 +89,11 @@ class Plan:
         ]
         sizes = [[f.size for f in e.files] for e in self.adapters]
         return digest_of([asked if presumed else self.settings_key, adapters, sizes])
+
+    @cached_property
+    def base_models(self) -> dict[str, int]:
+        """The names of the base model that adapters give, and how many give each."""
+        return Counter(e.base_model for e in self.adapters if e.base_model is not None)
 
     @cached_property
     def batches(self) -> tuple[tuple[Adapter, ...], ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..codec.rate import Estimate
+from ..errors import problem_lines, problem_of
 from ..text import bytes_shown, counted
 from .forecast import Forecast
 from .text import Row, rows_text, table
@@ -29,7 +30,7 @@ def forecast_text(f: Forecast) -> str:
     header = ("dW error of each", "codes", "checkpoint", "times smaller", "LoRA, times smaller")
     parts = [rows_text(pairs), table(rows, header)]
     if f.problems:
-        parts.append("\n".join(["of the sample cannot be compressed:", *(f"  - {p['reason']}" for p in f.problems)]))
+        parts.append("\n".join(["of the sample cannot be compressed:", *problem_lines(map(problem_of, f.problems))]))
     return "\n\n".join(parts)
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from ..adapters.hubid import cached_id
 from ..checkpoint.format import PARTS
-from ..settings import asked
-from ..text import bytes_shown, counted, listed, printable
+from ..settings import Settings, asked
+from ..text import bytes_shown, counted, few, listed, printable
 
 if TYPE_CHECKING:
     from ..plan.plan import Plan
@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 Row = tuple[str, object]
 _SHARD = re.compile(r"\d+-of-\d+")
+_UNUSED = {
+    "dtype": "its adapters come back in the dtypes of their sources",
+    "moment_dtype": "it has no moments",
+    "discard_moments": "it has no moments",
+}
 _OFTEN = {1: "once", 2: "twice"}
 
 
@@ -54,7 +59,7 @@ def plan_text(plan: Plan) -> str:
     groups = f"{len(plan.groups)}: {stacked} as stacked columns, {len(plan.groups) - stacked} as second moments"
     pairs: list[Row] = [
         ("base model", plan.base_model or "not named"),
-        *[("  also named", text) for text in _other_names(plan)],
+        *[("  also named", text) for text in few(_other_names(plan), "name")],
         ("adapters", f"{len(plan.adapters)}" + (f", and {len(plan.refused)} refused" if plan.refused else "")),
         *([("groups", groups)] if s.limit is None else []),
         *([("objective", s.objective + (", centred" if s.center else ""))] if s.limit is None else []),
@@ -159,7 +164,8 @@ def adapter_notes(plan: Plan) -> list[str]:
     s = plan.settings
     presumed = sum(e.config is None for e in plan.adapters)
     names = Counter(e.base_model for e in plan.adapters)
-    out = []
+    unused = [name for name in _UNUSED if s.limit and getattr(s, name) != getattr(Settings, name)]
+    out = [f"{name} says nothing of a coded checkpoint: {_UNUSED[name]}" for name in unused]
     if presumed:
         out.append(f"configurations on the Hub are read when the plan is run: those of {counted(presumed, 'adapter')}")
     unnamed = [e.name for e in plan.adapters if e.base_model is None]
@@ -240,29 +246,31 @@ def _alone(plan: Plan) -> list[str]:
 
 
 def _other_names(plan: Plan) -> list[str]:
-    """Names of the base model that adapters give beside the one that is taken."""
-    counts = Counter(e.base_model for e in plan.adapters if e.base_model not in (None, plan.base_model))
-    return [f"{name} by {counted(n, 'adapter')}" for name, n in sorted(counts.items(), key=str)]
+    """Names of the base model that adapters give beside the one that is taken, those of most adapters first."""
+    counts = sorted(plan.base_models.items(), key=lambda item: (-item[1], item[0]))
+    return [f"{name} by {counted(n, 'adapter')}" for name, n in counts if name != plan.base_model]
 
 
-def notes_text(admissions: Sequence[Admission], told: Collection[str] = (), limit: int = 6) -> list[str]:
+def notes_text(admissions: Sequence[Admission], told: Collection[str] = ()) -> list[str]:
     """What ingest noted of adapters, a line for each kind of note.
 
     Args:
         admissions: the admissions.
         told: notes that the plan has shown before.
-        limit: how many lines at most.
     """
-    lines = _by_kind((admission.name, note) for admission in admissions for note in admission.notes if note not in told)
-    return lines[:limit] + ([f"and {len(lines) - limit} kinds more"] if len(lines) > limit else [])
+    return _by_kind((admission.name, note) for admission in admissions for note in admission.notes if note not in told)
 
 
 def _by_kind(notes: Iterable[tuple[str, str]]) -> list[str]:
-    """Notes of adapters, given with their names, a line for each kind; a note may begin with the key that it is of."""
+    """Notes of adapters, given with their names, a line for each kind, those of most adapters first.
+
+    A note may begin with the key that it is of.
+    """
     by_kind: dict[str, dict[str, None]] = {}
     for name, note in notes:
         by_kind.setdefault(note.rpartition(": ")[2], {})[name] = None
-    return [
+    lines = [
         printable(f"{kind}: in {counted(len(names), 'adapter')} ({listed(names, 3)})")
-        for kind, names in sorted(by_kind.items())
+        for kind, names in sorted(by_kind.items(), key=lambda item: (-len(item[1]), item[0]))
     ]
+    return few(lines, "kind")

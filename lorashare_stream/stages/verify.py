@@ -25,6 +25,7 @@ from ..hub.lookup import loose_ids, resolve_on_hub
 from ..linalg.delta import DeltaError, delta_errors, relative_error
 from ..plan.catalog import Interned, catalog, read_entry
 from ..settings import Settings
+from ..text import listed
 
 TOLERANCE = 1e-3  # between a certified error and the one that is measured
 EXACTLY = 1e-6, 1e-7  # of one of a coded checkpoint, which is of the tensors themselves: relative, and in any case
@@ -69,7 +70,7 @@ class Verdict:
     certified: float | None = None
     worst_module: str | None = None
     worst_module_error: float = 0.0
-    problem: str | None = None
+    problem: StreamError | None = None
     beside: tuple[str, ...] = ()
 
 
@@ -132,7 +133,13 @@ def _judged(model: Checkpoint, name: str, original: Adapter | Exception) -> Verd
             raise original
         return _verdict(model, name, original, certified)
     except (StreamError, OSError) as e:
-        return Verdict(name, float("nan"), certified, problem=str(e))
+        problem = e if isinstance(e, StreamError) else StreamError(e.strerror or str(e), found=e.filename)
+        return Verdict(name, float("nan"), certified, problem=_of(name, problem))
+
+
+def _of(name: str, problem: StreamError) -> StreamError:
+    problem.adapter = name
+    return problem
 
 
 def _number(value: object) -> float | None:
@@ -152,12 +159,16 @@ def _verdict(model: Checkpoint, name: str, adapter: Adapter, certified: float | 
     rounding = ROUNDING.get(str(model.config.ours.get("dtype")), 0.0) if "estimated" in model.certified(name) else 0.0
     allowed = EXACTLY[0] * total + EXACTLY[1] if model.config.coded else TOLERANCE + rounding
     if problem is None and certified is not None and not abs(total - certified) <= allowed:
-        problem = f"the checkpoint claims a relative error of {certified:.6f}"
+        problem = StreamError(
+            "the checkpoint claims a relative error that it does not have", found=f"{total:.6f}",
+            expected=f"{certified:.6f}",
+        )  # fmt: skip
     digest = model.certified(name).get("sha256")
     if problem is not None and digest is not None and digest_files(adapter.paths) != digest:
-        problem = "its original is not the one that was compressed: the files have changed"
+        problem = StreamError("its original is not the one that was compressed: the files have changed")
+    told = None if problem is None else _of(name, problem)
     at_worst = errors[worst].relative if worst else 0.0
-    return Verdict(name, total, certified, worst, at_worst, problem, adapter.beside)
+    return Verdict(name, total, certified, worst, at_worst, told, adapter.beside)
 
 
 def _module_errors(
@@ -178,17 +189,19 @@ def _module_errors(
     return found
 
 
-def _verbatim_fault(adapter: Adapter, originals: TensorReader, tensors: Tensors, kept: Collection[str]) -> str | None:
+def _verbatim_fault(
+    adapter: Adapter, originals: TensorReader, tensors: Tensors, kept: Collection[str]
+) -> StreamError | None:
     """Why what is kept verbatim, LoRA of some modules perhaps, is not the same, byte for byte; None if it is."""
     lora = [(factor_key(m.name, side), m.record(side)) for m in adapter.layout.modules for side in SIDES]
     for key, record in (*adapter.layout.extras, *(pair for pair in lora if pair[0] in kept)):
         if key not in tensors:
-            return f"{key} is missing"
+            return StreamError("a tensor is missing that is kept verbatim", key=key)
         if not np.array_equal(raw_bytes(tensors[key]), originals.raw(record)):
-            return f"{key} differs from the original"
+            return StreamError("a tensor that is kept verbatim differs from the original", key=key)
     extra = tensors.keys() - {key for key, _ in adapter.layout.extras}
     unexpected = extra - {factor_key(m.name, side) for m in adapter.layout.modules for side in SIDES}
-    return f"unexpected tensors: {sorted(unexpected)[:3]}" if unexpected else None
+    return StreamError("tensors that its original has not", found=listed(sorted(unexpected), 3)) if unexpected else None
 
 
 def pins_in(model: Checkpoint) -> dict[str, str]:
