@@ -222,6 +222,6 @@ def test_every_command_that_reads_adapters_says_it_and_nothing_is_lost(
         original = Path(folders[0], WEIGHTS).read_bytes()
         Path(folders[0], WEIGHTS).write_bytes(LFS)
         assert main(["verify", str(out)]) == 1
-        assert "FAILED a00: adapter 'a00': adapter_model.safetensors: a Git-LFS pointer" in capsys.readouterr().err
+        assert "FAILED adapter 'a00': adapter_model.safetensors: a Git-LFS pointer" in capsys.readouterr().err
         Path(folders[0], WEIGHTS).write_bytes(original)
         assert main(["add", str(out), new, "--names", "new"]) == 0

@@ -189,7 +189,7 @@ def test_a_coded_head_may_have_any_width(tmp_path: Path, compressed: Compress) -
 def test_a_workspace_of_coded_adapters_with_several_widths_fits_no_bases(tmp_path: Path, compressed: Compress) -> None:
     folders = heads(tmp_path / "in", (2, 3, 2))
     compressed(folders, **CODED)
-    with pytest.raises(WorkspaceError, match=r"'classifier': .*not the same in all.*another --workspace"):
+    with pytest.raises(WorkspaceError, match=r"'classifier': .*not the same in all.*another workspace"):
         compressed(folders, **SHARED)
     other = compressed(folders, "other", **SHARED)
     assert verbatim_in(other) == classifiers("t1")
