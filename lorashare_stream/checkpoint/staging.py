@@ -131,13 +131,14 @@ class Staging:
         for file in (COMPONENTS, SPECTRUM):
             if (out / file).exists():
                 link_or_copy(out / file, self.root / file)
-        linked = [name for name in names if not (self.root / ADAPTERS / name).exists()]
-        for name in linked:
-            with self.adapter(name) as folder:
-                for path in (out / ADAPTERS / name).iterdir():
-                    if path.is_file():
-                        link_or_copy(path, folder / path.name)
-        self.sync(linked)
+        folders = [self.root / ADAPTERS / name for name in names]
+        for folder in folders:
+            folder.mkdir(exist_ok=True)
+            with os.scandir(out / ADAPTERS / folder.name) as entries:
+                for entry in entries:
+                    if entry.is_file() and not os.path.lexists(folder / entry.name):
+                        link_or_copy(Path(entry.path), folder / entry.name)
+        self._sync_each(folders, sync)  # the files are durable
 
     @contextmanager
     def syncing(self) -> Iterator[Callable[[str], None]]:
@@ -163,10 +164,13 @@ class Staging:
 
     def sync(self, names: Collection[str]) -> None:
         """Make adapters durable: syncs at one time share a commit of the file system's journal."""
+        self._sync_each([self.root / ADAPTERS / name for name in names], sync_tree)
+
+    def _sync_each(self, folders: Collection[Path], how: Callable[[Path], None]) -> None:
         with ThreadPoolExecutor(SYNCS) as pool:
-            for _ in pool.map(lambda name: sync_tree(self.root / ADAPTERS / name), names):
+            for _ in pool.map(how, folders):
                 pass
-        if names:
+        if folders:
             sync(self.root / ADAPTERS)
 
     def commit(self, out: Path, config: Mapping[str, Any], skipped: list[dict[str, Any]]) -> None:
