@@ -2,21 +2,8 @@
 
 The codes of adapters lie in packs (`checkpoint.packs`); all else about them is in one file, `INDEX`: a zlib stream (RFC
 1950) with the preset dictionary `DICTIONARY` (made by scripts/make_dictionary.py), of JSON with sorted keys and without
-blanks,
-
-    {"version": 1,
-     "packs":    [[SHA-256, bytes, bytes of its header, adapters, tensors], ...],
-     "configs":  [distinct adapter_config.json, ...],
-     "layouts":  [distinct layouts, ...],
-     "kinds":    [distinct [dtype, shape, coding], ...],
-     "tensors":  {"digest": [...], "kind": [...], "nbytes": [...]},
-     "adapters": {"name": [...], "digest": [...], "nbytes": [...], "config": [...], "layout": [...],
-                  "record": TABLE, "verbatim": TABLE}}
-
-with one entry an adapter, or a tensor, in each list, in the order of the packs. A pack is its header, the codes of its
-adapters, and the bytes of its tensors, back to back, so that lengths alone say where each lies. A TABLE is a list of
-objects by columns: {"keys": distinct sets of keys, "rows": number of the set of each object, "values": {key: [...]}};
-the values of "verbatim" are numbers of tensors.
+blanks, of which `IndexFile` is the schema. A pack is its header, the codes of its adapters, and the bytes of its
+tensors, back to back, so that lengths alone say where each lies.
 """
 
 from __future__ import annotations
@@ -25,11 +12,13 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ..adapters.dtypes import ITEMSIZE
 from ..adapters.safetensors import MAX_DIMS
@@ -45,7 +34,90 @@ PLANES = "planes"  # the coding of a tensor in byte planes; that of one stored a
 LIMIT = 256 << 20  # bytes of JSON; a million adapters have 200 MB
 AGAIN = "Fetch the checkpoint again; or take the adapters out (lorashare-stream remove) and add them again."
 DICTIONARY = Path(__file__).with_name("dictionary.json")  # data, a part of the format
-_DIGEST = 32  # hex digits
+
+
+def _checked_name(name: str) -> str:
+    _demand((fault := name_fault(name)) is None, f"an adapter name {printable(name)!r}: {fault}")
+    return name
+
+
+def _checked_dtype(dtype: str) -> str:
+    _demand(dtype in ITEMSIZE, f"a dtype {printable(dtype)!r}")
+    return dtype
+
+
+Count = Annotated[int, Field(strict=True, ge=0, lt=1 << 63)]
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]  # the first 32 hex digits of a SHA-256
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Name = Annotated[str, AfterValidator(_checked_name)]
+PackRow = tuple[Sha256, Count, Count, Count, Count]  # SHA-256, bytes, bytes of its header, adapters, tensors
+Dtype = Annotated[str, AfterValidator(_checked_dtype)]
+Kind = tuple[Dtype, Annotated[list[Count], Field(max_length=MAX_DIMS)], Literal["", "planes"]]
+_COUNTS = TypeAdapter(Count)
+
+
+class Schema(BaseModel):
+    """A part of a file of ours: what it does not know is refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Table(Schema):
+    """Objects by columns: `keys` are distinct sets of keys, `rows` the set of each object, `values` by key."""
+
+    keys: list[list[str]]
+    rows: list[Count]
+    values: dict[str, list[Any]]
+
+    def objects(self) -> list[dict[str, Any]]:
+        """The objects; each value is in one of them.
+
+        Raises:
+            ValueError: if a column has too few values, or too many.
+        """
+        columns = {key: iter(column) for key, column in self.values.items()}
+        try:
+            objects = [{key: next(columns[key]) for key in self.keys[row]} for row in self.rows]
+        except (StopIteration, KeyError):
+            raise ValueError("a column with too few values") from None
+        _demand(not any(True for column in columns.values() for _ in column), "a column with too many values")
+        return objects
+
+
+class TensorColumns(Schema):
+    """Verbatim tensors, in the order of packs and offsets: `kind` is a number in `kinds`, `nbytes` as stored."""
+
+    digest: list[Digest]
+    kind: list[Count]
+    nbytes: list[Count]
+
+
+class AdapterColumns(Schema):
+    """Adapters, in the order of packs and offsets.
+
+    `digest` and `nbytes` are of the code, `config` and `layout` numbers in `configs` and `layouts`; the values of
+    `verbatim` are numbers of tensors, by PEFT key.
+    """
+
+    name: list[Name]
+    digest: list[Digest]
+    nbytes: list[Count]
+    config: list[Count]
+    layout: list[Count]
+    record: Table
+    verbatim: Table
+
+
+class IndexFile(Schema):
+    """The JSON of an index. `configs` are distinct adapter_config.json, `kinds` dtype, shape and coding of tensors."""
+
+    version: Literal[1]
+    packs: list[PackRow]
+    configs: list[dict[str, Any]]
+    layouts: list[Any]
+    kinds: list[Kind]
+    tensors: TensorColumns
+    adapters: AdapterColumns
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,9 +274,9 @@ def read_index(source: Path | bytes) -> Index:
     except FileNotFoundError as e:
         raise CheckpointError(f"{INDEX} is missing", found=str(source), remedy="Fetch the checkpoint again.") from e
     try:
-        return _parsed(json.loads(inflated(compressed)))
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as e:
-        found = f"no {e}" if isinstance(e, KeyError) else str(e)
+        return _parsed(inflated(compressed))
+    except (ValueError, IndexError) as e:
+        found = fault_of(e) if isinstance(e, ValidationError) else str(e)
         remedy = "Fetch the checkpoint again, or compress its sources again."
         raise CheckpointError(
             f"{INDEX} is damaged, or no index of a coded checkpoint", found=found, remedy=remedy
@@ -266,59 +338,46 @@ def _table(objects: Sequence[Json]) -> dict[str, Any]:
     return {"keys": keys, "rows": rows, "values": values}
 
 
-def _parsed(root: Any) -> Index:
-    _demand(root["version"] == VERSION, f"version {printable(root['version'])}, where this release reads {VERSION}")
-    packs = [Pack(_hex(row[0], 64), _count(row[1]), _count(row[2])) for row in root["packs"]]
-    _demand(len({p.file for p in packs}) == len(packs), "two packs of one name")
-    adapters, tensors = root["adapters"], root["tensors"]
-    names = [_name(name) for name in _list(adapters["name"])]
-    _demand(len(set(names)) == len(names), "two adapters of one name")
-    codes = list(zip(*(_column(adapters, key, len(names)) for key in ("nbytes", "digest")), strict=True))
-    digests = [_hex(digest) for digest in _list(tensors["digest"])]
-    _demand(len(set(digests)) == len(digests), "two tensors of one digest")
-    stored = list(zip(_column(tensors, "nbytes", len(digests)), digests, strict=True))
-    code_at, tensor_at = _locations(root["packs"], packs, codes, stored)
-    kinds = [_kind(*kind) for kind in _list(root["kinds"])]
-    kind_of = [_item(kinds, n) for n in _column(tensors, "kind", len(digests))]
-    found = {at.digest: _tensor(kind, at) for kind, at in zip(kind_of, tensor_at, strict=True)}
-    configs, layouts = _list(root["configs"]), _list(root["layouts"])
-    _demand(all(isinstance(config, dict) for config in configs), "an adapter_config.json that is no object")
+def _parsed(raw: bytes) -> Index:
+    file = IndexFile.model_validate_json(raw)
+    packs, adapters, tensors = [Pack(*row[:3]) for row in file.packs], file.adapters, file.tensors
+    for what, values in (("packs", [p.file for p in packs]), ("adapters", adapters.name), ("tensors", tensors.digest)):
+        _demand(len(set(values)) == len(values), f"two {what} of one name or digest")
+    code_at, tensor_at = _locations(
+        file.packs,
+        packs,
+        list(zip(adapters.nbytes, adapters.digest, strict=True)),
+        list(zip(tensors.nbytes, tensors.digest, strict=True)),
+    )
+    kinds = [(dtype, tuple(shape), coding) for dtype, shape, coding in file.kinds]
+    found = {at.digest: _tensor(kinds[n], at) for n, at in zip(tensors.kind, tensor_at, strict=True)}
     columns = (
-        names,
-        [_item(configs, n) for n in _column(adapters, "config", len(names))],
-        [_item(layouts, n) for n in _column(adapters, "layout", len(names))],
-        _objects(adapters["record"], len(names)),
+        adapters.name,
+        [file.configs[n] for n in adapters.config],
+        [file.layouts[n] for n in adapters.layout],
+        adapters.record.objects(),
         code_at,
-        [{k: _item(digests, n) for k, n in o.items()} for o in _objects(adapters["verbatim"], len(names))],
+        [{k: tensors.digest[_COUNTS.validate_python(n)] for k, n in o.items()} for o in adapters.verbatim.objects()],
     )
     return Index(tuple(packs), {row[0]: CodedAdapter(*row) for row in zip(*columns, strict=True)}, found)
 
 
 def _locations(
-    rows: Sequence[Any], packs: Sequence[Pack], *parts: Sequence[tuple[Any, Any]]
+    rows: Sequence[PackRow], packs: Sequence[Pack], *parts: Sequence[tuple[int, str]]
 ) -> tuple[list[Location], ...]:
     """Where codes and tensors, (bytes, digest) in the order of packs, lie; each pack must be full, and none left."""
     located: tuple[list[Location], ...] = tuple([] for _ in parts)
     for row, pack in zip(rows, packs, strict=True):
         offset = pack.start
         for part, found, count in zip(parts, located, row[3:], strict=True):
-            _demand(
-                _count(count) <= len(part) - len(found), f"{pack.file} with {count} codes or tensors, of {len(part)}"
-            )
+            _demand(count <= len(part) - len(found), f"{pack.file} with {count} codes or tensors, of {len(part)}")
             for nbytes, digest in part[len(found) : len(found) + count]:
-                found.append(Location(pack, offset, _count(nbytes), _hex(digest)))
+                found.append(Location(pack, offset, nbytes, digest))
                 offset += nbytes
         _demand(offset == pack.nbytes, f"{pack.file} of {pack.nbytes} bytes, with {offset} bytes in it")
     for part, found in zip(parts, located, strict=True):
         _demand(len(part) == len(found), f"{len(part)} codes or tensors, {len(found)} of them in packs")
     return located
-
-
-def _kind(dtype: Any, shape: Any, coding: Any) -> tuple[str, tuple[int, ...], str]:
-    _demand(isinstance(dtype, str) and dtype in ITEMSIZE, f"a dtype {printable(dtype)}")
-    _demand(coding in ("", PLANES), f"a coding {printable(coding)}")
-    _demand(len(_list(shape)) <= MAX_DIMS, f"a shape of {len(shape)} dimensions")
-    return dtype, tuple(_count(n) for n in shape), coding
 
 
 def _tensor(kind: tuple[str, tuple[int, ...], str], at: Location) -> StoredTensor:
@@ -328,51 +387,10 @@ def _tensor(kind: tuple[str, tuple[int, ...], str], at: Location) -> StoredTenso
     return tensor
 
 
-def _objects(table: Any, count: int) -> list[dict[str, Any]]:
-    """The objects of a table; each of its values is in one of them."""
-    keys = [_list(row) for row in _list(table["keys"])]
-    _demand(all(isinstance(key, str) for row in keys for key in row), "a key that is no text")
-    columns: dict[str, Iterator[Any]] = {key: iter(_list(column)) for key, column in table["values"].items()}
-    try:
-        objects = [{key: next(columns[key]) for key in _item(keys, n)} for n in _column(table, "rows", count)]
-    except StopIteration:
-        raise ValueError("a column with too few values") from None
-    _demand(not any(True for column in columns.values() for _ in column), "a column with too many values")
-    return objects
-
-
-def _column(table: Any, key: str, count: int) -> list[Any]:
-    column = _list(table[key])
-    _demand(len(column) == count, f"{len(column)} values of {key} for {count}")
-    return column
-
-
-def _item(values: Sequence[Any], number: Any) -> Any:
-    return values[_count(number)]
-
-
-def _list(value: Any) -> list[Any]:
-    _demand(isinstance(value, list), f"{printable(value, 40)}, where a list should be")
-    found: list[Any] = value
-    return found
-
-
-def _count(value: Any) -> int:
-    _demand(type(value) is int and 0 <= value < 1 << 63, f"{printable(value, 40)}, where a count should be")
-    return int(value)
-
-
-def _name(value: Any) -> str:
-    _demand(isinstance(value, str), f"an adapter name {printable(value, 40)}")
-    fault = name_fault(value)
-    _demand(fault is None, f"an adapter name {printable(value)!r}: {fault}")
-    return str(value)
-
-
-def _hex(value: Any, digits: int = _DIGEST) -> str:
-    whole = isinstance(value, str) and len(value) == digits and not value.strip("0123456789abcdef")
-    _demand(whole, f"{printable(value, 40)}, where {digits} hex digits should be")
-    return str(value)
+def fault_of(error: ValidationError) -> str:
+    """The first thing that is wrong: where, and what."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def _demand(true: bool, otherwise: str) -> None:
