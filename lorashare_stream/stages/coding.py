@@ -1,7 +1,7 @@
 """Coding: make a folder the coded checkpoint of some adapters.
 
 Whoever changes a coded checkpoint says which adapters it is to have, and by which rule they are coded. What is there
-already, coded by the same rule, stays as it is; the rest is encoded, and all is published by one rename.
+already, coded by the same rule, stays as it is; the rest is encoded, and all is published by two renames.
 """
 
 from __future__ import annotations
