@@ -108,7 +108,7 @@ def push(
     items = local.items(progress)
     _warn_of_size(len(local.names), len(items))
     local.sources = _settled(hub, local.sources, token)
-    closed = [source.name for source in local.sources if source.closed]
+    closed = [source.name for source in local.sources if source.access]
     readme = _readme(local, repo_id)
     target = Target(hub, repo_id, token, revision, create_pr=create_pr)
     is_private = target.prepare(private, closed)
