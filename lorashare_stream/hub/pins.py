@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any
 
 from ..adapters.beside import weights_beside
 from ..adapters.folder import CONFIG
@@ -15,10 +14,6 @@ from ..adapters.source import Listing, Source, unique
 from ..errors import AdapterError, MissingFileError
 from ..text import listed
 from .client import Hub
-
-T = TypeVar("T")
-R = TypeVar("R")
-AT_ONCE = 8  # requests in flight
 
 
 def pinned(sources: Sequence[Source], hub: Callable[[], Hub], known: Mapping[str, str] | None = None) -> list[Source]:
@@ -35,7 +30,7 @@ def pinned(sources: Sequence[Source], hub: Callable[[], Hub], known: Mapping[str
     if not loose:
         return unique(recalled)
     client = hub()
-    fresh = dict(zip((s.id for s in loose), in_parallel(lambda s: _pin(s, client), loose, client), strict=True))
+    fresh = dict(zip((s.id for s in loose), client.in_parallel(lambda s: _pin(s, client), loose), strict=True))
     found = []
     for source in recalled:
         result = fresh.get(source.id)
@@ -129,22 +124,3 @@ def _peft(info: Any) -> dict[str, Any]:
 def _first(value: Any) -> str | None:
     value = value[0] if isinstance(value, list) and value else value
     return value if isinstance(value, str) and value else None
-
-
-def in_parallel(call: Callable[[T], R], items: Iterable[T], client: Hub) -> Iterator[R | AdapterError]:
-    """The results of requests, in order, some at a time; what concerns one adapter alone is a result too."""
-
-    def one(item: T) -> R | AdapterError:
-        try:
-            return call(item)
-        except AdapterError as e:
-            return e
-
-    pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="hub")
-    try:
-        yield from pool.map(one, items)
-    except BaseException:
-        client.stopped.set()  # nobody waits on for an answer
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
-    pool.shutdown()
