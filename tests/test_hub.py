@@ -374,6 +374,19 @@ def test_what_may_pass_is_waited_out(
     assert content(tmp_path / "out") == content(tmp_path / "local")
 
 
+def test_what_was_given_up_is_not_waited_for_again(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "PATIENCE", 1.0)
+    asked = []
+
+    def gone() -> None:
+        asked.append(1)
+        raise ConnectionError("gone")
+
+    with pytest.raises(UnreachableError, match="cannot be reached"):
+        Hub().retry(lambda: Hub().retry(gone, "inner", 0.05), "outer")
+    assert len(asked) <= 3  # within 0.05 s, by pauses from 0.02 s on
+
+
 def test_an_outage_is_survived_and_said_once(
     tmp_path: Path, hub: FakeHub, pins: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:

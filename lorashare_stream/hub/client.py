@@ -16,7 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from ..adapters.beside import weights_beside
 from ..adapters.hubid import HubId
+from ..adapters.source import Listing
 from ..errors import AdapterError, StreamError, UsageError
 from .retry import Meaning, NoSecrets, not_cached, of_adapter, retry, unheard
 
@@ -299,3 +301,36 @@ def no_bar() -> Any:
             super().__init__(*args, **{**kwargs, "disable": True})
 
     return NoBar
+
+
+def listing_of(info: Any, subfolder: str = "") -> Listing:
+    """What a `ModelInfo` says of an adapter."""
+    below = f"{subfolder}/" if subfolder else ""
+    paths = [s.rfilename.removeprefix(below) for s in info.siblings or () if s.rfilename.startswith(below)]
+    beside = set(weights_beside(paths))
+    card = info.card_data
+    tags = [str(tag) for tag in info.tags or ()]
+    return Listing(
+        tuple(path for path in paths if "/" not in path or path in beside),
+        _peft(info).get("base_model_name_or_path") or _first(getattr(card, "base_model", None)),
+        None if info.gated is None else bool(info.gated),
+        None if info.private is None else bool(info.private),
+        _first(getattr(card, "license", None)) or next((t[8:] for t in tags if t.startswith("license:")), None),
+    )
+
+
+def peft_type_of(info: Any) -> str | None:
+    """The kind of adapter that the Hub has read from the configuration, if it has."""
+    found = _peft(info).get("peft_type")
+    return found if isinstance(found, str) else None
+
+
+def _peft(info: Any) -> dict[str, Any]:
+    config = info.config if isinstance(info.config, dict) else {}
+    found = config.get("peft")
+    return found if isinstance(found, dict) else {}
+
+
+def _first(value: Any) -> str | None:
+    value = value[0] if isinstance(value, list) and value else value
+    return value if isinstance(value, str) and value else None

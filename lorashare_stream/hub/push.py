@@ -26,9 +26,8 @@ from ..errors import CheckpointError, StreamError, UsageError
 from ..runtime.progress import Progress, silent
 from ..text import counted, listed, printable
 from .card import MARK, Provenance
-from .client import Hub, Token, check_token
+from .client import Hub, Token, check_token, listing_of
 from .payload import CARD, Item, Payload
-from .pins import listing_of
 from .retry import first_of, of_machine, status_of, unheard
 
 T = TypeVar("T")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..adapters.folder import CONFIG as ADAPTER_CONFIG
-from ..adapters.hubid import HubId, parse_hub_id
+from ..adapters.hubid import HubId, cached_id, parse_hub_id
 from ..checkpoint.format import ADAPTERS, COMPONENTS, CONFIG, FILES, INDEX, LOADINGS, META, PACKS, VERBATIM
 from ..checkpoint.location import Folder, Place
 from ..checkpoint.packs import opened
@@ -81,7 +81,8 @@ class Repository:
             config = self._cached(CONFIG)
             if config is None:
                 raise self._not_cached(CONFIG)
-            sha = config.parents[self.id.path(CONFIG).count("/")].name
+            there = cached_id(str(config.parent))
+            sha = "" if there is None else there.revision
         else:
             api, revision = self._hub.api, self.id.revision or None
             ask = partial(api.model_info, self.id.repo, revision=revision, expand=["sha"], token=self._token)

@@ -61,6 +61,8 @@ def retry(call: Callable[[], T], what: str, stopped: threading.Event, meaning: M
         asked = time.monotonic()
         try:
             result = call()
+        except StreamError:  # what it means was said, and what was waited for in it is not waited for again
+            raise
         except Exception as e:
             took = min(ANSWER, time.monotonic() - asked)
             why, told = passing(e)
@@ -161,7 +163,7 @@ def _asked_to_wait(response: Any) -> float | None:
 
     limit = parse_ratelimit_headers(response.headers) if response.status_code == 429 else None
     if limit is not None and limit.remaining == 0:
-        return float(limit.reset_in_seconds + 1)
+        return float(min(limit.reset_in_seconds, 86400) + 1)
     after = response.headers.get("Retry-After", "").strip()
     if re.fullmatch(r"\d{1,6}", after):
         return float(after) + 1

@@ -34,9 +34,8 @@ from ..adapters.source import Listing, Source
 from ..errors import AdapterError, MissingFileError
 from ..settings import Settings
 from ..text import bytes_shown
-from .client import FIRST_BYTES, Hub
+from .client import FIRST_BYTES, Hub, listing_of
 from .ledger import Known, Ledger, digest_of_records
-from .pins import listing_of
 
 _WHOLE = threading.Lock()
 _LARGE = threading.Lock()  # headers of many megabytes are parsed one at a time
