@@ -116,11 +116,7 @@ def _demand_config(hub: HubId, listing: Listing, paths: Sequence[str]) -> None:
 
 
 def _cached_commit(hub: HubId, client: Hub) -> str:
-    """The commit that a revision is in the cache, or the only one there: what a branch is, the cache need not know.
-
-    Raises:
-        MissingFileError: if there is none, or several.
-    """
+    """The commit that a revision is in the cache, or the only one there: what a branch is, the cache need not know."""
     found = client.cached(hub, CONFIG) or client.cached(replace(hub, subfolder=""), CONFIG)
     there = None if found is None else cached_id(str(found.parent))
     if there is not None:

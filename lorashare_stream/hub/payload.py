@@ -104,9 +104,11 @@ class Payload:
     def readme(self, repo: str) -> Item:
         """The user's own, or the model card."""
         path = self._root / CARD
-        found = path.read_bytes() if path.is_file() and not path.is_symlink() else None  # a link may lead to any file
-        own = found is not None and MARK.encode() not in found
-        return Item.of(found if found is not None and own else card(self._typed, self.sources, repo).encode())
+        if path.is_file() and not path.is_symlink():  # a link may lead to any file
+            own = path.read_bytes()
+            if MARK.encode() not in own:
+                return Item.of(own)
+        return Item.of(card(self._typed, self.sources, repo).encode())
 
     def items(self, progress: Progress) -> dict[str, Item]:
         """All files but the configuration and the card: path in the repository -> what is uploaded."""

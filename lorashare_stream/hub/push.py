@@ -186,15 +186,7 @@ def _holds_adapters(path: str) -> bool:
 
 
 class _Target:
-    """A revision of a repository that is pushed to.
-
-    Args:
-        hub: to ask.
-        repo: `org/name`.
-        token: for the client, which else takes that of the environment; it is said nowhere.
-        revision: a branch, or `refs/pr/N`.
-        create_pr: whether the first commit opens a pull request, which takes the others.
-    """
+    """A revision of a repository that is pushed to; with `create_pr`, a pull request that the first commit opens."""
 
     def __init__(self, hub: Hub, repo: str, token: Token, revision: str | None, *, create_pr: bool) -> None:
         self._hub, self._api, self._repo = hub, hub.api, repo
@@ -215,18 +207,7 @@ class _Target:
         return into if into.startswith("refs/pr/") else self._head
 
     def prepare(self, private: bool | None, closed: Sequence[str]) -> bool:
-        """Have the repository and its branch.
-
-        Args:
-            private: whether it is to be; None is yes if there are closed sources.
-            closed: names of adapters whose sources not everybody may read.
-
-        Returns:
-            Whether it is private.
-
-        Raises:
-            UsageError: if there is one that is public and should not be, or the other way round.
-        """
+        """Have the repository and its branch; whether it is private, which it must be as asked, or for `closed`."""
         is_private = self._ask(self._visibility)
         if is_private is None:
             if private is None and closed:
@@ -334,16 +315,12 @@ class _Target:
             yield from batch
 
     def commit(self, changes: Changes, message: str) -> None:
-        """One commit on the head.
-
-        If the answer is lost, it may have been made: before it is sent again, what is there is compared. A pull
-        request that was opened so is not found again, and another is opened.
-        """
+        """One commit on the head; a pull request whose answer was lost is not found again, and another is opened."""
         sent = False
 
         def attempt() -> None:
             nonlocal sent
-            if sent and (head := self._sha()) != self._head:
+            if sent and (head := self._sha()) != self._head:  # the answer was lost: was it made?
                 self._head = head
                 there = self.listing()
                 if any(p in there if item is None else not item.is_at(there.get(p)) for p, item in changes.items()):
@@ -366,11 +343,7 @@ class _Target:
 
 
 def _operation(path: str, item: Item | None) -> Any:
-    """A change as the client takes it.
-
-    Raises:
-        CheckpointError: if the file is not what it was.
-    """
+    """A change as the client takes it; the file must be what it was."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     if item is None:
