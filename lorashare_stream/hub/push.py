@@ -248,7 +248,7 @@ class _Target:
                 raise
             return None
 
-    def _have_branch(self) -> None:
+    def _have_branch(self) -> None:  # asked for first, since a tag must not get a branch of its name
         from huggingface_hub.errors import RevisionNotFoundError
 
         try:
