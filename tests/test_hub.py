@@ -374,6 +374,19 @@ def test_what_may_pass_is_waited_out(
     assert content(tmp_path / "out") == content(tmp_path / "local")
 
 
+def test_what_was_given_up_is_not_waited_for_again(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "PATIENCE", 1.0)
+    asked = []
+
+    def gone() -> None:
+        asked.append(1)
+        raise ConnectionError("gone")
+
+    with pytest.raises(UnreachableError, match="cannot be reached"):
+        Hub().retry(lambda: Hub().retry(gone, "inner", 0.05), "outer")
+    assert len(asked) <= 3  # within 0.05 s, by pauses from 0.02 s on
+
+
 def test_an_outage_is_survived_and_said_once(
     tmp_path: Path, hub: FakeHub, pins: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -1194,7 +1207,7 @@ def test_pages_of_a_listing_are_asked_for_one_by_one(hub: FakeHub, collection: l
 
 
 def test_errors_of_the_storage_client() -> None:
-    from lorashare_stream.hub.errors import passing, permanent
+    from lorashare_stream.hub.retry import of_adapter, passing
 
     for text, waits in (
         ("Task error: File reconstruction error: CAS Client Error: status 503 for url", True),
@@ -1203,10 +1216,13 @@ def test_errors_of_the_storage_client() -> None:
         ("Task error: I/O error: No space left on device (os error 28)", False),
     ):
         assert (passing(RuntimeError(text))[0] is not None) == waits, text
-    assert isinstance(permanent(RuntimeError("Task error: (os error 28)"), "x", offline=False), OSError)
-    assert isinstance(permanent(RuntimeError("CAS Client Error: 404"), "x", offline=False), AdapterError)
-    assert isinstance(permanent(ValueError("secret"), "x", offline=False), StreamError)
-    assert "secret" not in str(permanent(ValueError("secret"), "x", offline=False))
+    assert isinstance(of_adapter(RuntimeError("Task error: (os error 28)"), "x"), OSError)
+    assert isinstance(of_adapter(RuntimeError("CAS Client Error: 404"), "x"), AdapterError)
+    assert isinstance(of_adapter(ValueError("secret"), "x"), StreamError)
+    kinds = {"XetObjectNotFoundError": FileNotFoundError, "XetAuthenticationError": PermissionError}
+    for name, base in kinds.items():  # of one file, as an answer of the Hub is
+        assert type(of_adapter(type(name, (base,), {})("secret"), "x")) is AdapterError
+    assert "secret" not in str(of_adapter(ValueError("secret"), "x"))
 
 
 def test_a_token_that_can_be_none_is_said_without_being_shown(

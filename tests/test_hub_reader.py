@@ -320,6 +320,19 @@ def test_a_hub_that_is_down_is_not_answered_from_the_cache(
         assert SHAREModel.from_pretrained("org/share", revision=sha).reconstruct("a00")
 
 
+def test_a_file_that_fails_while_others_are_answered_is_an_error_of_the_checkpoint(
+    hub: FakeHub, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add("org/share", files_of(checkpoint))
+    share = SHAREModel.from_pretrained("org/share")
+    hub.fault(kind="resolve", method="HEAD", file="*/a02/*", status=500, times=None)
+    monkeypatch.setattr(lorashare_stream.hub.retry, "PATIENCE", 0.05)
+    monkeypatch.setattr(lorashare_stream.hub.retry, "_heard", [float("inf")])
+    with pytest.raises(CheckpointError, match="not for others: it answers 500"):
+        share.reconstruct("a02")
+    assert share.reconstruct("a01")
+
+
 def test_what_is_no_checkpoint(hub: FakeHub, checkpoint: Path) -> None:
     adapter = {"adapter_config.json": b"{}", "adapter_model.safetensors": b""}
     sha = hub.add("org/adapter", adapter)

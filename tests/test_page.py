@@ -295,7 +295,7 @@ sys.exit(main(["report", sys.argv[1], "-o", sys.argv[2]]))
     command = [sys.executable, "-c", code, str(checkpoint), str(tmp_path / "r.html")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert "there is no matplotlib. Install both by: pip install jinja2 matplotlib" in done.stderr
+    assert "drawn by matplotlib, and there is none. Install it by: pip install matplotlib" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "r.html").exists()
 

@@ -26,7 +26,6 @@ from lorashare_stream.errors import CheckpointError, StreamError, UnreachableErr
 from lorashare_stream.files import read_json, sealed, unsealed
 from lorashare_stream.hub import card as modelcard
 from lorashare_stream.hub import push as pushing
-from lorashare_stream.hub import push_target as pushtarget
 from lorashare_stream.hub import retry as patience
 from lorashare_stream.hub.card import MARK, Provenance, card, escaped
 from lorashare_stream.hub.push import push
@@ -150,7 +149,7 @@ def test_a_pushed_checkpoint_is_loaded_again(hub: FakeHub, checkpoint: Path, tmp
 def test_the_configuration_is_committed_last_and_alone(
     hub: FakeHub, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pushtarget, "BATCH", 5)
+    monkeypatch.setattr(pushing, "BATCH", 5)
     push(checkpoint, REPO, commit_message="all of it")
     commits = history(hub)
     assert len(commits) > 4
@@ -172,7 +171,7 @@ def test_a_push_again_commits_nothing(hub: FakeHub, checkpoint: Path) -> None:
 def test_a_push_that_is_killed_goes_on_where_it_was(
     hub: FakeHub, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pushtarget, "BATCH", 4)
+    monkeypatch.setattr(pushing, "BATCH", 4)
     monkeypatch.setattr(patience, "PATIENCE", 0.05)
     push(checkpoint, REPO)
     shutil.rmtree(checkpoint / "adapters" / "a03")
@@ -204,7 +203,7 @@ def test_a_push_that_is_killed_goes_on_where_it_was(
 
 
 def test_a_first_push_that_is_killed_goes_on(hub: FakeHub, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pushtarget, "BATCH", 4)
+    monkeypatch.setattr(pushing, "BATCH", 4)
     monkeypatch.setattr(patience, "PATIENCE", 0.05)
 
     def breaking(step: str, total: int, results: Iterator[Any]) -> Iterator[Any]:
@@ -299,7 +298,7 @@ def test_if_only_the_configuration_differs_it_is_replaced(hub: FakeHub, checkpoi
 def test_somebody_else_who_pushes_at_the_same_time_is_noticed(
     hub: FakeHub, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pushtarget, "BATCH", 5)
+    monkeypatch.setattr(pushing, "BATCH", 5)
 
     def meddling(step: str, total: int, results: Iterator[Any]) -> Iterator[Any]:
         for i, result in enumerate(results, 1):
@@ -318,7 +317,7 @@ def test_somebody_else_who_pushes_at_the_same_time_is_noticed(
 
 
 def test_a_pull_request_takes_all_commits(hub: FakeHub, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pushtarget, "BATCH", 6)
+    monkeypatch.setattr(pushing, "BATCH", 6)
     hub.add("org/share", {"README.md": b"# of another"}, peft_type=None)
     with pytest.raises(StreamError, match="may not write"):
         push(checkpoint, "org/share")

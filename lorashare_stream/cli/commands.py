@@ -23,8 +23,7 @@ from ..errors import (
 )
 from ..files import atomic_file, own_path, tree_bytes, write_json
 from ..hub.client import Hub
-from ..hub.lookup import recalled, source_of
-from ..hub.pins import pinned
+from ..hub.lookup import pinned, recalled, source_of
 from ..hub.repository import place_of
 from ..pipeline import compress as run_plan
 from ..pipeline import default_workspace
@@ -184,10 +183,10 @@ def report(args: Args) -> int:
     try:
         from ..report.page import page
     except ModuleNotFoundError as e:
-        if e.name not in ("jinja2", "matplotlib"):
+        if e.name != "matplotlib":
             raise
-        remedy = "Install both by: pip install jinja2 matplotlib (the extra `report` of this package)."
-        raise UsageError(f"a report is drawn by jinja2 and matplotlib, and there is no {e.name}", remedy=remedy) from e
+        remedy = "Install it by: pip install matplotlib (the extra `report` of this package)."
+        raise UsageError("a report is drawn by matplotlib, and there is none", remedy=remedy) from e
     from ..report.statistics import findings_of
 
     content = page(findings_of(place_of(args["checkpoint"], local_files_only="offline" in args))).encode()

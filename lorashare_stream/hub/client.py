@@ -1,7 +1,7 @@
-"""The Hugging Face Hub, by its own client: what is permanent is said at once, what is not is waited out.
+"""The Hugging Face Hub, by its own client: each request through one `retry`, headers by ranged requests.
 
-Permanent is what concerns one adapter (missing, gated, private, refused): an `AdapterError`. Waited out are rate
-limits, errors of the server, and connections that fail, for some minutes; then the run stops, and may be run again.
+The client's own `parse_safetensors_file_metadata` is not asked: of a file it tells neither its size nor the SHA-256
+that the Hub lists, which come with the same request, and it reads all of a file where ranges are ignored.
 """
 
 from __future__ import annotations
@@ -10,17 +10,22 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from ..adapters.beside import weights_beside
 from ..adapters.hubid import HubId
+from ..adapters.source import Listing
 from ..errors import AdapterError, StreamError, UsageError
-from .errors import NoSecrets, not_cached
-from .retry import retry, unheard
+from .retry import Meaning, NoSecrets, not_cached, of_adapter, retry, unheard
 
 T = TypeVar("T")
+R = TypeVar("R")
+Token = str | bool | None
+AT_ONCE = 8  # requests in flight
 FIRST_BYTES = 256 << 10  # of a weight file: the header, unless the adapter has some thousand tensors
 MOST_HEADER = 16 << 20  # bytes of a header: that of a hundred thousand tensors
 TIMEOUT = 20.0  # seconds without a byte
@@ -64,14 +69,14 @@ class Hub:
 
         return HfApi(library_name="lorashare-stream", library_version=__version__)
 
-    def retry(self, call: Callable[[], T], what: str, most: float | None = None) -> T:
-        """The result of a request, as `retry.retry`."""
+    def retry(self, call: Callable[[], T], what: str, most: float | None = None, meaning: Meaning | None = None) -> T:
+        """The result of a request, as `retry.retry`; errors are those of an adapter unless `meaning` gives others."""
 
         def attempt() -> T:
             _limit_session()
             return call()
 
-        return retry(attempt, what, self.stopped, offline=self.offline, most=most)
+        return retry(attempt, what, self.stopped, meaning or partial(of_adapter, offline=self.offline), most)
 
     def info(self, hub_id: HubId) -> Any:
         """The `ModelInfo` of a repository at a revision: one request, of the API.
@@ -137,7 +142,7 @@ class Hub:
             raise AdapterError("a file that is too large", key=file, found=f"{size} bytes", remedy="Leave it out.")
         return found
 
-    def part(self, hub_id: HubId, file: str, offset: int, count: int, token: str | bool | None = None) -> bytes:
+    def part(self, hub_id: HubId, file: str, offset: int, count: int, token: Token = None) -> bytes:
         """Bytes of a file, fewer at its end: one ranged request, which is not retried.
 
         Args:
@@ -147,7 +152,7 @@ class Hub:
         """
         return self._range(hub_id, file, offset, offset + count - 1, token).start if count else b""
 
-    def _range(self, hub_id: HubId, file: str, first: int, last: int, token: str | bool | None = None) -> Head:
+    def _range(self, hub_id: HubId, file: str, first: int, last: int, token: Token = None) -> Head:
         from huggingface_hub import get_session, hf_hub_url
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
@@ -178,8 +183,30 @@ class Hub:
 
     def download(self, hub_id: HubId, file: str, folder: Path | None) -> Path:
         """A file of a pinned adapter, in a folder, or in the user's cache; without a request if it is there."""
-        get = partial(hub_file, hub_id, file, local_dir=folder, tqdm_class=no_bar(), local_files_only=self.offline)
+        get = partial(self.file, hub_id, file, local_dir=folder, tqdm_class=no_bar(), local_files_only=self.offline)
         return self.retry(get, f"{hub_id}: {file}")
+
+    def file(self, hub_id: HubId, file: str, **how: Any) -> Path:
+        """A file of a repository at a revision, as `hf_hub_download` has it; it is not retried."""
+        return Path(self.api.hf_hub_download(hub_id.repo, hub_id.path(file), revision=hub_id.revision, **how))
+
+    def in_parallel(self, call: Callable[[T], R], items: Iterable[T]) -> Iterator[R | AdapterError]:
+        """The results of requests, in order, some at a time; what concerns one adapter alone is a result too."""
+
+        def one(item: T) -> R | AdapterError:
+            try:
+                return call(item)
+            except AdapterError as e:
+                return e
+
+        pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="hub")
+        try:
+            yield from pool.map(one, items)
+        except BaseException:
+            self.stopped.set()  # nobody waits on for an answer
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        pool.shutdown()
 
     def cached(self, hub_id: HubId, file: str) -> Path | None:
         """A file in the user's cache, if it is there at this revision."""
@@ -226,17 +253,6 @@ def _page(url: str, query: Mapping[str, Any] | None) -> tuple[list[Any], str | N
     return found, response.links.get("next", {}).get("url")
 
 
-def hub_file(hub_id: HubId, file: str, **how: Any) -> Path:
-    """A file of a repository at a revision, as `hf_hub_download` has it."""
-    from huggingface_hub import hf_hub_download
-
-    return Path(
-        hf_hub_download(
-            hub_id.repo, hub_id.path(file), revision=hub_id.revision, library_name="lorashare-stream", **how
-        )
-    )
-
-
 def cache_folder() -> Path:
     """Where the Hub's files lie for all programs: HF_HUB_CACHE.
 
@@ -261,7 +277,7 @@ def repo_folder(cache: Path, repo: str) -> Path:
     return cache / repo_folder_name(repo_id=repo, repo_type="model")
 
 
-def check_token(token: str | bool | None) -> None:
+def check_token(token: Token) -> None:
     """Refuse a token that cannot be one, without showing it.
 
     Raises:
@@ -285,3 +301,36 @@ def no_bar() -> Any:
             super().__init__(*args, **{**kwargs, "disable": True})
 
     return NoBar
+
+
+def listing_of(info: Any, subfolder: str = "") -> Listing:
+    """What a `ModelInfo` says of an adapter."""
+    below = f"{subfolder}/" if subfolder else ""
+    paths = [s.rfilename.removeprefix(below) for s in info.siblings or () if s.rfilename.startswith(below)]
+    beside = set(weights_beside(paths))
+    card = info.card_data
+    tags = [str(tag) for tag in info.tags or ()]
+    return Listing(
+        tuple(path for path in paths if "/" not in path or path in beside),
+        _peft(info).get("base_model_name_or_path") or _first(getattr(card, "base_model", None)),
+        None if info.gated is None else bool(info.gated),
+        None if info.private is None else bool(info.private),
+        _first(getattr(card, "license", None)) or next((t[8:] for t in tags if t.startswith("license:")), None),
+    )
+
+
+def peft_type_of(info: Any) -> str | None:
+    """The kind of adapter that the Hub has read from the configuration, if it has."""
+    found = _peft(info).get("peft_type")
+    return found if isinstance(found, str) else None
+
+
+def _peft(info: Any) -> dict[str, Any]:
+    config = info.config if isinstance(info.config, dict) else {}
+    found = config.get("peft")
+    return found if isinstance(found, dict) else {}
+
+
+def _first(value: Any) -> str | None:
+    value = value[0] if isinstance(value, list) and value else value
+    return value if isinstance(value, str) and value else None

@@ -16,8 +16,7 @@ from ..adapters.shards import INDEXES, SHARD
 from ..errors import StreamError
 from ..files import atomic_file
 from ..text import listed, printable
-from .client import Hub
-from .pins import listing_of, peft_type_of
+from .client import Hub, listing_of, peft_type_of
 
 EXPAND = ["sha", "siblings", "gated", "private", "config", "cardData", "tags", "downloads", "usedStorage"]
 _KNOWN = {CONFIG, SAFETENSORS, PICKLE, *INDEXES}

@@ -16,10 +16,9 @@ from ..adapters.folder import FileFact, file_fact, tensor_records
 from ..errors import AdapterError
 from ..files import remove_tree, tree_bytes
 from ..text import slug
-from .client import Hub
+from .client import AT_ONCE, Hub
 from .ledger import digest_of_records
 
-AT_ONCE = 8  # downloads in flight
 LINGER = 3.0  # seconds in which what is nearly here may come, when a run fails
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -45,24 +47,6 @@ class Known:
     refused: ValuesError | None = None
 
 
-@dataclass(frozen=True)
-class _Line:
-    """A line of an adapter: its files, the digests of what it has in common with others, what the Hub says of it."""
-
-    files: tuple[tuple[str, int], ...]
-    tensors: str
-    configuration: str | None
-    listing: Listing
-    sha256: str | None = None
-
-    @classmethod
-    def of(cls, line: dict[str, Any]) -> _Line:
-        """The parsed line; it must be of this version."""
-        listing = Listing(**{**line["listing"], "files": tuple(line["listing"]["files"])})
-        files = tuple((str(name), int(size)) for name, size in line["files"])
-        return cls(files, str(line["tensors"]), line["configuration"], listing, line.get("sha256"))
-
-
 def digest_of_records(records: Records) -> str:
     """A digest by which a file is known to be the one whose header was read."""
     return digest_of([_plain(r) for r in records])
@@ -79,31 +63,32 @@ class Ledger:
     def __init__(self, path: Path | None, *, writes: bool = True) -> None:
         self._path = path if writes else None
         self._lock = threading.Lock()
-        self._adapters: dict[str, _Line] = {}
+        self._adapters: dict[str, Known] = {}  # which share what they have in common, kept by its digest:
         self._records: dict[str, Records] = {}
         self._configs: dict[str, str] = {}
         self._refused: dict[str, ValuesError] = {}  # by source id: what was fetched, and is not fetched again
         if path is not None and path.exists():
             for raw in path.read_bytes().splitlines():
-                self._take(raw)
+                with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                    line = unsealed(json.loads(raw))
+                    if line is not None:
+                        self._take(line)
 
-    def _take(self, raw: bytes) -> None:
-        try:
-            line = unsealed(json.loads(raw))
-            if line is None:
-                return
-            if "records" in line:
-                records = tuple(TensorRecord(n, d, tuple(s), *o) for n, d, s, *o in line["records"])
-                if all(r.offset for r in records):  # of a pickle, a release before this one gave none
-                    self._records[line["digest"]] = records
-            elif "refused" in line:
-                self._refused[line["id"]] = ValuesError(line["refused"], **line["details"])
-            elif "config" in line:
-                self._configs[line["digest"]] = line["config"]
-            else:
-                self._adapters[str(line["id"])] = _Line.of(line)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            return
+    def _take(self, line: dict[str, Any]) -> None:
+        if "records" in line:
+            records = tuple(TensorRecord(n, d, tuple(s), *o) for n, d, s, *o in line["records"])
+            if all(r.offset for r in records):  # of a pickle, a release before this one gave none
+                self._records[line["digest"]] = records
+        elif "refused" in line:
+            self._refused[line["id"]] = ValuesError(line["refused"], **line["details"])
+        elif "config" in line:
+            self._configs[line["digest"]] = line["config"]
+        else:
+            listing = Listing(**{**line["listing"], "files": tuple(line["listing"]["files"])})
+            files = tuple((str(name), int(size)) for name, size in line["files"])
+            key, config = line["tensors"], self._configs.get(line["configuration"] or "")
+            known = Known(files, self._records[key], key, config, listing, line.get("sha256"))
+            self._adapters[str(line["id"])] = known
 
     def refuses(self, source_id: str) -> bool:
         """Whether the values of an adapter are known to be such that they must not touch a moment."""
@@ -111,44 +96,40 @@ class Ledger:
 
     def get(self, source_id: str) -> Known | None:
         """What is known of an adapter, if its tensors are."""
-        line = self._adapters.get(source_id)
-        if line is None or line.tensors not in self._records:
-            return None
-        config, refused = self._configs.get(line.configuration or ""), self._refused.get(source_id)
-        return Known(line.files, self._records[line.tensors], line.tensors, config, line.listing, line.sha256, refused)
+        known = self._adapters.get(source_id)
+        return None if known is None else replace(known, refused=self._refused.get(source_id))
 
     def put(self, source_id: str, known: Known) -> Known:
         """Keep what is known of an adapter; what others have in common with it is shared with them."""
-        configuration = None if known.config is None else digest_of(known.config)
+        lines: list[dict[str, Any]] = []
+        key = None if known.config is None else digest_of(known.config)
         with self._lock:
-            lines: list[dict[str, Any]] = []
             if known.digest not in self._records:
-                self._records[known.digest] = known.records
                 lines.append({"digest": known.digest, "records": [_plain(r) for r in known.records]})
-            if configuration is not None and configuration not in self._configs:
-                self._configs[configuration] = str(known.config)
-                lines.append({"digest": configuration, "config": known.config})
-            line = _Line(known.files, known.digest, configuration, known.listing, known.sha256)
-            if self._adapters.get(source_id) != line:
-                self._adapters[source_id] = line
-                lines.append({"id": source_id, **asdict(line)})
-            self._write(b"".join(json.dumps(sealed(line)).encode() + b"\n" for line in lines))
-        config = None if configuration is None else self._configs[configuration]
-        return replace(known, records=self._records[known.digest], config=config)
-
-    def _write(self, lines: bytes) -> None:
-        if self._path is not None and lines:
-            _append(self._path, lines)
+            if key is not None and key not in self._configs:
+                lines.append({"digest": key, "config": known.config})
+            records = self._records.setdefault(known.digest, known.records)
+            config = None if key is None else self._configs.setdefault(key, str(known.config))
+            kept = replace(known, records=records, config=config, refused=None)
+            if self._adapters.get(source_id) != kept:
+                self._adapters[source_id] = kept
+                lines.append({
+                    "id": source_id, "files": kept.files, "tensors": kept.digest, "configuration": key,
+                    "listing": asdict(kept.listing), "sha256": kept.sha256,
+                })  # fmt: skip
+            if self._path is not None and lines:
+                _append(self._path, lines)
+        return replace(kept, refused=known.refused)
 
 
 def note_refusal(path: Path, source_id: str, error: ValuesError) -> None:
     """Keep in a ledger that the values of an adapter must not touch a moment."""
     details = {k: v for k, v in error.details().items() if k != "adapter"}
-    line = {"id": source_id, "refused": error.problem, "details": details}
-    _append(path, json.dumps(sealed(line)).encode() + b"\n")
+    _append(path, [{"id": source_id, "refused": error.problem, "details": details}])
 
 
-def _append(path: Path, lines: bytes) -> None:
+def _append(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
+    lines = b"".join(json.dumps(sealed(line)).encode() + b"\n" for line in values)
     path.parent.mkdir(parents=True, exist_ok=True)
     fd = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o666)
     try:  # not synced: what a power cut takes is asked for again

@@ -1,25 +1,26 @@
-"""The Hub side of a plan: revisions pinned, headers and configurations read, files fetched."""
+"""The Hub side of a plan: ids pinned to commits once, headers and configurations read, files fetched."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 from ..adapters.adapter import Adapter
-from ..adapters.hubid import parse_hub_id
-from ..adapters.source import Source
-from ..errors import AdapterError
+from ..adapters.folder import CONFIG
+from ..adapters.hubid import HubId, cached_id, parse_hub_id
+from ..adapters.source import Listing, Source, unique
+from ..errors import AdapterError, MissingFileError
 from ..files import read_sealed, remove_tree
 from ..runtime.progress import Progress, silent
 from ..settings import Settings
+from ..text import listed
 from ..workspace.workspace import FACTS, FILES, Workspace
-from .client import Hub
+from .client import Hub, listing_of
 from .fetch import Fetcher, fetching
 from .ledger import Known, Ledger
-from .pins import pinned
 from .survey import survey
 
 
@@ -55,6 +56,79 @@ def resolve_on_hub(
     surveyed = survey(found, hub, ledger, settings, configs=configs, progress=progress)
     faults = {source_id: e for source_id, e in surveyed.items() if isinstance(e, AdapterError)}  # not asked for again
     return [replace(s, fault=faults.get(s.id)) for s in found], surveyed
+
+
+def pinned(sources: Sequence[Source], hub: Callable[[], Hub], known: Mapping[str, str] | None = None) -> list[Source]:
+    """The sources, each adapter of the Hub at the commit that its revision names now; no adapter twice.
+
+    Args:
+        sources: what `resolve` gives.
+        hub: the client, made when it is needed.
+        known: ids that were pinned before -> the pinned ids, which they stay.
+    """
+    known = known or {}
+    recalled = [_recall(source, known.get(source.id)) for source in sources]
+    loose = [s for s in recalled if s.hub is not None and not s.hub.pinned and s.fault is None]
+    if not loose:
+        return unique(recalled)
+    client = hub()
+    fresh = dict(zip((s.id for s in loose), client.in_parallel(lambda s: _pin(s, client), loose), strict=True))
+    found = []
+    for source in recalled:
+        result = fresh.get(source.id)
+        found.append(
+            source if result is None else replace(source, fault=result) if isinstance(result, AdapterError)
+            else replace(source, id=result.id, hub=result.hub, listing=result.listing)
+        )  # fmt: skip
+    return unique(found)
+
+
+def _recall(source: Source, before: str | None) -> Source:
+    hub = parse_hub_id(before) if before and source.hub is not None else None
+    return source if hub is None else replace(source, id=str(hub), hub=hub)
+
+
+def _pin(source: Source, client: Hub) -> Source:
+    asked = source.hub
+    assert asked is not None
+    if client.offline:
+        sha, listing = _cached_commit(asked, client), source.listing
+    else:
+        info = client.info(asked)
+        sha, listing = str(info.sha), listing_of(info, asked.subfolder)
+        _demand_config(asked, listing, [s.rfilename for s in info.siblings or ()])
+    hub = replace(asked, revision=sha)
+    if not hub.pinned:
+        raise AdapterError("the Hub names no commit", found=sha, expected="40 hex digits", remedy="Leave it out.")
+    return replace(source, id=str(hub), hub=hub, listing=listing)
+
+
+def _demand_config(hub: HubId, listing: Listing, paths: Sequence[str]) -> None:
+    """Demand an adapter where the id says; else say where there are some."""
+    folders = sorted(p.rpartition("/")[0] for p in paths if p.rpartition("/")[2] == CONFIG)
+    if CONFIG in listing.files or not folders:
+        return
+    ids = [str(replace(hub, subfolder=folder)) for folder in folders]
+    raise MissingFileError(
+        f"no {CONFIG} here", found=listed(listing.files, 5) or "nothing", expected=CONFIG,
+        remedy=f"Its adapters are at {listed(ids, 5)}.",
+    )  # fmt: skip
+
+
+def _cached_commit(hub: HubId, client: Hub) -> str:
+    """The commit that a revision is in the cache, or the only one there: what a branch is, the cache need not know."""
+    found = client.cached(hub, CONFIG) or client.cached(replace(hub, subfolder=""), CONFIG)
+    there = None if found is None else cached_id(str(found.parent))
+    if there is not None:
+        return there.revision
+    commits = client.commits(hub)
+    if hub.revision or len(commits) != 1:
+        raise MissingFileError(
+            "which commit it is, is not known in the cache of the Hub's files, and this is offline",
+            found=f"{hub}; commits there: {listed(commits, 3) or 'none'}",
+            remedy="Name the commit, or a discovered manifest; or run once without --offline and HF_HUB_OFFLINE.",
+        )
+    return commits[0]
 
 
 def pins_of(workspace: Path) -> dict[str, str]:

@@ -3,42 +3,42 @@
 A repository without share_config.json is no checkpoint, so one that is half pushed cannot be loaded: the first commit
 takes the configuration away, unless nothing else changes, and the last one, with nothing else in it, brings the new
 one. Run again, a push compares what is there and goes on. Local paths are taken out of what is uploaded.
+
+The commits are `create_commit`s, not one `upload_folder`: that sends a single commit where Xet storage cannot be had,
+takes parts of its own making where it can, and follows a given head in the first of them only.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
 
-from ..adapters.folder import digest_files
 from ..adapters.hubid import is_repo, parse_hub_id
-from ..adapters.safetensors import read_header
-from ..checkpoint.coded import index_of, meta_of, record_in
-from ..checkpoint.config import SHAREConfig, config_bytes, read_share_config
-from ..checkpoint.format import ADAPTERS, COMPONENTS, CONFIG, INDEX, LOADINGS, META, OURS, SKIPPED, SPECTRUM, VERBATIM
-from ..checkpoint.index import index_bytes
-from ..checkpoint.packs import check_pack
-from ..checkpoint.records import REPAIR, check_components, has_files
-from ..errors import CheckpointError, UsageError
-from ..files import read_json, sealed, unsealed
+from ..checkpoint.format import ADAPTERS, COMPONENTS, CONFIG, INDEX, LOADINGS, META, PACKS, SKIPPED, SPECTRUM, VERBATIM
+from ..checkpoint.index import read_index
+from ..errors import CheckpointError, StreamError, UsageError
 from ..runtime.progress import Progress, silent
-from ..text import counted, is_component, listed
-from .card import MARK, Provenance, card
-from .client import Hub, check_token
-from .pins import in_parallel, listing_of
-from .push_files import Item
-from .push_target import CARD, Target, Token
-from .retry import unheard
-from .scrub import Scrubber
+from ..text import counted, listed, printable
+from .card import MARK, Provenance
+from .client import Hub, Token, check_token, listing_of
+from .payload import CARD, Item, Payload
+from .retry import first_of, of_machine, status_of, unheard
 
+T = TypeVar("T")
+Changes = dict[str, Item | None]  # path in the repository -> what it becomes; None: it is deleted
+BATCH = 200  # files in a commit
 ENTRIES = 10_000  # in one folder: what the Hub advises at most
 FILES = 100_000  # in one repository
+_OURS = {SKIPPED, SPECTRUM, COMPONENTS, INDEX}
+_COMMON = {*_OURS, CONFIG, CARD, ".gitattributes", ".gitignore", "LICENSE", "LICENSE.md"}
+_ADAPTER = re.compile(f"{ADAPTERS}/([^/]+)/(?:{'|'.join(map(re.escape, (LOADINGS, META, VERBATIM)))})")
+_PACK = re.compile(f"{PACKS}/[0-9a-f]{{16}}\\.safetensors")
 log = logging.getLogger(__name__)
 
 
@@ -104,19 +104,37 @@ def push(
     hub = Hub()
     if hub.offline:
         raise UsageError("a push needs the Hub, and HF_HUB_OFFLINE is set", remedy="Unset it.")
-    local = _Local(root)
-    items = local.items(progress)
-    _warn_of_size(len(local.names), len(items))
-    local.sources = _settled(hub, local.sources, token)
-    closed = [source.name for source in local.sources if source.closed]
-    readme = _readme(local, repo_id)
-    target = Target(hub, repo_id, token, revision, create_pr=create_pr)
-    is_private = target.prepare(private, closed)
-    form = "Coded" if local.statistics.coded else "SHARE"
-    message = commit_message or f"{form} checkpoint of {counted(len(local.names), 'adapter')}"
-    config = Item.of(config_bytes(local.config))
-    done = target.upload(local.names, {CARD: readme, **items}, config, message, progress, overwrite=overwrite)
-    return Pushed(repo_id, done.url, done.revision, done.uploaded, done.present, done.deleted, is_private)
+    payload = Payload(root)
+    items = payload.items(progress)
+    _warn_of_size(len(payload.names), len(items))
+    payload.sources = _settled(hub, payload.sources, token)
+    items = {CARD: payload.readme(repo_id), **items}
+    target = _Target(hub, repo_id, token, revision, create_pr=create_pr)
+    is_private = target.prepare(private, [source.name for source in payload.sources if source.access])
+    there = target.listing()
+    if not overwrite:
+        target.demand_kin(payload.names, items, there)
+    if not target.may_replace(there.get(CARD), items[CARD]):
+        del items[CARD]
+    changes, config = changes_for(items, there), payload.config()
+    form = "Coded" if payload.coded else "SHARE"
+    message = commit_message or f"{form} checkpoint of {counted(len(payload.names), 'adapter')}"
+    if changes:
+        every: Changes = {**({CONFIG: None} if CONFIG in there else {}), **changes}
+        for _ in progress("push", len(every), target.commit_all(every, message)):
+            pass
+        there = target.listing()
+        if CONFIG in there or changes_for(items, there):  # what .gitignore keeps out, for one
+            missing = listed(changes_for(items, there), 3)
+            raise StreamError("the Hub did not take all files", found=missing, remedy="Run the same command again.")
+    current = config.is_at(there.get(CONFIG))
+    if not current:
+        target.commit({CONFIG: config}, message)
+    uploaded = sum(item is not None for item in changes.values())
+    return Pushed(
+        repo_id, target.url, target.at, uploaded + (not current), len(items) - uploaded + current,
+        len(changes) - uploaded, is_private,
+    )  # fmt: skip
 
 
 def _check(repo_id: str, token: Token, revision: str | None) -> None:
@@ -140,155 +158,6 @@ def _warn_of_size(adapters: int, files: int) -> None:
         )  # fmt: skip
 
 
-def _readme(local: _Local, repo_id: str) -> Item:
-    """The user's own, or the card."""
-    path = local.root / CARD
-    found = path.read_bytes() if path.is_file() and not path.is_symlink() else None  # a link may lead to any file
-    if found is not None and MARK.encode() not in found:
-        return Item.of(found)
-    return Item.of(card(local.statistics, local.sources, repo_id).encode())
-
-
-class _Local:
-    """What of a checkpoint is pushed, without local paths.
-
-    Args:
-        root: the checkpoint.
-
-    Raises:
-        CheckpointError: if it is not whole.
-
-    Attributes:
-        names: of its adapters.
-        config: the content of share_config.json.
-        statistics: the same, typed.
-        sources: where the adapters came from, known once `items` has run.
-    """
-
-    def __init__(self, root: Path) -> None:
-        self.root, read = root, read_share_config(root)
-        unsafe = [name for name in read.adapter_names if not is_component(name)]
-        self.names = [] if unsafe else list(dict.fromkeys(read.adapter_names))
-        if unsafe or not self.names:
-            found = listed(unsafe) or "none"
-            raise CheckpointError("adapter names that are no path components", found=found, expected="names of folders")
-        if not read.coded and not has_files(root, self.names):
-            raise CheckpointError("files of the checkpoint are missing", found=root, remedy="Fetch it again.")
-        settings = read.ours.get("settings", {})
-        aliases = settings.get("base_aliases", []) if isinstance(settings, dict) else []
-        paths = [str(root.absolute()), str(root.resolve()), read.base_model_name_or_path, *map(str, aliases)]
-        self._scrub = Scrubber(read.base_model_name_or_path, paths)
-        self.config: dict[str, Any] = self._scrub(read_json(root / CONFIG))
-        known = {k: v for k, v in self.config.items() if k in SHAREConfig.__dataclass_fields__}
-        self.statistics = replace(read, **known)
-        self.sources: list[Provenance] = []
-
-    def items(self, progress: Progress) -> dict[str, Item]:
-        """All files but the configuration and the card: path in the repository -> what is uploaded."""
-        skipped = {SKIPPED: Item.of(self._skipped(), self._skipped)} if (self.root / SKIPPED).is_file() else {}
-        if self.statistics.coded:
-            return self._coded(progress) | skipped
-        digest = self.statistics.ours.get("components")
-        if digest is not None:
-            check_components(self.root, str(digest))
-        found = {COMPONENTS: self._tensors(COMPONENTS, digest)}
-        if (self.root / SPECTRUM).is_file():
-            found[SPECTRUM] = self._tensors(SPECTRUM)
-        for adapter in progress("look", len(self.names), self._adapters()):
-            found |= adapter
-        return found | skipped
-
-    def _coded(self, progress: Progress) -> dict[str, Item]:
-        """The index, without paths, and the packs, which have none."""
-        index = index_of(self.root, self.statistics.coded)
-        if index.adapters.keys() != {*self.names}:
-            raise CheckpointError(f"{CONFIG} and {INDEX} name other adapters", found=self.root)
-        told = {name: self._scrub(meta_of(adapter, "")) for name, adapter in index.adapters.items()}
-        self.sources = [_provenance(name, told[name]) for name in self.names]
-        adapters = {
-            name: replace(adapter, config=told[name]["original_config"], record=record_in(told[name]))
-            for name, adapter in index.adapters.items()
-        }
-        content = index_bytes(replace(index, adapters=adapters))
-        self.config["coded"]["index"] = hashlib.sha256(content).hexdigest()
-
-        def packs() -> Iterator[tuple[str, Item]]:
-            for pack in index.packs:
-                check_pack(self.root / pack.file, pack)
-                yield pack.file, Item(pack.sha256, pack.nbytes, self.root / pack.file)
-
-        return {INDEX: Item.of(content), **dict(progress("look", len(index.packs), packs()))}
-
-    def _adapters(self) -> Iterator[dict[str, Item]]:
-        for name in self.names:
-            folder, meta = f"{ADAPTERS}/{name}", self._meta(name)
-            self.sources.append(_provenance(name, meta))
-            digests = meta[OURS].get("files", {}) if OURS in meta else {}
-            files = [file for file in (LOADINGS, VERBATIM) if file in digests or (self.root / folder / file).is_file()]
-            found = {f"{folder}/{file}": self._tensors(f"{folder}/{file}", digests.get(file), name) for file in files}
-            again = partial(self._meta_text, name)  # when it is uploaded: all of them may not fit into memory
-            yield found | {f"{folder}/{META}": Item.of(_text(meta), again)}
-
-    def _meta_text(self, name: str) -> bytes:
-        return _text(self._meta(name))
-
-    def _meta(self, name: str) -> dict[str, Any]:
-        """What is recorded of an adapter, without paths; sealed again if it was."""
-        path = self.root / ADAPTERS / name / META
-        try:
-            meta = read_json(path)
-        except (FileNotFoundError, ValueError) as e:
-            raise CheckpointError(f"{META} cannot be read", adapter=name, found=str(e), remedy=REPAIR) from e
-        if not isinstance(meta, dict) or "adapter_name" not in meta:  # a link may lead to any JSON
-            raise CheckpointError(f"{META} is not that of an adapter", adapter=name, found=meta, remedy=REPAIR)
-        if OURS not in meta:  # lorashare wrote it
-            return dict(self._scrub(meta))
-        values = unsealed(meta)
-        if values is None or not isinstance(values[OURS], dict):
-            raise CheckpointError(f"{META} is damaged", adapter=name, remedy=REPAIR)
-        basis, expected = values[OURS].get("basis_digest"), self.statistics.ours.get("basis_digest")
-        if None not in (basis, expected) and basis != expected:
-            raise CheckpointError("an adapter belongs to another basis", adapter=name, found=basis, expected=expected)
-        return sealed(self._scrub(values))
-
-    def _skipped(self) -> bytes:
-        try:
-            skipped = read_json(self.root / SKIPPED)
-        except ValueError as e:
-            raise CheckpointError(f"{SKIPPED} cannot be read", found=str(e), remedy="Remove it.") from e
-        if not (isinstance(skipped, list) and all(isinstance(item, dict) and "reason" in item for item in skipped)):
-            raise CheckpointError(f"{SKIPPED} is not what it should be", found=skipped, remedy="Remove it.")
-        return _text(self._scrub(skipped))
-
-    def _tensors(self, where: str, digest: str | None = None, adapter: str | None = None) -> Item:
-        """A safetensors file, and no other that a link may lead to; whole, if its digest is known."""
-        path = self.root / where
-        try:
-            read_header(path)
-            found = digest_files([path])
-        except (OSError, ValueError) as e:
-            raise CheckpointError(f"{path.name} cannot be read", adapter=adapter, found=str(e), remedy=REPAIR) from e
-        if digest not in (None, found):
-            raise CheckpointError(f"{path.name} is damaged", adapter=adapter, remedy=REPAIR)
-        return Item(found, path.stat().st_size, path)
-
-
-def _text(value: Mapping[str, Any] | Sequence[Any]) -> bytes:
-    return json.dumps(value, indent=2).encode()
-
-
-def _provenance(name: str, meta: Mapping[str, Any]) -> Provenance:
-    """Where an adapter came from, as its meta tells it; of a folder nothing."""
-    ours = meta.get(OURS, {})
-    source = parse_hub_id(str(ours.get("source_id", "")))
-    told = ours.get("hub")
-    if not isinstance(told, dict):
-        return Provenance(name, source)
-    terms = told.get("license")
-    gated, private = (None if told.get(k) is None else bool(told[k]) for k in ("gated", "private"))
-    return Provenance(name, source, str(terms) if terms else None, gated=gated, private=private)
-
-
 def _settled(hub: Hub, sources: Sequence[Provenance], token: Token) -> list[Provenance]:
     """The sources, those asked for at the Hub of which it is not known who may read them; what is gone is private."""
 
@@ -300,6 +169,249 @@ def _settled(hub: Hub, sources: Sequence[Provenance], token: Token) -> list[Prov
         return replace(source, gated=bool(told.gated), private=private, license=source.license or told.license)
 
     unknown = [s for s in sources if s.hub is not None and None in (s.gated, s.private)]
-    asked = zip(unknown, in_parallel(ask, unknown, hub), strict=True)
+    asked = zip(unknown, hub.in_parallel(ask, unknown), strict=True)
     known = {s.name: replace(s, private=True) if isinstance(found, Exception) else found for s, found in asked}
     return [known.get(s.name, s) for s in sources]
+
+
+def changes_for(items: Mapping[str, Item], there: Mapping[str, Any]) -> Changes:
+    """What makes of the files that are there those that are to be; files of others are left alone."""
+    gone = [path for path in there if path not in items and (path in _OURS or _holds_adapters(path))]
+    new = {path: item for path, item in items.items() if not item.is_at(there.get(path))}
+    return {**dict.fromkeys(gone), **new}
+
+
+def _holds_adapters(path: str) -> bool:
+    return bool(_ADAPTER.fullmatch(path) or _PACK.fullmatch(path))
+
+
+class _Target:
+    """A revision of a repository that is pushed to; with `create_pr`, a pull request that the first commit opens."""
+
+    def __init__(self, hub: Hub, repo: str, token: Token, revision: str | None, *, create_pr: bool) -> None:
+        self._hub, self._api, self._repo = hub, hub.api, repo
+        self._as = {"repo_id": repo, "token": token}
+        self._revision, self._create_pr = revision, create_pr
+        self._pull = ""  # the URL of the pull request that was opened
+        self._head = ""  # the commit that the next one follows
+
+    @property
+    def url(self) -> str:
+        """Of the last commit, or of the pull request that was opened."""
+        return self._pull or f"{self._api.endpoint}/{self._repo}/commit/{self._head}"
+
+    @property
+    def at(self) -> str:
+        """The last commit, or the reference of the pull request."""
+        into = self._revision or ""
+        return into if into.startswith("refs/pr/") else self._head
+
+    def prepare(self, private: bool | None, closed: Sequence[str]) -> bool:
+        """Have the repository and its branch; whether it is private, which it must be as asked, or for `closed`."""
+        is_private = self._ask(self._visibility)
+        if is_private is None:
+            if private is None and closed:
+                log.warning(
+                    "the repository is made private, since %d of the adapters come from gated or private ones: %s",
+                    len(closed), listed(closed, 3),
+                )  # fmt: skip
+                private = True
+            self._ask(lambda: self._api.create_repo(**self._as, private=private, exist_ok=True))
+            is_private = self._ask(self._visibility)
+        if is_private is None:
+            raise _hidden(self._repo)
+        if private is None and closed and not is_private:
+            raise UsageError(
+                "the repository is public, and some adapters come from gated or private ones",
+                found=listed(closed, 3),
+                remedy="Make it private on its page, or push to another; --public insists.",
+            )
+        if private not in (None, is_private):
+            raise UsageError(
+                f"the repository is there, and is {'private' if is_private else 'public'}",
+                found=self._repo, expected="a private one" if private else "a public one",
+                remedy="Change that on its page, or push to another.",
+            )  # fmt: skip
+        if self._revision and not self._revision.startswith("refs/") and not self._create_pr:
+            self._ask(self._have_branch)
+        self._head = self._ask(self._sha)
+        return is_private
+
+    def _visibility(self) -> bool | None:
+        """Whether the repository is private; None if there is none, or none that this token can see."""
+        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+        try:
+            return bool(self._api.model_info(**self._as, expand=["private"]).private)
+        except RepositoryNotFoundError as e:
+            if isinstance(e, GatedRepoError):
+                raise
+            return None
+
+    def _have_branch(self) -> None:  # asked for first, since a tag must not get a branch of its name
+        from huggingface_hub.errors import RevisionNotFoundError
+
+        try:
+            self._sha()
+        except RevisionNotFoundError:
+            self._api.create_branch(**self._as, branch=self._revision, exist_ok=True)
+
+    def _sha(self) -> str:
+        return str(self._api.model_info(**self._as, revision=self._revision, expand=["sha"]).sha)
+
+    def listing(self) -> dict[str, Any]:
+        """The files at the head: path -> `RepoFile`."""
+
+        def get() -> dict[str, Any]:
+            from huggingface_hub.hf_api import RepoFile
+
+            tree = self._api.list_repo_tree(**self._as, recursive=True, revision=self._head)
+            return {item.path: item for item in tree if isinstance(item, RepoFile)}
+
+        return self._ask(get)
+
+    def demand_kin(self, names: Collection[str], items: Mapping[str, Item], there: Mapping[str, Any]) -> None:
+        """Refuse a repository of another checkpoint, or of something else than one."""
+        theirs = {found[1] for path in there if (found := _ADAPTER.fullmatch(path))}
+        if INDEX in there:
+            try:
+                theirs |= {*read_index(self._content(INDEX)).adapters}
+            except CheckpointError:
+                theirs.add(INDEX)  # of whatever it is, it is not of these
+        known = {*items, *_COMMON}
+        strange = [] if CONFIG in there else [p for p in there if p not in known and not _holds_adapters(p)]
+        other = [] if theirs & {*names} else sorted(theirs)
+        if strange or other:
+            raise UsageError(
+                "the repository holds another checkpoint, none of whose adapters is in this one" if other
+                else "the repository holds something else than a checkpoint",
+                found=f"{self._repo}: {listed(other or strange, 5)}",
+                remedy="Push to another; or replace it by --overwrite: files of other kinds stay.",
+            )  # fmt: skip
+
+    def may_replace(self, there: Any, mine: Item) -> bool:
+        """Whether the card on the Hub may be replaced: there is none, or one of ours."""
+        if there is None or mine.is_at(there) or MARK.encode() in self._content(CARD):
+            return True
+        log.warning("the %s on the Hub is not one that a push wrote: it is left as it is", CARD)
+        return False
+
+    def _content(self, path: str) -> bytes:
+        """A file at the head."""
+
+        def get() -> bytes:
+            with TemporaryDirectory(prefix="lorashare-stream-") as folder:
+                found = self._api.hf_hub_download(**self._as, filename=path, revision=self._head, local_dir=folder)
+                return Path(found).read_bytes()
+
+        return self._ask(get)
+
+    def commit_all(self, changes: Changes, message: str) -> Iterator[str]:
+        """Commit in batches; paths, as they are done."""
+        paths = list(changes)
+        batches = [paths[i : i + BATCH] for i in range(0, len(paths), BATCH)]
+        for i, batch in enumerate(batches, 1):
+            self.commit({path: changes[path] for path in batch}, f"{message}: files, part {i} of {len(batches)}")
+            yield from batch
+
+    def commit(self, changes: Changes, message: str) -> None:
+        """One commit on the head; a pull request whose answer was lost is not found again, and another is opened."""
+        sent = False
+
+        def attempt() -> None:
+            nonlocal sent
+            if sent and (head := self._sha()) != self._head:  # the answer was lost: was it made?
+                self._head = head
+                there = self.listing()
+                if any(p in there if item is None else not item.is_at(there.get(p)) for p, item in changes.items()):
+                    raise _overtaken(self._repo)
+                return
+            sent = True
+            made = self._api.create_commit(
+                **self._as, operations=[_operation(path, item) for path, item in changes.items()],
+                commit_message=message, revision=self._revision, parent_commit=self._head, create_pr=self._create_pr,
+            )  # fmt: skip
+            self._head = str(made.oid)
+            if made.pr_url:  # the other commits go there
+                self._pull, self._revision, self._create_pr = str(made.pr_url), made.pr_revision, False
+
+        with _no_bars():
+            self._ask(attempt)
+
+    def _ask(self, call: Callable[[], T]) -> T:
+        return self._hub.retry(call, f"push to {self._repo}", unheard(), lambda e, _: _refused(e, self._repo))
+
+
+def _operation(path: str, item: Item | None) -> Any:
+    """A change as the client takes it; the file must be what it was."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    if item is None:
+        return CommitOperationDelete(path, is_folder=False)
+    try:
+        operation = CommitOperationAdd(path, item.content())
+    except (OSError, ValueError):  # it is gone
+        operation = None
+    if operation is None or operation.upload_info.sha256.hex() != item.sha256:
+        raise CheckpointError(
+            "the checkpoint was changed during the push", found=printable(path), remedy="Run the same command again."
+        )
+    return operation
+
+
+def _overtaken(repo: str) -> StreamError:
+    return StreamError(
+        "somebody else has pushed to the repository at the same time", found=repo, remedy="Run the same command again."
+    )
+
+
+def _hidden(repo: str) -> StreamError:
+    return StreamError("no such repository on the Hub, or this token cannot see it", found=repo)
+
+
+def _refused(error: Exception, repo: str) -> Exception:
+    """What an error of the Hub's client means for a push."""
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        RemoteEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    if (local := of_machine(error)) is not None:
+        return local
+    answer, status = first_of(error, HfHubHTTPError), status_of(error)
+    if first_of(error, RevisionNotFoundError):
+        return UsageError("no such revision on the Hub", found=repo, remedy="Mend the revision.")
+    if status in (409, 412) or first_of(error, RemoteEntryNotFoundError):
+        return _overtaken(repo)
+    if status == 401:
+        return StreamError(
+            "the Hub wants a token that may write, and does not accept this one, or has none", found=repo,
+            remedy="Set HF_TOKEN to one with write access, or store it by hf auth login.",
+        )  # fmt: skip
+    if status == 403:
+        return StreamError(
+            "this token may not write to the repository", found=repo,
+            remedy="Use one that may, push to a repository of your own, or propose a pull request (--create-pr).",
+        )  # fmt: skip
+    if first_of(error, RepositoryNotFoundError):
+        return _hidden(repo)
+    # of a card, the client says by a ValueError what is wrong in it
+    said = str(error) if type(error) is ValueError else getattr(answer, "server_message", None)
+    return StreamError(f"the Hub refuses the push{f', by status {status}' if status else ''}", found=said or repo)
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without the client's own bars: each commit would draw some."""
+    from huggingface_hub import utils
+
+    if utils.are_progress_bars_disabled():  # type: ignore[attr-defined]
+        yield
+        return
+    utils.disable_progress_bars()  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        utils.enable_progress_bars()  # type: ignore[attr-defined]

@@ -16,18 +16,17 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..adapters.folder import CONFIG as ADAPTER_CONFIG
-from ..adapters.hubid import HubId, parse_hub_id
+from ..adapters.hubid import HubId, cached_id, parse_hub_id
 from ..checkpoint.format import ADAPTERS, COMPONENTS, CONFIG, FILES, INDEX, LOADINGS, META, PACKS, VERBATIM
 from ..checkpoint.location import Folder, Place
 from ..checkpoint.packs import opened
-from ..errors import CheckpointError, MissingCheckpointError, StreamError, UnreachableError, UsageError
+from ..errors import CheckpointError, MissingCheckpointError, StreamError, UsageError
 from ..files import atomic_path
 from ..text import listed, printable
-from .client import Hub, cache_folder, check_token, hub_file, no_bar, repo_folder
-from .retry import unheard
+from .client import Hub, Token, cache_folder, check_token, no_bar, repo_folder
+from .retry import first_of, of_adapter, unheard
 
 T = TypeVar("T")
-Token = str | bool | None
 LARGE = 64 << 20  # bytes of a part for which the whole file is fetched, since a download goes on where it was cut
 
 
@@ -82,7 +81,8 @@ class Repository:
             config = self._cached(CONFIG)
             if config is None:
                 raise self._not_cached(CONFIG)
-            sha = config.parents[self.id.path(CONFIG).count("/")].name
+            there = cached_id(str(config.parent))
+            sha = "" if there is None else there.revision
         else:
             api, revision = self._hub.api, self.id.revision or None
             ask = partial(api.model_info, self.id.repo, revision=revision, expand=["sha"], token=self._token)
@@ -120,7 +120,7 @@ class Repository:
 
     def _download(self, relative: str, renew: bool) -> Path:
         bar = None if relative == COMPONENTS else no_bar()
-        return hub_file(
+        return self._hub.file(
             self.id, relative, cache_dir=self._cache, token=self._token, force_download=renew, tqdm_class=bar
         )
 
@@ -149,22 +149,16 @@ class Repository:
         """
         if self._hub.offline:
             return
-        from huggingface_hub import snapshot_download
-
         files = [f for f in FILES if f not in (ADAPTERS, PACKS)] + [f"{PACKS}/*.safetensors"]
         files += [f"{ADAPTERS}/*/{f}" for f in (LOADINGS, META, VERBATIM)]
         prefix = f"{escape(self.id.subfolder)}/" if self.id.subfolder else ""
         self._patiently(
-            lambda: snapshot_download(
-                self.id.repo,
-                revision=self.id.revision,
-                cache_dir=self._cache,
-                token=self._token,
+            lambda: self._hub.api.snapshot_download(
+                self.id.repo, revision=self.id.revision, cache_dir=self._cache, token=self._token,
                 allow_patterns=[prefix + f for f in files],
-                library_name="lorashare-stream",
             ),
             str(self.id),
-        )
+        )  # fmt: skip
 
     def is_closed(self) -> bool:
         """Whether not everybody may read it where it is."""
@@ -174,17 +168,7 @@ class Repository:
 
     def _patiently(self, call: Callable[[], T], what: str) -> T:
         """The result of a request, with errors that are said of a checkpoint, not of an adapter."""
-        try:
-            return self._hub.retry(call, what, unheard())
-        except UnreachableError:
-            raise
-        except StreamError as e:
-            causes = {c.__name__ for c in type(e.__cause__).__mro__}
-            if "RemoteEntryNotFoundError" in causes:
-                raise FileNotFoundError(what) from e
-            none = causes & {"RepositoryNotFoundError", "RevisionNotFoundError"} and "GatedRepoError" not in causes
-            error = MissingCheckpointError if none else CheckpointError
-            raise error(e.problem, found=e.found, expected=e.expected, remedy=e.remedy) from e
+        return self._hub.retry(call, what, unheard(), _of_checkpoint)
 
     def _not_cached(self, relative: str) -> MissingCheckpointError:
         return MissingCheckpointError(
@@ -224,6 +208,25 @@ class Repository:
                 ref.parent.mkdir(parents=True, exist_ok=True)
                 with atomic_path(ref) as path:
                     path.write_text(self.id.revision)
+
+
+def _of_checkpoint(error: Exception, what: str) -> Exception:
+    """What an error of the client that will not pass means for a checkpoint."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        RemoteEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    if first_of(error, RemoteEntryNotFoundError):
+        return FileNotFoundError(what)
+    said = of_adapter(error, what)
+    if not isinstance(said, StreamError):
+        return said
+    none = first_of(error, RepositoryNotFoundError, RevisionNotFoundError) and not first_of(error, GatedRepoError)
+    kind = MissingCheckpointError if none else CheckpointError
+    return kind(said.problem, found=said.found, expected=said.expected, remedy=said.remedy)
 
 
 def place_of(

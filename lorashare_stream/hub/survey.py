@@ -34,9 +34,8 @@ from ..adapters.source import Listing, Source
 from ..errors import AdapterError, MissingFileError
 from ..settings import Settings
 from ..text import bytes_shown
-from .client import FIRST_BYTES, Hub
+from .client import FIRST_BYTES, Hub, listing_of
 from .ledger import Known, Ledger, digest_of_records
-from .pins import in_parallel, listing_of
 
 _WHOLE = threading.Lock()
 _LARGE = threading.Lock()  # headers of many megabytes are parsed one at a time
@@ -75,7 +74,7 @@ def survey(
     if missing:
         client = hub()
         look = _Look(client, ledger, settings, configs=configs)
-        results = progress("look", len(missing), in_parallel(look.at, missing, client))
+        results = progress("look", len(missing), client.in_parallel(look.at, missing))
         for source, result in zip(missing, results, strict=True):
             assert isinstance(result, Known | AdapterError)
             found[source.id] = result
@@ -116,7 +115,7 @@ class _Look:
         index = next((name for name in INDEXES if name in listing.files), None)
         if index is None:
             raise missing_weights(listing.files)
-        content = parse_index(index, self._text(hub_id, index))
+        content = self._json(hub_id, index)
         names = shard_names(index, content, listing.files)
         if not all(name.startswith("adapter_model") for name in names):  # a whole model, merged perhaps
             raise missing_weights(listing.files)
@@ -167,9 +166,14 @@ class _Look:
         except MissingFileError as e:
             raise (missing_config(listing.files) if listing.files else e) from e
 
-    def _text(self, hub_id: HubId, name: str) -> bytes:
+    def _json(self, hub_id: HubId, name: str) -> Any:
         cached = self.client.cached(hub_id, name)
-        return self.client.text(hub_id, name) if cached is None else cached.read_bytes()
+        text = self.client.text(hub_id, name) if cached is None else cached.read_bytes()
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as e:
+            fault = AdapterError("an index of shards is not valid JSON", found=str(e), remedy="Leave it out.")
+            raise (disguised(Path(name), text[:START], len(text)) or fault) from e
 
     @contextmanager
     def _fetched(self, hub_id: HubId, name: str) -> Iterator[Path]:
@@ -179,16 +183,3 @@ class _Look:
             return
         with _WHOLE, tempfile.TemporaryDirectory(prefix="lorashare-stream-") as folder:  # one at a time
             yield self.client.download(hub_id, name, Path(folder))
-
-
-def parse_index(index: str, text: bytes) -> Any:
-    """The content of an index of shards, of the name `index`.
-
-    Raises:
-        AdapterError: if it is no JSON.
-    """
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as e:
-        fault = AdapterError("an index of shards is not valid JSON", found=str(e), remedy="Leave it out.")
-        raise (disguised(Path(index), text[:START], len(text)) or fault) from e

@@ -20,7 +20,8 @@ from ..checkpoint.config import SHAREConfig
 from ..checkpoint.reader import Tensors, as_array, was_reconstructed
 from ..codec.factors import errors_of_products
 from ..errors import AdapterError, StreamError
-from ..hub.fetch import AT_ONCE, fetching
+from ..hub.client import AT_ONCE
+from ..hub.fetch import fetching
 from ..hub.lookup import loose_ids, resolve_on_hub
 from ..linalg.delta import DeltaError, delta_errors, relative_error
 from ..plan.catalog import Interned, catalog, read_entry
