@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..adapters.adapter import Adapter
-from ..adapters.copies import identical
+from ..adapters.copies import identical, near_duplicates
 from ..adapters.dtypes import ITEMSIZE
 from ..adapters.keys import SIDES
 from ..errors import AdapterError, CollectionError
@@ -47,7 +47,6 @@ WORK = 2e12  # flops, about half a minute on two cores
 TARGETS = 0.1, 0.25  # mean relative dW errors: hardly to be told from the original, and what tasks mostly bear
 WORTH, PLENTY = 1.2, 2.0  # times smaller, from which sharing is worth it; and worth more than a smaller error
 LITTLE = 0.25  # of the energy of dW, beyond chance, that bases keep of others: less is too little
-SAME_DIRECTION, COPY = 0.99, 0.01  # cosine of two dW; their distance, relative to the larger
 
 
 @dataclass(frozen=True)
@@ -135,13 +134,13 @@ def analyse(
     with mapping(plan, executor) as mapper:
         found = sample_of(plan, chosen, mapper, progress, fetches=True, modules=wanted)
         used = [p for p in found.probes if p.norm > 0]
-        if len(used) < 2:
+        parts = [{i: p.parts[m] for i, p in enumerate(used) if m in p.parts} for m in wanted]
+        parts = [some for some in parts if some]
+        if len(used) < 2 or not parts:
             raise CollectionError(
                 "nothing to analyse", problems=found.problems, found=len(used), expected="2 adapters with dW"
             )
         share = len(used) / (len(used) + len(adapters) - len(chosen))  # what is wrong with some is not so with the rest
-        parts = [{i: p.parts[m] for i, p in enumerate(used) if m in p.parts} for m in wanted]
-        parts = [some for some in parts if some]
         ks, at_once = _scope(plan, parts, whole=share == 1)
         look = partial(measure, adapters=len(used), ks=ks, center=plan.settings.center)
         each = progress("analyse", len(parts), mapper.map(look, parts, at_once))
@@ -273,20 +272,6 @@ def _outlooks(plan: Plan, total: Measured, ks: Sequence[int], share: float) -> t
         if size <= lora or not out or out[-1].bytes <= lora or k == asked:
             out.append(Outlook(k, size, lora / size, *found))
     return tuple(out)
-
-
-def near_duplicates(inner: Float64) -> list[tuple[int, int, float, float]]:
-    """Pairs of adapters with nearly the same dW, the nearest first: numbers, relative distance, cosine.
-
-    Args:
-        inner: (m, m) products of dW.
-    """
-    squares = np.maximum(np.diag(inner), 1e-300)
-    larger = np.sqrt(np.maximum(squares[:, None], squares))
-    relative = np.sqrt(np.maximum(squares[:, None] + squares - 2 * inner, 0.0)) / larger
-    cosine = inner / np.sqrt(np.outer(squares, squares))
-    pairs = np.argwhere(np.triu((cosine > SAME_DIRECTION) | (relative < COPY), 1)).tolist()
-    return sorted(((i, j, float(relative[i, j]), float(cosine[i, j])) for i, j in pairs), key=lambda p: (p[2], p[:2]))
 
 
 def _to_serve(outlooks: Sequence[Outlook], s: Sample) -> str:

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from ..adapters.copies import COPY, SAME_DIRECTION
 from ..codec.rate import Estimate
 from ..errors import problem_lines, skipped_as_json
 from ..plan.plan import Plan
 from ..text import bytes_shown, counted, listed
-from .analysis import COPY, LOUD, SAME_DIRECTION, Analysis
+from .analysis import LOUD, Analysis
 from .forecast import Forecast, Point
 from .text import Row, break_even_range, rows_text, table
 

@@ -19,12 +19,11 @@ from ..files import json_bytes
 from ..plan.plan import Plan
 from ..runtime.progress import Progress, silent
 from ..stages.coding import ENOUGH
-from .sample import Kept, Kind, Sample, mapping, sample_of, sampled
+from .sample import Kind, Sample, mapping, sample_of, sampled
 
 ERRORS = (0.02, 0.05, 0.1, 0.25, 0.4, 0.6)  # of the curve
 _INDEXED = 1024  # adapters of the index that is made to see how large it will be
 _PLANES = 0.85  # of its bytes, what a tensor may take of whose kind none is in the sample
-_NONE_SEEN = 3.0  # over n: the share, at 95 %, that adapters with copies of a tensor may have if n show none
 _RECORD, _TENSOR, _HUB, _CONFIG = 70, 27, 60, 1400  # bytes of an adapter and a tensor in an index; of a configuration
 _UNKNOWN = 0.2  # of metadata
 
@@ -123,11 +122,11 @@ def _forecast(plan: Plan, s: Sample, unfetched: int) -> Forecast:
     metadata = _metadata(plan, s, codes.value, common=common)
     margin = codes.margin + math.hypot(verbatim.margin, _UNKNOWN * metadata)
     total = Estimate(codes.value + verbatim.value + metadata, margin)
-    curve = points_of(plan, s, verbatim.value + metadata)
+    exact = sum(p.norm > 0 and not p.coded for p in s.probes)
     return Forecast(
-        len(s.probes), s.count, unfetched, sum(p.exact for p in s.probes), tuple(skipped_as_json(s.problems)), total,
-        codes, verbatim, metadata, error, max(s.errors_at(step), default=0.0), step, limit, originals / total.value,
-        s.coded_lora / max(1.0, codes.value), curve,
+        len(s.probes), s.count, unfetched, exact, tuple(skipped_as_json(s.problems)), total, codes, verbatim, metadata,
+        error, max(s.errors_at(step), default=0.0), step, limit, originals / total.value,
+        s.coded_lora / max(1.0, codes.value), points_of(plan, s, verbatim.value + metadata),
     )  # fmt: skip
 
 
@@ -148,30 +147,25 @@ def points_of(plan: Plan, s: Sample, beside: float | None = None) -> tuple[Point
 def _verbatim(plan: Plan, s: Sample) -> tuple[Estimate, set[Kind]]:
     """Bytes of what is verbatim; and the kinds of tensors that are the same in many adapters.
 
-    Headers say which adapters have which tensors. What one of a kind takes, a sample tells. One that a quarter of those
-    in the sample have is stored once for all.
+    Headers say what all adapters have, a sample which share of that is stored. A tensor that a quarter of those with
+    one of its kind in the sample have is stored once for all.
     """
-    kinds, seen = Counter[Kind](), Counter((k.kind, k.digest) for p in s.probes for k in set(p.kept))
-    for e in plan.adapters:
-        kinds.update((key, r.dtype, r.shape) for key, r in e.layout.extras)
-    found: dict[Kind, list[Kept]] = {}
-    for kept in (k for p in s.probes for k in p.kept):
-        found.setdefault(kept.kind, []).append(kept)
-    common = {kind for (kind, _), n in seen.items() if n > 1 and 4 * n >= len(found[kind])}
+    every = [k for p in s.probes for k in p.kept]
+    seen, kinds = Counter((k.kind, k.digest) for k in every), Counter(k.kind for k in every)
+    common = {kind for (kind, _), n in seen.items() if n > 1 and 4 * n >= kinds[kind]}
+    once = sum({(k.kind, k.digest): k.stored for k in every if k.kind in common}.values())
+    own = [[k for k in p.kept if k.kind not in common] for p in s.probes]
+    sizes = [float(sum(_nbytes(k.kind) for k in some)) for some in own]
+    whole = sum(r.nbytes for e in plan.adapters for key, r in e.layout.extras if (key, r.dtype, r.shape) not in common)
+    rest = Estimate(_PLANES * whole, (1 - _PLANES) * whole)
+    if any(sizes):
+        rest = estimated([sum(k.stored / seen[k.kind, k.digest] for k in some) for some in own], sizes, whole)
     lora = s.codes(p.lora for p in s.probes)
-    total, square = lora.value, lora.margin**2
-    for kind, count in kinds.items():
-        some, nbytes = found.get(kind, []), ITEMSIZE[kind[1]] * math.prod(kind[2])
-        if kind in common and len(some) < count:
-            total += sum({k.digest: k.stored for k in some}.values())
-        elif some:
-            parts = [k.stored / seen[kind, k.digest] for k in some]
-            each = estimated(parts, [1.0] * len(parts), count)
-            unseen = each.value * min(1.0, _NONE_SEEN / len(some)) if len(some) < count else 0.0
-            total, square = total + each.value, square + each.margin**2 + unseen**2
-        else:
-            total, square = total + _PLANES * count * nbytes, square + ((1 - _PLANES) * count * nbytes) ** 2
-    return Estimate(total, math.sqrt(square)), common
+    return Estimate(once + rest.value + lora.value, math.hypot(rest.margin, lora.margin)), common
+
+
+def _nbytes(kind: Kind) -> int:
+    return ITEMSIZE[kind[1]] * math.prod(kind[2])
 
 
 def _metadata(plan: Plan, s: Sample, codes: float, *, common: Collection[Kind]) -> int:

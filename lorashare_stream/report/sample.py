@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -56,8 +56,7 @@ class Part:
     strengths: Float64
 
 
-@dataclass(frozen=True)
-class Kept:
+class Kept(NamedTuple):
     """A verbatim tensor of a sample: which one it is, a digest, and the bytes that are stored."""
 
     kind: Kind
@@ -75,7 +74,7 @@ class Probe:
         error: certified of these.
         curve: None if its dW is zero, or nothing of it can be coded.
         kept: tensors that are not LoRA. lora: bytes of LoRA tensors that are kept exact, as they are stored.
-        coded: whether it is. exact: whether it is not, since no code within the limit is smaller than its tensors.
+        coded: whether it is: dW is not zero, and there is a code within the limit that is smaller than its tensors.
         parts: of the modules whose vectors are asked for.
     """
 
@@ -87,7 +86,6 @@ class Probe:
     kept: tuple[Kept, ...]
     lora: float
     coded: bool
-    exact: bool
     parts: Mapping[str, Part]
 
 
@@ -231,18 +229,17 @@ def probe(limit: float | None, objective: str, modules: frozenset[str], adapter:
         return found
     with adapter.open() as tensors:
         subject = subject_of(adapter, tensors)
-        coded = subject.within(limit) if limit is not None and subject.norm else None
-        smaller = limit is None or (coded is not None and len(coded.code) < adapter.layout.lora_bytes)
-        names = {m.name for m in subject.modules} if subject.norm and smaller else set()
-        exactly = [r for m in adapter.layout.modules if m.name not in names for r in (m.a, m.b)]
+        within = subject.within(limit) if limit is not None and subject.norm else None
+        smaller = limit is None or (within is not None and len(within.code) < adapter.layout.lora_bytes)
+        coded = smaller and subject.norm > 0
+        exactly = [] if coded else [r for m in adapter.layout.modules for r in (m.a, m.b)]
         kept = tuple(_kept(tensors, key, record) for key, record in adapter.layout.extras)
         lora = sum(_kept(tensors, "", record).stored for record in exactly)
-        curve, parts = curve_of(subject), _parts(subject, objective, modules)
-    is_coded, exact = bool(names), bool(subject.norm) and not smaller
-    if coded is None or exact:
-        return Probe(adapter.name, subject.norm, 0, 0.0, curve, kept, lora, is_coded, exact, parts)
-    error = relative_error(*(sum(getattr(e, part) for e in coded.errors.values()) for part in ("error", "norm")))
-    return Probe(adapter.name, subject.norm, len(coded.code), error, curve, kept, lora, is_coded, exact, parts)
+        curve, parts, code, error = curve_of(subject), _parts(subject, objective, modules), 0, 0.0
+    if within is not None and coded:
+        squares = (sum(getattr(e, of) for e in within.errors.values()) for of in ("error", "norm"))
+        code, error = len(within.code), relative_error(*squares)
+    return Probe(adapter.name, subject.norm, code, error, curve, kept, lora, coded, parts)
 
 
 def _kept(tensors: TensorReader, key: str, record: TensorRecord) -> Kept:
