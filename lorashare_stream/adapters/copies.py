@@ -1,12 +1,16 @@
-"""Adapters whose files are the same, in a whole collection, without reading more of it than a page of each file."""
+"""Adapters whose files are the same, by a page of each file; and those with nearly the same dW, by their products."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .adapter import Adapter
 from .folder import FileFact, digest_files
 
+SAME_DIRECTION, COPY = 0.99, 0.01  # cosine of two dW; their distance, relative to the larger
 _PROBE = 4 << 10  # bytes from the middle of a file
 
 
@@ -43,3 +47,17 @@ def _page(file: FileFact) -> bytes:
     with file.path.open("rb", buffering=0) as f:
         f.seek(file.size // 2)
         return f.read(_PROBE)
+
+
+def near_duplicates(inner: NDArray[np.float64]) -> list[tuple[int, int, float, float]]:
+    """Pairs of adapters with nearly the same dW, the nearest first: numbers, relative distance, cosine.
+
+    Args:
+        inner: (m, m) products of dW.
+    """
+    squares = np.maximum(np.diag(inner), 1e-300)
+    larger = np.sqrt(np.maximum(squares[:, None], squares))
+    relative = np.sqrt(np.maximum(squares[:, None] + squares - 2 * inner, 0.0)) / larger
+    cosine = inner / np.sqrt(np.outer(squares, squares))
+    pairs = np.argwhere(np.triu((cosine > SAME_DIRECTION) | (relative < COPY), 1)).tolist()
+    return sorted(((i, j, float(relative[i, j]), float(cosine[i, j])) for i, j in pairs), key=lambda p: (p[2], p[:2]))

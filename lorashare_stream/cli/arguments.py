@@ -78,7 +78,7 @@ def _add_plan(command: Callable[[str, str], argparse.ArgumentParser]) -> None:
     p.add_argument(
         "--analyze",
         action="store_true",
-        help="read a sample, too: what adapters have in common, and errors to expect; for a limit, fetch it if need be",
+        help="read a sample, too: bytes against error, coded and for every k; for a limit, fetch it if need be",
     )
     p.add_argument("--sample", type=int, metavar="N", help="adapters of the sample (default: 64 at most)")
 

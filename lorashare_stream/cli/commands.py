@@ -76,8 +76,8 @@ def plan(args: Args) -> int:
 def _looked_into(args: Args, made: Plan, sample: int | None) -> tuple[dict[str, Any], list[str]]:
     """What a sample tells, as plain values and as text: a forecast where a limit is set, else what `--analyze` asks."""
     if made.settings.limit:
+        from ..report.analysis_text import forecast_text
         from ..report.forecast import forecast_of
-        from ..report.forecast_text import forecast_text
 
         if "analyze" not in args and not any(e.fetched for e in made.adapters):
             return {}, [

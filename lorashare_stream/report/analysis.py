@@ -1,36 +1,72 @@
-"""What a collection has to give, from a sample of it: before hours are spent."""
+"""What a collection has to give, from a sample of it: before hours are spent.
+
+Coded, by the rate curve of the sample: bytes are sums over adapters. As bases of k components and loadings: bytes
+follow from shapes, and errors are measured as means over the sample, m of N adapters: e(m) on bases fitted to all of
+it, e(m/2) on those fitted to the half that an adapter is of, h on those fitted to the other half. Errors approach their
+limit as 1/sqrt(n) where spectra have tails, so that what is expected of the whole collection is, plainly,
+
+    e(N) = e(m) + (e(m) - e(m/2)) (1 - sqrt(m/N)) / (sqrt(2) - 1)
+
+but no less than e(m), since more adapters are fitted worse, and no more than h, since a larger fit holds better for
+others. Of adapters with nothing in common, bases of others keep k^2 / (d_in d_out) of the energy of dW.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
+from functools import partial
 from statistics import median
-from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..adapters.adapter import Adapter
-from ..adapters.copies import identical
+from ..adapters.copies import identical, near_duplicates
 from ..adapters.dtypes import ITEMSIZE
+from ..adapters.keys import SIDES
 from ..errors import AdapterError, CollectionError
-from ..hub.fetch import fetching
-from ..hub.lookup import source_of
+from ..linalg.delta import gram
+from ..linalg.eigen import leading
+from ..linalg.moments import of_columns
+from ..linalg.types import Array, Float64
 from ..machine import usable_cores
-from ..pipeline import plan_for
+from ..plan.memory import PROCESS_BYTES
 from ..plan.plan import Plan
-from ..runtime.executors import executor_for, local_mapper
 from ..runtime.progress import Progress, silent
-from ..stages.ingest import ingest_adapter
-from ..workspace.journal import Admission
-from .measurement import Subject, Totals, measured
-from .outlook import Errors, Outlook, ladder, near_duplicates, recommended, with_common_initial
-from .sample import chosen_modules, rows_in, sampled, spread
-from .spectra import Spectrum, spectrum_of
+from ..text import bytes_shown
+from .forecast import Point, points_of
+from .sample import Part, Sample, check_memory, mapping, sample_of, sampled, spread
 
 LOUD = 20.0  # times the median of ||dW||, from which an adapter is named
+ROWS = 1024  # of a group, which a sample that nothing is said of does not exceed
+WORK = 2e12  # flops, about half a minute on two cores
+TARGETS = 0.1, 0.25  # mean relative dW errors: hardly to be told from the original, and what tasks mostly bear
+WORTH, PLENTY = 1.2, 2.0  # times smaller, from which sharing is worth it; and worth more than a smaller error
+LITTLE = 0.25  # of the energy of dW, beyond chance, that bases keep of others: less is too little
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What is to be expected of one k.
+
+    Attributes:
+        bytes: of basis and loadings of the whole collection. ratio: how many times smaller than the LoRA tensors.
+        low, expected, high: mean relative dW error.
+        held: share of the energy of dW that bases of half of the sample keep of the other half. chance: by chance.
+    """
+
+    k: int
+    bytes: int
+    ratio: float
+    low: float
+    expected: float
+    high: float
+    held: float
+    chance: float
 
 
 @dataclass(frozen=True)
@@ -39,15 +75,13 @@ class Analysis:
 
     Attributes:
         sample: names of the adapters that were measured. compressed: how many adapters there are to compress.
-        modules, modules_in_all: how many modules were looked at, of how many.
+        modules, modules_in_all: how many modules were looked at for bases, of how many.
         problems: adapters of the sample that cannot be compressed, by their values or otherwise.
         zero: those with dW = 0. loud: name -> ||dW|| by the median, where it is large.
-        spectra: by side and kind.
-        outlooks: by k, ascending.
-        initial: groups of adapters of the sample whose lora_A began as the same matrix.
+        coded: the rate curve. outlooks: by k, ascending.
         duplicates: pairs of the sample with nearly the same dW: names, relative distance, cosine.
         identical: groups of adapters of the whole collection whose files are the same.
-        recommended: what to do.
+        store, serve: what to do for the smallest store, and to serve many at once.
     """
 
     sample: tuple[str, ...]
@@ -57,18 +91,31 @@ class Analysis:
     problems: tuple[AdapterError, ...]
     zero: tuple[str, ...]
     loud: Mapping[str, float]
-    spectra: tuple[Spectrum, ...]
+    coded: tuple[Point, ...]
     outlooks: tuple[Outlook, ...]
-    initial: tuple[tuple[str, ...], ...]
     duplicates: tuple[tuple[str, str, float, float], ...]
     identical: tuple[tuple[str, ...], ...]
-    recommended: str
+    store: str
+    serve: str
+
+
+class Measured(NamedTuple):
+    """One module of a sample, or sums over several; relative to the norms of dW.
+
+    Attributes:
+        kept: (3, ks, adapters) ||U'dW V||^2 on bases fitted to all, to the adapter's half, to the other half.
+        chance: (ks,) what chance keeps of others, of all. inner: (adapters, adapters) products of dW.
+    """
+
+    kept: Float64
+    chance: Float64
+    inner: Float64
 
 
 def analyse(
     plan: Plan, sample: int | None = None, *, executor: Executor | None = None, progress: Progress = silent
 ) -> Analysis:
-    """Measure a sample of the adapters of a plan. Adapters of the Hub are fetched for it.
+    """Measure a sample of the adapters of a plan without a limit. Adapters of the Hub are fetched for it.
 
     Args:
         plan: with the collection, and the settings. Its `memory` holds here too.
@@ -78,98 +125,175 @@ def analyse(
 
     Raises:
         CollectionError: if there are not two adapters that can be measured.
-        BudgetError: if memory does not hold one module of the sample.
+        BudgetError: if memory does not hold one adapter that is coded, or one module of the sample.
         UnreachableError: if the Hub does not answer.
     """
     adapters = [e for e in plan.adapters if e.layout.modules]
-    asked, at_once = sampled(adapters, sample), plan.settings.workers or usable_cores()
-    with (
-        executor_for(executor, at_once) as workers,
-        local_mapper(workers) as mapper,
-        at_hand(plan, asked) as (chosen, lost),
-    ):
-        results = list(progress("ingest", len(chosen), mapper.map(_ingested, chosen, at_once)))
-        norms = {r.name: r.energy**0.5 for r in results if isinstance(r, Admission)}
-        problems = (*lost, *(r for r in results if isinstance(r, AdapterError)))
-        used = [e for e in chosen if norms.get(e.name, 0.0) > 0]
-        if len(used) < 2:
+    chosen = sampled(adapters, sample, lambda some: max(_rows(some).values(), default=0) <= ROWS)
+    wanted, in_all = chosen_modules(chosen, room=plan.settings.memory // 4)
+    with mapping(plan, executor) as mapper:
+        found = sample_of(plan, chosen, mapper, progress, fetches=True, modules=wanted)
+        used = [p for p in found.probes if p.norm > 0]
+        parts = [{i: p.parts[m] for i, p in enumerate(used) if m in p.parts} for m in wanted]
+        parts = [some for some in parts if some]
+        if len(used) < 2 or not parts:
             raise CollectionError(
-                "nothing to analyse", problems=problems, found=len(used), expected="2 adapters with dW"
+                "nothing to analyse", problems=found.problems, found=len(used), expected="2 adapters with dW"
             )
-        modules, in_all = chosen_modules(used)
-        subjects = [Subject(i, e, norms[e.name]) for i, e in enumerate(used)]
-        totals = measured(plan, subjects, modules, mapper, progress)
-    names = [e.name for e in used]
-    each = [norms[name] for name in names]
-    middle = median(each)
-    pairs = near_duplicates(totals.inner * np.outer(each, each))
-    rest = rows_in(adapters, modules) - rows_in(asked, modules)
-    share = rows_in(used, modules) / (rows_in(used, modules) + rest)  # what is wrong with some is not so with the rest
-    outlooks = _outlooks(plan, totals, share)
+        share = len(used) / (len(used) + len(adapters) - len(chosen))  # what is wrong with some is not so with the rest
+        ks, at_once = _scope(plan, parts, whole=share == 1)
+        look = partial(measure, adapters=len(used), ks=ks, center=plan.settings.center)
+        each = progress("analyse", len(parts), mapper.map(look, parts, at_once))
+        total = Measured(*(np.sum(part, axis=0) for part in zip(*each, strict=True)))
+    norms, coded, outlooks = np.array([p.norm for p in used]), points_of(plan, found), _outlooks(plan, total, ks, share)
+    pairs, middle = near_duplicates(total.inner * np.outer(norms, norms)), median(norms.tolist())
+    at = next(p for p in coded if p.error == TARGETS[-1])
     return Analysis(
-        sample=tuple(names),
+        sample=tuple(p.name for p in used),
         compressed=len(adapters),
-        modules=len(modules),
+        modules=len(parts),
         modules_in_all=in_all,
-        problems=problems,
-        zero=tuple(name for name, norm in norms.items() if norm == 0),
-        loud={name: norms[name] / middle for name in names if norms[name] > LOUD * middle},
-        spectra=tuple(spectrum_of(*which, some, totals.ks) for which, some in sorted(totals.sides.items())),
+        problems=found.problems,
+        zero=tuple(p.name for p in found.probes if not p.norm),
+        loud={p.name: p.norm / middle for p in used if p.norm > LOUD * middle},
+        coded=coded,
         outlooks=outlooks,
-        initial=tuple(tuple(names[i] for i in g) for g in with_common_initial(totals.parallel, totals.compared)),
-        duplicates=tuple((names[i], names[j], d, c) for i, j, d, c in pairs),
+        duplicates=tuple((used[i].name, used[j].name, d, c) for i, j, d, c in pairs),
         identical=identical(plan.adapters),
-        recommended=recommended(outlooks),
+        store=f"--max-error {at.error:g} takes about {bytes_shown(at.total)}, LoRA {at.lora_times:.1f} times smaller",
+        serve=_to_serve(outlooks, found),
     )
 
 
-def _ingested(adapter: Adapter) -> Admission | AdapterError:
-    """All values looked at, and ||dW||, which is of interest under `factors` too."""
-    return ingest_adapter("delta", adapter)[1]
+def _rows(adapters: Iterable[Adapter]) -> Counter[str]:
+    """Vectors of every module, n."""
+    count: Counter[str] = Counter()
+    for adapter in adapters:
+        count.update({m.name: m.rank for m in adapter.layout.modules})
+    return count
 
 
-def _outlooks(plan: Plan, totals: Totals, share: float) -> tuple[Outlook, ...]:
+def chosen_modules(adapters: Sequence[Adapter], work: float = WORK, room: float = 1e15) -> tuple[list[str], int]:
+    """The modules to look at, within flops and bytes, spread over kinds and in these over the depth; of how many."""
+
+    def kind(module: str) -> str:
+        return module.rpartition(".")[2]
+
+    def depth(module: str) -> list[tuple[int, str]]:  # layer 2 comes before layer 10
+        return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", module)]
+
+    shapes, flops, held = {m.name: m for e in adapters for m in e.layout.modules}, 1.0, 1.0
+    for name, n in _rows(adapters).items():
+        dims = [shapes[name].dim(side) for side in SIDES]
+        flops += sum(6.0 * n * n * d + 20.0 * min(n, d) ** 3 for d in dims)
+        held += 4 * n * sum(dims)
+    count = max(len(set(map(kind, shapes))), int(len(shapes) * min(1.0, work / flops, room / held)))
+    return spread(sorted(shapes, key=lambda m: (kind(m), depth(m))), count), len(shapes)
+
+
+def ladder(most: int) -> list[int]:
+    """The numbers of components that are looked at: up to `most`, which is the last, at most a quarter apart.
+
+    >>> ladder(30)
+    [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 30]
+    """
+    steps = {quarters << octave >> 2 for octave in range(32) for quarters in (4, 5, 6, 7)}
+    return [*sorted(k for k in steps if k < most), most]
+
+
+def _scope(plan: Plan, parts: Sequence[Mapping[int, Part]], *, whole: bool) -> tuple[list[int], int]:
+    """The k to look at, which half of a sample spans unless it is the whole; modules that memory holds at a time."""
+    s, held, shapes = plan.settings, 0, []
+    for some in parts:
+        n, first = sum(p.weights.size for p in some.values()), next(iter(some.values()))
+        shapes.append((n, [first.rows[side].shape[-1] for side in SIDES]))
+        held += 4 * n * sum(shapes[-1][1])
+    most = max(min(n if whole else max(1, n // 2), max(dims)) for n, dims in shapes)
+    work = max(sum(12 * n * d + 64 * n * min(n, d) + 32 * min(most, d) * (n + d) for d in dims) for n, dims in shapes)
+    check_memory(plan, PROCESS_BYTES + held + work)
+    asked = {min(s.num_components, most)} if isinstance(s.num_components, int) else set()
+    return sorted({*ladder(most), *asked}), min(s.workers or usable_cores(), (s.memory - PROCESS_BYTES - held) // work)
+
+
+def measure(parts: Mapping[int, Part], adapters: int, ks: Sequence[int], *, center: bool) -> Measured:
+    """Measure one module of some adapters, given by number; halves are those of even and of odd number."""
+    some = list(parts.values())
+    rows = {side: np.concatenate([p.rows[side].reshape(-1, p.rows[side].shape[-1]) for p in some]) for side in SIDES}
+    weights, strengths = (np.concatenate([getattr(p, of).ravel() for p in some]) for of in ("weights", "strengths"))
+    owners = np.repeat(list(parts), [p.weights.size for p in some])
+    experts = np.concatenate([np.repeat(np.arange(len(p.weights)), p.weights.shape[1]) for p in some])
+    blocks = np.split(np.arange(len(owners)), np.flatnonzero(np.diff(owners) | np.diff(experts)) + 1)
+
+    def energies(train: Array) -> Float64:
+        """||U'dW V||^2 (ks, adapters): U'dW V = sum_j p_j (U'b_j)(V'a_j)', by Gram matrices of loadings."""
+        a, b = (_loadings(rows[side], weights, train, ks[-1], center=center) for side in SIDES)
+        out, b = np.zeros((len(ks), adapters)), b * strengths[:, None]
+        for block in blocks:
+            grams: list[Any] = [0.0, 0.0]
+            for i, (done, k) in enumerate(zip([0, *ks], ks, strict=False)):
+                pieces = [side[block[0] : block[-1] + 1, done:k] for side in (a, b)]
+                grams = [total + piece @ piece.T for total, piece in zip(grams, pieces, strict=True)]
+                out[i, owners[block[0]]] += np.sum(grams[0] * grams[1])
+        return out
+
+    odd, odd_adapters = owners % 2 == 1, np.arange(adapters) % 2 == 1
+    on_odd, on_even = energies(odd), energies(~odd)
+    seen, others = np.where(odd_adapters, on_odd, on_even), np.where(odd_adapters, on_even, on_odd)
+    products = gram(rows["A"]) * gram(rows["B"]) * np.outer(strengths, strengths) * (experts[:, None] == experts)
+    owned = (owners == np.arange(adapters)[:, None]).astype(np.float64)
+    inner, dims = owned @ products @ owned.T, [rows[side].shape[1] for side in SIDES]
+    chance = np.trace(inner) * np.prod([np.minimum(ks, d) / d for d in dims], axis=0)
+    return Measured(np.stack([energies(np.ones(len(odd), bool)), seen, others]), chance, inner)
+
+
+def _loadings(rows: Array, weights: Float64, train: Array, most: int, *, center: bool) -> Float64:
+    """Loadings (n, k) of all rows (n, d) on the basis of some, weighted; k is `most`, or what these span at most."""
+    fitted = (weights[train, None] * rows[train]).astype(np.float32)
+    fitted = fitted - fitted.mean(axis=0) if center and len(fitted) else fitted
+    k = min(most, *fitted.shape)
+    return np.asarray(rows @ leading(of_columns(fitted), k)[1] if k else np.zeros((len(rows), 0)), np.float64)
+
+
+def _outlooks(plan: Plan, total: Measured, ks: Sequence[int], share: float) -> tuple[Outlook, ...]:
     """What to expect of every k up to the first that saves nothing, and of the one that the settings ask for."""
-    some = totals.norms > 0  # others have none of the modules that were looked at
-    found, chance = (
-        of.divided(totals.norms, some) for of in (totals.found, totals.chance)
-    )  # fmt: skip
-    dims, energies = zip(*totals.sizes, strict=True)
-    errors = Errors(found, chance, totals.ks, share, np.array(dims, np.float64), np.array(energies))
-    item, lora = ITEMSIZE[plan.storage], max(1, plan.sizes["lora"])
-    asked, most = plan.settings.num_components, max(min(g.dim, g.count) for g in plan.groups)
-    out: list[Outlook] = []
-    for k in sorted({*ladder(most), *([min(asked, most)] if isinstance(asked, int) else [])}):
-        cut = [(g, min(k, g.dim, g.count)) for g in plan.groups]
-        size = item * sum(n * (g.dim + g.count) for g, n in cut)
-        if size > lora and out and out[-1].bytes > lora and k != asked:
-            continue
-        low, expected, high, by_chance = errors.at(k)
-        out.append(Outlook(k, size, lora / size, low, expected, high, by_chance))
+    norms = np.diag(total.inner)
+    some = norms > 0  # others have none of the modules that were looked at
+    kept = np.clip(total.kept[:, :, some] / norms[some], 0.0, 1.0)
+    errors = np.sqrt(1 - kept)
+    own, half, others = errors.mean(axis=2)
+    most = np.maximum(own, others) if share < 1 else own
+    expected = np.clip(own + (own - half) * (1 - share**0.5) / (2**0.5 - 1), own, most)
+    doubt = 2 * errors[0].std(axis=1) * ((1 - share) / some.sum()) ** 0.5
+    bounds = np.maximum(own - doubt, 0), expected, np.minimum(most + doubt, 1)
+    columns = (*bounds, kept[2].mean(axis=1), total.chance / norms.sum())
+    lora, asked, out = max(1, plan.sizes["lora"]), plan.settings.num_components, list[Outlook]()
+    for k, *found in zip(ks, *(column.tolist() for column in columns), strict=True):
+        size = ITEMSIZE[plan.storage] * sum(min(k, g.dim, g.count) * (g.dim + g.count) for g in plan.groups)
+        if size <= lora or not out or out[-1].bytes <= lora or k == asked:
+            out.append(Outlook(k, size, lora / size, *found))
     return tuple(out)
 
 
-@contextmanager
-def at_hand(plan: Plan, chosen: list[Adapter]) -> Iterator[tuple[list[Adapter], tuple[AdapterError, ...]]]:
-    """The adapters of a sample, on this machine until the end of the block; and those that cannot be had.
+def _to_serve(outlooks: Sequence[Outlook], s: Sample) -> str:
+    """Which k SHARE may have, what that gives, and whether it gains by it.
 
-    What a plan does not read of adapters of the Hub is read of these: their configurations, and files, which go into
-    the Hub's cache for `compress` to find them; under a disk budget into a folder that is removed, as many as it holds.
+    For each error of `TARGETS` there is a smallest k that is expected to have no more. The first target is taken of
+    which that k is `PLENTY` times smaller, else the first of which it is `WORTH` times; else the largest k that is.
     """
-    s = plan.settings
-    while s.disk_budget is not None and sum(e.hub_bytes for e in chosen) > s.disk_budget:
-        chosen = spread(chosen, len(chosen) - 1)
-    remote = [e for e in chosen if not e.fetched]
-    if not remote:
-        yield chosen, ()
-        return
-    sources = [source_of(e.source_id, e.name, e.origin.asked if e.origin else "") for e in remote]
-    read = plan_for(sources, replace(s, base_model=plan.base_model or None, on_error="skip"))
-    with ExitStack() as stack:
-        folder = None if s.disk_budget is None else Path(stack.enter_context(TemporaryDirectory()))
-        fetcher = stack.enter_context(fetching(s.offline, folder, s.disk_budget))
-        come = list(fetcher.arriving([e for e in read.adapters if e.layout.modules]))
-        here = {e.source_id: e for e in [*come, *(e for e in chosen if e.fetched)] if isinstance(e, Adapter)}
-        lost = (*read.refused, *(e for e in come if isinstance(e, AdapterError)))
-        yield [here[e.source_id] for e in chosen if e.source_id in here], lost
-        fetcher.release(here.values())
+    worth = [o for o in outlooks if o.ratio >= WORTH]
+    if not worth:
+        return "no k saves much: code them, or leave them as they are"
+    small = [next((o for o in worth if o.expected <= target), None) for target in TARGETS]
+    best = next((o for enough in (PLENTY, WORTH) for o in small if o is not None and o.ratio >= enough), None)
+    o = best or worth[-1]
+    shared, times = (
+        max(0.0, o.held - o.chance),
+        s.coded_lora / max(1.0, s.codes_within(min(max(o.expected, 0.01), 0.9)).value),
+    )
+    why = "" if best else f"no k that saves much has an error of {TARGETS[-1]:g}: "
+    why = "they share too little to gain by it: " if shared < LITTLE else why
+    return (
+        f"{why}-k {o.k} has a mean dW error of about {o.expected:.3f} ({o.low:.3f} to {o.high:.3f}), LoRA "
+        f"{o.ratio:.1f} times smaller, codes of that error {times:.0f} times; beyond chance, its bases keep "
+        f"{shared:.0%} of dW of adapters that they are not fitted to"
+    )

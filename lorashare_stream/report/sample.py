@@ -1,35 +1,138 @@
-"""A sample of a collection: which adapters and modules, and their factors, read."""
+"""A sample of a plan's adapters, each read once: its rate curve, what is verbatim, vectors of some modules."""
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from ..adapters.adapter import Adapter
-from ..adapters.keys import SIDES, Side
-from ..linalg.types import Float64
-from .measure import Blocks, Float32, factored
+from ..adapters.dtypes import ITEMSIZE
+from ..adapters.keys import Side
+from ..adapters.safetensors import TensorReader, TensorRecord
+from ..checkpoint.packs import GAIN, digest_of_tensor
+from ..checkpoint.planes import BLOCK, encoded
+from ..codec.code import Batch, Subject
+from ..codec.gauge import Pairs
+from ..codec.rate import Curve, Estimate, curve_of, estimated
+from ..errors import AdapterError, BudgetError, CollectionError
+from ..hub.fetch import fetching
+from ..hub.lookup import source_of
+from ..linalg.delta import relative_error
+from ..linalg.types import Array, Float64
+from ..pipeline import plan_for
+from ..plan.memory import SAMPLE, Step, steps_of
+from ..plan.plan import Plan
+from ..runtime.executors import Mapper, executor_for, local_mapper
+from ..runtime.progress import Progress
+from ..stages.encode import subject_of
+from ..stages.ingest import ingest_adapter
+from ..text import bytes_shown
 
 T = TypeVar("T")
-ADAPTERS = 64  # of a sample, if nothing is said of it
-ROWS = 1024  # of a group, which a sample that nothing is said of does not exceed
-FEWEST = 8
-WORK = 2e12  # flops, about half a minute on two cores
+FEWEST = 8  # adapters of a sample, however large they are
+NUMBERS = 100_000_000  # of a sample: about half a minute on two cores
+Kind = tuple[str, str, tuple[int, ...]]  # key, dtype and shape of a tensor that is not LoRA
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one adapter brings to one module: see `Blocks`; arrays (E, r, d) and (E, r), and lora_A's rows (E r, d)."""
+    """What one adapter brings to one module: dW_e = ||dW|| sum_j strength_j b_j a_j' of each expert.
 
-    rows: Mapping[Side, Float32]
+    Attributes:
+        rows: by side, (E, r, d): singular vectors of dW under `delta`, else those of the factors.
+        weights: (E, r) by which they count in the moments. strengths: (E, r).
+    """
+
+    rows: Mapping[Side, Array]
     weights: Float64
     strengths: Float64
-    initial: Float32
+
+
+class Kept(NamedTuple):
+    """A verbatim tensor of a sample: which one it is, a digest, and the bytes that are stored."""
+
+    kind: Kind
+    digest: str
+    stored: float
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One adapter of a sample, coded.
+
+    Attributes:
+        norm: ||dW||.
+        code: bytes within the limit on its error, if that is what is asked for; else 0.
+        error: certified of these.
+        curve: None if its dW is zero, or nothing of it can be coded.
+        kept: tensors that are not LoRA. lora: bytes of LoRA tensors that are kept exact, as they are stored.
+        coded: whether it is: dW is not zero, and there is a code within the limit that is smaller than its tensors.
+        parts: of the modules whose vectors are asked for.
+    """
+
+    name: str
+    norm: float
+    code: int
+    error: float
+    curve: Curve | None
+    kept: tuple[Kept, ...]
+    lora: float
+    coded: bool
+    parts: Mapping[str, Part]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sample, coded.
+
+    Attributes:
+        adapters, probes: of the sample. problems: adapters of it that cannot be compressed.
+        count, lora: adapters of the plan, and their LoRA bytes.
+    """
+
+    adapters: Sequence[Adapter]
+    probes: Sequence[Probe]
+    problems: tuple[AdapterError, ...]
+    count: int
+    lora: int
+
+    @property
+    def coded_lora(self) -> float:
+        """LoRA bytes of all adapters that are coded, from those of the sample."""
+        return self.codes(e.layout.lora_bytes * p.coded for e, p in zip(self.adapters, self.probes, strict=True)).value
+
+    def codes(self, values: Iterable[float]) -> Estimate:
+        """Bytes of all codes, from those of the sample."""
+        sizes = [e.layout.lora_bytes for e in self.adapters]
+        return estimated([min(v, size) for v, size in zip(values, sizes, strict=True)], sizes, self.lora)
+
+    def codes_at(self, step: float) -> Estimate:
+        """The same at a step."""
+        return self.codes(p.curve.bytes_at(step) if p.curve else 0.0 for p in self.probes)
+
+    def codes_within(self, error: float) -> Estimate:
+        """The same where every adapter has one error."""
+        return self.codes(p.curve.bytes_within(error) if p.curve else 0.0 for p in self.probes)
+
+    def errors_at(self, step: float | None) -> list[float]:
+        """Errors of those that are coded, at a step or within the limit."""
+        coded = [p for p in self.probes if p.coded]
+        return [p.error if step is None else p.curve.error_at(step) if p.curve else 0.0 for p in coded]
+
+    def mean_error(self, step: float | None) -> Estimate:
+        """The mean of these over all adapters."""
+        errors = self.errors_at(step)
+        count = self.count * len(errors) / len(self.probes)
+        total = estimated(errors, [1.0] * len(errors), count)
+        return Estimate(total.value / max(1.0, count), total.margin / max(1.0, count))
 
 
 def spread(items: Sequence[T], count: int) -> list[T]:
@@ -42,104 +145,157 @@ def spread(items: Sequence[T], count: int) -> list[T]:
     return list(items) if n <= count else [items[(2 * i + 1) * n // (2 * count)] for i in range(count)]
 
 
-def sampled(adapters: Sequence[Adapter], count: int | None) -> list[Adapter]:
-    """The adapters to look at: `count`, or as many as give `ROWS` vectors to a group, from `FEWEST` to `ADAPTERS`."""
+def sampled(
+    adapters: Sequence[Adapter], count: int | None, fits: Callable[[list[Adapter]], bool] = lambda _: True
+) -> list[Adapter]:
+    """The adapters of a sample: `count`, or `SAMPLE` at most, of `NUMBERS` at most, that fit, but for `FEWEST`."""
     if count is not None:
         return spread(adapters, count)
-    chosen = spread(adapters, ADAPTERS)
-    while len(chosen) > FEWEST and max(_rows(chosen).values(), default=0) > ROWS:
+    chosen = spread(adapters, SAMPLE)
+    while len(chosen) > FEWEST and not (_numbers(chosen) <= NUMBERS and fits(chosen)):
         chosen = spread(adapters, max(FEWEST, 3 * len(chosen) // 4))
     return chosen
 
 
-def _rows(adapters: Iterable[Adapter]) -> Counter[str]:
-    """Vectors of every module, n."""
-    count: Counter[str] = Counter()
-    for adapter in adapters:
-        for m in adapter.layout.modules:
-            count[m.name] += m.rank
-    return count
+def _numbers(adapters: Iterable[Adapter]) -> int:
+    return sum(m.bytes for e in adapters for m in e.layout.modules) // 4
 
 
-def rows_in(adapters: Iterable[Adapter], modules: Iterable[str]) -> int:
-    """Vectors of some modules, n, summed over them."""
-    rows = _rows(adapters)
-    return sum(rows[m] for m in modules)
+@contextmanager
+def mapping(plan: Plan, executor: Executor | None) -> Iterator[Mapper]:
+    """What maps the tasks of a sample: over an executor, or processes of this machine; the result does not depend."""
+    with executor_for(executor, coding_step(plan).concurrency) as workers, local_mapper(workers) as mapper:
+        yield mapper
 
 
-def kind_of(module: str) -> str:
-    """The kind of a module: the last part of its path.
-
-    >>> kind_of("model.layers.0.self_attn.q_proj")
-    'q_proj'
-    """
-    return module.rpartition(".")[2]
+def coding_step(plan: Plan) -> Step:
+    """What coding takes, whether or not that is what the plan is to do."""
+    s = plan.settings
+    coded = s if s.limit else replace(s, objective="delta", center=False, max_error=0.25)
+    return steps_of(plan.adapters, (), coded, plan.storage, grows=plan.grows)[-1]
 
 
-def chosen_modules(adapters: Iterable[Adapter], work: float = WORK) -> tuple[list[str], int]:
-    """The modules to look at, of every kind as large a part, spread over the depth; and how many there are."""
-    adapters = list(adapters)
-    rows, shapes = _rows(adapters), {m.name: m for e in adapters for m in e.layout.modules}
-    total = sum(work_of(rows[name], m.dim(side)) for name, m in shapes.items() for side in SIDES)
-    share = min(1.0, work / max(1.0, total))
-    kinds: dict[str, list[str]] = {}
-    for name in sorted(shapes, key=_by_depth):
-        kinds.setdefault(kind_of(name), []).append(name)
-    picked = [m for some in kinds.values() for m in spread(some, max(1, round(share * len(some))))]
-    return sorted(picked, key=_by_depth), len(shapes)
+def check_memory(plan: Plan, least: int) -> None:
+    """Demand memory for a sample; raises BudgetError."""
+    if least > plan.settings.memory:
+        raise BudgetError(
+            "the memory budget cannot hold what is looked at together", found=bytes_shown(plan.settings.memory),
+            expected=f"at least {bytes_shown(least)}",
+            remedy=f"Use --memory {-(-least >> 20) + 1}MiB or more, or fewer adapters by --sample.",
+        )  # fmt: skip
 
 
-def work_of(count: int, dim: int) -> float:
-    """Flops of measuring one side of a module of n rows of length d: Gram matrices, and eigenvectors, twice."""
-    small = min(count, dim)
-    return 4.0 * count * count * dim + 40.0 * small**3 + 8.0 * count * count * small
-
-
-def _by_depth(module: str) -> list[tuple[int, str]]:
-    """Sorts layer 2 before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", module)]
-
-
-def read_parts(adapter: Adapter, modules: Iterable[str], objective: str, norm: float) -> dict[str, Part]:
-    """What an adapter brings to some modules, of which it may lack some.
+def sample_of(
+    plan: Plan,
+    chosen: list[Adapter],
+    mapper: Mapper,
+    progress: Progress,
+    *,
+    fetches: bool,
+    modules: Sequence[str] = (),
+) -> Sample:
+    """Read and code some of a plan's adapters, once.
 
     Args:
-        adapter: the adapter. modules: their names.
-        objective: as for `factored`.
-        norm: ||dW_i||, above 0.
+        plan: of the collection. chosen: the adapters of it.
+        mapper: of `mapping`. progress: passes what is coded on as it comes.
+        fetches: whether adapters of the Hub are fetched; else the chosen are here.
+        modules: whose vectors are wanted too.
 
     Raises:
-        AdapterError: if its files are not what they were.
+        CollectionError: if none can be coded.
+        BudgetError: if memory does not hold one of them while it is coded.
+        UnreachableError: if the Hub does not answer.
     """
-    parts: dict[str, Part] = {}
-    held = [m for m in modules if m in adapter.layout.by_name]
+    step = coding_step(plan)
+    check_memory(plan, step.least_bytes)
+    look = partial(probe, plan.settings.max_error, plan.settings.objective, frozenset(modules))
+    with at_hand(plan, chosen, fetches=fetches) as (here, lost):
+        results = list(progress("code a sample", len(here), mapper.map(look, here, step.concurrency)))
+    problems = (*lost, *(r for r in results if isinstance(r, AdapterError)))
+    probes = {r.name: r for r in results if isinstance(r, Probe)}
+    if not probes:
+        raise CollectionError(
+            "nothing to foretell from", problems=problems, found="no adapter that can be coded", expected="one or more"
+        )
+    some = [e for e in here if e.name in probes]
+    return Sample(some, [probes[e.name] for e in some], problems, len(plan.adapters), plan.sizes["lora"])
+
+
+def probe(limit: float | None, objective: str, modules: frozenset[str], adapter: Adapter) -> Probe | AdapterError:
+    """An adapter, coded within a limit on its error, if there is one, and at some steps; parts of some modules."""
+    found = ingest_adapter("delta", adapter)[1]
+    if isinstance(found, AdapterError):
+        return found
     with adapter.open() as tensors:
-        for module_batch in adapter.batches_of(held):
-            factors = module_batch.read(tensors)
-            scalings = adapter.scalings_of(module_batch.names)
-            rows, weights, strengths = factored(factors["A"], factors["B"], scalings, objective)
-            weights = weights if objective == "factors" else weights / norm
-            lengths = np.linalg.norm(factors["A"], axis=-1, keepdims=True)
-            initial = factors["A"] / np.where(lengths > 0, lengths, 1.0)
-            for i, name in enumerate(module_batch.names):
-                own = {side: rows[side][i].copy() for side in SIDES}  # the files are unmapped
-                parts[name] = Part(own, weights[i], strengths[i] / norm, initial[i])
-    return parts
+        subject = subject_of(adapter, tensors)
+        within = subject.within(limit) if limit is not None and subject.norm else None
+        smaller = limit is None or (within is not None and len(within.code) < adapter.layout.lora_bytes)
+        coded = smaller and subject.norm > 0
+        exactly = [] if coded else [r for m in adapter.layout.modules for r in (m.a, m.b)]
+        kept = tuple(_kept(tensors, key, record) for key, record in adapter.layout.extras)
+        lora = sum(_kept(tensors, "", record).stored for record in exactly)
+        curve, parts, code, error = curve_of(subject), _parts(subject, objective, modules), 0, 0.0
+    if within is not None and coded:
+        squares = (sum(getattr(e, of) for e in within.errors.values()) for of in ("error", "norm"))
+        code, error = len(within.code), relative_error(*squares)
+    return Probe(adapter.name, subject.norm, code, error, curve, kept, lora, coded, parts)
 
 
-def blocks_of(parts: Mapping[int, Part]) -> Blocks:
-    """One module of some adapters, by their numbers."""
-    numbers = sorted(parts)
-    some = [parts[i] for i in numbers]
-    experts = [p.weights.shape[0] for p in some]
-    places = [np.arange(len(p.initial)) for p in some]
-    return Blocks(
-        rows={side: np.concatenate([p.rows[side].reshape(-1, p.rows[side].shape[-1]) for p in some]) for side in SIDES},
-        weights=np.concatenate([p.weights.ravel() for p in some]),
-        strengths=np.concatenate([p.strengths.ravel() for p in some]),
-        ranks=np.repeat([p.weights.shape[1] for p in some], experts),
-        owners=np.repeat(numbers, experts),
-        initial=np.concatenate([p.initial for p in some]),
-        initial_owners=np.repeat(numbers, [len(p) for p in places]),
-        initial_places=np.concatenate(places),
-    )
+def _kept(tensors: TensorReader, key: str, record: TensorRecord) -> Kept:
+    """A verbatim tensor, by its first block: what is larger than that is like it."""
+    size, nbytes = ITEMSIZE[record.dtype], record.nbytes
+    block = bytes(next(iter(tensors.chunks(record)), b""))[:BLOCK]
+    share = min(1.0, sum(map(len, encoded([block], size))) / len(block)) if block else 1.0
+    digest = digest_of_tensor(record.dtype, record.shape, [block])
+    return Kept((key, record.dtype, record.shape), digest, nbytes * (share if share <= GAIN else 1.0))
+
+
+def _parts(subject: Subject, objective: str, modules: frozenset[str]) -> dict[str, Part]:
+    """What an adapter brings to some modules, of which it may lack some."""
+    found = {}
+    for batch, pairs in zip(subject.batches, subject.pairs, strict=True):
+        for i, module in enumerate(batch.modules):
+            if module.name in modules:
+                found[module.name] = _part(batch, pairs, i, objective, subject.norm or 1.0)
+    return found
+
+
+def _part(batch: Batch, pairs: Pairs, i: int, objective: str, norm: float) -> Part:
+    scaling = batch.scalings[i]
+    own = slice(i * scaling.experts, (i + 1) * scaling.experts)
+    if objective == "delta":
+        strengths = pairs.values[own] / norm
+        return Part({"A": pairs.right[own].copy(), "B": pairs.left[own].copy()}, strengths, strengths)
+    both: dict[Side, Array] = {"A": batch.a[i], "B": batch.b[i].T}
+    rows = {side: scaling.blocks(values, side).copy() for side, values in both.items()}  # files are unmapped
+    ones = np.ones(rows["A"].shape[:-1])
+    return Part(rows, ones, scaling.scale / norm * ones)
+
+
+@contextmanager
+def at_hand(
+    plan: Plan, chosen: list[Adapter], *, fetches: bool = True
+) -> Iterator[tuple[list[Adapter], tuple[AdapterError, ...]]]:
+    """The adapters of a sample, on this machine until the end of the block; and those that cannot be had.
+
+    What a plan does not read of adapters of the Hub is read of these: their configurations, and files, which go into
+    the Hub's cache for `compress` to find them; under a disk budget into a folder that is removed, as many as it holds.
+    """
+    s = plan.settings
+    while fetches and s.disk_budget is not None and sum(e.hub_bytes for e in chosen) > s.disk_budget:
+        chosen = spread(chosen, len(chosen) - 1)
+    remote = [e for e in chosen if not e.fetched]
+    if not remote or not fetches:
+        yield chosen, ()
+        return
+    sources = [source_of(e.source_id, e.name, e.origin.asked if e.origin else "") for e in remote]
+    read = plan_for(sources, replace(s, base_model=plan.base_model or None, on_error="skip"))
+    with ExitStack() as stack:
+        folder = None if s.disk_budget is None else Path(stack.enter_context(TemporaryDirectory()))
+        fetcher = stack.enter_context(fetching(s.offline, folder, s.disk_budget))
+        come = list(fetcher.arriving([e for e in read.adapters if e.layout.modules]))
+        here = {e.source_id: e for e in [*come, *(e for e in chosen if e.fetched)] if isinstance(e, Adapter)}
+        lost = (*read.refused, *(e for e in come if isinstance(e, AdapterError)))
+        yield [here[e.source_id] for e in chosen if e.source_id in here], lost
+        fetcher.release(here.values())
