@@ -212,6 +212,8 @@ def reconstruct(args: Args) -> int:
     """`reconstruct`: one adapter into DIR, several into DIR/NAME."""
     from ..model import SHAREModel
 
+    if "all" not in args and "adapter" not in args:
+        raise UsageError("no adapters", expected="--adapter NAME ..., or --all")
     model = SHAREModel.from_pretrained(args["checkpoint"], local_files_only="offline" in args)
     out = Path(args["output"])
     names = model.adapter_names if "all" in args else names_meant(args["adapter"], model.adapter_names)
