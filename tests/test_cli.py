@@ -20,11 +20,14 @@ import pytest
 import yaml
 from huggingface_hub import constants
 
-from lorashare_stream.cli import commands, progress
+from lorashare_stream.cli import bars, commands, progress
 from lorashare_stream.cli.app import main
+from lorashare_stream.cli.output import progress_of
+from lorashare_stream.cli.streams import say
 from lorashare_stream.errors import BudgetError, CollectionError, UsageError
 from lorashare_stream.model import SHAREModel
-from lorashare_stream.settings import CHOICES, Settings
+from lorashare_stream.runtime.progress import silent
+from lorashare_stream.settings import TYPES, Settings, choices_of, flags_of, shown
 from lorashare_stream.workspace import moments as momentstore
 
 from .conftest import load_tensors, make_collection, tree_digest, write_adapter
@@ -111,15 +114,46 @@ def test_info_tells_bytes_and_ratio_of_the_whole_checkpoint_as_json_too(
     assert shown.split("  ")[-1].strip() == f"{used / 1024:.1f} KiB, {how}"
 
 
+def told_by(capsys: Capture, *arguments: object) -> str:
+    """What a command prints, in one line."""
+    assert call(*arguments) == 0
+    return " ".join(capsys.readouterr().out.replace("\u2502", " ").split())
+
+
 @pytest.mark.parametrize("command", ["plan", "compress", "add", "remove", "refit"])
-def test_the_help_names_what_an_option_may_be(command: str, capsys: Capture) -> None:
-    with pytest.raises(SystemExit):
-        main([command, "--help"])
-    told = capsys.readouterr().out
-    for name, values in CHOICES.items():
-        flag = f"--{name.replace('_', '-')}"
-        assert f"{flag} " not in told or f"{flag} {{{','.join(values)}}}" in told
-    assert "--device {auto,cpu,cuda}" in told
+def test_the_help_names_what_an_option_may_be_in_groups(command: str, capsys: Capture) -> None:
+    told = told_by(capsys, command, "--help")
+    for name in TYPES:
+        flag, choices = flags_of(name)[-1], choices_of(name)
+        assert not choices or f"{flag} " not in told or f"{flag} {{{','.join(choices)}}}: {shown(name).help}" in told
+    assert "--device {auto,cpu,cuda}: where to compute" in told
+    groups = [told.find(f"\u2500 {group} \u2500") for group in ("Arguments", "Options", "Where and how", "Hub")]
+    assert -1 not in groups
+    assert groups == sorted(groups)
+
+
+def test_every_setting_is_an_option_of_compress(capsys: Capture) -> None:
+    told = told_by(capsys, "compress", "--help").replace("--[no-]", "--")
+    assert all(flag in told for name in TYPES for flag in flags_of(name))
+    assert "--trim-rank" not in told
+
+
+def test_a_shell_completes_commands_options_and_values() -> None:
+    def complete(*words: str) -> list[str]:
+        environment = os.environ | {
+            "_LORASHARE_STREAM_COMPLETE": "complete_bash", "COMP_WORDS": " ".join(("lorashare-stream", *words)),
+            "COMP_CWORD": str(len(words)),
+        }  # fmt: skip
+        command = [sys.executable, "-m", "lorashare_stream"]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
+
+    assert complete("re") == ["remove", "refit", "report", "reconstruct"]
+    assert complete("compress", "x", "--dev") == ["--device"]
+    assert complete("compress", "x", "--device", "c") == ["cpu", "cuda"]
+    command = [sys.executable, "-m", "lorashare_stream", "--show-completion"]
+    environment = os.environ | {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1", "SHELL": "/bin/bash"}
+    script = subprocess.run([*command, "bash"], env=environment, capture_output=True, text=True, check=True).stdout
+    assert "_LORASHARE_STREAM_COMPLETE=complete_bash" in script
 
 
 def test_what_says_nothing_of_a_coded_checkpoint_is_told(
@@ -211,13 +245,51 @@ def test_exit_codes_of_errors(
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["fly"], ["compress", "--colour"], ["reconstruct", "x", "-o", "y"], ["info"]]
-)
-def test_argparse_exits_with_2(arguments: list[str], capsys: Capture) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(arguments)
-    assert caught.value.code == 2
-    capsys.readouterr()
+    ("words", "problem"),
+    [("fly", "No such command 'fly'"), ("compress --colour", "No such option: --colour"),
+     ("compress --max", "No such option: --max"), ("info", "Missing argument 'CHECKPOINT'"),
+     ("refit x", "Missing option '-o' / '--output'"), ("reconstruct x -o y", "no adapters"),
+     ("compress x -o -k 4", "-o needs a value (found -k)"), ("compress x -o y --names", "--names needs a value"),
+     ("compress x --workers few", "Invalid value for '--workers'"), ("info x y", "Got unexpected extra argument"),
+     ("compress x -k 4 --max-error 0.1", "--max-error is not allowed with -k"), ("plan x -q -v", "is not allowed with"),
+     ("reconstruct x -o y --all --adapter z", "is not allowed with"),
+     ("push x a/b --private --public", "is not allowed with")],
+)  # fmt: skip
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_words_that_cannot_be_meant_exit_with_2_and_say_where_help_is(
+    words: str, problem: str, flags: list[str], capsys: Capture
+) -> None:
+    assert main([*words.split(), *flags]) == 2
+    captured = capsys.readouterr()
+    told, where = captured.err.splitlines()
+    assert told.startswith("lorashare-stream: ")
+    assert problem in told
+    assert where == f"Try: lorashare-stream {words.replace('fly', '').split(' ')[0]} --help".replace("  ", " ")
+    assert (json.loads(captured.out)["exit_code"] == 2) if flags else not captured.out
+
+
+def test_no_command_exits_with_2(capsys: Capture) -> None:
+    assert main([]) == 2
+    assert capsys.readouterr().err == "lorashare-stream: Missing command\nTry: lorashare-stream --help\n"
+
+
+def test_options_that_take_all_words_that_follow(tmp_path: Path, collection: list[str], capsys: Capture) -> None:
+    out = tmp_path / "out"
+    assert call("compress", "--names", "x", "y", "-k", 4, "-q", "-o", out, "--", *collection[:2]) == 0
+    assert call("reconstruct", out, "--adapter", "x", "y", "--json", "-o", tmp_path / "rec") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["reconstructed"].keys() == {"x", "y"}
+    assert call("reconstruct", out, "--adapter", "x", "--adapter=y", "--json", "-o", tmp_path / "rec") == 0
+    assert json.loads(capsys.readouterr().out)["reconstructed"].keys() == {"x", "y"}
+    assert call("verify", out, "-q", "--sources", *collection[:2], "--workspace", tmp_path / "nothing") == 0
+
+
+@pytest.mark.parametrize(("flags", "center"), [([], True), (["--no-center"], False), (["--center"], True)])
+def test_a_switch_of_a_file_is_turned_off_by_its_option(
+    tmp_path: Path, collection: list[str], capsys: Capture, flags: list[str], center: bool
+) -> None:
+    (tmp_path / "job.yaml").write_text("objective: factors\ncenter: true\n")
+    assert call("plan", *collection, "--config", tmp_path / "job.yaml", "--json", *flags) == 0
+    assert json.loads(capsys.readouterr().out)["settings"]["center"] == center
 
 
 def test_skipping_exits_with_3_and_lists_the_reasons(tmp_path: Path, collection: list[str], capsys: Capture) -> None:
@@ -633,12 +705,43 @@ def test_progress_lines_tell_rate_and_time_left(capsys: Capture, monkeypatch: py
     assert lines[-1] == "ingest: 6 adapters in 1:10"
 
 
-def test_a_bar_on_a_terminal(capsys: Capture) -> None:
-    assert list(progress.bars("fit", 3, iter("abc"))) == list("abc")
-    assert "3/3" in capsys.readouterr().err
+class Terminal(io.StringIO):
+    """A terminal, which is gone if it says so."""
+
+    gone = False
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        if self.gone:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return super().write(text)
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, gone: bool) -> None:
+    terminal = Terminal()
+    terminal.gone = gone
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    assert progress_of({}) is bars.bars
+    assert progress_of({"quiet": True}) is silent
+    for result in progress_of({})("fit", 3, iter("abc")):
+        say(f"a note on [red]{result}[/]")
+    if gone:
+        return
+    shown = terminal.getvalue()
+    assert "3/3 modules" in shown
+    assert "/s" in shown
+    assert "left" in shown
+    assert "a note on [red]b[/]\n" in shown  # a name is no markup
+    assert "\x1b[?25l" not in shown  # a process that is killed leaves no terminal without a cursor
+    assert sys.stderr is terminal
+    monkeypatch.setenv("TERM", "dumb")
+    assert progress_of({}) is progress.lines
 
 
 def test_version(capsys: Capture) -> None:
-    with pytest.raises(SystemExit):
-        main(["--version"])
+    assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("lorashare-stream ")

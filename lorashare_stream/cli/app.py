@@ -57,7 +57,7 @@ def _run(words: list[str]) -> int:
     if isinstance(args, int):
         return args
     level = logging.WARNING if args.get("quiet") else logging.DEBUG if args.get("verbose") else logging.INFO
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", handlers=[_Notes()])
     logging.getLogger("lorashare_stream").setLevel(level)
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # what it warns of is waited out, and said once
     before = {number: signal.signal(number, partial(_stop, args)) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -83,6 +83,13 @@ def _run(words: list[str]) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class _Notes(logging.Handler):
+    """Writes where stderr is now: above a bar, if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(self.format(record))
 
 
 def _dispatch(args: dict[str, Any]) -> int:

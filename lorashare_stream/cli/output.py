@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,7 +37,11 @@ def progress_of(args: Args) -> Progress:
     """A bar on a terminal, lines in a log, nothing if quiet."""
     if "quiet" in args:
         return silent
-    return progress.bars if sys.stderr.isatty() else progress.lines
+    if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
+        return progress.lines
+    from .bars import bars
+
+    return bars
 
 
 def say_what_will_be_left_out(made: Plan) -> None:
