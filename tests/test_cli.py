@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pwd
+import re
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from huggingface_hub import constants
 
 from lorashare_stream.cli import bars, commands, progress
 from lorashare_stream.cli.app import main
-from lorashare_stream.cli.output import progress_of
+from lorashare_stream.cli.output import progress_of, table_text
 from lorashare_stream.cli.streams import say
 from lorashare_stream.errors import BudgetError, CollectionError, UsageError
 from lorashare_stream.model import SHAREModel
@@ -740,6 +741,29 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, gone: bool) -> Non
     assert sys.stderr is terminal
     monkeypatch.setenv("TERM", "dumb")
     assert progress_of({}) is progress.lines
+
+
+@pytest.mark.parametrize("rows", [3, 2000])
+def test_a_table_is_as_wide_as_the_terminal_and_its_names_are_no_markup(
+    monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    name = "[red]customer[/] " + "x" * 60
+    table = [(name, "0.100000", "evil\x1b[2J")] * rows
+    plain = table_text(table, ("adapter", "dW error", "in module"))
+    assert plain.splitlines()[1].startswith(name)
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "50")
+    monkeypatch.setenv("NO_COLOR", "1")
+    drawn = table_text(table, ("adapter", "dW error", "in module"))
+    if rows > 1000:
+        assert drawn == plain
+        return
+    seen = re.sub(r"\x1b\[[0-9;]*m", "", drawn)
+    assert seen.replace("\n", "").isprintable()
+    assert all(len(line) <= 50 for line in seen.splitlines())
+    assert "[red]customer[/]" in seen
+    assert seen.count("0.100000") == rows
 
 
 def test_version(capsys: Capture) -> None:

@@ -4,12 +4,14 @@ An option that sets a setting shows what `settings` says of it. What a command d
 which are imported when it runs.
 """
 
+# ruff: noqa: B008 - typer takes what an option is from the default of a parameter
+
 from __future__ import annotations
 
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, get_args, get_origin
+from typing import Any, get_args, get_origin
 
 import typer
 import typer.core
@@ -22,6 +24,7 @@ from ..version import __version__
 
 PROGRAM = "lorashare-stream"
 _EPILOG = "Exit codes: 0 done, 1 permanent error, 2 usage, 3 done but adapters were left out, 75 stopped: run it again."
+_HELP = {"help_option_names": ["-h", "--help"]}
 _ONE_OF = (
     ("num_components", *LIMITS), ("quiet", "verbose"), ("dask_scheduler", "dask_local"), ("adapter", "all"),
     ("private", "public"),
@@ -33,48 +36,38 @@ Number = int | None
 Words = list[str] | None
 
 
-def _option(group: str | None, text: str, metavar: str, *flags: str, **more: Any) -> Any:
-    return typer.Option(*flags, help=text, metavar=metavar, rich_help_panel=group, show_default=False, **more)
+def _option(text: str, metavar: str = "", *flags: str, group: str | None = None, **more: Any) -> Any:
+    """An option that may be left out; its flag is its name, unless others are given."""
+    return typer.Option(None, *flags, help=text, metavar=metavar, rich_help_panel=group, show_default=False, **more)
 
 
-def _argument(metavar: str, text: str) -> Any:
-    return typer.Argument(metavar=metavar, help=text, show_default=False)
+def _needed(text: str, metavar: str, *flags: str) -> Any:
+    return typer.Option(..., *flags, help=text, metavar=metavar)
 
 
-Checkpoint = Annotated[str, _argument("CHECKPOINT", "its folder")]
-Anywhere = Annotated[str, _argument("CHECKPOINT", "its folder, or an id of the Hub")]
-Sources = Annotated[
-    Words,
-    _argument(
-        "SOURCE",
-        "adapter folder, folder of them, glob, manifest, or Hub id: org/name, org/name@revision, org/name//folder",
+def _argument(metavar: str, text: str, default: Any = ...) -> Any:
+    return typer.Argument(default, metavar=metavar, help=text, show_default=False)
+
+
+_CHECKPOINT = _argument("CHECKPOINT", "its folder")
+_ANYWHERE = _argument("CHECKPOINT", "its folder, or an id of the Hub")
+_ADDRESS = "work on a running Dask cluster, whose workers see the same storage; or its --scheduler-file"
+_SOURCE = "adapter folder, folder of them, glob, manifest, or Hub id: org/name, org/name@revision, org/name//folder"
+_SHARED: Mapping[str, tuple[Any, Any]] = {  # options of several commands that are no settings
+    "names": (Words, _option("of the sources, which are then adapter folders", "NAME", group=SOURCES)),
+    "config": (Text, _option("the same settings from a file; flags win", "FILE.yaml", group=SOURCES)),
+    "workspace": (Text, _option("folder of resumable state (default: beside the checkpoint)", "DIR", group=MEANS)),
+    "dask_scheduler": (Text, _option(_ADDRESS, "ADDRESS", group=MEANS)),
+    "dask_local": (Number, _option("work in N processes of this machine, each with --memory", "N", group=MEANS)),
+    "take_lock": (
+        Flag,
+        _option("take over the lock of a host that is known to be dead", "", "--take-lock", group=MEANS),
     ),
-]
-_SHARED: Mapping[str, Any] = {  # options of several commands that are no settings
-    "names": Annotated[Words, _option(SOURCES, "of the sources, which are then adapter folders", "NAME", "--names")],
-    "config": Annotated[Text, _option(SOURCES, "the same settings from a file; flags win", "FILE.yaml", "--config")],
-    "overwrite": Annotated[Flag, _option(STORED, "replace a checkpoint of another run", "", "--overwrite")],
-    "workspace": Annotated[
-        Text, _option(MEANS, "folder of resumable state (default: beside the checkpoint)", "DIR", "--workspace")
-    ],
-    "dask_scheduler": Annotated[
-        Text,
-        _option(MEANS, "work on a running Dask cluster, whose workers see the same storage; or its --scheduler-file",
-                "ADDRESS", "--dask-scheduler"),
-    ],
-    "dask_local": Annotated[
-        Number, _option(MEANS, "work in N processes of this machine, each with --memory", "N", "--dask-local")
-    ],
-    "take_lock": Annotated[
-        Flag, _option(MEANS, "take over the lock of another host, known to be dead", "", "--take-lock")
-    ],
-    "trim_rank": Annotated[Flag, _option(None, "gone, which the settings tell", "", "--trim-rank", hidden=True)],
-    "json": Annotated[Flag, _option(None, "print one JSON object on stdout, and nothing else", "", "--json")],
-    "quiet": Annotated[
-        Flag, _option(None, "no progress and no notes; results, warnings and errors remain", "", "-q", "--quiet")
-    ],
-    "verbose": Annotated[Flag, _option(None, "say more", "", "-v", "--verbose")],
-}  # fmt: skip
+    "trim_rank": (Flag, _option("gone, which the settings tell", "", "--trim-rank", hidden=True)),
+    "json": (Flag, _option("print one JSON object on stdout, and nothing else", "", "--json")),
+    "quiet": (Flag, _option("no progress and no notes; results, warnings and errors remain", "", "-q", "--quiet")),
+    "verbose": (Flag, _option("say more", "", "-v", "--verbose")),
+}
 _LIMIT = ("num_components", *LIMITS, "variance_threshold", "trim_rank")
 _RUN = ("workspace", "memory", "workers", "device", "disk_budget", "offline")
 _CLUSTER = ("dask_scheduler", "dask_local", "take_lock")
@@ -109,23 +102,23 @@ class _Commands(_Help, typer.core.TyperGroup):
 
 app = typer.Typer(
     help="Compress thousands of LoRA adapters of one base model: each coded alone, or all on shared bases (SHARE).",
-    epilog=_EPILOG, rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]}, cls=_Commands,
+    epilog=_EPILOG, rich_markup_mode="rich", context_settings=_HELP, cls=_Commands,
 )  # fmt: skip
 
 
 def _parameter(name: str) -> inspect.Parameter:
     """A shared option; of one that sets a setting, the settings refuse what is none of its choices, as in Python."""
-    annotation = _SHARED.get(name)
-    if annotation is None:
-        what, choices, flags = shown(name), choices_of(name), flags_of(name)
-        switch = get_args(TYPES[name])[0] is bool
-        if switch and name not in _ON_ONLY:
+    if name in _SHARED:
+        kind, option = _SHARED[name]
+    else:
+        what, choices, flags, declared = shown(name), choices_of(name), flags_of(name), get_args(TYPES[name])[0]
+        kind = bool if declared is bool else list[str] if get_origin(declared) is tuple else what.kind
+        if kind is bool and name not in _ON_ONLY:
             flags = (f"{flags[0]}/--no-{flags[0][2:]}",)
         text = f"{{{','.join(choices)}}}: {what.help}" if choices else what.help
         completion = {"autocompletion": lambda: choices} if choices else {}
-        kind = bool if switch else list[str] if get_origin(get_args(TYPES[name])[0]) is tuple else what.kind
-        annotation = Annotated[kind | None, _option(what.group, text, what.metavar, *flags, **completion)]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=None)
+        kind, option = kind | None, _option(text, what.metavar, *flags, group=what.group, **completion)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=option)
 
 
 def command(group: str, *shared: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -139,7 +132,8 @@ def command(group: str, *shared: str) -> Callable[[Callable[..., None]], Callabl
         parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in own]
         parameters += map(_parameter, (*shared, "json", "quiet", "verbose"))
         vars(given)["__signature__"] = inspect.Signature(parameters)
-        app.command(of.__name__, cls=_Command, help=of.__doc__, epilog=_EPILOG, rich_help_panel=group)(given)
+        what: Any = {"help": of.__doc__, "rich_help_panel": group, "epilog": _EPILOG, "context_settings": _HELP}
+        app.command(of.__name__, cls=_Command, **what)(given)
         return of
 
     return register
@@ -147,16 +141,13 @@ def command(group: str, *shared: str) -> Callable[[Callable[..., None]], Callabl
 
 @command(_MAKE, *_ALL)
 def plan(
-    sources: Sources = None,
-    output: Annotated[
-        Text, _option(STORED, "write the plan, for compress --plan", "PLAN.json", "-o", "--output")
-    ] = None,
-    analyze: Annotated[
-        Flag,
-        _option(SOURCES, "read a sample, too: what adapters have in common, and errors to expect; for a limit, fetch "
-                "it if need be", "", "--analyze"),
-    ] = None,
-    sample: Annotated[Number, _option(SOURCES, "adapters of the sample (default: 64 at most)", "N", "--sample")] = None,
+    sources: Words = _argument("SOURCE", _SOURCE, None),
+    output: Text = _option("write the plan, for compress --plan", "PLAN.json", "-o", "--output", group=STORED),
+    analyze: Flag = _option(
+        "read a sample, too: what adapters have in common, and errors to expect; for a limit, fetch it if need be",
+        "", "--analyze", group=SOURCES,
+    ),
+    sample: Number = _option("adapters of the sample (default: 64 at most)", "N", group=SOURCES),
 ) -> None:  # fmt: skip
     """Read headers only: what will be read, computed and written, and what is refused.
 
@@ -166,115 +157,98 @@ def plan(
 
 @command(_MAKE, *_ALL, "discard_moments", *_CLUSTER)
 def compress(
-    sources: Sources = None,
-    plan: Annotated[Text, _option(SOURCES, "run this plan", "PLAN.json", "--plan")] = None,
-    output: Annotated[Text, _option(STORED, "the checkpoint's folder", "OUT", "-o", "--output")] = None,
-    overwrite: Annotated[
-        Flag, _option(STORED, "replace a checkpoint of another run", "", "--overwrite/--no-overwrite")
-    ] = None,
-    layer_by_layer: Annotated[
-        Flag, _option(None, "no effect: adapters are always streamed", "", "--layer-by-layer")
-    ] = None,
-    chunk_size: Annotated[Number, _option(None, "no effect: adapters are always streamed", "N", "--chunk-size")] = None,
+    sources: Words = _argument("SOURCE", _SOURCE, None),
+    plan: Text = _option("run this plan", "PLAN.json", group=SOURCES),
+    output: Text = _option("the checkpoint's folder", "OUT", "-o", "--output", group=STORED),
+    overwrite: Flag = _option("replace a checkpoint of another run", group=STORED),
+    layer_by_layer: Flag = _option("no effect: adapters are always streamed", "", "--layer-by-layer"),
+    chunk_size: Number = _option("no effect: adapters are always streamed", "N"),
 ) -> None:
     """Compress adapters: -k into a SHARE checkpoint, a limit into a coded one. The same command again goes on."""
 
 
 @command(_CHANGE, *_ADAPTERS, *_RUN, *_CLUSTER)
 def add(
-    checkpoint: Checkpoint,
-    sources: Annotated[list[str], _argument("SOURCE", "as for compress")],
-    accept: Annotated[
-        float | None,
-        _option(STORED, "share of an adapter's dW energy that the bases must keep, else all are fitted again (0.95)",
-                "T", "--variance"),
-    ] = None,
+    checkpoint: str = _CHECKPOINT,
+    sources: list[str] = _argument("SOURCE", "as for compress"),
+    accept: float | None = _option(
+        "share of an adapter's dW energy that the bases must keep, else all are fitted again (0.95)",
+        "T", "--variance", group=STORED,
+    ),
 ) -> None:  # fmt: skip
     """Add adapters to a checkpoint: on its bases if these hold them well enough, else on new ones; or coded alone."""
 
 
 @command(_CHANGE, *_RUN, *_CLUSTER)
 def remove(
-    checkpoint: Checkpoint,
-    adapters: Annotated[Words, _argument("NAME", "none is for --refit of what was taken out before")] = None,
-    refit: Annotated[Flag, _option(STORED, "compute moments and bases anew without them", "", "--refit")] = None,
+    checkpoint: str = _CHECKPOINT,
+    adapters: Words = _argument("NAME", "none is for --refit of what was taken out before", None),
+    refit: Flag = _option("compute moments and bases anew without them", "", "--refit"),
 ) -> None:
     """Take adapters out of a checkpoint, and say where their trace is left."""
 
 
-@command(_CHANGE, *_LIMIT, "overwrite", *_RUN, "discard_moments", *_CLUSTER)
+@command(_CHANGE, *_LIMIT, *_RUN, "discard_moments", *_CLUSTER)
 def refit(
-    place: Annotated[str, _argument("CHECKPOINT|WORKSPACE", "k or a limit that is not given is as it was")],
-    output: Annotated[str, _option(STORED, "the new checkpoint; may be the old one", "OUT", "-o", "--output")],
+    place: str = _argument("CHECKPOINT|WORKSPACE", "k or a limit that is not given is as it was"),
+    output: str = _needed("the new checkpoint; may be the old one", "OUT", "-o", "--output"),
+    overwrite: Flag = _option("replace a checkpoint of another run", "", "--overwrite"),
 ) -> None:
     """Another k from the same moments, or a limit from the sources; or bases for all that was added and taken out."""
 
 
 @command(_READ, "offline")
-def info(checkpoint: Anywhere) -> None:
+def info(checkpoint: str = _ANYWHERE) -> None:
     """What a checkpoint holds, how large it is, how far off."""
 
 
 @command(_READ, "offline")
-def report(
-    checkpoint: Anywhere,
-    output: Annotated[str, _option(None, "the page", "REPORT.html", "-o", "--output")],
-) -> None:
+def report(checkpoint: str = _ANYWHERE, output: str = _needed("the page", "REPORT.html", "-o", "--output")) -> None:
     """Write one page of pictures: errors, spectra, bytes, what was left out, provenance."""
 
 
 @command(_READ, "offline")
 def reconstruct(
-    checkpoint: Anywhere,
-    output: Annotated[str, _option(None, "where to write", "DIR", "-o", "--output")],
-    adapter: Annotated[
-        Words, _option(None, "one adapter is written into DIR, several into DIR/NAME", "NAME", "--adapter")
-    ] = None,
-    all: Annotated[Flag, _option(None, "all adapters", "", "--all")] = None,  # noqa: A002 - the option's name
+    checkpoint: str = _ANYWHERE,
+    output: str = _needed("where to write", "DIR", "-o", "--output"),
+    adapter: Words = _option("one adapter is written into DIR, several into DIR/NAME", "NAME"),
+    all: Flag = _option("all adapters", "", "--all"),  # noqa: A002 - the option's name
 ) -> None:
     """Write adapters of a checkpoint as PEFT adapter folders."""
 
 
 @command(_READ, "offline")
 def verify(
-    checkpoint: Anywhere,
-    sources: Annotated[
-        Words, _option(SOURCES, "the originals; else those of the workspace", "SOURCE", "--sources")
-    ] = None,
-    workspace: Annotated[
-        Text, _option(SOURCES, "that knows the originals; else the one beside the checkpoint", "DIR", "--workspace")
-    ] = None,
+    checkpoint: str = _ANYWHERE,
+    sources: Words = _option("the originals; else those of the workspace", "SOURCE"),
+    workspace: Text = _option("that knows the originals; else the one beside the checkpoint", "DIR"),
 ) -> None:
     """Measure errors against the originals, per adapter, worst first."""
 
 
 @command(HUB, "offline")
 def discover(
-    base_model: Annotated[str, _option(HUB, "of which they are adapters", "ID", "--base-model")],
-    output: Annotated[str, _option(HUB, "the manifest to write", "MANIFEST.jsonl", "-o", "--output")],
-    base_aliases: Annotated[Words, _option(HUB, "its mirrors and quantised copies", "ID", "--base-alias")] = None,
-    author: Annotated[Text, _option(HUB, "of this account only", "A", "--author")] = None,
-    search: Annotated[Text, _option(HUB, "whose names have this", "S", "--search")] = None,
-    limit: Annotated[
-        Number, _option(HUB, "how many adapters at most, those with most downloads", "N", "--limit")
-    ] = None,
-    min_downloads: Annotated[Number, _option(HUB, "of a repository", "N", "--min-downloads")] = None,
+    base_model: str = _needed("of which they are adapters", "ID", "--base-model"),
+    output: str = _needed("the manifest to write", "MANIFEST.jsonl", "-o", "--output"),
+    base_aliases: Words = _option("its mirrors and quantised copies", "ID", "--base-alias"),
+    author: Text = _option("of this account only", "A"),
+    search: Text = _option("whose names have this", "S"),
+    limit: Number = _option("how many adapters at most, those with most downloads", "N"),
+    min_downloads: Number = _option("of a repository", "N"),
 ) -> None:
     """List the adapters of a base model on the Hub, pinned, in a manifest for compress."""
 
 
 @command(HUB)
 def push(
-    checkpoint: Checkpoint,
-    repo_id: Annotated[str, _argument("ORG/NAME", "a repository, which is made if it is not there")],
-    private: Annotated[Flag, _option(HUB, "the default if a source is gated or private", "", "--private")] = None,
-    public: Annotated[Flag, _option(HUB, "even if a source is gated or private", "", "--public")] = None,
-    revision: Annotated[
-        Text, _option(HUB, "to this branch, which is made if it is not there", "BRANCH", "--revision")
-    ] = None,
-    create_pr: Annotated[Flag, _option(HUB, "as a pull request", "", "--create-pr")] = None,
-    overwrite: Annotated[Flag, _option(HUB, "replace a checkpoint of other adapters", "", "--overwrite")] = None,
-    message: Annotated[Text, _option(HUB, "of the commit", "TEXT", "-m", "--message")] = None,
+    checkpoint: str = _CHECKPOINT,
+    repo_id: str = _argument("ORG/NAME", "a repository, which is made if it is not there"),
+    private: Flag = _option("the default if a source is gated or private", "", "--private"),
+    public: Flag = _option("even if a source is gated or private", "", "--public"),
+    revision: Text = _option("to this branch, which is made if it is not there", "BRANCH"),
+    create_pr: Flag = _option("as a pull request", "", "--create-pr"),
+    overwrite: Flag = _option("replace a checkpoint of other adapters", "", "--overwrite"),
+    message: Text = _option("of the commit", "TEXT", "-m", "--message"),
 ) -> None:
     """Upload a checkpoint to the Hub, its configuration last. Run again, it goes on where it was."""
 
@@ -289,11 +263,7 @@ def _show_version(wanted: Flag) -> None:
 
 
 @app.callback()
-def _top(
-    version: Annotated[
-        Flag, typer.Option("--version", is_eager=True, callback=_show_version, help="the version")
-    ] = None,
-) -> None:
+def _top(version: Flag = _option("the version", "", "--version", is_eager=True, callback=_show_version)) -> None:
     pass
 
 
