@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +106,16 @@ heavy = {{"torch", "numpy", "scipy", "zarr", "yaml", "tqdm", "jinja2", "matplotl
 print((heavy | ({{"pydantic"}} if "--help" in {words} else set())) & set(sys.modules))
 """
     assert run(code).endswith("set()\n")
+
+
+def test_help_takes_half_a_second_at_most() -> None:
+    took = []
+    for _ in range(3):
+        before = os.times()
+        run("from lorashare_stream.cli.app import main; main(['compress', '--help'])")
+        after = os.times()
+        took.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    assert min(took) < 0.5
 
 
 def test_functions_stay_small() -> None:

@@ -49,19 +49,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
+    args: dict[str, Any] = {"command": words[0]} if words and words[0] in COMMANDS else {}
+    args |= {"json": True} if "--json" in words else {}
+    before: dict[int, Any] = {}
     try:
-        args = parsed(words)
-    except UsageError as e:
-        named = {"command": words[0]} if words and words[0] in COMMANDS else {}
-        return _failed(named | ({"json": True} if "--json" in words else {}), e, e.exit_code)
-    if isinstance(args, int):
-        return args
-    level = logging.WARNING if args.get("quiet") else logging.DEBUG if args.get("verbose") else logging.INFO
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", handlers=[_Notes()])
-    logging.getLogger("lorashare_stream").setLevel(level)
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # what it warns of is waited out, and said once
-    before = {number: signal.signal(number, partial(_stop, args)) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
+        found = parsed(words)
+        if isinstance(found, int):
+            return found
+        args = found
+        level = logging.WARNING if args.get("quiet") else logging.DEBUG if args.get("verbose") else logging.INFO
+        logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", handlers=[_Notes()])
+        logging.getLogger("lorashare_stream").setLevel(level)
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # what it warns of is waited out, and said once
+        before = {number: signal.signal(number, partial(_stop, args)) for number in (signal.SIGTERM, signal.SIGINT)}
         return _dispatch(args)
     except StreamError as e:
         return _failed(args, e, e.exit_code)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, get_args, get_origin
 
 import typer
@@ -89,7 +90,8 @@ class _Help:
             vars(param)["display_type_rich"] = lambda ctx, word=word: word
             if param.secondary_opts:
                 param.opts, param.secondary_opts = [param.opts[0].replace("--", "--[no-]")], []
-        super().format_help(ctx, formatter)  # type: ignore[misc]
+        with suppress(SystemExit):  # of rich, if the reader has gone
+            super().format_help(ctx, formatter)  # type: ignore[misc]
 
 
 class _Command(_Help, typer.core.TyperCommand):
