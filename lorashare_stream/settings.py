@@ -1,16 +1,25 @@
-"""What a user may choose, checked once; everything else the program knows by itself."""
+"""What a user may choose, checked once; everything else the program knows by itself.
+
+A setting is declared once: its type, which pydantic checks, its default, and what the command line shows of it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 from .errors import UsageError
 from .machine import memory_limit
 from .text import bytes_shown, listed, parse_bytes, printable
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel, ValidationError
 
 Objective = Literal["delta", "factors"]
 MEMORY = 4 << 30  # bytes, unless a control group has less
@@ -19,104 +28,128 @@ QUANTUM = 1024  # columns summed at once; part of a workspace's identity, since 
 LIMITS = ("max_bytes", "ratio", "max_error")
 TRIM_RANK = "trim_rank"  # a setting of older versions, which plans that they wrote may have
 _INSTEAD = "Use --max-error, --ratio or --max-bytes, which write a coded checkpoint that is smaller at the same error."
-_FLAGS = {"num_components": "-k", "variance_threshold": "--variance", "base_aliases": "--base-alias"}
-CHOICES: dict[str, tuple[str, ...]] = {
-    "objective": ("delta", "factors"),
-    "moment_dtype": ("float32", "float64"),
-    "dtype": ("auto", "float32", "bfloat16", "float16"),
-    "on_error": ("raise", "skip"),
-    "device": ("auto", "cpu", "cuda"),
-}
+SOURCES, STORED, MEANS, HUB = "Sources", "What to store", "Where and how", "Hub"  # groups of options
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What the command line, and an error, show of a setting.
+
+    Attributes:
+        help: what it decides.
+        group: the options that it stands with.
+        expected: what a value must be; for a choice and a switch its type tells.
+        metavar: the word for a value.
+        flags: the options, the long one last; none is `--` and its name.
+        kind: what the command line makes of the word for a value; of text the settings make the rest.
+    """
+
+    help: str
+    group: str
+    expected: str = ""
+    metavar: str = ""
+    flags: tuple[str, ...] = ()
+    kind: type = str
+
+
+# Not pydantic's ByteSize: that takes 4G for 4e9 bytes, `parse_bytes` for 4 GiB, as schedulers of jobs do.
+_Size = Annotated[int, Gt(0)]
+_Text = Annotated[str, MinLen(1)]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a run.
+    """The settings of a run, each with its meaning beside it.
 
-    Attributes:
-        num_components: components kept per group, or `"auto"`: the smallest number per group that
-            reaches `variance_threshold`. A limit, if one is set, decides instead.
-        max_bytes: limit: bytes on disk of the whole checkpoint.
-        ratio: limit: how many times smaller than the originals the checkpoint is on disk.
-        max_error: limit: the relative dW error that no adapter exceeds; the checkpoint is as small as it allows.
-        variance_threshold: share of the moment's trace that `"auto"` must keep, in (0, 1].
-        objective: `"delta"` weights each side by the other, so that the error of dW = s B A is least;
-            `"factors"` treats A and B on their own, as the published method does.
-        center: subtract the mean column before fitting (the published method); `"factors"` only.
-        moment_dtype: of the accumulated moments; centring needs and gets float64.
-        dtype: of stored components and loadings; `"auto"` keeps the precision of the sources.
-        memory: bytes that the run's processes may use together, or each worker process of a cluster; by default 4 GiB,
-            or what the control group allows.
-        workers: processes of this machine, or tasks at a time in one of a cluster; None is one per core that this
-            process may use. Fewer run if memory demands it.
-        on_error: `"raise"` stops at bad adapters, `"skip"` goes on without them and lists them.
-        disk_budget: bytes on this disk for adapters of the Hub, which are fetched in batches, and again when they are
-            projected; None keeps them in the Hub's cache.
-        offline: never ask the Hub: what is in its cache must do.
-        device: where moments and bases are computed.
-        base_model: what the adapters are adapters of; None is the name that most of them give.
-        base_aliases: other names of it (mirrors, quantised copies, local paths).
-        any_base: accept adapters that name any base model.
-        discard_moments: free the moments of a group when its basis is fitted: less disk, but growing with a new basis
-            or taking out an adapter then reads all sources again.
-        share_initial: compress adapters whose factors hold a part of the base model (PiSSA, OLoRA, CorDA, LoRA-GA,
-            LoftQ) like others; else they are kept exact.
+    `num_components` `"auto"` is the smallest number per group that reaches `variance_threshold`. A limit (`max_bytes`,
+    `ratio`, `max_error`), if one is set, decides instead. `memory` is by default 4 GiB, or what the control group
+    allows. `center` needs and gets moments of float64.
+
+    Raises:
+        UsageError: on a value that cannot be meant.
     """
 
-    num_components: int | Literal["auto"] = 32
-    max_bytes: int | None = None
-    ratio: float | None = None
-    max_error: float | None = None
-    variance_threshold: float = 0.95
-    objective: Objective = "delta"
-    center: bool = False
-    moment_dtype: Literal["float32", "float64"] = "float32"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    memory: int = field(default_factory=lambda: min(MEMORY, memory_limit() or MEMORY))
-    workers: int | None = None
-    on_error: Literal["raise", "skip"] = "raise"
-    disk_budget: int | None = None
-    offline: bool = False
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    base_model: str | None = None
-    base_aliases: tuple[str, ...] = ()
-    any_base: bool = False
-    share_initial: bool = False
-    discard_moments: bool = False
+    num_components: Annotated[
+        Annotated[int, Ge(1)] | Literal["auto"],
+        Shown("components per group, or auto (default: 32)", STORED, "a whole number from 1, or 'auto'", "K",
+              ("-k", "--num-components")),
+    ] = 32  # fmt: skip
+    max_bytes: Annotated[
+        _Size | None,
+        Shown("the best checkpoint of at most this size on disk", STORED, "a size such as 500MiB", "SIZE"),
+    ] = None
+    ratio: Annotated[
+        Annotated[int | float, Ge(1), Lt(1e9)] | None,
+        Shown("the best one that is R times smaller than the originals", STORED, "a number from 1", "R", kind=float),
+    ] = None
+    max_error: Annotated[
+        Annotated[int | float, Gt(0), Lt(1)] | None,
+        Shown("the smallest one in which no adapter's relative dW error is above E", STORED, "a number in (0, 1)", "E",
+              kind=float),
+    ] = None  # fmt: skip
+    variance_threshold: Annotated[
+        int | float, Gt(0), Le(1),
+        Shown("share of a moment's trace that auto keeps (0.95)", STORED, "a number in (0, 1]", "T", ("--variance",),
+              float),
+    ] = 0.95  # fmt: skip
+    objective: Annotated[
+        Objective,
+        Shown("delta: least error of dW = s B A (default); factors: A and B on their own, as published", STORED),
+    ] = "delta"
+    center: Annotated[bool, Shown("subtract the mean, as the published method does; factors only", STORED)] = False
+    moment_dtype: Annotated[
+        Literal["float32", "float64"], Shown("of what is summed (default: float32)", STORED)
+    ] = "float32"  # fmt: skip
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        Shown("of what is stored (default: auto, the precision of the sources); a limit has no use for it", STORED),
+    ] = "auto"
+    memory: Annotated[
+        _Size,
+        Shown("what all processes may use together, or each worker of a cluster (default: 4GiB, or what its control "
+              "group has)", MEANS, "a size such as 4GiB", "SIZE"),
+    ] = field(default_factory=lambda: min(MEMORY, memory_limit() or MEMORY))  # fmt: skip
+    workers: Annotated[
+        Annotated[int, Ge(1)] | None,
+        Shown("tasks at a time, if memory allows (default: one per core that it may use, or thread of a worker)",
+              MEANS, "a whole number from 1", "N", kind=int),
+    ] = None  # fmt: skip
+    on_error: Annotated[
+        Literal["raise", "skip"],
+        Shown("raise (default), or skip: go on without adapters that cannot be compressed, or are not there", SOURCES),
+    ] = "raise"
+    disk_budget: Annotated[
+        _Size | None,
+        Shown("fetch adapters of the Hub in batches, and again to project them (default: all, into its cache)", HUB,
+              "a size such as 50GiB", "SIZE"),
+    ] = None  # fmt: skip
+    offline: Annotated[bool, Shown("never ask the Hub: what is in its cache must do", HUB)] = False
+    device: Annotated[Literal["auto", "cpu", "cuda"], Shown("where to compute (default: auto)", MEANS)] = "auto"
+    base_model: Annotated[
+        _Text | None,
+        Shown("what the adapters are adapters of (default: what most name)", SOURCES, "the name of a model", "ID"),
+    ] = None
+    base_aliases: Annotated[
+        tuple[_Text, ...],
+        Shown("other names of the base model (mirrors, quantised copies, local paths)", SOURCES, "names of a model",
+              "ID", ("--base-alias",)),
+    ] = ()  # fmt: skip
+    any_base: Annotated[bool, Shown("accept adapters that name any base model", SOURCES)] = False
+    share_initial: Annotated[
+        bool,
+        Shown("compress adapters whose factors hold a part of the base (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ), else "
+              "kept exact", STORED),
+    ] = False  # fmt: skip
+    discard_moments: Annotated[
+        bool,
+        Shown("free moments as soon as bases are fitted: less disk, but another basis reads all sources again", MEANS),
+    ] = False
 
     def __post_init__(self) -> None:
-        for name, allowed in CHOICES.items():
-            value = getattr(self, name)
-            if (name, value) == ("dtype", "int8"):
-                raise UsageError("int8 storage (--dtype int8) is gone", remedy=_INSTEAD)
-            _expect(value in allowed, name, value, f"one of {', '.join(allowed)}")
-        k, workers = self.num_components, self.workers
-        _expect(k == "auto" or (_is_int(k) and int(k) >= 1), "num_components", k, "a whole number from 1, or 'auto'")
-        _expect(_is_number(self.variance_threshold), "variance_threshold", self.variance_threshold, "a number")
-        _expect(0 < self.variance_threshold <= 1, "variance_threshold", self.variance_threshold, "in (0, 1]")
-        _expect(_is_int(self.memory) and self.memory > 0, "memory", self.memory, "a size such as 4GiB")
-        _expect(workers is None or (_is_int(workers) and workers >= 1), "workers", workers, "a whole number from 1")
-        self._check_limits()
-        disk = self.disk_budget
-        _expect(disk is None or (_is_int(disk) and disk > 0), "disk_budget", disk, "a size such as 50GiB")
-        base, aliases = self.base_model, self.base_aliases
-        _expect(base is None or (isinstance(base, str) and bool(base)), "base_model", base, "the name of a model")
-        _expect(all(isinstance(a, str) and a for a in aliases), "base_aliases", aliases, "names of a model")
-        for name in ("center", "any_base", "share_initial", "discard_moments", "offline"):
-            _expect(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
-        if self.center and self.objective == "delta":
-            raise UsageError(
-                "center belongs to objective 'factors': under 'delta' a mean depends on the gauge of A and B",
-                remedy="Use objective 'factors' for the published method, or leave center off.",
-            )
-        if self.center:
-            object.__setattr__(self, "moment_dtype", "float64")  # S - s s'/n cancels in float32
-
-    def _check_limits(self) -> None:
-        size, ratio, error = self.max_bytes, self.ratio, self.max_error
-        _expect(size is None or (_is_int(size) and size > 0), "max_bytes", size, "a size such as 500MiB")
-        _expect(ratio is None or (_is_number(ratio) and 1 <= ratio < 1e9), "ratio", ratio, "a number from 1")
-        _expect(error is None or (_is_number(error) and 0 < error < 1), "max_error", error, "a number in (0, 1)")
+        if self.dtype == "int8":  # type: ignore[comparison-overlap]  # it is not checked yet
+            raise UsageError("int8 storage (--dtype int8) is gone", remedy=_INSTEAD)
+        for name, value in _validated({f.name: getattr(self, f.name) for f in dataclasses.fields(self)}):
+            object.__setattr__(self, name, value)
         if sum(getattr(self, name) is not None for name in LIMITS) > 1:
             raise UsageError(
                 "more than one limit", found=listed(n for n in LIMITS if getattr(self, n) is not None),
@@ -124,9 +157,16 @@ class Settings:
             )  # fmt: skip
         if self.limit and self.objective != "delta":
             raise UsageError(
-                f"{_flag(self.limit)} needs objective delta: the energies of raw factors cannot be compared",
+                f"{flags_of(self.limit)[-1]} needs objective delta: the energies of raw factors cannot be compared",
                 remedy="Use objective 'delta', or -k alone.",
             )
+        if self.center and self.objective == "delta":
+            raise UsageError(
+                "center belongs to objective 'factors': under 'delta' a mean depends on the gauge of A and B",
+                remedy="Use objective 'factors' for the published method, or leave center off.",
+            )
+        if self.center:
+            object.__setattr__(self, "moment_dtype", "float64")  # S - s s'/n cancels in float32
 
     @property
     def limit(self) -> str | None:
@@ -152,10 +192,6 @@ class Settings:
         values = dict(values)
         if values.pop(TRIM_RANK, False):
             raise trimming_gone()
-        known = {f.name for f in dataclasses.fields(cls)}
-        unknown = sorted(str(name) for name in values if name not in known)
-        if unknown:
-            raise UsageError("unknown setting", found=listed(unknown), expected=listed(sorted(known), 20))
         for name in ("memory", "disk_budget", "max_bytes"):
             if isinstance(values.get(name), str):
                 try:
@@ -165,8 +201,11 @@ class Settings:
         if isinstance(values.get("num_components"), str) and re.fullmatch("[0-9]{1,9}", values["num_components"]):
             values["num_components"] = int(values["num_components"])
         aliases = values.get("base_aliases", ())
-        _expect(isinstance(aliases, str | list | tuple), "base_aliases", aliases, "a name, or a list of them")
+        if not isinstance(aliases, str | list | tuple):
+            raise _fault("base_aliases", aliases, "a name, or a list of them")
         values["base_aliases"] = (aliases,) if isinstance(aliases, str) else tuple(aliases)
+        if not values.keys() <= TYPES.keys():
+            _validated(values)
         return cls(**values)
 
     def as_dict(self) -> dict[str, Any]:
@@ -203,21 +242,61 @@ def trimming_gone() -> UsageError:
     return UsageError("trimming of ranks (--trim-rank) is gone", remedy=_INSTEAD)
 
 
-def _flag(name: str) -> str:
-    return _FLAGS.get(name, "--" + name.replace("_", "-"))
+TYPES: dict[str, Any] = get_type_hints(Settings, include_extras=True)
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def shown(name: str) -> Shown:
+    """What the command line shows of a setting."""
+    return next(part for part in get_args(TYPES[name]) if isinstance(part, Shown))
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def flags_of(name: str) -> tuple[str, ...]:
+    """The options of the command line that set a setting."""
+    return shown(name).flags or (f"--{name.replace('_', '-')}",)
 
 
-def _expect(holds: bool, name: str, found: object, expected: str) -> None:
-    if not holds:
-        raise UsageError(f"{name} ({_flag(name)}) cannot be {printable(repr(found))}", expected=expected)
+def choices_of(name: str) -> tuple[str, ...]:
+    """The values that a setting may have, if they are words of a list."""
+    kind = get_args(TYPES[name])[0]
+    return get_args(kind) if get_origin(kind) is Literal else ()
+
+
+@cache
+def _schema() -> type[BaseModel]:
+    """The types of all settings as a pydantic model, made when there is something to check."""
+    from pydantic import ConfigDict, create_model
+
+    fields: dict[str, Any] = {name: (kind, None) for name, kind in TYPES.items()}
+    return create_model("Settings", __config__=ConfigDict(extra="forbid", strict=True), **fields)
+
+
+def _validated(values: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    """Names and values of settings, checked by their types; numbers of NumPy are Python's then.
+
+    Raises:
+        UsageError: on a name or value that cannot be meant.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return _schema().model_validate(values)
+    except ValidationError as e:
+        raise _usage_error(e, values) from e
+
+
+def _usage_error(error: ValidationError, values: Mapping[str, Any]) -> UsageError:
+    """What pydantic says, in our words: names that are unknown, or else the first value that cannot be meant."""
+    unknown = sorted(str(name) for name in values if name not in TYPES)
+    if unknown:
+        return UsageError("unknown setting", found=listed(unknown), expected=listed(sorted(TYPES), 20))
+    name = str(error.errors(include_url=False, include_context=False, include_input=False)[0]["loc"][0])
+    choices = choices_of(name)
+    expected = f"one of {', '.join(choices)}" if choices else shown(name).expected or "true or false"
+    return _fault(name, values[name], expected)
+
+
+def _fault(name: str, found: object, expected: str) -> UsageError:
+    return UsageError(f"{name} ({flags_of(name)[0]}) cannot be {printable(repr(found))}", expected=expected)
 
 
 def asked(settings: Mapping[str, Any]) -> list[str]:

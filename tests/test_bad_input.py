@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
@@ -304,6 +305,17 @@ BAD_OPTIONS: list[tuple[dict[str, Any], str]] = [
 def test_unknown_options_and_values_are_usage_errors(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Settings.from_mapping(options)
+
+
+def test_settings_cannot_be_changed_and_numbers_of_numpy_become_pythons() -> None:
+    settings = Settings.from_mapping({"ratio": np.float32(2.5), "memory": "4G", "base_aliases": ["a", "b"]})
+    assert type(settings.ratio) is float
+    assert (settings.ratio, settings.memory, settings.base_aliases) == (2.5, 4 << 30, ("a", "b"))
+    assert type(Settings(ratio=20).ratio) is int  # as it was given: digests of plans have it so
+    with pytest.raises(AttributeError):
+        settings.ratio = 3.0  # type: ignore[misc]
+    with pytest.raises(UsageError, match=r"^workers cannot be 0 \(expected a whole number from 1\)"):
+        dataclasses.replace(settings, workers=0)
 
 
 def test_a_budget_that_cannot_hold_one_task_names_one_that_can(collection: list[str], compressed: Compress) -> None:

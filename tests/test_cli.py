@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pwd
+import re
 import signal
 import subprocess
 import sys
@@ -20,11 +21,14 @@ import pytest
 import yaml
 from huggingface_hub import constants
 
-from lorashare_stream.cli import commands, progress
+from lorashare_stream.cli import bars, commands, progress
 from lorashare_stream.cli.app import main
+from lorashare_stream.cli.output import progress_of, table_text
+from lorashare_stream.cli.streams import say
 from lorashare_stream.errors import BudgetError, CollectionError, UsageError
 from lorashare_stream.model import SHAREModel
-from lorashare_stream.settings import CHOICES, Settings
+from lorashare_stream.runtime.progress import silent
+from lorashare_stream.settings import TYPES, Settings, choices_of, flags_of, shown
 from lorashare_stream.workspace import moments as momentstore
 
 from .conftest import load_tensors, make_collection, tree_digest, write_adapter
@@ -111,15 +115,47 @@ def test_info_tells_bytes_and_ratio_of_the_whole_checkpoint_as_json_too(
     assert shown.split("  ")[-1].strip() == f"{used / 1024:.1f} KiB, {how}"
 
 
+def told_by(capsys: Capture, *arguments: object) -> str:
+    """What a command prints, in one line."""
+    assert call(*arguments) == 0
+    text = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)  # a runner may ask for colours
+    return " ".join(text.replace("\u2502", " ").split())
+
+
 @pytest.mark.parametrize("command", ["plan", "compress", "add", "remove", "refit"])
-def test_the_help_names_what_an_option_may_be(command: str, capsys: Capture) -> None:
-    with pytest.raises(SystemExit):
-        main([command, "--help"])
-    told = capsys.readouterr().out
-    for name, values in CHOICES.items():
-        flag = f"--{name.replace('_', '-')}"
-        assert f"{flag} " not in told or f"{flag} {{{','.join(values)}}}" in told
-    assert "--device {auto,cpu,cuda}" in told
+def test_the_help_names_what_an_option_may_be_in_groups(command: str, capsys: Capture) -> None:
+    told = told_by(capsys, command, "--help")
+    for name in TYPES:
+        flag, choices = flags_of(name)[-1], choices_of(name)
+        assert not choices or f"{flag} " not in told or f"{flag} {{{','.join(choices)}}}: {shown(name).help}" in told
+    assert "--device {auto,cpu,cuda}: where to compute" in told
+    groups = [told.find(f"\u2500 {group} \u2500") for group in ("Arguments", "Options", "Where and how", "Hub")]
+    assert -1 not in groups
+    assert groups == sorted(groups)
+
+
+def test_every_setting_is_an_option_of_compress(capsys: Capture) -> None:
+    told = told_by(capsys, "compress", "--help").replace("--[no-]", "--")
+    assert all(flag in told for name in TYPES for flag in flags_of(name))
+    assert "--trim-rank" not in told
+
+
+def test_a_shell_completes_commands_options_and_values() -> None:
+    def complete(*words: str) -> list[str]:
+        environment = os.environ | {
+            "_LORASHARE_STREAM_COMPLETE": "complete_bash", "COMP_WORDS": " ".join(("lorashare-stream", *words)),
+            "COMP_CWORD": str(len(words)),
+        }  # fmt: skip
+        command = [sys.executable, "-m", "lorashare_stream"]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
+
+    assert complete("re") == ["remove", "refit", "report", "reconstruct"]
+    assert complete("compress", "x", "--dev") == ["--device"]
+    assert complete("compress", "x", "--device", "c") == ["cpu", "cuda"]
+    command = [sys.executable, "-m", "lorashare_stream", "--show-completion"]
+    environment = os.environ | {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1", "SHELL": "/bin/bash"}
+    script = subprocess.run([*command, "bash"], env=environment, capture_output=True, text=True, check=True).stdout
+    assert "_LORASHARE_STREAM_COMPLETE=complete_bash" in script
 
 
 def test_what_says_nothing_of_a_coded_checkpoint_is_told(
@@ -211,13 +247,51 @@ def test_exit_codes_of_errors(
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["fly"], ["compress", "--colour"], ["reconstruct", "x", "-o", "y"], ["info"]]
-)
-def test_argparse_exits_with_2(arguments: list[str], capsys: Capture) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(arguments)
-    assert caught.value.code == 2
-    capsys.readouterr()
+    ("words", "problem"),
+    [("fly", "No such command 'fly'"), ("compress --colour", "No such option: --colour"),
+     ("compress --max", "No such option: --max"), ("info", "Missing argument 'CHECKPOINT'"),
+     ("refit x", "Missing option '-o' / '--output'"), ("reconstruct x -o y", "no adapters"),
+     ("compress x -o -k 4", "-o needs a value (found -k)"), ("compress x -o y --names", "--names needs a value"),
+     ("compress x --workers few", "Invalid value for '--workers'"), ("info x y", "Got unexpected extra argument"),
+     ("compress x -k 4 --max-error 0.1", "--max-error is not allowed with -k"), ("plan x -q -v", "is not allowed with"),
+     ("reconstruct x -o y --all --adapter z", "is not allowed with"),
+     ("push x a/b --private --public", "is not allowed with")],
+)  # fmt: skip
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_words_that_cannot_be_meant_exit_with_2_and_say_where_help_is(
+    words: str, problem: str, flags: list[str], capsys: Capture
+) -> None:
+    assert main([*words.split(), *flags]) == 2
+    captured = capsys.readouterr()
+    told, where = captured.err.splitlines()
+    assert told.startswith("lorashare-stream: ")
+    assert problem in told
+    assert where == f"Try: lorashare-stream {words.replace('fly', '').split(' ')[0]} --help".replace("  ", " ")
+    assert (json.loads(captured.out)["exit_code"] == 2) if flags else not captured.out
+
+
+def test_no_command_exits_with_2(capsys: Capture) -> None:
+    assert main([]) == 2
+    assert capsys.readouterr().err == "lorashare-stream: Missing command\nTry: lorashare-stream --help\n"
+
+
+def test_options_that_take_all_words_that_follow(tmp_path: Path, collection: list[str], capsys: Capture) -> None:
+    out = tmp_path / "out"
+    assert call("compress", "--names", "x", "y", "-k", 4, "-q", "-o", out, "--", *collection[:2]) == 0
+    assert call("reconstruct", out, "--adapter", "x", "y", "--json", "-o", tmp_path / "rec") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["reconstructed"].keys() == {"x", "y"}
+    assert call("reconstruct", out, "--adapter", "x", "--adapter=y", "--json", "-o", tmp_path / "rec") == 0
+    assert json.loads(capsys.readouterr().out)["reconstructed"].keys() == {"x", "y"}
+    assert call("verify", out, "-q", "--sources", *collection[:2], "--workspace", tmp_path / "nothing") == 0
+
+
+@pytest.mark.parametrize(("flags", "center"), [([], True), (["--no-center"], False), (["--center"], True)])
+def test_a_switch_of_a_file_is_turned_off_by_its_option(
+    tmp_path: Path, collection: list[str], capsys: Capture, flags: list[str], center: bool
+) -> None:
+    (tmp_path / "job.yaml").write_text("objective: factors\ncenter: true\n")
+    assert call("plan", *collection, "--config", tmp_path / "job.yaml", "--json", *flags) == 0
+    assert json.loads(capsys.readouterr().out)["settings"]["center"] == center
 
 
 def test_skipping_exits_with_3_and_lists_the_reasons(tmp_path: Path, collection: list[str], capsys: Capture) -> None:
@@ -479,15 +553,12 @@ def test_a_signal_stops_within_seconds_says_how_to_resume_and_exits_with_75(
     assert tree_digest(tmp_path / "out") == tree_digest(tmp_path / "whole")
 
 
-def test_a_closed_pipe_is_no_error(tmp_path: Path, collection: list[str]) -> None:
+@pytest.mark.parametrize("command", ["verify {out} -q", "compress --help", "--help"])
+def test_a_closed_pipe_is_no_error(tmp_path: Path, collection: list[str], command: str) -> None:
     assert call("compress", *collection, "-o", tmp_path / "out", "-k", 4, "-q") == 0
-    done = subprocess.run(
-        f"{sys.executable} -m lorashare_stream verify {tmp_path}/out -q | true",
-        shell=True,
-        capture_output=True,
-        text=True,
-    )
-    assert done.stderr == ""
+    words = f"{sys.executable} -m lorashare_stream {command.format(out=tmp_path / 'out')}"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", f"{words} | true"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
@@ -614,10 +685,16 @@ def test_closed_streams_and_a_full_log_keep_nobody_from_the_work(
     assert call("verify", tmp_path / "out", "-q") == 0
 
 
-@pytest.mark.parametrize("flags", [[], ["--json"]])
+@pytest.mark.parametrize("flags", [[], ["--json"], ["--help"]])
 def test_a_full_disk_under_stdout_is_told_in_a_sentence(checkpoint: Path, flags: list[str]) -> None:
     with open("/dev/full", "w") as full:
-        words = [sys.executable, "-m", "lorashare_stream", "info", str(checkpoint), *flags]
+        words = [
+            sys.executable,
+            "-m",
+            "lorashare_stream",
+            *(["info", str(checkpoint)] if flags != ["--help"] else []),
+            *flags,
+        ]
         done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 75
     assert done.stderr.startswith("lorashare-stream: No space left on device. ")
@@ -633,12 +710,66 @@ def test_progress_lines_tell_rate_and_time_left(capsys: Capture, monkeypatch: py
     assert lines[-1] == "ingest: 6 adapters in 1:10"
 
 
-def test_a_bar_on_a_terminal(capsys: Capture) -> None:
-    assert list(progress.bars("fit", 3, iter("abc"))) == list("abc")
-    assert "3/3" in capsys.readouterr().err
+class Terminal(io.StringIO):
+    """A terminal, which is gone if it says so."""
+
+    gone = False
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        if self.gone:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return super().write(text)
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, gone: bool) -> None:
+    terminal = Terminal()
+    terminal.gone = gone
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    assert progress_of({}) is bars.bars
+    assert progress_of({"quiet": True}) is silent
+    for result in progress_of({})("fit", 3, iter("abc")):
+        say(f"a note on [red]{result}[/]")
+    if gone:
+        return
+    shown = terminal.getvalue()
+    assert "3/3 modules" in shown
+    assert "/s" in shown
+    assert "left" in shown
+    assert "a note on [red]b[/]\n" in shown  # a name is no markup
+    assert "\x1b[?25l" not in shown  # a process that is killed leaves no terminal without a cursor
+    assert sys.stderr is terminal
+    monkeypatch.setenv("TERM", "dumb")
+    assert progress_of({}) is progress.lines
+
+
+@pytest.mark.parametrize("rows", [3, 2000])
+def test_a_table_is_as_wide_as_the_terminal_and_its_names_are_no_markup(
+    monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    name = "[red]customer[/] " + "x" * 60
+    table = [(name, "0.100000", "evil\x1b[2J")] * rows
+    plain = table_text(table, ("adapter", "dW error", "in module"))
+    assert plain.splitlines()[1].startswith(name)
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "50")
+    monkeypatch.setenv("NO_COLOR", "1")
+    drawn = table_text(table, ("adapter", "dW error", "in module"))
+    if rows > 1000:
+        assert drawn == plain
+        return
+    seen = re.sub(r"\x1b\[[0-9;]*m", "", drawn)
+    assert seen.replace("\n", "").isprintable()
+    assert all(len(line) <= 50 for line in seen.splitlines())
+    assert "[red]customer[/]" in seen
+    assert seen.count("0.100000") == rows
 
 
 def test_version(capsys: Capture) -> None:
-    with pytest.raises(SystemExit):
-        main(["--version"])
+    assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("lorashare-stream ")

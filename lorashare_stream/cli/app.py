@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from ..errors import Stopped, StreamError, UsageError
 from ..text import in_shell, printable
-from .arguments import parser
+from .options import COMMANDS, PROGRAM, demand_one_of_each, parsed
 from .streams import discard, open_streams, say, say_error, show
 
 _RERUN_HELPS = {
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     open_streams()
     try:
         with in_shell():
-            code = _run(argv)
+            code = _run(sys.argv[1:] if argv is None else argv)
     except BrokenPipeError:  # the reader of our output has gone, before the work was done perhaps
         discard(sys.stdout)
         discard(sys.stderr)
@@ -48,14 +48,20 @@ def main(argv: list[str] | None = None) -> int:
     return code
 
 
-def _run(argv: list[str] | None) -> int:
-    args = vars(parser().parse_args(argv))
-    level = logging.WARNING if args.get("quiet") else logging.DEBUG if args.get("verbose") else logging.INFO
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("lorashare_stream").setLevel(level)
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # what it warns of is waited out, and said once
-    before = {number: signal.signal(number, partial(_stop, args)) for number in (signal.SIGTERM, signal.SIGINT)}
+def _run(words: list[str]) -> int:
+    args: dict[str, Any] = {"command": words[0]} if words and words[0] in COMMANDS else {}
+    args |= {"json": True} if "--json" in words else {}
+    before: dict[int, Any] = {}
     try:
+        found = parsed(words)
+        if isinstance(found, int):
+            return found
+        args = found
+        level = logging.WARNING if args.get("quiet") else logging.DEBUG if args.get("verbose") else logging.INFO
+        logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", handlers=[_Notes()])
+        logging.getLogger("lorashare_stream").setLevel(level)
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # what it warns of is waited out, and said once
+        before = {number: signal.signal(number, partial(_stop, args)) for number in (signal.SIGTERM, signal.SIGINT)}
         return _dispatch(args)
     except StreamError as e:
         return _failed(args, e, e.exit_code)
@@ -79,17 +85,22 @@ def _run(argv: list[str] | None) -> int:
             signal.signal(number, handler)
 
 
+class _Notes(logging.Handler):
+    """Writes where stderr is now: above a bar, if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(self.format(record))
+
+
 def _dispatch(args: dict[str, Any]) -> int:
+    demand_one_of_each(args)
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # tasks are parallel: threads of BLAS would only wait, and spin
     gc.disable()  # it would look through what is imported again and again, a tenth of the time, and find nothing
-    from ..cli import commands
-    from ..cli import edit as edits
-    from ..cli import hub as hubcommands
+    from ..cli import commands, edit, hub
 
     gc.enable()
-    owners = [module for module in (edits, hubcommands) if args["command"] in module.COMMANDS]
-    module = owners[0] if owners else commands
-    return int(getattr(module, args["command"])(args))
+    owner = next((module for module in (edit, hub) if args["command"] in module.COMMANDS), commands)
+    return int(getattr(owner, args["command"])(args))
 
 
 def _stop(args: dict[str, Any], number: int, frame: FrameType | None) -> NoReturn:
@@ -121,7 +132,7 @@ def _failed(args: dict[str, Any], error: StreamError, code: int) -> int:
             show(_as_json(error, code))
     say_error(error)
     if isinstance(error, UsageError):
-        say(f"Try: lorashare-stream {args['command']} --help")
+        say(f"Try: {PROGRAM} {args['command']} --help" if "command" in args else f"Try: {PROGRAM} --help")
     return code
 
 

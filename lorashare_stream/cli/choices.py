@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,12 @@ from ..plan.plan import Plan
 from ..plan.sources import resolve
 from ..runtime.dask import connected, started, workers_of
 from ..runtime.progress import Progress, silent
-from ..settings import LIMITS, TRIM_RANK, Settings, overridden
+from ..settings import LIMITS, TRIM_RANK, TYPES, Settings, overridden
 from ..text import listed, name_fault, printable
 
 Args = Mapping[str, Any]
 log = logging.getLogger(__name__)
-_SETTINGS = {f.name for f in fields(Settings)} | {TRIM_RANK}
+_SETTINGS = TYPES.keys() | {TRIM_RANK}
 _PLACES: dict[str, type] = {"output": str, "workspace": str, "overwrite": bool, "sources": object}
 _GREEDY = {"names": "--names", "base_aliases": "--base-alias"}
 

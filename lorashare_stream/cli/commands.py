@@ -31,12 +31,12 @@ from ..plan.file import plan_as_json
 from ..plan.plan import Plan
 from ..plan.sources import resolve
 from ..report.summary_text import summary_text
-from ..report.text import beside_notes, notes_text, plan_text, plan_warnings, rows_text, table
+from ..report.text import beside_notes, notes_text, plan_text, plan_warnings, rows_text
 from ..settings import LIMITS
 from ..text import bytes_shown, counted, listed, name_fault, printable
 from ..workspace.workspace import Workspace
 from .choices import Args, cluster_of, make_plan, names_meant, planned, with_config, with_workers
-from .output import print_result, progress_of, say_left_out, say_what_will_be_left_out
+from .output import print_result, progress_of, say_left_out, say_what_will_be_left_out, table_text
 from .streams import say, say_error
 
 if TYPE_CHECKING:
@@ -211,6 +211,8 @@ def reconstruct(args: Args) -> int:
     """`reconstruct`: one adapter into DIR, several into DIR/NAME."""
     from ..model import SHAREModel
 
+    if "all" not in args and "adapter" not in args:
+        raise UsageError("no adapters", expected="--adapter NAME ..., or --all")
     model = SHAREModel.from_pretrained(args["checkpoint"], local_files_only="offline" in args)
     out = Path(args["output"])
     names = model.adapter_names if "all" in args else names_meant(args["adapter"], model.adapter_names)
@@ -266,7 +268,7 @@ def verify(args: Args) -> int:
         )
         for v in verdicts
     ]
-    text = table(rows, ("adapter", "dW error", "certified", "at worst", "in module"))
+    text = table_text(rows, ("adapter", "dW error", "certified", "at worst", "in module"))
     text += f"\nmean dW error {mean:.6f} of {counted(len(measured), 'compressed adapter')}" if mean is not None else ""
     result = {"mean": mean, "failed": len(bad), "damaged": [e.problem for e in damaged]}
     each = [asdict(v) | {"problem": v.problem and v.problem.text("")} for v in verdicts]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from ..errors import StreamError, skipped_as_json
 from ..files import tree_bytes
 from ..report.summary_text import summary_text
 from ..report.text import rows_text
-from ..settings import LIMITS, TRIM_RANK, Settings
+from ..settings import LIMITS, TRIM_RANK, TYPES
 from ..text import bytes_shown, counted, listed, printable
 from .choices import Args, cluster_of, named_sources, names_meant, with_workers
 from .output import print_result, progress_of, say_left_out
@@ -34,7 +33,7 @@ _ASKED = ("num_components", *LIMITS, TRIM_RANK)  # of a refit
 
 @contextmanager
 def _means(args: Args) -> Iterator[RunOptions]:
-    own = {f.name for f in fields(Settings)} - {*_ASKED}
+    own = TYPES.keys() - {*_ASKED}
     with cluster_of(args) as cluster:
         yield RunOptions(
             workspace=Path(args["workspace"]) if "workspace" in args else None,

@@ -67,7 +67,7 @@ def push(args: Args) -> int:
     done = pushed_to(
         Path(args["checkpoint"]),
         args["repo_id"],
-        private=args.get("private"),
+        private=False if "public" in args else args.get("private"),
         commit_message=args.get("message"),
         revision=args.get("revision"),
         create_pr="create_pr" in args,

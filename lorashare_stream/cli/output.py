@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,15 +13,37 @@ from typing import Any
 from ..cli import progress
 from ..errors import AdapterError, problem_lines
 from ..plan.plan import Plan
+from ..report.text import table
 from ..runtime.progress import Progress, silent
 from ..text import counted, printable
 from .choices import Args
 from .streams import say, show
 
+FOLDED = 1000  # rows; rich takes half a second for so many
+
 
 def print_result(args: Args, value: Mapping[str, Any], text: str) -> None:
     """The result of a command, as it was asked for."""
     show(json.dumps(finite(value)) if "json" in args else text)
+
+
+def table_text(rows: Sequence[tuple[str, ...]], header: tuple[str, ...]) -> str:
+    """A table; on a terminal as wide as that, with long names folded, unless it is too long to be read there."""
+    if not sys.stdout.isatty() or len(rows) > FOLDED:
+        return table(rows, header)
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(box=None, pad_edge=False)
+    for i, name in enumerate(header):
+        drawn.add_column(Text(name), overflow="fold", justify="right" if i else "left")
+    for row in rows:
+        drawn.add_row(*(Text(printable(cell)) for cell in row))
+    console = Console(file=sys.stdout)
+    with console.capture() as capture:
+        console.print(drawn)
+    return capture.get().rstrip("\n")
 
 
 def finite(value: Any) -> Any:
@@ -36,7 +59,11 @@ def progress_of(args: Args) -> Progress:
     """A bar on a terminal, lines in a log, nothing if quiet."""
     if "quiet" in args:
         return silent
-    return progress.bars if sys.stderr.isatty() else progress.lines
+    if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
+        return progress.lines
+    from .bars import bars
+
+    return bars
 
 
 def say_what_will_be_left_out(made: Plan) -> None:

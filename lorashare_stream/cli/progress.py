@@ -1,8 +1,7 @@
-"""Progress on stderr: bars on a terminal, a line every so often in a job's log."""
+"""Progress in a job's log: a line every so often on stderr. Bars on a terminal are in `bars`."""
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 from typing import TypeVar
@@ -12,28 +11,12 @@ from .streams import say
 
 T = TypeVar("T")
 EVERY = 15.0  # seconds between lines
-_UNITS = {
-    "look": "adapter",
-    "push": "file",
-    "ingest": "adapter",
-    "analyse": "module",
-    "accumulate": "module",
-    "fit": "module",
-    "project": "adapter",
-    "verify": "adapter",
-    "reconstruct": "adapter",
-}
+_UNITS = {"push": "file", **dict.fromkeys(("analyse", "accumulate", "fit"), "module")}  # others count adapters
 
 
-def bars(step: str, total: int, results: Iterator[T]) -> Iterator[T]:
-    """A bar with rate and time left."""
-    from tqdm import tqdm
-
-    if not total:
-        yield from results
-        return
-    tqdm.monitor_interval = 0  # no thread that watches bars: what has other threads is not forked
-    yield from tqdm(results, desc=f"{step:10}", total=total, unit=_UNITS.get(step, "adapter"), file=sys.stderr)
+def unit_of(step: str) -> str:
+    """What a step counts."""
+    return _UNITS.get(step, "adapter")
 
 
 def lines(step: str, total: int, results: Iterator[T]) -> Iterator[T]:
