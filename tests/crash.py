@@ -32,9 +32,11 @@ from typing import Any
 import lorashare_stream.cli.app
 import lorashare_stream.cli.commands
 import lorashare_stream.cli.edit
-import lorashare_stream.cli.hub  # noqa: F401 - imported once, before the forks
+import lorashare_stream.cli.hub  # imported once, before the forks
+import lorashare_stream.cli.options
 from lorashare_stream.checkpoint import staging as checkpoint
 from lorashare_stream.runtime import executors
+from lorashare_stream.settings import Settings
 
 from .conftest import make_collection
 
@@ -42,6 +44,8 @@ KILLED = 99
 TAKES_NO_DISK = {"unlink", "rmdir", "fsync"}
 real = {name: getattr(os, name) for name in dir(os) if callable(getattr(os, name))}
 real_open = io.open
+lorashare_stream.cli.options.parsed(["info", "x"])  # has typer and pydantic imported before the forks, too
+Settings()
 
 
 # -- a model of what is durable ----------------------------------------------------------------------
