@@ -275,7 +275,7 @@ def read_index(source: Path | bytes) -> Index:
         raise CheckpointError(f"{INDEX} is missing", found=str(source), remedy="Fetch the checkpoint again.") from e
     try:
         return _parsed(inflated(compressed))
-    except (ValueError, IndexError) as e:
+    except (ValueError, IndexError, RecursionError) as e:
         found = fault_of(e) if isinstance(e, ValidationError) else str(e)
         remedy = "Fetch the checkpoint again, or compress its sources again."
         raise CheckpointError(
@@ -339,7 +339,7 @@ def _table(objects: Sequence[Json]) -> dict[str, Any]:
 
 
 def _parsed(raw: bytes) -> Index:
-    file = IndexFile.model_validate_json(raw)
+    file = IndexFile.model_validate(json.loads(raw))  # which has names that are not UTF-8
     packs, adapters, tensors = [Pack(*row[:3]) for row in file.packs], file.adapters, file.tensors
     for what, values in (("packs", [p.file for p in packs]), ("adapters", adapters.name), ("tensors", tensors.digest)):
         _demand(len(set(values)) == len(values), f"two {what} of one name or digest")
