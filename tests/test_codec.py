@@ -225,7 +225,9 @@ def test_the_gauge_of_a_and_b_changes_no_error_and_1_percent_of_the_bytes(
     assert codes[0] is not None
     assert codes[1] is not None
     assert abs(len(codes[0].code) - len(codes[1].code)) <= 0.01 * len(codes[0].code) + 8
-    assert certificate(codes[0]) == pytest.approx(certificate(codes[1]), rel=0.02, abs=1e-6)
+    assert certificate(codes[0]) == pytest.approx(
+        certificate(codes[1]), rel=0.05, abs=1e-6
+    )  # a step 1 % coarser is another, of few numbers
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
