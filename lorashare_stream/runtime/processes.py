@@ -42,6 +42,7 @@ class Processes(ProcessPoolExecutor):
         barrier = context.Barrier(count)
         super().__init__(count, context, _begin, (self._numbers, barrier, lots.PACKAGE.getEffectiveLevel()))
         try:
+            gc.freeze()  # here and in the workers: a look through what they share would copy it
             with _starting(context):
                 slots = dict(f.result() for f in [self.submit(_ready) for _ in range(count)])
         except BaseException:
@@ -51,6 +52,11 @@ class Processes(ProcessPoolExecutor):
             self.shutdown(cancel_futures=True)
             raise
         self._slots = {process: slots[pid] for pid, process in self._processes.items()}
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """See `Executor.shutdown`."""
+        super().shutdown(wait, cancel_futures=cancel_futures)
+        gc.unfreeze()
 
     def deaths(self) -> list[tuple[int, int]]:
         """Exit codes of the processes that were killed, by others than us, and the numbers of the tasks in work."""
@@ -106,7 +112,7 @@ def _begin(numbers: Any, barrier: Any, level: int) -> None:
     die_with_parent()
     one_thread()
     bytes(_KEPT_BYTES)  # freed, the C library maps no smaller piece anew: the next adapter needs as much again
-    gc.freeze()  # to look at what is shared would copy it
+    gc.freeze()
     lots.PACKAGE.handlers, lots.PACKAGE.propagate = [logging.NullHandler()], False
     lots.PACKAGE.setLevel(level)
     _barrier = barrier, numbers
