@@ -147,7 +147,7 @@ def test_the_rate_curve_is_that_of_coded_checkpoints(tmp_path: Path, sample: int
     for error in (0.1, 0.25):
         compress(plan(folder, max_error=error), tmp_path / f"{error}")
         size, p = read_share_config(tmp_path / f"{error}").ours["bytes"], points[error]
-        assert (p.margin > 0) == (sample is not None)
+        assert (p.margin > 0.021 * p.codes) == (sample is not None)
         assert p.codes == pytest.approx(size["codes"], abs=p.margin + 0.03 * size["codes"])
         assert p.total == pytest.approx(sum(size[part] for part in ("codes", "verbatim", "metadata")), rel=0.05)
 

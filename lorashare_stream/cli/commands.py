@@ -180,6 +180,7 @@ def report(args: Args) -> int:
         raise UsageError("a report is an .html file", found=out, expected="a name that ends in .html")
     if not out.absolute().parent.is_dir():
         raise UsageError("no folder for the report", found=out.parent, remedy="Make it, or name another.")
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it does without a folder of its own
     try:
         from ..report.page import page
     except ModuleNotFoundError as e:

@@ -17,7 +17,7 @@ from .entropy import kinds_of
 from .refit import Quantised
 from .search import FINEST, likely_step
 
-ERRORS = (0.02, 0.05, 0.12, 0.25, 0.45, 0.7, 0.92)  # near which an adapter is tried
+ERRORS = (0.02, 0.05, 0.1, 0.25, 0.41, 0.62, 0.85)  # near which an adapter is tried
 _COLUMN_BITS, _PAIR_BITS, _BYTES = 7, 3, 12  # of classes, of counts, and what a stream takes beside
 _HALVINGS = 40
 

@@ -226,17 +226,18 @@ class Plan:
             )
 
     def _check_size(self) -> None:
-        limit, extras = self.settings.byte_limit(self.sizes["originals"]), self.sizes["verbatim"]
-        if limit is not None and limit <= max(extras // 2, LEAST_BYTES):  # deflated
+        limit = self.settings.byte_limit(self.sizes["originals"])
+        if limit is None:
+            return
+        kinds = {(key, r.dtype, r.shape): r.nbytes for e in self.adapters for key, r in e.layout.extras}
+        extras = sum(kinds.values())  # at the least: equal ones are stored once
+        if limit <= max(extras // 2, LEAST_BYTES):  # deflated
+            ample = extras + self.sizes["lora"] // 50 + 300 * len(self.adapters) + 2 * LEAST_BYTES
             raise BudgetError(
                 "records, and tensors that are not LoRA, which are kept as they are, take more than the checkpoint may "
                 "have", found=f"{bytes_shown(limit)} asked for", expected=f"{bytes_shown(extras)} and some for dW",
-                remedy=f"Use --max-bytes {self._ample(extras)} or more.",
+                remedy=f"Use --max-bytes {ample} or more.",
             )  # fmt: skip
-
-    def _ample(self, extras: int) -> int:
-        """Bytes that surely hold something of every adapter."""
-        return extras + self.sizes["lora"] // 50 + 300 * len(self.adapters) + 2 * LEAST_BYTES
 
     def _check_disk_budget(self) -> None:
         budget, largest = self.settings.disk_budget, max((e.hub_bytes for e in self.adapters), default=0)

@@ -25,6 +25,7 @@ ERRORS = (0.02, 0.05, 0.1, 0.25, 0.4, 0.6)  # of the curve
 _INDEXED = 1024  # adapters of the index that is made to see how large it will be
 _PLANES = 0.85  # of its bytes, what a tensor may take of whose kind none is in the sample
 _RECORD, _TENSOR, _HUB, _CONFIG = 70, 27, 60, 1400  # bytes of an adapter and a tensor in an index; of a configuration
+_BETWEEN = 0.02  # of codes, how far a curve is off between the steps that were tried
 _UNKNOWN = 0.2  # of metadata
 
 
@@ -140,7 +141,8 @@ def points_of(plan: Plan, s: Sample, beside: float | None = None) -> tuple[Point
         codes = s.codes_within(error)
         total = codes.value + beside
         times = plan.sizes["originals"] / total, s.coded_lora / max(1.0, codes.value)
-        points.append(Point(error, codes.value, codes.margin, total, *times))
+        margin = math.hypot(codes.margin, _BETWEEN * codes.value)
+        points.append(Point(error, codes.value, margin, total, *times))
     return tuple(points)
 
 

@@ -39,7 +39,7 @@ from .job import Job
 from .passes import checkpoint_key_of, write_adapters
 from .run import Run, check_none_lost
 
-ENOUGH = 0.97  # of a limit on bytes: what is left then is not worth to encode all once more
+ENOUGH, LEAST = 0.97, 0.94  # of a limit on bytes: what is left then is not worth to encode all once more
 _DEFLATED, _RECORDS, _RECORD = 0.84, 5000, 200  # of tensors that are no LoRA; bytes of records, and of each
 _DRIFT = 0.1  # of codes that are wanted more or fewer than there are, how far off a prediction may be
 NOTHING = 0.9  # a mean dW error that no limit on bytes is met by
@@ -256,7 +256,7 @@ def _code_within(run: Run, job: Job, target: Target, size: int, publishing: Publ
         step = step_for(predicted, wanted * (1 - drift * min(1.0, abs(1 - wanted / codes))) / factor)
         with _staged(target.at(step), Reusable(), partial(_encode, run, job)) as staged:
             error = staged.config["compression_stats"][OURS]["errors"]["mean"]
-            enough = drift or staged.total >= ENOUGH * size or step < 1.01 * FINEST
+            enough = staged.total >= (LEAST if drift else ENOUGH) * size or step < 1.01 * FINEST or aim == _AIMS[-1]
             if staged.total <= size and error <= NOTHING and enough:
                 staged.publish(publishing)
                 return
