@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from ..adapters.adapter import Adapter
 from ..adapters.dtypes import ITEMSIZE, STORAGE, widest
+from ..adapters.layout import Layout
 from ..errors import AdapterError, BudgetError, CollectionError, refusal
 from ..settings import Settings
 from ..text import bytes_shown, digest_of
@@ -19,6 +20,7 @@ from .memory import Group, Step, beside_moments, examples, groups_of, modules_of
 
 T = TypeVar("T")
 LEAST_BYTES = 4096  # of a checkpoint, all files
+_META, _GROUP = 850, 380  # bytes of an adapter_meta.json beside its configuration; of what is told of a basis
 
 
 @dataclass(frozen=True)
@@ -155,8 +157,21 @@ class Plan:
             "basis": basis,
             "loadings": loadings,
             "codes": self._codes(),
-            "checkpoint": basis + loadings + self._codes() + sum(e.layout.extra_bytes for e in self.adapters),
+            "metadata": (metadata := self._metadata()),
+            "checkpoint": basis
+            + loadings
+            + self._codes()
+            + metadata
+            + sum(e.layout.extra_bytes for e in self.adapters),
         }
+
+    def _metadata(self) -> int:
+        """Bytes of headers, configurations and records of a SHARE checkpoint, nearly; 0 of a coded one."""
+        if self.settings.limit is not None:
+            return 0
+        headers = {e.layout.digest: _headers(e.layout) for e in self.adapters}
+        each = sum(_META + len(e.config or "") + headers[e.layout.digest] for e in self.adapters)
+        return each + sum(_GROUP + 3 * len(g.module) for g in self.groups) + sum(len(e.name) + 9 for e in self.adapters)
 
     def _codes(self) -> int:
         """Bytes of codes at most, nearly: those of flat spectra, by the Gaussian bound and a quarter of a bit."""
@@ -248,6 +263,11 @@ class Plan:
                 expected=f"at least {bytes_shown(2 * largest)} ({2 * largest} bytes)",
                 remedy=f"Use --disk-budget {-(-2 * largest >> 20)}MiB or more; ten times as much is faster.",
             )
+
+
+def _headers(layout: Layout) -> int:
+    """Bytes of the safetensors headers of an adapter's two files, nearly."""
+    return sum(2 * len(m.name) + 130 for m in layout.modules) + sum(len(key) + 75 for key, _ in layout.extras)
 
 
 def cut(items: Sequence[T], sizes: Sequence[int], limit: int) -> list[list[T]]:
