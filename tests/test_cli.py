@@ -672,6 +672,15 @@ def test_bytes_that_are_not_utf_8_in_names_of_files(tmp_path: Path, collection: 
         assert "caf_-" in capsys.readouterr().out
 
 
+def test_a_locale_that_is_not_utf_8_is_told(checkpoint: Path) -> None:
+    env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "lorashare_stream", "info", str(checkpoint), "-q"]
+    for setting, told in ((env, True), ({**env, "PYTHONUTF8": "1"}, False)):
+        done = subprocess.run(command, env=setting, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+        assert done.returncode == 0
+        assert ("names of files in ascii" in done.stderr) is told
+
+
 @pytest.mark.parametrize("closed", ["1>&-", "2>&-", "1>&- 2>&-", "0<&- 1>&- 2>&-", "2>/dev/full"])
 def test_closed_streams_and_a_full_log_keep_nobody_from_the_work(
     tmp_path: Path, collection: list[str], closed: str

@@ -198,7 +198,7 @@ def test_a_push_of_what_has_changed_replaces_packs(hub: FakeHub, made: Path, tmp
     after = {path for path in hub.files(REPO) if path.startswith(PACKS)}
     assert after == {pack.file for pack in read_index(out / INDEX).packs}
     assert (len(before - after), len(after - before), done.deleted) == (1, 2, 1)
-    assert b"a01" not in inflated(hub.files(REPO)[INDEX])
+    assert b'"a01"' not in inflated(hub.files(REPO)[INDEX])
     assert "new" in SHAREModel.from_pretrained(REPO).adapter_names
 
 

@@ -61,6 +61,9 @@ def _run(words: list[str]) -> int:
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", handlers=[_Notes()])
         logging.getLogger("lorashare_stream").setLevel(level)
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # what it warns of is waited out, and said once
+        if (encoding := sys.getfilesystemencoding()) != "utf-8":
+            note = "this locale has names of files in %s: with others a checkpoint looks damaged; set PYTHONUTF8=1"
+            logging.getLogger("lorashare_stream").warning(note, encoding)
         before = {number: signal.signal(number, partial(_stop, args)) for number in (signal.SIGTERM, signal.SIGINT)}
         return _dispatch(args)
     except StreamError as e:
