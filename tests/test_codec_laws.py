@@ -287,6 +287,15 @@ def test_bytes_that_cannot_be_had_are_refused_with_the_fewest_that_can(
         compressed(many, "other", max_bytes=int(0.8 * found[1]))
 
 
+def test_tensors_that_all_have_count_once_in_a_limit_on_bytes(tmp_path: Path, compressed: Compress) -> None:
+    shared = np.random.default_rng(9).standard_normal((300, 50)).astype(np.float32)  # 60 KB, which planes make 0.85 of
+    folders = make_collection(tmp_path / "in", 12, MODULES)
+    for folder in map(Path, folders):
+        write_adapter(folder, {**load_tensors(folder), "base_model.model.embed.weight": shared}, r=4, lora_alpha=8)
+    limit = 75_000  # of 12 copies it is a tenth
+    assert 0.94 * limit <= size_of(compressed(folders, max_bytes=limit)) <= limit
+
+
 def test_with_bytes_to_spare_the_finest_step_or_the_tensors_are_taken(many: list[str], compressed: Compress) -> None:
     share = SHAREModel.from_pretrained(compressed(many, ratio=1))
     assert share.config.ours["errors"]["max"] < 1e-4

@@ -17,7 +17,7 @@ from lorashare_stream.cli.app import main
 from lorashare_stream.edits.add import add
 from lorashare_stream.edits.options import RunOptions
 from lorashare_stream.edits.remove import remove
-from lorashare_stream.errors import UnknownAdapterError, UsageError, WorkspaceError
+from lorashare_stream.errors import CheckpointError, UnknownAdapterError, UsageError, WorkspaceError
 from lorashare_stream.model import SHAREModel
 from lorashare_stream.pipeline import Outcome, compress, default_workspace, plan_for
 from lorashare_stream.plan.sources import resolve
@@ -257,6 +257,19 @@ def test_an_adapter_whose_files_are_damaged_can_be_taken_out(tmp_path: Path) -> 
     remove(out, ["a03"], RunOptions())
     assert SHAREModel.from_pretrained(out).config.ours["groups"]["q:A"]["n"] == 28
     measured(out, [p for p in collection if not p.endswith("a03")])
+
+
+def test_a_removal_that_finds_another_adapter_damaged_takes_nothing_out(tmp_path: Path) -> None:
+    collection, out = make_collection(tmp_path / "adapters", 8, SUMS), tmp_path / "out"
+    go(collection, out)
+    (out / "adapters" / "a05" / "adapter_meta.json").write_text("{")
+    before = tree_digest(out), (default_workspace(out) / "journal.jsonl").read_bytes()
+    with pytest.raises(CheckpointError, match=r"'a05'.*is damaged.*Take the adapter out"):
+        remove(out, ["a03"], RunOptions())
+    assert (tree_digest(out), (default_workspace(out) / "journal.jsonl").read_bytes()) == before
+    for name in ("a05", "a03"):  # as it says
+        remove(out, [name], RunOptions())
+    measured(out, [p for p in collection if p[-3:] not in ("a03", "a05")])
 
 
 def test_a_module_that_nobody_has_any_more_is_forgotten(tmp_path: Path) -> None:

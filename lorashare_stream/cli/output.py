@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..cli import progress
 from ..errors import AdapterError, problem_lines
 from ..plan.plan import Plan
 from ..report.text import table
 from ..runtime.progress import Progress, silent
 from ..text import counted, printable
+from . import progress
 from .choices import Args
 from .streams import say, show
 

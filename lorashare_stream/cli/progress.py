@@ -29,9 +29,9 @@ def lines(step: str, total: int, results: Iterator[T]) -> Iterator[T]:
         if now - said >= EVERY and done < total:
             said, rate = now, done / (now - begun)
             left = _clock((total - done) / rate)
-            say(f"{step}: {done} of {counted(total, _UNITS.get(step, 'adapter'))}, {rate:.2f}/s, {left} left")
+            say(f"{step}: {done} of {counted(total, unit_of(step))}, {rate:.2f}/s, {left} left")
     if done:
-        say(f"{step}: {counted(done, _UNITS.get(step, 'adapter'))} in {_clock(time.monotonic() - begun)}")
+        say(f"{step}: {counted(done, unit_of(step))} in {_clock(time.monotonic() - begun)}")
 
 
 def _clock(seconds: float) -> str:

@@ -102,11 +102,11 @@ def _removed(
     with options.running(plan, out, root) as (run, work):
         assert work is not None
         demand_unchanged(out, config)
-        for _ in metas_in(out, config, [name for name in config.adapter_names if name not in names]):
-            pass  # one that is damaged is told before the workspace takes anything out
         if config.coded:
             _take_out_coded(work, plan, out, config, names)
             return Removed(tuple(names), (), {}, coded=True)
+        for _ in metas_of(out, [name for name in config.adapter_names if name not in names]):
+            pass  # one that is damaged is told before the workspace takes anything out
         take_out(work, journal_of_plan(plan, work), names)
         plan = _of_unchanged(plan, work.journal())
         write_sealed(work.root / "plan.json", plan_as_json(plan))

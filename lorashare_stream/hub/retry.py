@@ -91,7 +91,7 @@ def retry(call: Callable[[], T], what: str, stopped: threading.Event, meaning: M
 
 
 def unheard() -> float | None:
-    """The patience for what somebody waits for before the terminal, if nothing was heard of the Hub yet."""
+    """Patience of an interactive request, in seconds, until the Hub has first answered; None from then on."""
     return None if _heard[0] else UNHEARD
 
 

@@ -286,10 +286,8 @@ def _to_serve(outlooks: Sequence[Outlook], s: Sample) -> str:
     small = [next((o for o in worth if o.expected <= target), None) for target in TARGETS]
     best = next((o for enough in (PLENTY, WORTH) for o in small if o is not None and o.ratio >= enough), None)
     o = best or worth[-1]
-    shared, times = (
-        max(0.0, o.held - o.chance),
-        s.coded_lora / max(1.0, s.codes_within(min(max(o.expected, 0.01), 0.9)).value),
-    )
+    shared = max(0.0, o.held - o.chance)
+    times = s.coded_lora / max(1.0, s.codes_within(min(max(o.expected, 0.01), 0.9)).value)
     why = "" if best else f"no k that saves much has an error of {TARGETS[-1]:g}: "
     why = "they share too little to gain by it: " if shared < LITTLE else why
     return (

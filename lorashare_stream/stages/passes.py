@@ -208,7 +208,8 @@ def _gone(names: Sequence[str], refused: Sequence[AdapterError], moved: Mapping[
         found=listed(names),
         remedy=f"One of them is refused now: {now[0]}"
         if now
-        else "Name them again, take them out by lorashare-stream remove, or compress into another --workspace.",
+        else "Name them again; or add what is new alone, by lorashare-stream add; or take them out by lorashare-stream "
+        "remove, or compress into another --workspace.",
     )
 
 
