@@ -1,0 +1,237 @@
+"""Uniform adapters: one rank and scale 1 for all modules, so that engines with other rules of scale agree on dW."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..adapters.config import Config, check_lora, initial_part, other_scaling, rank_and_alpha, scalings
+from ..adapters.keys import PEFT_PREFIX
+from ..adapters.scaling import Scaling
+from ..checkpoint.reader import Tensors
+from ..errors import AdapterError, CheckpointError, UndecidedError, UsageError
+from ..text import printable
+
+REMEDY = "Reconstruct it without --uniform, and serve it by PEFT."
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?:(?P<side>[AB])\.weight|embedding_(?P<embedding>[AB]))$")
+_BIAS = ".lora_B.bias"
+_WITHIN = ".base_layer.out_proj"  # of a MultiheadAttention
+# What else belongs to a factor without a rank of its own. Others may have one (lora_diag, states of training).
+_OF_ANY_RANK = re.compile(r"\.lora_(?:[AB]\.(?:weight|bias)$|embedding_[AB]$|magnitude_vector$)")
+_STATES = {"monteclora_config": "MonteCLoRA", "velora_config": "VeLoRA"}  # PEFT builds them anew by r
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """The factors of one module: their keys, and whether they are those of an embedding."""
+
+    a: str
+    b: str
+    embedding: bool
+
+
+def uniform(
+    tensors: Tensors, config: Mapping[str, Any], *, rank: int | None = None, adapter: str = ""
+) -> tuple[Tensors, dict[str, Any]]:
+    """An adapter with the same dW, of one rank R and scale 1 in every module.
+
+    The scale s of a module goes into one factor: lora_B, or lora_embedding_A, of which the lora_B of a tied output
+    layer is the transpose; into the other one where its dtype cannot hold the product. Zeros fill up what a module
+    lacks of R. Everything else stays as it is.
+
+    Args:
+        tensors: PEFT key -> tensor, as `SHAREModel.reconstruct` gives them.
+        config: its adapter_config.json.
+        rank: R; None is the largest rank of a module.
+        adapter: its name, for errors.
+
+    Returns:
+        Tensors by the same keys, lora_A (R, d_in) and lora_B (d_out, R), and a configuration with r = lora_alpha = R,
+        without patterns, rsLoRA and initialisation, with `target_modules` as a list.
+
+    Raises:
+        CheckpointError: if dW is not s B A of the tensors, s cannot be told, a module has a larger rank than R, or a
+            product does not fit its dtype.
+        UsageError: if `rank` is no rank.
+    """
+    if rank is not None and not 1 <= rank < 1 << 31:
+        raise UsageError("rank (--rank) cannot be this", found=rank, expected="a whole number from 1")
+    try:
+        return _uniform(tensors, config, rank)
+    except CheckpointError as e:
+        e.adapter = adapter or None
+        raise
+    except AdapterError as e:
+        raise CheckpointError(
+            e.problem, adapter=adapter or None, key=e.key, found=e.found, expected=e.expected, remedy=REMEDY
+        ) from e
+
+
+def _uniform(tensors: Tensors, config: Config, rank: int | None) -> tuple[Tensors, dict[str, Any]]:
+    check_lora(config)
+    _refuse_other_products(tensors, config)
+    pairs = _pairs(tensors, config)
+    ranks = {module: tensors[pair.a].shape[0] for module, pair in pairs.items()}
+    scales = dict(zip(pairs, scalings(config, ranks), strict=True))
+    own = {module: ranks[module] // scales[module].experts for module in pairs}
+    most = max(own, key=own.__getitem__, default=None)
+    largest = rank_and_alpha(config)[0] if most is None else own[most]
+    if rank is not None and most is not None and rank < largest:
+        raise CheckpointError(
+            "a module has a larger rank", key=pairs[most].a, found=largest, expected=f"at most {rank}",
+            remedy=f"Give --rank {largest} or more, or none.",
+        )  # fmt: skip
+    chosen = largest if rank is None else rank
+    out = dict(tensors)
+    for module, pair in pairs.items():
+        out[pair.a], out[pair.b] = _padded(tensors, pair, scales[module].experts, chosen)
+        _scale(out, module, pair, scales[module].scale)
+    _check_ties(tensors, out, pairs)
+    return out, _config(config, chosen, pairs, scales)
+
+
+def _refuse_other_products(tensors: Tensors, config: Config) -> None:
+    other = initial_part(config)
+    if other is not None:  # PEFT splits the base by r and s, whenever it loads the adapter
+        init = printable(config["init_lora_weights"], 40)
+        raise UndecidedError("its factors may hold a part of the base model", key="init_lora_weights", found=init)
+    other = other_scaling(config)
+    if other is not None:
+        raise UndecidedError(f"dW is another product than s B A: {other}")
+    for name, method in _STATES.items():
+        if config.get(name) not in (None, False):
+            raise UndecidedError(f"the state of training of {method} depends on the rank", key=name)
+    for key in tensors:
+        if re.search(r"\.lora_[a-z]", key) and not _OF_ANY_RANK.search(key):
+            raise UndecidedError("a tensor beside the factors, which may depend on the rank", key=key)
+
+
+def _pairs(tensors: Tensors, config: Config) -> dict[str, _Pair]:
+    """The factors of each module; an UndecidedError if one lacks the other, or has a dtype without products."""
+    found: dict[tuple[str, bool], dict[str, str]] = {}
+    for key in tensors:
+        match = _FACTOR.match(key.removeprefix(PEFT_PREFIX))
+        if match is not None:
+            side = match["side"] or match["embedding"]
+            found.setdefault((match["module"], match["side"] is None), {})[side] = key
+    pairs: dict[str, _Pair] = {}
+    for (module, embedding), keys in found.items():
+        (key, *_) = keys.values()
+        if len(keys) == 1:
+            if _is_saved(config, key):  # a whole layer that is called lora_A or lora_B
+                continue
+            raise UndecidedError("one side of a factor without the other, which PEFT draws at random", key=key)
+        for key in keys.values():
+            if tensors[key].dtype not in _DTYPES:
+                raise UndecidedError("factors of a dtype without products", key=key, found=tensors[key].dtype)
+        pairs[module] = _Pair(keys["A"], keys["B"], embedding)
+    return pairs
+
+
+def _is_saved(config: Config, key: str) -> bool:
+    path = key.removeprefix(PEFT_PREFIX).removesuffix(".weight")
+    return any(f".{path}".endswith(f".{name}") for name in config.get("modules_to_save") or ())
+
+
+def _padded(tensors: Tensors, pair: _Pair, experts: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors (E R, d_in) and (d_out, R E): zeros follow the rows of each expert, and its columns."""
+    a, b = tensors[pair.a], tensors[pair.b]
+    own = a.shape[0] // experts
+    if own == rank:
+        return a, b
+    if a.dim() > 2:
+        raise CheckpointError(
+            "a convolution of a smaller rank than others, whose groups only the base model tells", key=pair.a,
+            found=own, expected=rank, remedy=REMEDY,
+        )  # fmt: skip
+    wide = a.new_zeros(experts, rank, a.shape[1])
+    wide[:, :own] = a.reshape(experts, own, -1)
+    tall = b.new_zeros(b.shape[0], rank, experts)
+    tall[:, :own] = b.reshape(-1, own, experts)
+    return wide.reshape(experts * rank, -1), tall.reshape(-1, rank * experts)
+
+
+def _scale(out: Tensors, module: str, pair: _Pair, scale: float) -> None:
+    """Multiply one factor by the scale, and the bias of lora_B, which PEFT multiplies by it, too."""
+    if scale == 1:
+        return
+    keys = (pair.a, pair.b) if pair.embedding else (pair.b, pair.a)
+    for key in keys:
+        product = _product(out[key], scale)
+        if product is not None:
+            out[key] = product
+            break
+    else:
+        _refuse_product(out, keys[0], scale)
+    bias = f"{pair.b.removesuffix('.weight')}.bias"
+    if bias.endswith(_BIAS) and bias in out:
+        product = _product(out[bias], scale)
+        if product is None:
+            _refuse_product(out, bias, scale)
+        else:
+            out[bias] = product
+
+
+def _product(tensor: torch.Tensor, scale: float) -> torch.Tensor | None:
+    """`scale` times a tensor, in its dtype; None if that loses more than it rounds."""
+    exact = tensor.double() * scale
+    rounded = exact.to(tensor.dtype)
+    if not bool(torch.isfinite(exact).all()):
+        return rounded if not bool(torch.isfinite(tensor).all()) else None
+    if not bool(torch.isfinite(rounded).all()):
+        return None
+    peak = float(exact.abs().max()) if exact.numel() else 0.0
+    if peak == 0:
+        return rounded if scale == 0 or not bool(tensor.any()) else None
+    off = float(((rounded.double() - exact) / peak).norm()) / float((exact / peak).norm())
+    return rounded if off <= torch.finfo(tensor.dtype).eps else None
+
+
+def _refuse_product(out: Tensors, key: str, scale: float) -> None:
+    dtype = str(out[key].dtype).removeprefix("torch.")
+    raise CheckpointError(
+        f"{dtype} does not hold the product of factor and scale", key=key, found=f"scale {scale:g}",
+        expected="values in its range", remedy=REMEDY,
+    )  # fmt: skip
+
+
+def _check_ties(before: Tensors, after: Tensors, pairs: Mapping[str, _Pair]) -> None:
+    """Demand that an output layer which PEFT ties to an embedding still has the embedding's factors, transposed."""
+
+    def tied(tensors: Tensors, embedding: _Pair, layer: _Pair) -> bool:
+        a, b = tensors[embedding.a], tensors[embedding.b]
+        return torch.equal(tensors[layer.b], a.T) and torch.equal(tensors[layer.a], b.T)
+
+    for embedding in [pair for pair in pairs.values() if pair.embedding]:
+        for pair in pairs.values():
+            if not pair.embedding and tied(before, embedding, pair) and not tied(after, embedding, pair):
+                raise UndecidedError("factors of two modules are tied, and their scales are not", key=pair.b)
+
+
+def _config(config: Config, rank: int, pairs: Mapping[str, _Pair], scales: Mapping[str, Scaling]) -> dict[str, Any]:
+    plain = {
+        "r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False,
+        "init_lora_weights": True,
+    }  # fmt: skip
+    out = dict(config) | plain | ({"eva_config": None} if config.get("eva_config") else {})  # else PEFT warns
+    targets, parameters = config.get("target_modules"), config.get("target_parameters") or ()
+    if isinstance(targets, list) or not all("." in name for name in parameters):
+        return out  # a parameter of any module may be a layer as well, which only the expression tells apart
+    names = sorted(_layers(pairs, scales))
+    # PEFT takes what has exactly one of these names, whatever the number of its layer.
+    fields = ("layers_to_transform", "layers_pattern")
+    return out | {"target_modules": names} | {name: None for name in fields if config.get(name) is not None}
+
+
+def _layers(pairs: Iterable[str], scales: Mapping[str, Scaling]) -> Iterator[str]:
+    """Names of the modules that PEFT wraps as layers."""
+    modules = set(pairs)
+    for module in modules:
+        whole = module.removesuffix(_WITHIN)
+        if not scales[module].parameters and not (whole != module and whole in modules):
+            yield module
