@@ -8,6 +8,7 @@ import sys
 import tempfile
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -32,6 +33,8 @@ from .plan.sources import resolve
 from .report.summary_text import summary_text
 from .report.text import adapter_notes
 from .runtime.dask import workers_of
+from .serving.engines import check_engine
+from .serving.uniform import uniform as uniform_of
 from .settings import LIMITS, Settings
 from .text import encodable, listed, printable, spelled
 
@@ -49,6 +52,7 @@ class SHAREModel:
         adapter_configs: name -> the adapter_config.json that it came with.
         all_classifier_heads: name -> {PEFT key: tensor}, what is kept verbatim.
         adapter_sources: name -> where it came from.
+        notes: what engines pass over in adapters that were reconstructed for them -> in how many.
 
     Opened by `from_pretrained`, all but `config` are lazy: nothing of an adapter is read before it is asked for.
     """
@@ -69,6 +73,7 @@ class SHAREModel:
         self.adapter_configs = adapter_configs
         self.all_classifier_heads: Mapping[str, Tensors] = all_classifier_heads or {}
         self.adapter_sources: Mapping[str, str] = adapter_sources or {}
+        self.notes: Counter[str] = Counter()
         self._root: Path | None = None  # where it can be changed
         self._reader: CheckpointReader | None = None
 
@@ -321,12 +326,24 @@ class SHAREModel:
         remove(root, [adapter_name], RunOptions())
         self._read_by(open_checkpoint(Folder(root)))
 
-    def reconstruct(self, adapter_name: str, output_dir: str | Path | None = None) -> Tensors:
+    def reconstruct(
+        self,
+        adapter_name: str,
+        output_dir: str | Path | None = None,
+        *,
+        uniform: bool = False,
+        rank: int | None = None,
+        engine: str | None = None,
+    ) -> Tensors:
         """One adapter's tensors: V L for what is shared, and what is kept verbatim.
 
         Args:
             adapter_name: which.
             output_dir: if given, a PEFT adapter folder is written there.
+            uniform: one rank and scale 1 for all modules, with the same dW, as engines other than PEFT need it.
+            rank: of a uniform adapter; None is the largest of its modules. Implies `uniform`.
+            engine: that will serve it, one of `serving.engines.ENGINES`; what it passes over is counted in `notes`.
+                Implies `uniform`.
 
         Returns:
             PEFT key -> tensor, in the checkpoint's dtype: lora_A (r, d_in), lora_B (d_out, r).
@@ -334,21 +351,31 @@ class SHAREModel:
         Raises:
             UnknownAdapterError: a KeyError, if there is no such adapter.
             UsageError: if `output_dir` holds an adapter that was not reconstructed, an original perhaps.
+            CheckpointError: if it cannot be uniform, or `engine` does not take it; nothing is written then.
         """
         self._known(adapter_name)
         if output_dir is not None:
             refuse_originals(Path(output_dir))
-        if self._reader is not None:
-            tensors = self._reader.tensors(adapter_name)
-        else:
-            tensors = dict(self.all_classifier_heads.get(adapter_name, {}))
-            for group, loading in self.all_loadings[adapter_name].items():
-                tensors |= restored(adapter_name, group, self.components, loading)
+        tensors = self._tensors(adapter_name)
+        if not (uniform or rank is not None or engine is not None or output_dir is not None):
+            return tensors
+        config = self.adapter_configs[adapter_name]
+        if not config:
+            raise CheckpointError("its adapter_config.json was not kept", adapter=adapter_name)
+        if uniform or rank is not None or engine is not None:
+            tensors, config = uniform_of(tensors, config, rank=rank, adapter=adapter_name)
+        notes = [] if engine is None else check_engine(engine, tensors, config, adapter_name)
         if output_dir is not None:
-            config = self.adapter_configs[adapter_name]
-            if not config:
-                raise CheckpointError("its adapter_config.json was not kept", adapter=adapter_name)
             save_adapter(Path(output_dir), tensors, config, self.certified(adapter_name).get("source_id"))
+        self.notes.update(notes)
+        return tensors
+
+    def _tensors(self, name: str) -> Tensors:
+        if self._reader is not None:
+            return self._reader.tensors(name)
+        tensors = dict(self.all_classifier_heads.get(name, {}))
+        for group, loading in self.all_loadings[name].items():
+            tensors |= restored(name, group, self.components, loading)
         return tensors
 
     def apply(self, base_model: Any, adapter_name: str) -> Any:

@@ -49,7 +49,16 @@ def has_surrogates(text: str) -> bool:
 
 
 _VALUES = ("max_error", "max_bytes", "ratio", "memory", "workers", "workspace", "device", "dtype", "disk_budget")
-_SWITCHES = ("any_base", "share_initial", "discard_moments", "overwrite", "offline", "take_lock", "create_pr")
+_SWITCHES = (
+    "any_base",
+    "share_initial",
+    "discard_moments",
+    "overwrite",
+    "offline",
+    "take_lock",
+    "create_pr",
+    "uniform",
+)
 _ARGUMENTS = {  # option of the command line -> argument in Python
     **{f"--{name.replace('_', '-')}": name for name in (*_VALUES, "on_error", "base_model")},
     **{f"--{name.replace('_', '-')}": f"{name}=True" for name in _SWITCHES},
@@ -57,6 +66,8 @@ _ARGUMENTS = {  # option of the command line -> argument in Python
     "--variance": "variance_threshold",
     "--base-alias": "base_aliases",
     "--public": "private=False",
+    "--rank": "rank",
+    "--for": "engine",
 }
 _FLAG = re.compile(rf"(?<![\w-])({'|'.join(_ARGUMENTS)})(?![\w-])(?: (\d+(?:\.\d+)?\w*|skip|cuda)\b)?")
 _in_shell = [False]

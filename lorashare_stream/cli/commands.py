@@ -214,6 +214,7 @@ def reconstruct(args: Args) -> int:
 
     if "all" not in args and "adapter" not in args:
         raise UsageError("no adapters", expected="--adapter NAME ..., or --all")
+    how = {name: args[name] for name in ("uniform", "rank", "engine") if name in args}
     model = SHAREModel.from_pretrained(args["checkpoint"], local_files_only="offline" in args)
     out = Path(args["output"])
     names = model.adapter_names if "all" in args else names_meant(args["adapter"], model.adapter_names)
@@ -230,9 +231,11 @@ def reconstruct(args: Args) -> int:
     faults: dict[str, CheckpointError] = {}
     for name in progress_of(args)("reconstruct", len(names), iter(names)):
         try:
-            model.reconstruct(name, output_dir=folders[name])
+            model.reconstruct(name, output_dir=folders[name], **how)
         except CheckpointError as e:  # a damaged one keeps nobody from the others
             e.adapter, faults[name] = name, e
+    for note, count in model.notes.items():
+        log.info("note: %s (in %s)", note, counted(count, "adapter"))
     written = {n: str(f) for n, f in folders.items() if n not in faults}
     failed = {n: str(e) for n, e in faults.items()}
     result = {"reconstructed": written} | ({"failed": failed} if failed else {})

@@ -215,8 +215,13 @@ def reconstruct(
     output: str = _needed("where to write", "DIR", "-o", "--output"),
     adapter: Words = _option("one adapter is written into DIR, several into DIR/NAME", "NAME"),
     all: Flag = _option("all adapters", "", "--all"),  # noqa: A002 - the option's name
+    uniform: Flag = _option("one rank and scale 1 for all modules, with the same dW", "", "--uniform"),
+    rank: Number = _option("of all modules, uniform (default: the largest of each adapter)", "R"),
+    engine: Text = _option(
+        "{vllm,sglang,lorax,llama.cpp,peft}: uniform, refused if that engine does not take all of it", "ENGINE", "--for"
+    ),
 ) -> None:
-    """Write adapters of a checkpoint as PEFT adapter folders."""
+    """Write adapters of a checkpoint as PEFT adapter folders, for PEFT or, uniform, for other engines."""
 
 
 @command(_READ, "offline")

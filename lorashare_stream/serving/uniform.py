@@ -27,8 +27,13 @@ _STATES = {"monteclora_config": "MonteCLoRA", "velora_config": "VeLoRA"}  # PEFT
 
 
 @dataclass(frozen=True, slots=True)
-class _Pair:
-    """The factors of one module: their keys, and whether they are those of an embedding."""
+class Pair:
+    """The factors of one module.
+
+    Attributes:
+        a, b: their keys.
+        embedding: whether they are those of an embedding.
+    """
 
     a: str
     b: str
@@ -75,7 +80,7 @@ def uniform(
 def _uniform(tensors: Tensors, config: Config, rank: int | None) -> tuple[Tensors, dict[str, Any]]:
     check_lora(config)
     _refuse_other_products(tensors, config)
-    pairs = _pairs(tensors, config)
+    pairs = pairs_of(tensors, config)
     ranks = {module: tensors[pair.a].shape[0] for module, pair in pairs.items()}
     scales = dict(zip(pairs, scalings(config, ranks), strict=True))
     own = {module: ranks[module] // scales[module].experts for module in pairs}
@@ -111,15 +116,19 @@ def _refuse_other_products(tensors: Tensors, config: Config) -> None:
             raise UndecidedError("a tensor beside the factors, which may depend on the rank", key=key)
 
 
-def _pairs(tensors: Tensors, config: Config) -> dict[str, _Pair]:
-    """The factors of each module; an UndecidedError if one lacks the other, or has a dtype without products."""
+def pairs_of(tensors: Tensors, config: Config) -> dict[str, Pair]:
+    """The factors of each module, by its name.
+
+    Raises:
+        UndecidedError: if one lacks the other, or has a dtype without products.
+    """
     found: dict[tuple[str, bool], dict[str, str]] = {}
     for key in tensors:
         match = _FACTOR.match(key.removeprefix(PEFT_PREFIX))
         if match is not None:
             side = match["side"] or match["embedding"]
             found.setdefault((match["module"], match["side"] is None), {})[side] = key
-    pairs: dict[str, _Pair] = {}
+    pairs: dict[str, Pair] = {}
     for (module, embedding), keys in found.items():
         (key, *_) = keys.values()
         if len(keys) == 1:
@@ -129,7 +138,7 @@ def _pairs(tensors: Tensors, config: Config) -> dict[str, _Pair]:
         for key in keys.values():
             if tensors[key].dtype not in _DTYPES:
                 raise UndecidedError("factors of a dtype without products", key=key, found=tensors[key].dtype)
-        pairs[module] = _Pair(keys["A"], keys["B"], embedding)
+        pairs[module] = Pair(keys["A"], keys["B"], embedding)
     return pairs
 
 
@@ -138,7 +147,7 @@ def _is_saved(config: Config, key: str) -> bool:
     return any(f".{path}".endswith(f".{name}") for name in config.get("modules_to_save") or ())
 
 
-def _padded(tensors: Tensors, pair: _Pair, experts: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _padded(tensors: Tensors, pair: Pair, experts: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Factors (E R, d_in) and (d_out, R E): zeros follow the rows of each expert, and its columns."""
     a, b = tensors[pair.a], tensors[pair.b]
     own = a.shape[0] // experts
@@ -156,7 +165,7 @@ def _padded(tensors: Tensors, pair: _Pair, experts: int, rank: int) -> tuple[tor
     return wide.reshape(experts * rank, -1), tall.reshape(-1, rank * experts)
 
 
-def _scale(out: Tensors, module: str, pair: _Pair, scale: float) -> None:
+def _scale(out: Tensors, module: str, pair: Pair, scale: float) -> None:
     """Multiply one factor by the scale, and the bias of lora_B, which PEFT multiplies by it, too."""
     if scale == 1:
         return
@@ -200,20 +209,25 @@ def _refuse_product(out: Tensors, key: str, scale: float) -> None:
     )  # fmt: skip
 
 
-def _check_ties(before: Tensors, after: Tensors, pairs: Mapping[str, _Pair]) -> None:
+def _check_ties(before: Tensors, after: Tensors, pairs: Mapping[str, Pair]) -> None:
     """Demand that an output layer which PEFT ties to an embedding still has the embedding's factors, transposed."""
 
-    def tied(tensors: Tensors, embedding: _Pair, layer: _Pair) -> bool:
-        a, b = tensors[embedding.a], tensors[embedding.b]
-        return torch.equal(tensors[layer.b], a.T) and torch.equal(tensors[layer.a], b.T)
+    def tied(tensors: Tensors, embedding: Pair, layer: Pair) -> bool:
+        both = ((tensors[layer.b], tensors[embedding.a]), (tensors[layer.a], tensors[embedding.b]))
+        return all(one.dtype == other.dtype and torch.equal(one, other.T) for one, other in both)
 
     for embedding in [pair for pair in pairs.values() if pair.embedding]:
         for pair in pairs.values():
-            if not pair.embedding and tied(before, embedding, pair) and not tied(after, embedding, pair):
+            if (
+                not pair.embedding
+                and before[pair.a].dim() == 2
+                and tied(before, embedding, pair)
+                and not tied(after, embedding, pair)
+            ):
                 raise UndecidedError("factors of two modules are tied, and their scales are not", key=pair.b)
 
 
-def _config(config: Config, rank: int, pairs: Mapping[str, _Pair], scales: Mapping[str, Scaling]) -> dict[str, Any]:
+def _config(config: Config, rank: int, pairs: Mapping[str, Pair], scales: Mapping[str, Scaling]) -> dict[str, Any]:
     plain = {
         "r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False,
         "init_lora_weights": True,
@@ -222,10 +236,7 @@ def _config(config: Config, rank: int, pairs: Mapping[str, _Pair], scales: Mappi
     targets, parameters = config.get("target_modules"), config.get("target_parameters") or ()
     if isinstance(targets, list) or not all("." in name for name in parameters):
         return out  # a parameter of any module may be a layer as well, which only the expression tells apart
-    names = sorted(_layers(pairs, scales))
-    # PEFT takes what has exactly one of these names, whatever the number of its layer.
-    fields = ("layers_to_transform", "layers_pattern")
-    return out | {"target_modules": names} | {name: None for name in fields if config.get(name) is not None}
+    return out | {"target_modules": sorted(_layers(pairs, scales))}
 
 
 def _layers(pairs: Iterable[str], scales: Mapping[str, Scaling]) -> Iterator[str]:
