@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from lorashare_stream.errors import CheckpointError, UsageError
 from lorashare_stream.serving.uniform import REMEDY, uniform
 
-from . import engines
+from . import engine_table, engines
 from .conftest import CONFIG, factor_keys
 from .features import FEATURES, loaded, loftq, logits, trained
 from .test_features import PEFTS_OWN, WEIGHTS, adapters_of, check_landed
@@ -291,3 +291,19 @@ def test_peft_makes_the_same_model_of_it(tmp_path: Path, name: str) -> None:
         assert {scale for layer in layers for scale in layer.scaling.values()} == {1}
         assert {r for layer in layers for r in layer.r.values()} == {settings["r"]}
         assert isinstance(settings["target_modules"], list)
+
+
+# -- the page --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings(*PEFTS_OWN)
+def test_the_table_of_what_is_not_uniform_is_what_the_rules_say() -> None:
+    assert engine_table.marked("rules", engine_table.rule_table()) in engine_table.PAGE.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(*PEFTS_OWN)
+def test_the_table_of_features_is_what_becomes_of_them() -> None:
+    rows = engine_table.feature_rows()
+    assert engine_table.marked("features", engine_table.feature_table(rows)) in engine_table.PAGE.read_text()
+    assert {name for name, cells in rows.items() if cells[-1] != "yes"} == REFUSED.keys()

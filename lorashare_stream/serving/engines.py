@@ -24,7 +24,7 @@ _NAMES = {"vllm": "vLLM", "sglang": "SGLang", "lorax": "LoRAX", "llama.cpp": "ll
 _HEAD = re.compile(r"\.(?:classifier|score)\.(?:weight|bias)$")
 _COPIES = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")  # all that vLLM passes over
 _NORM = re.compile(r"_layernorm|\.norm")
-_NOT_FULL = re.compile(r"\.lora_(?:B\.bias|embedding_[AB]|magnitude_vector)$|trainable_tokens|\.base_layer\.weight$")
+_NOT_FULL = re.compile(r"\.lora_magnitude_vector$|trainable_tokens|\.base_layer\.weight$")
 _LAYER = re.compile(r"\.(\d+)\.")
 
 Found = Iterator[str]  # the keys, or fields of the configuration, that show a feature
@@ -114,8 +114,12 @@ def _other_embeddings(tensors: Tensors, config: Config) -> Found:
 
 def _full(tensors: Tensors, config: Config) -> Found:
     """Keys of whole weights that are trained beside LoRA, and have no part of their own."""
-    factors = {key for pair in pairs_of(tensors, config).values() for key in (pair.a, pair.b)}
+    factors = {key for pair in pairs_of(tensors, config).values() for key in (pair.a, pair.b, pair.bias)}
     return (key for key in tensors if key not in factors and not _NOT_FULL.search(key))
+
+
+def _biases_of_b(tensors: Tensors, config: Config) -> Found:
+    return (pair.bias for pair in pairs_of(tensors, config).values() if pair.bias in tensors)
 
 
 def _heads(tensors: Tensors, config: Config) -> Found:
@@ -181,7 +185,7 @@ PARTS = (
         {"vllm": "it refuses use_dora", "sglang": "it refuses use_dora", "lorax": _IGNORED, "llama.cpp": _EXITS},
     ),
     Part(
-        "a bias of lora_B", _keys(r"\.lora_B\.bias$"),
+        "a bias of lora_B", _biases_of_b,
         {"vllm": "it refuses lora_bias", "sglang": "it has no such bias", "lorax": _IGNORED, "llama.cpp": _EXITS},
     ),
     Part(

@@ -19,7 +19,6 @@ from ..text import printable
 REMEDY = "Reconstruct it without --uniform, and serve it by PEFT."
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?:(?P<side>[AB])\.weight|embedding_(?P<embedding>[AB]))$")
-_BIAS = ".lora_B.bias"
 _WITHIN = ".base_layer.out_proj"  # of a MultiheadAttention
 # What else belongs to a factor without a rank of its own. Others may have one (lora_diag, states of training).
 _OF_ANY_RANK = re.compile(r"\.lora_(?:[AB]\.(?:weight|bias)$|embedding_[AB]$|magnitude_vector$)")
@@ -38,6 +37,11 @@ class Pair:
     a: str
     b: str
     embedding: bool
+
+    @property
+    def bias(self) -> str:
+        """The key that a bias of lora_B has."""
+        return f"{self.b.removesuffix('.weight')}.bias"
 
 
 def uniform(
@@ -95,7 +99,7 @@ def _uniform(tensors: Tensors, config: Config, rank: int | None) -> tuple[Tensor
     out = dict(tensors)
     for module, pair in pairs.items():
         out[pair.a], out[pair.b] = _padded(tensors, pair, scales[module].experts, chosen)
-        _scale(out, module, pair, scales[module].scale)
+        out |= _scaled(out, pair, scales[module].scale)
     _check_ties(tensors, out, pairs)
     return out, _config(config, chosen, pairs, scales)
 
@@ -165,25 +169,26 @@ def _padded(tensors: Tensors, pair: Pair, experts: int, rank: int) -> tuple[torc
     return wide.reshape(experts * rank, -1), tall.reshape(-1, rank * experts)
 
 
-def _scale(out: Tensors, module: str, pair: Pair, scale: float) -> None:
-    """Multiply one factor by the scale, and the bias of lora_B, which PEFT multiplies by it, too."""
+def _scaled(tensors: Tensors, pair: Pair, scale: float) -> Tensors:
+    """One factor times the scale, and the bias of lora_B, which PEFT multiplies by it, too."""
     if scale == 1:
-        return
-    keys = (pair.a, pair.b) if pair.embedding else (pair.b, pair.a)
+        return {}
+    factors = (pair.a, pair.b) if pair.embedding else (pair.b, pair.a)
+    bias = _fitting(tensors, (pair.bias,), scale) if pair.bias in tensors else {}
+    return _fitting(tensors, factors, scale) | bias
+
+
+def _fitting(tensors: Tensors, keys: tuple[str, ...], scale: float) -> Tensors:
+    """The first of some tensors whose dtype holds its product with a scale, times it."""
     for key in keys:
-        product = _product(out[key], scale)
+        product = _product(tensors[key], scale)
         if product is not None:
-            out[key] = product
-            break
-    else:
-        _refuse_product(out, keys[0], scale)
-    bias = f"{pair.b.removesuffix('.weight')}.bias"
-    if bias.endswith(_BIAS) and bias in out:
-        product = _product(out[bias], scale)
-        if product is None:
-            _refuse_product(out, bias, scale)
-        else:
-            out[bias] = product
+            return {key: product}
+    dtype = str(tensors[keys[0]].dtype).removeprefix("torch.")
+    raise CheckpointError(
+        f"{dtype} does not hold the product of factor and scale", key=keys[0], found=f"scale {scale:g}",
+        expected="values in its range", remedy=REMEDY,
+    )  # fmt: skip
 
 
 def _product(tensor: torch.Tensor, scale: float) -> torch.Tensor | None:
@@ -199,14 +204,6 @@ def _product(tensor: torch.Tensor, scale: float) -> torch.Tensor | None:
         return rounded if scale == 0 or not bool(tensor.any()) else None
     off = float(((rounded.double() - exact) / peak).norm()) / float((exact / peak).norm())
     return rounded if off <= torch.finfo(tensor.dtype).eps else None
-
-
-def _refuse_product(out: Tensors, key: str, scale: float) -> None:
-    dtype = str(out[key].dtype).removeprefix("torch.")
-    raise CheckpointError(
-        f"{dtype} does not hold the product of factor and scale", key=key, found=f"scale {scale:g}",
-        expected="values in its range", remedy=REMEDY,
-    )  # fmt: skip
 
 
 def _check_ties(before: Tensors, after: Tensors, pairs: Mapping[str, Pair]) -> None:
