@@ -34,6 +34,7 @@ from .report.summary_text import summary_text
 from .report.text import adapter_notes
 from .runtime.dask import workers_of
 from .serving.engines import check_engine
+from .serving.swap import swap
 from .serving.uniform import uniform as uniform_of
 from .settings import LIMITS, Settings
 from .text import encodable, listed, printable, spelled
@@ -385,6 +386,19 @@ class SHAREModel:
         with tempfile.TemporaryDirectory() as folder:
             self.reconstruct(adapter_name, output_dir=folder)
             return PeftModel.from_pretrained(base_model, folder)
+
+    def swap(self, model: Any, adapter_name: str) -> None:
+        """Put an adapter in the place of the one that a `peft.PeftModel` has, as `apply` gives it, in milliseconds.
+
+        The parameters that are there take the new values, by PEFT's hot swap, so that a compiled model stays so, and
+        with it a rank that is the larger of the two. An adapter that has other parameters is loaded anew.
+
+        Raises:
+            UnknownAdapterError: a KeyError, if there is no such adapter.
+            UsageError: if the model has no LoRA adapter, several, or one that has changed the base model.
+        """
+        self._known(adapter_name)
+        swap(model, self._tensors(adapter_name), self.adapter_configs[adapter_name], adapter_name)
 
     def summary(self) -> None:
         """Print what the checkpoint holds, how large it is, and how far off."""
