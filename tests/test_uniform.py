@@ -16,13 +16,17 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 
+from lorashare_stream.cli.app import main
 from lorashare_stream.errors import CheckpointError, UsageError
+from lorashare_stream.model import SHAREModel
+from lorashare_stream.serving.engines import check_engine
 from lorashare_stream.serving.uniform import REMEDY, uniform
 
 from . import engine_table, engines
 from .conftest import CONFIG, factor_keys
 from .features import FEATURES, loaded, loftq, logits, trained
-from .test_features import PEFTS_OWN, WEIGHTS, adapters_of, check_landed
+from .test_features import CODED, PEFTS_OWN, SHARED, WEIGHTS, Compress, adapters_of, check_landed
+from .tiers import some_fast
 
 REFUSED = {  # what no uniform adapter can be made of, and a word of the reason
     "kasa": "KaSA", "bd-lora": "BD-LoRA", "monteclora": "MonteCLoRA", "velora": "VeLoRA",
@@ -291,6 +295,140 @@ def test_peft_makes_the_same_model_of_it(tmp_path: Path, name: str) -> None:
         assert {scale for layer in layers for scale in layer.scaling.values()} == {1}
         assert {r for layer in layers for r in layer.r.values()} == {settings["r"]}
         assert isinstance(settings["target_modules"], list)
+
+
+@pytest.mark.filterwarnings(*PEFTS_OWN)
+@pytest.mark.parametrize(
+    ("name", "options"), some_fast([(n, o) for o in (SHARED, CODED) for n in FEATURES if n not in REFUSED], 9)
+)
+def test_what_comes_out_of_a_checkpoint(
+    tmp_path: Path, compressed: Compress, name: str, options: dict[str, Any]
+) -> None:
+    feature = FEATURES[name]
+    for seed, (adapter, its_own) in enumerate(adapters_of(feature).items()):
+        trained(feature, its_own, seed, tmp_path / "in" / adapter)
+    share = SHAREModel.from_pretrained(compressed([tmp_path / "in"], **options))
+    for adapter in share.adapter_names:
+        share.reconstruct(adapter, tmp_path / "plain" / adapter)
+        try:
+            tensors = share.reconstruct(adapter, tmp_path / "uniform" / adapter, uniform=True)
+        except CheckpointError:
+            assert name == "many-in-one-collection"
+            assert not (tmp_path / "uniform" / adapter).exists()
+            continue
+        model, truth = (loaded(feature, tmp_path / form / adapter) for form in ("uniform", "plain"))
+        assert torch.allclose(logits(model), logits(truth), atol=1e-4)
+        assert same(tensors, read(tmp_path / "uniform" / adapter)[0])
+
+
+def test_uniform_adapters_are_compressed_like_others(tmp_path: Path, compressed: Compress) -> None:
+    adapter = made(LAYERS, use_rslora=True, rank_pattern={"layers.1.q": 2})
+    for name in ("a0", "a1"):
+        write(tmp_path / "in" / name, adapter.tensors, adapter.config)
+    share = SHAREModel.from_pretrained(compressed([tmp_path / "in"], num_components=24))
+    for name in share.adapter_names:
+        share.reconstruct(name, tmp_path / "uniform" / name, uniform=True)
+    again = SHAREModel.from_pretrained(compressed([tmp_path / "uniform"], "again", num_components=24))
+    truth = engines.peft(adapter.tensors, adapter.config)
+    for name in again.adapter_names:
+        check_equal(engines.peft(again.reconstruct(name), again.adapter_configs[name]), truth, 1e-5)
+
+
+# -- for an engine ---------------------------------------------------------------------------------------------------
+
+COPY = "base_model.model.embed_tokens.base_layer.weight"
+
+
+@pytest.fixture
+def several(tmp_path: Path, compressed: Compress) -> Path:
+    """A checkpoint of three adapters of rank 4: two plain ones, of which one has a copy of the base, and a DoRA."""
+    adapter = made(LAYERS, use_rslora=True)
+    magnitude = {f"base_model.model.{module}.lora_magnitude_vector": torch.ones(16) for module in LAYERS}
+    write(tmp_path / "in" / "plain", adapter.tensors, adapter.config)
+    write(tmp_path / "in" / "copied", adapter.tensors | {COPY: torch.ones(5, 24)}, adapter.config)
+    write(tmp_path / "in" / "dora", adapter.tensors | magnitude, adapter.config | {"use_dora": True})
+    return compressed([tmp_path / "in"], num_components=24)
+
+
+def test_the_model_writes_what_an_engine_takes_and_nothing_else(tmp_path: Path, several: Path) -> None:
+    share = SHAREModel.from_pretrained(several)
+    share.reconstruct("copied", tmp_path / "copied", engine="vllm")
+    assert read(tmp_path / "copied")[1]["use_rslora"] is False
+    assert share.notes == {
+        "copies of embed_tokens or lm_head of the base: vLLM passes over them and uses the weights of its own base": 1
+    }
+    assert share.reconstruct("plain", rank=9)[KEY_A].shape == (9, 24)
+    assert share.reconstruct("plain", engine="peft", rank=5)[KEY_A].shape == (5, 24)
+    assert same(share.reconstruct("plain", uniform=True), share.reconstruct("plain", engine="llama.cpp"))
+    with pytest.raises(CheckpointError, match="vLLM does not take DoRA: it refuses use_dora") as refusal:
+        share.reconstruct("dora", tmp_path / "dora", engine="vllm")
+    assert (refusal.value.adapter, refusal.value.key) == ("dora", "use_dora")
+    assert not (tmp_path / "dora").exists()
+    with pytest.raises(UsageError, match="no such engine"):
+        share.reconstruct("plain", engine="tgi")
+
+
+def test_the_command_writes_what_an_engine_takes_and_tells_the_others(
+    tmp_path: Path, several: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    def call(*words: object) -> int:
+        return main(["reconstruct", str(several), *map(str, words)])
+
+    assert call("--all", "-o", tmp_path / "vllm", "--for", "vllm", "--json") == 1
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert result["reconstructed"].keys() == {"plain", "copied"} == {p.name for p in (tmp_path / "vllm").iterdir()}
+    assert "'dora', key 'use_dora': vLLM does not take DoRA" in result["failed"]["dora"]
+    assert "without --uniform" in result["failed"]["dora"]
+    assert [
+        m for m in caplog.messages if m.endswith("uses the weights of its own base (in 1 adapter)")
+    ] == caplog.messages[-1:]
+    assert call("--all", "-o", tmp_path / "uniform", "--uniform") == 0
+    assert call("--all", "-o", tmp_path / "rank", "--rank", 8, "-q") == 0
+    assert {read(folder)[1]["r"] for folder in (tmp_path / "rank").iterdir()} == {8}
+    assert {read(folder)[1]["r"] for folder in (tmp_path / "uniform").iterdir()} == {4}
+    capsys.readouterr()
+    assert call("--all", "-o", tmp_path / "low", "--rank", 2) == 1
+    assert "3 adapters" in (said := capsys.readouterr()).out + said.err
+    for words in (["--for", "tgi"], ["--rank", 0]):
+        assert call("--all", "-o", tmp_path / "none", *words) == 2
+
+
+REFUSALS = {
+    "vllm": {"dora", "bias", "tokens", "norm", "head", "saved"},
+    "sglang": {"dora", "bias", "tokens", "norm", "score", "head", "saved", "emb"},
+    "lorax": {"dora", "bias", "tokens", "norm", "score", "head", "saved", "emb", "embed_tokens", "gap"},
+    "llama.cpp": {"dora", "bias", "tokens", "score", "head", "saved"},
+    "peft": set(),
+}
+
+
+@pytest.mark.parametrize("engine", REFUSALS)
+def test_what_an_engine_refuses(engine: str) -> None:
+    adapter = made(LAYERS)
+    prefix = "base_model.model."
+    embedding = {"lora_embedding_A": torch.ones(4, 9), "lora_embedding_B": torch.ones(6, 4)}
+    more = {
+        "nothing": ({}, {}),
+        "dora": ({f"{prefix}layers.0.q.lora_magnitude_vector": torch.ones(16)}, {}),
+        "bias": ({f"{prefix}layers.0.q.lora_B.bias": torch.ones(16)}, {}),
+        "tokens": ({f"{prefix}embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(2, 6)}, {}),
+        "norm": ({f"{prefix}layers.0.input_layernorm.weight": torch.ones(24)}, {}),
+        "score": ({f"{prefix}score.weight": torch.ones(3, 24)}, {"modules_to_save": ["classifier", "score"]}),
+        "head": ({f"{prefix}score.weight": torch.ones(3, 24)}, {}),
+        "saved": ({f"{prefix}lm_head.weight": torch.ones(9, 24)}, {"modules_to_save": ["lm_head"]}),
+        "emb": ({f"{prefix}emb.{key}": tensor for key, tensor in embedding.items()}, {}),
+        "embed_tokens": ({f"{prefix}embed_tokens.{key}": tensor for key, tensor in embedding.items()}, {}),
+        "gap": (made({"layers.1.v": (24, 8)}).tensors, {}),
+    }
+    refused: dict[str, str | None] = {}
+    for name, (tensors, config) in more.items():
+        try:
+            check_engine(engine, *uniform(adapter.tensors | tensors, adapter.config | config))
+        except CheckpointError as e:
+            refused[name] = e.key
+    assert refused.keys() == REFUSALS[engine]
+    assert all(key in more[name][0] for name, key in refused.items())
 
 
 # -- the page --------------------------------------------------------------------------------------------------------

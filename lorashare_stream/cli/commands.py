@@ -235,7 +235,7 @@ def reconstruct(args: Args) -> int:
         except CheckpointError as e:  # a damaged one keeps nobody from the others
             e.adapter, faults[name] = name, e
     for note, count in model.notes.items():
-        log.info("note: %s (in %s)", note, counted(count, "adapter"))
+        log.info("%s (in %s)", note, counted(count, "adapter"))
     written = {n: str(f) for n, f in folders.items() if n not in faults}
     failed = {n: str(e) for n, e in faults.items()}
     result = {"reconstructed": written} | ({"failed": failed} if failed else {})
