@@ -390,12 +390,15 @@ class SHAREModel:
     def swap(self, model: Any, adapter_name: str) -> None:
         """Put an adapter in the place of the one that a `peft.PeftModel` has, as `apply` gives it, in milliseconds.
 
-        The parameters that are there take the new values, by PEFT's hot swap, so that a compiled model stays so, and
-        with it a rank that is the larger of the two. An adapter that has other parameters is loaded anew.
+        The parameters that are there take its values, by PEFT's hot swap: a compiled model stays so if the rank does.
+
+        Args:
+            model: what `apply` gave, of an adapter with the same weights beside LoRA and at least the same modules.
+            adapter_name: which.
 
         Raises:
             UnknownAdapterError: a KeyError, if there is no such adapter.
-            UsageError: if the model has no LoRA adapter, several, or one that has changed the base model.
+            UsageError: if it has no place in the model, which is as it was then.
         """
         self._known(adapter_name)
         swap(model, self._tensors(adapter_name), self.adapter_configs[adapter_name], adapter_name)

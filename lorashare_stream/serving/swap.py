@@ -3,46 +3,55 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..adapters.config import initial_part
 from ..checkpoint.reader import Tensors
-from ..checkpoint.restore import save_adapter
-from ..errors import CheckpointError, UsageError
+from ..errors import UsageError
 from ..text import listed, printable
 from .uniform import uniform
 
 _FACTOR = re.compile(r"\.lora_([AB])\.weight$")
+_PLAIN = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights")  # what `uniform` sets
+_ANEW = "Load it anew: model = share.apply(model.unload(), name)."
 
 
 def swap(model: Any, tensors: Tensors, config: Mapping[str, Any], adapter: str) -> None:
-    """Put an adapter in the place of the one that a model has, by PEFT's hot swap, or else by loading it anew.
+    """Put an adapter in the place of the one that a model has, by PEFT's hot swap.
 
-    The hot swap copies uniform factors, and whatever else the adapter has, into the parameters that are there; modules
-    that only the former adapter has get zeros. It is taken where the two have the same weights beside their factors,
-    and factors of linear layers only, in modules of the former.
+    Factors of linear layers and all weights beside them are copied into the parameters that are there, uniform, of the
+    larger of the two ranks; modules that only the former adapter has get zeros.
 
     Args:
-        model: a `peft.PeftModel` with one adapter, which keeps its place and that adapter's name there.
+        model: a `peft.PeftModel` with one adapter, whose name there stays.
         tensors: PEFT key -> tensor, as `SHAREModel.reconstruct` gives them.
         config: its adapter_config.json.
         adapter: its name, for errors.
 
     Raises:
-        UsageError: if the model has no such place.
+        UsageError: if the model has no place for it; it is as it was then.
+        CheckpointError: if the adapter cannot be uniform.
     """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from peft.utils.hotswap import hotswap_adapter_from_state_dict
+
     slot = _slot(model)
-    found = _fitting(model, slot, tensors, config, adapter)
-    if found is None:
-        _load(model, slot, tensors, config, adapter)
-    else:
-        _copy(model, slot, *found)
+    held: Tensors = get_peft_model_state_dict(model, adapter_name=slot, save_embedding_layers=False)
+    _check_fits(held, model.peft_config[slot], tensors, config, adapter)
+    found, uniform_config = _uniform(held, tensors, config, adapter)
+    new = replace(model.peft_config[slot], **{name: uniform_config[name] for name in _PLAIN})
+    factors = {key: tensor for key, tensor in found.items() if _FACTOR.search(key)}
+    named = {f"{key.removesuffix('weight')}{slot}.weight": tensor for key, tensor in factors.items()}
+    hotswap_adapter_from_state_dict(model, named, slot, new)
+    set_peft_model_state_dict(model, {k: t for k, t in found.items() if k not in factors}, adapter_name=slot)
+    model.peft_config[slot] = new
+    for module in model.modules():
+        if slot in getattr(module, "lora_alpha", ()):  # else set_scale takes those of the former adapter
+            module.r[slot] = module.lora_alpha[slot] = new.r
 
 
 def _slot(model: Any) -> str:
@@ -77,24 +86,37 @@ def _slot(model: Any) -> str:
     return slot
 
 
-def _fitting(
-    model: Any, slot: str, tensors: Tensors, config: Mapping[str, Any], adapter: str
-) -> tuple[Tensors, dict[str, Any]] | None:
-    """A uniform adapter of a rank that the model holds, whose parameters are all there; None if it has others."""
-    from peft import get_peft_model_state_dict
+def _check_fits(held: Tensors, config: Any, tensors: Tensors, new: Mapping[str, Any], adapter: str) -> None:
+    """Demand that the parameters of an adapter are among those that a model holds, but for their rank.
 
-    held: Tensors = get_peft_model_state_dict(model, adapter_name=slot, save_embedding_layers=False)
-    shapes, new_shapes = _shapes(held), _shapes(tensors)
-    beside = {key for key in shapes.keys() ^ new_shapes.keys() if not _FACTOR.search(key)}
-    others = any(".lora_" in key and not _FACTOR.search(key) for key in shapes | new_shapes)
-    if beside or others or not new_shapes.items() <= shapes.items() or _stacked(config, model.peft_config[slot]):
-        return None
-    rank = max(tensor.shape[0] for key, tensor in held.items() if ".lora_A." in key)
-    try:
-        _, least = uniform(tensors, config, adapter=adapter)
-        found, new = uniform(tensors, config, rank=max(rank, least["r"]), adapter=adapter)
-    except CheckpointError:  # not of one scale: PEFT loads it all the same
-        return None
+    Raises:
+        UsageError: naming the field or key that has no place.
+    """
+    for field in ("use_dora", "layer_replication", "target_parameters"):
+        if getattr(config, field) != (new.get(field) or type(getattr(config, field))()):
+            raise UsageError(
+                "an adapter of another kind than the one in the model", adapter=adapter, key=field,
+                found=new.get(field), expected=getattr(config, field), remedy=_ANEW,
+            )  # fmt: skip
+    shapes, wanted = _shapes(held), _shapes(tensors)
+    for key in wanted | shapes:
+        factor = _FACTOR.search(key) is not None
+        if ".lora_" in key and (not factor or config.target_parameters):
+            raise UsageError("PEFT's hot swap takes factors of layers only", adapter=adapter, key=key, remedy=_ANEW)
+        if shapes.get(key) != wanted.get(key, shapes.get(key) if factor else None):
+            raise UsageError(
+                "other parameters than the adapter in the model has", adapter=adapter, key=key,
+                found=wanted.get(key, "none"), expected=shapes.get(key, "none"), remedy=_ANEW,
+            )  # fmt: skip
+
+
+def _uniform(
+    held: Tensors, tensors: Tensors, config: Mapping[str, Any], adapter: str
+) -> tuple[Tensors, dict[str, Any]]:
+    """A uniform adapter with all factors that a model holds, of a rank no smaller than theirs."""
+    rank = max((tensor.shape[0] for key, tensor in held.items() if ".lora_A." in key), default=1)
+    _, least = uniform(tensors, config, adapter=adapter)
+    found, new = uniform(tensors, config, rank=max(rank, least["r"]), adapter=adapter)
     for key in held.keys() - found.keys():
         found[key] = torch.zeros(_of_rank(held[key], key, new["r"]), dtype=held[key].dtype)
     return found, new
@@ -110,40 +132,3 @@ def _of_rank(tensor: torch.Tensor, key: str, rank: int) -> tuple[int, ...]:
     if side is None:
         return shape
     return (rank, *shape[1:]) if side[1] == "A" else (shape[0], rank, *shape[2:])
-
-
-def _stacked(config: Mapping[str, Any], held: Any) -> bool:
-    """Whether one of two configurations has stacked experts, whose tensors have E r rows."""
-    return bool(config.get("target_parameters") or held.target_parameters)
-
-
-def _copy(model: Any, slot: str, tensors: Tensors, config: Mapping[str, Any]) -> None:
-    from peft import set_peft_model_state_dict
-    from peft.utils.hotswap import hotswap_adapter_from_state_dict
-
-    plain = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights")
-    new = replace(model.peft_config[slot], **{name: config[name] for name in plain})
-    factors = {key: tensor for key, tensor in tensors.items() if _FACTOR.search(key)}
-    named = {key.removesuffix("weight") + f"{slot}.weight": tensor for key, tensor in factors.items()}
-    hotswap_adapter_from_state_dict(model, named, slot, new)
-    set_peft_model_state_dict(model, {k: t for k, t in tensors.items() if k not in factors}, adapter_name=slot)
-    model.peft_config[slot] = new
-    for module in model.modules():
-        if slot in getattr(module, "lora_alpha", ()):  # else a later save, or set_scale, has those of the former
-            module.r[slot] = module.lora_alpha[slot] = new.r
-
-
-def _load(model: Any, slot: str, tensors: Tensors, config: Mapping[str, Any], adapter: str) -> None:
-    """Load an adapter in the place of another, whose parameters are made anew."""
-    held = model.peft_config[slot]
-    for field, found in (("bias", held.bias), ("layer_replication", held.layer_replication or "none")):
-        if found != "none" or (field == "layer_replication" and config.get(field)):
-            raise UsageError(
-                "an adapter that changes the base model, for which a swap does not bring it back", adapter=adapter,
-                key=field, remedy="Load the base model again, and the adapter by share.apply.",
-            )  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        save_adapter(Path(folder), tensors, config, None)
-        model.delete_adapter(slot)
-        model.load_adapter(folder, slot)
-    model.set_adapter(slot)
