@@ -72,6 +72,21 @@ def accuracy(model: Any, pair: tuple[str, str], tokenizer: Any) -> float:
     return float((model.eval()(**inputs).logits.argmax(1) == labels).float().mean())
 
 
+@torch.no_grad()
+def answer_together(share: SHAREModel, pairs: dict[str, tuple[str, str]], tokenizer: Any) -> None:
+    """One batch of sentences, every other of which is for the second adapter, with that one's own head."""
+    names = list(pairs)[:2]
+    asked = [(name, theme, s) for name in names for theme in pairs[name] for s in sentences(theme, random.Random(7), 1)]
+    model = share.attach(base_model().eval())
+    inputs = tokenizer([sentence for _, _, sentence in asked], return_tensors="pt", padding=True)
+    print("\nTwo adapters in one batch, on one base model:")
+    choices = model(**inputs, adapter_names=[name for name, _, _ in asked]).logits.argmax(1)
+    for (name, theme, sentence), choice in zip(asked, choices, strict=True):
+        print(
+            f"  {name:20} {sentence!r} is about {pairs[name][choice]} ({'right' if pairs[name][choice] == theme else 'wrong'})"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="where everything is written")
@@ -107,6 +122,7 @@ def main() -> None:
     share.reconstruct(first, output_dir=folder)
     PeftModel.from_pretrained(base_model(), str(folder))
     print(f"\nPEFT loads {folder} as any other adapter.")
+    answer_together(SHAREModel.from_pretrained(root / "collection.share"), pairs, tokenizer)
 
 
 if __name__ == "__main__":
