@@ -82,9 +82,8 @@ def answer_together(share: SHAREModel, pairs: dict[str, tuple[str, str]], tokeni
     print("\nTwo adapters in one batch, on one base model:")
     choices = model(**inputs, adapter_names=[name for name, _, _ in asked]).logits.argmax(1)
     for (name, theme, sentence), choice in zip(asked, choices, strict=True):
-        print(
-            f"  {name:20} {sentence!r} is about {pairs[name][choice]} ({'right' if pairs[name][choice] == theme else 'wrong'})"
-        )
+        answer = pairs[name][choice]
+        print(f"  {name:20} {sentence!r} is about {answer} ({'right' if answer == theme else 'wrong'})")
 
 
 def main() -> None:
