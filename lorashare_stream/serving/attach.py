@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,16 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters.keys import SIDES, factor_key, group_id, split_group_id
-from ..checkpoint.coded_reader import CodedReader
-from ..checkpoint.config import read_share_config
-from ..checkpoint.reader import CheckpointReader, Tensors, restored
-from ..errors import AdapterError, CheckpointError, UsageError, problem_lines, unknown_adapter
+from ..checkpoint.reader import CheckpointReader
+from ..errors import AdapterError, UsageError, problem_lines, unknown_adapter
 from ..text import counted, parse_bytes, printable
-from .banks import Bank, Cache, Parts, Update, factors_of, shared_of, twin
-from .places import INSTEAD, Host, Places, Shapes
+from .banks import Bank, Parts, Update, factors_of, shared_of, twin
+from .content import BASE, Content, content_of
+from .places import INSTEAD, Host
 
-BASE = "__base__"  # PEFT's name of no adapter
 MEMORY = 1 << 30  # bytes of decoded adapters
 LARGE = 0.3  # mean relative dW error, from which a SHARE checkpoint answers as other adapters would
 _INPUTS = ("input_ids", "inputs_embeds", "inputs", "decoder_input_ids", "decoder_inputs_embeds")
@@ -73,27 +69,24 @@ class AttachedModel(nn.Module):
     def __init__(
         self,
         base_model: nn.Module,
-        adapter_names: Sequence[str],
-        banks: Mapping[str, Bank],
-        parts: Cache,
-        modules: Iterable[str],
-        left_out: Mapping[str, AdapterError],
+        content: Content,
     ) -> None:
         super().__init__()
         self.base_model = base_model
-        self.adapter_names, self.left_out, self.parts = list(adapter_names), dict(left_out), parts
-        self._numbers = {name: i for i, name in enumerate(adapter_names, 1)}
-        self._banks = nn.ModuleList(banks.values())
+        self.adapter_names, self.left_out, self.parts = list(content.places), dict(content.left_out), content.parts
+        self._numbers = {name: i for i, name in enumerate(content.places, 1)}
+        self._banks = nn.ModuleList(content.banks.values())
         self._local = threading.local()
         by_name = dict(base_model.named_modules(remove_duplicate=False))
         handles = [base_model.register_forward_pre_hook(partial(_note, self._local), with_kwargs=True)]
-        for name in modules:
-            update = partial(_update_of, name, banks.get(name), self._numbers)
+        for name in content.modules:
+            update = partial(_update_of, name, content.banks.get(name), self._numbers)
             hook = partial(_add, name, self._local, update)
             handles.append(by_name[name].register_forward_hook(hook, with_kwargs=True))
         _attached.add(base_model)
         self._release = weakref.finalize(self, _released, handles, weakref.ref(base_model))
-        self.train(base_model.training)
+        self._release.atexit = False
+        self.training = base_model.training
 
     def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """What the base gives, each row with its adapter.
@@ -278,32 +271,11 @@ def attach(reader: CheckpointReader, base_model: Any, memory: int | str | None =
         CheckpointError: if no adapter fits the base, or the checkpoint is damaged, or is replaced meanwhile.
         UsageError: if the base has adapters already.
     """
+    limit = _bytes_of(memory)
     _check_base(base_model)
-    host, limit = Host(base_model), _bytes_of(memory)
-    places: dict[str, Places] = {}
-    left_out: dict[str, AdapterError] = {}
-    held = (
-        {} if isinstance(reader, CodedReader) else {n: (reader.loadings(n), reader.verbatim(n)) for n in reader.names}
-    )
-    bases = {} if isinstance(reader, CodedReader) else _bases(reader)
-    for name in reader.names:
-        try:
-            if name == BASE:
-                raise AdapterError(f"{BASE} is the name of the base itself", remedy=INSTEAD)
-            shapes = _coded_shapes(reader, name) if isinstance(reader, CodedReader) else _shapes(bases, *held[name])
-            places[name] = host.places(reader.adapter_config(name), shapes)
-        except AdapterError as e:
-            e.adapter, left_out[name] = name, e
-    _tell(reader, places, left_out)
-    if isinstance(reader, CodedReader):
-        banks, parts = dict[str, Bank](), Cache(partial(_decoded, reader, host, places), limit)
-    else:
-        banks, alone = _shared(reader, host, places, held)
-        parts = Cache(alone.__getitem__, sys.maxsize, alone)
-        if reader.config.ours and read_share_config(reader.place.root) != reader.config:
-            raise CheckpointError(reader.place.mixed, found=reader.place, remedy="Open it again.")
-    used = dict.fromkeys(m for p in places.values() for m, _ in (*p.factors.values(), *p.owned.values()))
-    return AttachedModel(base_model, list(places), banks, parts, used, left_out)
+    content = content_of(reader, Host(base_model), limit)
+    _warn(reader, content.left_out)
+    return AttachedModel(base_model, content)
 
 
 def _check_base(base: Any) -> None:
@@ -330,17 +302,11 @@ def _bytes_of(memory: int | str | None) -> int:
     return found
 
 
-def _tell(reader: CheckpointReader, places: Mapping[str, Places], left_out: Mapping[str, AdapterError]) -> None:
-    """Raise if no adapter can be attached; warn of those that cannot, and of errors that change the answers."""
-    if not places:
-        first = next(iter(left_out.values()))
-        raise CheckpointError(
-            f"none of {counted(len(left_out), 'adapter')} can be attached to this base model: {first.problem}",
-            **first.details(),
-        )
+def _warn(reader: CheckpointReader, left_out: Mapping[str, AdapterError]) -> None:
+    """Tell of adapters that are not attached, and of errors that change the answers."""
     if left_out:
-        lines = [f"{len(left_out)} of {len(reader.names)} adapters are not attached; asking for one is an error"]
-        warnings.warn("\n".join([*lines, *problem_lines(left_out.values())]), UserWarning, stacklevel=4)
+        first = f"{len(left_out)} of {len(reader.names)} adapters are not attached, and asking for one is an error:"
+        warnings.warn("\n".join([first, *problem_lines(left_out.values())]), UserWarning, stacklevel=4)
     mean = reader.config.ours.get("errors", {}).get("mean", 0.0)
     if not reader.config.coded and mean > LARGE:
         warnings.warn(
@@ -349,85 +315,3 @@ def _tell(reader: CheckpointReader, places: Mapping[str, Places], left_out: Mapp
             UserWarning,
             stacklevel=4,
         )
-
-
-def _bases(reader: CheckpointReader) -> dict[str, tuple[str, int, int]]:
-    """Group -> PEFT key of its factors, d and k."""
-    found = {}
-    for group, v in reader.components.items():
-        try:
-            found[group] = factor_key(*split_group_id(group)), *v.shape
-        except ValueError as e:
-            raise CheckpointError("components of no module", key=group, found=str(e)) from e
-    return found
-
-
-def _shapes(bases: Mapping[str, tuple[str, int, int]], loadings: Tensors, verbatim: Tensors) -> dict[str, Any]:
-    """PEFT key -> shape of the tensors of an adapter in a SHARE checkpoint; `bases` has key, d and k of each group."""
-    found: dict[str, Any] = {key: tuple(t.shape) for key, t in verbatim.items()}
-    for group, loading in loadings.items():
-        key, d, k = bases.get(group, ("", 0, 0))
-        if loading.ndim != 2 or loading.shape[0] != k:
-            raise CheckpointError("loadings that fit no components", key=group, found=list(loading.shape))
-        r = loading.shape[1]
-        found[key] = (r, d) if split_group_id(group)[1] == "A" else (d, r)
-    return found
-
-
-def _coded_shapes(reader: CodedReader, name: str) -> Shapes:
-    """The same of an adapter in a coded checkpoint, from the index."""
-    found = {key: reader.index.tensors[digest].shape for key, digest in reader.index.adapters[name].verbatim.items()}
-    for m in reader.modules(name):
-        found |= {factor_key(m.name, "A"): (m.rank, m.d_in), factor_key(m.name, "B"): (m.d_out, m.rank)}
-    return found
-
-
-def _shared(
-    reader: CheckpointReader,
-    host: Host,
-    places: Mapping[str, Places],
-    held: Mapping[str, tuple[Tensors, Tensors]],
-) -> tuple[dict[str, Bank], dict[str, Parts]]:
-    """The banks of all modules of a SHARE checkpoint, and what adapters have beside them."""
-    named: dict[str, str] = {}  # module of the base -> as the bases name it
-    loadings: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
-    alone: dict[str, Parts] = {}
-    for number, (name, found) in enumerate(places.items(), 1):
-        own, tensors = dict(held[name][0]), dict(held[name][1])
-        for module, (place, scale) in found.factors.items():
-            groups = [group_id(module, side) for side in SIDES]
-            if all(g in own for g in groups) and named.setdefault(place, module) == module:
-                a, b = (own.pop(g).float() for g in groups)
-                loadings.setdefault(place, {})[number] = a, b * scale
-        for group, loading in own.items():  # one side alone, or a second name of the module
-            tensors |= restored(name, group, reader.components, loading)
-        alone[name] = _parts(host, found, tensors)
-    banks = {}
-    for place, some in loadings.items():
-        v_a, v_b = (reader.components[group_id(named[place], side)] for side in SIDES)
-        banks[place] = Bank(v_a, v_b, some, len(places), host.like(place))
-    return banks, alone
-
-
-def _decoded(reader: CodedReader, host: Host, places: Mapping[str, Places], name: str) -> Parts:
-    try:
-        return _parts(host, places[name], reader.tensors(name))
-    except CheckpointError as e:
-        e.adapter = name
-        e.remedy = e.remedy or "If the checkpoint was replaced, open and attach it again."
-        raise
-
-
-def _parts(host: Host, places: Places, tensors: Tensors) -> Parts:
-    """What an adapter has alone, of its tensors by PEFT key, on the devices and in the dtypes of the modules."""
-    factors = {}
-    for module, (place, scale) in places.factors.items():
-        a, b = (tensors.get(factor_key(module, side)) for side in SIDES)
-        if a is not None and b is not None:
-            factors[place] = a.to(*host.like(place)), (b.float() * scale).to(*host.like(place))
-    owned: dict[str, dict[str, Tensor]] = {}
-    for key, (place, name) in places.owned.items():
-        like = host.modules[place]._parameters[name]
-        assert like is not None
-        owned.setdefault(place, {})[name] = tensors[key].to(like.device, like.dtype)
-    return Parts(factors, owned)

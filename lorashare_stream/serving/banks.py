@@ -97,7 +97,8 @@ class Cache:
             if name in self._held:
                 self._held.move_to_end(name)
                 return self._held[name]
-        found = self._load(name)  # outside of the lock: others are served meanwhile
+        with torch.inference_mode(False), torch.no_grad():  # it may serve a call with gradients next
+            found = self._load(name)  # outside of the lock: others are served meanwhile
         with self._lock:
             if name not in self._held:
                 self._held[name] = found

@@ -35,7 +35,7 @@ _CLASSES = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
-_TRAINING = re.compile(r"\.lora_(monteclora_sampler|velora_embed)\b")  # state that no inference reads
+_UNREAD = re.compile(r"\.(lora_monteclora_sampler|lora_velora_embed|original_module)\b")  # by no inference
 _WRAPPERS = {"base_layer", "modules_to_save"}  # of PEFT, within the name of a module
 _ROUTED = re.compile(r"(^|\.)experts\.\d+(\.|$)")
 
@@ -104,8 +104,8 @@ class Host:
         owned: dict[str, tuple[str, str]] = {}
         for key, shape in shapes.items():
             parsed = parse_key(key, "")
-            if _TRAINING.search(key):
-                continue
+            if _UNREAD.search(key) or (".modules_to_save." in key and key.replace(".modules_to_save.", ".") in shapes):
+                continue  # under bias="all", PEFT writes the bias of a head three times
             if parsed.module is None:
                 owned[key] = self._owner(key, shape, config)
             elif parsed.side == "A":
@@ -158,7 +158,7 @@ class Host:
     def _owner(self, key: str, shape: tuple[int, ...], config: Config) -> tuple[str, str]:
         """Module and name of the parameter that a tensor replaces."""
         path, _, name = key.removeprefix(PEFT_PREFIX).rpartition(".")
-        if ".lora_" in key or ".trainable_tokens_" in key:
+        if path not in self.modules and (".lora_" in key or ".trainable_tokens_" in key):
             raise AdapterError("a tensor that adds to the model in another way than by s B A", key=key)
         plain, module = self._module(path, config)
         own = module._parameters.get(name)
