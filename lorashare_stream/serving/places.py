@@ -158,7 +158,8 @@ class Host:
     def _owner(self, key: str, shape: tuple[int, ...], config: Config) -> tuple[str, str]:
         """Module and name of the parameter that a tensor replaces."""
         path, _, name = key.removeprefix(PEFT_PREFIX).rpartition(".")
-        if path not in self.modules and (".lora_" in key or ".trainable_tokens_" in key):
+        there = path in self.modules and name in self.modules[path]._parameters
+        if not there and (".lora_" in key or ".trainable_tokens_" in key):
             raise AdapterError("a tensor that adds to the model in another way than by s B A", key=key)
         plain, module = self._module(path, config)
         own = module._parameters.get(name)
