@@ -84,6 +84,7 @@ class AttachedModel(nn.Module):
             hook = partial(_add, name, self._local, update)
             handles.append(by_name[name].register_forward_hook(hook, with_kwargs=True))
         _attached.add(base_model)
+        self._detached = False
         self._release = weakref.finalize(self, _released, handles, weakref.ref(base_model))
         self._release.atexit = False
         self.training = base_model.training
@@ -111,6 +112,7 @@ class AttachedModel(nn.Module):
 
     def detach(self) -> nn.Module:
         """Take the hooks off the base, and give it back."""
+        self._detached = True
         self._release()
         return self.base_model
 
@@ -120,7 +122,7 @@ class AttachedModel(nn.Module):
 
     @contextmanager
     def _asked(self, names: Sequence[str] | None, args: Any, kwargs: Any) -> Iterator[None]:
-        if not self._release.alive:
+        if self._detached:
             raise UsageError("this model is detached from its base", remedy="Attach the checkpoint again.")
         before = getattr(self._local, "call", None)
         self._local.call = self._call(names, _batch_of(args, kwargs))
