@@ -24,7 +24,9 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -201,6 +203,9 @@ def compress(folder: Path, out: Path, *options: str) -> Path:
 
 @torch.inference_mode()
 def measured(n: int, scratch: Path, args: argparse.Namespace) -> list[list[str]]:
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT asks transformers for a deprecated name
     synthetic.PLANTED, synthetic.TAIL = 24, 0.02
     synthetic.write(replace(COLLECTION, adapters=n), scratch / "in", n)
     folders = sorted((scratch / "in").iterdir())
@@ -247,16 +252,14 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT asks transformers for a deprecated name
     each = [f"{kind}, {rows} rows" for rows in args.rows for kind in ("forward", "decode")]
     print("Tokens a second; in brackets, by PEFT's mixed batch in the same round.\n")
     head = ["adapters", "system", "mean dW error", "held, MiB", "RSS, MiB", "to open, s", "cold, ms", *each]
     print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|", flush=True)
     for n in args.adapters:
-        with tempfile.TemporaryDirectory() as scratch:
-            for row in measured(n, Path(scratch), args):
+        alone = ProcessPoolExecutor(1, mp_context=get_context("spawn"))  # with a memory of its own
+        with tempfile.TemporaryDirectory() as scratch, alone:
+            for row in alone.submit(measured, n, Path(scratch), args).result():
                 print(f"| {' | '.join(row)} |", flush=True)
 
 
