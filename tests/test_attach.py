@@ -317,6 +317,19 @@ def test_what_is_held_moves_with_the_model(opened: Any) -> None:
         assert torch.allclose(model(**inputs, adapter_names=names).logits.float(), truth, atol=1e-4)
 
 
+def test_memory_is_that_of_the_formula(opened: Any) -> None:
+    share = opened("llama")
+    model = share.attach(llama())
+    verbatim = sum(t.nbytes for name in share.adapter_names for t in share.all_classifier_heads[name].values())
+    ranks: dict[str, int] = {}
+    for name in share.adapter_names:
+        for group, loading in share.all_loadings[name].items():
+            ranks[group] = max(ranks.get(group, 0), loading.shape[1])
+    bases = sum(v.shape[0] * v.shape[1] for v in share.components.values())
+    loadings = sum(5 * v.shape[1] * ranks[group] for group, v in share.components.items())
+    assert model.resident_bytes() == 4 * (bases + loadings) + verbatim
+
+
 def heads(root: Path, labels: Sequence[int]) -> list[Path]:
     """Adapters of BERT with LoRA of a classifier of so many labels."""
     for i, n in enumerate(labels):

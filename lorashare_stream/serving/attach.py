@@ -66,11 +66,7 @@ class AttachedModel(nn.Module):
         left_out: the adapters that cannot be attached: name -> the error that asking for one raises.
     """
 
-    def __init__(
-        self,
-        base_model: nn.Module,
-        content: Content,
-    ) -> None:
+    def __init__(self, base_model: nn.Module, content: Content) -> None:
         super().__init__()
         self.base_model = base_model
         self.adapter_names, self.left_out, self.parts = list(content.places), dict(content.left_out), content.parts
@@ -204,7 +200,9 @@ def _add(
     x: Tensor = args[0] if args else next(iter(kwargs.values()))
     call.check(name, x)
     if found.owned:
-        out = _by_owners(name, found, module, x, out)
+        if len(args) + len(kwargs) > 1:
+            raise UsageError(f"the module {printable(name)} has inputs of which rows cannot be told", remedy=INSTEAD)
+        out = _by_owners(name, found, call.names, x, out)
     delta = found.delta(x)
     return out if delta is None else out + delta.to(out.device, out.dtype)
 
@@ -233,11 +231,11 @@ def _device(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
-def _by_owners(name: str, update: Update, module: nn.Module, x: Tensor, out: Tensor) -> Tensor:
+def _by_owners(name: str, update: Update, names: Sequence[str], x: Tensor, out: Tensor) -> Tensor:
     """The output of a module, of the rows whose adapters have parameters of their own, by these."""
     each, before = (t.reshape(update.rows, -1, *t.shape[1:]) for t in (x, out))
     left = sorted({*range(update.rows)} - {i for _, rows, _ in update.owned for i in rows.tolist()})
-    outs = [(BASE, torch.tensor(left), before[left])] if left else []
+    outs = [(names[left[0]], torch.tensor(left), before[left])] if left else []
     for adapter, rows, own in update.owned:
         found = type(own).forward(own, each[rows].flatten(0, 1))  # its hooks are those of the module
         outs.append((adapter, rows, found.reshape(len(rows), -1, *found.shape[1:])))

@@ -57,11 +57,12 @@ def content_of(reader: CheckpointReader, host: Host, limit: int) -> Content:
     if isinstance(reader, CodedReader):
         places, left_out = _sorted(reader, host, partial(_coded_shapes, reader))
         return Content(places, left_out, {}, Cache(partial(_decoded, reader, host, places), limit))
+    reader.place.fetch()
     held = {name: (reader.loadings(name), reader.verbatim(name)) for name in reader.names}
     bases = _bases(reader)
     places, left_out = _sorted(reader, host, lambda name: _shapes(name, bases, *held[name]))
     banks, alone = _shared(reader, host, places, held)
-    if reader.config.ours and read_share_config(reader.place.root) != reader.config:
+    if read_share_config(reader.place.root) != reader.config:
         raise CheckpointError(reader.place.mixed, found=reader.place, remedy="Open it again.")
     return Content(places, left_out, banks, Cache(alone.__getitem__, sys.maxsize, alone))
 

@@ -106,12 +106,12 @@ class Host:
             parsed = parse_key(key, "")
             if _UNREAD.search(key) or (".modules_to_save." in key and key.replace(".modules_to_save.", ".") in shapes):
                 continue  # under bias="all", PEFT writes the bias of a head three times
-            if parsed.module is None:
+            if parsed.module is None or self._has(key):  # modules of a base may be called lora_A
                 owned[key] = self._owner(key, shape, config)
-            elif parsed.side == "A":
+                continue
+            _check_pair(parsed.module, shapes)
+            if parsed.side == "A":
                 ranks[parsed.module] = shape[0]
-            if parsed.module is not None:
-                _check_pair(parsed.module, shapes)
         factors = {}
         for (module, rank), scaling in zip(ranks.items(), scalings(config, ranks), strict=True):
             if scaling.experts > 1 or scaling.parameters:
@@ -122,6 +122,11 @@ class Host:
             if len(set(places)) < len(places):
                 raise AdapterError(f"two keys mean the same of the base's {what}", found=listed(shapes))
         return Places(factors, owned)
+
+    def _has(self, key: str) -> bool:
+        """Whether a key names a parameter of the base itself."""
+        path, _, name = key.removeprefix(PEFT_PREFIX).rpartition(".")
+        return path in self.modules and name in self.modules[path]._parameters
 
     def _module(self, name: str, config: Config) -> tuple[str, nn.Module]:
         """A module of the base, by its name or that without PEFT's wrappers."""
@@ -158,8 +163,7 @@ class Host:
     def _owner(self, key: str, shape: tuple[int, ...], config: Config) -> tuple[str, str]:
         """Module and name of the parameter that a tensor replaces."""
         path, _, name = key.removeprefix(PEFT_PREFIX).rpartition(".")
-        there = path in self.modules and name in self.modules[path]._parameters
-        if not there and (".lora_" in key or ".trainable_tokens_" in key):
+        if not self._has(key) and (".lora_" in key or ".trainable_tokens_" in key):
             raise AdapterError("a tensor that adds to the model in another way than by s B A", key=key)
         plain, module = self._module(path, config)
         own = module._parameters.get(name)
