@@ -147,7 +147,7 @@ def truth_of(share: SHAREModel, name: str, names: Sequence[str], inputs: dict[st
 @pytest.mark.filterwarnings(*PEFTS_OWN)
 @pytest.mark.parametrize(
     ("name", "options"),
-    [*some_fast([(n, SHARED) for n in FEATURES], 3), *some_fast([(n, CODED) for n in FEATURES], 7)],
+    [*some_fast([(n, SHARED) for n in FEATURES], 5), *some_fast([(n, CODED) for n in FEATURES], 7)],
 )
 def test_a_feature_of_peft(tmp_path: Path, compressed: Compress, name: str, options: dict[str, Any]) -> None:
     feature, adapters = FEATURES[name], adapters_of(FEATURES[name])
@@ -190,17 +190,22 @@ def test_rows_of_one_batch(opened: Any, name: str, device: str, options: dict[st
         assert len({tuple(row.flatten().tolist()) for row in truth}) == len(names)
 
 
-@FORMS
+HOW: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "returned": {"num_beams": 4, "num_return_sequences": 2},
+    "sampled": {"do_sample": True, "top_k": 1},
+}
+
+
 @pytest.mark.parametrize(
-    "how",
-    [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}, {"do_sample": True, "top_k": 1}],
-    ids=["greedy", "beams", "returned", "sampled"],
+    ("name", "way", "options"),
+    some_fast([(n, way, o) for n in ("llama", "gpt2", "t5") for way in HOW for o in (SHARED, CODED)], 5),
 )
-@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
-def test_generate(opened: Any, name: str, how: dict[str, Any], options: dict[str, Any]) -> None:
+def test_generate(opened: Any, name: str, way: str, options: dict[str, Any]) -> None:
     share, names = opened(name, options), ["a1", NONE, "a0"]
     inputs = {"input_ids": inputs_of("llama", 3, 4)["input_ids"]}
-    how = {"max_new_tokens": 5, "min_new_tokens": 5, "pad_token_id": 0, **how}
+    how = {"max_new_tokens": 5, "min_new_tokens": 5, "pad_token_id": 0, **HOW[way]}
     model = share.attach(MODELS[name].base())
     found = model.generate(**inputs, adapter_names=names, **how)
     each = [alone(share, name, n).generate(**rows_of(inputs, [i]), **how) for i, n in enumerate(names)]
