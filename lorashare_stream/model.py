@@ -33,6 +33,7 @@ from .plan.sources import resolve
 from .report.summary_text import summary_text
 from .report.text import adapter_notes
 from .runtime.dask import workers_of
+from .serving.attach import AttachedModel, attach
 from .serving.engines import check_engine
 from .serving.swap import swap
 from .serving.uniform import uniform as uniform_of
@@ -402,6 +403,26 @@ class SHAREModel:
         """
         self._known(adapter_name)
         swap(model, self._tensors(adapter_name), self.adapter_configs[adapter_name], adapter_name)
+
+    def attach(self, base_model: Any, *, memory: int | str | None = None) -> AttachedModel:
+        """Attach all adapters to a base model, for batches whose rows have adapters of their own.
+
+        >>> model = share.attach(base)  # doctest: +SKIP
+        >>> model(**inputs, adapter_names=["first", "second", "__base__"])  # doctest: +SKIP
+
+        Args:
+            base_model: a plain model, which is neither copied nor changed: `detach()` of what is given frees it.
+            memory: of a coded checkpoint, the bytes of decoded adapters that are kept, or a text such as `"2GiB"`; None
+                is 1 GiB. A SHARE checkpoint is in memory as a whole.
+
+        Returns:
+            A `torch.nn.Module` whose `forward` and `generate` take `adapter_names`, one for each row.
+
+        Raises:
+            CheckpointError: if no adapter fits the base, or the checkpoint is damaged, or is replaced meanwhile.
+            UsageError: if the base has adapters already.
+        """
+        return attach(self._open_reader(), base_model, memory)
 
     def summary(self) -> None:
         """Print what the checkpoint holds, how large it is, and how far off."""

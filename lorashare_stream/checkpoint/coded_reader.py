@@ -94,6 +94,10 @@ class CodedReader(CheckpointReader):
         """
         raise AbsentMapping("loadings")._refuse()
 
+    def modules(self, name: str) -> list[CodedModule]:
+        """The coded modules of one adapter, from the index alone."""
+        return _modules(self.index.adapters[name])
+
     def tensors(self, name: str) -> Tensors:
         """PEFT key -> tensor of one adapter, decoded, in the dtypes that it came with."""
         adapter = self.index.adapters[name]

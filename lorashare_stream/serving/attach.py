@@ -1,0 +1,317 @@
+"""Mixed batches: a base model that answers each row of a batch by an adapter of its own, all of one checkpoint."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint.reader import CheckpointReader
+from ..errors import AdapterError, UsageError, problem_lines, unknown_adapter
+from ..text import counted, parse_bytes, printable
+from .banks import Bank, Parts, Update, factors_of, shared_of, twin
+from .content import BASE, Content, content_of
+from .places import INSTEAD, Host
+
+MEMORY = 1 << 30  # bytes of decoded adapters
+LARGE = 0.3  # mean relative dW error, from which a SHARE checkpoint answers as other adapters would
+_INPUTS = ("input_ids", "inputs_embeds", "inputs", "decoder_input_ids", "decoder_inputs_embeds")
+_attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+@dataclass
+class Call:
+    """One call of a model: an adapter for each row, and what modules add for them, made at the first use.
+
+    Attributes:
+        names: of the rows. parts: of the adapters that have some, by name.
+        batch: rows of the model's input, and its lengths, once the model itself is called.
+    """
+
+    names: Sequence[str]
+    parts: Mapping[str, Parts]
+    batch: tuple[int, frozenset[int]] | None = None
+    updates: dict[str, Update | None] = field(default_factory=dict)
+
+    def check(self, module: str, x: Tensor) -> None:
+        """Demand that a module sees the rows of the batch, in their order."""
+        rows, found, fits = len(self.names), x.shape[0] if x.ndim else 0, False
+        if self.batch is None:  # an encoder, which `generate` calls by itself
+            fits = found > 0 and found % rows == 0
+        else:
+            whole, lengths = self.batch
+            fits = found == whole or (x.ndim == 2 and found in {whole * length for length in lengths})
+        if not fits:
+            raise UsageError(
+                f"the module {printable(module)} does not see the rows of the batch, each of which has an adapter",
+                found=f"an input {list(x.shape)}", expected=f"{self.batch[0] if self.batch else rows} rows",
+                remedy=f"Ask for one adapter alone. {INSTEAD}",
+            )  # fmt: skip
+
+
+class AttachedModel(nn.Module):
+    """A base model with all adapters of a checkpoint beside it; what it lacks is looked up in the base.
+
+    Attributes:
+        base_model: the base, neither copied nor changed; hooks on it do nothing unless an adapter is asked for.
+        adapter_names: what may be asked for, beside `"__base__"`.
+        left_out: the adapters that cannot be attached: name -> the error that asking for one raises.
+    """
+
+    def __init__(self, base_model: nn.Module, content: Content) -> None:
+        super().__init__()
+        self.base_model = base_model
+        self.adapter_names, self.left_out, self.parts = list(content.places), dict(content.left_out), content.parts
+        self._numbers = {name: i for i, name in enumerate(content.places, 1)}
+        self._banks = nn.ModuleList(content.banks.values())
+        self._local = threading.local()
+        by_name = dict(base_model.named_modules(remove_duplicate=False))
+        handles = [base_model.register_forward_pre_hook(partial(_note, self._local), with_kwargs=True)]
+        for name in content.modules:
+            update = partial(_update_of, name, content.banks.get(name), self._numbers)
+            hook = partial(_add, name, self._local, update)
+            handles.append(by_name[name].register_forward_hook(hook, with_kwargs=True))
+        _attached.add(base_model)
+        self._detached = False
+        self._release = weakref.finalize(self, _released, handles, weakref.ref(base_model))
+        self._release.atexit = False
+        self.training = base_model.training
+
+    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """What the base gives, each row with its adapter.
+
+        Args:
+            adapter_names: a name for each row of the batch, `"__base__"` for none; None is none for all.
+            *args, **kwargs: of the base.
+
+        Raises:
+            UnknownAdapterError: a KeyError, if there is no such adapter.
+            AdapterError: if one cannot be attached.
+            UsageError: if there are not as many names as rows, or a module does not see the rows.
+            CheckpointError: if an adapter must be read, and the checkpoint is gone or damaged.
+        """
+        with self._asked(adapter_names, args, kwargs):
+            return self.base_model(*args, **kwargs)
+
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """What the base generates, each row with its adapter; arguments and errors as those of `forward`."""
+        with self._asked(adapter_names, args, kwargs):
+            return self.base_model.generate(*args, **kwargs)  # type: ignore[operator]
+
+    def detach(self) -> nn.Module:
+        """Take the hooks off the base, and give it back."""
+        self._detached = True
+        self._release()
+        return self.base_model
+
+    def resident_bytes(self) -> int:
+        """Bytes of what is held beside the base: bases and loadings, and what adapters have alone."""
+        return sum(b.nbytes for bank in self._banks for b in bank.buffers()) + self.parts.nbytes
+
+    @contextmanager
+    def _asked(self, names: Sequence[str] | None, args: Any, kwargs: Any) -> Iterator[None]:
+        if self._detached:
+            raise UsageError("this model is detached from its base", remedy="Attach the checkpoint again.")
+        before = getattr(self._local, "call", None)
+        self._local.call = self._call(names, _batch_of(args, kwargs))
+        try:
+            yield
+        finally:
+            self._local.call = before
+
+    def _call(self, names: Sequence[str] | None, batch: tuple[int, frozenset[int]] | None) -> Call | None:
+        if names is None:
+            return None
+        if isinstance(names, str) or not isinstance(names, Sequence):
+            raise UsageError(
+                "adapter_names is no list of names", found=names, expected="a name for each row, such as [name]"
+            )
+        for name in names:
+            if name != BASE and name in self.left_out:
+                e = self.left_out[name]
+                raise AdapterError(e.problem, **e.details())
+            if name != BASE and name not in self._numbers:
+                raise unknown_adapter(name, self.adapter_names)
+        if batch is not None and batch[0] != len(names):
+            raise UsageError("not a name for each row", found=counted(len(names), "name"), expected=f"{batch[0]} rows")
+        own = dict.fromkeys(name for name in names if name != BASE)
+        return Call(names, {name: self.parts[name] for name in own}) if own else None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AttachedModel:
+        self.parts.change(fn)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+            return getattr(self.base_model, name)
+
+
+def _batch_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, frozenset[int]] | None:
+    """Rows of a model's input, and its lengths; None if no tensor is among the arguments."""
+    named = [kwargs[name] for name in _INPUTS if isinstance(kwargs.get(name), Tensor)]
+    given = [t for t in args if isinstance(t, Tensor)] or named or [t for t in kwargs.values() if isinstance(t, Tensor)]
+    if not given or not given[0].ndim:
+        return None
+    rows = given[0].shape[0]
+    return rows, frozenset(t.shape[1] for t in (given[0], *named) if t.ndim > 1 and t.shape[0] == rows)
+
+
+def _note(local: threading.local, module: nn.Module, args: Any, kwargs: Any) -> None:
+    """Before the base runs: remember how many rows it is given. Beams and returned sequences multiply them."""
+    call: Call | None = getattr(local, "call", None)
+    if call is None:
+        return
+    call.batch = _batch_of(args, kwargs)
+    if call.batch is not None and call.batch[0] % len(call.names):
+        raise UsageError("not a name for each row", found=len(call.names), expected=f"{call.batch[0]} rows")
+
+
+def _add(
+    name: str,
+    local: threading.local,
+    update: Callable[[nn.Module, Call], Update | None],
+    module: nn.Module,
+    args: Any,
+    kwargs: Any,
+    out: Any,
+) -> Any:
+    """After a module has run: its output with what the adapters of the rows add."""
+    call: Call | None = getattr(local, "call", None)
+    if call is None:
+        return None
+    if name not in call.updates:
+        call.updates[name] = update(module, call)
+    found = call.updates[name]
+    if found is None:
+        return None
+    x: Tensor = args[0] if args else next(iter(kwargs.values()))
+    call.check(name, x)
+    if found.owned:
+        if len(args) + len(kwargs) > 1:
+            raise UsageError(f"the module {printable(name)} has inputs of which rows cannot be told", remedy=INSTEAD)
+        out = _by_owners(name, found, call.names, x, out)
+    delta = found.delta(x)
+    return out if delta is None else out + delta.to(out.device, out.dtype)
+
+
+def _update_of(
+    name: str, bank: Bank | None, numbers: Mapping[str, int], module: nn.Module, call: Call
+) -> Update | None:
+    """What the adapters of a call add to a module; None if nothing."""
+    shared = None if bank is None else shared_of(bank, [numbers.get(n, 0) for n in call.names])
+    pairs, rows = {}, dict[str, list[int]]()
+    for i, adapter in enumerate(call.names):
+        parts = call.parts.get(adapter)
+        if parts is not None and name in parts.factors:
+            pairs[i] = parts.factors[name]
+        if parts is not None and name in parts.owned:
+            rows.setdefault(adapter, []).append(i)
+    first = next(iter(pairs.values()), None)
+    factors = None if first is None else factors_of(pairs, (_device(module), first[0].dtype))
+    owned = [(a, torch.tensor(some), twin(module, call.parts[a].owned[name])) for a, some in rows.items()]
+    if shared is None and factors is None and not owned:
+        return None
+    return Update(len(call.names), shared, factors, owned)
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def _by_owners(name: str, update: Update, names: Sequence[str], x: Tensor, out: Tensor) -> Tensor:
+    """The output of a module, of the rows whose adapters have parameters of their own, by these."""
+    each, before = (t.reshape(update.rows, -1, *t.shape[1:]) for t in (x, out))
+    left = sorted({*range(update.rows)} - {i for _, rows, _ in update.owned for i in rows.tolist()})
+    outs = [(names[left[0]], torch.tensor(left), before[left])] if left else []
+    for adapter, rows, own in update.owned:
+        found = type(own).forward(own, each[rows].flatten(0, 1))  # its hooks are those of the module
+        outs.append((adapter, rows, found.reshape(len(rows), -1, *found.shape[1:])))
+    (first, _, one), *others = outs
+    for adapter, _, other in others:
+        if other.shape[-1] != one.shape[-1]:
+            raise UsageError(
+                f"adapters of one batch give the module {printable(name)} outputs of different widths",
+                found=f"{printable(first)!r}: {one.shape[-1]}, {printable(adapter)!r}: {other.shape[-1]}",
+                remedy="Ask for them in batches of their own.",
+            )
+    order = torch.cat([rows for _, rows, _ in outs]).argsort()
+    return torch.cat([found for _, _, found in outs])[order].flatten(0, 1)
+
+
+def _released(handles: Sequence[Any], base: weakref.ref[nn.Module]) -> None:
+    for handle in handles:
+        handle.remove()
+    if (model := base()) is not None:
+        _attached.discard(model)
+
+
+def attach(reader: CheckpointReader, base_model: Any, memory: int | str | None = None) -> AttachedModel:
+    """Attach all adapters of a checkpoint to a base model.
+
+    Args:
+        reader: the checkpoint.
+        base_model: the base, a plain `torch.nn.Module`.
+        memory: bytes of decoded adapters of a coded checkpoint that are kept, or a text such as `"2GiB"`; None is
+            1 GiB. An adapter that is asked for and is not among them is decoded.
+
+    Raises:
+        CheckpointError: if no adapter fits the base, or the checkpoint is damaged, or is replaced meanwhile.
+        UsageError: if the base has adapters already.
+    """
+    limit = _bytes_of(memory)
+    _check_base(base_model)
+    content = content_of(reader, Host(base_model), limit)
+    _warn(reader, content.left_out)
+    return AttachedModel(base_model, content)
+
+
+def _check_base(base: Any) -> None:
+    if not isinstance(base, nn.Module):
+        raise UsageError("the base is no torch.nn.Module", found=type(base).__name__)
+    if isinstance(base, AttachedModel) or base in _attached:
+        raise UsageError(
+            "the base has a checkpoint attached", remedy="Call detach() of what attach gave, or load the base anew."
+        )
+    for module in base.modules():
+        if type(module).__module__.partition(".")[0] == "peft":
+            raise UsageError(
+                "the base has adapters of PEFT", found=type(module).__name__, remedy="Give what its unload() gives."
+            )
+
+
+def _bytes_of(memory: int | str | None) -> int:
+    try:
+        found = MEMORY if memory is None else parse_bytes(memory) if isinstance(memory, str) else int(memory)
+    except (TypeError, ValueError) as e:
+        raise UsageError(f"memory: {e}") from e
+    if found < 0:
+        raise UsageError("memory below zero", found=memory)
+    return found
+
+
+def _warn(reader: CheckpointReader, left_out: Mapping[str, AdapterError]) -> None:
+    """Tell of adapters that are not attached, and of errors that change the answers."""
+    if left_out:
+        first = f"{len(left_out)} of {len(reader.names)} adapters are not attached, and asking for one is an error:"
+        warnings.warn("\n".join([first, *problem_lines(left_out.values())]), UserWarning, stacklevel=4)
+    mean = reader.config.ours.get("errors", {}).get("mean", 0.0)
+    if not reader.config.coded and mean > LARGE:
+        warnings.warn(
+            f"the mean relative dW error of this checkpoint is {mean:.2f}: its adapters answer otherwise than their "
+            "originals. Compress them with a larger k (-k), or each alone (--max-error).",
+            UserWarning,
+            stacklevel=4,
+        )

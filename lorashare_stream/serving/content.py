@@ -1,0 +1,173 @@
+"""The content of a checkpoint, as a base model can have it: banks of what is shared, and parts of what is not."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+
+from ..adapters.keys import SIDES, factor_key, group_id, split_group_id
+from ..checkpoint.coded_reader import CodedReader
+from ..checkpoint.config import read_share_config
+from ..checkpoint.reader import CheckpointReader, Tensors, restored
+from ..errors import AdapterError, CheckpointError
+from ..text import counted
+from .banks import Bank, Cache, Parts
+from .places import INSTEAD, Host, Places, Shapes
+
+BASE = "__base__"  # PEFT's name of no adapter
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a checkpoint gives a base model.
+
+    Attributes:
+        places: of each adapter that can be attached, where its tensors go.
+        left_out: why others cannot.
+        banks: module of the base -> what adapters have on its shared bases.
+        parts: what they have alone.
+    """
+
+    places: Mapping[str, Places]
+    left_out: Mapping[str, AdapterError]
+    banks: Mapping[str, Bank]
+    parts: Cache
+
+    @property
+    def modules(self) -> list[str]:
+        """The modules of the base that some adapter changes."""
+        each = (m for p in self.places.values() for m, _ in (*p.factors.values(), *p.owned.values()))
+        return list(dict.fromkeys(each))
+
+
+def content_of(reader: CheckpointReader, host: Host, limit: int) -> Content:
+    """What a checkpoint gives a base model.
+
+    Args:
+        reader: the checkpoint. host: the base model.
+        limit: bytes of decoded adapters that are kept; a SHARE checkpoint is read as a whole.
+
+    Raises:
+        CheckpointError: if no adapter can be attached, or the checkpoint is damaged, or is replaced meanwhile.
+    """
+    if isinstance(reader, CodedReader):
+        places, left_out = _sorted(reader, host, partial(_coded_shapes, reader))
+        return Content(places, left_out, {}, Cache(partial(_decoded, reader, host, places), limit))
+    reader.place.fetch()
+    held = {name: (reader.loadings(name), reader.verbatim(name)) for name in reader.names}
+    bases = _bases(reader)
+    places, left_out = _sorted(reader, host, lambda name: _shapes(name, bases, *held[name]))
+    banks, alone = _shared(reader, host, places, held)
+    if read_share_config(reader.place.root) != reader.config:
+        raise CheckpointError(reader.place.mixed, found=reader.place, remedy="Open it again.")
+    return Content(places, left_out, banks, Cache(alone.__getitem__, sys.maxsize, alone))
+
+
+def _sorted(
+    reader: CheckpointReader, host: Host, shapes_of: Callable[[str], Shapes]
+) -> tuple[dict[str, Places], dict[str, AdapterError]]:
+    """The places of the adapters that can be attached, and why others cannot."""
+    places: dict[str, Places] = {}
+    left_out: dict[str, AdapterError] = {}
+    for name in reader.names:
+        try:
+            if name == BASE:
+                raise AdapterError("it has the name of the base itself", remedy=INSTEAD)
+            places[name] = host.places(reader.adapter_config(name), shapes_of(name))
+        except AdapterError as e:
+            e.adapter, left_out[name] = name, e
+    if not places:
+        first = next(iter(left_out.values()))
+        raise CheckpointError(
+            f"none of {counted(len(left_out), 'adapter')} can be attached to this base model: {first.problem}",
+            **first.details(),
+        )
+    return places, left_out
+
+
+def _bases(reader: CheckpointReader) -> dict[str, tuple[str, int, int]]:
+    """Group -> PEFT key of its factors, d and k."""
+    found = {}
+    for group, v in reader.components.items():
+        try:
+            found[group] = factor_key(*split_group_id(group)), *v.shape
+        except ValueError as e:
+            raise CheckpointError("components of no module", key=group, found=str(e)) from e
+    return found
+
+
+def _shapes(
+    name: str, bases: Mapping[str, tuple[str, int, int]], loadings: Tensors, verbatim: Tensors
+) -> dict[str, tuple[int, ...]]:
+    """PEFT key -> shape of the tensors of an adapter in a SHARE checkpoint; `bases` has key, d and k of each group."""
+    found: dict[str, tuple[int, ...]] = {key: tuple(t.shape) for key, t in verbatim.items()}
+    for group, loading in loadings.items():
+        key, d, k = bases.get(group, ("", 0, 0))
+        if loading.ndim != 2 or loading.shape[0] != k:
+            raise CheckpointError("loadings that fit no components", adapter=name, key=group, found=list(loading.shape))
+        r = loading.shape[1]
+        found[key] = (r, d) if split_group_id(group)[1] == "A" else (d, r)
+    return found
+
+
+def _coded_shapes(reader: CodedReader, name: str) -> Shapes:
+    """The same of an adapter in a coded checkpoint, from the index."""
+    found = {key: reader.index.tensors[digest].shape for key, digest in reader.index.adapters[name].verbatim.items()}
+    for m in reader.modules(name):
+        found |= {factor_key(m.name, "A"): (m.rank, m.d_in), factor_key(m.name, "B"): (m.d_out, m.rank)}
+    return found
+
+
+def _shared(
+    reader: CheckpointReader,
+    host: Host,
+    places: Mapping[str, Places],
+    held: Mapping[str, tuple[Tensors, Tensors]],
+) -> tuple[dict[str, Bank], dict[str, Parts]]:
+    """The banks of all modules of a SHARE checkpoint, and what adapters have beside them."""
+    named: dict[str, str] = {}  # module of the base -> as the bases name it
+    loadings: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
+    alone: dict[str, Parts] = {}
+    for number, (name, found) in enumerate(places.items(), 1):
+        own, tensors = dict(held[name][0]), dict(held[name][1])
+        for module, (place, scale) in found.factors.items():
+            groups = [group_id(module, side) for side in SIDES]
+            if all(g in own for g in groups) and named.setdefault(place, module) == module:
+                a, b = (own.pop(g).float() for g in groups)
+                loadings.setdefault(place, {})[number] = a, b * scale
+        for group, loading in own.items():  # one side alone, or a second name of the module
+            tensors |= restored(name, group, reader.components, loading)
+        alone[name] = _parts(host, found, tensors)
+    banks = {}
+    for place, some in loadings.items():
+        v_a, v_b = (reader.components[group_id(named[place], side)] for side in SIDES)
+        banks[place] = Bank(v_a, v_b, some, len(places), host.like(place))
+    return banks, alone
+
+
+def _decoded(reader: CodedReader, host: Host, places: Mapping[str, Places], name: str) -> Parts:
+    try:
+        return _parts(host, places[name], reader.tensors(name))
+    except CheckpointError as e:
+        e.adapter = name
+        e.remedy = e.remedy or "If the checkpoint was replaced, open and attach it again."
+        raise
+
+
+def _parts(host: Host, places: Places, tensors: Tensors) -> Parts:
+    """What an adapter has alone, of its tensors by PEFT key, on the devices and in the dtypes of the modules."""
+    factors = {}
+    for module, (place, scale) in places.factors.items():
+        a, b = (tensors.get(factor_key(module, side)) for side in SIDES)
+        if a is not None and b is not None:
+            factors[place] = a.to(*host.like(place)), (b.float() * scale).to(*host.like(place))
+    owned: dict[str, dict[str, Tensor]] = {}
+    for key, (place, name) in places.owned.items():
+        like = host.modules[place]._parameters[name]
+        assert like is not None
+        owned.setdefault(place, {})[name] = tensors[key].to(like.device, like.dtype)
+    return Parts(factors, owned)
