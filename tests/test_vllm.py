@@ -230,6 +230,7 @@ def _folder(checkpoint: str, cache: str) -> str:
     return str(FolderCache(checkpoint, Path(cache), "vllm").folder("a01"))
 
 
+@pytest.mark.slow
 def test_one_name_asked_by_threads_and_processes_at_once(tmp_path: Path, checkpoint: Path) -> None:
     cache = FolderCache(str(checkpoint), tmp_path / "cache", "vllm")
     with ThreadPoolExecutor(8) as pool:
