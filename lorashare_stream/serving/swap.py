@@ -47,7 +47,8 @@ def swap(model: Any, tensors: Tensors, config: Mapping[str, Any], adapter: str) 
     factors = {key: tensor for key, tensor in found.items() if _FACTOR.search(key)}
     named = {f"{key.removesuffix('weight')}{slot}.weight": tensor for key, tensor in factors.items()}
     hotswap_adapter_from_state_dict(model, named, slot, new)
-    set_peft_model_state_dict(model, {k: t for k, t in found.items() if k not in factors}, adapter_name=slot)
+    if beside := {key: tensor for key, tensor in found.items() if key not in factors}:
+        set_peft_model_state_dict(model, beside, adapter_name=slot)
     model.peft_config[slot] = new
     for module in model.modules():
         if slot in getattr(module, "lora_alpha", ()):  # else set_scale takes those of the former adapter
@@ -114,9 +115,8 @@ def _uniform(
     held: Tensors, tensors: Tensors, config: Mapping[str, Any], adapter: str
 ) -> tuple[Tensors, dict[str, Any]]:
     """A uniform adapter with all factors that a model holds, of a rank no smaller than theirs."""
-    rank = max((tensor.shape[0] for key, tensor in held.items() if ".lora_A." in key), default=1)
-    _, least = uniform(tensors, config, adapter=adapter)
-    found, new = uniform(tensors, config, rank=max(rank, least["r"]), adapter=adapter)
+    ranks = [t.shape[0] for some in (held, tensors) for key, t in some.items() if ".lora_A." in key]
+    found, new = uniform(tensors, config, rank=max(ranks, default=1), adapter=adapter)
     for key in held.keys() - found.keys():
         found[key] = torch.zeros(_of_rank(held[key], key, new["r"]), dtype=held[key].dtype)
     return found, new
