@@ -266,7 +266,7 @@ def test_a_convolution_of_a_smaller_rank_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings(*PEFTS_OWN)
-@pytest.mark.parametrize(("name",), some_fast([(n,) for n in FEATURES], 3))
+@pytest.mark.parametrize("name", some_fast(FEATURES, 3))
 def test_peft_makes_the_same_model_of_it(tmp_path: Path, name: str) -> None:
     feature = FEATURES[name]
     for seed, (adapter, options) in enumerate(adapters_of(feature).items()):
