@@ -209,6 +209,10 @@ class MissingCheckpointError(CheckpointError, FileNotFoundError):
     """No checkpoint where one was to be (also a FileNotFoundError, as in lorashare)."""
 
 
+class RefusedAdapterError(CheckpointError):
+    """An adapter of a checkpoint that cannot be uniform, or that an engine does not take."""
+
+
 class UnknownAdapterError(StreamError, KeyError):
     """No adapter of that name in the checkpoint (also a KeyError, as in lorashare)."""
 
@@ -216,10 +220,9 @@ class UnknownAdapterError(StreamError, KeyError):
 def unknown_adapter(name: str, names: Iterable[str]) -> UnknownAdapterError:
     """The error for a name that is not among others, with those that are near."""
     known = list(names)
-    near = difflib.get_close_matches(str(name), known, n=5, cutoff=0.5) or known[:5]
-    return UnknownAdapterError(
-        f"no adapter named {printable(name)!r} among {len(known)}", remedy=f"Near: {listed(near)}."
-    )
+    near = difflib.get_close_matches(str(name), known, n=5, cutoff=0.5)
+    remedy = f"Near: {listed(near)}." if near else f"There are: {listed(known, 5)}."
+    return UnknownAdapterError(f"no adapter named {printable(name)!r} among {len(known)}", remedy=remedy)
 
 
 class Stopped(StreamError):

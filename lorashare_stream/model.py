@@ -33,7 +33,7 @@ from .plan.sources import resolve
 from .report.summary_text import summary_text
 from .report.text import adapter_notes
 from .runtime.dask import workers_of
-from .serving.attach import AttachedModel, attach
+from .serving.attach import AttachedModel, attach, check_base
 from .serving.engines import check_engine
 from .serving.swap import swap
 from .serving.uniform import uniform as uniform_of
@@ -381,12 +381,26 @@ class SHAREModel:
         return tensors
 
     def apply(self, base_model: Any, adapter_name: str) -> Any:
-        """Load one adapter on a base model: a `peft.PeftModel`."""
+        """Load one adapter on a base model: a `peft.PeftModel`.
+
+        Raises:
+            UnknownAdapterError: a KeyError, if there is no such adapter.
+            UsageError: if the base is a PeftModel, or has a checkpoint attached, or layers of other widths.
+        """
         from peft import PeftModel
 
+        check_base(base_model, peft=True)
         with tempfile.TemporaryDirectory() as folder:
             self.reconstruct(adapter_name, output_dir=folder)
-            return PeftModel.from_pretrained(base_model, folder)
+            try:
+                return PeftModel.from_pretrained(base_model, folder)
+            except RuntimeError as e:
+                if "size mismatch" not in str(e):
+                    raise
+                raise UsageError(
+                    "the base model has layers of other widths", adapter=adapter_name, found=str(e),
+                    remedy="Load the base model that the adapter is of.",
+                ) from e  # fmt: skip
 
     def swap(self, model: Any, adapter_name: str) -> None:
         """Put an adapter in the place of the one that a `peft.PeftModel` has, as `apply` gives it, in milliseconds.

@@ -79,7 +79,9 @@ def answer_together(share: SHAREModel, pairs: dict[str, tuple[str, str]], tokeni
     asked = [(name, theme, s) for name in names for theme in pairs[name] for s in sentences(theme, random.Random(7), 1)]
     model = share.attach(base_model().eval())
     inputs = tokenizer([sentence for _, _, sentence in asked], return_tensors="pt", padding=True)
-    print("\nTwo adapters in one batch, on one base model:")
+    print(
+        "\nTwo adapters in one batch, on one base model, by share.attach(base) of collection.share (docs/serving.md):"
+    )
     choices = model(**inputs, adapter_names=[name for name, _, _ in asked]).logits.argmax(1)
     for (name, theme, sentence), choice in zip(asked, choices, strict=True):
         answer = pairs[name][choice]
@@ -104,7 +106,10 @@ def main() -> None:
     pairs = {f"{a}-or-{b}": (a, b) for a, b in zip(themes, themes[1:] + themes[:1], strict=True)}
 
     print(f"training {len(pairs)} adapters with PEFT ...", flush=True)
-    before = {name: train(pair, root / "adapters" / name, tokenizer) for name, pair in pairs.items()}
+    before = {}
+    for name, pair in pairs.items():
+        before[name] = train(pair, root / "adapters" / name, tokenizer)
+        print(f"  {name}", flush=True)
 
     for form, asked in (("share", ["-k", "24"]), ("coded", ["--max-error", "0.25"])):
         out = root / f"collection.{form}"

@@ -74,7 +74,7 @@ def feature_table(rows: Mapping[str, tuple[str, ...]]) -> str:
         alike.setdefault(cells, []).append(name)
     ordered = sorted(alike.items(), key=lambda item: -item[0].count("yes"))
     reasons = list(dict.fromkeys(text for cells, _ in ordered for text in cells if text != "yes"))
-    lines = [_line(["features", *TITLES.values()]), "|---" * (1 + len(TITLES)) + "|"]
+    lines = [_line(["feature (as in adapters.md)", *TITLES.values()]), "|---" * (1 + len(TITLES)) + "|"]
     for cells, names in ordered:
         marks = [text if text == "yes" else f"no ({1 + reasons.index(text)})" for text in cells]
         lines.append(_line([", ".join(f"`{name}`" for name in names), *marks]))
@@ -83,7 +83,7 @@ def feature_table(rows: Mapping[str, tuple[str, ...]]) -> str:
 
 def rule_table() -> str:
     """What engines make of adapters that are not uniform."""
-    lines = [_line(["of what is not uniform", *TITLES.values()]), "|---" * (1 + len(TITLES)) + "|"]
+    lines = [_line(["a plain reconstruction with", *TITLES.values()]), "|---" * (1 + len(TITLES)) + "|"]
     return "\n".join([*lines, *(_line([name, *_rules(fields)]) for name, fields in PLAIN.items())])
 
 

@@ -358,7 +358,7 @@ def test_factors_that_are_verbatim_in_a_share_checkpoint(
     if not share.config.coded:
         assert any("classifier.lora_A" in key for key in share.certified("h2")["verbatim"])
     for n, left, right in ((3, ["h0", "h1"], "h2"), (5, ["h2"], "h0")):
-        with pytest.warns(UserWarning, match=f"{len(left)} of 3 adapters are not attached") as told:
+        with pytest.warns(UserWarning, match=f"not attached: {len(left)} of 3 adapters") as told:
             model = share.attach(with_labels(n))
         assert len(told) == 1
         assert list(model.left_out) == left
@@ -525,3 +525,29 @@ def test_a_model_that_was_not_read_cannot_be_attached(tmp_path: Path, compressed
     loose = SHAREModel(share.config, share.components, share.all_loadings, share.adapter_configs)
     with pytest.raises(CheckpointError, match="was not read from a checkpoint"):
         loose.attach(llama())
+
+
+def test_a_base_that_is_in_use_is_not_given_to_peft(opened: Any) -> None:
+    share, base = opened("llama", SHARED), MODELS["llama"].base()
+    model = share.attach(base)
+    with pytest.raises(UsageError, match=r"checkpoint attached.*detach\(\)"):
+        share.apply(base, "a0")
+    with pytest.raises(UsageError, match="checkpoint attached"):
+        share.apply(model, "a0")
+    applied = share.apply(model.detach(), "a0")
+    with pytest.raises(UsageError, match=r"PeftModel.*unload\(\)"):
+        share.apply(applied, "a1")
+
+
+def test_what_the_base_lacks_is_told_before_what_an_adapter_has(tmp_path: Path, compressed: Compress) -> None:
+    for seed, options in enumerate([{"use_dora": True}, {}]):
+        trained(FEATURES["linear"], {**adapters_of(FEATURES["linear"])["a0"], **options}, seed, tmp_path / f"a{seed}")
+    share = SHAREModel.from_pretrained(compressed([tmp_path / "a0", tmp_path / "a1"], max_error=0.2))
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    size = {"hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
+    wide = LlamaForCausalLM(LlamaConfig(vocab_size=50, num_key_value_heads=1, max_position_embeddings=32, **size))
+    with pytest.raises(CheckpointError, match="other widths"):
+        share.attach(wide)
+    with pytest.raises(UsageError, match=r"other widths.*size mismatch"):
+        share.apply(wide, "a1")

@@ -33,11 +33,11 @@ BERT: dict[str, dict[str, Any]] = {
     "upper": {"layers_to_transform": [1]},
 }
 MISFITS: dict[str, tuple[dict[str, Any], str]] = {
-    "headless": ({"task_type": None}, r"classifier\.(weight|bias).*found none"),
-    "wider": ({"target_modules": ["query", "key", "value"]}, r"key\.lora_A.*expected none"),
+    "headless": ({"task_type": None}, r"classifier\.(weight|bias).*only the adapter in the model"),
+    "wider": ({"target_modules": ["query", "key", "value"]}, r"key\.lora_A.*no such parameter"),
     "dora": ({"use_dora": True}, r"use_dora.*found True.*expected False"),
     "bias": ({"lora_bias": True}, r"lora_B\.bias"),
-    "all biases": ({"bias": "all"}, r"\.bias.*expected none"),
+    "all biases": ({"bias": "all"}, r"\.bias.*no such parameter"),
     "pissa": ({"init_lora_weights": "pissa"}, r"init_lora_weights"),
 }
 

@@ -374,7 +374,7 @@ def test_the_command_writes_what_an_engine_takes_and_tells_the_others(
     def call(*words: object) -> int:
         return main(["reconstruct", str(several), *map(str, words)])
 
-    assert call("--all", "-o", tmp_path / "vllm", "--for", "vllm", "--json") == 1
+    assert call("--all", "-o", tmp_path / "vllm", "--for", "vllm", "--json") == 3
     captured = capsys.readouterr()
     result = json.loads(captured.out)
     assert result["reconstructed"].keys() == {"plain", "copied"} == {p.name for p in (tmp_path / "vllm").iterdir()}

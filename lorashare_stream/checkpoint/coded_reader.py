@@ -167,8 +167,9 @@ class CodedReader(CheckpointReader):
             raise
         except FileNotFoundError as e:
             raise CheckpointError(
-                f"{printable(relative)} is missing", found=self.place, remedy="Fetch the checkpoint again."
-            ) from e
+                f"{printable(relative)} is missing", found=self.place,
+                remedy="If the checkpoint was replaced, open it again; else fetch it again.",
+            ) from e  # fmt: skip
 
     def _files(self) -> dict[str, Path]:
         found = {relative: self._file(relative) for relative in (CONFIG, INDEX, *(p.file for p in self.index.packs))}

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..adapters.folder import CONFIG as ADAPTER_CONFIG
 from ..checkpoint.config import SHAREConfig, read_share_config
 from ..checkpoint.format import ours_of, total_bytes
 from ..checkpoint.publish import check_output, output_folder
@@ -16,12 +17,13 @@ from ..errors import (
     BudgetError,
     CheckpointError,
     CollectionError,
+    RefusedAdapterError,
     StreamError,
     UsageError,
     problem_lines,
     skipped_as_json,
 )
-from ..files import atomic_file, own_path, tree_bytes, write_json
+from ..files import atomic_file, own_path, read_json, tree_bytes, write_json
 from ..hub.client import Hub
 from ..hub.lookup import pinned, recalled, source_of
 from ..hub.repository import place_of
@@ -239,10 +241,15 @@ def reconstruct(args: Args) -> int:
     written = {n: str(f) for n, f in folders.items() if n not in faults}
     failed = {n: str(e) for n, e in faults.items()}
     result = {"reconstructed": written} | ({"failed": failed} if failed else {})
-    print_result(args, result, f"{counted(len(written), 'adapter')} in {printable(out)}")
+    text = f"{counted(len(written), 'adapter')} in {printable(out)}"
+    if how and written:
+        result["rank"] = max(read_json(folders[name] / ADAPTER_CONFIG)["r"] for name in written)
+        text += f", uniform, of rank {result['rank']} at most"
+    print_result(args, result, text)
     for line in problem_lines(faults.values(), "FAILED "):
         say(line)
-    return 1 if faults else 0
+    refused = written and all(isinstance(e, RefusedAdapterError) for e in faults.values())
+    return (SKIPPED if refused else 1) if faults else 0
 
 
 def verify(args: Args) -> int:

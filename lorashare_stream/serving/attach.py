@@ -272,20 +272,25 @@ def attach(reader: CheckpointReader, base_model: Any, memory: int | str | None =
         UsageError: if the base has adapters already.
     """
     limit = _bytes_of(memory)
-    _check_base(base_model)
+    check_base(base_model)
     content = content_of(reader, Host(base_model), limit)
     _warn(reader, content.left_out)
     return AttachedModel(base_model, content)
 
 
-def _check_base(base: Any) -> None:
+def check_base(base: Any, *, peft: bool = False) -> None:
+    """Demand a base model without adapters; with `peft`, layers of PEFT that an earlier `apply` left may be in it.
+
+    Raises:
+        UsageError: if a checkpoint is attached to it, or it is a `peft.PeftModel`.
+    """
     if not isinstance(base, nn.Module):
         raise UsageError("the base is no torch.nn.Module", found=type(base).__name__)
     if isinstance(base, AttachedModel) or base in _attached:
         raise UsageError(
             "the base has a checkpoint attached", remedy="Call detach() of what attach gave, or load the base anew."
         )
-    for module in base.modules():
+    for module in [base] if peft else base.modules():
         if type(module).__module__.partition(".")[0] == "peft":
             raise UsageError(
                 "the base has adapters of PEFT", found=type(module).__name__, remedy="Give what its unload() gives."
@@ -305,7 +310,7 @@ def _bytes_of(memory: int | str | None) -> int:
 def _warn(reader: CheckpointReader, left_out: Mapping[str, AdapterError]) -> None:
     """Tell of adapters that are not attached, and of errors that change the answers."""
     if left_out:
-        first = f"{len(left_out)} of {len(reader.names)} adapters are not attached, and asking for one is an error:"
+        first = f"not attached: {len(left_out)} of {counted(len(reader.names), 'adapter')}; to ask for one is an error:"
         warnings.warn("\n".join([first, *problem_lines(left_out.values())]), UserWarning, stacklevel=4)
     mean = reader.config.ours.get("errors", {}).get("mean", 0.0)
     if not reader.config.coded and mean > LARGE:

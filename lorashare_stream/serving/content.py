@@ -81,7 +81,8 @@ def _sorted(
         except AdapterError as e:
             e.adapter, left_out[name] = name, e
     if not places:
-        first = next(iter(left_out.values()))
+        each = list(left_out.values())
+        first = next((e for e in each if e.remedy != INSTEAD), each[0])  # what the base lacks, before what they have
         raise CheckpointError(
             f"none of {counted(len(left_out), 'adapter')} can be attached to this base model: {first.problem}",
             **first.details(),

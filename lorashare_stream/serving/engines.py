@@ -14,7 +14,7 @@ from typing import Any
 
 from ..adapters.config import Config
 from ..checkpoint.reader import Tensors
-from ..errors import CheckpointError, UsageError
+from ..errors import RefusedAdapterError, UsageError
 from ..text import listed
 from .uniform import REMEDY, pairs_of
 
@@ -59,7 +59,7 @@ def check_engine(engine: str, tensors: Tensors, config: Mapping[str, Any], adapt
         What the engine passes over without harm, a sentence each.
 
     Raises:
-        CheckpointError: naming the first key or field that it does not take, and the reason.
+        RefusedAdapterError: naming the first key or field that it does not take, and the reason.
         UsageError: for an engine that is not known.
     """
     if engine not in ENGINES:
@@ -71,7 +71,7 @@ def check_engine(engine: str, tensors: Tensors, config: Mapping[str, Any], adapt
         if first is None:
             continue
         if reason is not None:
-            raise CheckpointError(
+            raise RefusedAdapterError(
                 f"{_NAMES[engine]} does not take {part.name}: {reason}", adapter=adapter or None, key=first,
                 remedy=REMEDY,
             )  # fmt: skip
@@ -231,12 +231,12 @@ PARTS = (
     ),
     Part(
         "trained norms", _norms,
-        {"vllm": "of whole weights it takes a head only", "sglang": "it takes lora_A and lora_B only",
+        {"vllm": "of whole weights it takes a classifier's only", "sglang": "it takes lora_A and lora_B only",
          "lorax": _IGNORED},
     ),
     Part(
         "trained weights", _other_full,
-        {"vllm": "of whole weights it takes a head only", "sglang": "it takes lora_A and lora_B only",
+        {"vllm": "of whole weights it takes a classifier's only", "sglang": "it takes lora_A and lora_B only",
          "lorax": _IGNORED, "llama.cpp": _EXITS},
     ),
     Part(

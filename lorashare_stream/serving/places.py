@@ -18,7 +18,7 @@ from ..errors import AdapterError
 from ..text import listed, printable
 
 Shapes = Mapping[str, tuple[int, ...]]
-INSTEAD = "Use apply(base_model, name), which has PEFT load it alone."
+INSTEAD = "Use share.apply(base, name) on another copy of the base, which has PEFT load it alone."
 _WIDE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _OTHERS = {
     "use_dora": "DoRA scales the rows of W + dW",
@@ -243,7 +243,8 @@ def _expected(config: Config) -> str:
 def _right_base(config: Config) -> str:
     maker = _CLASSES.get(str(config.get("task_type")), "the class that it was trained with")
     base = printable(config.get("base_model_name_or_path") or "the base model of the adapter", 100)
-    return f"Load {base} by {maker}, with as many labels, and attach to that."
+    labels = ", with as many labels," if maker.endswith("Classification") else ""
+    return f"Load {base} by {maker}{labels} and attach to that."
 
 
 def _kind(module: Any) -> str:

@@ -17,7 +17,7 @@ from .uniform import uniform
 
 _FACTOR = re.compile(r"\.lora_([AB])\.weight$")
 _PLAIN = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights")  # what `uniform` sets
-_ANEW = "Load it anew: model = share.apply(model.unload(), name)."
+_ANEW = "Load it anew, on the base model that it is of: model = share.apply(model.unload(), name)."
 
 
 def swap(model: Any, tensors: Tensors, config: Mapping[str, Any], adapter: str) -> None:
@@ -104,10 +104,14 @@ def _check_fits(held: Tensors, config: Any, tensors: Tensors, new: Mapping[str, 
         factor = _FACTOR.search(key) is not None
         if ".lora_" in key and (not factor or config.target_parameters):
             raise UsageError("PEFT's hot swap takes factors of layers only", adapter=adapter, key=key, remedy=_ANEW)
-        if shapes.get(key) != wanted.get(key, shapes.get(key) if factor else None):
+        if key not in shapes or (key not in wanted and not factor):
+            where = "the adapter in the model has" if key in wanted else "only the adapter in the model has"
+            lack = "no such parameter" if key in wanted else "such a parameter"
+            raise UsageError(f"{where} {lack}", adapter=adapter, key=key, remedy=_ANEW)
+        if key in wanted and shapes[key] != wanted[key]:
             raise UsageError(
-                "other parameters than the adapter in the model has", adapter=adapter, key=key,
-                found=wanted.get(key, "none"), expected=shapes.get(key, "none"), remedy=_ANEW,
+                "the adapter in the model has a parameter of another shape", adapter=adapter, key=key,
+                found=_told(wanted[key]), expected=_told(shapes[key]), remedy=_ANEW,
             )  # fmt: skip
 
 
@@ -125,6 +129,11 @@ def _uniform(
 def _shapes(tensors: Tensors) -> dict[str, tuple[int, ...]]:
     """Shapes by key, those of factors at rank 0."""
     return {key: _of_rank(tensor, key, 0) for key, tensor in tensors.items()}
+
+
+def _told(shape: tuple[int, ...]) -> str:
+    """A shape, that of a factor without its rank."""
+    return f"[{', '.join(str(n) if n else 'r' for n in shape)}]"
 
 
 def _of_rank(tensor: torch.Tensor, key: str, rank: int) -> tuple[int, ...]:

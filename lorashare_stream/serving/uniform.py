@@ -13,10 +13,10 @@ from ..adapters.config import Config, check_lora, initial_part, other_scaling, r
 from ..adapters.keys import PEFT_PREFIX
 from ..adapters.scaling import Scaling
 from ..checkpoint.reader import Tensors
-from ..errors import AdapterError, CheckpointError, UndecidedError, UsageError
+from ..errors import AdapterError, RefusedAdapterError, UndecidedError, UsageError
 from ..text import printable
 
-REMEDY = "Reconstruct it without --uniform, and serve it by PEFT."
+REMEDY = "Reconstruct it plainly (without --uniform, --rank and --for), and serve it by PEFT."
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?:(?P<side>[AB])\.weight|embedding_(?P<embedding>[AB]))$")
 _WITHIN = ".base_layer.out_proj"  # of a MultiheadAttention
@@ -64,19 +64,19 @@ def uniform(
         without patterns, rsLoRA and initialisation, with `target_modules` as a list.
 
     Raises:
-        CheckpointError: if dW is not s B A of the tensors, s cannot be told, a module has a larger rank than R, or a
-            product does not fit its dtype.
+        RefusedAdapterError: if dW is not s B A of the tensors, s cannot be told, a module has a larger rank than R,
+            or a product does not fit its dtype.
         UsageError: if `rank` is no rank.
     """
     if rank is not None and not 1 <= rank < 1 << 31:
         raise UsageError("rank (--rank) cannot be this", found=rank, expected="a whole number from 1")
     try:
         return _uniform(tensors, config, rank)
-    except CheckpointError as e:
+    except RefusedAdapterError as e:
         e.adapter = adapter or None
         raise
     except AdapterError as e:
-        raise CheckpointError(
+        raise RefusedAdapterError(
             e.problem, adapter=adapter or None, key=e.key, found=e.found, expected=e.expected, remedy=REMEDY
         ) from e
 
@@ -91,7 +91,7 @@ def _uniform(tensors: Tensors, config: Config, rank: int | None) -> tuple[Tensor
     most = max(own, key=own.__getitem__, default=None)
     largest = rank_and_alpha(config)[0] if most is None else own[most]
     if rank is not None and most is not None and rank < largest:
-        raise CheckpointError(
+        raise RefusedAdapterError(
             "a module has a larger rank", key=pairs[most].a, found=largest, expected=f"at most {rank}",
             remedy=f"Give --rank {largest} or more, or none.",
         )  # fmt: skip
@@ -158,7 +158,7 @@ def _padded(tensors: Tensors, pair: Pair, experts: int, rank: int) -> tuple[torc
     if own == rank:
         return a, b
     if a.dim() > 2:
-        raise CheckpointError(
+        raise RefusedAdapterError(
             "a convolution of a smaller rank than others, whose groups only the base model tells", key=pair.a,
             found=own, expected=rank, remedy=REMEDY,
         )  # fmt: skip
@@ -185,7 +185,7 @@ def _fitting(tensors: Tensors, keys: tuple[str, ...], scale: float) -> Tensors:
         if product is not None:
             return {key: product}
     dtype = str(tensors[keys[0]].dtype).removeprefix("torch.")
-    raise CheckpointError(
+    raise RefusedAdapterError(
         f"{dtype} does not hold the product of factor and scale", key=keys[0], found=f"scale {scale:g}",
         expected="values in its range", remedy=REMEDY,
     )  # fmt: skip

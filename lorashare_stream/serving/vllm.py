@@ -82,6 +82,7 @@ def register() -> None:
     if os.environ.get(ALLOW, "0").strip().lower() not in ("1", "true"):
         log.warning("%s has no effect: set %s=1, without which vLLM asks no resolver", CHECKPOINT, ALLOW)
     LoRAResolverRegistry.register_resolver(NAME, found)
+    log.info("adapters of %s are served by their names", printable(found.folders.checkpoint))
 
 
 def resolver_from(environment: Mapping[str, str]) -> CheckpointResolver | None:
