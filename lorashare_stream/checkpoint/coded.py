@@ -17,7 +17,7 @@ from ..adapters.folder import digest_files, open_tensors, tensor_records
 from ..adapters.safetensors import TensorRecord
 from ..errors import CheckpointError
 from ..text import printable
-from .config import SHAREConfig
+from .config import SHAREConfig, record_of
 from .format import ADAPTERS, CODE, CONFIG, INDEX, OURS, VERBATIM
 from .index import CodedAdapter, Index, read_index
 from .packs import Coded, Verbatim, digest_of_tensor
@@ -81,7 +81,7 @@ def metas_in(root: Path, config: SHAREConfig, names: Iterable[str]) -> Iterator[
     if not config.coded:
         yield from metas_of(root, names)
         return
-    index, key = index_of(root, config.coded), str(config.ours.get("basis_digest"))
+    index, key = index_of(root, config.coded), record_of(config).basis_digest
     for name in names:
         if name not in index.adapters:
             raise CheckpointError(f"{CONFIG} and {INDEX} name other adapters", adapter=name, found=root)

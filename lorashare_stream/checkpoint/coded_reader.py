@@ -17,7 +17,7 @@ from ..errors import CheckpointError
 from ..machine import memory
 from ..text import printable
 from .coded import index_of, meta_of
-from .config import read_share_config
+from .config import read_share_config, record_of
 from .format import CONFIG, INDEX, SKIPPED
 from .index import CodedAdapter, Location, Pack
 from .location import Place
@@ -84,7 +84,7 @@ class CodedReader(CheckpointReader):
 
     def meta(self, name: str) -> dict[str, Any]:
         """What is recorded of one adapter, as SHARE checkpoints have it in adapter_meta.json."""
-        return meta_of(self.index.adapters[name], str(self.config.ours.get("basis_digest")))
+        return meta_of(self.index.adapters[name], record_of(self.config).basis_digest)
 
     def loadings(self, name: str) -> Tensors:
         """There are none.

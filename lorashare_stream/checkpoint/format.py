@@ -48,11 +48,11 @@ def skipped_of(out: Path) -> list[dict[str, Any]]:
     return skipped
 
 
-def total_bytes(size: Mapping[str, int]) -> int:
+def total_bytes(size: Mapping[str, float]) -> int:
     """Bytes on disk of a checkpoint, by what it says of its parts."""
-    return sum(size.get(part, 0) for part in PARTS)
+    return int(sum(size.get(part, 0) for part in PARTS))
 
 
-def next_bytes(size: Mapping[str, int], adapters: int) -> int:
+def next_bytes(size: Mapping[str, float], adapters: int) -> int:
     """Bytes that one more adapter costs, on the bases that are there: what one costs on average."""
     return round((total_bytes(size) - size.get("basis", 0)) / max(1, adapters))

@@ -121,7 +121,7 @@ class CheckpointReader:
             return None
 
     def _check_digest(self, found: str | None, file: str) -> None:
-        expected = self.config.ours.get("basis_digest")
+        expected = self.config.record and self.config.record.basis_digest
         if None not in (expected, found) and found != expected:  # lorashare, saving ours again, drops the digests
             raise CheckpointError(
                 f"{printable(file)} belongs to another basis: {self.place.mixed}",
@@ -132,7 +132,7 @@ class CheckpointReader:
     def meta(self, name: str) -> dict[str, Any]:
         """adapter_meta.json of one adapter."""
         relative = f"{ADAPTERS}/{name}/{META}"
-        path = self._file(relative) if self.config.ours else self._optional(relative)  # lorashare does without
+        path = self._file(relative) if self.config.record else self._optional(relative)  # lorashare does without
         if path is None:
             return {}
         try:

@@ -13,10 +13,9 @@ from ..adapters.keys import group_id, split_group_id
 from ..adapters.shapes import ModuleShape
 from ..adapters.source import Source
 from ..checkpoint.coded import metas_in
-from ..checkpoint.config import SHAREConfig, read_share_config
+from ..checkpoint.config import SHAREConfig, read_share_config, record_of
 from ..checkpoint.format import OURS, skipped_of
 from ..checkpoint.records import admission_in
-from ..checkpoint.summary import counts_of, record_of
 from ..errors import AdapterError, CheckpointError, UsageError, WorkspaceError, refusal, skipped_as_json
 from ..hub.lookup import loose_ids, recalled, resolve_on_hub
 from ..pipeline import Outcome, plan_for
@@ -190,7 +189,7 @@ def _add_alone(
 
 def _shapes_in(config: SHAREConfig) -> dict[str, ModuleShape]:
     """What a checkpoint's bases tell of the shapes of its modules."""
-    d = {group: int(basis["d"]) for group, basis in record_of(config).bases.items()}
+    d = {group: basis.d for group, basis in record_of(config).groups.items()}
     modules = {split_group_id(group)[0] for group in d}
     return {m: ModuleShape(0, d[group_id(m, "A")], d[group_id(m, "B")], experts=0) for m in modules}
 
@@ -211,10 +210,10 @@ def _grown(out: Path, config: SHAREConfig, there: Sequence[Admission], run: Run,
     if not admitted:
         return Outcome(refused, "current")
     shapes = {e.shapes_key: e.shapes for e in plan.adapters}
-    journal, settings_key = Journal((*there, *admitted)), record_of(config).settings_key
+    journal, record = Journal((*there, *admitted)), record_of(config)
     job = Job(
         settings=settings,
-        storage=config.ours["dtype"],
+        storage=record.dtype,
         adapters={e.name: e for e in plan.adapters},
         journal=journal,
         shapes={r.shapes: shapes[r.shapes] for r in admitted},
@@ -222,14 +221,14 @@ def _grown(out: Path, config: SHAREConfig, there: Sequence[Admission], run: Run,
         bases=out,
         out=out,
         device="cpu",
-        settings_key=settings_key,
-        checkpoint_key=checkpoint_key_of(settings_key, journal.admissions),
+        settings_key=record.choice,
+        checkpoint_key=checkpoint_key_of(record.choice, journal.admissions),
     )
     left_out = [*skipped_of(out), *skipped_as_json(refused)]
     if config.coded:
         target = coding.target_there(out, config, journal.admissions, left_out)
         return Outcome(refused, coding.code(run, job, target, lambda _: demand_unchanged(out, config)))
-    counts = counts_of(config)
+    counts = {group: basis.n for group, basis in record.groups.items()}
     for group, n in replace(job, journal=Journal(admitted)).counts.items():
         counts[group] = counts.get(group, 0) + n
     published, kept = grow(run, job, out, config, left_out, threshold, counts)

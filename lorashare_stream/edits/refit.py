@@ -7,11 +7,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.config import SHAREConfig
+from ..checkpoint.config import SHAREConfig, record_of
 from ..checkpoint.format import CONFIG, ours_of
 from ..checkpoint.publish import check_output, output_folder
 from ..checkpoint.staging import recover
-from ..checkpoint.summary import record_of
 from ..errors import WorkspaceError
 from ..files import read_sealed
 from ..hub.lookup import recalled
@@ -123,7 +122,7 @@ def _slice(place: Path, config: SHAREConfig, k: int, out: Path, options: RunOpti
     recover(out)
     cut = cut_of(place, config, k, out)
     ours = ours_of(out) or {}
-    if (ours.get("digest"), ours.get("basis_digest")) == (cut.digest, cut.record.basis_key):
+    if (ours.get("digest"), ours.get("basis_digest")) == (cut.digest, cut.record.basis_digest):
         return "current"
     root = options.root_of(place, config)
     own = {cut.source_digest} if out == place else set() if root is None else Workspace(root).published()
@@ -137,6 +136,6 @@ def _slice(place: Path, config: SHAREConfig, k: int, out: Path, options: RunOpti
         mapper_for(workers, lambda: places) as mapper,
     ):
         if work is not None:
-            work.publishing(out, cut.record.basis_key, ours.get("basis_digest"))
+            work.publishing(out, cut.record.basis_digest, ours.get("basis_digest"))
         slice_checkpoint(cut, mapper, at_once, options.progress)
     return "sliced"

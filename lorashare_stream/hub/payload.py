@@ -88,13 +88,12 @@ class Payload:
             raise CheckpointError("adapter names that are no path components", found=found, expected="names of folders")
         if not read.coded and not has_files(root, self.names):
             raise CheckpointError("files of the checkpoint are missing", found=root, remedy="Fetch it again.")
-        settings = read.ours.get("settings", {})
-        aliases = settings.get("base_aliases", []) if isinstance(settings, dict) else []
-        paths = [str(root.absolute()), str(root.resolve()), read.base_model_name_or_path, *map(str, aliases)]
+        aliases = read.record.settings["base_aliases"] if read.record else []
+        paths = [str(root.absolute()), str(root.resolve()), read.base_model_name_or_path, *aliases]
         self._scrub = Scrubber(read.base_model_name_or_path, paths)
         self._config: dict[str, Any] = self._scrub(read_json(root / CONFIG))
         known = {k: v for k, v in self._config.items() if k in SHAREConfig.__dataclass_fields__}
-        self._typed, self.coded = replace(read, **known), bool(read.coded)
+        self._typed, self._record, self.coded = replace(read, **known), read.record, bool(read.coded)
         self.sources: list[Provenance] = []
 
     def config(self) -> Item:
@@ -115,9 +114,9 @@ class Payload:
         if self.coded:
             found = self._coded(progress)
         else:
-            digest = self._typed.ours.get("components")
+            digest = self._record.components if self._record else None
             if digest is not None:
-                check_components(self._root, str(digest))
+                check_components(self._root, digest)
             found = {COMPONENTS: self._tensors(COMPONENTS, digest)}
             if (self._root / SPECTRUM).is_file():
                 found[SPECTRUM] = self._tensors(SPECTRUM)
@@ -171,7 +170,7 @@ class Payload:
         values = unsealed(meta)
         if values is None or not isinstance(values[OURS], dict):
             raise CheckpointError(f"{META} is damaged", adapter=name, remedy=REPAIR)
-        basis, expected = values[OURS].get("basis_digest"), self._typed.ours.get("basis_digest")
+        basis, expected = values[OURS].get("basis_digest"), self._record.basis_digest if self._record else None
         if None not in (basis, expected) and basis != expected:
             raise CheckpointError("an adapter belongs to another basis", adapter=name, found=basis, expected=expected)
         return sealed(self._scrub(values))

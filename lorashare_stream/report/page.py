@@ -57,7 +57,7 @@ def _context(found: PageData) -> dict[str, Any]:
         "histogram": charts.histogram(errors) if len(errors) else "",
         "tradeoff": _cloud(found) if found.coded else _tradeoff(found),
         "num_kinds": len(kinds), "kinds": _table(kinds), "spectra": _spectra(kinds), "heat": _heatmaps(kinds),
-        "num_skipped": max(int(ours["num_skipped"]), len(found.skipped)),
+        "num_skipped": max(ours["num_skipped"], len(found.skipped)),
         "reasons": _reasons(found.skipped),
         "licences": [f"{name} ({n})" for name, n in found.origins.licenses.most_common()],
     }  # fmt: skip

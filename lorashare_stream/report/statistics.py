@@ -17,7 +17,7 @@ from ..adapters.dtypes import ITEMSIZE
 from ..adapters.folder import open_tensors, tensor_records
 from ..adapters.keys import SIDES, Side, split_group_id
 from ..checkpoint.coded import index_of, meta_of
-from ..checkpoint.config import SHAREConfig, read_share_config
+from ..checkpoint.config import Group, SHAREConfig, read_share_config, record_of
 from ..checkpoint.format import ADAPTERS, CONFIG, INDEX, META, OURS, PARTS, SKIPPED, SPECTRUM, skipped_of, total_bytes
 from ..checkpoint.location import Folder, Place
 from ..checkpoint.records import metas_of
@@ -145,7 +145,7 @@ def findings_of(place: Place) -> PageData:
         CheckpointError: if it is none of ours, or not what was written.
     """
     config = read_share_config(place.root)
-    if not config.ours:
+    if config.record is None:
         raise CheckpointError(
             "this checkpoint has no certified errors, spectra and sizes to draw: lorashare wrote it",
             found=place,
@@ -159,12 +159,11 @@ def findings_of(place: Place) -> PageData:
     try:
         skipped = tuple(item for item in skipped_of(place.root) if isinstance(item, dict))
         scrub = Scrubber(config.base_model_name_or_path)  # a page is sent to others
-        told = scrub({"base_model": config.base_model_name_or_path, "settings": config.ours["settings"]})
+        told = scrub({"base_model": config.base_model_name_or_path, "settings": config.record.settings})
         certified = sorted(_certified(metas, codes), key=lambda adapter: (-adapter.error, adapter.name))
-        bases = tuple(_basis(group, facts, spectra) for group, facts in config.ours["groups"].items())
+        bases = tuple(_basis(group, facts, spectra) for group, facts in config.record.groups.items())
         parts = (*parts_of(config), "originals", "lora")
-        sizes = dict.fromkeys(PARTS, 0) | {part: int(config.ours["bytes"][part]) for part in parts}
-        ITEMSIZE[config.ours["dtype"]]
+        sizes = dict.fromkeys(PARTS, 0) | {part: int(config.record.bytes[part]) for part in parts}
         ours = {**config.ours, "settings": told["settings"]}
         reasons = tuple(scrub(item) for item in skipped)
         return PageData(config, told["base_model"], ours, sizes, tuple(certified), bases, reasons, _origins(metas))
@@ -192,7 +191,7 @@ def _coded_metas(place: Place, config: SHAREConfig) -> tuple[list[dict[str, Any]
     missing = [name for name in config.adapter_names if name not in adapters]
     if missing:
         raise CheckpointError(f"{CONFIG} names what is not there", found=listed(missing))
-    key = str(config.ours.get("basis_digest"))
+    key = record_of(config).basis_digest
     metas = [meta_of(adapters[name], key) for name in config.adapter_names]
     return metas, {name: adapter.code.nbytes for name, adapter in adapters.items()}
 
@@ -234,15 +233,13 @@ def _certified(metas: Iterable[Mapping[str, Any]], codes: Mapping[str, int]) -> 
             )
 
 
-def _basis(group: str, facts: Mapping[str, Any], spectra: Mapping[str, Array]) -> Basis:
+def _basis(group: str, f: Group, spectra: Mapping[str, Array]) -> Basis:
     module, side = split_group_id(group)
-    d, n, k = (int(facts[name]) for name in ("d", "n", "k"))
     eigenvalues = spectra[group]
-    if len(eigenvalues) != k or not np.isfinite(eigenvalues).all():
-        raise ValueError(f"{len(eigenvalues)} eigenvalues of {group}, where k is {k}")
-    energy, explained = _number(facts["energy"]), _number(facts["explained"])
+    if len(eigenvalues) != f.k or not np.isfinite(eigenvalues).all():
+        raise ValueError(f"{len(eigenvalues)} eigenvalues of {group}, where k is {f.k}")
     kind, depth = kind_and_depth(module)
-    return Basis(kind, depth, side, d, n, k, energy, explained, eigenvalues)
+    return Basis(kind, depth, side, f.d, f.n, f.k, f.energy, f.explained, eigenvalues)
 
 
 def _number(value: Any) -> float:

@@ -106,7 +106,7 @@ def names_base(config: SHAREConfig, name: str, aliases: tuple[str, ...] = ()) ->
         name: what an engine calls its model.
         aliases: more names that are accepted.
     """
-    settings = config.ours.get("settings", {})
+    settings = config.record.settings if config.record else {}
     known = {config.base_model_name_or_path, *aliases, *map(str, settings.get("base_aliases", ()))}
     cached = cached_id(name)
     if name in known or (cached is not None and cached.repo in known) or settings.get("any_base"):

@@ -14,11 +14,12 @@ from ..adapters.adapter import Adapter
 from ..adapters.folder import digest_files
 from ..adapters.keys import SIDES, group_id
 from ..adapters.shapes import Shapes
+from ..checkpoint.config import CheckpointRecord, Group
 from ..checkpoint.format import COMPONENTS
 from ..checkpoint.publish import staging_folder
 from ..checkpoint.records import metas_of
 from ..checkpoint.staging import Staging
-from ..checkpoint.summary import CheckpointRecord, Statistics, statistics_of
+from ..checkpoint.summary import Statistics, statistics_of
 from ..errors import AdapterError, DamagedFetchError, DiskError, LockedError, ValuesError, WorkspaceError, refusal
 from ..files import free_bytes, tree_bytes
 from ..hub.client import cache_folder
@@ -287,13 +288,12 @@ def record_of_job(plan: Plan, job: Job, bases: Bases, staging: Staging) -> Check
     groups = {group_id(m, side): facts[side] for m, facts in bases.items() for side in SIDES if side in facts}
     removed = sorted({name for facts in bases.values() for name in facts["removed"]})
     return CheckpointRecord(
-        plan.base_model,
-        plan.settings.chosen(),
-        plan.storage,
-        plan.settings_key,
-        plan.binding,
-        job.basis_key,
-        digest_files([staging.root / COMPONENTS]),
-        {group: {k: facts[k] for k in ("d", "k", "energy", "explained")} for group, facts in groups.items()},
-        removed=tuple(removed),
-    )
+        settings=plan.settings.chosen(),
+        dtype=plan.storage,
+        choice=plan.settings_key,
+        binding=plan.binding,
+        basis_digest=job.basis_key,
+        components=digest_files([staging.root / COMPONENTS]),
+        groups={g: Group(**{k: facts[k] for k in Group.model_fields}) for g, facts in groups.items()},
+        removed=removed,
+    ).counting(job.counts)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,11 @@ from ..adapters.dtypes import ITEMSIZE, as_stored
 from ..adapters.folder import digest_files, open_tensors, tensor_records
 from ..adapters.keys import SIDES, group_id, split_group_id
 from ..adapters.safetensors import TensorReader, TensorRecord, float32, write_safetensors
-from ..checkpoint.config import SHAREConfig, read_share_config
+from ..checkpoint.config import CheckpointRecord, Group, SHAREConfig, read_share_config, record_of
 from ..checkpoint.format import ADAPTERS, COMPONENTS, LOADINGS, META, OURS, SPECTRUM, VERBATIM, skipped_of
 from ..checkpoint.records import REPAIR, admission_in, check_components, metas_of, sizes_of
 from ..checkpoint.staging import Staging
-from ..checkpoint.summary import CheckpointRecord, counts_of, record_of, share_config, statistics_of
+from ..checkpoint.summary import share_config, statistics_of
 from ..errors import CheckpointError
 from ..files import naming, sealed, unsealed
 from ..linalg.basis import restore
@@ -51,7 +51,7 @@ class Cut:
 
     Attributes:
         source, out: their folders.
-        record: of the smaller one.
+        record, base_model: of the smaller one.
         digest: of all that decides the result.
         source_digest: of the components of `source`.
     """
@@ -59,17 +59,17 @@ class Cut:
     source: Path
     out: Path
     record: CheckpointRecord
+    base_model: str
     digest: str
     source_digest: str
 
 
 def cut_of(source: Path, config: SHAREConfig, num_components: int, out: Path) -> Cut:
     """What slicing a checkpoint of ours comes to, before it is done."""
-    record = _sliced_record(record_of(config), num_components, _spectrum(source), config.num_components)
-    digest = checkpoint_key_of(
-        record.settings_key, [admission_in(meta) for meta in metas_of(source, config.adapter_names)]
-    )
-    return Cut(source, out, record, digest, str(config.ours["basis_digest"]))
+    record, base = record_of(config), config.base_model_name_or_path
+    sliced = _sliced_record(record, base, num_components, _spectrum(source), config.num_components)
+    digest = checkpoint_key_of(sliced.choice, [admission_in(meta) for meta in metas_of(source, config.adapter_names)])
+    return Cut(source, out, sliced, base, digest, record.basis_digest)
 
 
 def slice_checkpoint(cut: Cut, mapper: Mapper, at_once: int, progress: Progress = silent) -> None:
@@ -83,36 +83,38 @@ def slice_checkpoint(cut: Cut, mapper: Mapper, at_once: int, progress: Progress 
     config = read_share_config(cut.source)
     names, left_out = config.adapter_names, skipped_of(cut.source)
     check_components(cut.source, cut.record.components)
-    with Staging.open(cut.out, digest_of([cut.digest, cut.record.basis_key])) as staging:
+    with Staging.open(cut.out, digest_of([cut.digest, cut.record.basis_digest])) as staging:
         _write_bases(cut, staging)
-        record = replace(cut.record, components=digest_files([staging.root / COMPONENTS]))
+        record = cut.record.model_copy(update={"components": digest_files([staging.root / COMPONENTS])})
         admissions = [admission_in(meta) for meta in metas_of(cut.source, names)]
-        todo = [r.name for r in admissions if not staging.done(r, cut.record.basis_key)]
+        todo = [r.name for r in admissions if not staging.done(r, cut.record.basis_digest)]
         sliced = mapper.map(partial(slice_adapter, cut, staging), todo, at_once, lot=LOT)
         for _ in progress("project", len(todo), sliced):
             pass
         staging.sync(names)
         statistics = [statistics_of(meta) for meta in metas_of(staging.root, names)]
         sizes = sizes_of(staging.root, names)
-        new = share_config(record, statistics, counts_of(config), digest=cut.digest, sizes=sizes, skipped=left_out)
+        new = share_config(
+            record, statistics, base_model=cut.base_model, digest=cut.digest, sizes=sizes, skipped=left_out
+        )
         staging.commit(cut.out, new, left_out)
 
 
 def _sliced_record(
-    record: CheckpointRecord, k: int, spectrum: dict[str, NDArray[np.float64]], cut_from: int
+    record: CheckpointRecord, base_model: str, k: int, spectrum: dict[str, NDArray[np.float64]], cut_from: int
 ) -> CheckpointRecord:
-    bases: dict[str, dict[str, Any]] = {}
-    for group, facts in record.bases.items():
-        lost = float(spectrum[group][k:].sum()) / facts["energy"] if facts["energy"] > 0 else 0.0
-        bases[group] = {**facts, "k": min(k, facts["k"]), "explained": facts["explained"] - lost}
-    return replace(
-        record,
-        settings={**record.settings, "num_components": k},
-        settings_key=settings_key_of(record.binding, record.base_model, k, 0.0, record.dtype),
-        basis_key=digest_of(["sliced", record.basis_key, k]),
-        bases=bases,
-        cut_from=cut_from,
-    )
+    groups: dict[str, Group] = {}
+    for group, f in record.groups.items():
+        lost = float(spectrum[group][k:].sum()) / f.energy if f.energy > 0 else 0.0
+        groups[group] = f.model_copy(update={"k": min(k, f.k), "explained": f.explained - lost})
+    changes = {
+        "settings": {**record.settings, "num_components": k},
+        "choice": settings_key_of(record.binding, base_model, k, 0.0, record.dtype),
+        "basis_digest": digest_of(["sliced", record.basis_digest, k]),
+        "groups": groups,
+        "cut_from": cut_from,
+    }
+    return record.model_copy(update=changes)
 
 
 def _spectrum(source: Path) -> dict[str, NDArray[np.float64]]:
@@ -127,16 +129,16 @@ def _write_bases(cut: Cut, staging: Staging) -> None:
     source = (cut.source / COMPONENTS,)
     with open_tensors(source) as tensors:
         records = {r.name: r for r in tensor_records(source)}
-        shapes = {group: (cut.record.bases[group]["d"], cut.record.bases[group]["k"]) for group in records}
+        shapes = {group: (cut.record.groups[group].d, cut.record.groups[group].k) for group in records}
         chunks = (
             np.ascontiguousarray(tensors.raw(r).reshape(r.shape[0], -1)[:, : ITEMSIZE[r.dtype] * k])
             for r, (_, k) in zip(records.values(), shapes.values(), strict=True)
         )
         staging.write_components(
-            (chunk.data.cast("B") for chunk in chunks), shapes, cut.record.dtype, cut.record.basis_key
+            (chunk.data.cast("B") for chunk in chunks), shapes, cut.record.dtype, cut.record.basis_digest
         )
     spectrum = _spectrum(cut.source)
-    staging.write_spectrum({g: values[: cut.record.bases[g]["k"]].tolist() for g, values in spectrum.items()})
+    staging.write_spectrum({g: values[: cut.record.groups[g].k].tolist() for g, values in spectrum.items()})
 
 
 def slice_adapter(cut: Cut, staging: Staging, name: str) -> None:
@@ -149,12 +151,12 @@ def slice_adapter(cut: Cut, staging: Staging, name: str) -> None:
     paths = (origin / LOADINGS,)
     with staging.adapter(name) as folder, naming(folder), open_tensors(paths) as tensors:
         stored = {r.name: float32(tensors, r) for r in tensor_records(paths)}
-        kept = {group: array[: cut.record.bases[group]["k"]] for group, array in stored.items()}
+        kept = {group: array[: cut.record.groups[group].k] for group, array in stored.items()}
         _write_rows(folder / LOADINGS, tensors, {r: len(kept[r.name]) for r in tensor_records(paths)}, cut.record.dtype)
         if (origin / VERBATIM).exists():
             shutil.copyfile(origin / VERBATIM, folder / VERBATIM)
         lost = _lost(cut, stored, kept, meta["original_config"])
-        ours = _sliced_facts(meta[OURS], lost, cut.record.basis_key)
+        ours = _sliced_facts(meta[OURS], lost, cut.record.basis_digest)
         ours["files"] = {file: digest_files([folder / file]) for file in ours["files"]}
         (folder / META).write_text(
             json.dumps(sealed({**(unsealed(meta) or meta), OURS: ours}), indent=2), encoding="utf-8"

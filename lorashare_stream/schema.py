@@ -1,0 +1,63 @@
+"""Files of JSON that this package writes: each has a pydantic model, which refuses what it does not know by name."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .errors import CheckpointError
+from .text import printable
+
+M = TypeVar("M", bound=BaseModel)
+FORMAT = 1  # of every file that has a field `format`
+Format = Literal[1]
+Count = Annotated[int, Field(strict=True, ge=0, lt=1 << 63)]
+Measure = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Schema(BaseModel):
+    """A part of a file of ours: what it does not know is refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Strict(Schema):
+    """A part of a file of ours in which no value stands for one of another type."""
+
+    model_config = ConfigDict(strict=True)
+
+
+def checked(model: type[M], values: object, file: str, remedy: str, adapter: str | None = None) -> M:
+    """The content of a file, which may be a stranger's.
+
+    Args:
+        model: of the file.
+        values: what JSON has.
+        file, adapter: its name, and the adapter that it is of.
+        remedy: what to do if it is damaged.
+
+    Raises:
+        CheckpointError: naming the field that is wrong.
+    """
+    n = values.get("format") if isinstance(values, dict) else None
+    if isinstance(n, int) and n > FORMAT:
+        raise CheckpointError(
+            f"{file} was written by a newer version of lorashare-stream", adapter=adapter, key="format", found=n,
+            expected=FORMAT, remedy="Install that: pip install --upgrade lorashare-stream.",
+        )  # fmt: skip
+    try:
+        return model.model_validate(values)
+    except ValidationError as e:
+        raise CheckpointError(
+            f"{file} is not what lorashare-stream writes", adapter=adapter, remedy=remedy, **fault_of(e)
+        ) from e
+
+
+def fault_of(error: ValidationError) -> dict[str, Any]:
+    """The first thing that is wrong: `key`, `found` and `expected` of an error."""
+    first = error.errors(include_url=False)[0]
+    found = "nothing" if first["type"] == "missing" else printable(first["input"])
+    expected = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    expected = {"missing": "a value", "extra_forbidden": "no field of this name"}.get(first["type"], expected)
+    return {"key": ".".join(map(str, first["loc"])), "found": found, "expected": expected}
