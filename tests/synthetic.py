@@ -39,8 +39,8 @@ def synthetic(
     told = {"mean": 0.5, "median": 0.5, "p95": 0.9, "max": 0.9, "adapters": len(names), "worst": []}
     ours = {
         "version": "0.1.0", "objective": chosen["objective"], "center": chosen["center"], "dtype": "BF16",
-        "settings": chosen,
-        "choice": "e" * 16, "binding": {}, "errors": told, "basis_digest": "b" * 16, "components": "c" * 64, "digest": "d" * 16,
+        "settings": chosen, "choice": "e" * 16, "binding": {}, "errors": told,
+        "basis_digest": "b" * 16, "components": "c" * 64, "digest": "d" * 16,
         "bytes": sizes, "verbatim_adapters": [], "projected": [], "removed": [], "num_skipped": 0,
         "groups": {group: facts | {"n": rank * len(names)} for group, facts in bases.items()},
     }  # fmt: skip
