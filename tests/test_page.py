@@ -77,7 +77,7 @@ def spoil(checkpoint: Path) -> None:
     path = checkpoint / "share_config.json"
     config = json.loads(path.read_text())
     ours = config["compression_stats"]["lorashare_stream"]
-    config["base_model_name_or_path"] = ours["version"] = ours["objective"] = "".join(EVIL[:4])
+    config["base_model_name_or_path"] = ours["version"] = "".join(EVIL[:4])
     ours["removed"] = ours["projected"] = ours["verbatim_adapters"] = EVIL
     ours["digest"] = ours["components"] = EVIL[0]
     ours["settings"]["base_aliases"] = EVIL

@@ -142,7 +142,7 @@ def test_a_pushed_checkpoint_is_loaded_again(hub: FakeHub, checkpoint: Path, tmp
         assert a.keys() == b.keys() == c.keys() == d.keys()
         assert all(torch.equal(a[k], b[k]) and torch.equal(a[k], c[k]) for k in a)
         assert all(torch.allclose(a[k], d[k], atol=1e-6) for k in a)
-    assert [m["adapter_name"] for m in metas_of(copy, ours.adapter_names)] == ours.adapter_names
+    assert [m.adapter_name for m in metas_of(copy, ours.adapter_names)] == ours.adapter_names
     assert read_share_config(copy).ours["digest"] == read_share_config(checkpoint).ours["digest"]
 
 
@@ -661,7 +661,7 @@ def test_foreign_strings_are_shown_and_do_nothing(checkpoint: Path, text: str) -
     config = read_share_config(checkpoint)
     stats = json.loads(json.dumps(config.compression_stats))
     stats[OURS]["errors"]["worst"][0]["name"] = text
-    stats[OURS] |= {"objective": text, "dtype": text, "projected": [text], "verbatim_adapters": [text, "b"]}
+    stats[OURS] |= {"projected": [text], "verbatim_adapters": [text, "b"]}
     config = replace(config, base_model_name_or_path=text, compression_stats=stats)
     plain = card(replace(config, base_model_name_or_path="x"), [Provenance("n", HubId("org/a", SHA))], REPO)
     sources = [Provenance(text, HubId(text, text, text), text), Provenance(text, HubId("org/a", SHA), text)]

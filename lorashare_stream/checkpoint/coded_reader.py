@@ -23,6 +23,7 @@ from .index import CodedAdapter, Location, Pack
 from .location import Place
 from .packs import Read, check_pack, read_code, read_verbatim
 from .reader import CheckpointReader, Tensors
+from .records import AdapterMeta
 
 LARGEST = 1 << 34  # numbers of an adapter; a foreign index may claim more
 DECODED_BYTES = 40  # of each number, in memory while an adapter is decoded, at most
@@ -82,7 +83,7 @@ class CodedReader(CheckpointReader):
             raise CheckpointError(f"{CONFIG} and {INDEX} name other adapters", found=place)
         self.components: Any = AbsentMapping("components")
 
-    def meta(self, name: str) -> dict[str, Any]:
+    def meta(self, name: str) -> AdapterMeta:
         """What is recorded of one adapter, as SHARE checkpoints have it in adapter_meta.json."""
         return meta_of(self.index.adapters[name], record_of(self.config).basis_digest)
 

@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass
 from ..errors import CheckpointError, MissingCheckpointError
 from ..files import read_json
 from ..schema import Count, Format, Measure, Strict, checked, fault_of
-from ..settings import Settings
+from ..settings import Objective, Settings
 from ..text import listed, printable
 from .format import CONFIG, OURS, PARTS
 from .publish import settled
@@ -93,7 +93,7 @@ class Recorded(CheckpointRecord):
 
     version: Annotated[str, "of the package that wrote it"]
     digest: Annotated[str, "of all that decides the checkpoint"]
-    objective: Annotated[str, "as in `settings`"] = "delta"
+    objective: Annotated[Objective, "as in `settings`"] = "delta"
     center: Annotated[bool, "as in `settings`"] = False
     share_initial: Annotated[bool, "as in `settings`"] = False
     num_skipped: Annotated[Count, "adapters that were left out"] = 0

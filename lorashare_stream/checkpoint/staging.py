@@ -99,7 +99,7 @@ class Staging:
         folder = self.root / ADAPTERS / admission.name
         if not os.path.lexists(folder):
             return False
-        whole = not folder.is_symlink() and is_whole(folder, admission, basis_key)
+        whole = not folder.is_symlink() and is_whole(self.root, admission, basis_key)
         if not whole:
             remove_tree(folder)
         return whole

@@ -15,6 +15,7 @@ from ..files import json_bytes
 from ..version import __version__
 from .config import CheckpointRecord, Errors, Group, Recorded, Worst, config_bytes
 from .format import OURS
+from .records import AdapterMeta
 
 Json = Mapping[str, Any]
 
@@ -37,18 +38,17 @@ class Statistics:
     kept: frozenset[str] = frozenset()
 
 
-def statistics_of(meta: Json) -> Statistics:
+def statistics_of(meta: AdapterMeta) -> Statistics:
     """The figures in an adapter_meta.json."""
-    ours, config = meta[OURS], meta["original_config"]
-    shared = ours["worst_module"] is not None
+    ours, shared = meta.ours, meta.ours.worst_module is not None
     return Statistics(
-        meta["adapter_name"],
-        ours["relative_error"],
-        ours["source_bytes"],
-        ours["lora_bytes"],
+        meta.adapter_name,
+        ours.relative_error,
+        ours.source_bytes,
+        ours.lora_bytes,
         shared,
-        *rank_and_alpha(config),
-        frozenset(m.rpartition(".")[2] for key in ours["verbatim"] if shared and (m := parse_key(key, "").module)),
+        *rank_and_alpha(meta.original_config),
+        frozenset(m.rpartition(".")[2] for key in ours.verbatim if shared and (m := parse_key(key, "").module)),
     )
 
 

@@ -14,7 +14,7 @@ from ..adapters.shapes import ModuleShape
 from ..adapters.source import Source
 from ..checkpoint.coded import metas_in
 from ..checkpoint.config import SHAREConfig, read_share_config, record_of
-from ..checkpoint.format import OURS, skipped_of
+from ..checkpoint.format import skipped_of
 from ..checkpoint.records import admission_in
 from ..errors import AdapterError, CheckpointError, UsageError, WorkspaceError, refusal, skipped_as_json
 from ..hub.lookup import loose_ids, recalled, resolve_on_hub
@@ -104,7 +104,7 @@ def add_one(checkpoint: Path, adapter: str | Mapping[str, str], options: RunOpti
     kept = dict.fromkeys(("min_explained_variance", "mean_explained_variance"), min(outcome.kept.values(), default=0.0))
     result: dict[str, Any] = {"method": outcome.method, "adapter_name": added[0]}
     if config.coded:
-        return result | {"relative_error": next(metas_in(checkpoint, config, added))[OURS]["relative_error"]}
+        return result | {"relative_error": next(metas_in(checkpoint, config, added)).ours.relative_error}
     return result | (kept if outcome.kept else {})
 
 
@@ -113,7 +113,7 @@ def _check_names(config: SHAREConfig, out: Path, sources: Sequence[Source]) -> N
     taken = {folded(name): name for name in config.adapter_names}
     for source in sources:
         name = None if source.name is None else taken.get(folded(source.name))
-        if name is not None and next(metas_in(out, config, [name]))[OURS]["source_id"] != source.id:
+        if name is not None and next(metas_in(out, config, [name])).ours.source_id != source.id:
             raise UsageError(
                 f"there is an adapter named {printable(name)!r} already", found=source.path, remedy="Give another name."
             )
@@ -148,7 +148,7 @@ def _note(plan: Plan, fresh: Collection[str]) -> None:
 
 def _pins_in(out: Path, config: SHAREConfig) -> dict[str, str]:
     """What ids of the Hub mean that a checkpoint has adapters of."""
-    return loose_ids(str(meta[OURS]["source_id"]) for meta in metas_in(out, config, config.adapter_names))
+    return loose_ids(meta.ours.source_id for meta in metas_in(out, config, config.adapter_names))
 
 
 def _receipts_in(out: Path, config: SHAREConfig) -> list[Admission]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,9 +17,9 @@ from ..adapters.folder import open_tensors, tensor_records
 from ..adapters.keys import SIDES, Side, split_group_id
 from ..checkpoint.coded import index_of, meta_of
 from ..checkpoint.config import Group, SHAREConfig, read_share_config, record_of
-from ..checkpoint.format import ADAPTERS, CONFIG, INDEX, META, OURS, PARTS, SKIPPED, SPECTRUM, skipped_of, total_bytes
+from ..checkpoint.format import ADAPTERS, CONFIG, INDEX, META, PARTS, SKIPPED, SPECTRUM, skipped_of, total_bytes
 from ..checkpoint.location import Folder, Place
-from ..checkpoint.records import metas_of
+from ..checkpoint.records import AdapterMeta, metas_of
 from ..errors import AdapterError, CheckpointError
 from ..hub.scrub import Scrubber
 from ..text import is_component, listed
@@ -176,13 +175,13 @@ def parts_of(config: SHAREConfig) -> tuple[str, ...]:
     return tuple(part for part in PARTS if part not in (("basis", "loadings") if config.coded else ("codes",)))
 
 
-def _metas(place: Place, config: SHAREConfig) -> tuple[list[dict[str, Any]], dict[str, int]]:
+def _metas(place: Place, config: SHAREConfig) -> tuple[list[AdapterMeta], dict[str, int]]:
     """What is recorded of each adapter of a SHARE checkpoint, and bytes of codes: of none."""
     _fetch(place, config.adapter_names)
     return list(metas_of(place.root, config.adapter_names)), {}
 
 
-def _coded_metas(place: Place, config: SHAREConfig) -> tuple[list[dict[str, Any]], dict[str, int]]:
+def _coded_metas(place: Place, config: SHAREConfig) -> tuple[list[AdapterMeta], dict[str, int]]:
     """What is recorded of each adapter of a coded checkpoint, and the bytes of its code."""
     for file in (INDEX, SKIPPED):
         with suppress(FileNotFoundError):  # it has none of these if none was left out; the index is asked for below
@@ -222,15 +221,12 @@ def _spectra(place: Place) -> dict[str, Array]:
         ) from e
 
 
-def _certified(metas: Iterable[Mapping[str, Any]], codes: Mapping[str, int]) -> Iterable[Certified]:
+def _certified(metas: Iterable[AdapterMeta], codes: Mapping[str, int]) -> Iterable[Certified]:
     for meta in metas:
-        ours = meta[OURS]
-        if ours["worst_module"] is not None:  # else it is kept exact
-            error, worst = _number(ours["relative_error"]), _number(ours["worst_module_error"])
-            name, code = str(meta["adapter_name"]), codes.get(meta["adapter_name"], 0)
-            yield Certified(
-                name, error, str(ours["worst_module"]), worst, _number(ours["lora_bytes"]) / code if code else 0.0
-            )
+        name, ours, code = meta.adapter_name, meta.ours, codes.get(meta.adapter_name, 0)
+        if ours.worst_module is not None:  # else it is kept exact
+            times = ours.lora_bytes / code if code else 0.0
+            yield Certified(name, ours.relative_error, ours.worst_module, ours.worst_module_error, times)
 
 
 def _basis(group: str, f: Group, spectra: Mapping[str, Array]) -> Basis:
@@ -240,12 +236,6 @@ def _basis(group: str, f: Group, spectra: Mapping[str, Array]) -> Basis:
         raise ValueError(f"{len(eigenvalues)} eigenvalues of {group}, where k is {f.k}")
     kind, depth = kind_and_depth(module)
     return Basis(kind, depth, side, f.d, f.n, f.k, f.energy, f.explained, eigenvalues)
-
-
-def _number(value: Any) -> float:
-    if not math.isfinite(number := float(value)):
-        raise ValueError(f"{value} is no measure")
-    return number
 
 
 def kind_and_depth(module: str) -> tuple[str, int | None]:
@@ -261,12 +251,12 @@ def kind_and_depth(module: str) -> tuple[str, int | None]:
     return ".".join(parts[last:]), depth
 
 
-def _origins(metas: Iterable[Mapping[str, Any]]) -> Origins:
-    told = [meta[OURS].get("hub") for meta in metas]
-    hub = [facts for facts in told if isinstance(facts, dict)]
-    closed = sum(bool(facts.get("gated") or facts.get("private")) for facts in hub)
-    licenses = Counter(str(facts.get("license") or "not stated") for facts in hub)
-    return Origins(len(told) - len(hub), len(hub), len({str(facts.get("repo")) for facts in hub}), closed, licenses)
+def _origins(metas: Iterable[AdapterMeta]) -> Origins:
+    told = [meta.ours.hub for meta in metas]
+    hub = [facts for facts in told if facts is not None]
+    closed = sum(bool(facts.gated or facts.private) for facts in hub)
+    licenses = Counter(facts.license or "not stated" for facts in hub)
+    return Origins(len(told) - len(hub), len(hub), len({facts.repo for facts in hub}), closed, licenses)
 
 
 def curve_of(found: PageData) -> Curve:

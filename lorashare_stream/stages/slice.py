@@ -28,12 +28,12 @@ from ..adapters.folder import digest_files, open_tensors, tensor_records
 from ..adapters.keys import SIDES, group_id, split_group_id
 from ..adapters.safetensors import TensorReader, TensorRecord, float32, write_safetensors
 from ..checkpoint.config import CheckpointRecord, Group, SHAREConfig, read_share_config, record_of
-from ..checkpoint.format import ADAPTERS, COMPONENTS, LOADINGS, META, OURS, SPECTRUM, VERBATIM, skipped_of
-from ..checkpoint.records import REPAIR, admission_in, check_components, metas_of, sizes_of
+from ..checkpoint.format import ADAPTERS, COMPONENTS, LOADINGS, META, SPECTRUM, VERBATIM, skipped_of
+from ..checkpoint.records import REPAIR, AdapterRecord, admission_in, check_components, metas_of, sizes_of
 from ..checkpoint.staging import Staging
 from ..checkpoint.summary import share_config, statistics_of
 from ..errors import CheckpointError
-from ..files import naming, sealed, unsealed
+from ..files import naming, sealed
 from ..linalg.basis import restore
 from ..linalg.delta import DeltaError, delta_error
 from ..plan.plan import settings_key_of
@@ -145,7 +145,7 @@ def slice_adapter(cut: Cut, staging: Staging, name: str) -> None:
     """Write the first rows of an adapter's loadings, and what that loses."""
     origin = cut.source / ADAPTERS / name
     meta = next(metas_of(cut.source, [name]))
-    for file, digest in meta[OURS]["files"].items():
+    for file, digest in meta.ours.files.items():
         if digest_files([origin / file]) != digest:
             raise CheckpointError(f"{file} is damaged", adapter=name, remedy=REPAIR)
     paths = (origin / LOADINGS,)
@@ -155,12 +155,12 @@ def slice_adapter(cut: Cut, staging: Staging, name: str) -> None:
         _write_rows(folder / LOADINGS, tensors, {r: len(kept[r.name]) for r in tensor_records(paths)}, cut.record.dtype)
         if (origin / VERBATIM).exists():
             shutil.copyfile(origin / VERBATIM, folder / VERBATIM)
-        lost = _lost(cut, stored, kept, meta["original_config"])
-        ours = _sliced_facts(meta[OURS], lost, cut.record.basis_digest)
-        ours["files"] = {file: digest_files([folder / file]) for file in ours["files"]}
-        (folder / META).write_text(
-            json.dumps(sealed({**(unsealed(meta) or meta), OURS: ours}), indent=2), encoding="utf-8"
-        )
+        lost = _lost(cut, stored, kept, meta.original_config)
+        facts = _sliced_facts(meta.ours, lost)
+        facts |= {"files": {f: digest_files([folder / f]) for f in meta.ours.files}}
+        ours = meta.ours.model_copy(update=facts | {"basis_digest": cut.record.basis_digest})
+        values = sealed(meta.model_copy(update={"ours": ours}).plain())
+        (folder / META).write_text(json.dumps(values), encoding="utf-8")
 
 
 def _write_rows(path: Path, tensors: TensorReader, rows: Mapping[TensorRecord, int], dtype: str) -> None:
@@ -189,13 +189,11 @@ def _lost(
     return lost
 
 
-def _sliced_facts(ours: dict[str, Any], lost: dict[str, DeltaError], basis_key: str) -> dict[str, Any]:
+def _sliced_facts(ours: AdapterRecord, lost: dict[str, DeltaError]) -> dict[str, Any]:
     worst = max(lost, key=lambda m: lost[m].relative, default=None)
-    norm = ours["delta_norm"] ** 2
-    error = ours["relative_error"] ** 2 + (sum(e.error for e in lost.values()) / norm if norm > 0 else 0.0)
+    norm = ours.delta_norm**2
+    error = ours.relative_error**2 + (sum(e.error for e in lost.values()) / norm if norm > 0 else 0.0)
     return {
-        **ours,
-        "basis_digest": basis_key,
         "relative_error": error**0.5,
         "worst_module": worst,
         "worst_module_error": lost[worst].relative if worst is not None else 0.0,
