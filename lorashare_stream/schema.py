@@ -10,6 +10,7 @@ from .errors import CheckpointError
 from .text import printable
 
 M = TypeVar("M", bound=BaseModel)
+NEWER = "Install that: pip install --upgrade lorashare-stream."
 FORMAT = 1  # of every file that has a field `format`
 Format = Literal[1]
 Count = Annotated[int, Field(strict=True, ge=0, lt=1 << 63)]
@@ -44,7 +45,7 @@ def checked(model: type[M], values: object, file: str, remedy: str, adapter: str
     if isinstance(n, int) and n > FORMAT:
         raise CheckpointError(
             f"{file} was written by a newer version of lorashare-stream", adapter=adapter, key="format", found=n,
-            expected=FORMAT, remedy="Install that: pip install --upgrade lorashare-stream.",
+            expected=FORMAT, remedy=NEWER,
         )  # fmt: skip
     try:
         return model.model_validate(values)

@@ -81,6 +81,7 @@ class CheckpointRecord(Strict):
     projected: Annotated[list[str], "adapters added since the bases were fitted, and not in them"] = Field(default=[])
     removed: Annotated[list[str], "adapters taken out since, and still in them"] = Field(default=[])
     cut_from: Annotated[int | None, "the k from which a smaller one was cut; errors are then not measured"] = None
+    base_model: str = Field(default="", exclude=True)  # which share_config.json has elsewhere
 
     def counting(self, counts: Mapping[str, int]) -> CheckpointRecord:
         """The same with other n."""
@@ -137,7 +138,10 @@ class SHAREConfig:
             CheckpointError: if it is not what this version writes.
         """
         found = self.compression_stats.get(OURS)
-        return None if not found else checked(Recorded, found, f"{OURS} in {CONFIG}", _ELSE)
+        if found in (None, {}):
+            return None
+        ours = checked(Recorded, found, f"{OURS} in {CONFIG}", _ELSE)
+        return ours.model_copy(update={"base_model": self.base_model_name_or_path})
 
     @property
     def ours(self) -> dict[str, Any]:

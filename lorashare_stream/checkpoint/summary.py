@@ -56,7 +56,6 @@ def share_config(
     record: CheckpointRecord,
     adapters: Sequence[Statistics],
     *,
-    base_model: str,
     digest: str,
     sizes: Mapping[str, int],
     skipped: Sequence[Any],
@@ -68,7 +67,6 @@ def share_config(
     Args:
         record: what it is of.
         adapters: figures of every adapter, in order.
-        base_model: as the configuration names it.
         digest: of all that decides the result.
         sizes: bytes on disk by part.
         skipped: the adapters that were left out.
@@ -81,7 +79,7 @@ def share_config(
         "num_components": max((f.k for f in record.groups.values()), default=0),
         "component_selection": "auto" if record.settings.get("num_components") == "auto" else "fixed",
         "variance_threshold": record.settings.get("variance_threshold", 0.95),
-        "base_model_name_or_path": base_model,
+        "base_model_name_or_path": record.base_model,
         "target_modules": sorted({m.rpartition(".")[2] for m in (*layers, *modules)}),
         "lora_rank": _commonest([a.rank for a in adapters]),
         "lora_alpha": _commonest([a.alpha for a in adapters]),

@@ -192,9 +192,7 @@ def shrink(out: Path, config: SHAREConfig, names: Sequence[str]) -> None:
     with Staging.open(out, digest_of(["shrinking", digest])) as staging:
         demand_unchanged(out, config)
         staging.link(out, stay)
-        staging.commit(
-            out, changed(staging.root, less, config.base_model_name_or_path, stay, digest, left_out), left_out
-        )
+        staging.commit(out, changed(staging.root, less, stay, digest, left_out), left_out)
 
 
 def _counts_without(out: Path, config: SHAREConfig, gone: Collection[str]) -> dict[str, int]:

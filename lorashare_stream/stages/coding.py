@@ -58,7 +58,6 @@ class Target:
     Attributes:
         out: its folder.
         record: what it is of; its `basis_digest` is what decides the codes.
-        base_model: as the configuration names it.
         admissions: its adapters.
         digest: of all that decides it.
         left_out: adapters that were left out, with reasons.
@@ -67,7 +66,6 @@ class Target:
 
     out: Path
     record: CheckpointRecord
-    base_model: str
     admissions: Sequence[Admission]
     digest: str
     left_out: Skipped
@@ -97,14 +95,15 @@ def target_of(plan: Plan, job: Job, left_out: Skipped) -> Target:
         choice=plan.settings_key,
         binding=plan.binding,
         basis_digest="",
+        base_model=plan.base_model,
     )
-    return Target(job.out, record, plan.base_model, job.journal.admissions, job.checkpoint_key, left_out).at(0.0)
+    return Target(job.out, record, job.journal.admissions, job.checkpoint_key, left_out).at(0.0)
 
 
 def target_there(out: Path, config: SHAREConfig, admissions: Sequence[Admission], left_out: Skipped) -> Target:
     """What the coded checkpoint that is there is to be, with other adapters."""
-    record, base = record_of(config), config.base_model_name_or_path
-    return Target(out, record, base, admissions, checkpoint_key_of(record.choice, admissions), left_out).at(0.0)
+    record = record_of(config)
+    return Target(out, record, admissions, checkpoint_key_of(record.choice, admissions), left_out).at(0.0)
 
 
 def is_current(target: Target) -> bool:
@@ -367,7 +366,6 @@ def _config(target: Target, digest: str, index: Index, sizes: Mapping[str, int])
     return share_config(
         target.record.model_copy(update={"basis_digest": key}),
         statistics,
-        base_model=target.base_model,
         digest=target.digest,
         sizes=sizes,
         skipped=target.left_out,

@@ -81,7 +81,7 @@ def grow(
         grown = record.counting(counts or job.counts).model_copy(update={"projected": [*record.projected, *shared]})
         names = [r.name for r in job.journal.admissions]
         staging.link(out, config.adapter_names)
-        new = changed(staging.root, grown, config.base_model_name_or_path, names, job.checkpoint_key, left_out)
+        new = changed(staging.root, grown, names, job.checkpoint_key, left_out)
         staging.commit(out, new, left_out)
     return True, kept
 
@@ -131,15 +131,13 @@ def _have(names: Sequence[str]) -> str:
 def changed(
     root: Path,
     record: CheckpointRecord,
-    base_model: str,
     names: Sequence[str],
     digest: str,
     skipped: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """The configuration of a staged checkpoint that has other adapters than the one that it takes its bases from."""
     statistics = [statistics_of(meta) for meta in metas_of(root, names)]
-    sizes = sizes_of(root, names)
-    return share_config(record, statistics, base_model=base_model, digest=digest, sizes=sizes, skipped=skipped)
+    return share_config(record, statistics, digest=digest, sizes=sizes_of(root, names), skipped=skipped)
 
 
 def check_kept(job: Job, out: Path) -> None:

@@ -296,4 +296,5 @@ def record_of_job(plan: Plan, job: Job, bases: Bases, staging: Staging) -> Check
         components=digest_files([staging.root / COMPONENTS]),
         groups={g: Group(**{k: facts[k] for k in Group.model_fields}) for g, facts in groups.items()},
         removed=removed,
+        base_model=plan.base_model,
     ).counting(job.counts)

@@ -51,7 +51,7 @@ class Cut:
 
     Attributes:
         source, out: their folders.
-        record, base_model: of the smaller one.
+        record: of the smaller one.
         digest: of all that decides the result.
         source_digest: of the components of `source`.
     """
@@ -59,17 +59,16 @@ class Cut:
     source: Path
     out: Path
     record: CheckpointRecord
-    base_model: str
     digest: str
     source_digest: str
 
 
 def cut_of(source: Path, config: SHAREConfig, num_components: int, out: Path) -> Cut:
     """What slicing a checkpoint of ours comes to, before it is done."""
-    record, base = record_of(config), config.base_model_name_or_path
-    sliced = _sliced_record(record, base, num_components, _spectrum(source), config.num_components)
+    record = record_of(config)
+    sliced = _sliced_record(record, num_components, _spectrum(source), config.num_components)
     digest = checkpoint_key_of(sliced.choice, [admission_in(meta) for meta in metas_of(source, config.adapter_names)])
-    return Cut(source, out, sliced, base, digest, record.basis_digest)
+    return Cut(source, out, sliced, digest, record.basis_digest)
 
 
 def slice_checkpoint(cut: Cut, mapper: Mapper, at_once: int, progress: Progress = silent) -> None:
@@ -94,14 +93,12 @@ def slice_checkpoint(cut: Cut, mapper: Mapper, at_once: int, progress: Progress 
         staging.sync(names)
         statistics = [statistics_of(meta) for meta in metas_of(staging.root, names)]
         sizes = sizes_of(staging.root, names)
-        new = share_config(
-            record, statistics, base_model=cut.base_model, digest=cut.digest, sizes=sizes, skipped=left_out
-        )
+        new = share_config(record, statistics, digest=cut.digest, sizes=sizes, skipped=left_out)
         staging.commit(cut.out, new, left_out)
 
 
 def _sliced_record(
-    record: CheckpointRecord, base_model: str, k: int, spectrum: dict[str, NDArray[np.float64]], cut_from: int
+    record: CheckpointRecord, k: int, spectrum: dict[str, NDArray[np.float64]], cut_from: int
 ) -> CheckpointRecord:
     groups: dict[str, Group] = {}
     for group, f in record.groups.items():
@@ -109,7 +106,7 @@ def _sliced_record(
         groups[group] = f.model_copy(update={"k": min(k, f.k), "explained": f.explained - lost})
     changes = {
         "settings": {**record.settings, "num_components": k},
-        "choice": settings_key_of(record.binding, base_model, k, 0.0, record.dtype),
+        "choice": settings_key_of(record.binding, record.base_model, k, 0.0, record.dtype),
         "basis_digest": digest_of(["sliced", record.basis_digest, k]),
         "groups": groups,
         "cut_from": cut_from,

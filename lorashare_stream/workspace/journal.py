@@ -15,6 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, TypeAdapter
+
 from ..files import naming, sealed, sync, unsealed
 
 
@@ -33,6 +35,8 @@ class Admission:
         exact: whether nothing of it is shared.
     """
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     name: str
     source_id: str
     digest: str
@@ -49,8 +53,13 @@ class Admission:
 class Removal:
     """An adapter was taken out: the admission with the number `admission`."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     name: str
     admission: int
+
+
+_ENTRY: TypeAdapter[Admission | Removal] = TypeAdapter(Admission | Removal)
 
 
 @dataclass(frozen=True)
@@ -131,13 +140,6 @@ def _values(entry: Admission | Removal) -> dict[str, Any]:
 
 def _entry(line: bytes) -> Admission | Removal | None:
     try:
-        values: dict[str, Any] | None = unsealed(json.loads(line))
-        if values is None or not line.endswith(b"\n"):
-            return None
-        if "admission" in values:
-            return Removal(**values)
-        for name in ("sizes", "mtimes_ns", "notes"):
-            values[name] = tuple(values[name])
-        return Admission(**values)
-    except (ValueError, TypeError, KeyError):
+        return _ENTRY.validate_python(unsealed(json.loads(line))) if line.endswith(b"\n") else None
+    except ValueError:
         return None

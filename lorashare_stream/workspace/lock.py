@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from pydantic import TypeAdapter
 
 from ..errors import LockedError, WorkspaceError
 from ..files import read_json, write_json
@@ -43,6 +44,7 @@ class Holder:
         return self.host == platform.node()
 
 
+_HOLDER = TypeAdapter(Holder)
 _held: dict[Path, Holder] = {}  # by this process
 
 
@@ -136,7 +138,6 @@ def _held_by(folder: Path, holder: Holder | None) -> LockedError:
 def _holder(folder: Path) -> Holder | None:
     """The process that the folder names; None if it names none."""
     try:
-        found = Holder(**read_json(folder / HOLDER))
-    except (FileNotFoundError, ValueError, TypeError):
+        return _HOLDER.validate_python(read_json(folder / HOLDER))
+    except (FileNotFoundError, ValueError):
         return None
-    return found if isinstance(found.host, str) and isinstance(found.pid, int) else None

@@ -42,6 +42,7 @@ from ..files import (
     write_json,
     write_sealed,
 )
+from ..schema import NEWER
 from ..text import printable, slug
 from . import leases
 from .journal import Admission, Journal, Removal, append, read_journal
@@ -115,6 +116,11 @@ class Workspace:
                 found=" and ".join(_COPIES),
                 remedy="Delete it, or choose another.",
             )
+        if found.get("format", 0) > FORMAT:
+            raise WorkspaceError(
+                f"the workspace {printable(self.root)} was written by a newer version of lorashare-stream",
+                found=f"format {found['format']}", expected=FORMAT, remedy=NEWER,
+            )  # fmt: skip
         differing = sorted(k for k in binding.keys() | found.keys() if binding.get(k) != found.get(k))
         if found and differing:
             raise WorkspaceError(
