@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
 
-from .errors import CheckpointError
+from .errors import AdapterError, CheckpointError
+from .files import read_json
 from .text import printable
 
 M = TypeVar("M", bound=BaseModel)
@@ -27,6 +29,35 @@ class Strict(Schema):
     """A part of a file of ours in which no value stands for one of another type."""
 
     model_config = ConfigDict(strict=True)
+
+
+class Skipped(Strict):
+    """An adapter that was left out, in skipped.json and plan.json."""
+
+    reason: Annotated[str, "why, in a sentence"]
+    problem: Annotated[str, "what is wrong, in a clause"]
+    adapter: Annotated[str | None, "its name"] = None
+    key: Annotated[str | None, "the tensor or the field"] = None
+    found: Annotated[str | None, "what is there"] = None
+    expected: Annotated[str | None, "what should be"] = None
+    remedy: Annotated[str | None, "what to do"] = None
+    source: Annotated[str | None, "where it comes from"] = None
+
+    def error(self) -> AdapterError:
+        """The error that it was left out for."""
+        return AdapterError(**self.model_dump(exclude={"reason", "source"}))
+
+
+class SkippedFile(RootModel[list[Skipped]]):
+    """skipped.json."""
+
+
+def read_skipped(path: Path) -> list[Skipped]:
+    """The adapters that were left out; none if the file tells of none."""
+    try:
+        return SkippedFile.model_validate(read_json(path)).root
+    except (OSError, ValueError):
+        return []
 
 
 def checked(model: type[M], values: object, file: str, remedy: str, adapter: str | None = None) -> M:

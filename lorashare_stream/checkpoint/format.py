@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import read_json
+from ..schema import read_skipped
 
 CONFIG, COMPONENTS, ADAPTERS = "share_config.json", "shared_components.safetensors", "adapters"
 LOADINGS, VERBATIM, META = "loadings.safetensors", "classifier_head.safetensors", "adapter_meta.json"
@@ -41,11 +42,7 @@ def ours_of(out: Path) -> dict[str, Any] | None:
 
 def skipped_of(out: Path) -> list[dict[str, Any]]:
     """The adapters that were left out of a checkpoint, with reasons."""
-    try:
-        skipped: list[dict[str, Any]] = read_json(out / SKIPPED)
-    except (OSError, ValueError):
-        return []
-    return skipped
+    return [item.model_dump(exclude_none=True) for item in read_skipped(out / SKIPPED)]
 
 
 def total_bytes(size: Mapping[str, float]) -> int:

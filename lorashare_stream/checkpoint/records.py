@@ -71,7 +71,7 @@ class AdapterMeta(Meta):
 
     model_config = ConfigDict(extra="forbid")
 
-    adapter_name: str
+    adapter_name: Annotated[str, "the adapter"]
     original_config: Annotated[dict[str, Any], "its adapter_config.json"]
     original_adapter_path: Annotated[str, "the folder or the id that it came from"]
     ours: Annotated[AdapterRecord, "what is recorded of it"] = Field(alias="lorashare_stream")

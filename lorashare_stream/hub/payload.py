@@ -21,7 +21,7 @@ from ..checkpoint.records import REPAIR, AdapterMeta, Meta, check_components, ha
 from ..errors import CheckpointError
 from ..files import read_json, sealed, unsealed
 from ..runtime.progress import Progress
-from ..schema import checked
+from ..schema import SkippedFile, checked
 from ..text import is_component, listed
 from .card import MARK, Provenance, card
 from .scrub import Scrubber
@@ -175,12 +175,10 @@ class Payload:
 
     def _skipped(self) -> bytes:
         try:
-            skipped = read_json(self._root / SKIPPED)
+            skipped = checked(SkippedFile, read_json(self._root / SKIPPED), SKIPPED, "Remove it.")
         except ValueError as e:
             raise CheckpointError(f"{SKIPPED} cannot be read", found=str(e), remedy="Remove it.") from e
-        if not (isinstance(skipped, list) and all(isinstance(item, dict) and "reason" in item for item in skipped)):
-            raise CheckpointError(f"{SKIPPED} is not what it should be", found=skipped, remedy="Remove it.")
-        return _text(self._scrub(skipped))
+        return _text(self._scrub(skipped.model_dump(exclude_none=True)))
 
     def _tensors(self, where: str, digest: str | None = None, adapter: str | None = None) -> Item:
         """A safetensors file, and no other that a link may lead to; whole, if its digest is known."""

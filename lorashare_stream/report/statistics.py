@@ -156,7 +156,7 @@ def findings_of(place: Place) -> PageData:
     metas, codes = _coded_metas(place, config) if config.coded else _metas(place, config)
     spectra = {} if config.coded else _spectra(place)
     try:
-        skipped = tuple(item for item in skipped_of(place.root) if isinstance(item, dict))
+        skipped = tuple(skipped_of(place.root))
         scrub = Scrubber(config.base_model_name_or_path)  # a page is sent to others
         told = scrub({"base_model": config.base_model_name_or_path, "settings": config.record.settings})
         certified = sorted(_certified(metas, codes), key=lambda adapter: (-adapter.error, adapter.name))

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 from filelock import FileLock, Timeout
 from pydantic import TypeAdapter
@@ -32,12 +33,12 @@ _NO_FLOCK = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """A process that holds a lock; `token` is of this hold, `since` is for people."""
+    """A process that holds a lock."""
 
-    host: str
-    pid: int
-    since: str
-    token: str
+    host: Annotated[str, "where it runs"]
+    pid: Annotated[int, "its number there"]
+    since: Annotated[str, "for people"]
+    token: Annotated[str, "of this hold"]
 
     def is_here(self) -> bool:
         """Whether it runs, or ran, on this host."""
