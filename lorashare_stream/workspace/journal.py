@@ -48,7 +48,7 @@ class Removal:
     admission: Annotated[int, "number of its admission among the lines, from 0"]
 
 
-_ENTRY: TypeAdapter[Admission | Removal] = TypeAdapter(Admission | Removal)
+_ADMISSION, _REMOVAL = TypeAdapter(Admission), TypeAdapter(Removal)  # a union of both takes twice as long
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,7 @@ def _values(entry: Admission | Removal) -> dict[str, Any]:
 
 def _entry(line: bytes) -> Admission | Removal | None:
     try:
-        return _ENTRY.validate_python(unsealed(json.loads(line))) if line.endswith(b"\n") else None
+        values = unsealed(json.loads(line)) if line.endswith(b"\n") else {}
+        return (_REMOVAL if "admission" in (values or ()) else _ADMISSION).validate_python(values)
     except ValueError:
         return None
