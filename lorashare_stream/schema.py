@@ -15,23 +15,17 @@ M = TypeVar("M", bound=BaseModel)
 NEWER = "Install that: pip install --upgrade lorashare-stream."
 FORMAT = 1  # of every file that has a field `format`
 Format = Literal[1]
-Count = Annotated[int, Field(strict=True, ge=0, lt=1 << 63)]
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Measure = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Schema(BaseModel):
-    """A part of a file of ours: what it does not know is refused."""
+    """A part of a file of ours: what it does not know is refused, and no value stands for one of another type."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Strict(Schema):
-    """A part of a file of ours in which no value stands for one of another type."""
-
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class Skipped(Strict):
+class Skipped(Schema):
     """An adapter that was left out, in skipped.json and plan.json."""
 
     reason: Annotated[str, "why, in a sentence"]
@@ -72,18 +66,28 @@ def checked(model: type[M], values: object, file: str, remedy: str, adapter: str
     Raises:
         CheckpointError: naming the field that is wrong.
     """
-    n = values.get("format") if isinstance(values, dict) else None
-    if isinstance(n, int) and n > FORMAT:
-        raise CheckpointError(
-            f"{file} was written by a newer version of lorashare-stream", adapter=adapter, key="format", found=n,
-            expected=FORMAT, remedy=NEWER,
-        )  # fmt: skip
     try:
         return model.model_validate(values)
     except ValidationError as e:
-        raise CheckpointError(
-            f"{file} is not what lorashare-stream writes", adapter=adapter, remedy=remedy, **fault_of(e)
-        ) from e
+        newer = any(
+            f["loc"][-1:] == ("format",) and isinstance(f["input"], int) and f["input"] > FORMAT for f in e.errors()
+        )
+        what = "was written by a newer version of lorashare-stream" if newer else "is not what lorashare-stream writes"
+        remedy = NEWER if newer else remedy
+        raise CheckpointError(f"{file} {what}", adapter=adapter, remedy=remedy, **fault_of(e)) from e
+
+
+def read_checked(path: Path, model: type[M], remedy: str, adapter: str | None = None) -> M:
+    """The same, of a file that is there.
+
+    Raises:
+        CheckpointError: also if it cannot be read.
+    """
+    try:
+        values = read_json(path)
+    except (ValueError, FileNotFoundError) as e:
+        raise CheckpointError(f"{path.name} cannot be read", adapter=adapter, found=str(e), remedy=remedy) from e
+    return checked(model, values, path.name, remedy, adapter)
 
 
 def fault_of(error: ValidationError) -> dict[str, Any]:

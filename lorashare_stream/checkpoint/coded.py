@@ -1,10 +1,4 @@
-"""The coded checkpoint: its files, and what is recorded of its adapters.
-
-share_config.json        as in a SHARE checkpoint, with one field more, `coded`, at which lorashare raises
-packs/<id>.safetensors   codes, and tensors that are kept verbatim
-index.json.zz            configurations, layouts, records, and where each code lies
-skipped.json             adapters that were left out, with reasons; only if there are some
-"""
+"""The coded checkpoint: what is recorded of its adapters. docs/format.md has its files."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass
 
 from ..errors import CheckpointError, MissingCheckpointError
 from ..files import read_json
-from ..schema import Count, Format, Measure, Strict, checked, fault_of
+from ..schema import Count, Format, Measure, Schema, checked, fault_of
 from ..settings import Objective, Settings
 from ..text import listed, printable
 from .format import CONFIG, OURS, PARTS
@@ -36,7 +36,7 @@ def _of_parts(sizes: dict[str, float]) -> dict[str, float]:
     return sizes
 
 
-class Group(Strict):
+class Group(Schema):
     """A group: the basis of one side of a module."""
 
     n: Annotated[Count, "vectors of all adapters"]
@@ -46,14 +46,14 @@ class Group(Strict):
     explained: Annotated[Measure, "share of it that the components hold"]
 
 
-class Worst(Strict):
+class Worst(Schema):
     """An adapter that is far off."""
 
     name: str
     relative_error: Measure
 
 
-class Errors(Strict):
+class Errors(Schema):
     """Relative dW errors of the adapters that are compressed, those kept exact left aside."""
 
     adapters: Annotated[Count, "of how many"]
@@ -65,7 +65,7 @@ class Errors(Strict):
     mean_square_bounds: Annotated[list[Measure] | None, "known from the bases alone; under `delta` only"] = None
 
 
-class CheckpointRecord(Strict):
+class CheckpointRecord(Schema):
     """What a checkpoint is of, beside its adapters."""
 
     format: Annotated[Format, "1"] = 1

@@ -18,7 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ..adapters.dtypes import ITEMSIZE
 from ..adapters.safetensors import MAX_DIMS
@@ -50,10 +50,12 @@ def _checked_dtype(dtype: str) -> str:
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]  # the first 32 hex digits of a SHA-256
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Name = Annotated[str, AfterValidator(_checked_name)]
-PackRow = tuple[Sha256, Count, Count, Count, Count]  # SHA-256, bytes, bytes of its header, adapters, tensors
+PackRow = Annotated[tuple[Sha256, Count, Count, Count, Count], Field(strict=False)]  # as in docs/format.md
 Dtype = Annotated[str, AfterValidator(_checked_dtype)]
-Kind = tuple[Dtype, Annotated[list[Count], Field(max_length=MAX_DIMS)], Literal["", "planes"]]
-_COUNTS = TypeAdapter(Count)
+Kind = Annotated[
+    tuple[Dtype, Annotated[list[Count], Field(max_length=MAX_DIMS)], Literal["", "planes"]], Field(strict=False)
+]
+_COUNTS = TypeAdapter(Count, config=ConfigDict(strict=True))
 
 
 class Table(Schema):

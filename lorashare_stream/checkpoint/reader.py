@@ -22,8 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..adapters.keys import factor_key, split_group_id
 from ..errors import CheckpointError
-from ..files import read_json
-from ..schema import checked
+from ..schema import read_checked
 from ..text import has_surrogates, is_component, listed, printable
 from .config import read_share_config
 from .format import ADAPTERS, COMPONENTS, CONFIG, LOADINGS, MARK, META, SKIPPED, SPECTRUM, VERBATIM
@@ -137,10 +136,7 @@ class CheckpointReader:
         path = self._file(relative) if self.config.record else self._optional(relative)
         if path is None:
             return Meta()
-        try:
-            meta = checked(Meta, read_json(path), META, REPAIR, name)
-        except FileNotFoundError as e:
-            raise CheckpointError(f"{META} cannot be read", adapter=name, found=str(e)) from e
+        meta = read_checked(path, Meta, REPAIR, name)
         self._check_digest(meta.ours.basis_digest if meta.ours else None, f"adapters/{name}")
         return meta
 

@@ -7,19 +7,19 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from ..adapters.folder import digest_config, digest_files
 from ..errors import CheckpointError
 from ..files import read_json, unsealed
-from ..schema import Count, Format, Measure, Strict, checked
+from ..schema import Count, Format, Measure, Schema, checked
 from ..workspace.journal import Admission
 from .format import ADAPTERS, COMPONENTS, LOADINGS, META, SPECTRUM, VERBATIM
 
 REPAIR = "Take the adapter out (lorashare-stream remove) and add it again; or delete the checkpoint and compress again."
 
 
-class HubOrigin(Strict):
+class HubOrigin(Schema):
     """Where on the Hub an adapter came from, pinned, and what the Hub said of it then."""
 
     repo: str
@@ -30,7 +30,7 @@ class HubOrigin(Strict):
     license: str | None
 
 
-class AdapterRecord(Strict):
+class AdapterRecord(Schema):
     """What is ours in an adapter_meta.json, as `lorashare_stream`; an index has it but for what it has elsewhere."""
 
     format: Annotated[Format, "1"] = 1
@@ -51,10 +51,10 @@ class AdapterRecord(Strict):
     estimated: Annotated[str | None, "why the error is not measured, if it is not"] = None
 
 
-class Meta(BaseModel):
+class Meta(Schema):
     """adapter_meta.json, which lorashare may have written."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
+    model_config = ConfigDict(extra="ignore")
 
     adapter_name: str = ""
     original_config: dict[str, Any] = Field(default={})

@@ -19,7 +19,7 @@ from ..plan.plan import Plan
 from ..plan.sources import resolve
 from ..runtime.dask import connected, started, workers_of
 from ..runtime.progress import Progress, silent
-from ..schema import SkippedFile
+from ..schema import FORMAT, SkippedFile
 from ..settings import LIMITS, TRIM_RANK, TYPES, Settings, overridden
 from ..text import listed, name_fault, printable
 
@@ -129,6 +129,8 @@ def planned(chosen: Args, workspace: Path, progress: Progress = silent) -> Plan:
         raise UsageError("both sources and --plan", remedy="The plan names its sources.")
     try:
         saved = read_json(Path(chosen["plan"]))
+        if saved.get("format", FORMAT) > FORMAT:
+            raise ValueError(f"format {saved['format']}, of a newer version of lorashare-stream")
         sources = [_saved_source(a) for a in saved["adapters"]]
         settings, fingerprint, presumed = dict(saved["settings"]), saved["fingerprint"], bool(saved.get("presumed"))
         refused = [r.error() for r in SkippedFile.model_validate(saved["refused"]).root]

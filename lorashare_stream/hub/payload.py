@@ -21,7 +21,7 @@ from ..checkpoint.records import REPAIR, AdapterMeta, Meta, check_components, ha
 from ..errors import CheckpointError
 from ..files import read_json, sealed, unsealed
 from ..runtime.progress import Progress
-from ..schema import SkippedFile, checked
+from ..schema import SkippedFile, checked, read_checked
 from ..text import is_component, listed
 from .card import MARK, Provenance, card
 from .scrub import Scrubber
@@ -174,10 +174,7 @@ class Payload:
         return meta, _text(sealed(values))
 
     def _skipped(self) -> bytes:
-        try:
-            skipped = checked(SkippedFile, read_json(self._root / SKIPPED), SKIPPED, "Remove it.")
-        except ValueError as e:
-            raise CheckpointError(f"{SKIPPED} cannot be read", found=str(e), remedy="Remove it.") from e
+        skipped = read_checked(self._root / SKIPPED, SkippedFile, "Remove it.")
         return _text(self._scrub(skipped.model_dump(exclude_none=True)))
 
     def _tensors(self, where: str, digest: str | None = None, adapter: str | None = None) -> Item:

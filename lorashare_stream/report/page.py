@@ -65,10 +65,10 @@ def _context(found: PageData) -> dict[str, Any]:
 
 def _cloud(found: PageData) -> dict[str, Any] | None:
     """Error against bytes of a coded checkpoint."""
-    coded = [adapter for adapter in found.certified if adapter.times]
+    coded = [(meta.ours, n) for meta in found.certified if (n := found.codes.get(meta.adapter_name))]
     if not coded:
         return None
-    times, errors, worst = np.array([(adapter.times, adapter.error, adapter.worst_error) for adapter in coded]).T
+    times, errors, worst = np.array([(o.lora_bytes / n, o.relative_error, o.worst_module_error) for o, n in coded]).T
     limit = found.ours["settings"].get("max_error")
     figure = charts.cloud(times, errors, worst, None if limit is None else float(limit))
     return {"figure": figure, "drawn": min(charts.DOTS, len(coded))}

@@ -30,22 +30,6 @@ _POINTS = 200  # of a curve
 
 
 @dataclass(frozen=True, slots=True)
-class Certified:
-    """An adapter that is compressed.
-
-    Attributes:
-        error: its relative dW error. worst_module, worst_error: where that is largest.
-        times: its LoRA bytes over those of its code; 0 without one.
-    """
-
-    name: str
-    error: float
-    worst_module: str
-    worst_error: float
-    times: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
 class Basis:
     """One group.
 
@@ -107,6 +91,7 @@ class PageData:
         ours: what this package recorded in it.
         sizes: bytes on disk by part, and of the originals.
         certified: the adapters that are compressed, the worst first.
+        codes: bytes of their codes, by name, of a coded checkpoint.
         bases: of all groups; none of a coded checkpoint.
         skipped: adapters that were left out, with reasons.
         origins: where the adapters came from.
@@ -116,7 +101,8 @@ class PageData:
     base_model: str
     ours: Mapping[str, Any]
     sizes: Mapping[str, int]
-    certified: tuple[Certified, ...]
+    certified: tuple[AdapterMeta, ...]
+    codes: Mapping[str, int]
     bases: tuple[Basis, ...]
     skipped: tuple[Mapping[str, Any], ...]
     origins: Origins
@@ -134,7 +120,7 @@ class PageData:
     @property
     def errors(self) -> Array:
         """Relative dW errors of the compressed adapters (n,), descending."""
-        return np.array([adapter.error for adapter in self.certified])
+        return np.array([meta.ours.relative_error for meta in self.certified])
 
 
 def findings_of(place: Place) -> PageData:
@@ -159,13 +145,14 @@ def findings_of(place: Place) -> PageData:
         skipped = tuple(skipped_of(place.root))
         scrub = Scrubber(config.base_model_name_or_path)  # a page is sent to others
         told = scrub({"base_model": config.base_model_name_or_path, "settings": config.record.settings})
-        certified = sorted(_certified(metas, codes), key=lambda adapter: (-adapter.error, adapter.name))
+        certified = [meta for meta in metas if meta.ours.worst_module is not None]  # else it is kept exact
+        certified.sort(key=lambda meta: (-meta.ours.relative_error, meta.adapter_name))
         bases = tuple(_basis(group, facts, spectra) for group, facts in config.record.groups.items())
         parts = (*parts_of(config), "originals", "lora")
         sizes = dict.fromkeys(PARTS, 0) | {part: int(config.record.bytes[part]) for part in parts}
         ours = {**config.ours, "settings": told["settings"]}
-        reasons = tuple(scrub(item) for item in skipped)
-        return PageData(config, told["base_model"], ours, sizes, tuple(certified), bases, reasons, _origins(metas))
+        reasons, origins = tuple(scrub(item) for item in skipped), _origins(metas)
+        return PageData(config, told["base_model"], ours, sizes, tuple(certified), codes, bases, reasons, origins)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
         raise CheckpointError("the figures of the checkpoint cannot be read", found=f"{type(e).__name__}: {e}") from e
 
@@ -219,14 +206,6 @@ def _spectra(place: Place) -> dict[str, Array]:
         raise CheckpointError(
             f"{SPECTRUM} cannot be read", found=str(e), remedy="Compress its sources again, or fetch it again."
         ) from e
-
-
-def _certified(metas: Iterable[AdapterMeta], codes: Mapping[str, int]) -> Iterable[Certified]:
-    for meta in metas:
-        name, ours, code = meta.adapter_name, meta.ours, codes.get(meta.adapter_name, 0)
-        if ours.worst_module is not None:  # else it is kept exact
-            times = ours.lora_bytes / code if code else 0.0
-            yield Certified(name, ours.relative_error, ours.worst_module, ours.worst_module_error, times)
 
 
 def _basis(group: str, f: Group, spectra: Mapping[str, Array]) -> Basis:

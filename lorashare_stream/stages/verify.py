@@ -130,7 +130,7 @@ def _judged(model: Checkpoint, name: str, original: Adapter | Exception) -> Verd
     """The verdict on an adapter, whose original may be what kept it from being read."""
     certified: float | None = None
     try:
-        certified = _number(model.certified(name).get("relative_error"))
+        certified = model.certified(name).get("relative_error")
         if isinstance(original, Exception):
             raise original
         return _verdict(model, name, original, certified)
@@ -144,15 +144,10 @@ def _of(name: str, problem: StreamError) -> StreamError:
     return problem
 
 
-def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
 def _verdict(model: Checkpoint, name: str, adapter: Adapter, certified: float | None) -> Verdict:
     tensors = model.reconstruct(name)
     with adapter.open() as originals:
-        kept = model.certified(name).get("verbatim")
-        kept = kept if isinstance(kept, list) else []
+        kept = model.certified(name).get("verbatim", [])
         lossy = [m.name for m in adapter.layout.modules if factor_key(m.name, "A") not in kept]
         errors = _module_errors(adapter, lossy, originals, tensors, coded=bool(model.config.coded))
         problem = _verbatim_fault(adapter, originals, tensors, kept)
