@@ -36,7 +36,7 @@ from ..text import bytes_shown, counted, digest_of, listed
 from ..workspace.journal import Admission
 from .encode import encode_adapter, subject_of
 from .job import Job
-from .passes import checkpoint_key_of, write_adapters
+from .passes import checkpoint_key_of, record_of_plan, write_adapters
 from .run import Run, check_none_lost
 
 ENOUGH, LEAST = 0.97, 0.94  # of a limit on bytes: what is left then is not worth to encode all once more
@@ -89,14 +89,7 @@ def staged_key(target: Target) -> str:
 
 def target_of(plan: Plan, job: Job, left_out: Skipped) -> Target:
     """What the coded checkpoint of a job is to be."""
-    record = CheckpointRecord(
-        settings=plan.settings.chosen(),
-        dtype=plan.storage,
-        choice=plan.settings_key,
-        binding=plan.binding,
-        basis_digest="",
-        base_model=plan.base_model,
-    )
+    record = record_of_plan(plan, basis_digest="")
     return Target(job.out, record, job.journal.admissions, job.checkpoint_key, left_out).at(0.0)
 
 

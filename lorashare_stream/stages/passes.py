@@ -9,6 +9,7 @@ from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ..adapters.adapter import Adapter
 from ..adapters.folder import digest_files
@@ -287,14 +288,16 @@ def record_of_job(plan: Plan, job: Job, bases: Bases, staging: Staging) -> Check
     """What the checkpoint of a job is of, whose bases are staged."""
     groups = {group_id(m, side): facts[side] for m, facts in bases.items() for side in SIDES if side in facts}
     removed = sorted({name for facts in bases.values() for name in facts["removed"]})
-    return CheckpointRecord(
-        settings=plan.settings.chosen(),
-        dtype=plan.storage,
-        choice=plan.settings_key,
-        binding=plan.binding,
+    return record_of_plan(
+        plan,
         basis_digest=job.basis_key,
         components=digest_files([staging.root / COMPONENTS]),
         groups={g: Group(**{k: facts[k] for k in Group.model_fields}) for g, facts in groups.items()},
         removed=removed,
-        base_model=plan.base_model,
     ).counting(job.counts)
+
+
+def record_of_plan(plan: Plan, **more: Any) -> CheckpointRecord:
+    """What the checkpoint of a plan is of, and more that is known of it."""
+    facts: dict[str, Any] = {"settings": plan.settings.chosen(), "dtype": plan.storage, "choice": plan.settings_key}
+    return CheckpointRecord(**facts, binding=plan.binding, base_model=plan.base_model, **more)
