@@ -42,7 +42,7 @@ def kind(hint: Any) -> str:
         return f"list of {kind(parts[0])}"
     if origin is dict:
         return "object" if parts[1] is Any else f"object of {kind(parts[1])}"
-    return "object" if isinstance(hint, type) and issubclass(hint, BaseModel) else WORDS[hint]
+    return WORDS.get(hint, "object")
 
 
 def rows(schema: type) -> list[tuple[str, str, str]]:

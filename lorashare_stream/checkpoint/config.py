@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
 from pydantic.dataclasses import dataclass
 
 from ..errors import CheckpointError, MissingCheckpointError
@@ -26,8 +26,8 @@ _SIZES = {"verbatim", "metadata", "originals", "lora", "lora_ratio"}  # of every
 _ELSE = "Read it by the version of lorashare-stream that wrote it, fetch it again, or compress its sources again."
 
 
-def _chosen(settings: dict[str, Any]) -> dict[str, Any]:
-    return Settings.from_mapping(settings).chosen()
+def _settings(values: Any) -> Settings:
+    return values if isinstance(values, Settings) else Settings.from_mapping(values)
 
 
 def _of_parts(sizes: dict[str, float]) -> dict[str, float]:
@@ -70,7 +70,10 @@ class CheckpointRecord(Schema):
 
     format: Annotated[Format, "1"] = 1
     settings: Annotated[
-        dict[str, Any], AfterValidator(_chosen), "those on which the result depends, as they were asked for"
+        Settings,
+        PlainValidator(_settings),
+        PlainSerializer(Settings.chosen),
+        "on which the result depends",
     ]
     dtype: Annotated[str, Field(pattern="^(F32|F16|BF16)$"), "of components and loadings"] = "F32"
     choice: Annotated[str, "digest of settings, dtype and base model"]

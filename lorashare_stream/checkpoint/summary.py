@@ -77,8 +77,8 @@ def share_config(
     config: dict[str, Any] = {
         "share_version": "0.1.0",
         "num_components": max((f.k for f in record.groups.values()), default=0),
-        "component_selection": "auto" if record.settings.get("num_components") == "auto" else "fixed",
-        "variance_threshold": record.settings.get("variance_threshold", 0.95),
+        "component_selection": "auto" if record.settings.num_components == "auto" else "fixed",
+        "variance_threshold": record.settings.variance_threshold,
         "base_model_name_or_path": record.base_model,
         "target_modules": sorted({m.rpartition(".")[2] for m in (*layers, *modules)}),
         "lora_rank": _commonest([a.rank for a in adapters]),
@@ -129,13 +129,13 @@ def _recorded(
     figures = {
         "version": __version__,
         "digest": digest,
-        "objective": s["objective"],
-        "center": s["center"],
-        "share_initial": s["share_initial"],
+        "objective": s.objective,
+        "center": s.center,
+        "share_initial": s.share_initial,
         "num_skipped": skipped,
         "groups": dict(sorted(record.groups.items())),
         "bytes": {**sizes, "originals": sum(a.source_bytes for a in adapters), "lora": lora, "lora_ratio": ratio},
-        "errors": _errors(adapters, None if record.projected else _bounds(record.groups, s["objective"])),
+        "errors": _errors(adapters, None if record.projected else _bounds(record.groups, s.objective)),
         "verbatim_adapters": [a.name for a in adapters if not a.shared],
         "verbatim_factors": dict(sorted(Counter(name for a in adapters for name in a.kept).items())),
     }

@@ -83,7 +83,7 @@ class RunOptions:
         """Those with which a checkpoint was made, but for the changes."""
         record, base = record_of(config), config.base_model_name_or_path or None
         dtype = "auto" if config.coded else DTYPES[record.dtype]  # a code has none
-        made = {**record.settings, "base_model": base, "dtype": dtype}
+        made = {**record.settings.chosen(), "base_model": base, "dtype": dtype}
         return Settings.from_mapping(overridden(made, self.changes))
 
     def compress(self, plan: Plan, out: Path, root: Path, **options: Any) -> Outcome:

@@ -17,8 +17,7 @@ from ..hub.lookup import recalled
 from ..machine import usable_cores
 from ..pipeline import plan_for
 from ..runtime.executors import Places, executor_for, mapper_for
-from ..settings import LIMITS, Settings, overridden
-from ..settings import asked as asked_for
+from ..settings import Settings, overridden
 from ..stages.slice import cut_of, slice_checkpoint
 from ..text import listed
 from ..workspace.workspace import Workspace
@@ -69,8 +68,8 @@ def _no_sources(config: SHAREConfig, settings: Settings) -> WorkspaceError:
     if settings.limit or config.coded:
         return WorkspaceError(
             "the adapters must be read again from their sources, which only the workspace knows",
-            found=listed([*asked_for(record_of(config).settings), f"k = {config.num_components}"][:1]),
-            expected=listed([*asked_for(settings.as_dict()), f"k = {settings.num_components}"][:1]),
+            found=listed([*record_of(config).settings.asked, f"k = {config.num_components}"][:1]),
+            expected=listed([*settings.asked, f"k = {settings.num_components}"][:1]),
             remedy=remedy,
         )
     return WorkspaceError(
@@ -94,27 +93,22 @@ def _last_settings(workspace: Path) -> dict[str, Any]:
 def _is_so(config: SHAREConfig, settings: Settings) -> bool:
     """Whether a checkpoint has this k, as it was asked for, and bases that are fitted to its adapters and no others."""
     record, k = record_of(config), settings.num_components
-    same = _bought(config) == settings.bought and (k == record.settings.get("num_components") or bool(settings.limit))
-    same = same and (k != "auto" or settings.variance_threshold == record.settings.get("variance_threshold"))
+    made = record.settings
+    same = made.bought == settings.bought and (k == made.num_components or bool(settings.limit))
+    same = same and (k != "auto" or settings.variance_threshold == made.variance_threshold)
     return same and not record.projected and not record.removed
-
-
-def _bought(config: SHAREConfig) -> tuple[Any, ...]:
-    """The limit that was asked for a checkpoint."""
-    made = record_of(config).settings
-    return Settings.from_mapping({name: made[name] for name in LIMITS if name in made}).bought
 
 
 def _can_cut(config: SHAREConfig, settings: Settings) -> bool:
     """Whether all that is asked for is another k: a coded checkpoint is made from the sources only."""
-    return settings.limit is None and _bought(config) == settings.bought
+    return settings.limit is None and record_of(config).settings.bought == settings.bought
 
 
 def _is_cut_to(config: SHAREConfig, settings: Settings) -> bool:
     """Whether a checkpoint was cut to this k: the same command has done its work."""
     record = record_of(config)
-    same = record.settings.get("num_components") == settings.num_components
-    return record.cut_from is not None and same and _bought(config) == settings.bought
+    same = record.settings.num_components == settings.num_components
+    return record.cut_from is not None and same and record.settings.bought == settings.bought
 
 
 def _slice(place: Path, config: SHAREConfig, k: int, out: Path, options: RunOptions, overwrite: bool) -> str:

@@ -13,7 +13,6 @@ from typing import Any
 from ..adapters.hubid import HubId, is_repo
 from ..checkpoint.config import Recorded, SHAREConfig
 from ..checkpoint.format import PARTS, next_bytes, total_bytes
-from ..settings import asked
 from ..text import bytes_shown, counted, figure, printable
 
 MARK = "<!-- lorashare-stream writes this card anew with each push; without this line it is yours, and kept -->"
@@ -96,7 +95,7 @@ def _base(config: SHAREConfig) -> str:
 def _facts(config: SHAREConfig) -> Rows:
     """(name, value) of what is certain of it; what is empty is left out."""
     stats, ours, shared = config.compression_stats, config.record, not config.coded
-    limit = asked(ours.settings) if ours else []
+    limit = ours.settings.asked if ours else []
     auto = "" if config.component_selection != "auto" else ", the most of any group"
     if auto and not limit:
         auto += f": as many as explain {config.variance_threshold:.4f}"

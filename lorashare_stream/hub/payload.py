@@ -88,7 +88,7 @@ class Payload:
             raise CheckpointError("adapter names that are no path components", found=found, expected="names of folders")
         if not read.coded and not has_files(root, self.names):
             raise CheckpointError("files of the checkpoint are missing", found=root, remedy="Fetch it again.")
-        aliases = read.record.settings["base_aliases"] if read.record else []
+        aliases = read.record.settings.base_aliases if read.record else []
         paths = [str(root.absolute()), str(root.resolve()), read.base_model_name_or_path, *aliases]
         self._scrub = Scrubber(read.base_model_name_or_path, paths)
         self._config: dict[str, Any] = self._scrub(read_json(root / CONFIG))

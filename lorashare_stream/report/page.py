@@ -11,9 +11,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateRuntimeE
 from markupsafe import Markup
 
 from ..adapters.keys import SIDES, Side
+from ..checkpoint.config import record_of
 from ..checkpoint.format import PARTS
 from ..errors import CheckpointError
-from ..settings import asked
 from ..text import bytes_shown, counted, listed, printable
 from ..version import __version__
 from . import charts
@@ -50,7 +50,7 @@ def _context(found: PageData) -> dict[str, Any]:
     kinds = _kinds(found.bases)
     return {
         "found": found, "ours": ours, "sizes": found.sizes, "parts": parts_of(found.config), "version": __version__,
-        "names": found.config.adapter_names, "asked": asked(ours["settings"]) if found.coded else (),
+        "names": found.config.adapter_names, "asked": record_of(found.config).settings.asked if found.coded else (),
         "k": sorted({basis.k for basis in found.bases}), "each": sum(found.sizes[part] for part in PARTS[1:]),
         "errors": errors, "median": np.median(errors) if len(errors) else 0,
         "p95": np.quantile(errors, 0.95) if len(errors) else 0,

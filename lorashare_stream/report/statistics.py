@@ -144,7 +144,7 @@ def findings_of(place: Place) -> PageData:
     try:
         skipped = tuple(skipped_of(place.root))
         scrub = Scrubber(config.base_model_name_or_path)  # a page is sent to others
-        told = scrub({"base_model": config.base_model_name_or_path, "settings": config.record.settings})
+        told = scrub({"base_model": config.base_model_name_or_path, "settings": config.record.settings.chosen()})
         certified = [meta for meta in metas if meta.ours.worst_module is not None]  # else it is kept exact
         certified.sort(key=lambda meta: (-meta.ours.relative_error, meta.adapter_name))
         bases = tuple(_basis(group, facts, spectra) for group, facts in config.record.groups.items())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from ..checkpoint.config import Recorded, SHAREConfig, record_of
 from ..checkpoint.format import PARTS, next_bytes, total_bytes
-from ..settings import asked
 from ..text import bytes_shown, counted, figure, listed
 from .text import Row, rows_text
 
@@ -49,7 +48,7 @@ def _coded_rows(config: SHAREConfig, ours: Recorded) -> list[Row]:
         *_head_rows(config),
         ("form", "coded: each adapter alone"),
         ("coded modules", f"{coded['modules']} ({kinds})" if coded["modules"] else "none"),
-        *[("asked for", text) for text in asked(ours.settings)],
+        *[("asked for", text) for text in ours.settings.asked],
         *step,
         *_bytes_rows(ours, config.num_adapters),
         *_error_rows(ours),
@@ -100,7 +99,7 @@ def _our_rows(ours: Recorded, adapters: int) -> list[Row]:
     size, errors = ours.bytes, ours.errors
     pairs: list[Row] = [
         ("objective", ours.objective + (", centred" if ours.center else "")),
-        *[("asked for", text) for text in asked(ours.settings)],
+        *[("asked for", text) for text in ours.settings.asked],
         *_bytes_rows(ours, adapters),
         *_error_rows(ours),
     ]

@@ -22,6 +22,7 @@ from ..checkpoint.restore import save_adapter
 from ..errors import CheckpointError, DiskError
 from ..files import naming, remove_tree, sync
 from ..hub.repository import place_of
+from ..settings import Settings
 from ..text import digest_of, printable
 from .engines import check_engine
 from .uniform import uniform
@@ -106,10 +107,10 @@ def names_base(config: SHAREConfig, name: str, aliases: tuple[str, ...] = ()) ->
         name: what an engine calls its model.
         aliases: more names that are accepted.
     """
-    settings = config.record.settings if config.record else {}
-    known = {config.base_model_name_or_path, *aliases, *map(str, settings.get("base_aliases", ()))}
+    made = config.record.settings if config.record else Settings()
+    known = {config.base_model_name_or_path, *aliases, *made.base_aliases}
     cached = cached_id(name)
-    if name in known or (cached is not None and cached.repo in known) or settings.get("any_base"):
+    if name in known or (cached is not None and cached.repo in known) or made.any_base:
         return True
     return any(os.path.isdir(other) and os.path.isdir(name) and os.path.samefile(other, name) for other in known)
 

@@ -299,5 +299,5 @@ def record_of_job(plan: Plan, job: Job, bases: Bases, staging: Staging) -> Check
 
 def record_of_plan(plan: Plan, **more: Any) -> CheckpointRecord:
     """What the checkpoint of a plan is of, and more that is known of it."""
-    facts: dict[str, Any] = {"settings": plan.settings.chosen(), "dtype": plan.storage, "choice": plan.settings_key}
+    facts: dict[str, Any] = {"settings": plan.settings, "dtype": plan.storage, "choice": plan.settings_key}
     return CheckpointRecord(**facts, binding=plan.binding, base_model=plan.base_model, **more)

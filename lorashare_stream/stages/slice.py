@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,7 @@ def _sliced_record(
         lost = float(spectrum[group][k:].sum()) / f.energy if f.energy > 0 else 0.0
         groups[group] = f.model_copy(update={"k": min(k, f.k), "explained": f.explained - lost})
     changes = {
-        "settings": {**record.settings, "num_components": k},
+        "settings": replace(record.settings, num_components=k),
         "choice": settings_key_of(record.binding, record.base_model, k, 0.0, record.dtype),
         "basis_digest": digest_of(["sliced", record.basis_digest, k]),
         "groups": groups,
