@@ -27,6 +27,8 @@ _ELSE = "Read it by the version of lorashare-stream that wrote it, fetch it agai
 
 
 def _settings(values: Any) -> Settings:
+    if not isinstance(values, Settings | dict):
+        raise ValueError("an object")
     return values if isinstance(values, Settings) else Settings.from_mapping(values)
 
 
