@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 from .text import counted, listed, printable, spelled
@@ -153,16 +153,6 @@ def _names_of(alike: Sequence[StreamError]) -> str:
     """How many adapters have a problem, and the names of some."""
     names = [repr(printable(error.adapter)) for error in alike if error.adapter]
     return f"{len(names)} adapters, {listed(names, TOLD)}" if names else f"{len(alike)} times"
-
-
-def problem_of(values: Mapping[str, Any]) -> AdapterError:
-    """One of what `skipped_as_json` gives, as an error again.
-
-    Raises:
-        KeyError: if it is none.
-    """
-    parts = ("adapter", "key", "found", "expected", "remedy")
-    return AdapterError(str(values["problem"]), **{part: str(values[part]) for part in parts if part in values})
 
 
 def skipped_as_json(errors: Iterable[StreamError]) -> list[dict[str, Any]]:

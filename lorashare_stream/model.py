@@ -218,7 +218,8 @@ class SHAREModel:
         Empty for a checkpoint that lorashare wrote.
         """
         self._known(adapter_name)
-        return {} if self._reader is None else dict(self._reader.meta(adapter_name).get("lorashare_stream", {}))
+        ours = None if self._reader is None else self._reader.meta(adapter_name).ours
+        return {} if ours is None else ours.model_dump(exclude_unset=True)
 
     def save_pretrained(self, output_dir: str | Path) -> None:
         """Copy the checkpoint to a folder, fetching all of one on the Hub; a checkpoint that is there is replaced."""

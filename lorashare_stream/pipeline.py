@@ -284,7 +284,6 @@ def recompute(
         config = share_config(
             record_of_job(run.plan, job, bases, staging),
             [statistics[name] for name in names],
-            job.counts,
             digest=job.checkpoint_key,
             sizes=sizes_of(staging.root, names),
             skipped=left_out,

@@ -182,6 +182,15 @@ class Settings:
         """The limit and its value; empty if k decides."""
         return () if self.limit is None else (self.limit, getattr(self, self.limit))
 
+    @property
+    def asked(self) -> list[str]:
+        """The limit, in words, if one is set."""
+        if self.max_bytes is not None:
+            return [f"at most {bytes_shown(self.max_bytes)}"]
+        if self.ratio is not None:
+            return [f"{self.ratio:g} times smaller than the originals"]
+        return [] if self.max_error is None else [f"a relative dW error of at most {self.max_error:g} of every adapter"]
+
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Settings:
         """Settings from plain values (YAML, JSON, keyword arguments); sizes may be text.
@@ -297,14 +306,3 @@ def _usage_error(error: ValidationError, values: Mapping[str, Any]) -> UsageErro
 
 def _fault(name: str, found: object, expected: str) -> UsageError:
     return UsageError(f"{name} ({flags_of(name)[0]}) cannot be {printable(repr(found))}", expected=expected)
-
-
-def asked(settings: Mapping[str, Any]) -> list[str]:
-    """The limit that was asked for, if there was one."""
-    if settings.get("max_bytes") is not None:
-        return [f"at most {bytes_shown(settings['max_bytes'])}"]
-    if settings.get("ratio") is not None:
-        return [f"{settings['ratio']:g} times smaller than the originals"]
-    if settings.get("max_error") is not None:
-        return [f"a relative dW error of at most {settings['max_error']:g} of every adapter"]
-    return []

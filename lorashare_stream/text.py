@@ -226,6 +226,11 @@ def counted(count: int, thing: str) -> str:
     return f"{count} {thing}{'' if count == 1 else 's'}"
 
 
+def figure(value: object) -> str:
+    """A measure in a file that may be a stranger's."""
+    return f"{value:.4f}" if isinstance(value, int | float) and abs(value) < 1e300 else "unknown"
+
+
 def bytes_shown(count: float) -> str:
     """A size in binary units: `1.5 GiB`."""
     value = float(count)

@@ -428,10 +428,8 @@ def broken_promise(root: Path) -> str | None:
         if config.get("coded"):
             return torn_pack(out, config["coded"])
         for meta in metas_of(out, config["adapter_names"]):
-            if not is_whole(
-                out / "adapters" / meta["adapter_name"], admission_in(meta), meta["lorashare_stream"]["basis_digest"]
-            ):
-                return f"adapter {meta['adapter_name']}"
+            if not is_whole(out, admission_in(meta), meta.ours.basis_digest):
+                return f"adapter {meta.adapter_name}"
     return None
 
 

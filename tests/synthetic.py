@@ -35,10 +35,12 @@ def synthetic(
     vectors = sum(2 * f["k"] * rank for f in bases.values()) * len(names)
     sizes = {"basis": sum(2 * f["k"] * f["d"] for f in bases.values()), "loadings": vectors}
     sizes |= {"verbatim": 20_000 * len(names), "metadata": 3000 * len(names) + 60_000}
-    sizes |= {"originals": len(names) * 50 << 20, "lora": len(names) * 49 << 20}
+    sizes |= {"originals": len(names) * 50 << 20, "lora": len(names) * 49 << 20, "lora_ratio": 1.0}
+    told = {"mean": 0.5, "median": 0.5, "p95": 0.9, "max": 0.9, "adapters": len(names), "worst": []}
     ours = {
         "version": "0.1.0", "objective": chosen["objective"], "center": chosen["center"], "dtype": "BF16",
-        "settings": chosen, "cut_from": None, "basis_digest": "b" * 16, "components": "c" * 64, "digest": "d" * 16,
+        "settings": chosen, "choice": "e" * 16, "binding": {}, "errors": told,
+        "basis_digest": "b" * 16, "components": "c" * 64, "digest": "d" * 16,
         "bytes": sizes, "verbatim_adapters": [], "projected": [], "removed": [], "num_skipped": 0,
         "groups": {group: facts | {"n": rank * len(names)} for group, facts in bases.items()},
     }  # fmt: skip
@@ -53,8 +55,12 @@ def synthetic(
 def _write_meta(folder: Path, error: float, number: int, *, hub: bool, shared: bool) -> None:
     module = f"model.layers.{number % 32}.mlp.down_proj" if shared else None
     ours: dict[str, Any] = {"relative_error": error, "worst_module": module, "worst_module_error": min(1.0, 2 * error)}
+    ours |= {"source_id": folder.name, "sha256": "f" * 64, "source_bytes": 50 << 20, "lora_bytes": 49 << 20}
+    ours |= {"basis_digest": "b" * 16, "verbatim": [], "files": {}, "notes": []}
     if hub:
         ours["hub"] = {"repo": f"org/{number}", "license": ("mit", None)[number % 2], "gated": number % 3 == 0}
+        ours["hub"] |= {"revision": "0" * 40, "subfolder": "", "private": None}
     folder.mkdir(parents=True)
-    meta = sealed({"adapter_name": folder.name, "lorashare_stream": ours})
+    told = {"adapter_name": folder.name, "original_config": {}, "original_adapter_path": folder.name}
+    meta = sealed(told | {"lorashare_stream": ours})
     (folder / "adapter_meta.json").write_text(json.dumps(meta))

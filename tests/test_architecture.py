@@ -16,8 +16,8 @@ ROOT = Path(lorashare_stream.__file__).parent
 # The rooms, top to bottom: a file imports from its own room, and from rooms below it.
 ROOMS = [
     "cli", "__main__", "__init__", "model", "serving", "edits", "report", "pipeline", "stages", "plan", "hub",
-    "checkpoint", "workspace", "codec", "linalg", "adapters", "runtime", "files", "settings", "machine", "errors",
-    "text", "version",
+    "checkpoint", "workspace", "codec", "linalg", "adapters", "runtime", "schema", "files", "settings", "machine",
+    "errors", "text", "version",
 ]  # fmt: skip
 BESIDE = 12  # files beside the rooms
 HEAVY = {"peft", "transformers"}

@@ -17,7 +17,7 @@ from lorashare_stream.codec.factors import CodedModule
 from lorashare_stream.codec.stream import Group, encode
 from lorashare_stream.model import SHAREModel
 
-from . import independent_reader
+from . import independent_reader, schema_table
 from .mixed import EXPERTS, mixed_collection
 
 Compress = Callable[..., Path]
@@ -44,6 +44,12 @@ def test_a_reader_written_from_the_page_gets_the_same_bytes(
 def test_the_tables_of_the_page_are_those_of_the_package() -> None:
     for kind in range(quantiser.LOWEST, quantiser.HIGHEST + 1):
         assert independent_reader.table(kind) == pytest.approx(quantiser.table(kind), rel=1e-9, abs=1e-15)
+
+
+def test_the_page_has_the_fields_of_every_file() -> None:
+    page = schema_table.PAGE.read_text()
+    assert schema_table.written(page) == page
+    assert page.count("| field | type | meaning |") == len(schema_table.FILES)
 
 
 def test_an_escape_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -389,8 +389,8 @@ def test_a_commit_that_mixes_two_checkpoints(hub: FakeHub, checkpoint: Path, oth
         SHAREModel.from_pretrained("org/share")
 
 
-@pytest.mark.parametrize("name", ["../../secret", "a/b", "..", "/etc", "", "a\0b", "a\\b", "x" * 300, "\ud800", 7])
-def test_foreign_adapter_names_decide_no_path(hub: FakeHub, checkpoint: Path, name: Any) -> None:
+@pytest.mark.parametrize("name", ["../../secret", "a/b", "..", "/etc", "", "a\0b", "a\\b", "x" * 300, "\ud800"])
+def test_foreign_adapter_names_decide_no_path(hub: FakeHub, checkpoint: Path, name: str) -> None:
     files = files_of(checkpoint)
     config = json.loads(files[CONFIG]) | {"adapter_names": [name]}
     hub.add("org/share", {**files, CONFIG: json.dumps(config).encode()})

@@ -77,10 +77,10 @@ def spoil(checkpoint: Path) -> None:
     path = checkpoint / "share_config.json"
     config = json.loads(path.read_text())
     ours = config["compression_stats"]["lorashare_stream"]
-    config["base_model_name_or_path"] = ours["version"] = ours["objective"] = "".join(EVIL[:4])
+    config["base_model_name_or_path"] = ours["version"] = "".join(EVIL[:4])
     ours["removed"] = ours["projected"] = ours["verbatim_adapters"] = EVIL
-    ours["cut_from"] = ours["digest"] = ours["components"] = EVIL[0]
-    ours["settings"][EVIL[0]] = EVIL[1]
+    ours["digest"] = ours["components"] = EVIL[0]
+    ours["settings"]["base_aliases"] = EVIL
     path.write_text(json.dumps(config))
 
 
@@ -320,13 +320,15 @@ def test_a_checkpoint_on_the_hub(
     [
         (lambda ours: ours.clear(), "lorashare wrote it"),
         (lambda ours: ours["bytes"].pop("basis"), "figures"),
-        (lambda ours: ours["groups"].update({"q": {}}), "figures"),
+        (lambda ours: ours["groups"].update({"q": {}}), "'groups.q.n'"),
         (lambda ours: next(iter(ours["groups"].values())).update(k=3), "figures"),
-        (lambda ours: next(iter(ours["groups"].values())).update(energy=float("nan")), "figures"),
-        (lambda ours: ours["bytes"].update(basis=float("inf")), "figures"),
-        (lambda ours: ours.update(dtype=["F32"]), "figures"),
-        (lambda ours: ours.update(settings=3), "figures"),
-        (lambda ours: ours.update(num_skipped="some"), "figures"),
+        (lambda ours: next(iter(ours["groups"].values())).update(energy=float("nan")), ".energy'"),
+        (lambda ours: ours["bytes"].update(basis=float("inf")), "'bytes.basis"),
+        (lambda ours: ours.update(dtype=["F32"]), "'dtype'"),
+        (lambda ours: ours.update(settings=3), "'settings'"),
+        (lambda ours: ours.update(num_skipped="some"), "'num_skipped'"),
+        (lambda ours: ours.update(anything=3), "'anything'"),
+        (lambda ours: ours.update(format=2, anything=3), "written by a newer version of lorashare-stream"),
     ],
 )
 def test_what_cannot_be_read_is_said(tmp_path: Path, capsys: Capture, change: Callable[[Any], Any], said: str) -> None:

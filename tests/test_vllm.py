@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file
 
 import lorashare_stream.hub.retry
-from lorashare_stream.checkpoint.config import SHAREConfig
+from lorashare_stream.checkpoint.config import SHAREConfig, read_share_config
 from lorashare_stream.edits.add import add
 from lorashare_stream.edits.options import RunOptions
 from lorashare_stream.errors import CheckpointError, DiskError
@@ -163,7 +163,7 @@ def test_another_base_is_refused_and_told_with_both_names(
     assert ask(again, "a01", "mirror") is not None
 
 
-def test_names_of_one_base(tmp_path: Path) -> None:
+def test_names_of_one_base(tmp_path: Path, compressed_once: Path) -> None:
     (tmp_path / "base").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "base")
     config = SHAREConfig(base_model_name_or_path="org/base")
@@ -176,8 +176,10 @@ def test_names_of_one_base(tmp_path: Path) -> None:
     assert not names_base(SHAREConfig(), "org/base")
     assert names_base(SHAREConfig(base_model_name_or_path=str(tmp_path / "base")), str(tmp_path / "link"))
     for settings in ({"base_aliases": ["org/mirror"]}, {"any_base": True}):
-        config.compression_stats = {"lorashare_stream": {"settings": settings}}
-        assert names_base(config, "org/mirror")
+        made = read_share_config(compressed_once)
+        assert not names_base(made, "org/mirror")
+        made.compression_stats["lorashare_stream"]["settings"] |= settings
+        assert names_base(replace(made), "org/mirror")
 
 
 def test_a_checkpoint_that_is_replaced_is_served_from_the_next_name_on(

@@ -1,10 +1,4 @@
-"""The coded checkpoint: its files, and what is recorded of its adapters.
-
-share_config.json        as in a SHARE checkpoint, with one field more, `coded`, at which lorashare raises
-packs/<id>.safetensors   codes, and tensors that are kept verbatim
-index.json.zz            configurations, layouts, records, and where each code lies
-skipped.json             adapters that were left out, with reasons; only if there are some
-"""
+"""The coded checkpoint: what is recorded of its adapters. docs/format.md has its files."""
 
 from __future__ import annotations
 
@@ -16,15 +10,16 @@ from typing import Any
 from ..adapters.folder import digest_files, open_tensors, tensor_records
 from ..adapters.safetensors import TensorRecord
 from ..errors import CheckpointError
+from ..schema import checked
 from ..text import printable
-from .config import SHAREConfig
+from .config import SHAREConfig, record_of
 from .format import ADAPTERS, CODE, CONFIG, INDEX, OURS, VERBATIM
 from .index import CodedAdapter, Index, read_index
 from .packs import Coded, Verbatim, digest_of_tensor
-from .records import metas_of
+from .records import REPAIR, AdapterMeta, metas_of
 
 VERSION = 1  # of gauge, quantiser, tables and stream
-_ELSEWHERE = {"basis_digest", "verbatim", "files", "layout", "delta_norm", "notes"}  # facts that no record repeats
+_ELSEWHERE = {"format", "basis_digest", "verbatim", "files", "layout", "delta_norm", "notes"}  # no record repeats it
 _PATH = "path"  # in a record: the original_adapter_path, if it is not the source id
 _DIGITS = 7  # of a recorded error: what is measured agrees with it to 1e-6
 
@@ -32,22 +27,19 @@ _DIGITS = 7  # of a recorded error: what is measured agrees with it to 1e-6
 def staged_adapters(root: Path, names: Iterable[str]) -> Iterator[Coded]:
     """Adapters of a staged checkpoint that lie in folders of their own, to be packed."""
     for meta in metas_of(root, names):
-        ours, folder = meta[OURS], root / ADAPTERS / meta["adapter_name"]
+        folder = root / ADAPTERS / meta.adapter_name
         path = folder / VERBATIM
-        verbatim = {r.name: _verbatim(path, r) for r in tensor_records((path,))} if ours["verbatim"] else {}
-        config, record = meta["original_config"], record_in(meta)
-        yield Coded(meta["adapter_name"], config, ours["layout"], record, folder / CODE, verbatim)
+        verbatim = {r.name: _verbatim(path, r) for r in tensor_records((path,))} if meta.ours.verbatim else {}
+        record, code = record_in(meta), folder / CODE
+        yield Coded(meta.adapter_name, meta.original_config, meta.ours.layout, record, code, verbatim)
 
 
-def record_in(meta: Mapping[str, Any]) -> dict[str, Any]:
+def record_in(meta: AdapterMeta) -> dict[str, Any]:
     """What the index records of an adapter, of its adapter_meta.json: what `meta_of` gives back."""
-    ours = meta[OURS]
-    record = {key: value for key, value in ours.items() if key not in _ELSEWHERE}
+    record = meta.ours.model_dump(exclude_unset=True, exclude=_ELSEWHERE)
     record |= {key: float(f"{record[key]:.{_DIGITS}g}") for key in ("relative_error", "worst_module_error")}
-    record |= {"notes": ours["notes"]} if ours["notes"] else {}
-    if meta["original_adapter_path"] != record["source_id"]:
-        record[_PATH] = meta["original_adapter_path"]
-    return record
+    record |= {"notes": meta.ours.notes} if meta.ours.notes else {}
+    return record if meta.original_adapter_path == meta.ours.source_id else record | {_PATH: meta.original_adapter_path}
 
 
 def _verbatim(path: Path, record: TensorRecord) -> Verbatim:
@@ -60,19 +52,19 @@ def _chunks(path: Path, record: TensorRecord) -> Iterator[memoryview]:
         yield from tensors.chunks(record)
 
 
-def meta_of(adapter: CodedAdapter, key: str) -> dict[str, Any]:
-    """What an adapter_meta.json would say of an adapter; `key` is of the checkpoint."""
-    facts = {"notes": [], **adapter.record}
-    path = facts.pop(_PATH, facts["source_id"])
-    return {
-        "adapter_name": adapter.name,
-        "original_config": adapter.config,
-        "original_adapter_path": path,
-        OURS: {**facts, "basis_digest": key, "verbatim": sorted(adapter.verbatim)},
-    }
+def meta_of(adapter: CodedAdapter, key: str) -> AdapterMeta:
+    """What an adapter_meta.json would say of an adapter; `key` is of the checkpoint.
+
+    Raises:
+        CheckpointError: if the index tells lies.
+    """
+    facts = {"notes": [], **adapter.record, "basis_digest": key, "verbatim": sorted(adapter.verbatim)}
+    path = facts.pop(_PATH, facts.get("source_id"))
+    values = {"adapter_name": adapter.name, "original_config": adapter.config, "original_adapter_path": path}
+    return checked(AdapterMeta, {**values, OURS: facts}, INDEX, REPAIR, adapter.name)
 
 
-def metas_in(root: Path, config: SHAREConfig, names: Iterable[str]) -> Iterator[dict[str, Any]]:
+def metas_in(root: Path, config: SHAREConfig, names: Iterable[str]) -> Iterator[AdapterMeta]:
     """What a checkpoint of ours, SHARE or coded, records of adapters: as `metas_of`.
 
     Raises:
@@ -81,7 +73,7 @@ def metas_in(root: Path, config: SHAREConfig, names: Iterable[str]) -> Iterator[
     if not config.coded:
         yield from metas_of(root, names)
         return
-    index, key = index_of(root, config.coded), str(config.ours.get("basis_digest"))
+    index, key = index_of(root, config.coded), record_of(config).basis_digest
     for name in names:
         if name not in index.adapters:
             raise CheckpointError(f"{CONFIG} and {INDEX} name other adapters", adapter=name, found=root)

@@ -17,12 +17,13 @@ from ..errors import CheckpointError
 from ..machine import memory
 from ..text import printable
 from .coded import index_of, meta_of
-from .config import read_share_config
+from .config import read_share_config, record_of
 from .format import CONFIG, INDEX, SKIPPED
 from .index import CodedAdapter, Location, Pack
 from .location import Place
 from .packs import Read, check_pack, read_code, read_verbatim
 from .reader import CheckpointReader, Tensors
+from .records import AdapterMeta
 
 LARGEST = 1 << 34  # numbers of an adapter; a foreign index may claim more
 DECODED_BYTES = 40  # of each number, in memory while an adapter is decoded, at most
@@ -82,9 +83,9 @@ class CodedReader(CheckpointReader):
             raise CheckpointError(f"{CONFIG} and {INDEX} name other adapters", found=place)
         self.components: Any = AbsentMapping("components")
 
-    def meta(self, name: str) -> dict[str, Any]:
+    def meta(self, name: str) -> AdapterMeta:
         """What is recorded of one adapter, as SHARE checkpoints have it in adapter_meta.json."""
-        return meta_of(self.index.adapters[name], str(self.config.ours.get("basis_digest")))
+        return meta_of(self.index.adapters[name], record_of(self.config).basis_digest)
 
     def loadings(self, name: str) -> Tensors:
         """There are none.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import read_json
+from ..schema import read_skipped
 
 CONFIG, COMPONENTS, ADAPTERS = "share_config.json", "shared_components.safetensors", "adapters"
 LOADINGS, VERBATIM, META = "loadings.safetensors", "classifier_head.safetensors", "adapter_meta.json"
@@ -41,18 +42,14 @@ def ours_of(out: Path) -> dict[str, Any] | None:
 
 def skipped_of(out: Path) -> list[dict[str, Any]]:
     """The adapters that were left out of a checkpoint, with reasons."""
-    try:
-        skipped: list[dict[str, Any]] = read_json(out / SKIPPED)
-    except (OSError, ValueError):
-        return []
-    return skipped
+    return [item.model_dump(exclude_none=True) for item in read_skipped(out / SKIPPED)]
 
 
-def total_bytes(size: Mapping[str, int]) -> int:
+def total_bytes(size: Mapping[str, float]) -> int:
     """Bytes on disk of a checkpoint, by what it says of its parts."""
-    return sum(size.get(part, 0) for part in PARTS)
+    return int(sum(size.get(part, 0) for part in PARTS))
 
 
-def next_bytes(size: Mapping[str, int], adapters: int) -> int:
+def next_bytes(size: Mapping[str, float], adapters: int) -> int:
     """Bytes that one more adapter costs, on the bases that are there: what one costs on average."""
     return round((total_bytes(size) - size.get("basis", 0)) / max(1, adapters))

@@ -18,12 +18,13 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from ..adapters.dtypes import ITEMSIZE
 from ..adapters.safetensors import MAX_DIMS
 from ..errors import CheckpointError, unknown_adapter
 from ..files import atomic_file
+from ..schema import Count, Schema, fault_of
 from ..text import name_fault, printable
 from .format import INDEX, PACKS
 from .planes import MOST
@@ -46,20 +47,15 @@ def _checked_dtype(dtype: str) -> str:
     return dtype
 
 
-Count = Annotated[int, Field(strict=True, ge=0, lt=1 << 63)]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]  # the first 32 hex digits of a SHA-256
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Name = Annotated[str, AfterValidator(_checked_name)]
-PackRow = tuple[Sha256, Count, Count, Count, Count]  # SHA-256, bytes, bytes of its header, adapters, tensors
+PackRow = Annotated[tuple[Sha256, Count, Count, Count, Count], Field(strict=False)]  # as in docs/format.md
 Dtype = Annotated[str, AfterValidator(_checked_dtype)]
-Kind = tuple[Dtype, Annotated[list[Count], Field(max_length=MAX_DIMS)], Literal["", "planes"]]
-_COUNTS = TypeAdapter(Count)
-
-
-class Schema(BaseModel):
-    """A part of a file of ours: what it does not know is refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+Kind = Annotated[
+    tuple[Dtype, Annotated[list[Count], Field(max_length=MAX_DIMS)], Literal["", "planes"]], Field(strict=False)
+]
+_COUNTS = TypeAdapter(Count, config=ConfigDict(strict=True))
 
 
 class Table(Schema):
@@ -276,11 +272,9 @@ def read_index(source: Path | bytes) -> Index:
     try:
         return _parsed(inflated(compressed))
     except (ValueError, IndexError, RecursionError) as e:
-        found = fault_of(e) if isinstance(e, ValidationError) else str(e)
+        fault = fault_of(e) if isinstance(e, ValidationError) else {"found": str(e)}
         remedy = "Fetch the checkpoint again, or compress its sources again."
-        raise CheckpointError(
-            f"{INDEX} is damaged, or no index of a coded checkpoint", found=found, remedy=remedy
-        ) from e
+        raise CheckpointError(f"{INDEX} is damaged, or no index of a coded checkpoint", remedy=remedy, **fault) from e
 
 
 def _bytes_of(path: Path) -> bytes:
@@ -385,12 +379,6 @@ def _tensor(kind: tuple[str, tuple[int, ...], str], at: Location) -> StoredTenso
     fits = at.nbytes < tensor.nbytes <= MOST * at.nbytes if coding else at.nbytes == tensor.nbytes
     _demand(fits, f"{at.nbytes} bytes for a tensor {dtype} {[*shape]}")
     return tensor
-
-
-def fault_of(error: ValidationError) -> str:
-    """The first thing that is wrong: where, and what."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def _demand(true: bool, otherwise: str) -> None:

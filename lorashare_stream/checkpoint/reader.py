@@ -22,11 +22,12 @@ from safetensors import SafetensorError, safe_open
 
 from ..adapters.keys import factor_key, split_group_id
 from ..errors import CheckpointError
-from ..files import read_json
+from ..schema import read_checked
 from ..text import has_surrogates, is_component, listed, printable
 from .config import read_share_config
-from .format import ADAPTERS, COMPONENTS, CONFIG, LOADINGS, MARK, META, OURS, SKIPPED, SPECTRUM, VERBATIM
+from .format import ADAPTERS, COMPONENTS, CONFIG, LOADINGS, MARK, META, SKIPPED, SPECTRUM, VERBATIM
 from .location import Folder, Place
+from .records import REPAIR, Meta
 
 T = TypeVar("T")
 Tensors = dict[str, torch.Tensor]
@@ -121,7 +122,7 @@ class CheckpointReader:
             return None
 
     def _check_digest(self, found: str | None, file: str) -> None:
-        expected = self.config.ours.get("basis_digest")
+        expected = self.config.record.basis_digest if self.config.record else None
         if None not in (expected, found) and found != expected:  # lorashare, saving ours again, drops the digests
             raise CheckpointError(
                 f"{printable(file)} belongs to another basis: {self.place.mixed}",
@@ -129,19 +130,14 @@ class CheckpointReader:
                 expected=expected,
             )
 
-    def meta(self, name: str) -> dict[str, Any]:
-        """adapter_meta.json of one adapter."""
+    def meta(self, name: str) -> Meta:
+        """adapter_meta.json of one adapter; it may be lorashare's, which does without."""
         relative = f"{ADAPTERS}/{name}/{META}"
-        path = self._file(relative) if self.config.ours else self._optional(relative)  # lorashare does without
+        path = self._file(relative) if self.config.record else self._optional(relative)
         if path is None:
-            return {}
-        try:
-            meta = read_json(path)
-        except (ValueError, FileNotFoundError) as e:
-            raise CheckpointError(f"{META} cannot be read", adapter=name, found=str(e)) from e
-        if not isinstance(meta, dict) or not isinstance(meta.get(OURS, {}), dict):
-            raise CheckpointError(f"{META} is not what it should be", adapter=name, found=meta, expected="an object")
-        self._check_digest(meta.get(OURS, {}).get("basis_digest"), f"adapters/{name}")
+            return Meta()
+        meta = read_checked(path, Meta, REPAIR, name)
+        self._check_digest(meta.ours.basis_digest if meta.ours else None, f"adapters/{name}")
         return meta
 
     def tensors(self, name: str) -> Tensors:
@@ -165,11 +161,10 @@ class CheckpointReader:
         return tensors
 
     def _verbatim_file(self, name: str) -> Path | None:
-        recorded = self.meta(name).get(OURS, {}).get("verbatim")
-        if recorded == []:
-            return None  # not asked for: it would be a request
-        relative = f"{ADAPTERS}/{name}/{VERBATIM}"
-        return self._file(relative) if recorded is not None else self._optional(relative)  # lorashare does not say
+        ours, relative = self.meta(name).ours, f"{ADAPTERS}/{name}/{VERBATIM}"
+        if ours is None:
+            return self._optional(relative)  # lorashare does not say
+        return self._file(relative) if ours.verbatim else None  # not asked for: it would be a request
 
     @contextmanager
     def folder(self) -> Iterator[Path]:
@@ -208,15 +203,12 @@ class CheckpointReader:
 
     def adapter_config(self, name: str) -> dict[str, Any]:
         """The adapter_config.json that one adapter came with."""
-        config = self.meta(name).get("original_config", {})
-        if not isinstance(config, dict):
-            raise CheckpointError(f"{META} has no usable original_config", adapter=name, found=type(config).__name__)
-        return config
+        return self.meta(name).original_config
 
     @cached_property
     def sources(self) -> PerAdapter[str]:
         """Where each adapter came from, as it was recorded: shown, never followed."""
-        return PerAdapter(self.names, lambda name: str(self.meta(name).get("original_adapter_path", "")))
+        return PerAdapter(self.names, lambda name: self.meta(name).original_adapter_path)
 
 
 def _is_folder_name(name: object) -> bool:

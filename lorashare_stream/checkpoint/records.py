@@ -3,41 +3,97 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field
 
 from ..adapters.folder import digest_config, digest_files
 from ..errors import CheckpointError
 from ..files import read_json, unsealed
+from ..schema import Count, Format, Measure, Schema, checked
 from ..workspace.journal import Admission
-from .format import ADAPTERS, COMPONENTS, LOADINGS, META, OURS, SPECTRUM, VERBATIM
+from .format import ADAPTERS, COMPONENTS, LOADINGS, META, SPECTRUM, VERBATIM
 
 REPAIR = "Take the adapter out (lorashare-stream remove) and add it again; or delete the checkpoint and compress again."
 
 
-def is_whole(folder: Path, admission: Admission, basis_key: str) -> bool:
-    """Whether the folder of an adapter in a checkpoint is whole, by its digests, and that of an admission.
+class HubOrigin(Schema):
+    """Where on the Hub an adapter came from, pinned, and what the Hub said of it then."""
+
+    repo: str
+    revision: str
+    subfolder: str
+    gated: bool | None
+    private: bool | None
+    license: str | None
+
+
+class AdapterRecord(Schema):
+    """What is ours in an adapter_meta.json, as `lorashare_stream`; an index has it but for what it has elsewhere."""
+
+    format: Annotated[Format, "1"] = 1
+    basis_digest: Annotated[str, "that of share_config.json"]
+    source_id: Annotated[str, "the adapter: its folder, or its id on the Hub, pinned"]
+    sha256: Annotated[str, "of its weight files"]
+    source_bytes: Annotated[Count, "of these"]
+    lora_bytes: Annotated[Count, "of its LoRA tensors"]
+    relative_error: Annotated[Measure, "of dW, certified"]
+    worst_module: Annotated[str | None, "where it is largest; null of an adapter that is kept exact"]
+    worst_module_error: Annotated[Measure, "there"]
+    delta_norm: Annotated[Measure, "the norm of dW"] = 0.0
+    verbatim: Annotated[list[str], "keys of tensors that are kept as they came"] = Field(default=[])
+    notes: Annotated[list[str], "what the user should know of it"] = Field(default=[])
+    files: Annotated[dict[str, str], "the files beside this one -> their SHA-256"] = Field(default={})
+    hub: Annotated[HubOrigin | None, "repo, revision, subfolder, gated, private, license; only of the Hub"] = None
+    layout: Annotated[list[Any] | None, "of its modules, as above; only while a coded checkpoint is made"] = None
+    estimated: Annotated[str | None, "why the error is not measured, if it is not"] = None
+
+
+class Meta(Schema):
+    """adapter_meta.json, which lorashare may have written."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    adapter_name: str = ""
+    original_config: dict[str, Any] = Field(default={})
+    original_adapter_path: str = ""
+    ours: AdapterRecord | None = Field(default=None, alias="lorashare_stream")
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return self.model_dump(by_alias=True, exclude_unset=True)
+
+
+class AdapterMeta(Meta):
+    """adapter_meta.json of ours, sealed by a `checksum`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    adapter_name: Annotated[str, "the adapter"]
+    original_config: Annotated[dict[str, Any], "its adapter_config.json"]
+    original_adapter_path: Annotated[str, "the folder or the id that it came from"]
+    ours: Annotated[AdapterRecord, "what is recorded of it"] = Field(alias="lorashare_stream")
+
+
+def is_whole(root: Path, admission: Admission, basis_key: str) -> bool:
+    """Whether an adapter of a checkpoint is whole, by its digests, and that of an admission.
 
     A power cut may leave names without content.
 
     Args:
-        folder: of the adapter.
+        root: of the checkpoint.
         admission: its admission.
         basis_key: of the components to which it must belong.
     """
     try:
-        meta = read_json(folder / META)
-        ours = meta[OURS]
-        return (
-            unsealed(meta) is not None
-            and ours["sha256"] == admission.digest
-            and digest_config(meta["original_config"]) == admission.config_digest
-            and ours["basis_digest"] == basis_key
-            and all(digest_files([folder / file]) == digest for file, digest in ours["files"].items())
-        )
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        meta, folder = next(metas_of(root, [admission.name])), root / ADAPTERS / admission.name
+        found = meta.ours.sha256, digest_config(meta.original_config), meta.ours.basis_digest
+        files = all(digest_files([folder / file]) == digest for file, digest in meta.ours.files.items())
+    except (CheckpointError, FileNotFoundError):
         return False
+    return files and found == (admission.digest, admission.config_digest, basis_key)
 
 
 def check_components(root: Path, sha256: str) -> None:
@@ -60,29 +116,28 @@ def has_files(root: Path, names: Iterable[str]) -> bool:
     return (root / COMPONENTS).is_file() and all(map(os.path.isfile, files))
 
 
-def admission_in(meta: Mapping[str, Any]) -> Admission:
+def admission_in(meta: AdapterMeta) -> Admission:
     """What of an admission a checkpoint of ours records: enough to know the adapter again."""
-    ours, config = meta[OURS], digest_config(meta["original_config"])
-    sizes = (ours["source_bytes"],)  # of all files together
-    return Admission(meta["adapter_name"], ours["source_id"], ours["sha256"], config, 0.0, sizes, (), "")
+    ours, config = meta.ours, digest_config(meta.original_config)
+    sizes = (ours.source_bytes,)  # of all files together
+    return Admission(meta.adapter_name, ours.source_id, ours.sha256, config, 0.0, sizes, (), "")
 
 
-def metas_of(root: Path, names: Iterable[str]) -> Iterator[dict[str, Any]]:
+def metas_of(root: Path, names: Iterable[str]) -> Iterator[AdapterMeta]:
     """What a checkpoint of ours, staged or published, records of each adapter.
 
     Raises:
         CheckpointError: if it is not what was written.
     """
     for name in names:
+        why = "it is not what was written"
         try:
-            meta = read_json(root / ADAPTERS / name / META)
-        except (FileNotFoundError, ValueError) as e:
-            meta, why = None, str(e)
-        else:
-            why = "it is not what was written"
-        if unsealed(meta) is None:
+            values = unsealed(read_json(root / ADAPTERS / name / META))
+        except (FileNotFoundError, NotADirectoryError, ValueError) as e:
+            values, why = None, str(e)
+        if values is None:
             raise CheckpointError(f"{META} is damaged", adapter=name, found=why, remedy=REPAIR)
-        yield meta
+        yield checked(AdapterMeta, values, META, REPAIR, name)
 
 
 def sizes_of(root: Path, names: Iterable[str]) -> dict[str, int]:

@@ -1,14 +1,6 @@
 """The SHARE checkpoint, written: staged beside the output, then published by one rename.
 
-    share_config.json                     what lorashare's SHAREConfig knows, and `compression_stats`
-    shared_components.safetensors         module:side -> V (d, k)
-    adapters/<name>/loadings.safetensors  module:side -> V'W (k, r)
-    adapters/<name>/classifier_head.safetensors   tensors kept verbatim, under their PEFT keys
-    adapters/<name>/adapter_meta.json     original_config, source, certified error, digest of the basis
-    eigenvalues.safetensors               module:side -> (k,) of its moment
-    skipped.json                          adapters that were left out, with reasons; only if there are some
-
-lorashare 0.1.3 refuses unknown fields of share_config.json, so everything of ours is in
+docs/format.md has its files. lorashare 0.1.3 refuses unknown fields of share_config.json, so everything of ours is in
 `compression_stats["lorashare_stream"]`, in adapter_meta.json, or in files of its own.
 """
 
@@ -99,7 +91,7 @@ class Staging:
         folder = self.root / ADAPTERS / admission.name
         if not os.path.lexists(folder):
             return False
-        whole = not folder.is_symlink() and is_whole(folder, admission, basis_key)
+        whole = not folder.is_symlink() and is_whole(self.root, admission, basis_key)
         if not whole:
             remove_tree(folder)
         return whole

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..adapters.hubid import parse_hub_id
 from ..adapters.source import Source
-from ..errors import UsageError, problem_of
+from ..errors import UsageError
 from ..files import read_json
 from ..pipeline import plan_for
 from ..plan.manifests import read_yaml
@@ -19,6 +19,7 @@ from ..plan.plan import Plan
 from ..plan.sources import resolve
 from ..runtime.dask import connected, started, workers_of
 from ..runtime.progress import Progress, silent
+from ..schema import FORMAT, SkippedFile
 from ..settings import LIMITS, TRIM_RANK, TYPES, Settings, overridden
 from ..text import listed, name_fault, printable
 
@@ -128,9 +129,11 @@ def planned(chosen: Args, workspace: Path, progress: Progress = silent) -> Plan:
         raise UsageError("both sources and --plan", remedy="The plan names its sources.")
     try:
         saved = read_json(Path(chosen["plan"]))
+        if saved.get("format", FORMAT) > FORMAT:
+            raise ValueError(f"format {saved['format']}, of a newer version of lorashare-stream")
         sources = [_saved_source(a) for a in saved["adapters"]]
         settings, fingerprint, presumed = dict(saved["settings"]), saved["fingerprint"], bool(saved.get("presumed"))
-        refused = [problem_of(r) for r in saved["refused"]]
+        refused = [r.error() for r in SkippedFile.model_validate(saved["refused"]).root]
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise UsageError(f"{printable(chosen['plan'])} is not a plan", found=f"{type(e).__name__}: {e}") from e
     settings = overridden(settings, {k: v for k, v in chosen.items() if k in _SETTINGS})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shlex
-from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -204,7 +203,7 @@ def info_of(config: SHAREConfig) -> dict[str, Any]:
     stats = {k: v for k, v in config.compression_stats.items() if k != "lorashare_stream"}
     ours = {k: v for k, v in config.ours.items() if k != "groups"}
     whole = {}
-    with suppress(KeyError, TypeError, ValueError, AttributeError, OverflowError):  # which the text tells
+    if ours:
         total = total_bytes(ours["bytes"])
         whole = {"checkpoint_bytes": total, "times_smaller": ours["bytes"]["originals"] / max(1, total)}
     return {**{k: v for k, v in config.to_dict().items() if k != "compression_stats"}, **stats, **ours, **whole}

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.config import read_share_config
+from ..checkpoint.config import read_share_config, record_of
 from ..checkpoint.format import ADAPTERS, total_bytes
 from ..edits import add as adding
 from ..edits import refit as refitting
@@ -48,7 +48,7 @@ def _means(args: Args) -> Iterator[RunOptions]:
 def add(args: Args) -> int:
     """`add`: adapters into a checkpoint."""
     out, config = opened(Path(args["checkpoint"]))
-    before, bytes_before = set(config.adapter_names), total_bytes(config.ours.get("bytes", {}))
+    before, bytes_before = set(config.adapter_names), total_bytes(record_of(config).bytes)
     sources = named_sources(args, skipping=args.get("on_error") == "skip")
     with _means(args) as options:
         outcome = adding.add(out, sources, options)
@@ -59,7 +59,7 @@ def add(args: Args) -> int:
     size = sum(tree_bytes(out / ADAPTERS / name) for name in added)
     if config.coded:
         how, again = "coded alone", "all adapters were coded again, since the limit did not hold the new ones"
-        size = total_bytes(config.ours["bytes"]) - bytes_before
+        size = total_bytes(record_of(config).bytes) - bytes_before
     text = {
         "current": "nothing to add: the checkpoint has these adapters",
         "projection": f"added {listed(added)}{', ' if config.coded else ' '}{how}, for {bytes_shown(size)}"
@@ -140,7 +140,7 @@ def refit(args: Args) -> int:
         "current": "nothing to do",
     }[method]
     log.info("%s: %s", printable(out), note)
-    if config.ours["removed"]:
+    if record_of(config).removed:
         log.warning("removed adapters are in the moments, and so in the bases, until remove --refit frees them")
     result: dict[str, Any] = {"checkpoint": str(out), "method": method, "k": config.num_components}
     print_result(args, result, summary_text(config))

@@ -13,10 +13,9 @@ from ..adapters.keys import group_id, split_group_id
 from ..adapters.shapes import ModuleShape
 from ..adapters.source import Source
 from ..checkpoint.coded import metas_in
-from ..checkpoint.config import SHAREConfig, read_share_config
-from ..checkpoint.format import OURS, skipped_of
+from ..checkpoint.config import SHAREConfig, read_share_config, record_of
+from ..checkpoint.format import skipped_of
 from ..checkpoint.records import admission_in
-from ..checkpoint.summary import counts_of, record_of
 from ..errors import AdapterError, CheckpointError, UsageError, WorkspaceError, refusal, skipped_as_json
 from ..hub.lookup import loose_ids, recalled, resolve_on_hub
 from ..pipeline import Outcome, plan_for
@@ -105,7 +104,7 @@ def add_one(checkpoint: Path, adapter: str | Mapping[str, str], options: RunOpti
     kept = dict.fromkeys(("min_explained_variance", "mean_explained_variance"), min(outcome.kept.values(), default=0.0))
     result: dict[str, Any] = {"method": outcome.method, "adapter_name": added[0]}
     if config.coded:
-        return result | {"relative_error": next(metas_in(checkpoint, config, added))[OURS]["relative_error"]}
+        return result | {"relative_error": next(metas_in(checkpoint, config, added)).ours.relative_error}
     return result | (kept if outcome.kept else {})
 
 
@@ -114,7 +113,7 @@ def _check_names(config: SHAREConfig, out: Path, sources: Sequence[Source]) -> N
     taken = {folded(name): name for name in config.adapter_names}
     for source in sources:
         name = None if source.name is None else taken.get(folded(source.name))
-        if name is not None and next(metas_in(out, config, [name]))[OURS]["source_id"] != source.id:
+        if name is not None and next(metas_in(out, config, [name])).ours.source_id != source.id:
             raise UsageError(
                 f"there is an adapter named {printable(name)!r} already", found=source.path, remedy="Give another name."
             )
@@ -149,7 +148,7 @@ def _note(plan: Plan, fresh: Collection[str]) -> None:
 
 def _pins_in(out: Path, config: SHAREConfig) -> dict[str, str]:
     """What ids of the Hub mean that a checkpoint has adapters of."""
-    return loose_ids(str(meta[OURS]["source_id"]) for meta in metas_in(out, config, config.adapter_names))
+    return loose_ids(meta.ours.source_id for meta in metas_in(out, config, config.adapter_names))
 
 
 def _receipts_in(out: Path, config: SHAREConfig) -> list[Admission]:
@@ -190,7 +189,7 @@ def _add_alone(
 
 def _shapes_in(config: SHAREConfig) -> dict[str, ModuleShape]:
     """What a checkpoint's bases tell of the shapes of its modules."""
-    d = {group: int(basis["d"]) for group, basis in record_of(config).bases.items()}
+    d = {group: basis.d for group, basis in record_of(config).groups.items()}
     modules = {split_group_id(group)[0] for group in d}
     return {m: ModuleShape(0, d[group_id(m, "A")], d[group_id(m, "B")], experts=0) for m in modules}
 
@@ -211,10 +210,10 @@ def _grown(out: Path, config: SHAREConfig, there: Sequence[Admission], run: Run,
     if not admitted:
         return Outcome(refused, "current")
     shapes = {e.shapes_key: e.shapes for e in plan.adapters}
-    journal, settings_key = Journal((*there, *admitted)), record_of(config).settings_key
+    journal, record = Journal((*there, *admitted)), record_of(config)
     job = Job(
         settings=settings,
-        storage=config.ours["dtype"],
+        storage=record.dtype,
         adapters={e.name: e for e in plan.adapters},
         journal=journal,
         shapes={r.shapes: shapes[r.shapes] for r in admitted},
@@ -222,14 +221,14 @@ def _grown(out: Path, config: SHAREConfig, there: Sequence[Admission], run: Run,
         bases=out,
         out=out,
         device="cpu",
-        settings_key=settings_key,
-        checkpoint_key=checkpoint_key_of(settings_key, journal.admissions),
+        settings_key=record.choice,
+        checkpoint_key=checkpoint_key_of(record.choice, journal.admissions),
     )
     left_out = [*skipped_of(out), *skipped_as_json(refused)]
     if config.coded:
         target = coding.target_there(out, config, journal.admissions, left_out)
         return Outcome(refused, coding.code(run, job, target, lambda _: demand_unchanged(out, config)))
-    counts = counts_of(config)
+    counts = {group: basis.n for group, basis in record.groups.items()}
     for group, n in replace(job, journal=Journal(admitted)).counts.items():
         counts[group] = counts.get(group, 0) + n
     published, kept = grow(run, job, out, config, left_out, threshold, counts)

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.dtypes import DTYPES
-from ..checkpoint.config import SHAREConfig, read_share_config
+from ..checkpoint.config import SHAREConfig, read_share_config, record_of
 from ..checkpoint.publish import demand_folder, output_folder
 from ..checkpoint.staging import recover
-from ..checkpoint.summary import record_of
 from ..errors import WorkspaceError
 from ..hub.lookup import fetching_for
 from ..linalg.device import resolve_device
@@ -60,7 +59,7 @@ class RunOptions:
             if self.workspace is not None:
                 raise WorkspaceError("no workspace", found=root, remedy="Name the one of the checkpoint.")
             return None
-        if record_of(config).basis_key not in Workspace(root).published():
+        if record_of(config).basis_digest not in Workspace(root).published():
             raise WorkspaceError(
                 "the workspace is not the one that the checkpoint was made with",
                 found=root,
@@ -84,7 +83,7 @@ class RunOptions:
         """Those with which a checkpoint was made, but for the changes."""
         record, base = record_of(config), config.base_model_name_or_path or None
         dtype = "auto" if config.coded else DTYPES[record.dtype]  # a code has none
-        made = {**record.settings, "base_model": base, "dtype": dtype}
+        made = {**record.settings.chosen(), "base_model": base, "dtype": dtype}
         return Settings.from_mapping(overridden(made, self.changes))
 
     def compress(self, plan: Plan, out: Path, root: Path, **options: Any) -> Outcome:

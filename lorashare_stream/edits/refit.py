@@ -7,19 +7,17 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.config import SHAREConfig
+from ..checkpoint.config import SHAREConfig, record_of
 from ..checkpoint.format import CONFIG, ours_of
 from ..checkpoint.publish import check_output, output_folder
 from ..checkpoint.staging import recover
-from ..checkpoint.summary import record_of
 from ..errors import WorkspaceError
 from ..files import read_sealed
 from ..hub.lookup import recalled
 from ..machine import usable_cores
 from ..pipeline import plan_for
 from ..runtime.executors import Places, executor_for, mapper_for
-from ..settings import LIMITS, Settings, overridden
-from ..settings import asked as asked_for
+from ..settings import Settings, overridden
 from ..stages.slice import cut_of, slice_checkpoint
 from ..text import listed
 from ..workspace.workspace import Workspace
@@ -70,8 +68,8 @@ def _no_sources(config: SHAREConfig, settings: Settings) -> WorkspaceError:
     if settings.limit or config.coded:
         return WorkspaceError(
             "the adapters must be read again from their sources, which only the workspace knows",
-            found=listed([*asked_for(record_of(config).settings), f"k = {config.num_components}"][:1]),
-            expected=listed([*asked_for(settings.as_dict()), f"k = {settings.num_components}"][:1]),
+            found=listed([*record_of(config).settings.asked, f"k = {config.num_components}"][:1]),
+            expected=listed([*settings.asked, f"k = {settings.num_components}"][:1]),
             remedy=remedy,
         )
     return WorkspaceError(
@@ -95,27 +93,22 @@ def _last_settings(workspace: Path) -> dict[str, Any]:
 def _is_so(config: SHAREConfig, settings: Settings) -> bool:
     """Whether a checkpoint has this k, as it was asked for, and bases that are fitted to its adapters and no others."""
     record, k = record_of(config), settings.num_components
-    same = _bought(config) == settings.bought and (k == record.settings.get("num_components") or bool(settings.limit))
-    same = same and (k != "auto" or settings.variance_threshold == record.settings.get("variance_threshold"))
+    made = record.settings
+    same = made.bought == settings.bought and (k == made.num_components or bool(settings.limit))
+    same = same and (k != "auto" or settings.variance_threshold == made.variance_threshold)
     return same and not record.projected and not record.removed
-
-
-def _bought(config: SHAREConfig) -> tuple[Any, ...]:
-    """The limit that was asked for a checkpoint."""
-    made = record_of(config).settings
-    return Settings.from_mapping({name: made[name] for name in LIMITS if name in made}).bought
 
 
 def _can_cut(config: SHAREConfig, settings: Settings) -> bool:
     """Whether all that is asked for is another k: a coded checkpoint is made from the sources only."""
-    return settings.limit is None and _bought(config) == settings.bought
+    return settings.limit is None and record_of(config).settings.bought == settings.bought
 
 
 def _is_cut_to(config: SHAREConfig, settings: Settings) -> bool:
     """Whether a checkpoint was cut to this k: the same command has done its work."""
     record = record_of(config)
-    same = record.settings.get("num_components") == settings.num_components
-    return record.cut_from is not None and same and _bought(config) == settings.bought
+    same = record.settings.num_components == settings.num_components
+    return record.cut_from is not None and same and record.settings.bought == settings.bought
 
 
 def _slice(place: Path, config: SHAREConfig, k: int, out: Path, options: RunOptions, overwrite: bool) -> str:
@@ -123,7 +116,7 @@ def _slice(place: Path, config: SHAREConfig, k: int, out: Path, options: RunOpti
     recover(out)
     cut = cut_of(place, config, k, out)
     ours = ours_of(out) or {}
-    if (ours.get("digest"), ours.get("basis_digest")) == (cut.digest, cut.record.basis_key):
+    if (ours.get("digest"), ours.get("basis_digest")) == (cut.digest, cut.record.basis_digest):
         return "current"
     root = options.root_of(place, config)
     own = {cut.source_digest} if out == place else set() if root is None else Workspace(root).published()
@@ -137,6 +130,6 @@ def _slice(place: Path, config: SHAREConfig, k: int, out: Path, options: RunOpti
         mapper_for(workers, lambda: places) as mapper,
     ):
         if work is not None:
-            work.publishing(out, cut.record.basis_key, ours.get("basis_digest"))
+            work.publishing(out, cut.record.basis_digest, ours.get("basis_digest"))
         slice_checkpoint(cut, mapper, at_once, options.progress)
     return "sliced"

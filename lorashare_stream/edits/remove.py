@@ -9,11 +9,10 @@ from pathlib import Path
 
 from ..adapters.safetensors import read_header
 from ..checkpoint.coded import metas_in
-from ..checkpoint.config import SHAREConfig, read_share_config
+from ..checkpoint.config import SHAREConfig, read_share_config, record_of
 from ..checkpoint.format import ADAPTERS, LOADINGS, skipped_of
 from ..checkpoint.records import admission_in, metas_of
 from ..checkpoint.staging import Staging
-from ..checkpoint.summary import counts_of, record_of
 from ..errors import AdapterError, StreamError, UsageError, WorkspaceError, unknown_adapter
 from ..files import read_sealed, remove_tree, write_sealed
 from ..hub.lookup import recalled
@@ -93,7 +92,7 @@ def _removed(
         return Removed(tuple(names), (), coded=True)
     if root is None:
         shrink(out, config, names)
-        return Removed(tuple(names), tuple(read_share_config(out).ours["removed"]))
+        return Removed(tuple(names), tuple(record_of(read_share_config(out)).removed))
     if refit and not config.coded:
         check_same(out, config, root, removing=names)
     held = [s for s in recalled(root) if s.name not in names]
@@ -117,17 +116,17 @@ def _removed(
         if refit:
             forget_removed(job)
             config = read_share_config(out)
-            if config.ours["removed"] and not plan.absent:
+            if record_of(config).removed and not plan.absent:
                 recompute(run, job, work, out, skipped_of(out))
         absent = tuple(str(e.adapter) for e in plan.absent)
-        return Removed(tuple(names), tuple(read_share_config(out).ours["removed"]), traces(job), absent)
+        return Removed(tuple(names), tuple(record_of(read_share_config(out)).removed), traces(job), absent)
 
 
 def _check_names(out: Path, config: SHAREConfig, journal: Journal, names: Sequence[str], refit: bool) -> None:
     if not names and not refit:
         raise UsageError("no adapter is named", remedy="Name those to take out, or give --refit.")
     active = {*config.adapter_names, *(r.name for r in journal.admissions)}
-    before = {e.name for e in journal.entries if isinstance(e, Removal)} | {*config.ours["removed"]}
+    before = {e.name for e in journal.entries if isinstance(e, Removal)} | {*record_of(config).removed}
     for name in names:
         if name not in active | before and not (is_component(name) and (out / ADAPTERS / name).is_dir()):
             raise unknown_adapter(name, sorted(active))
@@ -155,7 +154,7 @@ def _take_out_coded(work: Workspace, plan: Plan, out: Path, config: SHAREConfig,
 
     def publishing(key: str) -> None:  # only now: until then it may be found that another one is damaged
         take_out(work, journal, names)
-        work.publishing(out, key, str(config.ours["basis_digest"]))
+        work.publishing(out, key, record_of(config).basis_digest)
 
     _keep_others(out, config, names, publishing)
     take_out(work, work.journal(), names)  # those that the checkpoint did not have
@@ -184,23 +183,21 @@ def shrink(out: Path, config: SHAREConfig, names: Sequence[str]) -> None:
         return
     counts = _counts_without(out, config, gone)
     outside = {*_outside(config), *record.projected}
-    record = replace(
-        record,
-        projected=tuple(n for n in record.projected if n not in gone),
-        removed=tuple(sorted({*record.removed, *(n for n in config.adapter_names if n in gone - outside)})),
-    )
+    projected = [n for n in record.projected if n not in gone]
+    removed = sorted({*record.removed, *(n for n in config.adapter_names if n in gone - outside)})
+    less = record.counting(counts).model_copy(update={"projected": projected, "removed": removed})
     left_out = skipped_of(out)
     stay = [n for n in config.adapter_names if n not in gone]
-    digest = checkpoint_key_of(record.settings_key, [admission_in(meta) for meta in metas_of(out, stay)])
+    digest = checkpoint_key_of(record.choice, [admission_in(meta) for meta in metas_of(out, stay)])
     with Staging.open(out, digest_of(["shrinking", digest])) as staging:
         demand_unchanged(out, config)
         staging.link(out, stay)
-        staging.commit(out, changed(staging.root, record, stay, counts, digest, left_out), left_out)
+        staging.commit(out, changed(staging.root, less, stay, digest, left_out), left_out)
 
 
 def _counts_without(out: Path, config: SHAREConfig, gone: Collection[str]) -> dict[str, int]:
     """Group -> n of the adapters that stay: less those that go, or, if one of these is damaged, counted anew."""
-    outside, groups = _outside(config), counts_of(config)
+    outside, groups = _outside(config), record_of(config).groups
 
     def vectors(names: Iterable[str]) -> Counter[str]:
         found: Counter[str] = Counter()
@@ -212,12 +209,12 @@ def _counts_without(out: Path, config: SHAREConfig, gone: Collection[str]) -> di
         less = vectors(name for name in config.adapter_names if name in gone)
     except (StreamError, OSError):
         return dict(vectors(name for name in config.adapter_names if name not in gone))
-    return {group: n - less[group] for group, n in groups.items()}
+    return {group: basis.n - less[group] for group, basis in groups.items()}
 
 
 def _outside(config: SHAREConfig) -> set[str]:
     """Adapters that bases are not fitted to; they may have loadings, if their dW is zero."""
-    return set(config.ours["verbatim_adapters"])
+    return set(record_of(config).verbatim_adapters)
 
 
 def _vectors(out: Path, name: str) -> dict[str, int]:

@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..adapters.hubid import HubId, is_repo
-from ..checkpoint.config import SHAREConfig
+from ..checkpoint.config import Recorded, SHAREConfig
 from ..checkpoint.format import PARTS, next_bytes, total_bytes
-from ..errors import CheckpointError
-from ..settings import asked
-from ..text import bytes_shown, counted, printable
+from ..text import bytes_shown, counted, figure, printable
 
 MARK = "<!-- lorashare-stream writes this card anew with each push; without this line it is yours, and kept -->"
 ROWS = 1000  # sources in the table
@@ -63,23 +61,15 @@ def card(config: SHAREConfig, sources: Sequence[Provenance], repo: str) -> str:
         config: of the checkpoint, without local paths.
         sources: of its adapters, in order.
         repo: where it will be.
-
-    Raises:
-        CheckpointError: if its figures cannot be read.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     made = Environment(loader=PackageLoader("lorashare_stream.hub", ""), undefined=StrictUndefined, trim_blocks=True,
                        lstrip_blocks=True, keep_trailing_newline=True, autoescape=False)  # fmt: skip  # noqa: S701
     made.filters |= {"md": escaped, "link": _link, "counted": counted}
-    try:
-        facts = _facts(config)
-    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
-        fault = f"{type(e).__name__}: {e}"
-        raise CheckpointError("the figures in share_config.json cannot be read", found=fault) from e
     return made.get_template("card.md.j2").render(
-        metadata=_metadata(config, sources), mark=MARK, rows=ROWS, repo=repo, sources=sources, facts=facts,
-        base=_base(config), coded=config.coded, ours=config.ours,
+        metadata=_metadata(config, sources), mark=MARK, rows=ROWS, repo=repo, sources=sources, facts=_facts(config),
+        base=_base(config), coded=config.coded, ours=config.record,
     )  # fmt: skip
 
 
@@ -104,11 +94,11 @@ def _base(config: SHAREConfig) -> str:
 
 def _facts(config: SHAREConfig) -> Rows:
     """(name, value) of what is certain of it; what is empty is left out."""
-    stats, ours, shared = config.compression_stats, config.ours, not config.coded
-    limit = asked(ours.get("settings", {}))
+    stats, ours, shared = config.compression_stats, config.record, not config.coded
+    limit = ours.settings.asked if ours else []
     auto = "" if config.component_selection != "auto" else ", the most of any group"
     if auto and not limit:
-        auto += f": as many as explain {float(config.variance_threshold):.4f}"
+        auto += f": as many as explain {config.variance_threshold:.4f}"
     rows = [
         ("base model", _base(config)),
         ("adapters", str(len(config.adapter_names))),
@@ -116,40 +106,40 @@ def _facts(config: SHAREConfig) -> Rows:
         ("adapted modules on shared bases", str(len(config.layer_keys)) if shared else ""),
     ]
     if config.layer_keys:
-        mean, least = (float(stats[f"{key}_explained_variance"]) for key in ("mean", "min"))
+        mean, least = (figure(stats.get(f"{key}_explained_variance")) for key in ("mean", "min"))
         rows += [
             ("components k", f"{config.num_components}{auto}"),
-            ("explained variance", f"mean {mean:.4f}, least {least:.4f}"),
+            ("explained variance", f"mean {mean}, least {least}"),
         ]
     if ours:
         rows += _certified(ours, len(config.adapter_names), shared=shared)
     else:
-        rows.append(("LoRA parameters", _times(float(stats["compression_ratio"]))))
+        rows.append(("LoRA parameters", f"{figure(stats.get('compression_ratio'))} times fewer"))
     return [(name, value) for name, value in rows if value]
 
 
-def _certified(ours: dict[str, Any], adapters: int, *, shared: bool) -> Rows:
+def _certified(ours: Recorded, adapters: int, *, shared: bool) -> Rows:
     """Certified errors, and bytes on disk."""
-    size, errors = ours["bytes"], ours["errors"]
-    total, whole = total_bytes(size), "the basis" if shared else "everything"
-    summary = ", ".join(f"{name} {float(errors[key]):.4f}" for key, name in _ERRORS)
-    worst = [f"{escaped(w['name'])} ({float(w['relative_error']):.4f})" for w in errors["worst"][:5]]
+    size = ours.bytes
+    total, whole = max(1, total_bytes(size)), "the basis" if shared else "everything"
+    e, worst = ours.errors, [f"{escaped(w.name)} ({w.relative_error:.4f})" for w in ours.errors.worst[:5]]
+    summary = f"mean {e.mean:.4f}, median {e.median:.4f}, 95th percentile {e.p95:.4f}, worst {e.max:.4f}"
     return [
-        ("objective", escaped(ours["objective"]) + (", centred" if ours["center"] else "")),
-        ("relative error of dW", summary if errors["adapters"] else "none: no adapter is compressed"),
+        ("objective", escaped(ours.objective) + (", centred" if ours.center else "")),
+        ("relative error of dW", summary if e.adapters else "none: no adapter is compressed"),
         ("worst adapters", ", ".join(worst)),
         ("bytes of the originals", bytes_shown(size["originals"])),
-        ("bytes of this checkpoint", f"{bytes_shown(total)}, {whole} included: {_times(size['originals'] / total)}"),
+        (
+            "bytes of this checkpoint",
+            f"{bytes_shown(total)}, {whole} included: {_times(size['originals'] / total)}",
+        ),
         ("of which", ", ".join(f"{part} {bytes_shown(size[part])}" for part in PARTS if part in size)),
         ("the next adapter", f"about {bytes_shown(next_bytes(size, adapters))}{' on these bases' if shared else ''}"),
-        ("LoRA tensors alone", _times(float(size["lora_ratio"]))),
-        ("kept exact", _some(ours["verbatim_adapters"])),
-        ("added on bases that were not fitted to them", _some(ours["projected"])),
-        ("precision", escaped(ours["dtype"]) if shared else ""),
+        ("LoRA tensors alone", _times(size["lora_ratio"])),
+        ("kept exact", _some(ours.verbatim_adapters)),
+        ("added on bases that were not fitted to them", _some(ours.projected)),
+        ("precision", escaped(ours.dtype) if shared else ""),
     ]
-
-
-_ERRORS = (("mean", "mean"), ("median", "median"), ("p95", "95th percentile"), ("max", "worst"))
 
 
 def _link(hub: HubId | None) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from ..adapters.safetensors import TensorRecord
 from ..adapters.source import Listing
@@ -26,25 +26,15 @@ Records = tuple[TensorRecord, ...]
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a pinned adapter.
+    """What is known of a pinned adapter."""
 
-    Attributes:
-        files: (name, size in bytes) of its weight files.
-        records: their tensors.
-        digest: of the records.
-        config: its adapter_config.json, as JSON has it; None if it was not read.
-        listing: what the Hub says of it.
-        sha256: of its one weight file, if the Hub lists it.
-        refused: why its values must not touch a moment, if it was fetched before, and they must not.
-    """
-
-    files: tuple[tuple[str, int], ...]
-    records: Records
-    digest: str
-    config: str | None = None
-    listing: Listing = field(default_factory=Listing)
-    sha256: str | None = None
-    refused: ValuesError | None = None
+    files: Annotated[tuple[tuple[str, int], ...], "name and size in bytes of its weight files"]
+    records: Annotated[Records, "their tensors"]
+    digest: Annotated[str, "of the records"]
+    config: Annotated[str | None, "its adapter_config.json, as JSON has it, if it was read"] = None
+    listing: Annotated[Listing, "what the Hub says of it"] = field(default_factory=Listing)
+    sha256: Annotated[str | None, "of its one weight file, if the Hub lists it"] = None
+    refused: Annotated[ValuesError | None, "why its values must not touch a moment, if they must not"] = None
 
 
 def digest_of_records(records: Records) -> str:

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,11 @@ from ..checkpoint.config import SHAREConfig, config_bytes, read_share_config
 from ..checkpoint.format import ADAPTERS, COMPONENTS, CONFIG, INDEX, LOADINGS, META, OURS, SKIPPED, SPECTRUM, VERBATIM
 from ..checkpoint.index import index_bytes
 from ..checkpoint.packs import check_pack
-from ..checkpoint.records import REPAIR, check_components, has_files
+from ..checkpoint.records import REPAIR, AdapterMeta, Meta, check_components, has_files
 from ..errors import CheckpointError
 from ..files import read_json, sealed, unsealed
 from ..runtime.progress import Progress
+from ..schema import SkippedFile, checked, read_checked
 from ..text import is_component, listed
 from .card import MARK, Provenance, card
 from .scrub import Scrubber
@@ -88,13 +88,12 @@ class Payload:
             raise CheckpointError("adapter names that are no path components", found=found, expected="names of folders")
         if not read.coded and not has_files(root, self.names):
             raise CheckpointError("files of the checkpoint are missing", found=root, remedy="Fetch it again.")
-        settings = read.ours.get("settings", {})
-        aliases = settings.get("base_aliases", []) if isinstance(settings, dict) else []
-        paths = [str(root.absolute()), str(root.resolve()), read.base_model_name_or_path, *map(str, aliases)]
+        aliases = read.record.settings.base_aliases if read.record else []
+        paths = [str(root.absolute()), str(root.resolve()), read.base_model_name_or_path, *aliases]
         self._scrub = Scrubber(read.base_model_name_or_path, paths)
         self._config: dict[str, Any] = self._scrub(read_json(root / CONFIG))
         known = {k: v for k, v in self._config.items() if k in SHAREConfig.__dataclass_fields__}
-        self._typed, self.coded = replace(read, **known), bool(read.coded)
+        self._typed, self._record, self.coded = replace(read, **known), read.record, bool(read.coded)
         self.sources: list[Provenance] = []
 
     def config(self) -> Item:
@@ -115,9 +114,9 @@ class Payload:
         if self.coded:
             found = self._coded(progress)
         else:
-            digest = self._typed.ours.get("components")
+            digest = self._record.components if self._record else None
             if digest is not None:
-                check_components(self._root, str(digest))
+                check_components(self._root, digest)
             found = {COMPONENTS: self._tensors(COMPONENTS, digest)}
             if (self._root / SPECTRUM).is_file():
                 found[SPECTRUM] = self._tensors(SPECTRUM)
@@ -130,10 +129,11 @@ class Payload:
         index = index_of(self._root, self._typed.coded)
         if index.adapters.keys() != {*self.names}:
             raise CheckpointError(f"{CONFIG} and {INDEX} name other adapters", found=self._root)
-        told = {name: self._scrub(meta_of(adapter, "")) for name, adapter in index.adapters.items()}
-        self.sources = [_provenance(name, told[name]) for name in self.names]
+        metas = {name: meta_of(adapter, "").plain() for name, adapter in index.adapters.items()}
+        told = {name: AdapterMeta(**self._scrub(meta)) for name, meta in metas.items()}
+        self.sources = [_provenance(told[name], name) for name in self.names]
         adapters = {
-            name: replace(adapter, config=told[name]["original_config"], record=record_in(told[name]))
+            name: replace(adapter, config=told[name].original_config, record=record_in(told[name]))
             for name, adapter in index.adapters.items()
         }
         item = Item.of(index_bytes(replace(index, adapters=adapters)))
@@ -147,43 +147,35 @@ class Payload:
         return {INDEX: item, **dict(progress("look", len(index.packs), packs()))}
 
     def _adapter(self, name: str) -> dict[str, Item]:
-        folder, meta = f"{ADAPTERS}/{name}", self._meta(name)
-        self.sources.append(_provenance(name, meta))
-        digests = meta[OURS].get("files", {}) if OURS in meta else {}
+        folder, (meta, content) = f"{ADAPTERS}/{name}", self._meta(name)
+        self.sources.append(_provenance(meta, name))
+        digests = meta.ours.files if meta.ours else {}
         files = [file for file in (LOADINGS, VERBATIM) if file in digests or (self._root / folder / file).is_file()]
         found = {f"{folder}/{file}": self._tensors(f"{folder}/{file}", digests.get(file), name) for file in files}
-        again = partial(self._meta_text, name)  # when it is uploaded: all of them may not fit into memory
-        return found | {f"{folder}/{META}": Item.of(_text(meta), again)}
+        again = lambda: self._meta(name)[1]  # noqa: E731 - when it is uploaded: all may not fit into memory
+        return found | {f"{folder}/{META}": Item.of(content, again)}
 
-    def _meta_text(self, name: str) -> bytes:
-        return _text(self._meta(name))
-
-    def _meta(self, name: str) -> dict[str, Any]:
-        """What is recorded of an adapter, without paths; sealed again if it was."""
+    def _meta(self, name: str) -> tuple[Meta, bytes]:
+        """What is recorded of an adapter, without paths, and its file; sealed again if it was."""
         try:
-            meta = read_json(self._root / ADAPTERS / name / META)
+            found = read_json(self._root / ADAPTERS / name / META)
         except (FileNotFoundError, ValueError) as e:
             raise CheckpointError(f"{META} cannot be read", adapter=name, found=str(e), remedy=REPAIR) from e
-        if not isinstance(meta, dict) or "adapter_name" not in meta:  # a link may lead to any JSON
-            raise CheckpointError(f"{META} is not that of an adapter", adapter=name, found=meta, remedy=REPAIR)
-        if OURS not in meta:  # lorashare wrote it
-            return dict(self._scrub(meta))
-        values = unsealed(meta)
-        if values is None or not isinstance(values[OURS], dict):
+        if not isinstance(found, dict) or "adapter_name" not in found:  # a link may lead to any JSON
+            raise CheckpointError(f"{META} is not that of an adapter", adapter=name, found=found, remedy=REPAIR)
+        if OURS not in found:  # lorashare wrote it
+            return checked(Meta, values := self._scrub(found), META, REPAIR, name), _text(values)
+        if (values := self._scrub(unsealed(found))) is None:
             raise CheckpointError(f"{META} is damaged", adapter=name, remedy=REPAIR)
-        basis, expected = values[OURS].get("basis_digest"), self._typed.ours.get("basis_digest")
-        if None not in (basis, expected) and basis != expected:
+        meta = checked(AdapterMeta, values, META, REPAIR, name)
+        basis, expected = meta.ours.basis_digest, self._record.basis_digest if self._record else None
+        if expected not in (None, basis):
             raise CheckpointError("an adapter belongs to another basis", adapter=name, found=basis, expected=expected)
-        return sealed(self._scrub(values))
+        return meta, _text(sealed(values))
 
     def _skipped(self) -> bytes:
-        try:
-            skipped = read_json(self._root / SKIPPED)
-        except ValueError as e:
-            raise CheckpointError(f"{SKIPPED} cannot be read", found=str(e), remedy="Remove it.") from e
-        if not (isinstance(skipped, list) and all(isinstance(item, dict) and "reason" in item for item in skipped)):
-            raise CheckpointError(f"{SKIPPED} is not what it should be", found=skipped, remedy="Remove it.")
-        return _text(self._scrub(skipped))
+        skipped = read_checked(self._root / SKIPPED, SkippedFile, "Remove it.")
+        return _text(self._scrub(skipped.model_dump(exclude_none=True)))
 
     def _tensors(self, where: str, digest: str | None = None, adapter: str | None = None) -> Item:
         """A safetensors file, and no other that a link may lead to; whole, if its digest is known."""
@@ -202,12 +194,9 @@ def _text(value: Mapping[str, Any] | Sequence[Any]) -> bytes:
     return json.dumps(value, indent=2).encode()
 
 
-def _provenance(name: str, meta: Mapping[str, Any]) -> Provenance:
+def _provenance(meta: Meta, name: str) -> Provenance:
     """Where an adapter came from, as its meta tells it; of a folder nothing."""
-    ours = meta.get(OURS, {})
-    source, told = parse_hub_id(str(ours.get("source_id", ""))), ours.get("hub")
-    if not isinstance(told, dict):
-        return Provenance(name, source)
-    terms = told.get("license")
-    gated, private = (None if told.get(k) is None else bool(told[k]) for k in ("gated", "private"))
-    return Provenance(name, source, str(terms) if terms else None, gated=gated, private=private)
+    if meta.ours is None or meta.ours.hub is None:
+        return Provenance(name, parse_hub_id(meta.ours.source_id) if meta.ours else None)
+    hub = meta.ours.hub
+    return Provenance(name, parse_hub_id(meta.ours.source_id), hub.license or None, hub.gated, hub.private)

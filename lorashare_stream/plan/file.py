@@ -8,6 +8,7 @@ from ..adapters.adapter import Adapter
 from ..adapters.keys import group_id
 from ..errors import skipped_as_json
 from ..linalg.basis import break_even
+from ..schema import FORMAT
 from .plan import Plan
 
 
@@ -15,6 +16,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
     """The plan as plain values: what `plan -o` writes and `compress --plan` reads back."""
     s = plan.settings
     return {
+        "format": FORMAT,
         "fingerprint": plan.fingerprint,
         "presumed": plan.presumed,
         "settings": s.as_dict(),

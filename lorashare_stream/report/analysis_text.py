@@ -8,8 +8,9 @@ from typing import Any
 
 from ..adapters.copies import COPY, SAME_DIRECTION
 from ..codec.rate import Estimate
-from ..errors import problem_lines, problem_of, skipped_as_json
+from ..errors import problem_lines, skipped_as_json
 from ..plan.plan import Plan
+from ..schema import Skipped
 from ..text import bytes_shown, counted, listed
 from .analysis import LOUD, Analysis
 from .forecast import Forecast, Point
@@ -84,7 +85,8 @@ def forecast_text(f: Forecast) -> str:
         pairs.append(("not looked at", f"{counted(f.unfetched, 'adapter')} of the Hub: --analyze fetches a sample"))
     parts = [rows_text(pairs), _curve(f.curve)]
     if f.problems:
-        parts.append("\n".join(["of the sample cannot be compressed:", *problem_lines(map(problem_of, f.problems))]))
+        lines = problem_lines(Skipped(**problem).error() for problem in f.problems)
+        parts.append("\n".join(["of the sample cannot be compressed:", *lines]))
     return "\n\n".join(parts)
 
 

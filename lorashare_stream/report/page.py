@@ -11,9 +11,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateRuntimeE
 from markupsafe import Markup
 
 from ..adapters.keys import SIDES, Side
+from ..checkpoint.config import record_of
 from ..checkpoint.format import PARTS
 from ..errors import CheckpointError
-from ..settings import asked
 from ..text import bytes_shown, counted, listed, printable
 from ..version import __version__
 from . import charts
@@ -50,14 +50,14 @@ def _context(found: PageData) -> dict[str, Any]:
     kinds = _kinds(found.bases)
     return {
         "found": found, "ours": ours, "sizes": found.sizes, "parts": parts_of(found.config), "version": __version__,
-        "names": found.config.adapter_names, "asked": asked(ours["settings"]) if found.coded else (),
+        "names": found.config.adapter_names, "asked": record_of(found.config).settings.asked if found.coded else (),
         "k": sorted({basis.k for basis in found.bases}), "each": sum(found.sizes[part] for part in PARTS[1:]),
         "errors": errors, "median": np.median(errors) if len(errors) else 0,
         "p95": np.quantile(errors, 0.95) if len(errors) else 0,
         "histogram": charts.histogram(errors) if len(errors) else "",
         "tradeoff": _cloud(found) if found.coded else _tradeoff(found),
         "num_kinds": len(kinds), "kinds": _table(kinds), "spectra": _spectra(kinds), "heat": _heatmaps(kinds),
-        "num_skipped": max(int(ours["num_skipped"]), len(found.skipped)),
+        "num_skipped": max(ours["num_skipped"], len(found.skipped)),
         "reasons": _reasons(found.skipped),
         "licences": [f"{name} ({n})" for name, n in found.origins.licenses.most_common()],
     }  # fmt: skip
@@ -65,10 +65,10 @@ def _context(found: PageData) -> dict[str, Any]:
 
 def _cloud(found: PageData) -> dict[str, Any] | None:
     """Error against bytes of a coded checkpoint."""
-    coded = [adapter for adapter in found.certified if adapter.times]
+    coded = [(meta.ours, n) for meta in found.certified if (n := found.codes.get(meta.adapter_name))]
     if not coded:
         return None
-    times, errors, worst = np.array([(adapter.times, adapter.error, adapter.worst_error) for adapter in coded]).T
+    times, errors, worst = np.array([(o.lora_bytes / n, o.relative_error, o.worst_module_error) for o, n in coded]).T
     limit = found.ours["settings"].get("max_error")
     figure = charts.cloud(times, errors, worst, None if limit is None else float(limit))
     return {"figure": figure, "drawn": min(charts.DOTS, len(coded))}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,10 +16,10 @@ from ..adapters.dtypes import ITEMSIZE
 from ..adapters.folder import open_tensors, tensor_records
 from ..adapters.keys import SIDES, Side, split_group_id
 from ..checkpoint.coded import index_of, meta_of
-from ..checkpoint.config import SHAREConfig, read_share_config
-from ..checkpoint.format import ADAPTERS, CONFIG, INDEX, META, OURS, PARTS, SKIPPED, SPECTRUM, skipped_of, total_bytes
+from ..checkpoint.config import Group, SHAREConfig, read_share_config, record_of
+from ..checkpoint.format import ADAPTERS, CONFIG, INDEX, META, PARTS, SKIPPED, SPECTRUM, skipped_of, total_bytes
 from ..checkpoint.location import Folder, Place
-from ..checkpoint.records import metas_of
+from ..checkpoint.records import AdapterMeta, metas_of
 from ..errors import AdapterError, CheckpointError
 from ..hub.scrub import Scrubber
 from ..text import is_component, listed
@@ -28,22 +27,6 @@ from ..text import is_component, listed
 Array = NDArray[np.float64]
 _AT_ONCE = 16  # requests
 _POINTS = 200  # of a curve
-
-
-@dataclass(frozen=True, slots=True)
-class Certified:
-    """An adapter that is compressed.
-
-    Attributes:
-        error: its relative dW error. worst_module, worst_error: where that is largest.
-        times: its LoRA bytes over those of its code; 0 without one.
-    """
-
-    name: str
-    error: float
-    worst_module: str
-    worst_error: float
-    times: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +91,7 @@ class PageData:
         ours: what this package recorded in it.
         sizes: bytes on disk by part, and of the originals.
         certified: the adapters that are compressed, the worst first.
+        codes: bytes of their codes, by name, of a coded checkpoint.
         bases: of all groups; none of a coded checkpoint.
         skipped: adapters that were left out, with reasons.
         origins: where the adapters came from.
@@ -117,7 +101,8 @@ class PageData:
     base_model: str
     ours: Mapping[str, Any]
     sizes: Mapping[str, int]
-    certified: tuple[Certified, ...]
+    certified: tuple[AdapterMeta, ...]
+    codes: Mapping[str, int]
     bases: tuple[Basis, ...]
     skipped: tuple[Mapping[str, Any], ...]
     origins: Origins
@@ -135,7 +120,7 @@ class PageData:
     @property
     def errors(self) -> Array:
         """Relative dW errors of the compressed adapters (n,), descending."""
-        return np.array([adapter.error for adapter in self.certified])
+        return np.array([meta.ours.relative_error for meta in self.certified])
 
 
 def findings_of(place: Place) -> PageData:
@@ -145,7 +130,7 @@ def findings_of(place: Place) -> PageData:
         CheckpointError: if it is none of ours, or not what was written.
     """
     config = read_share_config(place.root)
-    if not config.ours:
+    if config.record is None:
         raise CheckpointError(
             "this checkpoint has no certified errors, spectra and sizes to draw: lorashare wrote it",
             found=place,
@@ -157,17 +142,17 @@ def findings_of(place: Place) -> PageData:
     metas, codes = _coded_metas(place, config) if config.coded else _metas(place, config)
     spectra = {} if config.coded else _spectra(place)
     try:
-        skipped = tuple(item for item in skipped_of(place.root) if isinstance(item, dict))
+        skipped = tuple(skipped_of(place.root))
         scrub = Scrubber(config.base_model_name_or_path)  # a page is sent to others
-        told = scrub({"base_model": config.base_model_name_or_path, "settings": config.ours["settings"]})
-        certified = sorted(_certified(metas, codes), key=lambda adapter: (-adapter.error, adapter.name))
-        bases = tuple(_basis(group, facts, spectra) for group, facts in config.ours["groups"].items())
+        told = scrub({"base_model": config.base_model_name_or_path, "settings": config.record.settings.chosen()})
+        certified = [meta for meta in metas if meta.ours.worst_module is not None]  # else it is kept exact
+        certified.sort(key=lambda meta: (-meta.ours.relative_error, meta.adapter_name))
+        bases = tuple(_basis(group, facts, spectra) for group, facts in config.record.groups.items())
         parts = (*parts_of(config), "originals", "lora")
-        sizes = dict.fromkeys(PARTS, 0) | {part: int(config.ours["bytes"][part]) for part in parts}
-        ITEMSIZE[config.ours["dtype"]]
+        sizes = dict.fromkeys(PARTS, 0) | {part: int(config.record.bytes[part]) for part in parts}
         ours = {**config.ours, "settings": told["settings"]}
-        reasons = tuple(scrub(item) for item in skipped)
-        return PageData(config, told["base_model"], ours, sizes, tuple(certified), bases, reasons, _origins(metas))
+        reasons, origins = tuple(scrub(item) for item in skipped), _origins(metas)
+        return PageData(config, told["base_model"], ours, sizes, tuple(certified), codes, bases, reasons, origins)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
         raise CheckpointError("the figures of the checkpoint cannot be read", found=f"{type(e).__name__}: {e}") from e
 
@@ -177,13 +162,13 @@ def parts_of(config: SHAREConfig) -> tuple[str, ...]:
     return tuple(part for part in PARTS if part not in (("basis", "loadings") if config.coded else ("codes",)))
 
 
-def _metas(place: Place, config: SHAREConfig) -> tuple[list[dict[str, Any]], dict[str, int]]:
+def _metas(place: Place, config: SHAREConfig) -> tuple[list[AdapterMeta], dict[str, int]]:
     """What is recorded of each adapter of a SHARE checkpoint, and bytes of codes: of none."""
     _fetch(place, config.adapter_names)
     return list(metas_of(place.root, config.adapter_names)), {}
 
 
-def _coded_metas(place: Place, config: SHAREConfig) -> tuple[list[dict[str, Any]], dict[str, int]]:
+def _coded_metas(place: Place, config: SHAREConfig) -> tuple[list[AdapterMeta], dict[str, int]]:
     """What is recorded of each adapter of a coded checkpoint, and the bytes of its code."""
     for file in (INDEX, SKIPPED):
         with suppress(FileNotFoundError):  # it has none of these if none was left out; the index is asked for below
@@ -192,7 +177,7 @@ def _coded_metas(place: Place, config: SHAREConfig) -> tuple[list[dict[str, Any]
     missing = [name for name in config.adapter_names if name not in adapters]
     if missing:
         raise CheckpointError(f"{CONFIG} names what is not there", found=listed(missing))
-    key = str(config.ours.get("basis_digest"))
+    key = record_of(config).basis_digest
     metas = [meta_of(adapters[name], key) for name in config.adapter_names]
     return metas, {name: adapter.code.nbytes for name, adapter in adapters.items()}
 
@@ -223,32 +208,13 @@ def _spectra(place: Place) -> dict[str, Array]:
         ) from e
 
 
-def _certified(metas: Iterable[Mapping[str, Any]], codes: Mapping[str, int]) -> Iterable[Certified]:
-    for meta in metas:
-        ours = meta[OURS]
-        if ours["worst_module"] is not None:  # else it is kept exact
-            error, worst = _number(ours["relative_error"]), _number(ours["worst_module_error"])
-            name, code = str(meta["adapter_name"]), codes.get(meta["adapter_name"], 0)
-            yield Certified(
-                name, error, str(ours["worst_module"]), worst, _number(ours["lora_bytes"]) / code if code else 0.0
-            )
-
-
-def _basis(group: str, facts: Mapping[str, Any], spectra: Mapping[str, Array]) -> Basis:
+def _basis(group: str, f: Group, spectra: Mapping[str, Array]) -> Basis:
     module, side = split_group_id(group)
-    d, n, k = (int(facts[name]) for name in ("d", "n", "k"))
     eigenvalues = spectra[group]
-    if len(eigenvalues) != k or not np.isfinite(eigenvalues).all():
-        raise ValueError(f"{len(eigenvalues)} eigenvalues of {group}, where k is {k}")
-    energy, explained = _number(facts["energy"]), _number(facts["explained"])
+    if len(eigenvalues) != f.k or not np.isfinite(eigenvalues).all():
+        raise ValueError(f"{len(eigenvalues)} eigenvalues of {group}, where k is {f.k}")
     kind, depth = kind_and_depth(module)
-    return Basis(kind, depth, side, d, n, k, energy, explained, eigenvalues)
-
-
-def _number(value: Any) -> float:
-    if not math.isfinite(number := float(value)):
-        raise ValueError(f"{value} is no measure")
-    return number
+    return Basis(kind, depth, side, f.d, f.n, f.k, f.energy, f.explained, eigenvalues)
 
 
 def kind_and_depth(module: str) -> tuple[str, int | None]:
@@ -264,12 +230,12 @@ def kind_and_depth(module: str) -> tuple[str, int | None]:
     return ".".join(parts[last:]), depth
 
 
-def _origins(metas: Iterable[Mapping[str, Any]]) -> Origins:
-    told = [meta[OURS].get("hub") for meta in metas]
-    hub = [facts for facts in told if isinstance(facts, dict)]
-    closed = sum(bool(facts.get("gated") or facts.get("private")) for facts in hub)
-    licenses = Counter(str(facts.get("license") or "not stated") for facts in hub)
-    return Origins(len(told) - len(hub), len(hub), len({str(facts.get("repo")) for facts in hub}), closed, licenses)
+def _origins(metas: Iterable[AdapterMeta]) -> Origins:
+    told = [meta.ours.hub for meta in metas]
+    hub = [facts for facts in told if facts is not None]
+    closed = sum(bool(facts.gated or facts.private) for facts in hub)
+    licenses = Counter(facts.license or "not stated" for facts in hub)
+    return Origins(len(told) - len(hub), len(hub), len({facts.repo for facts in hub}), closed, licenses)
 
 
 def curve_of(found: PageData) -> Curve:

@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from ..checkpoint.config import SHAREConfig
+from ..checkpoint.config import Recorded, SHAREConfig, record_of
 from ..checkpoint.format import PARTS, next_bytes, total_bytes
-from ..errors import CheckpointError
-from ..settings import asked
-from ..text import bytes_shown, counted, listed
+from ..text import bytes_shown, counted, figure, listed
 from .text import Row, rows_text
 
 
 def summary_text(config: SHAREConfig) -> str:
     """What a checkpoint says of itself: adapters, bases, bytes on disk, errors."""
-    try:
-        return rows_text(_rows_of(config))
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as e:
-        fault = f"{type(e).__name__}: {e}"
-        raise CheckpointError("the figures in share_config.json cannot be read", found=fault) from e
+    return rows_text(_rows_of(config))
 
 
 def _rows_of(config: SHAREConfig) -> list[Row]:
-    stats, ours = config.compression_stats, config.ours
+    stats, ours = config.compression_stats, config.record
     if config.coded:
-        return _coded_rows(config)
+        return _coded_rows(config, record_of(config))
     auto, shares = ", the most of any group" if config.component_selection == "auto" else "", bool(config.layer_keys)
-    mean, least = (_number(stats.get(f"{which}_explained_variance")) for which in ("mean", "min"))
+    mean, least = (figure(stats.get(f"{which}_explained_variance")) for which in ("mean", "min"))
     pairs: list[Row] = [
         *_head_rows(config),
         ("shared modules", f"{len(config.layer_keys)} ({listed(config.target_modules, 12)})" if shares else "none"),
@@ -35,7 +27,7 @@ def _rows_of(config: SHAREConfig) -> list[Row]:
     ]
     if ours:
         return pairs + _our_rows(ours, config.num_adapters)
-    return [*pairs, ("LoRA parameters", f"{_number(stats.get('compression_ratio'))} times fewer")]
+    return [*pairs, ("LoRA parameters", f"{figure(stats.get('compression_ratio'))} times fewer")]
 
 
 def _head_rows(config: SHAREConfig) -> list[Row]:
@@ -46,17 +38,17 @@ def _head_rows(config: SHAREConfig) -> list[Row]:
     ]
 
 
-def _coded_rows(config: SHAREConfig) -> list[Row]:
+def _coded_rows(config: SHAREConfig, ours: Recorded) -> list[Row]:
     """What a coded checkpoint says of itself."""
-    ours, coded = config.ours, config.coded
-    kinds, mean = listed(config.target_modules, 12), ours["errors"]["mean"]
+    coded = config.coded
+    kinds, mean = listed(config.target_modules, 12), ours.errors.mean
     step = [("step", f"{float(coded['step']):.4g} of ||dW||, of every adapter")] if coded["step"] else []
     large = "the mean error is large: these adapters need more bytes, or a smaller --max-error"
     return [
         *_head_rows(config),
         ("form", "coded: each adapter alone"),
         ("coded modules", f"{coded['modules']} ({kinds})" if coded["modules"] else "none"),
-        *[("asked for", text) for text in asked(ours["settings"])],
+        *[("asked for", text) for text in ours.settings.asked],
         *step,
         *_bytes_rows(ours, config.num_adapters),
         *_error_rows(ours),
@@ -65,9 +57,9 @@ def _coded_rows(config: SHAREConfig) -> list[Row]:
     ]
 
 
-def _bytes_rows(ours: dict[str, Any], adapters: int) -> list[Row]:
+def _bytes_rows(ours: Recorded, adapters: int) -> list[Row]:
     """Bytes on disk."""
-    size = ours["bytes"]
+    size = ours.bytes
     total, more = total_bytes(size), " on these bases" if size.get("basis") else ""
     return [
         ("originals", bytes_shown(size["originals"])),
@@ -82,50 +74,48 @@ def _bytes_rows(ours: dict[str, Any], adapters: int) -> list[Row]:
     ]
 
 
-def _error_rows(ours: dict[str, Any]) -> list[Row]:
+def _error_rows(ours: Recorded) -> list[Row]:
     """Certified errors."""
-    errors = ours["errors"]
-    return [("relative dW error", ", ".join(f"{name} {errors[name]:.4f}" for name in ("mean", "median", "p95", "max")))]
+    e = ours.errors
+    return [("relative dW error", f"mean {e.mean:.4f}, median {e.median:.4f}, p95 {e.p95:.4f}, max {e.max:.4f}")]
 
 
-def _left_rows(ours: dict[str, Any]) -> list[Row]:
+def _left_rows(ours: Recorded) -> list[Row]:
     """The worst adapters, those that are kept exact, and how many were left out."""
-    worst = [f"{w['name']} {w['relative_error']:.4f}" for w in ours["errors"]["worst"][:3]]
+    worst = [f"{w.name} {w.relative_error:.4f}" for w in ours.errors.worst[:3]]
     pairs: list[Row] = [("worst adapters", listed(worst) or "none is compressed")]
-    if ours["verbatim_adapters"]:
-        pairs.append(("kept exact", f"{len(ours['verbatim_adapters'])}: {listed(ours['verbatim_adapters'])}"))
-    if kept := ours.get("verbatim_factors"):
+    if ours.verbatim_adapters:
+        pairs.append(("kept exact", f"{len(ours.verbatim_adapters)}: {listed(ours.verbatim_adapters)}"))
+    if kept := ours.verbatim_factors:
         each = [f"of {name} in {counted(n, 'adapter')}" for name, n in kept.items()]
         pairs.append(("kept verbatim", f"LoRA tensors {listed(each)}, which are compressed but for these"))
-    if ours["num_skipped"]:
-        pairs.append(("left out", f"{ours['num_skipped']}, with reasons in skipped.json"))
+    if ours.num_skipped:
+        pairs.append(("left out", f"{ours.num_skipped}, with reasons in skipped.json"))
     return pairs
 
 
-def _our_rows(ours: dict[str, Any], adapters: int) -> list[Row]:
+def _our_rows(ours: Recorded, adapters: int) -> list[Row]:
     """What this package recorded of a SHARE checkpoint: bytes on disk, certified errors, and who is not shared."""
-    size, errors = ours["bytes"], ours["errors"]
+    size, errors = ours.bytes, ours.errors
     pairs: list[Row] = [
-        ("objective", ours["objective"] + (", centred" if ours["center"] else "")),
-        *[("asked for", text) for text in asked(ours["settings"])],
+        ("objective", ours.objective + (", centred" if ours.center else "")),
+        *[("asked for", text) for text in ours.settings.asked],
         *_bytes_rows(ours, adapters),
         *_error_rows(ours),
     ]
-    if ours.get("cut_from"):
-        pairs.append(("  cut", f"from k = {ours['cut_from']}: these errors follow from its, and are not measured"))
-    if "mean_square_bounds" in errors:
-        low, high = (min(1.0, bound**0.5) for bound in errors["mean_square_bounds"])
+    if ours.cut_from:
+        pairs.append(("  cut", f"from k = {ours.cut_from}: these errors follow from its, and are not measured"))
+    if errors.mean_square_bounds:
+        low, high = (min(1.0, bound**0.5) for bound in errors.mean_square_bounds)
         if high > 1e-3:  # below it they are rounding of float32 moments
             pairs.append(("  bounds of its rms", f"{low:.4f} to {high:.4f}, known from the bases"))
     pairs += _left_rows(ours)
-    if ours["projected"]:
-        pairs.append(
-            ("added since", f"{len(ours['projected'])}, on bases not fitted to them: {listed(ours['projected'])}")
-        )
-    if ours["removed"]:
-        removed = f"{len(ours['removed'])}, still in the bases (remove --refit frees them): {listed(ours['removed'])}"
+    if ours.projected:
+        pairs.append(("added since", f"{len(ours.projected)}, on bases not fitted to them: {listed(ours.projected)}"))
+    if ours.removed:
+        removed = f"{len(ours.removed)}, still in the bases (remove --refit frees them): {listed(ours.removed)}"
         pairs.append(("removed", removed))
-    if errors["mean"] > 0.5:
+    if errors.mean > 0.5:
         remedy = "take more components, or code each alone by --max-error"
         pairs.append(("note", f"the mean error is large: these adapters share little at this k; {remedy}"))
     if size["lora_ratio"] < 1:
@@ -135,7 +125,3 @@ def _our_rows(ours: dict[str, Any], adapters: int) -> list[Row]:
 
 def _times(ratio: float) -> str:
     return f"{ratio:.2f} times smaller" if ratio >= 1 else f"{1 / ratio:.2f} times larger" if ratio > 0 else "nothing"
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, int | float) else "unknown"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ..adapters.hubid import cached_id
 from ..checkpoint.format import PARTS
-from ..settings import Settings, asked
+from ..settings import Settings
 from ..text import bytes_shown, counted, few, listed, printable
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def plan_text(plan: Plan) -> str:
         *([("objective", s.objective + (", centred" if s.center else ""))] if s.limit is None else []),
         ("components k", f"auto, to {s.variance_threshold:.4g} of the energy" if auto else s.num_components)
         if s.limit is None
-        else ("asked for", asked(s.chosen())[0]),
+        else ("asked for", s.asked[0]),
         ("originals", f"{bytes_shown(size['originals'])}, of which LoRA {bytes_shown(size['lora'])}"),
         *_of_the_hub(plan),
         ("workspace", f"{bytes_shown(size['workspace'])} on disk, in {counted(size['workspace_files'], 'file')}"),

@@ -22,6 +22,7 @@ from ..checkpoint.restore import save_adapter
 from ..errors import CheckpointError, DiskError
 from ..files import naming, remove_tree, sync
 from ..hub.repository import place_of
+from ..settings import Settings
 from ..text import digest_of, printable
 from .engines import check_engine
 from .uniform import uniform
@@ -82,12 +83,12 @@ class FolderCache:
             return None
         folder = self.cache / _digest(reader, name) / name
         if not folder.is_dir():
-            config, ours = reader.adapter_config(name), reader.meta(name).get(OURS, {})
-            _check_files(reader, name, ours)
+            config, ours = reader.adapter_config(name), reader.meta(name).ours
+            _check_files(reader, name, ours.files if ours else {})
             tensors, config = uniform(reader.tensors(name), config, adapter=name)
             check_engine(self.engine, tensors, config, adapter=name)
             try:
-                _write(folder, tensors, config, ours.get("source_id"))
+                _write(folder, tensors, config, ours.source_id if ours else None)
             except OSError as e:
                 if e.errno not in _FULL:
                     raise
@@ -106,10 +107,10 @@ def names_base(config: SHAREConfig, name: str, aliases: tuple[str, ...] = ()) ->
         name: what an engine calls its model.
         aliases: more names that are accepted.
     """
-    settings = config.ours.get("settings", {})
-    known = {config.base_model_name_or_path, *aliases, *map(str, settings.get("base_aliases", ()))}
+    made = config.record.settings if config.record else Settings()
+    known = {config.base_model_name_or_path, *aliases, *made.base_aliases}
     cached = cached_id(name)
-    if name in known or (cached is not None and cached.repo in known) or settings.get("any_base"):
+    if name in known or (cached is not None and cached.repo in known) or made.any_base:
         return True
     return any(os.path.isdir(other) and os.path.isdir(name) and os.path.samefile(other, name) for other in known)
 
@@ -127,19 +128,19 @@ def _stamp(reader: CheckpointReader) -> object:
 
 def _digest(reader: CheckpointReader, name: str) -> str:
     """The digest of what decides the tensors of an adapter."""
-    meta: dict[str, Any] = reader.meta(name)
-    ours = meta.get(OURS, {})
+    meta = reader.meta(name)
+    plain = meta.plain()
     if reader.config.coded:  # the digest of its source and its exact error; the key of the checkpoint is of all
-        return digest_of([FORM, meta["original_config"], {**ours, "basis_digest": None}])
-    if "files" in ours:  # digests of its loadings and of the bases
-        return digest_of([FORM, meta])
+        return digest_of([FORM, meta.original_config, {**plain[OURS], "basis_digest": None}])
+    if meta.ours is not None:  # digests of its loadings and of the bases
+        return digest_of([FORM, plain])
     files = [reader.place.file(file) for file in (COMPONENTS, f"{ADAPTERS}/{name}/{LOADINGS}")]
-    return digest_of([FORM, meta, digest_files(files)])
+    return digest_of([FORM, plain, digest_files(files)])
 
 
-def _check_files(reader: CheckpointReader, name: str, ours: Mapping[str, Any]) -> None:
+def _check_files(reader: CheckpointReader, name: str, files: Mapping[str, str]) -> None:
     """Demand that the files of an adapter are those that its record names; codes have checksums of their own."""
-    for file, digest in ours.get("files", {}).items():
+    for file, digest in files.items():
         found = digest_files([reader.place.file(f"{ADAPTERS}/{name}/{file}")])
         if found != digest:
             raise CheckpointError(

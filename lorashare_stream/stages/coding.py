@@ -18,14 +18,14 @@ from typing import Any, Literal
 from ..adapters.adapter import Adapter
 from ..adapters.folder import digest_config, digest_files
 from ..checkpoint.coded import VERSION, index_of, meta_of, staged_adapters
-from ..checkpoint.config import SHAREConfig, read_share_config
+from ..checkpoint.config import CheckpointRecord, SHAREConfig, read_share_config, record_of
 from ..checkpoint.format import ADAPTERS, INDEX, OURS, PACKS, ours_of, skipped_of, total_bytes
 from ..checkpoint.index import CodedAdapter, Index, Pack, read_index, write_index
 from ..checkpoint.packs import opened, remove_from_packs, write_packs
 from ..checkpoint.publish import staging_folder
 from ..checkpoint.records import REPAIR
 from ..checkpoint.staging import Staging
-from ..checkpoint.summary import CheckpointRecord, record_of, share_config, statistics_of
+from ..checkpoint.summary import share_config, statistics_of
 from ..codec.rate import Curve, curve_of, step_for
 from ..codec.search import COARSEST, FINEST
 from ..errors import AdapterError, BudgetError, CheckpointError, GoneError, refusal
@@ -36,7 +36,7 @@ from ..text import bytes_shown, counted, digest_of, listed
 from ..workspace.journal import Admission
 from .encode import encode_adapter, subject_of
 from .job import Job
-from .passes import checkpoint_key_of, write_adapters
+from .passes import checkpoint_key_of, record_of_plan, write_adapters
 from .run import Run, check_none_lost
 
 ENOUGH, LEAST = 0.97, 0.94  # of a limit on bytes: what is left then is not worth to encode all once more
@@ -57,7 +57,7 @@ class Target:
 
     Attributes:
         out: its folder.
-        record: what it is of; its `basis_key` is what decides the codes.
+        record: what it is of; its `basis_digest` is what decides the codes.
         admissions: its adapters.
         digest: of all that decides it.
         left_out: adapters that were left out, with reasons.
@@ -73,7 +73,8 @@ class Target:
 
     def at(self, step: float) -> Target:
         """The same with another step."""
-        return replace(self, step=step, record=replace(self.record, basis_key=_rule(self.record.settings_key, step)))
+        record = self.record.model_copy(update={"basis_digest": _rule(self.record.choice, step)})
+        return replace(self, step=step, record=record)
 
 
 def _rule(settings_key: str, step: float) -> str:
@@ -83,21 +84,19 @@ def _rule(settings_key: str, step: float) -> str:
 
 def staged_key(target: Target) -> str:
     """Under which a target is staged."""
-    return digest_of([target.digest, target.record.basis_key])
+    return digest_of([target.digest, target.record.basis_digest])
 
 
 def target_of(plan: Plan, job: Job, left_out: Skipped) -> Target:
     """What the coded checkpoint of a job is to be."""
-    record = CheckpointRecord(
-        plan.base_model, plan.settings.chosen(), plan.storage, plan.settings_key, plan.binding, "", "", {}
-    )
+    record = record_of_plan(plan, basis_digest="")
     return Target(job.out, record, job.journal.admissions, job.checkpoint_key, left_out).at(0.0)
 
 
 def target_there(out: Path, config: SHAREConfig, admissions: Sequence[Admission], left_out: Skipped) -> Target:
     """What the coded checkpoint that is there is to be, with other adapters."""
-    record = replace(record_of(config), basis_key="")
-    return Target(out, record, admissions, checkpoint_key_of(record.settings_key, admissions), left_out).at(0.0)
+    record = record_of(config)
+    return Target(out, record, admissions, checkpoint_key_of(record.choice, admissions), left_out).at(0.0)
 
 
 def is_current(target: Target) -> bool:
@@ -137,7 +136,7 @@ def reusable(target: Target) -> Reusable:
     """What of the coded checkpoint that is there can stay: adapters of the target, coded by the same rule."""
     try:
         config = read_share_config(target.out)
-        if config.ours.get("choice") != target.record.settings_key or not config.coded:
+        if record_of(config).choice != target.record.choice or not config.coded:
             return Reusable()
         index, step = index_of(target.out, config.coded), float(config.coded["step"])
     except (CheckpointError, KeyError, TypeError, ValueError):
@@ -297,7 +296,7 @@ def rate_adapter(adapter: Adapter) -> tuple[str, Curve | None]:
 
 def _encode(run: Run, job: Job, staging: Staging, target: Target, admissions: Sequence[Admission]) -> None:
     _check_sources(run, job, admissions)
-    job = replace(job, basis_key=target.record.basis_key, step=target.step)
+    job = replace(job, basis_key=target.record.basis_digest, step=target.step)
     write_adapters(run, job, staging, admissions, "encode", encode_adapter)
 
 
@@ -355,12 +354,11 @@ def _linked(out: Path, root: Path, found: Reusable) -> Index:
 
 def _config(target: Target, digest: str, index: Index, sizes: Mapping[str, int]) -> dict[str, Any]:
     """The content of share_config.json; `digest` is of the index."""
-    key = digest_of([target.record.basis_key, target.digest])
+    key = digest_of([target.record.basis_digest, target.digest])
     statistics = [statistics_of(meta_of(index.adapters[r.name], key)) for r in target.admissions]
     return share_config(
-        replace(target.record, basis_key=key),
+        target.record.model_copy(update={"basis_digest": key}),
         statistics,
-        {},
         digest=target.digest,
         sizes=sizes,
         skipped=target.left_out,

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.keys import SIDES, group_id
-from ..checkpoint.config import SHAREConfig, read_share_config
+from ..checkpoint.config import CheckpointRecord, SHAREConfig, read_share_config, record_of
 from ..checkpoint.format import ours_of
 from ..checkpoint.records import check_components, has_files, metas_of, sizes_of
 from ..checkpoint.staging import Staging
-from ..checkpoint.summary import CheckpointRecord, record_of, share_config, statistics_of
+from ..checkpoint.summary import share_config, statistics_of
 from ..errors import AdapterError, CollectionError, LockedError, WorkspaceError
 from ..text import counted, digest_of, listed
 from ..workspace.journal import Admission
@@ -69,8 +69,8 @@ def grow(
     if outside:
         log.info("%s modules for which there is no basis: bases are fitted again", _have(outside))
         return False, dict.fromkeys(outside, 0.0)
-    job = replace(job, basis_key=record.basis_key, grows=True)
-    with Staging.open(out, digest_of(["growing", job.checkpoint_key, record.basis_key])) as staging:
+    job = replace(job, basis_key=record.basis_digest, grows=True)
+    with Staging.open(out, digest_of(["growing", job.checkpoint_key, record.basis_digest])) as staging:
         demand_unchanged(out, config)
         check_components(out, record.components)
         statistics = project(run, job, staging, fresh)
@@ -78,10 +78,10 @@ def grow(
         if not _enough(kept, threshold):
             return False, kept
         shared = [r.name for r in fresh if statistics[r.name].shared]
-        record = replace(record, projected=(*record.projected, *shared))
+        grown = record.counting(counts or job.counts).model_copy(update={"projected": [*record.projected, *shared]})
         names = [r.name for r in job.journal.admissions]
         staging.link(out, config.adapter_names)
-        new = changed(staging.root, record, names, counts or job.counts, job.checkpoint_key, left_out)
+        new = changed(staging.root, grown, names, job.checkpoint_key, left_out)
         staging.commit(out, new, left_out)
     return True, kept
 
@@ -101,7 +101,7 @@ def demand_unchanged(out: Path, config: SHAREConfig) -> None:
 def _is_covered(record: CheckpointRecord, job: Job, admission: Admission) -> bool:
     """Whether there is a basis for every module of an adapter."""
     shapes = job.shapes[admission.shapes] if job.shares(admission) else {}
-    return all(group_id(module, side) in record.bases for module in shapes for side in SIDES)
+    return all(group_id(module, side) in record.groups for module in shapes for side in SIDES)
 
 
 def _enough(kept: Mapping[str, float], threshold: float) -> bool:
@@ -132,13 +132,12 @@ def changed(
     root: Path,
     record: CheckpointRecord,
     names: Sequence[str],
-    counts: Mapping[str, int],
     digest: str,
     skipped: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """The configuration of a staged checkpoint that has other adapters than the one that it takes its bases from."""
     statistics = [statistics_of(meta) for meta in metas_of(root, names)]
-    return share_config(record, statistics, counts, digest=digest, sizes=sizes_of(root, names), skipped=skipped)
+    return share_config(record, statistics, digest=digest, sizes=sizes_of(root, names), skipped=skipped)
 
 
 def check_kept(job: Job, out: Path) -> None:

@@ -9,16 +9,18 @@ from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ..adapters.adapter import Adapter
 from ..adapters.folder import digest_files
 from ..adapters.keys import SIDES, group_id
 from ..adapters.shapes import Shapes
+from ..checkpoint.config import CheckpointRecord, Group
 from ..checkpoint.format import COMPONENTS
 from ..checkpoint.publish import staging_folder
 from ..checkpoint.records import metas_of
 from ..checkpoint.staging import Staging
-from ..checkpoint.summary import CheckpointRecord, Statistics, statistics_of
+from ..checkpoint.summary import Statistics, statistics_of
 from ..errors import AdapterError, DamagedFetchError, DiskError, LockedError, ValuesError, WorkspaceError, refusal
 from ..files import free_bytes, tree_bytes
 from ..hub.client import cache_folder
@@ -286,14 +288,16 @@ def record_of_job(plan: Plan, job: Job, bases: Bases, staging: Staging) -> Check
     """What the checkpoint of a job is of, whose bases are staged."""
     groups = {group_id(m, side): facts[side] for m, facts in bases.items() for side in SIDES if side in facts}
     removed = sorted({name for facts in bases.values() for name in facts["removed"]})
-    return CheckpointRecord(
-        plan.base_model,
-        plan.settings.chosen(),
-        plan.storage,
-        plan.settings_key,
-        plan.binding,
-        job.basis_key,
-        digest_files([staging.root / COMPONENTS]),
-        {group: {k: facts[k] for k in ("d", "k", "energy", "explained")} for group, facts in groups.items()},
-        removed=tuple(removed),
-    )
+    return record_of_plan(
+        plan,
+        basis_digest=job.basis_key,
+        components=digest_files([staging.root / COMPONENTS]),
+        groups={g: Group(**{k: facts[k] for k in Group.model_fields}) for g, facts in groups.items()},
+        removed=removed,
+    ).counting(job.counts)
+
+
+def record_of_plan(plan: Plan, **more: Any) -> CheckpointRecord:
+    """What the checkpoint of a plan is of, and more that is known of it."""
+    facts: dict[str, Any] = {"settings": plan.settings, "dtype": plan.storage, "choice": plan.settings_key}
+    return CheckpointRecord(**facts, binding=plan.binding, base_model=plan.base_model, **more)

@@ -16,12 +16,14 @@ from ..adapters.adapter import Adapter
 from ..adapters.folder import check_still, digest_files, file_fact
 from ..adapters.keys import SIDES, factor_key
 from ..adapters.safetensors import TensorReader, write_arrays, write_safetensors
-from ..checkpoint.format import LOADINGS, META, OURS, VERBATIM
+from ..checkpoint.format import LOADINGS, META, VERBATIM
+from ..checkpoint.records import AdapterMeta, AdapterRecord
 from ..checkpoint.staging import Staging
 from ..checkpoint.summary import Statistics, statistics_of
 from ..errors import AdapterError
 from ..files import naming, sealed
 from ..linalg.delta import DeltaError, relative_error
+from ..schema import FORMAT
 from ..workspace.journal import Admission
 from .form import formed
 from .job import Admitted, Job
@@ -78,7 +80,7 @@ def write_adapter(
             digests[VERBATIM] = digest_files([folder / VERBATIM])
         check_still(adapter.files)
         meta = _meta(job, task, stored, verbatim, digests)
-        (folder / META).write_text(json.dumps(sealed(meta)), encoding="utf-8")
+        (folder / META).write_text(json.dumps(sealed(meta.plain())), encoding="utf-8")
     return statistics_of(meta)
 
 
@@ -122,11 +124,12 @@ def _write_verbatim(adapter: Adapter, tensors: TensorReader, folder: Path, exact
     return [key for key, _ in verbatim]
 
 
-def _meta(job: Job, task: Admitted, stored: Stored, verbatim: list[str], digests: dict[str, str]) -> dict[str, Any]:
+def _meta(job: Job, task: Admitted, stored: Stored, verbatim: list[str], digests: dict[str, str]) -> AdapterMeta:
     adapter, admission, errors = task.adapter, task.admission, stored.errors
     norm = sum(e.norm for e in errors.values())
     worst = max(errors, key=lambda m: errors[m].relative, default=None)
-    ours = {
+    ours: dict[str, Any] = {
+        "format": FORMAT,
         "basis_digest": job.basis_key,
         "source_id": admission.source_id,
         "sha256": admission.digest,
@@ -149,9 +152,9 @@ def _meta(job: Job, task: Admitted, stored: Stored, verbatim: list[str], digests
         }  # fmt: skip
     if stored.layout is not None:
         ours["layout"] = stored.layout
-    return {
-        "adapter_name": adapter.name,
-        "original_config": json.loads(str(adapter.config)),
-        "original_adapter_path": str(adapter.folder.absolute()) if origin is None else adapter.source_id,
-        OURS: ours,
-    }
+    return AdapterMeta(
+        adapter_name=adapter.name,
+        original_config=json.loads(str(adapter.config)),
+        original_adapter_path=str(adapter.folder.absolute()) if origin is None else adapter.source_id,
+        lorashare_stream=AdapterRecord(**ours),
+    )

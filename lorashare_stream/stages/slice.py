@@ -27,13 +27,13 @@ from ..adapters.dtypes import ITEMSIZE, as_stored
 from ..adapters.folder import digest_files, open_tensors, tensor_records
 from ..adapters.keys import SIDES, group_id, split_group_id
 from ..adapters.safetensors import TensorReader, TensorRecord, float32, write_safetensors
-from ..checkpoint.config import SHAREConfig, read_share_config
-from ..checkpoint.format import ADAPTERS, COMPONENTS, LOADINGS, META, OURS, SPECTRUM, VERBATIM, skipped_of
-from ..checkpoint.records import REPAIR, admission_in, check_components, metas_of, sizes_of
+from ..checkpoint.config import CheckpointRecord, Group, SHAREConfig, read_share_config, record_of
+from ..checkpoint.format import ADAPTERS, COMPONENTS, LOADINGS, META, SPECTRUM, VERBATIM, skipped_of
+from ..checkpoint.records import REPAIR, AdapterRecord, admission_in, check_components, metas_of, sizes_of
 from ..checkpoint.staging import Staging
-from ..checkpoint.summary import CheckpointRecord, counts_of, record_of, share_config, statistics_of
+from ..checkpoint.summary import share_config, statistics_of
 from ..errors import CheckpointError
-from ..files import naming, sealed, unsealed
+from ..files import naming, sealed
 from ..linalg.basis import restore
 from ..linalg.delta import DeltaError, delta_error
 from ..plan.plan import settings_key_of
@@ -65,11 +65,10 @@ class Cut:
 
 def cut_of(source: Path, config: SHAREConfig, num_components: int, out: Path) -> Cut:
     """What slicing a checkpoint of ours comes to, before it is done."""
-    record = _sliced_record(record_of(config), num_components, _spectrum(source), config.num_components)
-    digest = checkpoint_key_of(
-        record.settings_key, [admission_in(meta) for meta in metas_of(source, config.adapter_names)]
-    )
-    return Cut(source, out, record, digest, str(config.ours["basis_digest"]))
+    record = record_of(config)
+    sliced = _sliced_record(record, num_components, _spectrum(source), config.num_components)
+    digest = checkpoint_key_of(sliced.choice, [admission_in(meta) for meta in metas_of(source, config.adapter_names)])
+    return Cut(source, out, sliced, digest, record.basis_digest)
 
 
 def slice_checkpoint(cut: Cut, mapper: Mapper, at_once: int, progress: Progress = silent) -> None:
@@ -83,36 +82,36 @@ def slice_checkpoint(cut: Cut, mapper: Mapper, at_once: int, progress: Progress 
     config = read_share_config(cut.source)
     names, left_out = config.adapter_names, skipped_of(cut.source)
     check_components(cut.source, cut.record.components)
-    with Staging.open(cut.out, digest_of([cut.digest, cut.record.basis_key])) as staging:
+    with Staging.open(cut.out, digest_of([cut.digest, cut.record.basis_digest])) as staging:
         _write_bases(cut, staging)
-        record = replace(cut.record, components=digest_files([staging.root / COMPONENTS]))
+        record = cut.record.model_copy(update={"components": digest_files([staging.root / COMPONENTS])})
         admissions = [admission_in(meta) for meta in metas_of(cut.source, names)]
-        todo = [r.name for r in admissions if not staging.done(r, cut.record.basis_key)]
+        todo = [r.name for r in admissions if not staging.done(r, cut.record.basis_digest)]
         sliced = mapper.map(partial(slice_adapter, cut, staging), todo, at_once, lot=LOT)
         for _ in progress("project", len(todo), sliced):
             pass
         staging.sync(names)
         statistics = [statistics_of(meta) for meta in metas_of(staging.root, names)]
         sizes = sizes_of(staging.root, names)
-        new = share_config(record, statistics, counts_of(config), digest=cut.digest, sizes=sizes, skipped=left_out)
+        new = share_config(record, statistics, digest=cut.digest, sizes=sizes, skipped=left_out)
         staging.commit(cut.out, new, left_out)
 
 
 def _sliced_record(
     record: CheckpointRecord, k: int, spectrum: dict[str, NDArray[np.float64]], cut_from: int
 ) -> CheckpointRecord:
-    bases: dict[str, dict[str, Any]] = {}
-    for group, facts in record.bases.items():
-        lost = float(spectrum[group][k:].sum()) / facts["energy"] if facts["energy"] > 0 else 0.0
-        bases[group] = {**facts, "k": min(k, facts["k"]), "explained": facts["explained"] - lost}
-    return replace(
-        record,
-        settings={**record.settings, "num_components": k},
-        settings_key=settings_key_of(record.binding, record.base_model, k, 0.0, record.dtype),
-        basis_key=digest_of(["sliced", record.basis_key, k]),
-        bases=bases,
-        cut_from=cut_from,
-    )
+    groups: dict[str, Group] = {}
+    for group, f in record.groups.items():
+        lost = float(spectrum[group][k:].sum()) / f.energy if f.energy > 0 else 0.0
+        groups[group] = f.model_copy(update={"k": min(k, f.k), "explained": f.explained - lost})
+    changes = {
+        "settings": replace(record.settings, num_components=k),
+        "choice": settings_key_of(record.binding, record.base_model, k, 0.0, record.dtype),
+        "basis_digest": digest_of(["sliced", record.basis_digest, k]),
+        "groups": groups,
+        "cut_from": cut_from,
+    }
+    return record.model_copy(update=changes)
 
 
 def _spectrum(source: Path) -> dict[str, NDArray[np.float64]]:
@@ -127,38 +126,38 @@ def _write_bases(cut: Cut, staging: Staging) -> None:
     source = (cut.source / COMPONENTS,)
     with open_tensors(source) as tensors:
         records = {r.name: r for r in tensor_records(source)}
-        shapes = {group: (cut.record.bases[group]["d"], cut.record.bases[group]["k"]) for group in records}
+        shapes = {group: (cut.record.groups[group].d, cut.record.groups[group].k) for group in records}
         chunks = (
             np.ascontiguousarray(tensors.raw(r).reshape(r.shape[0], -1)[:, : ITEMSIZE[r.dtype] * k])
             for r, (_, k) in zip(records.values(), shapes.values(), strict=True)
         )
         staging.write_components(
-            (chunk.data.cast("B") for chunk in chunks), shapes, cut.record.dtype, cut.record.basis_key
+            (chunk.data.cast("B") for chunk in chunks), shapes, cut.record.dtype, cut.record.basis_digest
         )
     spectrum = _spectrum(cut.source)
-    staging.write_spectrum({g: values[: cut.record.bases[g]["k"]].tolist() for g, values in spectrum.items()})
+    staging.write_spectrum({g: values[: cut.record.groups[g].k].tolist() for g, values in spectrum.items()})
 
 
 def slice_adapter(cut: Cut, staging: Staging, name: str) -> None:
     """Write the first rows of an adapter's loadings, and what that loses."""
     origin = cut.source / ADAPTERS / name
     meta = next(metas_of(cut.source, [name]))
-    for file, digest in meta[OURS]["files"].items():
+    for file, digest in meta.ours.files.items():
         if digest_files([origin / file]) != digest:
             raise CheckpointError(f"{file} is damaged", adapter=name, remedy=REPAIR)
     paths = (origin / LOADINGS,)
     with staging.adapter(name) as folder, naming(folder), open_tensors(paths) as tensors:
         stored = {r.name: float32(tensors, r) for r in tensor_records(paths)}
-        kept = {group: array[: cut.record.bases[group]["k"]] for group, array in stored.items()}
+        kept = {group: array[: cut.record.groups[group].k] for group, array in stored.items()}
         _write_rows(folder / LOADINGS, tensors, {r: len(kept[r.name]) for r in tensor_records(paths)}, cut.record.dtype)
         if (origin / VERBATIM).exists():
             shutil.copyfile(origin / VERBATIM, folder / VERBATIM)
-        lost = _lost(cut, stored, kept, meta["original_config"])
-        ours = _sliced_facts(meta[OURS], lost, cut.record.basis_key)
-        ours["files"] = {file: digest_files([folder / file]) for file in ours["files"]}
-        (folder / META).write_text(
-            json.dumps(sealed({**(unsealed(meta) or meta), OURS: ours}), indent=2), encoding="utf-8"
-        )
+        lost = _lost(cut, stored, kept, meta.original_config)
+        facts = _sliced_facts(meta.ours, lost)
+        facts |= {"files": {f: digest_files([folder / f]) for f in meta.ours.files}}
+        ours = meta.ours.model_copy(update=facts | {"basis_digest": cut.record.basis_digest})
+        values = sealed(meta.model_copy(update={"ours": ours}).plain())
+        (folder / META).write_text(json.dumps(values), encoding="utf-8")
 
 
 def _write_rows(path: Path, tensors: TensorReader, rows: Mapping[TensorRecord, int], dtype: str) -> None:
@@ -187,13 +186,11 @@ def _lost(
     return lost
 
 
-def _sliced_facts(ours: dict[str, Any], lost: dict[str, DeltaError], basis_key: str) -> dict[str, Any]:
+def _sliced_facts(ours: AdapterRecord, lost: dict[str, DeltaError]) -> dict[str, Any]:
     worst = max(lost, key=lambda m: lost[m].relative, default=None)
-    norm = ours["delta_norm"] ** 2
-    error = ours["relative_error"] ** 2 + (sum(e.error for e in lost.values()) / norm if norm > 0 else 0.0)
+    norm = ours.delta_norm**2
+    error = ours.relative_error**2 + (sum(e.error for e in lost.values()) / norm if norm > 0 else 0.0)
     return {
-        **ours,
-        "basis_digest": basis_key,
         "relative_error": error**0.5,
         "worst_module": worst,
         "worst_module_error": lost[worst].relative if worst is not None else 0.0,

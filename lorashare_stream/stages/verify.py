@@ -86,7 +86,8 @@ def verify(
         workspace: what was read on the Hub for it before is not asked again.
         offline: never ask the Hub.
     """
-    settings = Settings(share_initial=bool(model.config.ours.get("share_initial")), offline=offline)
+    ours = model.config.record
+    settings = Settings(share_initial=bool(ours and ours.share_initial), offline=offline)
     settings = replace(settings, disk_budget=settings.memory)  # the cache is not filled with what is read once
     remote = {name: source for name, source in originals.items() if source.hub is not None}
     for name in model.adapter_names:
@@ -129,7 +130,7 @@ def _judged(model: Checkpoint, name: str, original: Adapter | Exception) -> Verd
     """The verdict on an adapter, whose original may be what kept it from being read."""
     certified: float | None = None
     try:
-        certified = _number(model.certified(name).get("relative_error"))
+        certified = model.certified(name).get("relative_error")
         if isinstance(original, Exception):
             raise original
         return _verdict(model, name, original, certified)
@@ -143,21 +144,17 @@ def _of(name: str, problem: StreamError) -> StreamError:
     return problem
 
 
-def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
 def _verdict(model: Checkpoint, name: str, adapter: Adapter, certified: float | None) -> Verdict:
     tensors = model.reconstruct(name)
     with adapter.open() as originals:
-        kept = model.certified(name).get("verbatim")
-        kept = kept if isinstance(kept, list) else []
+        kept = model.certified(name).get("verbatim", [])
         lossy = [m.name for m in adapter.layout.modules if factor_key(m.name, "A") not in kept]
         errors = _module_errors(adapter, lossy, originals, tensors, coded=bool(model.config.coded))
         problem = _verbatim_fault(adapter, originals, tensors, kept)
     total = relative_error(sum(e.error for e in errors.values()), sum(e.norm for e in errors.values()))
     worst = max(errors, key=lambda m: errors[m].relative, default=None)
-    rounding = ROUNDING.get(str(model.config.ours.get("dtype")), 0.0) if "estimated" in model.certified(name) else 0.0
+    ours = model.config.record
+    rounding = ROUNDING.get(ours.dtype, 0.0) if ours and "estimated" in model.certified(name) else 0.0
     allowed = EXACTLY[0] * total + EXACTLY[1] if model.config.coded else TOLERANCE + rounding
     if problem is None and certified is not None and not abs(total - certified) <= allowed:
         problem = StreamError(

@@ -18,7 +18,7 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 
@@ -41,25 +41,16 @@ _WORDS = {
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """The place of a moment.
+    """The place of a moment."""
 
-    Attributes:
-        lease, array, index: its group, the array in it, and where it is on the module axis.
-        form: `second` or `columns`.
-        shape: (m, d, d) or (m, n, d) of the array.
-        height: rows of a chunk.
-        dtype: of the numbers, float32 or float64.
-        metadata: digest of what says how the array, and that of the sums, are read.
-    """
-
-    lease: str
-    array: str
-    index: int
-    form: str
-    shape: tuple[int, int, int]
-    height: int
-    dtype: str
-    metadata: str = ""
+    lease: Annotated[str, "its group"]
+    array: Annotated[str, "the array in it"]
+    index: Annotated[int, "where it is on the module axis"]
+    form: Annotated[str, "`second` or `columns`"]
+    shape: Annotated[tuple[int, int, int], "(m, d, d) or (m, n, d) of the array"]
+    height: Annotated[int, "rows of a chunk"]
+    dtype: Annotated[str, "of the numbers, float32 or float64"]
+    metadata: Annotated[str, "digest of what says how the array, and that of the sums, are read"] = ""
 
     @property
     def bytes(self) -> int:

@@ -18,8 +18,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 from filelock import FileLock, Timeout
+from pydantic import TypeAdapter
 
 from ..errors import LockedError, WorkspaceError
 from ..files import read_json, write_json
@@ -31,18 +33,19 @@ _NO_FLOCK = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """A process that holds a lock; `token` is of this hold, `since` is for people."""
+    """A process that holds a lock."""
 
-    host: str
-    pid: int
-    since: str
-    token: str
+    host: Annotated[str, "where it runs"]
+    pid: Annotated[int, "its number there"]
+    since: Annotated[str, "for people"]
+    token: Annotated[str, "of this hold"]
 
     def is_here(self) -> bool:
         """Whether it runs, or ran, on this host."""
         return self.host == platform.node()
 
 
+_HOLDER = TypeAdapter(Holder)
 _held: dict[Path, Holder] = {}  # by this process
 
 
@@ -136,7 +139,6 @@ def _held_by(folder: Path, holder: Holder | None) -> LockedError:
 def _holder(folder: Path) -> Holder | None:
     """The process that the folder names; None if it names none."""
     try:
-        found = Holder(**read_json(folder / HOLDER))
-    except (FileNotFoundError, ValueError, TypeError):
+        return _HOLDER.validate_python(read_json(folder / HOLDER))
+    except (FileNotFoundError, ValueError):
         return None
-    return found if isinstance(found.host, str) and isinstance(found.pid, int) else None

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from ..adapters.shapes import ModuleShape, Shapes
 from ..errors import WorkspaceError
 from ..files import read_sealed, write_sealed
 from .journal import Admission, Journal
+
+_SHAPES: TypeAdapter[Shapes] = TypeAdapter(dict[str, ModuleShape])
 
 
 def keep_shapes(folder: Path, admission: Admission, shapes: Shapes) -> None:
@@ -52,10 +56,5 @@ def shapes_of(folder: Path, journal: Journal, known: Mapping[str, Shapes]) -> di
 
 
 def _shapes(folder: Path, digest: str) -> Shapes | None:
-    found = read_sealed(folder / f"{digest}.json").get("modules")
-    if found is None:
-        return None
-    return {
-        name: ModuleShape(rank, d_in, d_out, experts, tuple(parameters))
-        for name, (rank, d_in, d_out, experts, parameters) in found.items()
-    }
+    found = read_sealed(folder / f"{digest}.json")
+    return _SHAPES.validate_python(found["modules"]) if found else None

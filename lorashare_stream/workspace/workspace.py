@@ -34,7 +34,6 @@ from ..adapters.shapes import Shapes
 from ..errors import WorkspaceError
 from ..files import (
     own_folder,
-    read_json,
     read_sealed,
     refuse_links,
     remove_tree,
@@ -42,6 +41,7 @@ from ..files import (
     write_json,
     write_sealed,
 )
+from ..schema import NEWER, read_skipped
 from ..text import printable, slug
 from . import leases
 from .journal import Admission, Journal, Removal, append, read_journal
@@ -115,6 +115,11 @@ class Workspace:
                 found=" and ".join(_COPIES),
                 remedy="Delete it, or choose another.",
             )
+        if found.get("format", 0) > FORMAT:
+            raise WorkspaceError(
+                f"the workspace {printable(self.root)} was written by a newer version of lorashare-stream",
+                found=f"format {found['format']}", expected=FORMAT, remedy=NEWER,
+            )  # fmt: skip
         differing = sorted(k for k in binding.keys() | found.keys() if binding.get(k) != found.get(k))
         if found and differing:
             raise WorkspaceError(
@@ -195,10 +200,7 @@ class Workspace:
 
     def skipped(self) -> set[str]:
         """The names of adapters that the last run left out."""
-        try:
-            return {str(item["adapter"]) for item in read_json(self.root / "skipped.json")}
-        except (OSError, ValueError, KeyError, TypeError):
-            return set()
+        return {str(item.adapter) for item in read_skipped(self.root / "skipped.json")}
 
     # -- moments -------------------------------------------------------------------------------------
 
