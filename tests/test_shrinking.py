@@ -207,7 +207,7 @@ def test_names_that_are_not_there_and_the_last_adapter(tmp_path: Path, collectio
     out = tmp_path / "out"
     go(collection, out)
     before = tree_digest(out)
-    with pytest.raises(UnknownAdapterError, match=r"'a99'.*Near: a0"):
+    with pytest.raises(UnknownAdapterError, match=r"'a99'.*There are: a0"):
         remove(out, ["a01", "a99"], RunOptions())
     for name in ("../adapters", "..", "", "a01/../a02"):
         with pytest.raises(UnknownAdapterError):
