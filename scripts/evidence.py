@@ -1,12 +1,12 @@
-"""Error against bytes on real collections, and what the error does to a task: writes docs/evidence.md
-and its tables.
+"""Bytes, errors and predictions of a thousand real adapters, by this package and by others: writes docs/evidence.md.
 
     python scripts/train_adapters.py build/evidence/trained
-    python scripts/evidence.py [RUN] [--collections ...]
+    python scripts/train_adapters.py build/evidence/trained --heads 64
+    python scripts/evidence.py [RUN] [--counts 10 32 100 316 1000] [--tasks 32 1000]
     python scripts/evidence.py [RUN] --render docs/evidence.md
 
-Every row goes to a file of JSON lines, and what is there already is not measured again; a RUN that is not given is
-named after the boot of the machine. Collections that are not there are left out. Needs the extras `dev` and `bench`.
+Every row goes to a file of JSON lines, and what is there already is not measured again, so that a run may be killed;
+a RUN that is not given is named after the boot of the machine. Needs the extras `dev` and `bench`.
 """
 
 from __future__ import annotations
@@ -14,74 +14,62 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import shutil
+import sys
 import tempfile
+import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import evidence_joint
 import evidence_measure as em
 import evidence_report
 import numpy as np
 import train_adapters
-from bench import Results, default_run, machine
+from bench import HERE, Results, _process, default_run, machine
 
-ROOT = Path(__file__).resolve().parents[1]
-BUILD = ROOT / "build" / "evidence"
-SHARED = ROOT.parent / "shared" / "adapters"
-COLLECTIONS = ("distilbert", "gpt2", "minilm", "trained")
-LIMITS = (0.05, 0.1, 0.16, 0.25, 0.4, 0.55)  # of `coded`: --max-error
-KS = (8, 16, 32, 64)  # of `-k` and lorashare
-RATIOS = (2, 4, 8, 16, 32, 64)  # of truncated SVDs: so many times fewer bytes than A and B
-VLORA_KS = (1, 2, 4, 8)  # its vectors are whole tensors, of which N adapters have no more than N
-ROUNDED = {
-    "bfloat16": em.bfloat16,
-    "int8": em.int8,
-    "int4": partial(em.integers, bits=4),
-    "int3": partial(em.integers, bits=3),
-}
+BUILD = HERE.parent / "build" / "evidence"
+COUNTS, TASKS = (10, 32, 100, 316, 1000), (32, 1000)
+LIMITS = (0.05, 0.1, 0.25, 0.4, 0.55, 0.7)  # of `coded`: --max-error
+KS = (8, 16, 32, 64, 128, 256)  # of `-k`
+BOTH = (32, 128)  # of what is measured with two k
+RATIOS = (4, 8, 16, 32, 64)  # of truncated SVDs: so many times fewer bytes than A and B
+PREDICTED, TEXTS = 64, 2  # the first so many adapters, on every second of their held-out texts
+UNPREDICTED = ("SHARE factors", "SHARE bfloat16", "SVD")
 AGREES = 1e-3  # our certificate with what is measured here
+LIMIT_SECONDS, LIMIT_BYTES = 600.0, 12 << 30  # of a child
 Line = dict[str, Any]
 
 
 @dataclass
 class Collection:
-    """Adapters of one base, read once."""
+    """Some of the adapters that train_adapters.py has made, all of one shape."""
 
-    name: str
-    folder: Path
-    adapters: dict[str, em.Adapter] = field(default_factory=dict)
-    bytes: em.Bytes = field(default_factory=em.Bytes)
+    root: Path
+    adapters: dict[str, em.Adapter]
+    bytes: em.Bytes
+    arms: dict[str, str]
 
-    def __post_init__(self) -> None:
-        for path in sorted(p.parent for p in self.folder.glob("*/adapter_config.json")):
-            self.adapters[path.name] = em.read_adapter(path)
-            for key, size in em.bytes_of(path).as_dict().items():
-                setattr(self.bytes, key, getattr(self.bytes, key) + size)
+    @classmethod
+    def read(cls, root: Path, names: Sequence[str]) -> Collection:
+        total = em.Bytes()
+        for name in names:
+            total += em.bytes_of(root / "adapters" / name)
+        arms = {name: train_adapters.arm_of(int(name.rpartition("-")[2])) for name in names}
+        return cls(root, {name: em.read_adapter(root / "adapters" / name) for name in names}, total, arms)
 
-    @property
-    def paths(self) -> dict[str, str]:
-        return {name: str(self.folder / name) for name in self.adapters}
-
-    def computed(self, lora: int) -> em.Bytes:
-        """Of adapters that stay PEFT's, with other tensors: headers, configurations and heads are as they were."""
-        return em.Bytes(lora=lora, extras=self.bytes.extras, other=self.bytes.other)
-
-    def rounded(self, adapters: Mapping[str, em.Adapter], rounding: Any) -> tuple[dict[str, em.Adapter], em.Bytes]:
-        found, size = em.rounded(adapters, rounding)
-        return found, self.computed(size)
-
-    def truncated(self, budget: int, width: int = 4, scales: int = 0) -> tuple[dict[str, em.Adapter], em.Bytes]:
-        found, size = em.truncated(self.adapters, budget, width, scales)
-        return found, self.computed(size)
+    def manifest(self, path: Path, names: Sequence[str] | None = None) -> Path:
+        chosen = self.adapters if names is None else names
+        path.write_text("".join(f"{(self.root / 'adapters' / name).resolve()}\n" for name in chosen))
+        return path
 
 
 @dataclass
 class Found:
-    """What a system gives back, what it takes, and what it claims of itself."""
+    """What a system gives back, and its bytes; of what is no files, LoRA's alone."""
 
     adapters: dict[str, em.Adapter]
     bytes: em.Bytes
@@ -92,95 +80,139 @@ class Left(Exception):
     """A system cannot do this, for this reason."""
 
 
-def ours(c: Collection, options: Mapping[str, Any], scratch: Path) -> Found:
-    """By `SHAREModel.from_adapters` with these options."""
+def _child(scratch: Path, *command: str) -> Line:
+    """Run Python on these arguments: its seconds and its peak of memory."""
+    order = {"command": [sys.executable, *command], "log": str(scratch / "log"), "files": None,
+             "seconds": LIMIT_SECONDS, "memory": LIMIT_BYTES}  # fmt: skip
+    line = _process(order)
+    if line["status"] != "ok":
+        said = (scratch / "log").read_text(errors="replace").strip().splitlines()
+        raise Left(f"{line['status']}: {said[-1][:200] if said else ''}")
+    return {"seconds": line["wall_s"], "peak": line["peak_bytes"]}
+
+
+def ours(c: Collection, options: Sequence[str], scratch: Path) -> Found:
+    """By the command line."""
+    out, sources = scratch / "out", c.manifest(scratch / "adapters.txt")
+    said = ["-o", str(out), "--workers", "1", "-q", *options]
+    return _opened(out, c, _child(scratch, "-m", "lorashare_stream", "compress", str(sources), *said))
+
+
+def _opened(out: Path, c: Collection, facts: Line) -> Found:
     from lorashare_stream import SHAREModel
 
-    out = scratch / "out"
-    share = SHAREModel.from_adapters(c.paths, device="cpu", output_dir=out, **options)
-    found = {name: _restored(share, name, scratch) for name in c.adapters}
-    claims = {name: share.certified(name).get("relative_error") for name in c.adapters}
-    return Found(found, em.bytes_of(out), {"claims": claims})
+    share = SHAREModel.from_pretrained(out)
+    found = {name: em.module_pairs(share.reconstruct(name), share.adapter_configs[name]) for name in c.adapters}
+    errors = {name: em.dw_error(c.adapters[name], found[name]) for name in c.adapters}
+    apart = max(abs(errors[name] - share.certified(name)["relative_error"]) for name in c.adapters)
+    if apart > AGREES:
+        raise SystemExit(f"{out}: a certificate is {apart:.1e} off")
+    return Found(found, em.bytes_of(out), {**facts, "apart": apart})
 
 
-def lorashare(c: Collection, k: int, scratch: Path) -> Found:
-    """In memory. It refuses adapters of different ranks and targets, which its arithmetic can do: then unchecked."""
-    import lorashare.compression
-    import lorashare.model
-
-    facts = {}
-    decompose, check = lorashare.compression.eigendecomposition, lorashare.model.validate_adapters
-    lorashare.compression.eigendecomposition = partial(_decomposed, decompose)
-    try:
-        share = lorashare.SHAREModel.from_adapters(c.paths, num_components=k, device="cpu")
-    except ValueError as e:
-        facts["refuses"] = str(e).split(":")[0]
-        lorashare.model.validate_adapters = lambda _: None
-        share = lorashare.SHAREModel.from_adapters(c.paths, num_components=k, device="cpu")
-    finally:
-        lorashare.compression.eigendecomposition, lorashare.model.validate_adapters = decompose, check
-    share.save_pretrained(scratch / "out")
-    share = lorashare.SHAREModel.from_pretrained(scratch / "out")
-    return Found({name: _restored(share, name, scratch) for name in c.adapters}, em.bytes_of(scratch / "out"), facts)
+def added(c: Collection, k: int, scratch: Path) -> Line:
+    """What the last tenth costs on bases of the others, and how far off it is."""
+    names = list(c.adapters)
+    fitted, out = names[: -len(names) // 10], scratch / "out"
+    sources = c.manifest(scratch / "adapters.txt", fitted)
+    said = ["--workers", "1", "-q"]
+    _child(scratch, "-m", "lorashare_stream", "compress", str(sources), "-o", str(out), "-k", str(k), *said)
+    before = em.bytes_of(out)
+    late = c.manifest(scratch / "late.txt", names[len(fitted) :])
+    facts = _child(scratch, "-m", "lorashare_stream", "add", str(out), str(late), "--variance", "1e-6", *said)
+    found = _opened(out, c, facts)
+    errors = {name: em.dw_error(c.adapters[name], x) for name, x in found.adapters.items()}
+    sizes = {"before": sum(before.as_dict().values()), "after": sum(found.bytes.as_dict().values())}
+    parts = {"fitted": fitted, "added": names[len(fitted) :]}
+    means = {part: em.statistics({i: errors[i] for i in own}) for part, own in parts.items()}
+    return {**facts, **sizes, **means, "counts": [len(own) for own in parts.values()]}
 
 
-def _decomposed(decompose: Callable[..., Line], matrix: Any, device: str = "cpu") -> Line:
-    """lorashare's full eigendecomposition, which does not depend on k, once for all k: minutes on gpt2."""
-    import torch
+def peer(c: Collection, system: str, k: int, scratch: Path) -> Found:
+    """By lorashare or vlora, of the first N of the folder; vlora keeps no heads: they are counted as they were."""
+    out, folder = scratch / "out", c.root / "adapters"
+    order = (str(HERE / "bench_peers.py"), system, str(folder), str(out), "-k", str(k), "--adapters")
+    facts = _child(scratch, *order, str(len(c.adapters)))
+    if system == "lorashare":
+        from lorashare import SHAREModel
 
-    digest = hashlib.sha256(matrix.numpy().tobytes()).hexdigest()[:32]
-    kept = BUILD / "lorashare" / f"{digest}.pt"
-    if not kept.exists():
-        found = decompose(matrix, device=device)
-        found["eigenvectors"] = found["eigenvectors"][:, : max(KS)].clone()  # the others are never asked for
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(found, kept.with_suffix(".part"))
-        kept.with_suffix(".part").rename(kept)
-    return torch.load(kept, weights_only=True)
-
-
-def vlora(c: Collection, k: int, scratch: Path) -> Found:
-    """It reads safetensors alone, so the adapters are copied; it keeps no heads, so they are counted as they were."""
-    import torch
-    from safetensors.torch import save_file
+        share = SHAREModel.from_pretrained(out)
+        configs = {i: json.loads((folder / i / em.CONFIG).read_text()) for i in c.adapters}
+        return Found(
+            {i: em.module_pairs(share.reconstruct(i), configs[i]) for i in c.adapters}, em.bytes_of(out), facts
+        )
     from vlora import SharedSubspace
-    from vlora.io import load_adapter
 
-    for name, path in c.paths.items():
-        place = scratch / "in" / name
-        place.mkdir(parents=True)
-        shutil.copyfile(Path(path) / em.CONFIG, place / em.CONFIG)
-        tensors = em.tensors_of(Path(path))
-        save_file({key: torch.from_numpy(np.ascontiguousarray(t)) for key, t in tensors.items()}, place / em.WEIGHTS)
-    try:
-        loaded = [load_adapter(scratch / "in" / name) for name in c.adapters]
-        share = SharedSubspace.from_adapters(loaded, list(c.adapters), num_components=k)
-    except ValueError as e:
-        raise Left(str(e).split(":")[0]) from e
-    share.save(scratch / "out")
-    share = SharedSubspace.load(scratch / "out")
-    found = {}
+    share, found = SharedSubspace.load(out), {}
     for name, adapter in c.adapters.items():
         back = share.reconstruct(name)
-        found[name] = {
-            layer.removeprefix("base_model.model."): em.Module(
-                back.lora_a[layer].numpy(),
-                back.lora_b[layer].numpy(),
-                adapter[layer.removeprefix("base_model.model.")].scale,
-            )
-            for layer in back.layer_names
+        sides = {
+            layer.removeprefix("base_model.model."): (back.lora_a[layer], back.lora_b[layer]) for layer in back.lora_a
         }
-    size = em.bytes_of(scratch / "out")
+        found[name] = {m: em.Module(*(x.numpy() for x in sides[m]), own.scale) for m, own in adapter.items()}
+    size = em.bytes_of(out)
     size.extras += c.bytes.extras
-    return Found(found, size)
+    return Found(found, size, facts)
 
 
-def _restored(share: Any, name: str, scratch: Path) -> em.Adapter:
-    """What PEFT would load: through a folder, with the configuration that is written there."""
-    place = scratch / "restored"
-    shutil.rmtree(place, ignore_errors=True)
-    share.reconstruct(name, output_dir=str(place))
-    return em.read_adapter(place)
+def computed(c: Collection, work: Callable[[], tuple[dict[str, em.Adapter], int]]) -> Found:
+    """Adapters that stay PEFT's, with other tensors: headers, configurations and heads are as they were."""
+    begun = time.perf_counter()
+    adapters, size = work()
+    beside = em.Bytes(lora=size, extras=c.bytes.extras, other=c.bytes.other)
+    return Found(adapters, beside, {"seconds": time.perf_counter() - begun})
+
+
+def each(c: Collection, work: Callable[[em.Adapter], tuple[em.Adapter, int]]) -> Found:
+    """Each adapter alone."""
+
+    def run() -> tuple[dict[str, em.Adapter], int]:
+        found = {name: work(adapter) for name, adapter in c.adapters.items()}
+        return {name: adapter for name, (adapter, _) in found.items()}, sum(size for _, size in found.values())
+
+    return computed(c, run)
+
+
+def _truncated(adapter: em.Adapter, ratio: int, whole: bool) -> tuple[em.Adapter, int]:
+    budget = sum(4 * (m.a.size + m.b.size) for m in adapter.values()) // ratio
+    options = {"width": 4} if whole else {"width": 1, "scales": 8}
+    found, size = em.truncated({"": adapter}, budget, **options)
+    return (found[""], size) if whole else em.rounded_one(found[""], partial(em.integers, bits=8))
+
+
+def systems(c: Collection) -> Iterator[tuple[str, float, Callable[[Path], Found]]]:
+    """Every system with each of its settings: a limit, k, how many times fewer bytes, bits; what matters first."""
+    arm = len(set(c.arms.values())) == 1
+    for limit in LIMITS:
+        yield "coded", limit, lambda s, x=limit: ours(c, ("--max-error", str(x)), s)
+    for k in KS:
+        yield "SHARE", k, lambda s, k=k: ours(c, ("-k", str(k)), s)
+    if arm:
+        return
+    for k in BOTH:
+        yield "lorashare", k, lambda s, k=k: peer(c, "lorashare", k, s)
+    for k, clusters in ((16, 1), (32, 1), (64, 1), *(((16, 8), (32, 8)) if len(c.adapters) >= 100 else ())):
+        name = "JD" if clusters == 1 else f"JD, {clusters} clusters"
+        yield name, k, lambda _, k=k, n=clusters: computed(c, lambda: evidence_joint.joint(c.adapters, k, n))
+    for ratio in RATIOS[1:]:
+        yield "SVD, int8", ratio, lambda _, x=ratio: each(c, lambda a: _truncated(a, x, whole=False))
+    for bits in (8, 4, 3):
+        yield "int", bits, lambda _, x=bits: each(c, lambda a: em.rounded_one(a, partial(em.integers, bits=x)))
+    for bits, energy in ((2, 0.8), (3, 0.9)):
+        yield "LoRAQuant", bits + energy, lambda _, x=bits, e=energy: each(c, lambda a: em.mixed(a, x, e))
+    for density in (0.2, 0.5):
+        yield (
+            "ternary",
+            density,
+            lambda _, x=density: each(c, lambda a: em.rounded_one(a, partial(em.ternary, density=x))),
+        )
+    for k in BOTH:
+        yield "SHARE factors", k, lambda s, k=k: ours(c, ("-k", str(k), "--objective", "factors"), s)
+        yield "SHARE bfloat16", k, lambda s, k=k: ours(c, ("-k", str(k), "--dtype", "bfloat16"), s)
+    for ratio in RATIOS[:3]:
+        yield "SVD", ratio, lambda _, x=ratio: each(c, lambda a: _truncated(a, x, whole=True))
+    for k in (8, 32):
+        yield "vlora", k, lambda s, k=k: peer(c, "vlora", k, s)
 
 
 class Evidence:
@@ -190,144 +222,133 @@ class Evidence:
         self.args, self.results = args, results
 
     def run(self) -> None:
-        for name in self.args.collections:
-            folder = self.args.trained / "adapters" if name == "trained" else SHARED / name
-            if not folder.is_dir():
-                print(f"{name}: left out, there is no {folder}", flush=True)
+        there = sorted(p.name for p in (self.args.trained / "adapters").glob("task-*"))
+        names = [name for i, name in enumerate(there) if name == train_adapters.name_of(i)]  # up to the first gap
+        heads = self.args.trained / "heads.json"
+        if heads.exists() and self.results.find("heads") is None:
+            self.results.add("heads", {"accuracy": json.loads(heads.read_text())})
+        for n in self.args.counts:
+            if n > len(names):
+                print(f"{n}: left out, there are {len(names)}", flush=True)
                 continue
-            c = Collection(name, folder)
-            zero = [i for i, adapter in c.adapters.items() if not any(m.norm for m in adapter.values())]
-            about = {"collection": name, "adapters": len(c.adapters), "zero": zero, **c.bytes.as_dict()}
-            self._about(c, about)
-            tasks = None
-            if name == "trained" and not self.args.no_tasks:
-                known = self.results.find("originals", collection=name)
-                tasks = Tasks(self.args.trained, c, known and known["labels"])
-                if known is None:
-                    self.results.add("originals", {"collection": name, **tasks.originals()})
-            for system, setting, work in self._systems(c):
-                if not self.args.systems or system.startswith(tuple(self.args.systems)):
-                    self._one(c, system, setting, work, tasks)
+            c = Collection.read(self.args.trained, names[:n])
+            for arm in self.args.arms:
+                own = [i for i in names[:n] if arm in ("all", c.arms[i])]
+                if own:
+                    self._measure(arm, c if arm == "all" else Collection.read(self.args.trained, own), n)
 
-    def _about(self, c: Collection, about: Line) -> None:
-        if self.results.find("collection", **about) is None:
-            ranks = sorted({len(m.a) for adapter in c.adapters.values() for m in adapter.values()})
-            self.results.add(
-                "collection", about | {"ranks": ranks, "modules": len({m for a in c.adapters.values() for m in a})}
-            )
+    def _measure(self, arm: str, c: Collection, n: int) -> None:
+        facts = {"n": n, "arm": arm}
+        if self.results.find("collection", **facts) is None:
+            self.results.add("collection", {**facts, "adapters": len(c.adapters), **c.bytes.as_dict()})
+        tasks = None
+        if arm == "all" and n in self.args.tasks:
+            tasks = Tasks(c, self.args.results.parent / "labels")
+            if self.results.find("originals", n=n) is None:
+                self.results.add("originals", {"n": n, **tasks.originals()})
+        for system, setting, work in systems(c):
+            if not self.args.systems or system in self.args.systems:
+                self._one({**facts, "system": system, "setting": setting}, c, work, tasks)
+        if self.args.systems:
+            return
+        for limit in (0.1, 0.25, 0.4):
+            if self.results.find("sharing", **facts, limit=limit) is None:
+                self.results.add("sharing", {**facts, "limit": limit, **em.sharing(c.adapters, limit)})
+        for k in BOTH if arm == "all" and n >= 100 else ():
+            if self.results.find("added", **facts, k=k) is None:
+                with tempfile.TemporaryDirectory() as scratch:
+                    self.results.add("added", {**facts, "k": k, **added(c, k, Path(scratch))})
 
-    def _systems(self, c: Collection) -> Iterator[tuple[str, float, Callable[[Path], Any]]]:
-        """Every system with each of its settings: a limit, k, how many times fewer bytes; 0 if it has none."""
-        for limit in LIMITS:
-            yield "coded", limit, lambda scratch, limit=limit: ours(c, {"max_error": limit}, scratch)
-        for k in KS:
-            yield "-k", k, lambda scratch, k=k: ours(c, {"num_components": k}, scratch)
-        for name, rounding in ROUNDED.items():
-            yield name, 0, lambda _, rounding=rounding: Found(*c.rounded(c.adapters, rounding))
-        for ratio in RATIOS:
-            budget = c.bytes.lora // ratio
-            yield "SVD", ratio, lambda _, b=budget: Found(*c.truncated(b))
-            yield (
-                "SVD, int8",
-                ratio,
-                lambda _, b=budget: Found(*c.rounded(c.truncated(b, width=1, scales=8)[0], em.int8)),
-            )
-        for k in VLORA_KS:
-            yield "vlora", k, lambda scratch, k=k: vlora(c, k, scratch)
-        for k in KS:
-            yield "lorashare", k, lambda scratch, k=k: lorashare(c, k, scratch)
-
-    def _one(
-        self, c: Collection, system: str, setting: float, work: Callable[[Path], Any], tasks: Tasks | None
-    ) -> None:
-        facts = {"collection": c.name, "system": system, "setting": setting}
-        if self.results.find("row", **facts) is not None:
+    def _one(self, facts: Line, c: Collection, work: Callable[[Path], Found], tasks: Tasks | None) -> None:
+        if any(self.results.find(kind, **facts) is not None for kind in ("row", "left")):
             return
         with tempfile.TemporaryDirectory() as scratch:
             try:
                 found = work(Path(scratch))
             except Left as e:
-                if self.results.find("left", **facts, why=str(e)) is None:
-                    self.results.add("left", {**facts, "why": str(e)})
+                self.results.add("left", {**facts, "why": str(e)})
                 return
         errors = {i: em.dw_error(c.adapters[i], found.adapters[i]) for i in c.adapters}
-        claims = found.facts.pop("claims", {})
-        apart = [abs(errors[i] - x) for i, x in claims.items() if x is not None and not np.isnan(errors[i])]
-        if apart and max(apart) > AGREES:
-            raise SystemExit(f"{c.name}, {system}, {setting}: a certificate is {max(apart):.1e} off")
-        told = {"errors": errors, "apart": max(apart, default=None), **found.bytes.as_dict(), **found.facts}
+        arms = {a: float(np.mean([errors[i] for i in errors if c.arms[i] == a])) for a in sorted(set(c.arms.values()))}
+        told = {**em.statistics(errors), "arms": arms, **found.bytes.as_dict(), **found.facts}
+        if facts["system"] in UNPREDICTED:
+            tasks = None
         told |= tasks.measure(found.adapters) if tasks is not None else {}
-        row = self.results.add("row", {**facts, **em.statistics(errors), **told})
-        words = f"{c.name} {system} {setting:g}: {row['lora'] / 1e6:.3f} MB, error {row['mean']:.4f}"
+        row = self.results.add("row", {**facts, **told})
+        words = (
+            f"{row['at'][11:]} N={row['n']} {row['arm']} {row['system']} {row['setting']:g}: {row['lora'] / 1e6:.3f} MB"
+        )
+        words += f", error {row['mean']:.4f}, {row['seconds']:.0f} s"
         if tasks is not None:
             words += f", agreement {np.mean(list(row['agreement'].values())):.3f}"
         print(words, flush=True)
 
 
 class Tasks:
-    """Held-out text of the trained adapters, and their predictions on it."""
+    """Held-out text of some of the adapters, and predictions on it, which are kept by the digest of what predicts."""
 
-    def __init__(self, root: Path, c: Collection, known: Mapping[str, list[int]] | None = None) -> None:
+    def __init__(self, c: Collection, kept: Path) -> None:
         import torch
 
-        self.c, self.encode = c, train_adapters.encoder()
-        self.facts = {name: json.loads((root / "tasks" / f"{name}.json").read_text()) for name in c.adapters}
+        root, names = c.root, list(c.adapters)[:PREDICTED]
+        self.c, self.encode, self.kept, self.names = c, train_adapters.encoder(), kept, names
+        self.facts = {name: json.loads((root / "tasks" / f"{name}.json").read_text()) for name in names}
+        self.heads = {name: em.tensors_of(root / "adapters" / name) for name in names}
         self.model = train_adapters.base_model(0).eval()
         self.layers = {name: m for name, m in self.model.named_modules() if isinstance(m, torch.nn.Linear)}
         self.base = {name: m.weight.detach().clone() for name, m in self.layers.items()}
-        self.texts = {name: self._encoded(facts["held_out"]) for name, facts in self.facts.items()}
-        self.truth = {name: np.array([y for _, y in facts["held_out"]]) for name, facts in self.facts.items()}
-        self.predicted = {
-            name: np.array(known[name]) if known else self.predict(name, adapter)
-            for name, adapter in c.adapters.items()
-        }
-        self._check()
-
-    def _check(self) -> None:
-        """dW added to the base is what PEFT computes: the accuracy is that of the end of training."""
-        for name, facts in self.facts.items():
-            right = float(np.mean(self.predicted[name] == self.truth[name]))
-            if abs(right - facts["accuracy"]) > 1.5 / len(facts["held_out"]):
-                raise SystemExit(f"{name}: accuracy {right}, and {facts['accuracy']} when it was trained")
-
-    def _encoded(self, texts: list[Any]) -> list[tuple[Any, list[int]]]:
-        """Batches of texts of like length, and where they were."""
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i][0]))
-        parts = [order[i : i + 32] for i in range(0, len(order), 32)]
-        return [(self.encode([texts[i][0] for i in part]), part) for part in parts]
+        self.texts = {name: facts["held_out"][::TEXTS] for name, facts in self.facts.items()}
+        kept.mkdir(parents=True, exist_ok=True)
 
     def predict(self, name: str, adapter: em.Adapter) -> np.ndarray:
         """Labels by the base with dW added, under the adapter's own head."""
+        digest = hashlib.sha256(name.encode())
+        for module, m in sorted(adapter.items()):
+            for x in (module.encode(), np.float64(m.scale).tobytes(), m.a.tobytes(), m.b.tobytes()):
+                digest.update(x)
+        path = self.kept / f"{digest.hexdigest()[:24]}.npy"
+        if not path.exists():
+            labels = self._labels(name, adapter)
+            part = path.with_suffix(f".{time.monotonic_ns()}.part")
+            with part.open("wb") as f:
+                np.save(f, labels)
+            part.rename(path)
+        found: np.ndarray = np.load(path)
+        return found
+
+    def _labels(self, name: str, adapter: em.Adapter) -> np.ndarray:
         import torch
 
-        head = em.tensors_of(self.c.folder / name)
-        with torch.no_grad():
+        with torch.inference_mode():
             for key in ("weight", "bias"):
-                getattr(self.model.classifier, key).copy_(torch.from_numpy(head[f"base_model.model.classifier.{key}"]))
-            for module in self.c.adapters[name]:
-                self.layers[module].weight.copy_(self.base[module])
+                head = torch.from_numpy(self.heads[name][f"base_model.model.classifier.{key}"])
+                getattr(self.model.classifier, key).copy_(head)
+            for module, weight in self.base.items():
+                if module != "classifier":
+                    self.layers[module].weight.copy_(weight)
             for module, m in adapter.items():
-                self.layers[module].weight.add_(torch.from_numpy(m.scale * (m.b @ m.a)))
-            labels = np.empty(len(self.truth[name]), int)
-            for inputs, places in self.texts[name]:
-                labels[places] = self.model(**inputs).logits.argmax(1).numpy()
+                self.layers[module].weight.add_(torch.from_numpy((m.scale * (m.b @ m.a)).astype(np.float32)))
+            labels: np.ndarray = self.model(**self.encode([t for t, _ in self.texts[name]])).logits.argmax(1).numpy()
         return labels
 
     def originals(self) -> Line:
-        return {
-            "accuracy": {n: self._accuracy(n, labels) for n, labels in self.predicted.items()},
-            "labels": {name: labels.tolist() for name, labels in self.predicted.items()},
-            "texts": sum(len(y) for y in self.truth.values()),
-            "classes": train_adapters.CLASSES,
-        }
+        """Accuracies, which are about those of the end of training: dW added to the base is what PEFT computes."""
+        found = {name: self._accuracy(name, self._original(name)) for name in self.names}
+        whole = [self.facts[name]["accuracy"] for name in self.names]
+        if abs(np.mean(list(found.values())) - np.mean(whole)) > 0.04:
+            raise SystemExit(f"accuracy {np.mean(list(found.values())):.3f}, and {np.mean(whole):.3f} when trained")
+        return {"accuracy": found, "texts": sum(map(len, self.texts.values()))}
+
+    def _original(self, name: str) -> np.ndarray:
+        return self.predict(name, self.c.adapters[name])
 
     def measure(self, adapters: Mapping[str, em.Adapter]) -> Line:
-        labels = {name: self.predict(name, adapter) for name, adapter in adapters.items()}
-        agreement = {n: float(np.mean(found == self.predicted[n])) for n, found in labels.items()}
+        labels = {name: self.predict(name, adapters[name]) for name in self.names}
+        agreement = {name: float(np.mean(x == self._original(name))) for name, x in labels.items()}
         return {"accuracy": {n: self._accuracy(n, found) for n, found in labels.items()}, "agreement": agreement}
 
     def _accuracy(self, name: str, labels: np.ndarray) -> float:
-        return float(np.mean(labels == self.truth[name]))
+        return float(np.mean(labels == np.array([y for _, y in self.texts[name]])))
 
 
 def main() -> None:
@@ -335,9 +356,10 @@ def main() -> None:
     parser.add_argument("run", nargs="?", default=default_run(), help="its name (default: this boot of this machine)")
     parser.add_argument("--results", type=Path, default=BUILD / "evidence.jsonl")
     parser.add_argument("--trained", type=Path, default=BUILD / "trained", help="what train_adapters.py has made")
-    parser.add_argument("--collections", nargs="+", choices=COLLECTIONS, default=COLLECTIONS)
-    parser.add_argument("--systems", nargs="+", help="only those that begin with one of these words")
-    parser.add_argument("--no-tasks", action="store_true", help="errors and bytes alone")
+    parser.add_argument("--counts", nargs="+", type=int, default=COUNTS, help="the first N; left out if not there yet")
+    parser.add_argument("--tasks", nargs="*", type=int, default=TASKS, help="N at which predictions are made")
+    parser.add_argument("--arms", nargs="+", default=["all"], choices=["all", "own", "shared", "long"])
+    parser.add_argument("--systems", nargs="+", help="only these")
     parser.add_argument("--render", type=Path, metavar="FILE.md", help="write tables of the run, and measure nothing")
     args = parser.parse_args()
     results = Results.read(args.results, args.run)

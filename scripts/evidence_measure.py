@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +52,16 @@ def tensors_of(folder: Path) -> dict[str, Array]:
 
 def read_adapter(folder: Path) -> Adapter:
     """A PEFT folder, as PEFT understands it."""
-    config = json.loads((folder / CONFIG).read_text())
+    return module_pairs(tensors_of(folder), json.loads((folder / CONFIG).read_text()))
+
+
+def module_pairs(tensors: Mapping[str, Any], config: Mapping[str, Any]) -> Adapter:
+    """The modules of PEFT's tensors, NumPy's or torch's."""
     sides: dict[str, dict[str, Array]] = {}
-    for key, tensor in tensors_of(folder).items():
+    for key, tensor in tensors.items():
         if found := KEY.match(key):
-            sides.setdefault(found["module"], {})[found["side"]] = tensor
+            array = tensor if isinstance(tensor, np.ndarray) else tensor.float().numpy()
+            sides.setdefault(found["module"], {})[found["side"]] = array
     return {m: Module(pair["A"], pair["B"], scale_of(config, m)) for m, pair in sorted(sides.items())}
 
 
@@ -81,20 +86,30 @@ def product_norm(left: Array, right: Array) -> float:
     return float(np.linalg.norm(np.linalg.qr(left, mode="r") @ np.linalg.qr(right.T, mode="r").T))
 
 
+def inner(x: Module, y: Module) -> float:
+    """<dW_x, dW_y>, from products of thin factors."""
+    left, right = x.b.astype(np.float64).T @ y.b, x.a.astype(np.float64) @ y.a.T
+    return float(x.scale * y.scale * np.sum(left * right))
+
+
 def dw_error(original: Adapter, found: Adapter) -> float:
-    """||dW - dW^||_F / ||dW||_F over all modules together; NaN where dW = 0. A module that is missing is 0."""
-    off, norm = [], []
-    for name, m in original.items():
-        lefts, rights = [m.scale * m.b.astype(np.float64)], [m.a.astype(np.float64)]
-        if name in found:
-            other = found[name]
-            lefts.append(-other.scale * other.b.astype(np.float64))
-            rights.append(other.a.astype(np.float64))
-        off.append(product_norm(np.hstack(lefts), np.vstack(rights)))
-        norm.append(m.norm)
-    off += [m.norm for name, m in found.items() if name not in original]
-    whole = float(np.linalg.norm(norm))
-    return float(np.linalg.norm(off)) / whole if whole > 0 else float("nan")
+    """||dW - dW^||_F / ||dW||_F over all modules together; NaN where dW = 0. A module that is missing is 0.
+
+    From inner products; where these would cancel, below an error of 1e-3, by QR of the factors of the difference.
+    """
+    both = original.keys() & found.keys()
+    whole = sum(inner(m, m) for m in original.values())
+    off = whole + sum(inner(m, m) for m in found.values()) - 2 * sum(inner(original[n], found[n]) for n in both)
+    if whole == 0:
+        return float("nan")
+    if off > 1e-6 * whole:
+        return float(np.sqrt(off / whole))
+    parts = []
+    for name in original.keys() | found.keys():
+        signed = [(sign, x[name]) for sign, x in ((1, original), (-1, found)) if name in x]
+        lefts = [sign * m.scale * m.b.astype(np.float64) for sign, m in signed]
+        parts.append(product_norm(np.hstack(lefts), np.vstack([m.a.astype(np.float64) for _, m in signed])))
+    return float(np.linalg.norm(parts) / np.sqrt(whole))
 
 
 def statistics(errors: Mapping[str, float]) -> dict[str, float]:
@@ -168,29 +183,124 @@ def integers(x: Array, bits: int) -> tuple[Array, int]:
     return codes.astype(np.float32) * safe, -(-codes.size * bits // 8) + scale.nbytes
 
 
-def int8(x: Array) -> tuple[Array, int]:
-    """Of 8 bits."""
-    return integers(x, 8)
-
-
-def bfloat16(x: Array) -> tuple[Array, int]:
-    """Rounded to bfloat16, and its bytes."""
-    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
-    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16).astype(np.uint32)
-    return rounded.view(np.float32), 2 * x.size
-
-
-def rounded(adapters: Mapping[str, Adapter], rounding: Any) -> tuple[dict[str, Adapter], int]:
+def rounded_one(adapter: Adapter, rounding: Any) -> tuple[Adapter, int]:
     """The vectors of A and of B, rounded; columns are the r vectors."""
-    found: dict[str, Adapter] = {}
-    size = 0
-    for i, adapter in adapters.items():
-        found[i] = {}
-        for name, m in adapter.items():
-            (a, bytes_a), (b, bytes_b) = rounding(m.a.T), rounding(m.b)
-            found[i][name] = Module(a.T, b, m.scale)
-            size += bytes_a + bytes_b
+    found, size = {}, 0
+    for name, m in adapter.items():
+        (a, bytes_a), (b, bytes_b) = rounding(m.a.T), rounding(m.b)
+        found[name] = Module(a.T, b, m.scale)
+        size += bytes_a + bytes_b
     return found, size
+
+
+def ternary(x: Array, density: float) -> tuple[Array, int]:
+    """ComPEFT's rule: the largest so many keep a sign and one magnitude; their entropy and a float16 are the bytes.
+
+    The magnitude, alpha times the standard deviation there, is the one with least squared error: no validation set.
+    """
+    kept = max(1, round(density * x.size))
+    flat = np.abs(x).ravel()
+    chosen = np.zeros(x.size, bool)
+    chosen[np.argpartition(flat, -kept)[-kept:]] = True
+    magnitude = np.float16(flat[chosen].mean())
+    share = kept / x.size
+    entropy = -share * np.log2(share) - (1 - share) * np.log2(1 - share) if share < 1 else 0.0
+    back = np.where(chosen.reshape(x.shape), np.sign(x) * magnitude, 0).astype(np.float32)
+    return back, int(np.ceil(x.size * (entropy + share) / 8)) + 2
+
+
+GROUP = 128  # numbers of a column that have a scale
+
+
+def mixed(adapter: Adapter, bits: int, energy: float) -> tuple[Adapter, int]:
+    """LoRAQuant's rule: triples of the SVD up to a share of the energy in so many bits, the others by their signs.
+
+    Each GROUP of a column has a float16 scale, and in more than one bit a zero point; without its fine-tuning.
+    """
+    found, size = {}, 0
+    for name, m in adapter.items():
+        u, s, vt = singular(m)
+        high = int(np.searchsorted(np.cumsum(s**2), energy * np.sum(s**2))) + 1
+        sides = []
+        for x in (u * np.sqrt(s), vt.T * np.sqrt(s)):
+            back = np.empty_like(x)
+            for begin in range(0, len(x), GROUP):
+                part = x[begin : begin + GROUP]
+                back[begin : begin + GROUP, :high] = _affine(part[:, :high], bits)
+                scales = np.abs(part[:, high:]).mean(axis=0).astype(np.float16)
+                back[begin : begin + GROUP, high:] = np.where(part[:, high:] < 0, -scales, scales)
+                size += 2 * len(s) + -(-(high * bits * (len(part) + 1) + (len(s) - high) * len(part)) // 8)
+            sides.append(back.astype(np.float32))
+        found[name] = Module(sides[1].T, sides[0], 1.0)
+    return found, size
+
+
+def _affine(x: Array, bits: int) -> Array:
+    """Rounded to 2^bits levels with a scale and a zero point for each column."""
+    low, high = np.minimum(x.min(axis=0), 0), np.maximum(x.max(axis=0), 0)
+    step = np.maximum((high - low) / (2**bits - 1), 1e-7).astype(np.float16).astype(np.float64)
+    zero = np.rint(-low / step)
+    return (np.clip(np.rint(x / step) + zero, 0, 2**bits - 1) - zero) * step
+
+
+# What a shared part would save
+
+
+def sharing(adapters: Mapping[str, Adapter], limit: float) -> dict[str, Any]:
+    """Bytes at the Gaussian bound at an error: each adapter alone, and with the best number of common directions.
+
+    The vectors X of a module's side, U S and V S of dW / ||dW||, cost d/2 log2(var/D) bits a column, D the adapter's
+    by reverse water-filling. With k eigenvectors of their moment, 8 bits a number, coefficients of a variance each,
+    known for nothing, and the residual cost so: sharing is not underrated. `later` is the share that the last quarter
+    saves with eigenvectors and variances of the others, for nothing: what an adapter more would save.
+    """
+    vectors: dict[tuple[str, int], list[Array]] = {}
+    for adapter in adapters.values():
+        parts = {name: singular(m) for name, m in adapter.items()}
+        norm = np.sqrt(sum(np.sum(s**2) for _, s, _ in parts.values()))
+        sides = {(n, i): x * s / norm for n, (u, s, vt) in parts.items() for i, x in enumerate((u, vt.T))}
+        step = np.sqrt(_water(list(sides.values()), limit**2))
+        for key, x in sides.items():
+            vectors.setdefault(key, []).append((x / step).astype(np.float32))
+    stacks = [np.stack(x) for x in vectors.values()]
+    found = [_best_k(x, x, 8) for x in stacks]
+    early = 3 * len(adapters) // 4
+    late = [_best_k(x[early:], x[:early], 0) for x in stacks]
+    return {"alone": sum(x[0] for x in found) / 8, "with": sum(x[1] for x in found) / 8, "ks": [x[2] for x in found],
+            "later": 1 - sum(x[1] for x in late) / sum(x[0] for x in late)}  # fmt: skip
+
+
+def _water(sides: list[Array], distortion: float) -> float:
+    """D with sum of d min(var, D) = distortion over all columns."""
+    energies, sizes = (
+        np.hstack([np.sum(x**2, axis=0) for x in sides]),
+        np.hstack([[len(x)] * x.shape[1] for x in sides]),
+    )
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if np.minimum(energies, sizes * middle).sum() < distortion else (low, middle)
+    return high
+
+
+def _best_k(x: Array, fitted: Array, bits: int) -> tuple[float, float, int]:
+    """Bits of x alone and with the best k, and k; by the eigenvectors of another, of so many bits a number.
+
+    x, fitted: (n, d, r) at D = 1.
+    """
+    n, d = x.shape[:2]
+    moved = np.moveaxis(fitted, 1, 0).reshape(d, -1)
+    basis = np.linalg.eigh((moved @ moved.T).astype(np.float64))[1][:, ::-1].astype(np.float32)
+    squares, whole = np.square(basis.T @ x), np.square(x).sum(axis=1)
+    variances = np.maximum(np.square(basis.T @ fitted).mean(axis=0), 1)
+    loadings = np.log2(variances) + np.log2(np.e) * (np.maximum(squares.mean(axis=0), 1) / variances - 1)  # (d, r)
+    costs = {}
+    for k in (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128):
+        rest = np.maximum(whole - squares[:, :k].sum(axis=1), 1e-30) / d
+        residual = d / 2 * np.log2(np.maximum(rest, 1)).sum()
+        costs[k] = residual + n / 2 * np.maximum(loadings[:k], 0).sum() + bits * k * d
+    best = min(costs, key=lambda k: costs[k])
+    return float(costs[0]), float(costs[best]), best
 
 
 # Bytes
@@ -214,6 +324,9 @@ class Bytes:
 
     def as_dict(self) -> dict[str, int]:
         return asdict(self)
+
+    def __add__(self, other: Bytes) -> Bytes:
+        return Bytes(*(x + y for x, y in zip(astuple(self), astuple(other), strict=True)))
 
 
 def bytes_of(folder: Path) -> Bytes:

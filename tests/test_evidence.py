@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from .conftest import make_collection, write_adapter
+from .conftest import make_collection
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
+import evidence  # noqa: E402
+import evidence_joint  # noqa: E402
 import evidence_measure as em  # noqa: E402
 import evidence_report  # noqa: E402
 import train_adapters  # noqa: E402
@@ -132,50 +134,136 @@ def test_truncated_svds_are_the_best_choice_of_ranks(budget: int) -> None:
     assert mean == pytest.approx(best, abs=1e-9)
 
 
-def test_int8_is_off_by_half_a_step_of_its_column_at_most() -> None:
+def test_integers_are_off_by_half_a_step_of_their_column_at_most() -> None:
     x = (np.random.default_rng(0).standard_normal((50, 6)) * 10.0 ** np.arange(-3, 3)).astype(np.float32)
     x[:, 2] = 0
-    back, size = em.int8(x)
+    back, size = em.integers(x, 8)
     assert size == x.size + 4 * x.shape[1]
     assert np.all(np.abs(x - back) <= np.abs(x).max(axis=0) / 127 / 2 * (1 + 1e-5))
     assert np.all(back[:, 2] == 0)
-    again, _ = em.int8(back)
+    again, _ = em.integers(back, 8)
     assert np.allclose(again, back, rtol=1e-6)
     coarse, size = em.integers(x, 4)
     assert size == x.size // 2 + 4 * x.shape[1]
-    assert np.all(np.abs(x - coarse) <= np.abs(x).max(axis=0) / 7 / 2 * (1 + 1e-5))
     assert all(len(np.unique(column)) <= 15 for column in coarse.T)
-    half, size = em.bfloat16(x)
-    assert size == 2 * x.size
-    assert np.all(np.abs(half - x) <= 2.0**-8 * np.abs(x))
 
 
-def row(collection: str, system: str, setting: float, lora: int, mean: float, **more: Any) -> dict[str, Any]:
-    errors = {"a": mean, "b": mean}
-    facts = {"kind": "row", "collection": collection, "system": system, "setting": setting, "errors": errors}
-    size = {"lora": lora, "verbatim": 0, "extras": 10, "other": 10, "apart": None}
+@pytest.mark.parametrize("density", [0.1, 0.5, 1.0])
+def test_ternary_keeps_the_largest_with_their_best_magnitude(density: float) -> None:
+    x = np.random.default_rng(0).standard_normal((50, 6)).astype(np.float32)
+    back, size = em.ternary(x, density)
+    kept = back != 0
+    assert kept.sum() == round(300 * density)
+    assert np.abs(x[kept]).min() >= np.abs(x[~kept]).max(initial=0)
+    for worse in (0.99, 1.01):
+        assert np.linalg.norm(x - back) < np.linalg.norm(x - worse * back)
+    assert size - 2 == pytest.approx({0.1: 300 * 0.569, 0.5: 300 * 1.5, 1.0: 300}[density] / 8, abs=1)
+
+
+def test_mixed_bits_lie_between_one_bit_and_the_many() -> None:
+    original = {
+        "q": em.Module(*(np.random.default_rng(s).standard_normal(d) for s, d in ((0, (8, 256)), (1, (300, 8)))), 2.0)
+    }
+    found = [em.mixed(original, bits, energy) for bits, energy in ((2, 1e-9), (3, 0.5), (8, 1.0))]
+    errors = [em.dw_error(original, x) for x, _ in found]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.02
+    assert [size for _, size in found] == sorted(size for _, size in found)
+    assert found[-1][1] == 8 * (256 + 300) + 8 * 5 + 2 * 8 * 5  # of five groups a zero point and a scale a column
+
+
+def common(n: int, modules: tuple[str, ...] = ("q", "v")) -> dict[str, em.Adapter]:
+    """Adapters in spaces of two dimensions that all of them have."""
+    rng = np.random.default_rng(3)
+    spaces = {m: (rng.standard_normal((40, 2)), rng.standard_normal((30, 2))) for m in modules}
+    return {
+        str(i): {
+            m: em.Module(rng.standard_normal((3, 2)) @ v.T, u @ rng.standard_normal((2, 3)), 2.0)
+            for m, (u, v) in spaces.items()
+        }
+        for i in range(n)
+    }
+
+
+def test_joint_diagonalisation_finds_what_is_common() -> None:
+    adapters = common(6)
+    found, size = evidence_joint.joint(adapters, 2)
+    assert em.statistics({i: em.dw_error(adapters[i], found[i]) for i in adapters})["max"] < 2e-3  # float16
+    assert size == 2 * (2 * 2 * (40 + 30) + 6 * (1 + 2 * 4))
+    assert (
+        em.statistics({i: em.dw_error(adapters[i], evidence_joint.joint(adapters, 1)[0][i]) for i in adapters})["mean"]
+        > 0.1
+    )
+
+
+def test_clusters_find_two_kinds() -> None:
+    adapters = {f"{kind}{i}": x for kind in range(2) for i, x in _kind(kind).items()}
+    errors = []
+    for clusters in (1, 2):
+        found, _ = evidence_joint.joint(adapters, 2, clusters)
+        errors.append(em.statistics({i: em.dw_error(adapters[i], found[i]) for i in adapters})["mean"])
+    assert errors[1] < 0.01 < errors[0]
+
+
+def _kind(seed: int) -> dict[str, em.Adapter]:
+    rng = np.random.default_rng(10 + seed)
+    u, v = rng.standard_normal((40, 2)), rng.standard_normal((30, 2))
+    return {
+        str(i): {"q": em.Module(rng.standard_normal((3, 2)) @ v.T, u @ rng.standard_normal((2, 3)), 1.0)}
+        for i in range(12)
+    }
+
+
+def test_sharing_saves_where_spaces_are_common_and_nothing_where_they_are_not() -> None:
+    shared = em.sharing(common(200), 0.1)
+    assert shared["with"] < 0.7 * shared["alone"]
+    assert set(shared["ks"]) == {2}
+    assert shared["later"] > 1 - shared["with"] / shared["alone"]
+    alone = em.sharing({str(i): adapter(i, {"q": 3}) for i in range(20)}, 0.1)
+    assert alone["with"] >= 0.99 * alone["alone"]
+    assert alone["later"] < 0.1
+
+
+def test_distortion_is_poured_to_the_limit() -> None:
+    sides = [np.random.default_rng(0).standard_normal((20, 3)) * [1, 0.3, 0.01]]
+    level = em._water(sides, 0.5)
+    assert np.minimum(np.sum(sides[0] ** 2, axis=0), 20 * level).sum() == pytest.approx(0.5)
+
+
+def row(n: int, system: str, setting: float, lora: int, mean: float, **more: Any) -> dict[str, Any]:
+    facts = {"kind": "row", "n": n, "arm": "all", "system": system, "setting": setting, "seconds": 1.0}
+    size = {"lora": lora, "verbatim": 0, "extras": 10, "other": 10, "arms": {"own": mean}}
     return facts | size | dict.fromkeys(("mean", "median", "p95", "max"), mean) | more
 
 
 def fake() -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = [
-        {"kind": "collection", "collection": name, "adapters": 2, "zero": ["z"] if name == "minilm" else [],
-         "lora": 10**6, "verbatim": 0, "extras": 10**4, "other": 10**3, "ranks": [8], "modules": 4}
-        for name in ("minilm", "trained")
+        {"kind": "collection", "n": n, "arm": arm, "adapters": n, "lora": 10**5 * n, "verbatim": 0,
+         "extras": 10**4, "other": 10**3}
+        for n in (10, 20) for arm in ("all", "own")
     ]  # fmt: skip
     told = {"accuracy": {"a": 0.75, "b": 0.68}, "agreement": {"a": 0.9, "b": 0.85}}
-    for name, more in (("minilm", {}), ("trained", told)):
+    for n, more in ((10, {}), (20, told)):
         lines += [
-            row(name, "coded", 0.1, 99_990, 0.1, apart=2e-6, **more),
-            row(name, "coded", 0.4, 9_990, 0.4, apart=1e-6, **more),
-            row(name, "-k", 8, 199_990, 0.3, **more),
-            row(name, "lorashare", 8, 199_990, 0.6, **more),
-            row(name, "int4", 0, 125_000, 0.12, **more),
-            row(name, "int3", 0, 9_000, 0.38, **more),
+            row(n, "coded", 0.1, 10_000 * n - 10, 0.1, apart=2e-6, **more),
+            row(n, "coded", 0.4, 1000 * n - 10, 0.4, apart=1e-6, **more),
+            row(n, "SHARE", 8, 50_000 + 5000 * n - 10, 0.3, **more),
+            row(n, "SHARE", 16, 90_000 + 9000 * n - 10, 0.2, **more),
+            row(n, "lorashare", 8, 50_000 + 5000 * n, 0.6, **more),
+            row(n, "int", 4, 12_500 * n, 0.12, **more),
+            row(n, "int", 3, 1000 * n, 0.38, **more),
         ]
-    lines.append({"kind": "left", "collection": "minilm", "system": "vlora", "setting": 2, "why": "no such thing"})
-    lines.append({"kind": "originals", "collection": "trained", "accuracy": {"a": 0.8, "b": 0.7}, "texts": 256,
-                  "classes": 4})  # fmt: skip
+    lines += [
+        {**row(20, "coded", 0.1, 90_000, 0.1), "arm": "own"}, {**row(20, "coded", 0.4, 9000, 0.4), "arm": "own"},
+        {**row(20, "SHARE", 8, 99_990, 0.3), "arm": "own"},
+        {"kind": "left", "n": 10, "arm": "all", "system": "vlora", "setting": 2, "why": "no such thing"},
+        {"kind": "originals", "n": 20, "accuracy": {"a": 0.8, "b": 0.7}, "texts": 256},
+        {"kind": "heads", "accuracy": {"a": 0.5, "b": 0.4}},
+        {"kind": "sharing", "n": 20, "arm": "all", "limit": 0.1, "alone": 100.0, "with": 90.0, "ks": [1, 3],
+         "later": 0.2},
+        {"kind": "added", "n": 20, "arm": "all", "k": 8, "counts": [18, 2], "before": 1800, "after": 2200,
+         "fitted": {"mean": 0.3, "max": 0.4}, "added": {"mean": 0.35, "max": 0.45}},
+    ]  # fmt: skip
     return [{"run": "here", "at": "2026-01-01", **x} for x in lines]
 
 
@@ -185,35 +273,39 @@ def test_the_page_says_yes_and_no_and_keeps_what_was_written_by_hand(tmp_path: P
     text, tables = page.read_text(), (tmp_path / "evidence-tables.md").read_text()
     assert "| coded: every adapter's measured error over its limit E, at most 1 | 1 | yes |" in text
     assert "| certified errors are what is measured, to 1e-5 | 2e-06 | yes |" in text
-    assert "| minilm: -k over lorashare's mean error at the same k, at most 1 | 0.5 | yes |" in text
-    assert "at the rival's mean error; times, least (int3) | 0.826 | **no** |" in text
-    assert "| minilm | coded |  | 10.0 | 45.8 | 100.0 |" in text
-    assert "| minilm | int4 | 8.0 at 0.120 | | | |" in text
-    assert "| coded | E = 0.1 | 10.0 | 10.1 | 0.100 | 0.100 | 0.715 | +3.5 ± 1.5 | 0.875 | 0.850 |" in text
-    assert "of which 1 with dW = 0" in tables
-    assert "| -k | k = 8 | 0.200 | 0.000 | 0.000 | 0.000 | 5.0 | 5.1 | 0.300 | 0.300 | 0.300 | 0.300 |" in tables
-    assert "- vlora, minilm: no such thing." in tables
-    assert (tmp_path / "evidence.svg").read_text().count("<polyline") == 4  # coded, -k, lorashare, integers
-    page.write_text(text.replace("<!-- keep summary -->\n", "<!-- keep summary -->\nWritten by hand.\n"))
-    evidence_report.render(fake(), page)
-    assert "Written by hand." in page.read_text()
+    assert "| N = 20: SHARE's mean error over lorashare's at the same k, at most 1 | 0.5 | yes |" in text
+    assert "at their mean error; times, least (int 3 bits) | 0.858 | **no** |" in text
+    assert "| coded | E = 0.1 | 10.0 | 10.1 | 0.100 | 0.100 | 0.100 | 0.715 | +3.5 ± 1.5 | 0.875 | 0.850 |" in text
+    assert "Accuracy: originals 0.750; a trained head alone 0.450 (2 of them)." in text
+    assert "| SHARE | 8 | 10.0 at 0.30; 46 | 13.3 at 0.30; 46 | 20.0 |" in text
+    assert "| k = 8 | 20.0 at 0.30; 103 |" in text
+    assert "| 20 | all | 10.0% (2), 20% |" in text
+    assert "| 18 + 2 | 8 | 100 | 200 | 0.300 (0.400) | 0.350 (0.450) |" in text
+    assert "| SHARE | k = 8 | 0.150 | 0.000 | 0.000 | 13.3 |" in tables
+    assert "- vlora, k = 2, N = 10: no such thing." in tables
+    assert (tmp_path / "evidence.svg").read_text().count("<polyline") == 4  # coded, SHARE, lorashare, int
+    for path, name in ((page, "summary"), (tmp_path / "evidence-tables.md", "before")):
+        path.write_text(path.read_text().replace(f"<!-- keep {name} -->\n", f"<!-- keep {name} -->\nBy hand.\n"))
+        evidence_report.render(fake(), page)
+        assert path.read_text().count("By hand.") == 1
 
 
 def test_an_adapter_above_the_limit_is_told(tmp_path: Path) -> None:
     lines = fake()
-    lines[2]["errors"]["b"] = 0.101
+    next(x for x in lines if x["kind"] == "row")["max"] = 0.101
     evidence_report.render(lines, tmp_path / "evidence.md")
     assert "over its limit E, at most 1 | 1.01 | **no** |" in (tmp_path / "evidence.md").read_text()
 
 
-def test_times_smaller_between_measured_errors() -> None:
-    about = {"lora": 1000}
-    rows = [row("c", "-k", k, size, error) for k, size, error in ((1, 90, 0.4), (2, 390, 0.1), (3, 490, 0.2))]
-    points = evidence_report.curve(rows, about, "-k")
-    assert points == [(0.1, 2.5), (0.4, 10.0)]  # what is larger and worse is no point
-    assert evidence_report.at(points, 0.2) == pytest.approx(5.0)
+def test_bytes_between_measured_errors_and_the_rate_of_a_rival() -> None:
+    rows = [row(1, "SHARE", k, size - 10, error) for k, size, error in ((1, 100, 0.4), (2, 400, 0.1), (3, 490, 0.2))]
+    points = evidence_report.curve(rows)
+    assert points == [(0.1, 400.0), (0.4, 100.0)]  # what is larger and worse is no point
+    assert evidence_report.at(points, 0.25) == pytest.approx(200)
     assert evidence_report.at(points, 0.05) is None
     assert evidence_report.at(points, 0.9) is None
+    assert evidence_report.rate([(e, 3 * size) for e, size in points], points) == pytest.approx(3)
+    assert evidence_report.rate(points, [(0.5, 10.0), (0.6, 5.0)]) is None
 
 
 def test_a_file_is_of_one_side_of_the_split() -> None:
@@ -239,43 +331,64 @@ def test_no_text_of_a_task_is_on_both_sides_or_of_two_classes() -> None:
     assert json.dumps(facts) == json.dumps(train_adapters.data(task))
 
 
-def test_even_adapters_share_a_seed() -> None:
-    seeds = [train_adapters.seed_of(i) for i in range(8)]
-    assert len(set(seeds[::2])) == 1
-    assert len(set(seeds[1::2])) == 4
+def test_adapters_of_the_shared_arm_have_one_seed_and_the_others_their_own() -> None:
+    numbers = range(40)
+    arms = [train_adapters.arm_of(i) for i in numbers]
+    assert [arms.count(arm) for arm in ("own", "shared", "long")] == [20, 16, 4]
+    assert arms[:10] == arms[10:20]
+    assert len({train_adapters.seed_of(i) for i in numbers if arms[i] == "shared"}) == 1
+    assert len({train_adapters.seed_of(i) for i in numbers if arms[i] != "shared"}) == 24
 
 
-def test_a_checkpoint_measured_here_is_as_certified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import evidence
+def collection(tmp_path: Path, count: int) -> evidence.Collection:
+    make_collection(tmp_path / "adapters", count)
+    names = []
+    for i, path in enumerate(sorted((tmp_path / "adapters").iterdir())):
+        names.append(train_adapters.name_of(i))
+        path.rename(tmp_path / "adapters" / names[-1])
+    return evidence.Collection.read(tmp_path, names)
 
-    monkeypatch.setattr(evidence, "BUILD", tmp_path)
-    make_collection(tmp_path / "adapters", 6)
-    zero = Path(tmp_path / "adapters" / "zero")
-    tensors = {f"base_model.model.layers.0.q.lora_{s}.weight": x for s, x in
-               (("A", np.ones((4, 40), np.float32)), ("B", np.zeros((24, 4), np.float32)))}  # fmt: skip
-    write_adapter(zero, tensors)
-    c = evidence.Collection("here", tmp_path / "adapters")
+
+@pytest.mark.slow
+def test_checkpoints_measured_here_are_as_certified(tmp_path: Path) -> None:
+    c = collection(tmp_path, 6)
     for number, (work, exact) in enumerate([
-        (lambda s: evidence.ours(c, {"num_components": 3}, s), False),
-        (lambda s: evidence.lorashare(c, 3, s), False),
-        (lambda s: evidence.ours(c, {"num_components": 1000}, s), True),
-        (lambda s: evidence.ours(c, {"max_error": 0.2}, s), False),
+        (lambda s: evidence.ours(c, ("-k", "3"), s), False),
+        (lambda s: evidence.peer(c, "lorashare", 3, s), False),
+        (lambda s: evidence.ours(c, ("-k", "1000"), s), True),
+        (lambda s: evidence.ours(c, ("--max-error", "0.2"), s), False),
     ]):  # fmt: skip
         scratch = tmp_path / str(number)
         scratch.mkdir()
         found = work(scratch)
         errors = {i: em.dw_error(c.adapters[i], found.adapters[i]) for i in c.adapters}
-        assert np.isnan(errors["zero"])
         assert (em.statistics(errors)["max"] < 1e-4) is exact
-        for name, claim in found.facts.get("claims", {}).items():
-            assert np.isnan(errors[name]) or abs(claim - errors[name]) < 1e-5
-        # Heads of a coded checkpoint are stored without loss, in planes; with them, the factors without any dW.
-        assert 0 < found.bytes.extras <= c.bytes.extras + (number == 3) * sum(t.nbytes for t in tensors.values())
-        assert number == 3 or found.bytes.extras == c.bytes.extras
+        assert found.facts.get("apart", 0) < 1e-5
+        assert found.facts["peak"] > 2**20
+        assert (
+            0 < found.bytes.extras <= c.bytes.extras
+        )  # heads of a coded checkpoint are stored without loss, in planes
         if number == 3:
             assert em.statistics(errors)["max"] <= 0.2
-            size = sum(p.stat().st_size for p in (scratch / "out").rglob("*") if p.is_file())
-            assert sum(found.bytes.as_dict().values()) == size
+        assert sum(found.bytes.as_dict().values()) == sum(
+            p.stat().st_size for p in (scratch / "out").rglob("*") if p.is_file()
+        )
+
+
+@pytest.mark.slow
+def test_what_is_added_stays_on_the_bases_of_the_others(tmp_path: Path) -> None:
+    c = collection(tmp_path, 10)
+    (tmp_path / "out").mkdir()
+    told = evidence.added(c, 3, tmp_path / "out")
+    assert told["counts"] == [9, 1]
+    assert told["added"]["mean"] > told["fitted"]["mean"] > 0.01
+    assert told["after"] > told["before"]
+
+
+def test_what_cannot_be_done_is_told_and_not_raised(tmp_path: Path) -> None:
+    c = collection(tmp_path, 2)
+    with pytest.raises(evidence.Left, match="failed"):
+        evidence.ours(c, ("-k", "3", "--max-error", "0.1"), tmp_path)
 
 
 def test_ratios_count_every_file_but_what_is_verbatim(tmp_path: Path) -> None:
