@@ -511,9 +511,18 @@ def test_a_disk_budget_is_kept_and_the_plan_says_how_often_each_is_fetched(
     assert not hub.requests
 
 
+def asked_again(caplog: pytest.LogCaptureFixture) -> Counter[str]:
+    """Fetches that failed for nothing: all threads have one session, which one that finds no server closes."""
+    return Counter(re.findall(r"the connection failed .*\((org/x\d+)@", caplog.text))
+
+
 @pytest.mark.parametrize("limit", [{"max_error": 0.2}, {"ratio": 4}])
 def test_a_coded_checkpoint_keeps_a_disk_budget_too(
-    tmp_path: Path, hub: FakeHub, limit: dict[str, float], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    hub: FakeHub,
+    limit: dict[str, float],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     folders = make_collection(tmp_path / "many", 14)
     pins = [
@@ -534,8 +543,9 @@ def test_a_coded_checkpoint_keeps_a_disk_budget_too(
     compress(made, out)
     assert size < gauge.end() <= 8 * size
     fetched = Counter(r.repo for r in hub.requests if r.file == WEIGHTS and r.method == "GET" and r.whole)
+    again = asked_again(caplog)
     for entry in made.adapters:
-        assert 1 <= fetched[entry.origin.hub.repo] <= made.fetches(entry)
+        assert 1 <= fetched[entry.origin.hub.repo] <= made.fetches(entry) + again[entry.origin.hub.repo]
     assert not list((default_workspace(out) / "hub").rglob(WEIGHTS))
     compress(planned(whole), whole)
     assert content(out) == content(whole)
@@ -606,8 +616,7 @@ def test_stopped_in_any_batch_it_gives_the_same_bytes_and_fetches_no_more_than_p
     served = [r for r in hub.requests if r.file == WEIGHTS and r.status == 200 and r.method == "GET" and r.whole]
     fetched = Counter(r.repo for r in served)
     planned = {e.origin.hub.repo: made.fetches(e) for e in made.adapters}
-    # The client has one session for all threads, which one that finds no server closes: others ask once more.
-    again = Counter(re.findall(r"the connection failed .*\((org/x\d+)@", caplog.text))
+    again = asked_again(caplog)
     assert {repo: n for repo, n in fetched.items() if n > planned[repo] + again[repo]} == {}
 
 
