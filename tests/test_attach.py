@@ -174,9 +174,8 @@ def test_a_feature_of_peft(tmp_path: Path, compressed: Compress, name: str, opti
         assert not torch.allclose(plain, truth, atol=1e-2)
 
 
-@FORMS
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "options"), some_fast([(n, o) for n in MODELS for o in (SHARED, CODED)], 2))
 def test_rows_of_one_batch(opened: Any, name: str, device: str, options: dict[str, Any]) -> None:
     share, base = opened(name, options), MODELS[name].base().to(device)
     model = share.attach(base)
@@ -287,9 +286,12 @@ def test_the_base_comes_back_as_it_was(opened: Any, options: dict[str, Any]) -> 
     assert not any(m._forward_hooks for m in base.modules())  # nobody can ask any more
 
 
-@FORMS
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["llama", "bert"])
+@pytest.mark.parametrize(
+    ("name", "dtype", "options"),
+    some_fast(
+        [(n, d, o) for n in ("llama", "bert") for d in (torch.bfloat16, torch.float16) for o in (SHARED, CODED)], 4
+    ),
+)
 def test_half_precision_is_as_good_as_that_of_peft(
     opened: Any, name: str, dtype: torch.dtype, options: dict[str, Any]
 ) -> None:
