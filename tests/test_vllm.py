@@ -228,6 +228,25 @@ def test_what_is_replaced_while_it_is_read_is_read_again(
     assert Path(first.lora_path).is_dir()
 
 
+def test_what_is_replaced_while_it_is_opened_is_opened_again(
+    tmp_path: Path, plain: list[str], compressed: Compress, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, other = compressed(plain[:4], num_components=4), compressed(plain, "other", num_components=3)
+    cache, real = FolderCache(str(out), tmp_path / "cache", "vllm"), room.open_checkpoint
+
+    def replaced(place: Any) -> Any:
+        found = real(place)
+        if not (tmp_path / "gone").exists():
+            os.rename(out, tmp_path / "gone")
+            os.rename(other, out)
+        return found
+
+    monkeypatch.setattr(room, "open_checkpoint", replaced)
+    assert len(cache.reader().names) == 4
+    assert len(cache.reader().names) == 5
+    assert cache.folder("a04") is not None
+
+
 def _folder(checkpoint: str, cache: str) -> str:
     return str(FolderCache(checkpoint, Path(cache), "vllm").folder("a01"))
 

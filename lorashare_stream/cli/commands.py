@@ -227,7 +227,6 @@ def reconstruct(args: Args) -> int:
         raise UsageError("names that cannot be folders", found=listed(unsafe), remedy="Reconstruct them one by one.")
     if out.exists() and not out.is_dir():
         raise UsageError("the output is no folder", found=out, remedy="Choose another.")
-    out.mkdir(parents=True, exist_ok=True)
     folders = {name: own_path(out / name) if len(names) > 1 else out for name in names}
     faults: dict[str, CheckpointError] = {}
     for name in progress_of(args)("reconstruct", len(names), iter(names)):

@@ -53,7 +53,7 @@ class Call:
             raise UsageError(
                 f"the module {printable(module)} does not see the rows of the batch, each of which has an adapter",
                 found=f"an input {list(x.shape)}", expected=f"{self.batch[0] if self.batch else rows} rows",
-                remedy=f"Ask for one adapter alone. {INSTEAD}",
+                remedy=INSTEAD,
             )  # fmt: skip
 
 
@@ -104,7 +104,8 @@ class AttachedModel(nn.Module):
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """What the base generates, each row with its adapter; arguments and errors as those of `forward`."""
         with self._asked(adapter_names, args, kwargs):
-            return self.base_model.generate(*args, **kwargs)  # type: ignore[operator]
+            generate: Any = self.base_model.generate
+            return generate(*args, **kwargs)
 
     def detach(self) -> nn.Module:
         """Take the hooks off the base, and give it back."""

@@ -15,7 +15,7 @@ from ..adapters.hubid import cached_id
 from ..checkpoint.coded_reader import open_checkpoint
 from ..checkpoint.config import SHAREConfig
 from ..checkpoint.format import ADAPTERS, COMPONENTS, CONFIG, LOADINGS, OURS
-from ..checkpoint.location import Folder
+from ..checkpoint.location import Folder, Place
 from ..checkpoint.reader import CheckpointReader
 from ..checkpoint.records import REPAIR
 from ..checkpoint.restore import save_adapter
@@ -57,9 +57,10 @@ class FolderCache:
             CheckpointError: if there is none.
         """
         with self._lock:
-            if self._open is None or _stamp(self._open[0]) != self._open[1]:
-                reader = open_checkpoint(place_of(self.checkpoint))
-                self._open = reader, _stamp(reader)
+            if self._open is None or _stamp(self._open[0].place) != self._open[1]:
+                place = place_of(self.checkpoint)
+                stamp = _stamp(place)  # before it is read: what replaces it meanwhile has another
+                self._open = open_checkpoint(place), stamp
             return self._open[0]
 
     def folder(self, name: str) -> Path | None:
@@ -115,12 +116,12 @@ def names_base(config: SHAREConfig, name: str, aliases: tuple[str, ...] = ()) ->
     return any(os.path.isdir(other) and os.path.isdir(name) and os.path.samefile(other, name) for other in known)
 
 
-def _stamp(reader: CheckpointReader) -> object:
+def _stamp(place: Place) -> object:
     """What changes when a checkpoint in a folder is replaced; of the Hub, one commit stays open."""
-    if not isinstance(reader.place, Folder):
+    if not isinstance(place, Folder):
         return None
     try:
-        stat = os.stat(reader.place.root / CONFIG)
+        stat = os.stat(place.root / CONFIG)
     except FileNotFoundError:
         return object()  # between two renames
     return stat.st_ino, stat.st_mtime_ns, stat.st_size

@@ -49,7 +49,8 @@ class CheckpointResolver(LoRAResolver):  # type: ignore[misc] # vLLM is not ther
             lora_name: the model that a client asked for.
 
         Raises:
-            StreamError: if there is such an adapter and it cannot be served; vLLM answers with the status 500.
+            StreamError: if there is such an adapter and it cannot be served; most are ValueErrors, whose text vLLM 0.32
+                gives the client with the status 400.
         """
         return await asyncio.to_thread(self._resolve, base_model_name, lora_name)
 
