@@ -63,7 +63,10 @@ def packages() -> dict[str, list[str]]:
 
 
 def tasks(count: int) -> list[tuple[str, ...]]:
-    """The packages that each task tells apart, no set twice: siblings of one family in every other task, else any."""
+    """The packages that each task tells apart, no set twice: siblings of one family in half of the tasks, else any.
+
+    Which half alternates from ten to ten, as the arms alternate within ten: each arm has as many of both kinds.
+    """
     rng = random.Random("tasks")
     pool = packages()
     everything = [name for names in pool.values() for name in names]
@@ -73,7 +76,7 @@ def tasks(count: int) -> list[tuple[str, ...]]:
     chosen: dict[frozenset[str], tuple[str, ...]] = {}
     while len(chosen) < count:
         families = [f for f, sets in left.items() if sets]
-        if len(chosen) % 2 == 0 and families:
+        if (len(chosen) + len(chosen) // len(ARMS)) % 2 == 0 and families:
             task = left[families[len(chosen) // 2 % len(families)]].pop()
         else:
             task = tuple(rng.sample(everything, CLASSES))
