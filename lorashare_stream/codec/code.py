@@ -11,9 +11,10 @@ import numpy as np
 from ..adapters.scaling import Scaling
 from ..linalg.delta import DeltaError
 from ..linalg.types import Array
-from .factors import CodedModule, errors, factors, groups_of, shapes_of
+from .directions import Directions, Shared, Side
+from .factors import CodedModule, directions_of, errors, factors, groups_of, layouts_of
 from .gauge import Pairs, norm_of, pairs_of
-from .refit import Quantised, quantise_all
+from .refit import Quantised, quantise
 from .search import likely_step, search
 from .stream import decode, encode
 
@@ -46,20 +47,24 @@ class Subject:
 
     Attributes:
         modules: in the order of the adapter's.
-        batches: of the same modules. pairs: of each batch.
+        batches: of the same modules. pairs: of each batch. on: directions of each, left and right.
         norm: ||dW||, positive.
+        shared: the directions of the checkpoint.
     """
 
     modules: Sequence[CodedModule]
     batches: Sequence[Batch]
     pairs: Sequence[Pairs]
+    on: Sequence[tuple[Directions, Directions]]
     norm: float
+    shared: Shared
 
     @classmethod
-    def of(cls, modules: Sequence[CodedModule], batches: Sequence[Batch]) -> Subject:
+    def of(cls, modules: Sequence[CodedModule], batches: Sequence[Batch], shared: Shared) -> Subject:
         """An adapter in the gauge in which it is quantised."""
         pairs = [pairs_of(batch.a, batch.b, batch.scalings) for batch in batches]
-        return cls(modules, batches, pairs, norm_of(pairs))
+        on = [directions_of(batch.modules, shared) for batch in batches]
+        return cls(modules, batches, pairs, on, norm_of(pairs), shared)
 
     def within(self, limit: float) -> AdapterCode | None:
         """The code of fewest bytes whose certified relative error is at most `limit`; None if there is none."""
@@ -80,18 +85,21 @@ class Subject:
 
     def at(self, step: float) -> AdapterCode:
         """The code at a step, which is of coefficients divided by ||dW||."""
-        trial = quantise_all(self.pairs, self.norm or 1.0, step)
+        trial = self._quantised(self.norm or 1.0, step)
         return AdapterCode(self._code(trial, step), step, self.certified(trial, step))
 
     def attempt(self, step: float) -> tuple[Trial, float]:
         """The integers at a step, and their relative error."""
-        trial = quantise_all(self.pairs, self.norm, step)
+        trial = self._quantised(self.norm, step)
         return trial, sqrt(max(0.0, sum(part.error for part in trial)))
+
+    def _quantised(self, norm: float, step: float) -> Trial:
+        return [quantise(pairs, on, norm, step) for pairs, on in zip(self.pairs, self.on, strict=True)]
 
     def certified(self, trial: Trial, step: float) -> dict[str, DeltaError]:
         """The error of each module, in the tensors that come back."""
         groups = groups_of(self.modules, self._integers(trial))
-        back = {m.name: (a, b) for m, a, b in factors(self.modules, groups, step * self.norm)}
+        back = {m.name: (a, b) for m, a, b in factors(self.modules, groups, step * self.norm, self.shared)}
         found: dict[str, DeltaError] = {}
         for batch, pairs in zip(self.batches, self.pairs, strict=True):
             names = [m.name for m in batch.modules]
@@ -100,10 +108,11 @@ class Subject:
         return found
 
     def _code(self, trial: Trial, step: float) -> bytes:
-        return encode(groups_of(self.modules, self._integers(trial)), step * self.norm)
+        groups = groups_of(self.modules, self._integers(trial))
+        return encode(groups, layouts_of(self.modules, self.shared), step * self.norm)
 
-    def _integers(self, trial: Trial) -> dict[str, tuple[Array, Array]]:
-        """The integers of each module, (E, r, d) on both sides."""
+    def _integers(self, trial: Trial) -> dict[str, tuple[Side, Side]]:
+        """The integers of the pairs of each module, on both sides."""
         found = {}
         for batch, part in zip(self.batches, trial, strict=True):
             experts = batch.scalings[0].experts
@@ -113,11 +122,11 @@ class Subject:
         return found
 
 
-def decoded(code: bytes, modules: Sequence[CodedModule]) -> Iterator[tuple[CodedModule, Array, Array]]:
+def decoded(code: bytes, modules: Sequence[CodedModule], shared: Shared) -> Iterator[tuple[CodedModule, Array, Array]]:
     """Each module with its lora_A and lora_B, as `factors` gives them, of a code whose digest was found right.
 
     Raises:
         CheckpointError: if it is no code of such modules.
     """
-    groups, step = decode(code, shapes_of(modules))
-    return factors(modules, groups, step)
+    groups, step = decode(code, layouts_of(modules, shared))
+    return factors(modules, groups, step, shared)

@@ -5,6 +5,7 @@ Probabilities go to it in float64, `perfect=False`: float32 ones give another st
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..linalg.types import Array, Float64
-from .quantiser import LOWEST, TOTAL, Ints, classes_of, low_bits, reach, table
+from .quantiser import LOWEST, PER_OCTAVE, TOTAL, Ints, classes_of, low_bits, reach, table
 
 Categorical, Uniform = constriction.stream.model.Categorical, constriction.stream.model.Uniform
 _COUNTED = 12  # classes up to which code lengths are compared; of wider ones a column's own deviation tells the best
@@ -46,8 +47,11 @@ def _lengths() -> Float64:
     return np.stack(found)
 
 
-def kinds_of(rows: Array) -> tuple[Ints, Float64]:
-    """The class (n,) in which each row of integers (n, d) takes the fewest bits, and how many these are."""
+def kinds_of(rows: Array, beside: Callable[[NDArray[np.intp], Ints], Float64] | None = None) -> tuple[Ints, Float64]:
+    """The class (n,) in which each row of integers (n, d) takes the fewest bits, and how many these are.
+
+    `beside` tells what else takes bits by the class of a row: (m, c), of rows (m,) in classes (c,).
+    """
     d = rows.shape[-1]
     sigmas = np.sqrt(np.einsum("nd,nd->n", rows, rows) / np.float32(d)).astype(np.float64)
     kinds = classes_of(sigmas)
@@ -59,8 +63,19 @@ def kinds_of(rows: Array) -> tuple[Ints, Float64]:
         places = np.minimum(np.abs(rows[few]), most - 1).astype(np.int64) + most * np.arange(len(few))[:, None]
         counts = np.bincount(places.ravel(), minlength=most * len(few)).reshape(len(few), most)
         costs = counts @ lengths.T
+        if beside is not None:
+            costs = costs + beside(few, np.arange(LOWEST, _COUNTED + 1))
         kinds[few], bits[few] = costs.argmin(axis=-1) + LOWEST, costs.min(axis=-1)
     return kinds, bits
+
+
+def bits_in(values: Array, kinds: Ints) -> Float64:
+    """Bits of integers, each of a class of its own, nearly."""
+    octaves = np.maximum(0, -(-(kinds - _COUNTED) // PER_OCTAVE))  # of wider classes the low bits take one each
+    lengths = _lengths()
+    high = np.abs(np.rint(np.ldexp(values.astype(np.float64), -octaves))).astype(np.int64)
+    found: Float64 = lengths[kinds - PER_OCTAVE * octaves - LOWEST, np.minimum(high, lengths.shape[-1] - 1)] + octaves
+    return found
 
 
 class Encoder:

@@ -13,11 +13,13 @@ from typing import NamedTuple
 import numpy as np
 
 from ..adapters.dtypes import as_stored
+from ..adapters.keys import group_id
 from ..adapters.scaling import Scaling
 from ..linalg.delta import DeltaError, energies, gram
 from ..linalg.types import Array, Float64
+from .directions import Axes, Directions, Shared, Side, joined
 from .gauge import Pairs, pairs_of
-from .stream import Group, Shape
+from .stream import Group, Layout, Shape
 
 _AT_ONCE = 1 << 20  # numbers in float64
 
@@ -40,27 +42,46 @@ class CodedModule(NamedTuple):
         return min(self.rank // self.experts, self.d_out, self.d_in), self.d_out, self.d_in
 
 
-def shapes_of(modules: Sequence[CodedModule]) -> list[tuple[Shape, int]]:
-    """The shapes of the groups, ascending, and how many pairs each has."""
-    found: dict[Shape, int] = {}
-    for m in modules:
-        found[m.shape] = found.get(m.shape, 0) + m.experts
-    return sorted(found.items())
+def layouts_of(modules: Sequence[CodedModule], shared: Shared) -> list[Layout]:
+    """The layouts of the groups, of ascending shapes; `shared` are the directions of the checkpoint."""
+    return [Layout(shape, _axes([m for m in modules if m.shape == shape], shared)) for shape in _shapes(modules)]
 
 
-def groups_of(modules: Sequence[CodedModule], pairs: Mapping[str, tuple[Array, Array]]) -> list[Group]:
-    """The groups of an adapter, from the integers (E, r, d_out) and (E, r, d_in) of each module."""
-    alike: dict[Shape, list[tuple[Array, Array]]] = {}
+def directions_of(modules: Sequence[CodedModule], shared: Shared) -> tuple[Directions, Directions]:
+    """The directions of the pairs of modules of one shape, left and right."""
+    _, *dims = modules[0].shape
+    left, right = (Directions.of(shared, groups, d) for groups, d in zip(_names(modules), dims, strict=True))
+    return left, right
+
+
+def _axes(modules: Sequence[CodedModule], shared: Shared) -> tuple[Axes, Axes]:
+    left, right = (Axes.of(shared, groups) for groups in _names(modules))
+    return left, right
+
+
+def _names(modules: Sequence[CodedModule]) -> tuple[list[str], list[str]]:
+    """The groups of each pair, left and right."""
+    names = [m.name for m in modules for _ in range(m.experts)]
+    return [group_id(name, "B") for name in names], [group_id(name, "A") for name in names]
+
+
+def _shapes(modules: Sequence[CodedModule]) -> list[Shape]:
+    return sorted({m.shape for m in modules})
+
+
+def groups_of(modules: Sequence[CodedModule], pairs: Mapping[str, tuple[Side, Side]]) -> list[Group]:
+    """The groups of an adapter, from the integers of each module."""
+    alike: dict[Shape, list[tuple[Side, Side]]] = {}
     for m in modules:
         alike.setdefault(m.shape, []).append(pairs[m.name])
-    return [Group(*(np.concatenate(side) for side in zip(*alike[shape], strict=True))) for shape in sorted(alike)]
+    return [Group(*map(joined, zip(*alike[shape], strict=True))) for shape in sorted(alike)]
 
 
 def factors(
-    modules: Sequence[CodedModule], groups: Sequence[Group], step: float
+    modules: Sequence[CodedModule], groups: Sequence[Group], step: float, shared: Shared
 ) -> Iterator[tuple[CodedModule, Array, Array]]:
     """Each module with its lora_A (E r, d_in) and lora_B (d_out, E r), in values of its dtypes, group by group."""
-    for shape, group in zip(sorted({m.shape for m in modules}), groups, strict=True):
+    for shape, group in zip(_shapes(modules), groups, strict=True):
         alike = [m for m in modules if m.shape == shape]
         ends = np.cumsum([0, *(m.experts for m in alike)]).tolist()
         some = max(1, _AT_ONCE // (sum(shape[1:]) * shape[0] * alike[0].experts))
@@ -68,16 +89,16 @@ def factors(
             part = alike[first : first + some]
             pairs = slice(ends[first], ends[first + len(part)])
             scales = np.repeat([m.scale for m in part], [m.experts for m in part])
-            a, b = _rows(group.left[pairs], group.right[pairs], step, scales)
+            left, right = directions_of(part, shared)
+            a, b = _rows(left.exactly(group.left[pairs]), right.exactly(group.right[pairs]), step, scales)
             starts = [end - ends[first] for end in ends[first:]]
             for m, start in zip(part, starts, strict=False):
                 own = slice(start, start + m.experts)
                 yield m, _lora_a(m, a[own]), _lora_b(m, b[own])
 
 
-def _rows(left: Array, right: Array, step: float, scales: Float64) -> tuple[Float64, Float64]:
-    """The rows of lora_A and lora_B' of pairs (n, r, d)."""
-    q_b, q_a = left.astype(np.float64), right.astype(np.float64)
+def _rows(q_b: Float64, q_a: Float64, step: float, scales: Float64) -> tuple[Float64, Float64]:
+    """The rows of lora_A and lora_B' of pairs (n, r, d), in place of these."""
     lengths, others = (np.sqrt(np.einsum("...d,...d->...", q, q)) for q in (q_b, q_a))  # of integers: exact sums
     lengths[lengths == 0] = 1.0
     with np.errstate(all="ignore"):  # a foreign step or scale may be beyond all that have dW

@@ -62,12 +62,18 @@ def thresholds() -> tuple[Float64, Float64]:
 def quantised(rows: Array, step: float) -> Array:
     """The integers, as float32, of coefficients (..., d) float32: each row is a column of a factor."""
     sigmas = np.sqrt(np.einsum("...d,...d->...", rows, rows) / np.float32(rows.shape[-1])) / step
-    kinds = classes_of(sigmas) - LOWEST
-    width, first = (table[kinds][..., None].astype(np.float32) for table in thresholds())
+    width, first = (table[classes_of(sigmas) - LOWEST][..., None].astype(np.float32) for table in thresholds())
     found = rows * (1 / (np.float32(step) * width))
     kept = np.abs(found) >= first / width
     np.rint(found, out=found)
     found *= kept
+    return found
+
+
+def quantised_in(kinds: Ints, values: Array) -> Array:
+    """The integers, as float32, of coefficients in steps, each of a class of its own."""
+    width, first = (table[kinds - LOWEST].astype(np.float32) for table in thresholds())
+    found: Array = np.rint(values / width) * (np.abs(values) >= first)
     return found
 
 

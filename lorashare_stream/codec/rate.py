@@ -12,13 +12,15 @@ from math import exp, log, sqrt
 
 import numpy as np
 
+from ..linalg.types import Float64
 from .code import Subject
-from .entropy import kinds_of
+from .directions import Directions, Side
 from .refit import Quantised
 from .search import FINEST, likely_step
+from .stream import columns_of
 
 ERRORS = (0.02, 0.05, 0.1, 0.25, 0.41, 0.62, 0.85)  # near which an adapter is tried
-_COLUMN_BITS, _PAIR_BITS, _BYTES = 7, 3, 12  # of classes, of counts, and what a stream takes beside
+_COLUMN_BITS, _PAIR_BITS, _BYTES = 3.5, 3, 12  # of classes, of counts, and what a stream takes beside
 _HALVINGS = 40
 
 
@@ -66,17 +68,23 @@ def curve_of(subject: Subject) -> Curve | None:
         return None
     steps = sorted({likely_step(subject.pairs, subject.norm, error) for error in ERRORS})
     trials = [subject.attempt(step) for step in steps]
-    return Curve(tuple(steps), tuple(_code_bytes(t) for t, _ in trials), tuple(max(e, 1e-6) for _, e in trials))
+    sizes = [sum(_pair_bits(*each) for each in zip(t, subject.on, strict=True)) / 8 + _BYTES for t, _ in trials]
+    return Curve(tuple(steps), tuple(sizes), tuple(max(e, 1e-6) for _, e in trials))
 
 
-def _code_bytes(found: Sequence[Quantised]) -> float:
-    """Bytes of a code of these integers, to some bytes."""
-    bits = 0.0
-    for pairs in found:
-        live = np.asarray(pairs.left.any(axis=-1))
-        bits += sum(float(kinds_of(side[live])[1].sum()) for side in (pairs.left, pairs.right))
-        bits += _COLUMN_BITS * int(live.sum()) + _PAIR_BITS * len(live)
-    return bits / 8 + _BYTES
+def _pair_bits(found: Quantised, on: tuple[Directions, Directions]) -> float:
+    """Bits of pairs in a code, nearly."""
+    sides = zip((found.left, found.right), on, strict=True)
+    return sum(float(side_bits(side, d).sum()) for side, d in sides) + _PAIR_BITS * len(found.left.rest)
+
+
+def side_bits(side: Side, on: Directions) -> Float64:
+    """Bits (n,) of the integers of each pair on one side, nearly."""
+    live = side.live
+    bits = np.zeros(live.shape)
+    bits[live] = columns_of(side, on.axes, live)[1] + _COLUMN_BITS
+    found: Float64 = bits.sum(axis=-1)
+    return found
 
 
 def step_for(total: Callable[[float], float], size: float) -> float:

@@ -7,46 +7,49 @@ gauge of `gauge` that is X_A = N G^-1 (qB P) S Q' / n, G = qB qB', N the lengths
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..linalg.types import Array, Float64
+from .directions import Directions, Side
 from .gauge import Pairs
-from .quantiser import quantised
 
 _RIDGE = 1e-9  # of each diagonal entry of G
 
 
 @dataclass(frozen=True)
 class Quantised:
-    """The integers of n pairs, as rows: those of a column that is zero on one side are zero on both.
+    """The integers of n pairs: those of a column that is zero on one side are zero on both.
 
     Attributes:
-        left: (n, r, d_out) float32.
-        right: (n, r, d_in) float32.
+        left, right: of the sides of d_out and d_in.
         error: ||dW - dW^||^2 / n^2, summed over the pairs, from float32 products.
     """
 
-    left: Array
-    right: Array
+    left: Side
+    right: Side
     error: float
 
 
-def quantise(pairs: Pairs, norm: float, step: float) -> Quantised:
-    """Pairs of an adapter with ||dW|| = `norm`, quantised at `step`, which is of coefficients divided by it."""
+def quantise(pairs: Pairs, on: tuple[Directions, Directions], norm: float, step: float) -> Quantised:
+    """Pairs of an adapter with ||dW|| = `norm`, on directions of both sides, quantised at `step`.
+
+    The step is of coefficients divided by the norm.
+    """
     weights = (pairs.values / norm).astype(np.float32)[..., None]
-    left = quantised(pairs.left * weights, step)
-    grams = _products(left, left)
+    left = on[0].quantised(pairs.left * weights, step)
+    columns = on[0].sums(left)
+    grams = _products(columns, columns)
     lengths = np.sqrt(np.diagonal(grams, axis1=-2, axis2=-1))[..., None]  # (n, r, 1)
-    onto = _products(left, pairs.left)  # qB P (n, r, r)
+    onto = _products(columns, pairs.left)  # qB P (n, r, r)
     solved = _solved(grams, onto * (pairs.values / norm)[..., None, :]) * lengths
-    right = quantised(solved.astype(np.float32) @ pairs.right, step)
-    both = (lengths > 0) & right.any(axis=-1, keepdims=True)
+    right = on[1].quantised(solved.astype(np.float32) @ pairs.right, step)
+    both = (lengths[..., 0] > 0) & right.live
     if not both.all():
-        left, right = left * both, right * both
-    return Quantised(left, right, _error(pairs, norm, step, left, right))
+        left, right = left.only(both), right.only(both)
+        columns = on[0].sums(left)
+    return Quantised(left, right, _error(pairs, norm, step, columns, on[1].sums(right)))
 
 
 def _solved(grams: Float64, right: Float64) -> Array:
@@ -70,8 +73,3 @@ def _error(pairs: Pairs, norm: float, step: float, left: Array, right: Array) ->
     cross = np.einsum("nji,nji,ni,nj->", on_left, on_right, pairs.values / norm, factor)
     square = np.einsum("njk,njk,nj,nk->", gram_left, gram_right, factor, factor)
     return float(pairs.energy / norm**2 - 2 * cross + square)
-
-
-def quantise_all(batches: Sequence[Pairs], norm: float, step: float) -> list[Quantised]:
-    """All pairs of an adapter at one step."""
-    return [quantise(pairs, norm, step) for pairs in batches]

@@ -5,125 +5,180 @@
              for each group (the pairs of one shape r, d_out, d_in; shapes ascending, pairs in the order of the modules)
                  how many columns each pair has, as differences
                  the classes of the first column of each pair, of the others, and of all on the right, as differences
-             the integers, class by class: all columns on the left, then all on the right; last, what has escaped
+             the integers, class by class: of all columns on the left, then on the right; of the loadings of all columns
+             on the left, then on the right; last, what has escaped
 
 There are no bytes for an adapter whose dW is zero. A pair is the sum of qB_j qA_j' step / |qB_j| over its columns, of
-which those that are zero are left out; the others come in the order of the singular values.
+which those that are zero are left out; the others come in the order of the singular values. In a checkpoint with common
+directions the class of a column is that of its rest, and tells those of its loadings (`directions`).
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from math import isfinite, log2
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import CheckpointError
-from ..linalg.types import Array
-from .entropy import Decoder, Encoder, differences, kinds_of
+from ..linalg.types import Array, Float64
+from .directions import Axes, Side
+from .entropy import Decoder, Encoder, bits_in, differences, kinds_of
 from .quantiser import HIGHEST, LOWEST, PER_OCTAVE, Ints
 
 Shape = tuple[int, int, int]  # r, d_out, d_in
-Columns = list[tuple[Ints, Array]]  # of each group on one side: classes (n,), and integers (n, d)
+Part = tuple[Array, NDArray[np.bool_], Ints]  # integers, where they are coded, and the class of each or of each row
 _STEP = struct.Struct("<d")
 _RANGE = HIGHEST - LOWEST  # of differences of classes
 _COUNTS = (0.45, 0.45)  # of a difference: how much rarer the next higher, and the next lower one is
 _FIRST, _NEXT, _RIGHT = (_RANGE, 0.6, 0.6), (_RANGE, 0.35, 0.65, -1), (_RANGE, 0.1, 0.3)
 
 
-@dataclass(frozen=True)
-class Group:
-    """The pairs of one shape: integers left (n, r, d_out) and right (n, r, d_in)."""
+class Group(NamedTuple):
+    """The integers of the pairs of one shape."""
 
-    left: Array
-    right: Array
-
-    @property
-    def shape(self) -> Shape:
-        """r, d_out, d_in."""
-        return self.left.shape[1], self.left.shape[2], self.right.shape[2]
+    left: Side
+    right: Side
 
 
-def encode(groups: Sequence[Group], step: float) -> bytes:
+class Layout(NamedTuple):
+    """What a decoder must know of a group: its shape, and the directions of its pairs, left and right."""
+
+    shape: Shape
+    axes: tuple[Axes, Axes]
+
+
+class _Head(NamedTuple):
+    """What is coded of a group before its integers: which columns (n, r) are not zero, and their classes."""
+
+    live: NDArray[np.bool_]
+    left: Ints
+    right: Ints
+
+
+def encode(groups: Sequence[Group], layouts: Sequence[Layout], step: float) -> bytes:
     """The code of an adapter.
 
     Args:
         groups: of ascending shapes, none twice. A column is zero on both sides or on none.
+        layouts: of the groups.
         step: of the coefficients of dW itself.
     """
     coder = Encoder()
-    sides: tuple[Columns, Columns] = ([], [])
-    for group in groups:
-        (r, d_out, d_in), live = group.shape, group.left.any(axis=-1)
-        counts, begins = live.sum(axis=-1), _begins(live.sum(axis=-1))
-        rows = group.left[live], group.right[live]
-        left, right = (kinds_of(side)[0] for side in rows)
-        coder.put(np.diff(counts, prepend=0) + r, differences(r, *_COUNTS))
-        coder.put(np.diff(left[begins], prepend=0) + _RANGE, differences(*_FIRST))
-        coder.put(np.diff(left, prepend=0)[~begins] + _RANGE, differences(*_NEXT))
-        coder.put(right - _expected(left, d_out, d_in) + _RANGE, differences(*_RIGHT))
-        for side, kinds, values in zip(sides, (left, right), rows, strict=True):
-            side.append((kinds, values))
-    every = [*sides[0], *sides[1]]
-    for kind in _present(kinds for kinds, _ in every):
-        coder.integers(np.concatenate([rows[kinds == kind].ravel() for kinds, rows in every]).astype(np.int64), kind)
-    return _STEP.pack(step) + coder.finish() if any(len(rows) for _, rows in every) else b""
+    heads = [_encoded_head(coder, *each) for each in zip(groups, layouts, strict=True)]
+    parts = _parts(groups, layouts, heads)
+    for kind in _present(kinds for *_, kinds in parts):
+        coder.integers(np.concatenate([x[at][kinds == kind].ravel() for x, at, kinds in parts]).astype(np.int64), kind)
+    return _STEP.pack(step) + coder.finish() if any(head.live.any() for head in heads) else b""
 
 
-def decode(code: bytes, shapes: Sequence[tuple[Shape, int]]) -> tuple[list[Group], float]:
+def _encoded_head(coder: Encoder, group: Group, layout: Layout) -> _Head:
+    (r, d_out, d_in), live = layout.shape, group.left.live
+    counts, begins = live.sum(axis=-1), _begins(live.sum(axis=-1))
+    left, right = (columns_of(side, axes, live)[0] for side, axes in zip(group, layout.axes, strict=True))
+    coder.put(np.diff(counts, prepend=0) + r, differences(r, *_COUNTS))
+    coder.put(np.diff(left[begins], prepend=0) + _RANGE, differences(*_FIRST))
+    coder.put(np.diff(left, prepend=0)[~begins] + _RANGE, differences(*_NEXT))
+    coder.put(right - _expected(left, d_out, d_in) + _RANGE, differences(*_RIGHT))
+    return _Head(live, left, right)
+
+
+def columns_of(side: Side, axes: Axes, live: NDArray[np.bool_]) -> tuple[Ints, Float64]:
+    """The classes of columns that are not zero, in which they take the fewest bits, and how many these are."""
+    if not axes.own.size:
+        return kinds_of(side.rest[live])
+    pairs, loadings = np.nonzero(live)[0], side.loadings[live]
+
+    def beside(rows: NDArray[np.intp], kinds: Ints) -> Float64:
+        on = np.clip(kinds[:, None] + axes.offsets[pairs[rows], None], LOWEST, HIGHEST)
+        found: Float64 = (bits_in(loadings[rows, None], on) * axes.own[pairs[rows], None]).sum(axis=-1)
+        return found
+
+    return kinds_of(side.rest[live], beside)
+
+
+def decode(code: bytes, layouts: Sequence[Layout]) -> tuple[list[Group], float]:
     """The integers and the step of a code whose digest was found right.
 
     Args:
         code: of an adapter.
-        shapes: of its groups, ascending, and how many pairs each has.
+        layouts: of its groups, of ascending shapes.
 
     Raises:
         CheckpointError: if it is no code of such groups.
     """
+    groups = [_zeros(layout) for layout in layouts]
     if not code:
-        return [Group(*(np.zeros((n, r, d), np.float32) for d in (d_out, d_in))) for (r, d_out, d_in), n in shapes], 0.0
+        return groups, 0.0
     if len(code) % 4 or len(code) < _STEP.size or not isfinite(step := _STEP.unpack_from(code)[0]) or step <= 0:
         raise _no_code(f"{len(code)} bytes")
     try:
-        return _decoded(Decoder(code[_STEP.size :]), shapes), step
+        _decode(Decoder(code[_STEP.size :]), layouts, groups)
     except (AssertionError, OverflowError) as e:  # of constriction: words that no encoder writes; of an escape
         raise _no_code(str(e)) from e
+    return groups, step
 
 
-def _decoded(coder: Decoder, shapes: Sequence[tuple[Shape, int]]) -> list[Group]:
-    found: list[tuple[NDArray[np.bool_], tuple[int, int, int, int]]] = []
-    sides: tuple[Columns, Columns] = ([], [])
-    for (r, d_out, d_in), n in shapes:
-        counts = np.cumsum(coder.get(n, differences(r, *_COUNTS)) - r)
-        if counts.min(initial=0) < 0 or counts.max(initial=0) > r:
-            raise _no_code(f"{counts.max(initial=0)} columns of {r}")
-        total, begins = int(counts.sum()), _begins(counts)
-        steps = np.empty(total, np.int64)
-        steps[begins] = np.cumsum(coder.get(int(begins.sum()), differences(*_FIRST)) - _RANGE)
-        steps[~begins] = coder.get(int((~begins).sum()), differences(*_NEXT)) - _RANGE
-        left = np.cumsum(steps)
-        left -= np.repeat((left - steps)[begins], counts[counts > 0])
-        right = _expected(left, d_out, d_in) + coder.get(total, differences(*_RIGHT)) - _RANGE
-        live = np.arange(r) < counts[:, None]
-        for side, kinds, d in zip(sides, (left, right), (d_out, d_in), strict=True):
-            if kinds.min(initial=LOWEST) < LOWEST or kinds.max(initial=LOWEST) > HIGHEST:
-                raise _no_code("an unknown class")
-            side.append((kinds, np.zeros((total, d), np.float32)))
-        found.append((live, (n, r, d_out, d_in)))
-    every = [*sides[0], *sides[1]]
+def _decode(coder: Decoder, layouts: Sequence[Layout], groups: Sequence[Group]) -> None:
+    """Fill in the integers of groups of zeros."""
+    parts = _parts(groups, layouts, [_decoded_head(coder, layout) for layout in layouts])
     pending = []
-    for kind in _present(kinds for kinds, _ in every):
-        places = [(rows, kinds == kind) for kinds, rows in every]
-        sizes = [int(at.sum()) * rows.shape[1] for rows, at in places]
-        pending.append((places, sizes, coder.integers(sum(sizes), kind)))
+    for kind in _present(kinds for *_, kinds in parts):
+        rows = [kinds == kind for *_, kinds in parts]
+        widths = [x.shape[-1] if at.ndim < x.ndim else 1 for x, at, _ in parts]
+        sizes = [int(some.sum()) * width for some, width in zip(rows, widths, strict=True)]
+        pending.append((rows, sizes, coder.integers(sum(sizes), kind)))
     coder.finish()
-    for places, sizes, values in pending:
-        for (rows, at), part in zip(places, np.split(values, np.cumsum(sizes)[:-1]), strict=True):
-            rows[at] = part.reshape(-1, rows.shape[1])
-    return [_spread(live, shape, a[1], b[1]) for (live, shape), a, b in zip(found, *sides, strict=True)]
+    found = [x[at] for x, at, _ in parts]
+    for rows, sizes, values in pending:
+        for own, some, part in zip(found, rows, np.split(values, np.cumsum(sizes)[:-1]), strict=True):
+            own[some] = part.reshape(-1, *own.shape[1:])
+    for (x, at, _), own in zip(parts, found, strict=True):
+        x[at] = own
+
+
+def _decoded_head(coder: Decoder, layout: Layout) -> _Head:
+    r, d_out, d_in = layout.shape
+    counts = np.cumsum(coder.get(len(layout.axes[0].own), differences(r, *_COUNTS)) - r)
+    if counts.min(initial=0) < 0 or counts.max(initial=0) > r:
+        raise _no_code(f"{counts.max(initial=0)} columns of {r}")
+    total, begins = int(counts.sum()), _begins(counts)
+    steps = np.empty(total, np.int64)
+    steps[begins] = np.cumsum(coder.get(int(begins.sum()), differences(*_FIRST)) - _RANGE)
+    steps[~begins] = coder.get(int((~begins).sum()), differences(*_NEXT)) - _RANGE
+    left = np.cumsum(steps)
+    left -= np.repeat((left - steps)[begins], counts[counts > 0])
+    right = _expected(left, d_out, d_in) + coder.get(total, differences(*_RIGHT)) - _RANGE
+    for kinds in (left, right):
+        if kinds.min(initial=LOWEST) < LOWEST or kinds.max(initial=LOWEST) > HIGHEST:
+            raise _no_code("an unknown class")
+    return _Head(np.arange(r) < counts[:, None], left, right)
+
+
+def _parts(groups: Sequence[Group], layouts: Sequence[Layout], heads: Sequence[_Head]) -> list[Part]:
+    """What is coded class by class, in this order: rests on the left, on the right, loadings on the left, the right."""
+    rests: list[Part] = []
+    loadings: list[Part] = []
+    for i in range(2):
+        for group, layout, (live, *kinds) in zip(groups, layouts, heads, strict=True):
+            rests.append((group[i].rest, live, kinds[i]))
+            of_columns = np.zeros(live.shape, np.int64)
+            of_columns[live] = kinds[i]
+            at = live[..., None] & layout.axes[i].own[:, None]
+            loadings.append((group[i].loadings, at, layout.axes[i].classes(of_columns)[at]))
+    return rests + loadings
+
+
+def _zeros(layout: Layout) -> Group:
+    r, *dims = layout.shape
+    shapes = [
+        ((*axes.own.shape[:1], r, axes.own.shape[1]), (len(axes.own), r, d))
+        for axes, d in zip(layout.axes, dims, strict=True)
+    ]
+    return Group(*(Side(*(np.zeros(shape, np.float32) for shape in both)) for both in shapes))
 
 
 def _begins(counts: Ints) -> NDArray[np.bool_]:
@@ -142,13 +197,6 @@ def _present(kinds: Iterator[Ints]) -> list[int]:
     """The classes that some columns have, ascending."""
     found: list[int] = np.unique(np.concatenate([np.zeros(0, np.int64), *kinds])).tolist()
     return found
-
-
-def _spread(live: NDArray[np.bool_], shape: tuple[int, int, int, int], left: Array, right: Array) -> Group:
-    n, r, d_out, d_in = shape
-    group = Group(np.zeros((n, r, d_out), np.float32), np.zeros((n, r, d_in), np.float32))
-    group.left[live], group.right[live] = left, right
-    return group
 
 
 def _no_code(found: str) -> CheckpointError:

@@ -1,0 +1,156 @@
+"""Directions: what the columns of many adapters have in common, coded once.
+
+A column x of a side of a module is V c + e: coefficients c on k directions of unit length, common to the adapters of a
+checkpoint, and a rest. Both are quantised at the one step, the rest after the coefficients (closed loop), so that the
+error is that of the rest alone. Directions are eigenvectors of the second moment of the columns (the KLT), which is
+what `delta` sums; their numbers are 8 bits times a power of two, so that V q is exact in float64 on every machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil, log2
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..linalg.types import Array, Float64
+from .quantiser import HIGHEST, LOWEST, Ints, classes_of, quantised, quantised_in
+
+FINE = 2  # bits of a number of a direction under its rms
+DIGITS = 21  # of a number of a column that comes back, under its largest: sums of squares stay exact in float64
+
+
+@dataclass(frozen=True)
+class Basis:
+    """The directions of one side of a module.
+
+    Attributes:
+        numbers: (k, d) integers; times `unit` they are the directions.
+        offsets: (k,): the class of a loading over that of the rest of its column.
+    """
+
+    numbers: Ints
+    offsets: Ints
+
+    @classmethod
+    def of(cls, components: Array, eigenvalues: Sequence[float], trace: float) -> Basis:
+        """The first k = len(eigenvalues) of components (d, k or more), orthonormal columns.
+
+        Args:
+            components: eigenvectors of the second moment.
+            eigenvalues: of those that are taken. trace: of the second moment.
+        """
+        k, d = len(eigenvalues), len(components)
+        rest = max(trace - float(np.sum(eigenvalues)), 1e-9 * trace) / d
+        over = classes_of(np.sqrt(np.maximum(eigenvalues, 0.0) / rest))
+        return cls(np.rint(components[:, :k].T.astype(np.float64) / unit(d)).astype(np.int64), over)
+
+    @property
+    def vectors(self) -> Array:
+        """The directions (k, d) as float32."""
+        return self.numbers.astype(np.float32) * np.float32(unit(self.numbers.shape[1]))
+
+
+def unit(d: int) -> float:
+    """What the numbers of directions of d numbers are multiples of: a power of two, under their rms by FINE bits."""
+    return 2.0 ** -(FINE + ceil(log2(d) / 2))
+
+
+Shared = Mapping[str, Basis]  # of each group that has directions; empty where each adapter is coded alone
+
+
+@dataclass(frozen=True)
+class Side:
+    """The integers of n pairs on one side, as float32: loadings (n, r, K) on directions, and the rest (n, r, d)."""
+
+    loadings: Array
+    rest: Array
+
+    @property
+    def live(self) -> NDArray[np.bool_]:
+        """Which columns (n, r) are not zero."""
+        return np.asarray(self.rest.any(axis=-1) | self.loadings.any(axis=-1))
+
+    def __getitem__(self, pairs: slice) -> Side:
+        """Some of the pairs."""
+        return Side(self.loadings[pairs], self.rest[pairs])
+
+    def only(self, live: NDArray[np.bool_]) -> Side:
+        """The same with all other columns zero."""
+        return Side(self.loadings * live[..., None], self.rest * live[..., None])
+
+
+def joined(sides: Sequence[Side]) -> Side:
+    """The pairs of several, which have the same r, d and K."""
+    return Side(np.concatenate([s.loadings for s in sides]), np.concatenate([s.rest for s in sides]))
+
+
+@dataclass(frozen=True)
+class Axes:
+    """How many directions n pairs have on one side, filled up to the most that any has, and how loadings are coded.
+
+    Attributes:
+        offsets: (n, K), as in `Basis`. own: (n, K), which are no fill.
+    """
+
+    offsets: Ints
+    own: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, shared: Shared, groups: Sequence[str]) -> Axes:
+        """Of pairs whose groups are given."""
+        shape = len(groups), max((len(basis.offsets) for basis in shared.values()), default=0)
+        found = cls(np.zeros(shape, np.int64), np.zeros(shape, bool))
+        for i, basis in enumerate(map(shared.get, groups)):
+            if basis is not None:
+                k = len(basis.offsets)
+                found.offsets[i, :k], found.own[i, :k] = basis.offsets, True
+        return found
+
+    def classes(self, kinds: Ints) -> Ints:
+        """Classes (n, r, K) of the loadings of columns whose rest is of classes (n, r)."""
+        return np.asarray(np.clip(kinds[..., None] + self.offsets[:, None], LOWEST, HIGHEST))
+
+
+@dataclass(frozen=True)
+class Directions:
+    """The directions of n pairs on one side: V' (n, K, d) float32, with zeros as `axes` tells."""
+
+    axes: Axes
+    vectors: Array
+
+    @classmethod
+    def of(cls, shared: Shared, groups: Sequence[str], d: int) -> Directions:
+        """Of pairs whose groups are given."""
+        axes = Axes.of(shared, groups)
+        vectors = np.zeros((*axes.own.shape, d), np.float32)
+        for i, basis in enumerate(map(shared.get, groups)):
+            if basis is not None:
+                vectors[i, : len(basis.offsets)] = basis.vectors
+        return cls(axes, vectors)
+
+    def quantised(self, rows: Array, step: float) -> Side:
+        """The integers of columns (n, r, d)."""
+        if not self.axes.own.size:
+            return Side(np.zeros((*rows.shape[:2], 0), np.float32), quantised(rows, step))
+        loadings = rows @ self.vectors.swapaxes(-1, -2)
+        rest = rows - loadings @ self.vectors
+        sigmas = np.sqrt(np.einsum("...d,...d->...", rest, rest) / np.float32(rows.shape[-1])) / step
+        kinds = self.axes.classes(classes_of(sigmas))
+        found = quantised_in(kinds, loadings / np.float32(step)) * self.axes.own[:, None]
+        return Side(found, quantised(rows - np.float32(step) * (found @ self.vectors), step))
+
+    def sums(self, side: Side) -> Array:
+        """The columns (n, r, d) that integers stand for, in steps, as float32."""
+        return side.rest + side.loadings @ self.vectors if self.axes.own.size else side.rest
+
+    def exactly(self, side: Side) -> Float64:
+        """The same in float64, exact but for what is under `DIGITS` binary digits of a column."""
+        found = side.rest.astype(np.float64)
+        if self.axes.own.size:
+            found += side.loadings.astype(np.float64) @ self.vectors.astype(np.float64)
+            units = np.frexp(np.abs(found).max(axis=-1, keepdims=True, initial=0.0))[1] - DIGITS
+            found = np.ldexp(np.rint(np.ldexp(found, -units)), units)
+        return found
