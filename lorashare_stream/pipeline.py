@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -95,7 +96,7 @@ def plan_for(
         settings,
         admissions=journal.admissions,
         held=held,
-        known=_known(held) if settings.limit is None else {},
+        known=_known(held) if settings.fits else {},
         bound_base=base,
         surveyed=surveyed,
     )
@@ -207,7 +208,7 @@ def compress(
         kept: dict[str, float] = {}
         method: Method
         if plan.settings.limit:
-            method = encode(run, job, work, out, left_out, overwrite=overwrite)
+            method = encode(run, job, work, out, left_out, overwrite=overwrite, refit=refit)
         else:
             enough = None if refit else plan.settings.variance_threshold if accept is None else accept
             method, kept = share(run, job, work, out, left_out, enough, overwrite=overwrite)
@@ -246,17 +247,28 @@ def share(
 
 
 def encode(
-    run: Run, job: Job, work: Workspace, out: Path, left_out: list[dict[str, Any]], *, overwrite: bool = False
+    run: Run,
+    job: Job,
+    work: Workspace,
+    out: Path,
+    left_out: list[dict[str, Any]],
+    *,
+    overwrite: bool = False,
+    refit: bool = False,
 ) -> Method:
-    """Code the adapters that the checkpoint at `out` lacks, and publish; or see that all is so."""
+    """Code the adapters that the checkpoint at `out` lacks, and publish; or see that all is so.
+
+    With `refit` directions that are not fitted to all of its adapters are fitted again, and all are coded again.
+    """
     from .stages import coding  # what shares need not wait for the codec's imports
 
     target = coding.target_of(run.plan, job, left_out)
-    if coding.is_current(target):
+    ours = ours_of(out) or {}
+    if coding.is_current(target) and not (refit and (ours.get("projected") or ours.get("removed"))):
         return "current"
     check_output(out, own=work.published(), overwrite=overwrite)
-    ours = ours_of(out) or {}
-    return coding.code(run, job, target, lambda key: work.publishing(out, key, ours.get("basis_digest")))
+    publishing = partial(work.publishing, out, there=ours.get("basis_digest"))
+    return coding.code(run, job, target, publishing, refit=refit)
 
 
 def recompute(

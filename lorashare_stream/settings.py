@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 Objective = Literal["delta", "factors"]
 MEMORY = 4 << 30  # bytes, unless a control group has less
+DIRECTIONS = 48  # of a group, at most
 QUANTUM = 1024  # columns summed at once; part of a workspace's identity, since it decides rounding
 
 LIMITS = ("max_bytes", "ratio", "max_error")
@@ -62,8 +63,8 @@ class Settings:
     """The settings of a run, each with its meaning beside it.
 
     `num_components` `"auto"` is the smallest number per group that reaches `variance_threshold`. A limit (`max_bytes`,
-    `ratio`, `max_error`), if one is set, decides instead. `memory` is by default 4 GiB, or what the control group
-    allows. `center` needs and gets moments of float64.
+    `ratio`, `max_error`), if one is set, decides instead; `directions` need one. `memory` is by default 4 GiB, or what
+    the control group allows. `center` needs and gets moments of float64.
 
     Raises:
         UsageError: on a value that cannot be meant.
@@ -87,6 +88,11 @@ class Settings:
         Shown("the smallest one in which no adapter's relative dW error is above E", STORED, "a number in (0, 1)", "E",
               kind=float),
     ] = None  # fmt: skip
+    directions: Annotated[
+        bool,
+        Shown("with a limit: code once what adapters have in common, for fewer bytes from some hundred adapters on",
+              STORED),
+    ] = False  # fmt: skip
     variance_threshold: Annotated[
         int | float, Gt(0), Le(1),
         Shown("share of a moment's trace that auto keeps (0.95)", STORED, "a number in (0, 1]", "T", ("--variance",),
@@ -155,6 +161,13 @@ class Settings:
                 "more than one limit", found=listed(n for n in LIMITS if getattr(self, n) is not None),
                 expected=f"one of {listed(LIMITS)}", remedy="Give only one of them.",
             )  # fmt: skip
+        if self.directions:
+            object.__setattr__(self, "num_components", DIRECTIONS)
+        if self.directions and not self.limit:
+            raise UsageError(
+                "directions belong to a coded checkpoint: bases have all that is shared",
+                remedy="Give a limit such as --max-error 0.25 too, or leave --directions out.",
+            )
         if self.limit and self.objective != "delta":
             raise UsageError(
                 f"{flags_of(self.limit)[-1]} needs objective delta: the energies of raw factors cannot be compared",
@@ -173,14 +186,20 @@ class Settings:
         """Which limit is set, if one is: it asks for a coded checkpoint."""
         return next((name for name in LIMITS if getattr(self, name) is not None), None)
 
+    @property
+    def fits(self) -> bool:
+        """Whether something is fitted to all adapters, from moments: bases, or directions."""
+        return self.limit is None or self.directions
+
     def byte_limit(self, originals: int) -> int | None:
         """The bytes that a checkpoint may have, if there is a limit of bytes; `originals` are those of the sources."""
         return self.max_bytes if self.ratio is None else int(originals / self.ratio)
 
     @property
     def bought(self) -> tuple[Any, ...]:
-        """The limit and its value; empty if k decides."""
-        return () if self.limit is None else (self.limit, getattr(self, self.limit))
+        """The limit and its value, and whether there are directions; empty if k decides."""
+        shared = ("directions",) if self.directions else ()
+        return () if self.limit is None else (self.limit, getattr(self, self.limit), *shared)
 
     @property
     def asked(self) -> list[str]:
@@ -227,6 +246,7 @@ class Settings:
         others |= {"disk_budget", "offline"}
         others |= {name for name in LIMITS if not getattr(self, name)}
         others |= {"num_components", "variance_threshold"} if self.limit else set()
+        others |= set() if self.directions else {"directions"}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in self.as_dict().items() if k not in others}
 
     def binding(self) -> dict[str, Any]:
@@ -243,6 +263,7 @@ def overridden(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[st
     """
     ways = ("num_components", *LIMITS)
     replaced = set(ways) if changes.keys() & set(ways) else set()
+    replaced |= {"directions"} if replaced and not changes.keys() & {*LIMITS} else set()
     return {**{k: v for k, v in values.items() if k not in replaced}, **changes}
 
 

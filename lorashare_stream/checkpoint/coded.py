@@ -13,12 +13,12 @@ from ..errors import CheckpointError
 from ..schema import checked
 from ..text import printable
 from .config import SHAREConfig, record_of
-from .format import ADAPTERS, CODE, CONFIG, INDEX, OURS, VERBATIM
+from .format import ADAPTERS, CODE, CONFIG, DIRECTIONS, INDEX, OURS, SHARED, VERBATIM
 from .index import CodedAdapter, Index, read_index
 from .packs import Coded, Verbatim, digest_of_tensor
 from .records import REPAIR, AdapterMeta, metas_of
 
-VERSION = 1  # of gauge, quantiser, tables and stream
+VERSION, WITH_DIRECTIONS = 1, 2  # of gauge, quantiser, tables and stream; of these with directions
 _ELSEWHERE = {"format", "basis_digest", "verbatim", "files", "layout", "delta_norm", "notes"}  # no record repeats it
 _PATH = "path"  # in a record: the original_adapter_path, if it is not the source id
 _DIGITS = 7  # of a recorded error: what is measured agrees with it to 1e-6
@@ -26,12 +26,21 @@ _DIGITS = 7  # of a recorded error: what is measured agrees with it to 1e-6
 
 def staged_adapters(root: Path, names: Iterable[str]) -> Iterator[Coded]:
     """Adapters of a staged checkpoint that lie in folders of their own, to be packed."""
+    directions = _whole(root / SHARED) if (root / SHARED).exists() else None
     for meta in metas_of(root, names):
         folder = root / ADAPTERS / meta.adapter_name
         path = folder / VERBATIM
         verbatim = {r.name: _verbatim(path, r) for r in tensor_records((path,))} if meta.ours.verbatim else {}
+        if directions is not None and meta.ours.layout:
+            verbatim[DIRECTIONS] = directions
         record, code = record_in(meta), folder / CODE
         yield Coded(meta.adapter_name, meta.original_config, meta.ours.layout, record, code, verbatim)
+
+
+def _whole(path: Path) -> Verbatim:
+    """A file as a tensor of bytes."""
+    shape, content = (path.stat().st_size,), path.read_bytes()
+    return Verbatim("U8", shape, lambda: iter((content,)), digest_of_tensor("U8", shape, (content,)))
 
 
 def record_in(meta: AdapterMeta) -> dict[str, Any]:
@@ -58,7 +67,7 @@ def meta_of(adapter: CodedAdapter, key: str) -> AdapterMeta:
     Raises:
         CheckpointError: if the index tells lies.
     """
-    facts = {"notes": [], **adapter.record, "basis_digest": key, "verbatim": sorted(adapter.verbatim)}
+    facts = {"notes": [], **adapter.record, "basis_digest": key, "verbatim": sorted({*adapter.verbatim} - {DIRECTIONS})}
     path = facts.pop(_PATH, facts.get("source_id"))
     values = {"adapter_name": adapter.name, "original_config": adapter.config, "original_adapter_path": path}
     return checked(AdapterMeta, {**values, OURS: facts}, INDEX, REPAIR, adapter.name)
@@ -90,9 +99,10 @@ def index_of(root: Path, coded: Mapping[str, Any]) -> Index:
     Raises:
         CheckpointError: if it is not, or not what was written.
     """
-    if coded.get("version") != VERSION:
+    if coded.get("version") not in (VERSION, WITH_DIRECTIONS):
         raise CheckpointError(
-            "a coded checkpoint of another version", found=printable(coded.get("version")), expected=VERSION,
+            "a coded checkpoint of another version", found=printable(coded.get("version")),
+            expected=f"{VERSION} or {WITH_DIRECTIONS}",
             remedy="Read it by the version of lorashare-stream that wrote it.",
         )  # fmt: skip
     index = read_index(root / INDEX)

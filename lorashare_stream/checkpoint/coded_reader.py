@@ -12,13 +12,14 @@ import torch
 from ..adapters.dtypes import FLOATS, TORCH_DTYPES
 from ..adapters.keys import SIDES, factor_key
 from ..codec.code import decoded
+from ..codec.directions import ALONE, Shared, from_bytes
 from ..codec.factors import CodedModule
 from ..errors import CheckpointError
 from ..machine import memory
 from ..text import printable
 from .coded import index_of, meta_of
 from .config import read_share_config, record_of
-from .format import CONFIG, INDEX, SKIPPED
+from .format import CONFIG, DIRECTIONS, INDEX, SKIPPED
 from .index import CodedAdapter, Location, Pack
 from .location import Place
 from .packs import Read, check_pack, read_code, read_verbatim
@@ -82,6 +83,7 @@ class CodedReader(CheckpointReader):
         if self.names.keys() != self.index.adapters.keys():
             raise CheckpointError(f"{CONFIG} and {INDEX} name other adapters", found=place)
         self.components: Any = AbsentMapping("components")
+        self._directions: dict[str, Shared] = {}
 
     def meta(self, name: str) -> AdapterMeta:
         """What is recorded of one adapter, as SHARE checkpoints have it in adapter_meta.json."""
@@ -106,7 +108,8 @@ class CodedReader(CheckpointReader):
         read = self._read([adapter.code, *self._verbatim_parts(adapter)])
         try:
             modules = _modules(adapter)
-            for m, a, b in decoded(read_code(read(adapter.code.pack), adapter), modules):
+            shared = self._shared(adapter, read)
+            for m, a, b in decoded(read_code(read(adapter.code.pack), adapter), modules, shared):
                 for side, array, dtype in zip(SIDES, (a, b), (m.dtype_a, m.dtype_b), strict=True):
                     found[factor_key(m.name, side)] = torch.from_numpy(array.copy()).to(_TORCH[dtype])
         except CheckpointError as e:
@@ -114,17 +117,30 @@ class CodedReader(CheckpointReader):
             raise
         return found | self._verbatim(adapter, read)
 
+    def _shared(self, adapter: CodedAdapter, read: Callable[[Pack], Read]) -> Shared:
+        """The directions on which an adapter is coded: read once."""
+        digest = adapter.verbatim.get(DIRECTIONS)
+        if digest is None:
+            return ALONE
+        if digest not in self._directions:
+            stored = read_verbatim(read(self.index.tensors[digest].at.pack), self.index, adapter, DIRECTIONS)
+            self._directions[digest] = from_bytes(stored, memory() // DECODED_BYTES)
+        return self._directions[digest]
+
     def verbatim(self, name: str) -> Tensors:
         """PEFT key -> tensor, of what is kept verbatim of one adapter."""
         adapter = self.index.adapters[name]
         return self._verbatim(adapter, self._read(self._verbatim_parts(adapter)))
 
     def _verbatim_parts(self, adapter: CodedAdapter) -> list[Location]:
-        return [self.index.tensors[digest].at for digest in adapter.verbatim.values()]
+        known = self._directions.keys()
+        return [self.index.tensors[digest].at for digest in adapter.verbatim.values() if digest not in known]
 
     def _verbatim(self, adapter: CodedAdapter, read: Callable[[Pack], Read]) -> Tensors:
         found: Tensors = {}
         for key, digest in adapter.verbatim.items():
+            if key == DIRECTIONS:
+                continue
             stored = self.index.tensors[digest]
             raw = bytearray(read_verbatim(read(stored.at.pack), self.index, adapter, key))
             empty = torch.empty(stored.shape, dtype=_TORCH[stored.dtype])

@@ -28,7 +28,7 @@ from .streams import say_error
 COMMANDS = {"add", "remove", "refit"}
 SKIPPED = 3  # exit code: done, but adapters were left out
 log = logging.getLogger(__name__)
-_ASKED = ("num_components", *LIMITS, TRIM_RANK)  # of a refit
+_ASKED = ("num_components", *LIMITS, "directions", TRIM_RANK)  # of a refit
 
 
 @contextmanager
@@ -105,6 +105,11 @@ def remove(args: Args) -> int:
 
 def _traces(done: Removed, refit: bool) -> list[str]:
     """Where what was taken out is left, in words."""
+    if done.coded and done.in_bases:
+        names = listed(done.in_bases)
+        return [
+            f"directions were fitted to {names} too; lorashare-stream refit CHECKPOINT -o CHECKPOINT fits them anew"
+        ]
     if done.coded and done.in_moments is None:
         return ["nothing of them is left in the checkpoint; there is no workspace here, whose journal would name them"]
     if done.coded:

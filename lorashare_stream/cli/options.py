@@ -74,7 +74,8 @@ _RUN = ("workspace", "memory", "workers", "device", "disk_budget", "offline")
 _CLUSTER = ("dask_scheduler", "dask_local", "take_lock")
 _ADAPTERS = ("names", "on_error", "base_aliases", "any_base")
 _ALL = (
-    "config", "base_model", *_ADAPTERS, *_LIMIT, "objective", "center", "moment_dtype", "dtype", "share_initial", *_RUN,
+    "config", "base_model", *_ADAPTERS, *_LIMIT, "directions", "objective", "center", "moment_dtype", "dtype",
+    "share_initial", *_RUN,
 )  # fmt: skip
 _ON_ONLY = ("offline", "discard_moments")  # switches that no option turns off
 _MAKE, _READ, _CHANGE = "Compress", "Look, check and restore", "Change a checkpoint"
@@ -190,7 +191,7 @@ def remove(
     """Take adapters out of a checkpoint, and say where their trace is left."""
 
 
-@command(_CHANGE, *_LIMIT, *_RUN, "discard_moments", *_CLUSTER)
+@command(_CHANGE, *_LIMIT, "directions", *_RUN, "discard_moments", *_CLUSTER)
 def refit(
     place: str = _argument("CHECKPOINT|WORKSPACE", "k or a limit that is not given is as it was"),
     output: str = _needed("the new checkpoint; may be the old one", "OUT", "-o", "--output"),

@@ -11,7 +11,7 @@ import numpy as np
 from ..adapters.scaling import Scaling
 from ..linalg.delta import DeltaError
 from ..linalg.types import Array
-from .directions import Directions, Shared, Side
+from .directions import ALONE, Directions, Shared, Side
 from .factors import CodedModule, directions_of, errors, factors, groups_of, layouts_of
 from .gauge import Pairs, norm_of, pairs_of
 from .refit import Quantised, quantise
@@ -60,7 +60,7 @@ class Subject:
     shared: Shared
 
     @classmethod
-    def of(cls, modules: Sequence[CodedModule], batches: Sequence[Batch], shared: Shared) -> Subject:
+    def of(cls, modules: Sequence[CodedModule], batches: Sequence[Batch], shared: Shared = ALONE) -> Subject:
         """An adapter in the gauge in which it is quantised."""
         pairs = [pairs_of(batch.a, batch.b, batch.scalings) for batch in batches]
         on = [directions_of(batch.modules, shared) for batch in batches]

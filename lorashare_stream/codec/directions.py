@@ -3,19 +3,33 @@
 A column x of a side of a module is V c + e: coefficients c on k directions of unit length, common to the adapters of a
 checkpoint, and a rest. Both are quantised at the one step, the rest after the coefficients (closed loop), so that the
 error is that of the rest alone. Directions are eigenvectors of the second moment of the columns (the KLT), which is
-what `delta` sums; their numbers are 8 bits times a power of two, so that V q is exact in float64 on every machine.
+what `delta` sums; their numbers are integers times a power of two, so that V q is exact in float64 on every machine.
+
+As bytes they are
+
+    length   of the header, uint32 little-endian
+    header   a zlib stream of JSON: of each group, in order of their names, d, and of each direction offset and class
+    words    of the range coder: the numbers, class by class
+
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import struct
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, log2
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field, TypeAdapter
 
+from ..errors import CheckpointError
 from ..linalg.types import Array, Float64
+from .entropy import Decoder, Encoder, kinds_of
 from .quantiser import HIGHEST, LOWEST, Ints, classes_of, quantised, quantised_in
 
 FINE = 2  # bits of a number of a direction under its rms
@@ -27,11 +41,11 @@ class Basis:
     """The directions of one side of a module.
 
     Attributes:
-        numbers: (k, d) integers; times `unit` they are the directions.
+        numbers: (k, d) int16; times `unit` they are the directions.
         offsets: (k,): the class of a loading over that of the rest of its column.
     """
 
-    numbers: Ints
+    numbers: NDArray[np.int16]
     offsets: Ints
 
     @classmethod
@@ -45,7 +59,7 @@ class Basis:
         k, d = len(eigenvalues), len(components)
         rest = max(trace - float(np.sum(eigenvalues)), 1e-9 * trace) / d
         over = classes_of(np.sqrt(np.maximum(eigenvalues, 0.0) / rest))
-        return cls(np.rint(components[:, :k].T.astype(np.float64) / unit(d)).astype(np.int64), over)
+        return cls(np.rint(components[:, :k].T.astype(np.float64) / unit(d)).astype(np.int16), over)
 
     @property
     def vectors(self) -> Array:
@@ -58,7 +72,63 @@ def unit(d: int) -> float:
     return 2.0 ** -(FINE + ceil(log2(d) / 2))
 
 
-Shared = Mapping[str, Basis]  # of each group that has directions; empty where each adapter is coded alone
+Shared = Mapping[str, Basis]  # of each group that has directions
+ALONE: Shared = {}
+_LENGTH = struct.Struct("<I")
+_Class = Annotated[int, Field(ge=LOWEST, le=HIGHEST)]
+_HEADER = TypeAdapter(dict[str, tuple[Annotated[int, Field(ge=1, le=1 << 24)], list[tuple[_Class, _Class]]]])
+
+
+def as_bytes(shared: Shared) -> bytes:
+    """Directions as they are stored; none are no bytes."""
+    if not shared:
+        return b""
+    kinds = {group: kinds_of(shared[group].numbers.astype(np.float32))[0] for group in sorted(shared)}
+    facts = {
+        g: [basis.numbers.shape[1], np.stack([basis.offsets, kinds[g]], 1).tolist()] for g, basis in shared.items()
+    }
+    header, coder = zlib.compress(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode(), 9), Encoder()
+    for kind in sorted({*np.concatenate([*kinds.values()]).tolist()}):
+        numbers = [shared[group].numbers[own == kind].ravel() for group, own in kinds.items()]
+        coder.integers(np.concatenate(numbers).astype(np.int64), kind)
+    return _LENGTH.pack(len(header)) + header + coder.finish()
+
+
+def from_bytes(stored: bytes, most: int) -> Shared:
+    """Directions that `as_bytes` gave, of `most` numbers at most; the digest of what is stored was found right.
+
+    Raises:
+        CheckpointError: if these are none.
+    """
+    if not stored:
+        return ALONE
+    try:
+        (length,) = _LENGTH.unpack_from(stored)
+        z = zlib.decompressobj()
+        facts = _HEADER.validate_json(z.decompress(stored[_LENGTH.size : _LENGTH.size + length], 1 << 28))
+        if (numbers := sum(d * len(rows) for d, rows in facts.values())) > most:
+            raise ValueError(f"{numbers} numbers, which this machine's memory does not hold")
+        return _decoded(facts, Decoder(stored[_LENGTH.size + length :]))
+    except (ValueError, AssertionError, OverflowError, struct.error, zlib.error) as e:
+        raise CheckpointError("the directions of a checkpoint are none", found=str(e), remedy="Fetch it again.") from e
+
+
+def _decoded(facts: Mapping[str, tuple[int, list[tuple[int, int]]]], coder: Decoder) -> Shared:
+    found = {}
+    for group in sorted(facts):
+        d, rows = facts[group]
+        offsets, kinds = np.array(rows, np.int64).reshape(-1, 2).T
+        found[group] = Basis(np.zeros((len(rows), d), np.int16), offsets), kinds
+    pending = []
+    for kind in sorted({kind for _, kinds in found.values() for kind in kinds.tolist()}):
+        places = [(basis.numbers, kinds == kind) for basis, kinds in found.values()]
+        sizes = [int(at.sum()) * numbers.shape[1] for numbers, at in places]
+        pending.append((places, sizes, coder.integers(sum(sizes), kind)))
+    coder.finish()
+    for places, sizes, values in pending:
+        for (numbers, at), part in zip(places, np.split(values, np.cumsum(sizes)[:-1]), strict=True):
+            numbers[at] = part.reshape(-1, numbers.shape[1])
+    return {group: basis for group, (basis, _) in found.items()}
 
 
 @dataclass(frozen=True)
@@ -87,9 +157,16 @@ def joined(sides: Sequence[Side]) -> Side:
     return Side(np.concatenate([s.loadings for s in sides]), np.concatenate([s.rest for s in sides]))
 
 
+def _present(shared: Shared, groups: Sequence[str], d: int) -> Iterator[tuple[int, Basis]]:
+    """The places of pairs that have directions, and these."""
+    for i, basis in enumerate(map(shared.get, groups)):
+        if basis is not None and basis.numbers.shape[1] == d:
+            yield i, basis
+
+
 @dataclass(frozen=True)
 class Axes:
-    """How many directions n pairs have on one side, filled up to the most that any has, and how loadings are coded.
+    """How many directions n pairs have on one side, filled up to the most of the checkpoint, and how they are coded.
 
     Attributes:
         offsets: (n, K), as in `Basis`. own: (n, K), which are no fill.
@@ -99,14 +176,13 @@ class Axes:
     own: NDArray[np.bool_]
 
     @classmethod
-    def of(cls, shared: Shared, groups: Sequence[str]) -> Axes:
-        """Of pairs whose groups are given."""
+    def of(cls, shared: Shared, groups: Sequence[str], d: int) -> Axes:
+        """Of pairs of these groups, with d numbers a column; directions of other d are none of theirs."""
         shape = len(groups), max((len(basis.offsets) for basis in shared.values()), default=0)
         found = cls(np.zeros(shape, np.int64), np.zeros(shape, bool))
-        for i, basis in enumerate(map(shared.get, groups)):
-            if basis is not None:
-                k = len(basis.offsets)
-                found.offsets[i, :k], found.own[i, :k] = basis.offsets, True
+        for i, basis in _present(shared, groups, d):
+            k = len(basis.offsets)
+            found.offsets[i, :k], found.own[i, :k] = basis.offsets, True
         return found
 
     def classes(self, kinds: Ints) -> Ints:
@@ -123,12 +199,11 @@ class Directions:
 
     @classmethod
     def of(cls, shared: Shared, groups: Sequence[str], d: int) -> Directions:
-        """Of pairs whose groups are given."""
-        axes = Axes.of(shared, groups)
+        """Of pairs of these groups, with d numbers a column."""
+        axes = Axes.of(shared, groups, d)
         vectors = np.zeros((*axes.own.shape, d), np.float32)
-        for i, basis in enumerate(map(shared.get, groups)):
-            if basis is not None:
-                vectors[i, : len(basis.offsets)] = basis.vectors
+        for i, basis in _present(shared, groups, d):
+            vectors[i, : len(basis.offsets)] = basis.vectors
         return cls(axes, vectors)
 
     def quantised(self, rows: Array, step: float) -> Side:

@@ -55,7 +55,8 @@ def directions_of(modules: Sequence[CodedModule], shared: Shared) -> tuple[Direc
 
 
 def _axes(modules: Sequence[CodedModule], shared: Shared) -> tuple[Axes, Axes]:
-    left, right = (Axes.of(shared, groups) for groups in _names(modules))
+    _, *dims = modules[0].shape
+    left, right = (Axes.of(shared, groups, d) for groups, d in zip(_names(modules), dims, strict=True))
     return left, right
 
 

@@ -39,8 +39,8 @@ class Removed:
     Attributes:
         names: the adapters that were taken out now.
         before: those that were named, and had been taken out before.
-        coded: whether the checkpoint is: then nothing of them is left in it, their names included.
-        in_bases: all that were ever taken out whose vectors the bases of the checkpoint were fitted to.
+        coded: whether the checkpoint is: then nothing of them is left in it, unless it has directions.
+        in_bases: all that were ever taken out whose vectors its bases, or directions, were fitted to.
         in_moments: name -> in how many modules sums still hold its vectors; None if there is no workspace.
         absent: adapters that stay, without whose sources, which are gone, bases cannot be fitted anew.
     """
@@ -89,7 +89,7 @@ def _removed(
         )
     if root is None and config.coded:
         _keep_others(out, config, names, lambda _: demand_unchanged(out, config))
-        return Removed(tuple(names), (), coded=True)
+        return Removed(tuple(names), tuple(record_of(read_share_config(out)).removed), coded=True)
     if root is None:
         shrink(out, config, names)
         return Removed(tuple(names), tuple(record_of(read_share_config(out)).removed))
@@ -103,7 +103,7 @@ def _removed(
         demand_unchanged(out, config)
         if config.coded:
             _take_out_coded(work, plan, out, config, names)
-            return Removed(tuple(names), (), {}, coded=True)
+            return Removed(tuple(names), tuple(record_of(read_share_config(out)).removed), {}, coded=True)
         for _ in metas_of(out, [name for name in config.adapter_names if name not in names]):
             pass  # one that is damaged is told before the workspace takes anything out
         take_out(work, journal_of_plan(plan, work), names)

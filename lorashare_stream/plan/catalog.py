@@ -92,7 +92,7 @@ def catalog(
     base = common_base((e.base_model for e in adapters), settings, bound_base)
     adapters, strangers = of_base(adapters, base, settings)
     refused += strangers
-    if settings.limit is None:  # what is coded alone need not fit
+    if settings.fits:  # what is coded alone need not fit
         before: dict[str, Shapes] = {r.name: {} for r in admissions if r.exact} | dict(held)
         odd = misfits([e for e in adapters if before.get(e.name) != {}], known)
         adapters, misshapen = of_shape(adapters, odd)

@@ -131,13 +131,14 @@ def steps_of(
     pair = max(pair, STACK_BYTES)
     buffers = CHUNK + largest + pickled  # a chunk being copied, a file's pages; a `.bin` is read whole
     count, idle = len(adapters), WORKER_BYTES + catalog + (TORCH_BYTES if pickled else 0)
-    if s.limit is not None:
-        coding = CODED_TIMES * max((e.layout.lora_bytes for e in adapters), default=0) + 4 * pair + buffers
-        sample = total * SAMPLE // max(count, SAMPLE)
-        rate = ("rate", min(count, SAMPLE), sample, coding, 0)
-        costs = (("ingest", count, total, 4 * pair + buffers, 0), rate, ("encode", count, total, coding, 0))
-        return _steps(costs if s.max_error is None else costs[::2], s, process, idle, 0)
     components = sum(4 * g.dim * g.components(s) for g in groups)
+    ingest = ("ingest", count, total, 4 * pair + buffers, 0)
+    coding = CODED_TIMES * max((e.layout.lora_bytes for e in adapters), default=0) + 4 * pair + buffers + components
+    sample = total * SAMPLE // max(count, SAMPLE)
+    rate = ("rate", min(count, SAMPLE), sample, coding + components, 0)
+    encode = ("encode", count, total, coding, components // 2)
+    if not s.fits:
+        return _steps((ingest, encode) if s.max_error is not None else (ingest, rate, encode), s, process, idle, 0)
     by_module = modules_of(groups)
     sums = max((held_bytes(both, s, grows=grows) for both in by_module.values()), default=0)
     fits, chunk = (max((size(g, s) for g in groups), default=0) for size in (_fit_bytes, _chunk_bytes))
@@ -149,12 +150,13 @@ def steps_of(
     modules = len(by_module)
 
     reading = max(4 * pair + largest + pickled, 2 * chunk) + TILE_BYTES  # adapters, then what zarr copies of a chunk
+    project = ("project", count, total, 9 * pair + widest_pair + loadings + buffers, kept + mapped)
     return _steps(
         (
-            ("ingest", count, total, 4 * pair + buffers, 0),
+            ingest,
             ("accumulate", modules, lora, sums + reading, 0),
             ("fit", modules, 0, fits + TILE_BYTES, 0),
-            ("project", count, total, 9 * pair + widest_pair + loadings + buffers, kept + mapped),
+            *((project,) if s.limit is None else (rate, encode)),
         ),
         s,
         process,

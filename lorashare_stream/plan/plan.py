@@ -20,6 +20,7 @@ from .memory import Group, Step, beside_moments, examples, groups_of, modules_of
 
 T = TypeVar("T")
 LEAST_BYTES = 4096  # of a checkpoint, all files
+DIRECTION_BYTES = 0.6  # of a number of a direction
 _META, _GROUP = 850, 380  # bytes of an adapter_meta.json beside its configuration; of what is told of a basis
 
 
@@ -141,8 +142,9 @@ class Plan:
         where k is `auto`); of moments the most at a time. And the files of the workspace.
         """
         k = {(g.module, g.side): g.components(self.settings) for g in self.groups}
-        basis = ITEMSIZE[self.storage] * sum(g.dim * k[g.module, g.side] for g in self.groups)
-        loadings = ITEMSIZE[self.storage] * sum(g.count * k[g.module, g.side] for g in self.groups)
+        item = ITEMSIZE[self.storage] if self.settings.limit is None else DIRECTION_BYTES
+        basis = int(item * sum(g.dim * k[g.module, g.side] for g in self.groups))
+        loadings = 0 if self.settings.limit else int(item) * sum(g.count * k[g.module, g.side] for g in self.groups)
         moments, files = self._moments()
         converted = self._converted()
         small, few = beside_moments(self.groups, self.adapters, self.settings)
@@ -334,7 +336,7 @@ def make_plan(
         recalled: names of adapters in the workspace whose sources nobody has named; those refused now are absent.
     """
     bound = bound_base if bound_base is not None and bound_base in settings.base_aliases else found.base_model
-    groups = () if settings.limit else groups_of(found.adapters)
+    groups = groups_of(found.adapters) if settings.fits else ()
     dtypes = {r.dtype for e in examples(found.adapters) for m in e.layout.modules for r in (m.a, m.b)}
     storage = widest(dtypes) if settings.dtype == "auto" else STORAGE[settings.dtype]
     storage = "F32" if settings.limit else storage  # a code has none, and is restored in the dtype of each source

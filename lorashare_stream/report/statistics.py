@@ -159,7 +159,7 @@ def findings_of(place: Place) -> PageData:
 
 def parts_of(config: SHAREConfig) -> tuple[str, ...]:
     """The parts that a checkpoint has."""
-    return tuple(part for part in PARTS if part not in (("basis", "loadings") if config.coded else ("codes",)))
+    return tuple(part for part in PARTS if config.record is not None and part in config.record.bytes)
 
 
 def _metas(place: Place, config: SHAREConfig) -> tuple[list[AdapterMeta], dict[str, int]]:

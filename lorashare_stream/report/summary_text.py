@@ -46,7 +46,7 @@ def _coded_rows(config: SHAREConfig, ours: Recorded) -> list[Row]:
     large = "the mean error is large: these adapters need more bytes, or a smaller --max-error"
     return [
         *_head_rows(config),
-        ("form", "coded: each adapter alone"),
+        ("form", "coded: each adapter alone" + (", on directions that they share" if "basis" in ours.bytes else "")),
         ("coded modules", f"{coded['modules']} ({kinds})" if coded["modules"] else "none"),
         *[("asked for", text) for text in ours.settings.asked],
         *step,
@@ -60,7 +60,7 @@ def _coded_rows(config: SHAREConfig, ours: Recorded) -> list[Row]:
 def _bytes_rows(ours: Recorded, adapters: int) -> list[Row]:
     """Bytes on disk."""
     size = ours.bytes
-    total, more = total_bytes(size), " on these bases" if size.get("basis") else ""
+    total, more = total_bytes(size), " on these bases" if "loadings" in size else ""
     return [
         ("originals", bytes_shown(size["originals"])),
         ("checkpoint", f"{bytes_shown(total)}, {_times(size['originals'] / max(total, 1))}"),

@@ -166,6 +166,8 @@ def adapter_notes(plan: Plan) -> list[str]:
     names = Counter(e.base_model for e in plan.adapters)
     unused = [name for name in _UNUSED if s.limit and getattr(s, name) != getattr(Settings, name)]
     out = [f"{name} says nothing of a coded checkpoint: {_UNUSED[name]}" for name in unused]
+    if s.directions:
+        out.append("what directions save is not forecast: some percent of the codes, from some hundred adapters on")
     if presumed:
         out.append(f"configurations on the Hub are read when the plan is run: those of {counted(presumed, 'adapter')}")
     unnamed = [e.name for e in plan.adapters if e.base_model is None]

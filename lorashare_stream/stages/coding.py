@@ -6,6 +6,7 @@ already, coded by the same rule, stays as it is; the rest is encoded, and all is
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,11 +18,11 @@ from typing import Any, Literal
 
 from ..adapters.adapter import Adapter
 from ..adapters.folder import digest_config, digest_files
-from ..checkpoint.coded import VERSION, index_of, meta_of, staged_adapters
+from ..checkpoint.coded import VERSION, WITH_DIRECTIONS, index_of, meta_of, staged_adapters
 from ..checkpoint.config import CheckpointRecord, SHAREConfig, read_share_config, record_of
-from ..checkpoint.format import ADAPTERS, INDEX, OURS, PACKS, ours_of, skipped_of, total_bytes
+from ..checkpoint.format import ADAPTERS, DIRECTIONS, INDEX, OURS, PACKS, SHARED, ours_of, skipped_of, total_bytes
 from ..checkpoint.index import CodedAdapter, Index, Pack, read_index, write_index
-from ..checkpoint.packs import opened, remove_from_packs, write_packs
+from ..checkpoint.packs import opened, read_verbatim, remove_from_packs, write_packs
 from ..checkpoint.publish import staging_folder
 from ..checkpoint.records import REPAIR
 from ..checkpoint.staging import Staging
@@ -29,15 +30,15 @@ from ..checkpoint.summary import share_config, statistics_of
 from ..codec.rate import Curve, curve_of, step_for
 from ..codec.search import COARSEST, FINEST
 from ..errors import AdapterError, BudgetError, CheckpointError, GoneError, refusal
-from ..files import link_or_copy, own_folder, remove_tree, sync
-from ..plan.memory import SAMPLE
+from ..files import atomic_file, link_or_copy, own_folder, remove_tree, sync
 from ..plan.plan import Plan
 from ..text import bytes_shown, counted, digest_of, listed
 from ..workspace.journal import Admission
-from .encode import encode_adapter, subject_of
+from .directions import fitted
+from .encode import directions_at, encode_adapter, subject_of
 from .job import Job
 from .passes import checkpoint_key_of, record_of_plan, write_adapters
-from .run import Run, check_none_lost
+from .run import Run, check_none_lost, sample_of
 
 ENOUGH, LEAST = 0.97, 0.94  # of a limit on bytes: what is left then is not worth to encode all once more
 _DEFLATED, _RECORDS, _RECORD = 0.84, 5000, 200  # of tensors that are no LoRA; bytes of records, and of each
@@ -62,6 +63,7 @@ class Target:
         digest: of all that decides it.
         left_out: adapters that were left out, with reasons.
         step: of its quantiser, where a limit on bytes decides; else 0.
+        directions: on which it is coded, as they are stored; empty if there are none.
     """
 
     out: Path
@@ -70,16 +72,31 @@ class Target:
     digest: str
     left_out: Skipped
     step: float = 0.0
+    directions: bytes = b""
 
     def at(self, step: float) -> Target:
         """The same with another step."""
-        record = self.record.model_copy(update={"basis_digest": _rule(self.record.choice, step)})
-        return replace(self, step=step, record=record)
+        return self._with(step, self.directions)
 
+    def on(self, directions: bytes) -> Target:
+        """The same on other directions."""
+        return self._with(self.step, directions)
 
-def _rule(settings_key: str, step: float) -> str:
-    """Digest of what decides the code of an adapter."""
-    return digest_of(["coded", VERSION, settings_key, step])
+    def growing(self, found: Reusable) -> Target:
+        """What is there, with other adapters: on its directions, to which these are not fitted."""
+        there, names = found.record, [r.name for r in self.admissions]
+        if there is None or not there.settings.directions:
+            return self
+        projected = [*(n for n in there.projected if n in names), *(n for n in names if n not in found.names)]
+        removed = {*there.removed, *found.index.adapters} - {*names, *there.projected}
+        facts = {"projected": projected, "removed": sorted(removed)}
+        return replace(self, record=self.record.model_copy(update=facts)).on(found.directions)
+
+    def _with(self, step: float, directions: bytes) -> Target:
+        own = [hashlib.sha256(directions).hexdigest()] if directions else []
+        rule = digest_of(["coded", VERSION, self.record.choice, step, *own])  # what decides the code of an adapter
+        record = self.record.model_copy(update={"basis_digest": rule})
+        return replace(self, step=step, directions=directions, record=record)
 
 
 def staged_key(target: Target) -> str:
@@ -120,11 +137,19 @@ def _is_there(root: Path, pack: Pack) -> bool:
 
 @dataclass(frozen=True)
 class Reusable:
-    """What a target's folder holds: its index, the adapters that cannot stay, and the step with which it was coded."""
+    """What a target's folder holds.
+
+    Attributes:
+        index: of it. gone: the adapters that cannot stay.
+        record: what it says of itself.
+        step: with which it was coded. directions: on which, as they are stored.
+    """
 
     index: Index = field(default_factory=Index)
     gone: frozenset[str] = frozenset()
+    record: CheckpointRecord | None = None
     step: float = 0.0
+    directions: bytes = b""
 
     @property
     def names(self) -> list[str]:
@@ -139,6 +164,7 @@ def reusable(target: Target) -> Reusable:
         if record_of(config).choice != target.record.choice or not config.coded:
             return Reusable()
         index, step = index_of(target.out, config.coded), float(config.coded["step"])
+        directions = _directions_in(target.out, index)
     except (CheckpointError, KeyError, TypeError, ValueError):
         return Reusable()
     missing = {pack for pack in index.packs if not _is_there(target.out, pack)}
@@ -151,16 +177,28 @@ def reusable(target: Target) -> Reusable:
             return False
         return digest_config(adapter.config) == r.config_digest
 
-    return Reusable(index, frozenset(name for name, adapter in index.adapters.items() if not stays(adapter)), step)
+    gone = frozenset(name for name, adapter in index.adapters.items() if not stays(adapter))
+    return Reusable(index, gone, record_of(config), step, directions)
 
 
-def code(run: Run, job: Job, target: Target, publishing: Publishing) -> Method:
+def _directions_in(out: Path, index: Index) -> bytes:
+    """The directions of a coded checkpoint, as they are stored."""
+    adapter = next((a for a in index.adapters.values() if DIRECTIONS in a.verbatim), None)
+    if adapter is None:
+        return b""
+    pack = index.tensors[adapter.verbatim[DIRECTIONS]].at.pack
+    with opened(out / pack.file) as read:
+        return read_verbatim(read, index, adapter, DIRECTIONS)
+
+
+def code(run: Run, job: Job, target: Target, publishing: Publishing, *, refit: bool = False) -> Method:
     """Make a folder the coded checkpoint of a job.
 
     Args:
         run, job: of the adapters that it is to have.
         target: what it is to be.
         publishing: told the key of what is published, before it is.
+        refit: fit directions to all, which codes all again, unless those that are there are so.
 
     Returns:
         `projection` if adapters that were there have stayed as they were, else `recompute`.
@@ -171,6 +209,16 @@ def code(run: Run, job: Job, target: Target, publishing: Publishing) -> Method:
     """
     size, found = job.settings.byte_limit(sum(sum(r.sizes) for r in job.journal.admissions)), reusable(target)
     encode = partial(_encode, run, job)
+    target = target.growing(found)
+    if refit and (target.record.projected or target.record.removed):
+        found = Reusable()
+    if job.settings.directions and not found.names:
+        _check_sources(run, job, target.admissions)
+        target = replace(target, record=target.record.model_copy(update={"projected": [], "removed": []}))
+        target = target.on(fitted(run, job))
+    elif target.record.projected:
+        log.info("directions are not fitted to %s: fit them to all by lorashare-stream refit CHECKPOINT -o CHECKPOINT",
+                 counted(len(target.record.projected), "adapter"))  # fmt: skip
     if size is None or found.names:
         with _staged(target.at(found.step if size else 0.0), found, encode) as staged:
             if size is None or staged.total <= size:
@@ -233,7 +281,7 @@ def keep(target: Target, publishing: Publishing) -> None:
     lost = {r.name for r in target.admissions} - {*found.names}
     if lost:
         raise CheckpointError("adapters that are to stay are damaged", found=listed(sorted(lost)), remedy=REPAIR)
-    with _staged(target.at(found.step), found, lambda *_: None) as staged:
+    with _staged(target.growing(found).at(found.step), found, lambda *_: None) as staged:
         staged.publish(publishing)
 
 
@@ -242,7 +290,7 @@ def _code_within(run: Run, job: Job, target: Target, size: int, publishing: Publ
     adapters = [job.adapter(r.name) for r in target.admissions]
     alive = [adapter for adapter, r in zip(adapters, target.admissions, strict=True) if job.shares(r)]
     curves = rates(run, job, alive)
-    part, whole = (sum(adapter.layout.lora_bytes for adapter in some) for some in (_sample(alive), alive))
+    part, whole = (sum(adapter.layout.lora_bytes for adapter in some) for some in (sample_of(alive), alive))
 
     def predicted(step: float) -> float:
         return sum(curve.bytes_at(step) for curve in curves.values()) * whole / max(1, part)
@@ -276,27 +324,29 @@ def _code_within(run: Run, job: Job, target: Target, size: int, publishing: Publ
 
 def rates(run: Run, job: Job, adapters: Sequence[Adapter]) -> dict[str, Curve]:
     """The rates of some of these adapters, evenly spaced, by name; those whose dW is zero have none."""
-    some = _sample(adapters)
+    some = sample_of(adapters)
     lost: list[AdapterError] = []
-    found = run.map("rate", rate_adapter, run.arriving(some, lost), len(some), run.release)
+    task = partial(rate_adapter, job.bases / SHARED if job.settings.directions else None)
+    found = run.map("rate", task, run.arriving(some, lost), len(some), run.release)
     curves = {name: curve for name, curve in found if curve is not None}
     check_none_lost(lost)
     return curves
 
 
-def _sample(adapters: Sequence[Adapter]) -> list[Adapter]:
-    return [adapters[i * len(adapters) // SAMPLE] for i in range(SAMPLE)] if len(adapters) > SAMPLE else list(adapters)
-
-
-def rate_adapter(adapter: Adapter) -> tuple[str, Curve | None]:
-    """The name of an adapter, and its rates, if its dW is not zero."""
+def rate_adapter(directions: Path | None, adapter: Adapter) -> tuple[str, Curve | None]:
+    """The name of an adapter, and its rates on the directions in a file, if its dW is not zero."""
     with adapter.open() as tensors:
-        return adapter.name, curve_of(subject_of(adapter, tensors))
+        return adapter.name, curve_of(subject_of(adapter, tensors, directions_at(directions)))
 
 
 def _encode(run: Run, job: Job, staging: Staging, target: Target, admissions: Sequence[Admission]) -> None:
     _check_sources(run, job, admissions)
-    job = replace(job, basis_key=target.record.basis_digest, step=target.step)
+    file = staging.root / SHARED
+    if target.directions:
+        with atomic_file(file) as f:
+            f.write(target.directions)
+    directions = file if target.directions else None
+    job = replace(job, basis_key=target.record.basis_digest, step=target.step, directions=directions)
     write_adapters(run, job, staging, admissions, "encode", encode_adapter)
 
 
@@ -316,7 +366,8 @@ class _Staged:
 
     def publish(self, publishing: Publishing) -> None:
         publishing(self.config["compression_stats"][OURS]["basis_digest"])
-        remove_tree(self.staging.root / ADAPTERS)
+        for name in (ADAPTERS, SHARED):
+            remove_tree(self.staging.root / name)
         self.staging.commit(self.target.out, self.config, self.target.left_out)
 
 
@@ -333,9 +384,12 @@ def _staged(target: Target, found: Reusable, encode: Encode) -> Iterator[_Staged
             write_index(root / INDEX, write_packs(root, staged_adapters(root, [r.name for r in fresh]), index))
         index = read_index(root / INDEX)
         codes = sum(adapter.code.nbytes for adapter in index.adapters.values())
-        verbatim = sum(tensor.at.nbytes for tensor in index.tensors.values())
+        common = {digest for a in index.adapters.values() if (digest := a.verbatim.get(DIRECTIONS))}
+        basis = sum(index.tensors[digest].at.nbytes for digest in common)
+        verbatim = sum(tensor.at.nbytes for tensor in index.tensors.values()) - basis
         files = (root / INDEX).stat().st_size + sum(pack.nbytes for pack in index.packs)
-        sizes = {"codes": codes, "verbatim": verbatim, "metadata": files - codes - verbatim}
+        sizes = {"codes": codes, "verbatim": verbatim, "metadata": files - codes - basis - verbatim}
+        sizes |= {"basis": basis} if basis else {}
         yield _Staged(target, staging, index, sizes, _config(target, digest_files([root / INDEX]), index, sizes))
 
 
@@ -362,6 +416,6 @@ def _config(target: Target, digest: str, index: Index, sizes: Mapping[str, int])
         digest=target.digest,
         sizes=sizes,
         skipped=target.left_out,
-        coded={"version": VERSION, "step": target.step, "index": digest},
+        coded={"version": WITH_DIRECTIONS if "basis" in sizes else VERSION, "step": target.step, "index": digest},
         modules={row[0] for adapter in index.adapters.values() for row in adapter.layout},
     )

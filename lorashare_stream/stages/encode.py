@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from functools import lru_cache
 from math import inf
+from pathlib import Path
 
 from ..adapters.adapter import Adapter
 from ..adapters.safetensors import TensorReader
 from ..checkpoint.format import CODE
 from ..checkpoint.summary import Statistics
 from ..codec.code import Batch, Subject
+from ..codec.directions import ALONE, Shared, from_bytes
 from ..codec.factors import CodedModule
 from .job import Admitted, Job
 from .project import Stored, write_adapter
@@ -26,7 +30,7 @@ def encode_adapter(job: Job, task: Admitted) -> Statistics:
 def _encoded(job: Job, task: Admitted, tensors: TensorReader) -> Stored:
     """The code within the limit, or at the step, of the job; without one that is smaller, the tensors are kept."""
     adapter = task.adapter
-    subject = subject_of(adapter, tensors)
+    subject = subject_of(adapter, tensors, directions_at(job.directions))
     every = list(adapter.layout.by_name)
     if not subject.norm:  # dW, being zero, tells nothing of its factors
         return Stored(b"", {}, every, [])
@@ -38,8 +42,18 @@ def _encoded(job: Job, task: Admitted, tensors: TensorReader) -> Stored:
     return Stored(coded.code, coded.errors, [], [list(m) for m in subject.modules])
 
 
-def subject_of(adapter: Adapter, tensors: TensorReader) -> Subject:
-    """An adapter as the codec takes it."""
+def directions_at(path: Path | None) -> Shared:
+    """The directions in a file; none if there is no file."""
+    return ALONE if path is None else _read(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _read(path: Path, _: int) -> Shared:
+    return from_bytes(path.read_bytes(), sys.maxsize)
+
+
+def subject_of(adapter: Adapter, tensors: TensorReader, shared: Shared = ALONE) -> Subject:
+    """An adapter as the codec takes it, on directions that it shares with others."""
     modules = {
         m.name: CodedModule(m.name, m.rank, m.dim("B"), m.dim("A"), p.scale, p.experts, m.b.dtype, m.a.dtype)
         for m, p in zip(adapter.layout.modules, adapter.scalings, strict=True)
@@ -49,4 +63,4 @@ def subject_of(adapter: Adapter, tensors: TensorReader) -> Subject:
         read = batch.read(tensors)
         of_batch = [modules[name] for name in batch.names]
         batches.append(Batch(of_batch, read["A"], read["B"], adapter.scalings_of(batch.names)))
-    return Subject.of(list(modules.values()), batches)
+    return Subject.of(list(modules.values()), batches, shared)

@@ -53,6 +53,7 @@ class Job:
         checkpoint_key: digest of all that decides the result.
         basis_key: of the components, once they are written; of a coded checkpoint, of what decides the codes.
         step: of the quantiser, if a limit on bytes has decided it.
+        directions: the file of those on which adapters are coded, if they are.
         grows: whether adapters are projected on the components that `out` has already.
         slots: module -> side -> where its moment is written to, in the lease of this step.
         later: admissions in this part of a journal that are taken out in the rest of it: they are not summed any more.
@@ -71,6 +72,7 @@ class Job:
     checkpoint_key: str
     basis_key: str = ""
     step: float = 0.0
+    directions: Path | None = None
     grows: bool = False
     slots: Mapping[str, Mapping[Side, Slot]] = field(default_factory=dict)
     later: frozenset[int] = frozenset()

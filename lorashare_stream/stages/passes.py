@@ -93,7 +93,7 @@ def ingest(run: Run, work: Workspace, out: Path, device: str) -> list[AdapterErr
     if again:
         log.warning("taken out before, and added again since their sources are named: %s", listed(sorted(again)))
     refused: list[AdapterError] = []
-    several, done, sums = len(plan.batches) > 1, 0, plan.settings.limit is None
+    several, done, sums = len(plan.batches) > 1, 0, plan.settings.fits
     complete = several and sums and is_complete(make_job(plan, work, out, device, begins=True))
     for number, (batch, after) in enumerate(zip(fresh, [*fresh[1:], []], strict=True)):
         if complete and not batch:

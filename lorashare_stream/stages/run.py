@@ -13,6 +13,7 @@ from ..adapters.adapter import Adapter
 from ..errors import AdapterError, BudgetError, refusal
 from ..hub.client import Hub, cache_folder
 from ..hub.fetch import Fetcher
+from ..plan.memory import SAMPLE
 from ..plan.plan import Plan
 from ..runtime.executors import Mapper, Places, nothing
 from ..runtime.progress import Progress
@@ -123,6 +124,11 @@ class Run:
 
 def _cut(part: tuple[str, ...], size: int) -> Iterator[tuple[str, ...]]:
     return (part[i : i + size] for i in range(0, len(part), size))
+
+
+def sample_of(adapters: Sequence[Adapter]) -> list[Adapter]:
+    """Some adapters, evenly spaced."""
+    return [adapters[i * len(adapters) // SAMPLE] for i in range(SAMPLE)] if len(adapters) > SAMPLE else list(adapters)
 
 
 def places_of(plan: Plan, folder: Path, out: Path, *, workspace: bool = True) -> Places:

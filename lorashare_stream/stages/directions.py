@@ -1,0 +1,125 @@
+"""Directions: what all adapters of a coded checkpoint have in common, from the bases that are fitted to their moments.
+
+Of each group the first k components are taken that make the codes of a sample the shortest, those of k itself counted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+
+from ..adapters.adapter import Adapter
+from ..adapters.dtypes import widened
+from ..adapters.folder import digest_files, open_tensors, tensor_records
+from ..adapters.keys import Side, group_id
+from ..checkpoint.format import SHARED
+from ..codec.directions import ALONE, Basis, Directions, as_bytes
+from ..codec.quantiser import LAMBDA
+from ..codec.rate import side_bits
+from ..codec.search import likely_step
+from ..errors import AdapterError
+from ..files import atomic_file, read_sealed, write_sealed
+from ..linalg.types import Array, Float64
+from ..settings import DIRECTIONS
+from ..text import digest_of
+from ..workspace.journal import Journal
+from .bases import Bases
+from .encode import subject_of
+from .job import Job
+from .run import Run, check_none_lost, sample_of
+from .update import sum_and_fit
+
+KS = (0, 1, 2, 4, 6, 8, 12, 16, 24, 32, DIRECTIONS)  # how many are tried
+NUMBER_BITS, DIRECTION_BITS = 4.3, 16  # of a number of a direction, and of a direction beside these
+TYPICAL = 0.25  # a dW error by which is chosen if a limit on bytes is set
+Costs = Mapping[str, Float64]  # of a group with each number of directions, bits
+
+
+def fitted(run: Run, job: Job) -> bytes:
+    """The directions of all groups, as they are stored in a checkpoint; none where none pays.
+
+    They are kept in the workspace, beside the bases: a run that was killed goes on with the same.
+    """
+    bases = sum_and_fit(run, job)
+    file, facts = job.bases / SHARED, job.bases / f"{SHARED}.json"
+    of = digest_of([[m, each["digest"]] for m, each in bases.items()])
+    known = read_sealed(facts)
+    if known.get("of") == of and file.exists() and digest_files([file]) == known["digest"]:
+        return file.read_bytes()
+    chosen = _chosen(job, bases, _costs(run, job))
+    with atomic_file(file) as f:
+        f.write(as_bytes({g: _basis(job, bases, g, k) for g, k in sorted(chosen.items()) if k}))
+    write_sealed(facts, {"of": of, "digest": digest_files([file])})
+    return file.read_bytes()
+
+
+def _costs(run: Run, job: Job) -> Costs:
+    """Mean bits of a sample of the adapters that take part in bases."""
+    some = sample_of([job.adapter(r.name) for r in job.journal.admissions if job.shares(r)])
+    lost: list[AdapterError] = []
+    task = partial(costs_of, replace(job, adapters={}, journal=Journal()))
+    total: dict[str, Float64] = {}
+    counts: Counter[str] = Counter()
+    for found in run.map("rate", task, run.arriving(some, lost), len(some), run.release):
+        counts.update(found.keys())
+        total |= {group: total.get(group, 0.0) + costs for group, costs in found.items()}
+    check_none_lost(lost)
+    return {group: costs / counts[group] for group, costs in total.items()}
+
+
+def costs_of(job: Job, adapter: Adapter) -> dict[str, Float64]:
+    """Bits of one adapter, and what its error is worth in bits, with each number of directions."""
+    with adapter.open() as tensors:
+        subject = subject_of(adapter, tensors)
+    step = likely_step(subject.pairs, subject.norm, job.settings.max_error or TYPICAL)
+    found: dict[str, Float64] = {}
+    for batch, pairs in zip(subject.batches, subject.pairs, strict=True):
+        weights = (pairs.values / subject.norm).astype(np.float32)[..., None]
+        modules = [m.name for m in batch.modules for _ in range(m.experts)]
+        sides: tuple[tuple[Side, Array], ...] = (("B", pairs.left * weights), ("A", pairs.right * weights))
+        for side, rows in sides:
+            each = _costs_of_side(job, modules, side, rows, step)
+            for module, costs in zip(modules, each.T, strict=True):
+                group = group_id(module, side)
+                found[group] = found.get(group, 0.0) + costs
+    return found
+
+
+def _costs_of_side(job: Job, modules: Sequence[str], side: Side, rows: Array, step: float) -> Float64:
+    """Bits (ks, n) of the pairs of some modules."""
+    groups = [group_id(module, side) for module in modules]
+    bases = {module: read_sealed(job.facts_file(module)) for module in modules}
+    costs = []
+    for k in KS:
+        shared = {group: _basis(job, bases, group, k) for group in groups} if k else ALONE
+        on = Directions.of(shared, groups, rows.shape[-1])
+        found = on.quantised(rows, step)
+        off = np.square(rows / np.float32(step) - on.sums(found)).sum(axis=(-2, -1))
+        costs.append(side_bits(found, on) + off / LAMBDA)
+    return np.stack(costs)
+
+
+def _basis(job: Job, bases: Bases, group: str, k: int) -> Basis:
+    """The first k components of a group as directions."""
+    module, _, side = group.rpartition(":")
+    facts, path = bases[module][side], (job.basis_file(module),)
+    record = next(r for r in tensor_records(path) if r.name == side)
+    with open_tensors(path) as reader:
+        components = widened(reader.raw(record), record.dtype, record.shape)
+    return Basis.of(components, facts["eigenvalues"][:k], facts["energy"])
+
+
+def _chosen(job: Job, bases: Bases, costs: Costs) -> dict[str, int]:
+    """How many directions each group has."""
+    uses = Counter(m for r in job.journal.admissions if job.shares(r) for m in job.shapes[r.shapes])
+    ks = np.array(KS)
+    found = {}
+    for group, each in costs.items():
+        module, _, side = group.rpartition(":")
+        own = ks * (NUMBER_BITS * bases[module][side]["d"] + DIRECTION_BITS)
+        found[group] = int(ks[np.argmin(uses[module] * each + own)])
+    return found
