@@ -2,7 +2,8 @@
 
     python scripts/train_adapters.py build/evidence/trained
     python scripts/train_adapters.py build/evidence/trained --heads 64
-    python scripts/evidence.py [RUN] [--counts 10 32 100 316 1000] [--tasks 32 1000]
+    python scripts/evidence.py [RUN] [--counts 10 32 100 316 1000] [--tasks 32 1000] [--arms all own shared]
+    python scripts/evidence_product.py [RUN]
     python scripts/evidence.py [RUN] --render docs/evidence.md
 
 Every row goes to a file of JSON lines, and what is there already is not measured again, so that a run may be killed;
@@ -18,7 +19,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,14 +34,10 @@ from bench import HERE, Results, _process, default_run, machine
 
 BUILD = HERE.parent / "build" / "evidence"
 COUNTS, TASKS = (10, 32, 100, 316, 1000), (32, 1000)
-LIMITS = (0.05, 0.1, 0.25, 0.4, 0.55, 0.7)  # of `coded`: --max-error
-KS = (8, 16, 32, 64, 128, 256)  # of `-k`
-BOTH = (32, 128)  # of what is measured with two k
-RATIOS = (4, 8, 16, 32, 64)  # of truncated SVDs: so many times fewer bytes than A and B
 PREDICTED, TEXTS = 64, 2  # the first so many adapters, on every second of their held-out texts
 UNPREDICTED = ("SHARE factors", "SHARE bfloat16", "SVD")
 AGREES = 1e-3  # our certificate with what is measured here
-LIMIT_SECONDS, LIMIT_BYTES = 600.0, 12 << 30  # of a child
+LIMIT_SECONDS, LIMIT_BYTES = 3600.0, 12 << 30  # of a child
 Line = dict[str, Any]
 
 
@@ -55,16 +52,15 @@ class Collection:
 
     @classmethod
     def read(cls, root: Path, names: Sequence[str]) -> Collection:
-        total = em.Bytes()
-        for name in names:
-            total += em.bytes_of(root / "adapters" / name)
+        folders = {name: root / "adapters" / name for name in names}
         arms = {name: train_adapters.arm_of(int(name.rpartition("-")[2])) for name in names}
-        return cls(root, {name: em.read_adapter(root / "adapters" / name) for name in names}, total, arms)
+        adapters = {name: em.read_adapter(folder) for name, folder in folders.items()}
+        return cls(root, adapters, em.bytes_of(*folders.values()), arms)
 
-    def manifest(self, path: Path, names: Sequence[str] | None = None) -> Path:
+    def manifest(self, path: Path, names: Iterable[str] | None = None) -> str:
         chosen = self.adapters if names is None else names
         path.write_text("".join(f"{(self.root / 'adapters' / name).resolve()}\n" for name in chosen))
-        return path
+        return str(path)
 
 
 @dataclass
@@ -80,7 +76,7 @@ class Left(Exception):
     """A system cannot do this, for this reason."""
 
 
-def _child(scratch: Path, *command: str) -> Line:
+def child(scratch: Path, *command: str) -> Line:
     """Run Python on these arguments: its seconds and its peak of memory."""
     order = {"command": [sys.executable, *command], "log": str(scratch / "log"), "files": None,
              "seconds": LIMIT_SECONDS, "memory": LIMIT_BYTES}  # fmt: skip
@@ -91,20 +87,25 @@ def _child(scratch: Path, *command: str) -> Line:
     return {"seconds": line["wall_s"], "peak": line["peak_bytes"]}
 
 
-def ours(c: Collection, options: Sequence[str], scratch: Path) -> Found:
+# Systems
+
+
+def ours(c: Collection, options: Sequence[str], scratch: Path, names: Iterable[str] | None = None) -> Found:
     """By the command line."""
-    out, sources = scratch / "out", c.manifest(scratch / "adapters.txt")
-    said = ["-o", str(out), "--workers", "1", "-q", *options]
-    return _opened(out, c, _child(scratch, "-m", "lorashare_stream", "compress", str(sources), *said))
+    out, sources = scratch / "out", c.manifest(scratch / "adapters.txt", names)
+    told = ("-o", str(out), "--workers", "1", "-q", *options)
+    return opened(out, c, child(scratch, "-m", "lorashare_stream", "compress", sources, *told))
 
 
-def _opened(out: Path, c: Collection, facts: Line) -> Found:
+def opened(out: Path, c: Collection, facts: Line) -> Found:
+    """A checkpoint of ours; certificates that are not what is measured end the script."""
     from lorashare_stream import SHAREModel
 
     share = SHAREModel.from_pretrained(out)
-    found = {name: em.module_pairs(share.reconstruct(name), share.adapter_configs[name]) for name in c.adapters}
-    errors = {name: em.dw_error(c.adapters[name], found[name]) for name in c.adapters}
-    apart = max(abs(errors[name] - share.certified(name)["relative_error"]) for name in c.adapters)
+    names = [name for name in c.adapters if name in share.adapter_configs]
+    found = {name: em.module_pairs(share.reconstruct(name), share.adapter_configs[name]) for name in names}
+    errors = {name: em.dw_error(c.adapters[name], found[name]) for name in names}
+    apart = max(abs(errors[name] - share.certified(name)["relative_error"]) for name in names)
     if apart > AGREES:
         raise SystemExit(f"{out}: a certificate is {apart:.1e} off")
     return Found(found, em.bytes_of(out), {**facts, "apart": apart})
@@ -113,44 +114,39 @@ def _opened(out: Path, c: Collection, facts: Line) -> Found:
 def added(c: Collection, k: int, scratch: Path) -> Line:
     """What the last tenth costs on bases of the others, and how far off it is."""
     names = list(c.adapters)
-    fitted, out = names[: -len(names) // 10], scratch / "out"
-    sources = c.manifest(scratch / "adapters.txt", fitted)
-    said = ["--workers", "1", "-q"]
-    _child(scratch, "-m", "lorashare_stream", "compress", str(sources), "-o", str(out), "-k", str(k), *said)
-    before = em.bytes_of(out)
-    late = c.manifest(scratch / "late.txt", names[len(fitted) :])
-    facts = _child(scratch, "-m", "lorashare_stream", "add", str(out), str(late), "--variance", "1e-6", *said)
-    found = _opened(out, c, facts)
+    cut = len(names) - -(-len(names) // 10)
+    fitted = ours(c, ("-k", str(k)), scratch, names[:cut])
+    late = c.manifest(scratch / "late.txt", names[cut:])
+    order = ("add", str(scratch / "out"), late, "--variance", "1e-6", "--workers", "1", "-q")
+    found = opened(scratch / "out", c, child(scratch, "-m", "lorashare_stream", *order))
+    sizes = {when: sum(x.bytes.as_dict().values()) for when, x in (("before", fitted), ("after", found))}
     errors = {name: em.dw_error(c.adapters[name], x) for name, x in found.adapters.items()}
-    sizes = {"before": sum(before.as_dict().values()), "after": sum(found.bytes.as_dict().values())}
-    parts = {"fitted": fitted, "added": names[len(fitted) :]}
+    parts = {"fitted": names[:cut], "added": names[cut:]}
     means = {part: em.statistics({i: errors[i] for i in own}) for part, own in parts.items()}
-    return {**facts, **sizes, **means, "counts": [len(own) for own in parts.values()]}
+    return {**found.facts, **sizes, **means, "counts": [len(own) for own in parts.values()]}
 
 
 def peer(c: Collection, system: str, k: int, scratch: Path) -> Found:
     """By lorashare or vlora, of the first N of the folder; vlora keeps no heads: they are counted as they were."""
     out, folder = scratch / "out", c.root / "adapters"
     order = (str(HERE / "bench_peers.py"), system, str(folder), str(out), "-k", str(k), "--adapters")
-    facts = _child(scratch, *order, str(len(c.adapters)))
+    facts = child(scratch, *order, str(len(c.adapters)))
+    found, size = {}, em.bytes_of(out)
     if system == "lorashare":
         from lorashare import SHAREModel
 
         share = SHAREModel.from_pretrained(out)
-        configs = {i: json.loads((folder / i / em.CONFIG).read_text()) for i in c.adapters}
-        return Found(
-            {i: em.module_pairs(share.reconstruct(i), configs[i]) for i in c.adapters}, em.bytes_of(out), facts
-        )
+        for name in c.adapters:
+            config = json.loads((folder / name / em.CONFIG).read_text())
+            found[name] = em.module_pairs(share.reconstruct(name), config)
+        return Found(found, size, facts)
     from vlora import SharedSubspace
 
-    share, found = SharedSubspace.load(out), {}
+    space = SharedSubspace.load(out)
     for name, adapter in c.adapters.items():
-        back = share.reconstruct(name)
-        sides = {
-            layer.removeprefix("base_model.model."): (back.lora_a[layer], back.lora_b[layer]) for layer in back.lora_a
-        }
-        found[name] = {m: em.Module(*(x.numpy() for x in sides[m]), own.scale) for m, own in adapter.items()}
-    size = em.bytes_of(out)
+        back = space.reconstruct(name)
+        a, b = ({k.removeprefix("base_model.model."): t for k, t in x.items()} for x in (back.lora_a, back.lora_b))
+        found[name] = {m: em.Module(a[m].numpy(), b[m].numpy(), own.scale) for m, own in adapter.items()}
     size.extras += c.bytes.extras
     return Found(found, size, facts)
 
@@ -173,46 +169,29 @@ def each(c: Collection, work: Callable[[em.Adapter], tuple[em.Adapter, int]]) ->
     return computed(c, run)
 
 
-def _truncated(adapter: em.Adapter, ratio: int, whole: bool) -> tuple[em.Adapter, int]:
+def _truncated(ratio: int, adapter: em.Adapter, whole: bool = True) -> tuple[em.Adapter, int]:
     budget = sum(4 * (m.a.size + m.b.size) for m in adapter.values()) // ratio
-    options = {"width": 4} if whole else {"width": 1, "scales": 8}
-    found, size = em.truncated({"": adapter}, budget, **options)
-    return (found[""], size) if whole else em.rounded_one(found[""], partial(em.integers, bits=8))
+    if whole:
+        return em.truncated(adapter, budget)
+    return em.rounded(em.truncated(adapter, budget, width=1, scales=8)[0], partial(em.integers, bits=8))
 
 
-def systems(c: Collection) -> Iterator[tuple[str, float, Callable[[Path], Found]]]:
-    """Every system with each of its settings: a limit, k, how many times fewer bytes, bits; what matters first."""
-    arm = len(set(c.arms.values())) == 1
-    for limit in LIMITS:
-        yield "coded", limit, lambda s, x=limit: ours(c, ("--max-error", str(x)), s)
-    for k in KS:
-        yield "SHARE", k, lambda s, k=k: ours(c, ("-k", str(k)), s)
-    if arm:
-        return
-    for k in BOTH:
-        yield "lorashare", k, lambda s, k=k: peer(c, "lorashare", k, s)
-    for k, clusters in ((16, 1), (32, 1), (64, 1), *(((16, 8), (32, 8)) if len(c.adapters) >= 100 else ())):
-        name = "JD" if clusters == 1 else f"JD, {clusters} clusters"
-        yield name, k, lambda _, k=k, n=clusters: computed(c, lambda: evidence_joint.joint(c.adapters, k, n))
-    for ratio in RATIOS[1:]:
-        yield "SVD, int8", ratio, lambda _, x=ratio: each(c, lambda a: _truncated(a, x, whole=False))
-    for bits in (8, 4, 3):
-        yield "int", bits, lambda _, x=bits: each(c, lambda a: em.rounded_one(a, partial(em.integers, bits=x)))
-    for bits, energy in ((2, 0.8), (3, 0.9)):
-        yield "LoRAQuant", bits + energy, lambda _, x=bits, e=energy: each(c, lambda a: em.mixed(a, x, e))
-    for density in (0.2, 0.5):
-        yield (
-            "ternary",
-            density,
-            lambda _, x=density: each(c, lambda a: em.rounded_one(a, partial(em.ternary, density=x))),
-        )
-    for k in BOTH:
-        yield "SHARE factors", k, lambda s, k=k: ours(c, ("-k", str(k), "--objective", "factors"), s)
-        yield "SHARE bfloat16", k, lambda s, k=k: ours(c, ("-k", str(k), "--dtype", "bfloat16"), s)
-    for ratio in RATIOS[:3]:
-        yield "SVD", ratio, lambda _, x=ratio: each(c, lambda a: _truncated(a, x, whole=True))
-    for k in (8, 32):
-        yield "vlora", k, lambda s, k=k: peer(c, "vlora", k, s)
+# Each with its settings (a limit, k, how many times fewer bytes, bits, a density); what matters first
+SYSTEMS: dict[str, tuple[Sequence[float], Callable[[Collection, Any, Path], Found]]] = {
+    "coded": ((0.05, 0.1, 0.25, 0.4, 0.55, 0.7), lambda c, x, s: ours(c, ("--max-error", str(x)), s)),
+    "SHARE": ((8, 16, 32, 64, 128, 256), lambda c, k, s: ours(c, ("-k", str(k)), s)),
+    "lorashare": ((32, 128), lambda c, k, s: peer(c, "lorashare", k, s)),
+    "JD": ((16, 32, 64), lambda c, k, _: computed(c, lambda: evidence_joint.joint(c.adapters, k))),
+    "JD, 8 clusters": ((16, 32), lambda c, k, _: computed(c, lambda: evidence_joint.joint(c.adapters, k, 8))),
+    "SVD, int8": ((8, 16, 32, 64), lambda c, x, _: each(c, partial(_truncated, x, whole=False))),
+    "int": ((8, 4, 3), lambda c, x, _: each(c, partial(em.rounded, rounding=partial(em.integers, bits=x)))),
+    "LoRAQuant": ((2.8, 3.9), lambda c, x, _: each(c, partial(em.mixed, bits=int(x), energy=round(x % 1, 1)))),
+    "ternary": ((0.2, 0.5), lambda c, x, _: each(c, partial(em.rounded, rounding=partial(em.ternary, density=x)))),
+    "SHARE factors": ((32, 128), lambda c, k, s: ours(c, ("-k", str(k), "--objective", "factors"), s)),
+    "SHARE bfloat16": ((32, 128), lambda c, k, s: ours(c, ("-k", str(k), "--dtype", "bfloat16"), s)),
+    "SVD": ((4, 8, 16), lambda c, x, _: each(c, partial(_truncated, x))),
+    "vlora": ((8, 32), lambda c, k, s: peer(c, "vlora", k, s)),
+}
 
 
 class Evidence:
@@ -220,11 +199,10 @@ class Evidence:
 
     def __init__(self, args: argparse.Namespace, results: Results) -> None:
         self.args, self.results = args, results
+        self.tasks = Tasks(args.trained)
 
     def run(self) -> None:
-        there = sorted(p.name for p in (self.args.trained / "adapters").glob("task-*"))
-        names = [name for i, name in enumerate(there) if name == train_adapters.name_of(i)]  # up to the first gap
-        heads = self.args.trained / "heads.json"
+        heads, names = self.args.trained / "heads.json", trained(self.args.trained)
         if heads.exists() and self.results.find("heads") is None:
             self.results.add("heads", {"accuracy": json.loads(heads.read_text())})
         for n in self.args.counts:
@@ -241,125 +219,120 @@ class Evidence:
         facts = {"n": n, "arm": arm}
         if self.results.find("collection", **facts) is None:
             self.results.add("collection", {**facts, "adapters": len(c.adapters), **c.bytes.as_dict()})
-        tasks = None
-        if arm == "all" and n in self.args.tasks:
-            tasks = Tasks(c, self.args.results.parent / "labels")
-            if self.results.find("originals", n=n) is None:
-                self.results.add("originals", {"n": n, **tasks.originals()})
-        for system, setting, work in systems(c):
-            if not self.args.systems or system in self.args.systems:
-                self._one({**facts, "system": system, "setting": setting}, c, work, tasks)
-        if self.args.systems:
-            return
-        for limit in (0.1, 0.25, 0.4):
-            if self.results.find("sharing", **facts, limit=limit) is None:
-                self.results.add("sharing", {**facts, "limit": limit, **em.sharing(c.adapters, limit)})
-        for k in BOTH if arm == "all" and n >= 100 else ():
+        predicted = arm == "all" and n in self.args.tasks
+        if predicted and self.results.find("originals", n=n) is None:
+            self.results.add("originals", {"n": n, **self.tasks.originals(c)})
+        for system in (s for s in SYSTEMS if s in self.args.systems and (arm == "all" or s in ("coded", "SHARE"))):
+            if system != "JD, 8 clusters" or n >= 100:
+                for setting in SYSTEMS[system][0]:
+                    told = {**facts, "system": system, "setting": setting}
+                    if all(self.results.find(kind, **told) is None for kind in ("row", "left")):
+                        self._one(told, c, predicted and system not in UNPREDICTED)
+        for k in (32, 128) if arm == "all" and n >= 100 and "SHARE" in self.args.systems else ():
             if self.results.find("added", **facts, k=k) is None:
                 with tempfile.TemporaryDirectory() as scratch:
                     self.results.add("added", {**facts, "k": k, **added(c, k, Path(scratch))})
 
-    def _one(self, facts: Line, c: Collection, work: Callable[[Path], Found], tasks: Tasks | None) -> None:
-        if any(self.results.find(kind, **facts) is not None for kind in ("row", "left")):
-            return
+    def _one(self, facts: Line, c: Collection, predicted: bool) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             try:
-                found = work(Path(scratch))
+                found = SYSTEMS[facts["system"]][1](c, facts["setting"], Path(scratch))
             except Left as e:
                 self.results.add("left", {**facts, "why": str(e)})
                 return
         errors = {i: em.dw_error(c.adapters[i], found.adapters[i]) for i in c.adapters}
         arms = {a: float(np.mean([errors[i] for i in errors if c.arms[i] == a])) for a in sorted(set(c.arms.values()))}
         told = {**em.statistics(errors), "arms": arms, **found.bytes.as_dict(), **found.facts}
-        if facts["system"] in UNPREDICTED:
-            tasks = None
-        told |= tasks.measure(found.adapters) if tasks is not None else {}
+        told |= self.tasks.measure(c, found.adapters) if predicted else {}
         row = self.results.add("row", {**facts, **told})
-        words = (
-            f"{row['at'][11:]} N={row['n']} {row['arm']} {row['system']} {row['setting']:g}: {row['lora'] / 1e6:.3f} MB"
-        )
-        words += f", error {row['mean']:.4f}, {row['seconds']:.0f} s"
-        if tasks is not None:
-            words += f", agreement {np.mean(list(row['agreement'].values())):.3f}"
-        print(words, flush=True)
+        words = f"{row['at'][11:]} N={row['n']} {row['arm']} {row['system']} {row['setting']:g}: "
+        words += f"{row['lora'] / 1e6:.3f} MB, error {row['mean']:.4f}, {row['seconds']:.0f} s"
+        print(f"{words}, agreement {np.mean([*row['agreement'].values()]):.3f}" if predicted else words, flush=True)
 
 
 class Tasks:
-    """Held-out text of some of the adapters, and predictions on it, which are kept by the digest of what predicts."""
+    """Held-out text of some of the adapters, and predictions on it."""
 
-    def __init__(self, c: Collection, kept: Path) -> None:
-        import torch
-
-        root, names = c.root, list(c.adapters)[:PREDICTED]
-        self.c, self.encode, self.kept, self.names = c, train_adapters.encoder(), kept, names
-        self.facts = {name: json.loads((root / "tasks" / f"{name}.json").read_text()) for name in names}
-        self.heads = {name: em.tensors_of(root / "adapters" / name) for name in names}
+    def __init__(self, root: Path) -> None:
+        self.root, self.encode = root, train_adapters.encoder()
         self.model = train_adapters.base_model(0).eval()
-        self.layers = {name: m for name, m in self.model.named_modules() if isinstance(m, torch.nn.Linear)}
-        self.base = {name: m.weight.detach().clone() for name, m in self.layers.items()}
-        self.texts = {name: facts["held_out"][::TEXTS] for name, facts in self.facts.items()}
-        kept.mkdir(parents=True, exist_ok=True)
+        self.base = {name: weight.detach().clone() for name, weight in self.model.state_dict().items()}
+        self.facts: dict[str, Line] = {}
+        self.labels: dict[bytes, np.ndarray] = {}  # by the digest of what predicts
+
+    def _facts(self, name: str) -> Line:
+        if name not in self.facts:
+            self.facts[name] = json.loads((self.root / "tasks" / f"{name}.json").read_text())
+            self.facts[name]["head"] = em.tensors_of(self.root / "adapters" / name)
+        return self.facts[name]
+
+    def _texts(self, name: str) -> list[tuple[str, int]]:
+        texts: list[tuple[str, int]] = self._facts(name)["held_out"][::TEXTS]
+        return texts
 
     def predict(self, name: str, adapter: em.Adapter) -> np.ndarray:
         """Labels by the base with dW added, under the adapter's own head."""
-        digest = hashlib.sha256(name.encode())
-        for module, m in sorted(adapter.items()):
-            for x in (module.encode(), np.float64(m.scale).tobytes(), m.a.tobytes(), m.b.tobytes()):
-                digest.update(x)
-        path = self.kept / f"{digest.hexdigest()[:24]}.npy"
-        if not path.exists():
-            labels = self._labels(name, adapter)
-            part = path.with_suffix(f".{time.monotonic_ns()}.part")
-            with part.open("wb") as f:
-                np.save(f, labels)
-            part.rename(path)
-        found: np.ndarray = np.load(path)
-        return found
-
-    def _labels(self, name: str, adapter: em.Adapter) -> np.ndarray:
         import torch
 
-        with torch.inference_mode():
+        digest = hashlib.sha256(name.encode())
+        for module, m in sorted(adapter.items()):
+            for part in (module.encode(), np.float64(m.scale).tobytes(), m.a.tobytes(), m.b.tobytes()):
+                digest.update(part)
+        if digest.digest() not in self.labels:
+            state = dict(self.base)
             for key in ("weight", "bias"):
-                head = torch.from_numpy(self.heads[name][f"base_model.model.classifier.{key}"])
-                getattr(self.model.classifier, key).copy_(head)
-            for module, weight in self.base.items():
-                if module != "classifier":
-                    self.layers[module].weight.copy_(weight)
+                head = self._facts(name)["head"][f"base_model.model.classifier.{key}"]
+                state[f"classifier.{key}"] = torch.from_numpy(head)
             for module, m in adapter.items():
-                self.layers[module].weight.add_(torch.from_numpy((m.scale * (m.b @ m.a)).astype(np.float32)))
-            labels: np.ndarray = self.model(**self.encode([t for t, _ in self.texts[name]])).logits.argmax(1).numpy()
-        return labels
-
-    def originals(self) -> Line:
-        """Accuracies, which are about those of the end of training: dW added to the base is what PEFT computes."""
-        found = {name: self._accuracy(name, self._original(name)) for name in self.names}
-        whole = [self.facts[name]["accuracy"] for name in self.names]
-        if abs(np.mean(list(found.values())) - np.mean(whole)) > 0.04:
-            raise SystemExit(f"accuracy {np.mean(list(found.values())):.3f}, and {np.mean(whole):.3f} when trained")
-        return {"accuracy": found, "texts": sum(map(len, self.texts.values()))}
-
-    def _original(self, name: str) -> np.ndarray:
-        return self.predict(name, self.c.adapters[name])
-
-    def measure(self, adapters: Mapping[str, em.Adapter]) -> Line:
-        labels = {name: self.predict(name, adapters[name]) for name in self.names}
-        agreement = {name: float(np.mean(x == self._original(name))) for name, x in labels.items()}
-        return {"accuracy": {n: self._accuracy(n, found) for n, found in labels.items()}, "agreement": agreement}
+                delta = torch.from_numpy((m.scale * (m.b @ m.a)).astype(np.float32))
+                state[f"{module}.weight"] = state[f"{module}.weight"] + delta
+            self.model.load_state_dict(state)
+            with torch.inference_mode():
+                logits = self.model(**self.encode([t for t, _ in self._texts(name)])).logits
+            self.labels[digest.digest()] = logits.argmax(1).numpy()
+        return self.labels[digest.digest()]
 
     def _accuracy(self, name: str, labels: np.ndarray) -> float:
-        return float(np.mean(labels == np.array([y for _, y in self.texts[name]])))
+        return float(np.mean(labels == np.array([y for _, y in self._texts(name)])))
+
+    def originals(self, c: Collection) -> Line:
+        """Accuracies, which are about those of the end of training: dW added to the base is what PEFT computes."""
+        names = list(c.adapters)[:PREDICTED]
+        found = {name: self._accuracy(name, self.predict(name, c.adapters[name])) for name in names}
+        here, trained = np.mean(list(found.values())), np.mean([self._facts(name)["accuracy"] for name in names])
+        if abs(here - trained) > 0.04:
+            raise SystemExit(f"accuracy {here:.3f}, and {trained:.3f} when trained")
+        return {"accuracy": found, "texts": sum(len(self._texts(name)) for name in names)}
+
+    def measure(self, c: Collection, adapters: Mapping[str, em.Adapter]) -> Line:
+        """Accuracy, and agreement with the original, of each adapter."""
+        names = list(c.adapters)[:PREDICTED]
+        labels = {i: self.predict(i, adapters[i]) for i in names}
+        agreement = {i: float(np.mean(labels[i] == self.predict(i, c.adapters[i]))) for i in names}
+        return {"accuracy": {i: self._accuracy(i, found) for i, found in labels.items()}, "agreement": agreement}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def trained(root: Path) -> list[str]:
+    """Names of the adapters that are there, up to the first gap."""
+    there = sorted(p.name for p in (root / "adapters").glob("task-*"))
+    return [name for i, name in enumerate(there) if name == train_adapters.name_of(i)]
+
+
+def options(doc: str | None) -> argparse.ArgumentParser:
+    """Arguments that scripts/evidence_product.py has, too."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", default=default_run(), help="its name (default: this boot of this machine)")
     parser.add_argument("--results", type=Path, default=BUILD / "evidence.jsonl")
     parser.add_argument("--trained", type=Path, default=BUILD / "trained", help="what train_adapters.py has made")
+    return parser
+
+
+def main() -> None:
+    parser = options(__doc__)
     parser.add_argument("--counts", nargs="+", type=int, default=COUNTS, help="the first N; left out if not there yet")
     parser.add_argument("--tasks", nargs="*", type=int, default=TASKS, help="N at which predictions are made")
     parser.add_argument("--arms", nargs="+", default=["all"], choices=["all", "own", "shared", "long"])
-    parser.add_argument("--systems", nargs="+", help="only these")
+    parser.add_argument("--systems", nargs="+", default=SYSTEMS, help="only these")
     parser.add_argument("--render", type=Path, metavar="FILE.md", help="write tables of the run, and measure nothing")
     args = parser.parse_args()
     results = Results.read(args.results, args.run)
