@@ -327,6 +327,12 @@ def options(doc: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def add_machine(results: Results) -> None:
+    facts = machine()
+    if results.find("machine", **facts) is None:
+        results.add("machine", facts)
+
+
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--counts", nargs="+", type=int, default=COUNTS, help="the first N; left out if not there yet")
@@ -342,9 +348,7 @@ def main() -> None:
         evidence_report.render(results.lines, args.render)
         return
     warnings.filterwarnings("ignore", message="num_components=")  # lorashare and we clamp k
-    facts = machine()
-    if results.find("machine", **facts) is None:
-        results.add("machine", facts)
+    add_machine(results)
     Evidence(args, results).run()
 
 

@@ -20,6 +20,7 @@ sys.path.insert(0, str(SCRIPTS))
 import evidence  # noqa: E402
 import evidence_joint  # noqa: E402
 import evidence_measure as em  # noqa: E402
+import evidence_product  # noqa: E402
 import evidence_report  # noqa: E402
 import train_adapters  # noqa: E402
 
@@ -373,6 +374,28 @@ def test_what_is_added_stays_on_the_bases_of_the_others(tmp_path: Path) -> None:
     assert told["counts"] == [9, 1]
     assert told["added"]["mean"] > told["fitted"]["mean"] > 0.01
     assert told["after"] > told["before"]
+
+
+@pytest.mark.slow
+def test_a_killed_run_comes_out_as_a_whole_one(tmp_path: Path) -> None:
+    c, places = collection(tmp_path, 6), [tmp_path / "a", tmp_path / "b"]
+    for place in places:
+        place.mkdir()
+    sources = Path(c.manifest(tmp_path / "adapters.txt"))
+    told = evidence_product.whole(sources, "-k 3", places[0])
+    again = evidence_product.killed(sources, "-k 3", told["seconds"] / 2, told["digest"], places[1])
+    assert (again["killed"], again["same"], again["bytes"]) == (True, True, told["bytes"])
+
+
+def test_noise_is_a_hundredth_of_each_tensor(tmp_path: Path) -> None:
+    folders = [Path(p) for p in make_collection(tmp_path / "originals", 2)]
+    evidence_product.noisy(folders, 3, tmp_path / "copies")
+    found = sorted((tmp_path / "copies").iterdir())
+    assert len(found) == 6
+    assert len({evidence_product.digest(folder) for folder in found}) == 6
+    x, y = (em.tensors_of(folder) for folder in (folders[0], tmp_path / "copies" / f"{folders[0].name}-2"))
+    for key in x:
+        assert np.linalg.norm(x[key] - y[key]) / np.linalg.norm(x[key]) == pytest.approx(0.01, rel=0.6)
 
 
 def test_what_cannot_be_done_is_told_and_not_raised(tmp_path: Path) -> None:
