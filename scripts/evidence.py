@@ -130,24 +130,22 @@ def peer(c: Collection, system: str, k: int, scratch: Path) -> Found:
     """By lorashare or vlora, of the first N of the folder; vlora keeps no heads: they are counted as they were."""
     out, folder = scratch / "out", c.root / "adapters"
     order = (str(HERE / "bench_peers.py"), system, str(folder), str(out), "-k", str(k), "--adapters")
-    facts = child(scratch, *order, str(len(c.adapters)))
-    found, size = {}, em.bytes_of(out)
+    facts, found = child(scratch, *order, str(len(c.adapters))), {}
+    size = em.bytes_of(out)
     if system == "lorashare":
         from lorashare import SHAREModel
 
         share = SHAREModel.from_pretrained(out)
-        for name in c.adapters:
-            config = json.loads((folder / name / em.CONFIG).read_text())
-            found[name] = em.module_pairs(share.reconstruct(name), config)
-        return Found(found, size, facts)
-    from vlora import SharedSubspace
+    else:
+        from vlora import SharedSubspace
 
-    space = SharedSubspace.load(out)
-    for name, adapter in c.adapters.items():
-        back = space.reconstruct(name)
-        a, b = ({k.removeprefix("base_model.model."): t for k, t in x.items()} for x in (back.lora_a, back.lora_b))
-        found[name] = {m: em.Module(a[m].numpy(), b[m].numpy(), own.scale) for m, own in adapter.items()}
-    size.extras += c.bytes.extras
+        share, size.extras = SharedSubspace.load(out), size.extras + c.bytes.extras
+    for name in c.adapters:
+        back = share.reconstruct(name)
+        if system == "vlora":
+            sides = (("A", back.lora_a), ("B", back.lora_b))
+            back = {f"{layer}.lora_{side}.weight": t for side, tensors in sides for layer, t in tensors.items()}
+        found[name] = em.module_pairs(back, json.loads((folder / name / em.CONFIG).read_text()))
     return Found(found, size, facts)
 
 
@@ -257,59 +255,50 @@ class Tasks:
         self.root, self.encode = root, train_adapters.encoder()
         self.model = train_adapters.base_model(0).eval()
         self.base = {name: weight.detach().clone() for name, weight in self.model.state_dict().items()}
-        self.facts: dict[str, Line] = {}
         self.labels: dict[bytes, np.ndarray] = {}  # by the digest of what predicts
 
     def _facts(self, name: str) -> Line:
-        if name not in self.facts:
-            self.facts[name] = json.loads((self.root / "tasks" / f"{name}.json").read_text())
-            self.facts[name]["head"] = em.tensors_of(self.root / "adapters" / name)
-        return self.facts[name]
-
-    def _texts(self, name: str) -> list[tuple[str, int]]:
-        texts: list[tuple[str, int]] = self._facts(name)["held_out"][::TEXTS]
-        return texts
+        facts: Line = json.loads((self.root / "tasks" / f"{name}.json").read_text())
+        return facts | {"held_out": facts["held_out"][::TEXTS]}
 
     def predict(self, name: str, adapter: em.Adapter) -> np.ndarray:
         """Labels by the base with dW added, under the adapter's own head."""
         import torch
 
-        digest = hashlib.sha256(name.encode())
-        for module, m in sorted(adapter.items()):
-            for part in (module.encode(), np.float64(m.scale).tobytes(), m.a.tobytes(), m.b.tobytes()):
-                digest.update(part)
-        if digest.digest() not in self.labels:
-            state = dict(self.base)
-            for key in ("weight", "bias"):
-                head = self._facts(name)["head"][f"base_model.model.classifier.{key}"]
-                state[f"classifier.{key}"] = torch.from_numpy(head)
+        parts = [(n.encode(), np.float64(m.scale), m.a, m.b) for n, m in sorted(adapter.items())]
+        key = hashlib.sha256(
+            name.encode() + b"".join(n + s.tobytes() + a.tobytes() + b.tobytes() for n, s, a, b in parts)
+        )
+        if key.digest() not in self.labels:
+            state, head = dict(self.base), em.tensors_of(self.root / "adapters" / name)
+            for part in ("classifier.weight", "classifier.bias"):
+                state[part] = torch.from_numpy(head[f"base_model.model.{part}"])
             for module, m in adapter.items():
                 delta = torch.from_numpy((m.scale * (m.b @ m.a)).astype(np.float32))
                 state[f"{module}.weight"] = state[f"{module}.weight"] + delta
             self.model.load_state_dict(state)
             with torch.inference_mode():
-                logits = self.model(**self.encode([t for t, _ in self._texts(name)])).logits
-            self.labels[digest.digest()] = logits.argmax(1).numpy()
-        return self.labels[digest.digest()]
+                logits = self.model(**self.encode([t for t, _ in self._facts(name)["held_out"]])).logits
+            self.labels[key.digest()] = logits.argmax(1).numpy()
+        return self.labels[key.digest()]
 
     def _accuracy(self, name: str, labels: np.ndarray) -> float:
-        return float(np.mean(labels == np.array([y for _, y in self._texts(name)])))
+        return float(np.mean(labels == np.array([y for _, y in self._facts(name)["held_out"]])))
 
     def originals(self, c: Collection) -> Line:
         """Accuracies, which are about those of the end of training: dW added to the base is what PEFT computes."""
-        names = list(c.adapters)[:PREDICTED]
-        found = {name: self._accuracy(name, self.predict(name, c.adapters[name])) for name in names}
-        here, trained = np.mean(list(found.values())), np.mean([self._facts(name)["accuracy"] for name in names])
-        if abs(here - trained) > 0.04:
-            raise SystemExit(f"accuracy {here:.3f}, and {trained:.3f} when trained")
-        return {"accuracy": found, "texts": sum(len(self._texts(name)) for name in names)}
+        facts = {name: self._facts(name) for name in list(c.adapters)[:PREDICTED]}
+        found = {name: self._accuracy(name, self.predict(name, c.adapters[name])) for name in facts}
+        here, then = np.mean(list(found.values())), np.mean([x["accuracy"] for x in facts.values()])
+        if abs(here - then) > 0.04:
+            raise SystemExit(f"accuracy {here:.3f}, and {then:.3f} when trained")
+        return {"accuracy": found, "texts": sum(len(x["held_out"]) for x in facts.values())}
 
     def measure(self, c: Collection, adapters: Mapping[str, em.Adapter]) -> Line:
         """Accuracy, and agreement with the original, of each adapter."""
-        names = list(c.adapters)[:PREDICTED]
-        labels = {i: self.predict(i, adapters[i]) for i in names}
-        agreement = {i: float(np.mean(labels[i] == self.predict(i, c.adapters[i]))) for i in names}
-        return {"accuracy": {i: self._accuracy(i, found) for i, found in labels.items()}, "agreement": agreement}
+        labels = {i: self.predict(i, adapters[i]) for i in list(c.adapters)[:PREDICTED]}
+        agreement = {i: float(np.mean(x == self.predict(i, c.adapters[i]))) for i, x in labels.items()}
+        return {"accuracy": {i: self._accuracy(i, x) for i, x in labels.items()}, "agreement": agreement}
 
 
 def trained(root: Path) -> list[str]:

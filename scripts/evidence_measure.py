@@ -174,11 +174,7 @@ def singular(m: Module) -> tuple[Array, Array, Array]:
 def truncated(adapter: Adapter, budget: float, width: int = 4, scales: int = 0) -> tuple[Adapter, int]:
     """Triples of the SVDs within a budget of bytes, those first that keep most of ||dW||^2 for each byte.
 
-    Args:
-        adapter: the original.
-        budget: bytes.
-        width: bytes of a number.
-        scales: bytes that a triple costs besides.
+    A number has `width` bytes, and a triple costs `scales` besides.
     """
     parts = {name: singular(m) for name, m in adapter.items()}
     costs = {name: width * (len(u) + vt.shape[1]) + scales for name, (u, _, vt) in parts.items()}

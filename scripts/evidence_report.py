@@ -133,7 +133,7 @@ def _task(run: Run) -> Iterator[str]:
         rows[0] += ["1", "0", _both(original), "1", ""]
         rows[1] += ["", "", _both(heads) if heads else "", "", ""]
         for x, cells in zip(shown, rows[2:], strict=True):
-            for y in run.rows(n, system=x["system"], setting=x["setting"]):
+            for y in (y for y in run.rows(n, system=x["system"], setting=x["setting"]) if "agreement" in y):
                 cells += [f"{run.fewer(y):.1f}", _error(y["mean"]), *_predictions(original, y)]
             cells += [""] * (len(columns) - len(cells))
     yield from _table(columns[:11], (x[:11] for x in rows) if shown else ())  # the fall at the largest N alone
@@ -235,7 +235,7 @@ def _claims(run: Run) -> Iterator[tuple[str, float, bool]]:
         same = [x["mean"] / peers[x["setting"]] for x in run.rows(n, system="SHARE") if x["setting"] in peers]
         if same:
             yield f"N = {n:,}: SHARE's mean error over lorashare's at the same k, at most 1", max(same), max(same) <= 1
-    if kills := run.of("kill"):
+    if kills := run.of("kill", killed=True):
         other = sum(not x["same"] for x in kills)
         yield f"{len(kills)} runs killed and resumed: those whose files are not the whole run's", other, other == 0
 
@@ -265,7 +265,9 @@ def _cells(run: Run, x: Line) -> list[str]:
 
 
 def _left(run: Run) -> Iterator[str]:
-    yield from (f"- {x['system']}, {_setting(x)}, N = {x['n']:,}: {x['why']}." for x in run.of("left"))
+    found = run.of("left")
+    yield from (f"- {x['system']}, {_setting(x)}, N = {x['n']:,}: {x['why']}." for x in found)
+    yield from () if found else ("Nothing.",)
 
 
 def _titles(run: Run) -> list[str]:
