@@ -192,60 +192,57 @@ SYSTEMS: dict[str, tuple[Sequence[float], Callable[[Collection, Any, Path], Foun
 }
 
 
-class Evidence:
-    """Measures what is not measured yet."""
-
-    def __init__(self, args: argparse.Namespace, results: Results) -> None:
-        self.args, self.results = args, results
-        self.tasks = Tasks(args.trained)
-
-    def run(self) -> None:
-        heads, names = self.args.trained / "heads.json", trained(self.args.trained)
-        if heads.exists() and self.results.find("heads") is None:
-            self.results.add("heads", {"accuracy": json.loads(heads.read_text())})
-        for n in self.args.counts:
-            if n > len(names):
-                print(f"{n}: left out, there are {len(names)}", flush=True)
-                continue
-            c = Collection.read(self.args.trained, names[:n])
-            for arm in self.args.arms:
-                own = [i for i in names[:n] if arm in ("all", c.arms[i])]
-                if own:
-                    self._measure(arm, c if arm == "all" else Collection.read(self.args.trained, own), n)
-
-    def _measure(self, arm: str, c: Collection, n: int) -> None:
-        facts = {"n": n, "arm": arm}
-        if self.results.find("collection", **facts) is None:
-            self.results.add("collection", {**facts, "adapters": len(c.adapters), **c.bytes.as_dict()})
-        predicted = arm == "all" and n in self.args.tasks
-        if predicted and self.results.find("originals", n=n) is None:
-            self.results.add("originals", {"n": n, **self.tasks.originals(c)})
-        for system in (s for s in SYSTEMS if s in self.args.systems and (arm == "all" or s in ("coded", "SHARE"))):
-            if system != "JD, 8 clusters" or n >= 100:
-                for setting in SYSTEMS[system][0]:
-                    told = {**facts, "system": system, "setting": setting}
-                    if all(self.results.find(kind, **told) is None for kind in ("row", "left")):
-                        self._one(told, c, predicted and system not in UNPREDICTED)
-        for k in (32, 128) if arm == "all" and n >= 100 and "SHARE" in self.args.systems else ():
-            if self.results.find("added", **facts, k=k) is None:
-                with tempfile.TemporaryDirectory() as scratch:
-                    self.results.add("added", {**facts, "k": k, **added(c, k, Path(scratch))})
-
-    def _one(self, facts: Line, c: Collection, predicted: bool) -> None:
+def measured(results: Results, kind: str, facts: Line, work: Callable[[Path], Line]) -> Line:
+    """The line with these facts, measured in a scratch folder if it is not there; a row that cannot be is left out."""
+    line = results.find(kind, **facts) or (results.find("left", **facts) if kind == "row" else None)
+    if line is None:
         with tempfile.TemporaryDirectory() as scratch:
             try:
-                found = SYSTEMS[facts["system"]][1](c, facts["setting"], Path(scratch))
+                line = results.add(kind, {**facts, **work(Path(scratch))})
             except Left as e:
-                self.results.add("left", {**facts, "why": str(e)})
-                return
-        errors = {i: em.dw_error(c.adapters[i], found.adapters[i]) for i in c.adapters}
-        arms = {a: float(np.mean([errors[i] for i in errors if c.arms[i] == a])) for a in sorted(set(c.arms.values()))}
-        told = {**em.statistics(errors), "arms": arms, **found.bytes.as_dict(), **found.facts}
-        told |= self.tasks.measure(c, found.adapters) if predicted else {}
-        row = self.results.add("row", {**facts, **told})
-        words = f"{row['at'][11:]} N={row['n']} {row['arm']} {row['system']} {row['setting']:g}: "
-        words += f"{row['lora'] / 1e6:.3f} MB, error {row['mean']:.4f}, {row['seconds']:.0f} s"
-        print(f"{words}, agreement {np.mean([*row['agreement'].values()]):.3f}" if predicted else words, flush=True)
+                if kind != "row":
+                    raise
+                line = results.add("left", {**facts, "why": str(e)})
+        told = {key: f"{x:.5g}" if isinstance(x, float) else x for key, x in line.items() if not isinstance(x, dict)}
+        print(", ".join(f"{key} {x}" for key, x in told.items() if key not in ("run", "digest")), flush=True)
+    return line
+
+
+def measure(args: argparse.Namespace, results: Results) -> None:
+    """All that is not measured yet."""
+    heads, names, tasks = args.trained / "heads.json", trained(args.trained), Tasks(args.trained)
+    if heads.exists():
+        measured(results, "heads", {}, lambda _: {"accuracy": json.loads(heads.read_text())})
+    for n in (n for n in args.counts if n <= len(names)):
+        everything = Collection.read(args.trained, names[:n])
+        for arm in args.arms:
+            own = [i for i in names[:n] if arm in ("all", everything.arms[i])]
+            if own:
+                c = everything if arm == "all" else Collection.read(args.trained, own)
+                predicted = tasks if arm == "all" and n in args.tasks else None
+                measure_one(results, {"n": n, "arm": arm}, c, args.systems, predicted)
+
+
+def measure_one(results: Results, facts: Line, c: Collection, chosen: Iterable[str], tasks: Tasks | None) -> None:
+    """All systems on one collection; the two forms of ours alone on an arm."""
+    measured(results, "collection", facts, lambda _: {"adapters": len(c.adapters), **c.bytes.as_dict()})
+    if tasks is not None:
+        measured(results, "originals", {"n": facts["n"]}, lambda _: tasks.originals(c))
+    for system in (s for s in SYSTEMS if s in chosen and (facts["arm"] == "all" or s in ("coded", "SHARE"))):
+        for setting in SYSTEMS[system][0] if system != "JD, 8 clusters" or facts["n"] >= 100 else ():
+            work = partial(row, c, system, setting, None if system in UNPREDICTED else tasks)
+            measured(results, "row", {**facts, "system": system, "setting": setting}, work)
+    for k in (32, 128) if facts["arm"] == "all" and facts["n"] >= 100 and "SHARE" in chosen else ():
+        measured(results, "added", {**facts, "k": k}, partial(added, c, k))
+
+
+def row(c: Collection, system: str, setting: float, tasks: Tasks | None, scratch: Path) -> Line:
+    """Bytes, errors and predictions of a system."""
+    found = SYSTEMS[system][1](c, setting, scratch)
+    errors = {i: em.dw_error(c.adapters[i], found.adapters[i]) for i in c.adapters}
+    arms = {a: float(np.mean([errors[i] for i in errors if c.arms[i] == a])) for a in sorted(set(c.arms.values()))}
+    told = {**em.statistics(errors), "arms": arms, **found.bytes.as_dict(), **found.facts}
+    return told | (tasks.predictions(c, found.adapters) if tasks is not None else {})
 
 
 class Tasks:
@@ -294,7 +291,7 @@ class Tasks:
             raise SystemExit(f"accuracy {here:.3f}, and {then:.3f} when trained")
         return {"accuracy": found, "texts": sum(len(x["held_out"]) for x in facts.values())}
 
-    def measure(self, c: Collection, adapters: Mapping[str, em.Adapter]) -> Line:
+    def predictions(self, c: Collection, adapters: Mapping[str, em.Adapter]) -> Line:
         """Accuracy, and agreement with the original, of each adapter."""
         labels = {i: self.predict(i, adapters[i]) for i in list(c.adapters)[:PREDICTED]}
         agreement = {i: float(np.mean(x == self.predict(i, c.adapters[i]))) for i, x in labels.items()}
@@ -338,7 +335,7 @@ def main() -> None:
         return
     warnings.filterwarnings("ignore", message="num_components=")  # lorashare and we clamp k
     add_machine(results)
-    Evidence(args, results).run()
+    measure(args, results)
 
 
 if __name__ == "__main__":

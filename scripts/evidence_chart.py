@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
@@ -15,7 +16,7 @@ LINES = {  # system -> its colour and its name in the legend
     "LoRAQuant": ("#999999", "LoRAQuant"), "int": ("#66a61e", "A and B as int8, int4, int3"),
     "ternary": ("#e6ab02", "ternary (ComPEFT)"),
 }  # fmt: skip
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "evidence", "font.size": 9, "axes.grid": True, "axes.axisbelow": True,
     "grid.color": "#e4e4e4", "axes.spines.top": False, "axes.spines.right": False, "axes.spines.left": False,
     "xtick.bottom": False, "ytick.left": False, "legend.frameon": False,

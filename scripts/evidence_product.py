@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +22,7 @@ import evidence
 import evidence_measure as em
 import numpy as np
 from bench import Results
-from evidence import Line, child
+from evidence import Line, child, measured
 from safetensors.numpy import load_file, save_file
 
 FORMS = ("--max-error 0.25", "-k 32")  # options of compress
@@ -71,16 +71,6 @@ def noisy(folders: Sequence[Path], copies: int, root: Path) -> None:
         out.mkdir(parents=True)
         save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
         shutil.copy(source / em.CONFIG, out)
-
-
-def measured(results: Results, kind: str, facts: Line, work: Callable[[Path], Line]) -> Line:
-    """The row with these facts, measured if it is not there."""
-    line = results.find(kind, **facts)
-    if line is None:
-        with tempfile.TemporaryDirectory() as scratch:
-            line = results.add(kind, {**facts, **work(Path(scratch))})
-        print(*(f"{key} {value}" for key, value in line.items() if key not in ("run", "digest")), sep=", ", flush=True)
-    return line
 
 
 def main() -> None:

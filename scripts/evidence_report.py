@@ -50,8 +50,8 @@ class Run:
 
     def fewer(self, row: Line, everything: bool = False) -> float:
         """Times smaller: LoRA's bytes with what is needed to read it, or all."""
-        about = self.about(row)
-        return sum(about[part] for part in (PARTS if everything else ("lora",))) / size(row, everything)
+        whole = sum(self.about(row)[part] for part in (PARTS if everything else ("lora",)))
+        return float(whole / size(row, everything))
 
     def coded(self, row: Line) -> float | None:
         """Bytes of coded adapters at the mean error of a row."""

@@ -232,7 +232,7 @@ def train(number: int, task: tuple[str, ...], root: Path) -> str:
     facts["accuracy"] = accuracy(model, encode, facts["held_out"])
     part = root / f".{name}"
     shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part)
+    model.save_pretrained(str(part))
     (part / "README.md").unlink(missing_ok=True)
     config = part / "adapter_config.json"  # the base by a name, and not where it is installed
     plain = json.loads(config.read_text()) | {"base_model_name_or_path": "sentence-transformers/all-MiniLM-L6-v2"}
