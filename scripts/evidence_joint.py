@@ -28,9 +28,8 @@ def _first(left: Array, right: Array, k: int) -> Array:
     return np.linalg.eigh(moment.astype(np.float64))[1][:, -k:].astype(np.float32)
 
 
-def _improved(b: Array, a: Array, bases: tuple[Array, Array]) -> tuple[Array, Array]:
-    """U (d_out, k) and V (d_in, k) of b_i a_i' after a step of power iteration of each, given the other."""
-    u, v = bases
+def _improved(b: Array, a: Array, u: Array, v: Array) -> tuple[Array, Array]:
+    """U (d_out, k) and V (d_in, k) of b_i a_i' after some steps of power iteration of each, given the other."""
     for _ in range(STEPS):
         av = a.mT @ v
         u = np.linalg.qr(_moment(b @ (av @ av.mT), b) @ u)[0]
@@ -39,9 +38,19 @@ def _improved(b: Array, a: Array, bases: tuple[Array, Array]) -> tuple[Array, Ar
     return u, v
 
 
+def _cores(side: tuple[Array, Array], bases: tuple[Array, Array]) -> Array:
+    """S_i = U' b_i a_i' V, (n, k, k)."""
+    cores: Array = (bases[0].T @ side[0]) @ (side[1].mT @ bases[1])
+    return cores
+
+
+def _half(x: Array) -> Array:
+    return x.astype(np.float16).astype(np.float32)
+
+
 def joint(adapters: Mapping[str, em.Adapter], k: int, clusters: int = 1) -> tuple[dict[str, em.Adapter], int]:
     """What comes back, all numbers rounded to float16, and their bytes; all adapters are of one shape."""
-    norms = {i: float(np.linalg.norm([m.norm for m in x.values()])) or 1.0 for i, x in adapters.items()}
+    norms = {i: em.norm(x) or 1.0 for i, x in adapters.items()}
     sides = {
         name: (
             np.stack([x[name].scale / norms[i] * x[name].b for i, x in adapters.items()]).astype(np.float32),
@@ -51,29 +60,20 @@ def joint(adapters: Mapping[str, em.Adapter], k: int, clusters: int = 1) -> tupl
     }
     cluster = np.random.default_rng(SEED).integers(clusters, size=len(adapters))
     start = {m: (_first(b, a, k), _first(a, b, k)) for m, (b, a) in sides.items()}
-    fitted = {c: dict(start) for c in range(clusters)}
+    fitted = [dict(start) for _ in range(clusters)]
     for left in reversed(range(ROUNDS)):
         for c in set(cluster.tolist()):
-            own = {m: (b[cluster == c], a[cluster == c]) for m, (b, a) in sides.items()}
-            fitted[c] = {m: _improved(*side, fitted[c][m]) for m, side in own.items()}
+            own = cluster == c
+            fitted[c] = {m: _improved(b[own], a[own], *fitted[c][m]) for m, (b, a) in sides.items()}
         if clusters > 1 and left:
             kept = [
-                sum(np.linalg.norm(_cores(sides[m], x[m]), axis=(1, 2)) ** 2 for m in sides) for x in fitted.values()
+                sum(np.linalg.norm(_cores(side, x[m]), axis=(1, 2)) ** 2 for m, side in sides.items()) for x in fitted
             ]
             cluster = np.argmax(kept, axis=0)
-    used = set(cluster.tolist())
-    half = {c: {m: [x.astype(np.float16).astype(np.float32) for x in uv] for m, uv in fitted[c].items()} for c in used}
-    back: dict[str, em.Adapter] = {}
+    back: dict[str, em.Adapter] = {name: {} for name in adapters}
     for n, (name, c) in enumerate(zip(adapters, cluster.tolist(), strict=True)):
-        back[name] = {}
         for m, (b, a) in sides.items():
-            core = _cores((b[n : n + 1], a[n : n + 1]), fitted[c][m])[0].astype(np.float16).astype(np.float32)
-            u, v = half[c][m]
-            back[name][m] = em.Module(v.T, u @ core, norms[name])
-    numbers = sum(x.size for c in used for uv in half[c].values() for x in uv)
+            core = _half(_cores((b[n : n + 1], a[n : n + 1]), fitted[c][m])[0])
+            back[name][m] = em.Module(_half(fitted[c][m][1]).T, _half(fitted[c][m][0]) @ core, norms[name])
+    numbers = sum(x.size for c in set(cluster.tolist()) for uv in fitted[c].values() for x in uv)
     return back, 2 * (numbers + len(adapters) * (1 + k * k * len(sides))) + len(adapters) * (clusters > 1)
-
-
-def _cores(side: tuple[Array, Array], bases: tuple[Array, Array]) -> Array:
-    """S_i = U' b_i a_i' V, (n, k, k)."""
-    return (bases[0].T @ side[0]) @ (side[1].mT @ bases[1])

