@@ -35,7 +35,9 @@ from bench import HERE, Results, _process, default_run, machine
 BUILD = HERE.parent / "build" / "evidence"
 COUNTS, TASKS = (10, 32, 100, 316, 1000), (32, 1000)
 PREDICTED, TEXTS = 64, 2  # the first so many adapters, on every second of their held-out texts
-UNPREDICTED = ("SHARE factors", "SHARE bfloat16", "SVD")
+UNPREDICTED = ("coded, directions", "SHARE factors", "SHARE bfloat16", "SVD")
+OURS = ("coded", "coded, directions", "SHARE")
+ADDED = ("-k 32", "-k 128", "--max-error 0.25", "--max-error 0.25 --directions")  # by what the last tenth is added
 AGREES = 1e-3  # our certificate with what is measured here
 LIMIT_SECONDS, LIMIT_BYTES = 3600.0, 12 << 30  # of a child
 Line = dict[str, Any]
@@ -108,16 +110,20 @@ def opened(out: Path, c: Collection, facts: Line) -> Found:
     apart = max(abs(errors[name] - share.certified(name)["relative_error"]) for name in names)
     if apart > AGREES:
         raise SystemExit(f"{out}: a certificate is {apart:.1e} off")
-    return Found(found, em.bytes_of(out), {**facts, "apart": apart})
+    size, directions = em.bytes_of(out), 0
+    if share.config.coded:  # they lie among what is verbatim
+        directions = share.config.ours["bytes"].get("basis", 0)
+        size += em.Bytes(lora=directions, extras=-directions)
+    return Found(found, size, {**facts, "apart": apart, "directions": directions})
 
 
-def added(c: Collection, k: int, scratch: Path) -> Line:
-    """What the last tenth costs on bases of the others, and how far off it is."""
+def added(c: Collection, options: Sequence[str], scratch: Path) -> Line:
+    """What the last tenth costs on bases, or directions, of the others, and how far off it is."""
     names = list(c.adapters)
     cut = len(names) - -(-len(names) // 10)
-    fitted = ours(c, ("-k", str(k)), scratch, names[:cut])
+    fitted = ours(c, options, scratch, names[:cut])
     late = c.manifest(scratch / "late.txt", names[cut:])
-    order = ("add", str(scratch / "out"), late, "--variance", "1e-6", "--workers", "1", "-q")
+    order = ("add", str(scratch / "out"), late, "--variance", "1e-6", "--workers", "1", "-q")  # whatever bases keep
     found = opened(scratch / "out", c, child(scratch, "-m", "lorashare_stream", *order))
     sizes = {when: sum(x.bytes.as_dict().values()) for when, x in (("before", fitted), ("after", found))}
     errors = {name: em.dw_error(c.adapters[name], x) for name, x in found.adapters.items()}
@@ -177,6 +183,7 @@ def _truncated(ratio: int, adapter: em.Adapter, whole: bool = True) -> tuple[em.
 # Each with its settings (a limit, k, how many times fewer bytes, bits, a density); what matters first
 SYSTEMS: dict[str, tuple[Sequence[float], Callable[[Collection, Any, Path], Found]]] = {
     "coded": ((0.05, 0.1, 0.25, 0.4, 0.55, 0.7), lambda c, x, s: ours(c, ("--max-error", str(x)), s)),
+    "coded, directions": ((0.1, 0.25, 0.4), lambda c, x, s: ours(c, ("--max-error", str(x), "--directions"), s)),
     "SHARE": ((8, 16, 32, 64, 128, 256), lambda c, k, s: ours(c, ("-k", str(k)), s)),
     "lorashare": ((32, 128), lambda c, k, s: peer(c, "lorashare", k, s)),
     "JD": ((16, 32, 64), lambda c, k, _: computed(c, lambda: evidence_joint.joint(c.adapters, k))),
@@ -224,16 +231,16 @@ def measure(args: argparse.Namespace, results: Results) -> None:
 
 
 def measure_one(results: Results, facts: Line, c: Collection, chosen: Iterable[str], tasks: Tasks | None) -> None:
-    """All systems on one collection; the two forms of ours alone on an arm."""
+    """All systems on one collection; our forms alone on an arm."""
     measured(results, "collection", facts, lambda _: {"adapters": len(c.adapters), **c.bytes.as_dict()})
     if tasks is not None:
         measured(results, "originals", {"n": facts["n"]}, lambda _: tasks.originals(c))
-    for system in (s for s in SYSTEMS if s in chosen and (facts["arm"] == "all" or s in ("coded", "SHARE"))):
+    for system in (s for s in SYSTEMS if s in chosen and (facts["arm"] == "all" or s in OURS)):
         for setting in SYSTEMS[system][0] if system != "JD, 8 clusters" or facts["n"] >= 100 else ():
             work = partial(row, c, system, setting, None if system in UNPREDICTED else tasks)
             measured(results, "row", {**facts, "system": system, "setting": setting}, work)
-    for k in (32, 128) if facts["arm"] == "all" and facts["n"] >= 100 and "SHARE" in chosen else ():
-        measured(results, "added", {**facts, "k": k}, partial(added, c, k))
+    for told in ADDED if facts["arm"] == "all" and facts["n"] >= 100 and "SHARE" in chosen else ():
+        measured(results, "added", {**facts, "options": told}, partial(added, c, told.split()))
 
 
 def row(c: Collection, system: str, setting: float, tasks: Tasks | None, scratch: Path) -> Line:

@@ -20,14 +20,21 @@ Curve = list[tuple[float, float]]  # mean error, bytes
 BLOCK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 COMPUTED = ("int", "SVD", "JD", "ternary", "LoRAQuant")  # begins of systems whose numbers alone are counted
 SHOWN: dict[str, tuple[float, ...]] = {  # settings whose predictions are on the page, systems in the order of tables
-    "coded": (0.1, 0.25, 0.4, 0.55, 0.7), "SHARE": (32, 128), "SHARE factors": (), "SHARE bfloat16": (),
+    "coded": (0.1, 0.25, 0.4, 0.55, 0.7), "coded, directions": (), "SHARE": (32, 128), "SHARE factors": (), "SHARE bfloat16": (),
     "lorashare": (32,), "vlora": (32,), "JD": (32,), "JD, 8 clusters": (16,), "SVD": (), "SVD, int8": (16, 32),
     "int": (3, 4), "ternary": (0.5,), "LoRAQuant": (2.8,),
 }  # fmt: skip
-ORDER = list(SHOWN)
+ORDER, OWN = list(SHOWN), ("coded", "coded, directions")
 GROWN = {"SHARE": (8, 32, 128), "JD": (32,), "JD, 8 clusters": (16,), "lorashare": (32,)}  # k, of N
 BY_ARM = (8, 32, 128)  # k of SHARE
-SETTINGS = {"coded": "E = {:g}", "SVD": "1/{:g}", "SVD, int8": "1/{:g}", "int": "{:g} bits", "ternary": "density {:g}"}
+SETTINGS = {
+    "coded": "E = {:g}",
+    "coded, directions": "E = {:g}",
+    "SVD": "1/{:g}",
+    "SVD, int8": "1/{:g}",
+    "int": "{:g} bits",
+    "ternary": "density {:g}",
+}
 PARTS = ("lora", "verbatim", "extras", "other")
 
 
@@ -160,7 +167,7 @@ def _grown(run: Run) -> Iterator[list[str]]:
         yield [system, str(k), *(run.beside(found[n]) if n in found else "" for n in run.counts), free]
 
 
-def _rates(run: Run, systems: Iterable[str] = ORDER[1:]) -> Iterator[str]:
+def _rates(run: Run, systems: Iterable[str] = ORDER[2:]) -> Iterator[str]:
     cells = [[system, *(_rated(run, n, system) for n in run.counts)] for system in systems]
     yield from _table(["system", *_titles(run)], (x for x in cells if any(x[1:])))
 
@@ -180,13 +187,16 @@ def _arms(run: Run) -> Iterator[str]:
 
 
 def _shared(run: Run) -> Iterator[str]:
-    counts, rows = sorted({x["n"] for x in run.of("shared")}), []
-    for arm, limit in sorted({(x["arm"], x["limit"]) for x in run.of("shared")}):
-        own = {x["n"]: x for x in run.of("shared", arm=arm, limit=limit)}
-        told = {n: (1 - (x["with"] + x["directions"]) / x["alone"], x["k"], x["later"]) for n, x in own.items()}
-        rows.append(
-            [arm, f"{limit:g}", *("{:.1%} ({:.0f}); {:.1%}".format(*told[n]) if n in told else "" for n in counts)]
-        )
+    """What directions save of the bytes of codes, their own counted."""
+    counts, rows = sorted({x["n"] for x in run.of("row", system="coded, directions")}), []
+    for arm, limit in sorted({(x["arm"], x["setting"]) for x in run.of("row", system="coded, directions")}):
+        cells = [arm, f"{limit:g}"]
+        for n in counts:
+            both = [run.rows(n, arm, system=s, setting=limit) for s in ("coded", "coded, directions")]
+            alone, on = (x[0] if x else None for x in both)
+            told = "" if alone is None or on is None else f"{1 - on['lora'] / alone['lora']:.1%}"
+            cells.append(told + (f" ({on['directions'] / on['lora']:.1%})" if told and on is not None else ""))
+        rows.append(cells)
     yield from _table(["arm", "E", *(f"N = {n:,}" for n in counts)], rows)
 
 
@@ -196,8 +206,8 @@ def _added(run: Run, least: int = 0) -> Iterator[str]:
         fit, late = x["counts"]
         sizes = [f"{x['before'] / fit:,.0f}", f"{(x['after'] - x['before']) / late:,.0f}"]
         errors = [f"{_error(x[part]['mean'])} ({_error(x[part]['max'])})" for part in ("fitted", "added")]
-        rows.append([f"{fit} + {late}", str(x["k"]), *sizes, *errors])
-    yield from _table(["N", "k", "bytes an adapter, fitted", "added", "error, fitted", "added"], rows)
+        rows.append([f"{fit} + {late}", f"`{x['options']}`", *sizes, *errors])
+    yield from _table(["N", "`compress`", "bytes an adapter, fitted", "added", "error, fitted", "added"], rows)
 
 
 def _product(run: Run) -> Iterator[str]:
@@ -224,7 +234,7 @@ def _claims(run: Run) -> Iterator[tuple[str, float, bool]]:
     yield "certified errors are what is measured, to 1e-5", apart, apart <= 1e-5
     for n in run.counts[-1:]:
         rivals = {
-            f"{x['system']} {_setting(x)}": (size(x), run.coded(x)) for x in run.rows(n) if x["system"] != "coded"
+            f"{x['system']} {_setting(x)}": (size(x), run.coded(x)) for x in run.rows(n) if x["system"] not in OWN
         }
         times = {name: own / coded for name, (own, coded) in rivals.items() if coded is not None}
         if times:
@@ -300,7 +310,7 @@ def _mb(value: float) -> str:
 
 TABLES: dict[str, Callable[[Run], Iterator[str]]] = {
     "task": _task, "growth": _growth, "arms": _arms, "shared": _shared, "product": _product, "checks": _checks,
-    "rates": lambda run: _rates(run, (system for system in ORDER[1:] if SHOWN[system])), "all_rates": _rates,
+    "rates": lambda run: _rates(run, (system for system in ORDER[2:] if SHOWN[system])), "all_rates": _rates,
     "added": lambda run: _added(run, max((x["n"] for x in run.of("added")), default=0)), "all_added": _added,
     "rows": _rows, "left": _left, "machine": lambda run: bench_report._machine(run.lines),
 }  # fmt: skip
