@@ -20,7 +20,8 @@ Curve = list[tuple[float, float]]  # mean error, bytes
 BLOCK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 COMPUTED = ("int", "SVD", "JD", "ternary", "LoRAQuant")  # begins of systems whose numbers alone are counted
 SHOWN: dict[str, tuple[float, ...]] = {  # settings whose predictions are on the page, systems in the order of tables
-    "coded": (0.1, 0.25, 0.4, 0.55, 0.7), "coded, directions": (), "SHARE": (32, 128), "SHARE factors": (), "SHARE bfloat16": (),
+    "coded": (0.1, 0.25, 0.4, 0.55, 0.7), "coded, directions": (), "SHARE": (32, 128), "SHARE factors": (),
+    "SHARE bfloat16": (),
     "lorashare": (32,), "vlora": (32,), "JD": (32,), "JD, 8 clusters": (16,), "SVD": (), "SVD, int8": (16, 32),
     "int": (3, 4), "ternary": (0.5,), "LoRAQuant": (2.8,),
 }  # fmt: skip

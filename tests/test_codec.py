@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import tracemalloc
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +25,13 @@ from lorashare_stream.adapters.scaling import Scaling
 from lorashare_stream.checkpoint.coded_reader import DECODED_BYTES, _modules
 from lorashare_stream.checkpoint.index import CodedAdapter, Location, Pack
 from lorashare_stream.codec.code import AdapterCode, Batch, Subject, decoded
-from lorashare_stream.codec.entropy import Decoder, Encoder, kinds_of
-from lorashare_stream.codec.factors import CodedModule, groups_of, rounded, shapes_of
+from lorashare_stream.codec.directions import ALONE, Basis, Shared, as_bytes, from_bytes
+from lorashare_stream.codec.entropy import Decoder, Encoder, bits_in
+from lorashare_stream.codec.factors import CodedModule, groups_of, layouts_of, rounded
 from lorashare_stream.codec.quantiser import HIGHEST, LOWEST, TABLES, WHOLE, low_bits, table
 from lorashare_stream.codec.rate import curve_of, step_for
 from lorashare_stream.codec.search import COARSEST, FINEST, WIDTH, likely_step, search
-from lorashare_stream.codec.stream import Group, decode, encode
+from lorashare_stream.codec.stream import Group, Layout, columns_of, decode, encode
 from lorashare_stream.errors import CheckpointError
 from lorashare_stream.machine import memory
 
@@ -67,7 +69,9 @@ def factors(
     return Factors(size * rng.standard_normal((experts * r, d_in)), size * b, scale, experts)
 
 
-def subject_of(adapter: Mapping[str, Factors], dtype: str = "F32") -> tuple[Subject, dict[str, Factors]]:
+def subject_of(
+    adapter: Mapping[str, Factors], dtype: str = "F32", shared: Shared = ALONE
+) -> tuple[Subject, dict[str, Factors]]:
     """An adapter as the codec takes it, and what it is, in values of its dtype."""
     modules, batches, truth = [], [], {}
     for name, f in adapter.items():
@@ -75,7 +79,26 @@ def subject_of(adapter: Mapping[str, Factors], dtype: str = "F32") -> tuple[Subj
         truth[name] = Factors(a, b, f.scale, f.experts)
         modules.append(CodedModule(name, len(a), len(b), a.shape[1], f.scale, f.experts, dtype, dtype))
         batches.append(Batch(modules[-1:], a[None], b[None], [Scaling(f.scale, f.experts)]))
-    return Subject.of(modules, batches), truth
+    return Subject.of(modules, batches, shared), truth
+
+
+def shared_of(adapter: Mapping[str, Factors], how: str) -> Shared:
+    """Directions of some sides of its modules: none, random ones, or those of its own columns and others of other d."""
+    if how == "none":
+        return ALONE
+    rng, found = np.random.default_rng(len(adapter)), {}
+    for i, (name, f) in enumerate(adapter.items()):
+        for side, columns in (("A", f.a.T), ("B", f.b)):
+            d = len(columns) + (how == "others" and i % 2)
+            own = columns if how == "own" else rng.standard_normal((d, 1 + (i + d) % 5))
+            u, values, _ = np.linalg.svd(own.astype(np.float64), full_matrices=False)
+            trace = float(np.sum(values**2))
+            if trace and (i + (side == "A")) % 3:
+                found[f"{name}:{side}"] = Basis.of(u, (values[: 1 + i] ** 2).tolist(), trace)
+    return found
+
+
+shares = st.sampled_from(["none", "random", "own", "others"])
 
 
 def certificate(coded: AdapterCode) -> float:
@@ -83,10 +106,12 @@ def certificate(coded: AdapterCode) -> float:
     return float(np.sqrt(sum(e.error for e in errors) / sum(e.norm for e in errors)))
 
 
-def measured(code: bytes, modules: Sequence[CodedModule], truth: Mapping[str, Factors]) -> float:
+def measured(
+    code: bytes, modules: Sequence[CodedModule], truth: Mapping[str, Factors], shared: Shared = ALONE
+) -> float:
     """||dW - dW^|| / ||dW|| of what comes back of a code, each dW formed."""
     error = norm = 0.0
-    for m, a, b in decoded(code, modules):
+    for m, a, b in decoded(code, modules, shared):
         assert (a.shape, b.shape) == ((m.rank, m.d_in), (m.d_out, m.rank))
         error += np.sum((truth[m.name].delta - delta_of(np.asarray(a), np.asarray(b), m.scale, m.experts)) ** 2)
         norm += np.sum(truth[m.name].delta ** 2)
@@ -115,21 +140,22 @@ adapters = st.builds(
 )  # fmt: skip
 
 
-@given(adapters, st.sampled_from(LIMITS), st.sampled_from(["F32", "F32", "BF16", "F16", "F64"]))
+@given(adapters, st.sampled_from(LIMITS), st.sampled_from(["F32", "F32", "BF16", "F16", "F64"]), shares)
 def test_every_adapter_is_within_its_limit_as_its_certificate_says(
-    adapter: dict[str, Factors], limit: float, dtype: str
+    adapter: dict[str, Factors], limit: float, dtype: str, how: str
 ) -> None:
     if dtype == "F16":
         adapter = {name: Factors(f.a, f.b) for name, f in adapter.items() if f.experts == 1} or {"m": adapter["m0"]}
-    subject, truth = subject_of(adapter, dtype)
+    shared = shared_of(adapter, how)
+    subject, truth = subject_of(adapter, dtype, shared)
     coded = subject.within(limit)
     if coded is None:
         assert dtype in ("BF16", "F16")
         assert limit < 0.02
         return
     assert certificate(coded) <= limit
-    assert measured(coded.code, subject.modules, truth) == pytest.approx(certificate(coded), abs=1e-6)
-    again, _ = subject_of(adapter, dtype)
+    assert measured(coded.code, subject.modules, truth, shared) == pytest.approx(certificate(coded), abs=1e-6)
+    again, _ = subject_of(adapter, dtype, shared)
     assert again.within(limit) == coded
 
 
@@ -167,14 +193,14 @@ def bits_of(values: np.ndarray, most: int, rise: float, fall: float, center: int
     return float(-np.log2((weights / weights.sum())[np.asarray(values) + most]).sum())
 
 
-def length_of(groups: Sequence[Group]) -> float:
+def length_of(groups: Sequence[Group], layouts: Sequence[Layout]) -> float:
     """Bytes of a code by its tables: of the integers in their classes, of the classes, and of how many columns."""
     bits, wide = 0.0, HIGHEST - LOWEST
-    for group in groups:
-        r, d_out, d_in = group.shape
-        live = group.left.any(axis=-1)
+    for group, layout in zip(groups, layouts, strict=True):
+        (r, d_out, d_in), live = layout.shape, group.left.live
         counts = live.sum(axis=-1)
-        (left, of_left), (right, of_right) = (kinds_of(side[live]) for side in (group.left, group.right))
+        sides = [columns_of(side, axes, live) for side, axes in zip(group, layout.axes, strict=True)]
+        (left, of_left), (right, of_right) = sides
         bits += of_left.sum() + of_right.sum() + bits_of(np.diff(counts, prepend=0), r, 0.45, 0.45)
         begins = np.zeros(len(left), bool)
         begins[(np.cumsum(counts) - counts)[counts > 0]] = True
@@ -185,26 +211,86 @@ def length_of(groups: Sequence[Group]) -> float:
     return 8 + bits / 8
 
 
-@given(adapters, st.sampled_from(LIMITS))
+@given(adapters, st.sampled_from(LIMITS), shares)
 def test_the_integers_come_back_and_their_bytes_are_those_of_the_tables(
-    adapter: dict[str, Factors], limit: float
+    adapter: dict[str, Factors], limit: float, how: str
 ) -> None:
-    subject, _ = subject_of(adapter)
+    subject, _ = subject_of(adapter, shared=shared_of(adapter, how))
     trial = subject.attempt(likely_step(subject.pairs, subject.norm, limit))[0]
-    groups = groups_of(subject.modules, subject._integers(trial))
-    code = encode(groups, 0.25)
-    back, step = decode(code, shapes_of(subject.modules))
+    groups, layouts = groups_of(subject.modules, subject._integers(trial)), layouts_of(subject.modules, subject.shared)
+    code = encode(groups, layouts, 0.25)
+    back, step = decode(code, layouts)
     if not code:
-        assert not any(group.left.any() for group in groups)
+        assert not any(group.left.live.any() for group in groups)
         return
     assert step == 0.25
     for group, other in zip(groups, back, strict=True):
-        live, there = group.left.any(axis=-1), other.left.any(axis=-1)  # zeros come last
+        live, there = group.left.live, other.left.live  # zeros come last
         assert np.array_equal(live.sum(axis=-1), there.sum(axis=-1))
-        assert np.array_equal(group.left[live], other.left[there])
-        assert np.array_equal(group.right[live], other.right[there])
-        assert not other.right[~there].any()
-    assert abs(len(code) - length_of(groups)) <= 8
+        for side, found in zip(group, other, strict=True):
+            assert np.array_equal(side.rest[live], found.rest[there])
+            assert np.array_equal(side.loadings[live], found.loadings[there])
+            assert not found.only(~there).live.any()
+    loose = 0 if how == "none" else 8 + len(code) / 20  # bits of loadings of wide classes are estimates
+    assert abs(len(code) - length_of(groups, layouts)) <= 8 + loose
+
+
+@given(st.integers(1, 20), st.integers(LOWEST, HIGHEST), st.integers(0, 1 << 20))
+def test_the_bits_of_single_integers_are_those_of_their_class(count: int, kind: int, seed: int) -> None:
+    sigma = 2.0 ** (kind / 4)
+    values = np.rint(sigma * np.random.default_rng(seed).standard_normal(count)).astype(np.float32)
+    bits = bits_in(values, np.full(count, kind))
+    exact = np.log2(np.maximum(sigma, 1.0)) + 0.72 * (values / sigma) ** 2 + 1.33
+    assert np.all(bits < exact + 2 + np.log2(1 + np.abs(values)))
+    assert np.all(bits >= 0)
+
+
+@given(adapters, st.sampled_from(["random", "own", "others"]))
+def test_directions_come_back_from_their_bytes(adapter: dict[str, Factors], how: str) -> None:
+    shared = shared_of(adapter, how)
+    back = from_bytes(as_bytes(shared), 1 << 20)
+    assert back.keys() == shared.keys()
+    for group, basis in shared.items():
+        assert np.array_equal(back[group].numbers, basis.numbers)
+        assert np.array_equal(back[group].offsets, basis.offsets)
+        assert np.allclose(np.linalg.norm(basis.vectors, axis=1), 1, atol=0.25)  # of few numbers each is coarse
+    assert as_bytes(back) == as_bytes(shared)
+
+
+def test_what_adapters_share_takes_fewer_bytes_on_its_directions() -> None:
+    rng, common = np.random.default_rng(0), factors(0, 4, 200, 300)
+    some = [Factors(common.a + 0.1 * rng.standard_normal((4, 300)), rng.standard_normal((200, 4))) for _ in range(8)]
+    rows = np.linalg.svd(np.vstack([f.a for f in some]), full_matrices=False)
+    shared = {"q:A": Basis.of(rows[2].T, (rows[1][:4] ** 2).tolist(), float(np.sum(rows[1] ** 2)))}
+    for f in some:
+        alone, on = (subject_of({"q": f}, shared=s)[0].within(0.1) for s in (ALONE, shared))
+        assert alone is not None
+        assert on is not None
+        assert len(on.code) < 0.75 * len(alone.code)
+
+
+def test_a_column_that_is_a_direction_has_no_rest() -> None:
+    rng = np.random.default_rng(0)
+    q = np.linalg.qr(rng.standard_normal((64, 2)))[0]
+    adapter = {"q": Factors(q.T, rng.standard_normal((48, 2)))}
+    subject, truth = subject_of(adapter, shared={"q:A": Basis.of(q, [1.0, 1.0], 2.0)})
+    coded = subject.within(0.25)
+    assert coded is not None
+    right = subject.attempt(coded.step)[0][0].right
+    assert right.loadings.any()
+    assert not right.rest.any()
+    assert measured(coded.code, subject.modules, truth, subject.shared) <= 0.25
+
+
+@pytest.mark.parametrize("lie", [
+    {"q:A": [0, [[0, 0]]]}, {"q:A": [1 << 30, [[0, 0]]]}, {"q:A": [64, [[0, HIGHEST + 1]]]}, {"q:A": [64, [[0]]]},
+    {"q:A": [64, [[LOWEST - 1, 0]]]}, {"q:A": "64"}, [], {"q:A": [1 << 20, [[0, 0]] * 64]},
+])  # fmt: skip
+def test_directions_that_lie_are_an_error(lie: Any) -> None:
+    header = zlib.compress(json.dumps(lie).encode())
+    for stored in (struct.pack("<I", len(header)) + header + bytes(40), struct.pack("<I", 1 << 30) + header[:9], b"ab"):
+        with pytest.raises(CheckpointError, match="directions"):
+            from_bytes(stored, 1 << 22)
 
 
 @given(adapters, st.sampled_from([0.05, 0.25]), st.randoms(use_true_random=False))
@@ -230,21 +316,26 @@ def test_the_gauge_of_a_and_b_changes_no_error_and_1_percent_of_the_bytes(
     )  # a step 1 % coarser is another, of few numbers
 
 
+@pytest.mark.parametrize("how", ["none", "own"])
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
-def test_codes_and_what_comes_back_are_the_same_for_every_kernel(tmp_path: Path, dtype: str) -> None:
+def test_codes_and_what_comes_back_are_the_same_for_every_kernel(tmp_path: Path, dtype: str, how: str) -> None:
     rng = np.random.default_rng(0)
     adapter = {"q": factors(rng, 8, 64, 96), "v": factors(rng, 4, 32, 96, -0.5, 3), "o": factors(rng, 16, 8, 4)}
-    subject, _ = subject_of(adapter, dtype)
+    shared = shared_of(adapter, how)
+    subject, _ = subject_of(adapter, dtype, shared)
     coded = subject.within(0.1)
     assert coded is not None
     (tmp_path / "code").write_bytes(coded.code)
-    here = digest(*(side for _, a, b in decoded(coded.code, subject.modules) for side in (a, b)))
+    (tmp_path / "directions").write_bytes(as_bytes(shared))
+    here = digest(*(side for _, a, b in decoded(coded.code, subject.modules, shared) for side in (a, b)))
     there = (
         "import sys, json, hashlib; from pathlib import Path; import numpy as np\n"
         "from lorashare_stream.codec.code import decoded\n"
+        "from lorashare_stream.codec.directions import from_bytes\n"
         "from lorashare_stream.codec.factors import CodedModule\n"
         "modules = [CodedModule(*row) for row in json.loads(sys.argv[2])]\n"
-        "sides = [x for _, a, b in decoded(Path(sys.argv[1]).read_bytes(), modules) for x in (a, b)]\n"
+        "shared = from_bytes(Path(sys.argv[1]).with_name('directions').read_bytes(), 1 << 20)\n"
+        "sides = [x for _, a, b in decoded(Path(sys.argv[1]).read_bytes(), modules, shared) for x in (a, b)]\n"
         "print(hashlib.sha256(b''.join(np.ascontiguousarray(x).tobytes() for x in sides)).hexdigest()[:16])"
     )
     command = [sys.executable, "-c", there, str(tmp_path / "code"), json.dumps(subject.modules)]
@@ -440,15 +531,18 @@ MODULES = [
 ]
 
 
-def a_code() -> bytes:
+def a_code(how: str = "none") -> tuple[bytes, Shared]:
     rng = np.random.default_rng(0)
     given = [factors(rng, m.rank // m.experts, m.d_out, m.d_in, m.scale, m.experts) for m in MODULES]
-    coded = subject_of({m.name: f for m, f in zip(MODULES, given, strict=True)})[0].within(0.2)
+    adapter = {m.name: f for m, f in zip(MODULES, given, strict=True)}
+    shared = shared_of(adapter, how)
+    coded = subject_of(adapter, shared=shared)[0].within(0.2)
     assert coded is not None
-    return coded.code
+    return coded.code, shared
 
 
-CODE = a_code()
+CODE, _ = a_code()
+_, DIRECTIONS = a_code("own")
 flipped = st.lists(st.tuples(st.integers(8, len(CODE) - 1), st.integers(0, 7)), min_size=1, max_size=6)
 STEPS = st.sampled_from([1e-3, 1.0, 1e300, 5e-324, 1e-30, float("inf"), -1.0])
 
@@ -472,9 +566,10 @@ def with_flips(flips: list[tuple[int, int]]) -> bytes:
     )
 )  # fmt: skip
 def test_any_bytes_give_numbers_or_an_error(code: bytes) -> None:
-    with contextlib.suppress(CheckpointError):
-        found = {m.name: (a.shape, b.shape) for m, a, b in decoded(code, MODULES)}
-        assert found == {m.name: ((m.rank, m.d_in), (m.d_out, m.rank)) for m in MODULES}
+    for shared in (ALONE, DIRECTIONS):
+        with contextlib.suppress(CheckpointError):
+            found = {m.name: (a.shape, b.shape) for m, a, b in decoded(code, MODULES, shared)}
+            assert found == {m.name: ((m.rank, m.d_in), (m.d_out, m.rank)) for m in MODULES}
 
 
 def test_words_that_no_encoder_writes_are_an_error() -> None:
