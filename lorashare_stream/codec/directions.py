@@ -1,8 +1,8 @@
 """Directions: what the columns of many adapters have in common, coded once.
 
-A column x of a side of a module is V c + e: coefficients c on k directions of unit length, common to the adapters of a
-checkpoint, and a rest. Both are quantised at the one step, the rest after the coefficients (closed loop), so that the
-error is that of the rest alone. Directions are eigenvectors of the second moment of the columns (the KLT), which is
+A column x of a side of a module is V c + e: loadings c on k directions of unit length, common to the adapters of a
+checkpoint, and a rest. Both are quantised at the one step, the rest after the loadings (closed loop), so that the error
+is that of the rest alone. A loading has the class of the rest of its column and an offset: its own costs none. Directions are eigenvectors of the second moment of the columns (the KLT), which is
 what `delta` sums; their numbers are integers times a power of two, so that V q is exact in float64 on every machine.
 
 As bytes they are
@@ -10,7 +10,6 @@ As bytes they are
     length   of the header, uint32 little-endian
     header   a zlib stream of JSON: of each group, in order of their names, d, and of each direction offset and class
     words    of the range coder: the numbers, class by class
-
 """
 
 from __future__ import annotations

@@ -68,7 +68,8 @@ def _products(rows: Array, others: Array) -> Float64:
 def _error(pairs: Pairs, norm: float, step: float, left: Array, right: Array) -> float:
     """||W - sum_j step qB_j qA_j' / |qB_j| ||^2 of W = P S Q' / n."""
     gram_left, gram_right = _products(left, left), _products(right, right)
-    factor = step / np.maximum(np.sqrt(np.diagonal(gram_left, axis1=-2, axis2=-1)), 1.0)  # (n, r)
+    lengths = np.sqrt(np.diagonal(gram_left, axis1=-2, axis2=-1))
+    factor = step / np.where(lengths > 0, lengths, 1.0)  # (n, r)
     on_left, on_right = _products(left, pairs.left), _products(right, pairs.right)  # (n, r, r): qB_j . P_i
     cross = np.einsum("nji,nji,ni,nj->", on_left, on_right, pairs.values / norm, factor)
     square = np.einsum("njk,njk,nj,nk->", gram_left, gram_right, factor, factor)
