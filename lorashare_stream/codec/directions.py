@@ -2,8 +2,10 @@
 
 A column x of a side of a module is V c + e: loadings c on k directions of unit length, common to the adapters of a
 checkpoint, and a rest. Both are quantised at the one step, the rest after the loadings (closed loop), so that the error
-is that of the rest alone. A loading has the class of the rest of its column and an offset: its own costs none. Directions are eigenvectors of the second moment of the columns (the KLT), which is
-what `delta` sums; their numbers are integers times a power of two, so that V q is exact in float64 on every machine.
+is that of the rest alone. The class of a loading is that of the rest of its column, and an offset: it costs no bits.
+
+Directions are eigenvectors of the second moment of the columns (the KLT), which is what `delta` sums; their numbers are
+integers times a power of two, so that V q is exact in float64 on every machine.
 
 As bytes they are
 
