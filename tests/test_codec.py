@@ -24,12 +24,13 @@ from lorashare_stream.adapters.scaling import Scaling
 from lorashare_stream.checkpoint.coded_reader import DECODED_BYTES, _modules
 from lorashare_stream.checkpoint.index import CodedAdapter, Location, Pack
 from lorashare_stream.codec.code import AdapterCode, Batch, Subject, decoded
+from lorashare_stream.codec.directions import ALONE, Axes, Side
 from lorashare_stream.codec.entropy import Decoder, Encoder, kinds_of
-from lorashare_stream.codec.factors import CodedModule, groups_of, rounded, shapes_of
+from lorashare_stream.codec.factors import CodedModule, groups_of, layouts_of, rounded
 from lorashare_stream.codec.quantiser import HIGHEST, LOWEST, TABLES, WHOLE, low_bits, table
 from lorashare_stream.codec.rate import curve_of, step_for
 from lorashare_stream.codec.search import COARSEST, FINEST, WIDTH, likely_step, search
-from lorashare_stream.codec.stream import Group, decode, encode
+from lorashare_stream.codec.stream import Group, Layout, decode, encode
 from lorashare_stream.errors import CheckpointError
 from lorashare_stream.machine import memory
 
@@ -86,7 +87,7 @@ def certificate(coded: AdapterCode) -> float:
 def measured(code: bytes, modules: Sequence[CodedModule], truth: Mapping[str, Factors]) -> float:
     """||dW - dW^|| / ||dW|| of what comes back of a code, each dW formed."""
     error = norm = 0.0
-    for m, a, b in decoded(code, modules):
+    for m, a, b in decoded(code, modules, ALONE):
         assert (a.shape, b.shape) == ((m.rank, m.d_in), (m.d_out, m.rank))
         error += np.sum((truth[m.name].delta - delta_of(np.asarray(a), np.asarray(b), m.scale, m.experts)) ** 2)
         norm += np.sum(truth[m.name].delta ** 2)
@@ -171,10 +172,10 @@ def length_of(groups: Sequence[Group]) -> float:
     """Bytes of a code by its tables: of the integers in their classes, of the classes, and of how many columns."""
     bits, wide = 0.0, HIGHEST - LOWEST
     for group in groups:
-        r, d_out, d_in = group.shape
-        live = group.left.any(axis=-1)
+        (_, r, d_out), d_in = group.left.rest.shape, group.right.rest.shape[-1]
+        live = group.left.live
         counts = live.sum(axis=-1)
-        (left, of_left), (right, of_right) = (kinds_of(side[live]) for side in (group.left, group.right))
+        (left, of_left), (right, of_right) = (kinds_of(side.rest[live]) for side in group)
         bits += of_left.sum() + of_right.sum() + bits_of(np.diff(counts, prepend=0), r, 0.45, 0.45)
         begins = np.zeros(len(left), bool)
         begins[(np.cumsum(counts) - counts)[counts > 0]] = True
@@ -192,18 +193,19 @@ def test_the_integers_come_back_and_their_bytes_are_those_of_the_tables(
     subject, _ = subject_of(adapter)
     trial = subject.attempt(likely_step(subject.pairs, subject.norm, limit))[0]
     groups = groups_of(subject.modules, subject._integers(trial))
-    code = encode(groups, 0.25)
-    back, step = decode(code, shapes_of(subject.modules))
+    layouts = layouts_of(subject.modules, ALONE)
+    code = encode(groups, layouts, 0.25)
+    back, step = decode(code, layouts)
     if not code:
-        assert not any(group.left.any() for group in groups)
+        assert not any(group.left.live.any() for group in groups)
         return
     assert step == 0.25
     for group, other in zip(groups, back, strict=True):
-        live, there = group.left.any(axis=-1), other.left.any(axis=-1)  # zeros come last
+        live, there = group.left.live, other.left.live  # zeros come last
         assert np.array_equal(live.sum(axis=-1), there.sum(axis=-1))
-        assert np.array_equal(group.left[live], other.left[there])
-        assert np.array_equal(group.right[live], other.right[there])
-        assert not other.right[~there].any()
+        assert np.array_equal(group.left.rest[live], other.left.rest[there])
+        assert np.array_equal(group.right.rest[live], other.right.rest[there])
+        assert not other.right.rest[~there].any()
     assert abs(len(code) - length_of(groups)) <= 8
 
 
@@ -238,13 +240,14 @@ def test_codes_and_what_comes_back_are_the_same_for_every_kernel(tmp_path: Path,
     coded = subject.within(0.1)
     assert coded is not None
     (tmp_path / "code").write_bytes(coded.code)
-    here = digest(*(side for _, a, b in decoded(coded.code, subject.modules) for side in (a, b)))
+    here = digest(*(side for _, a, b in decoded(coded.code, subject.modules, ALONE) for side in (a, b)))
     there = (
         "import sys, json, hashlib; from pathlib import Path; import numpy as np\n"
         "from lorashare_stream.codec.code import decoded\n"
+        "from lorashare_stream.codec.directions import ALONE\n"
         "from lorashare_stream.codec.factors import CodedModule\n"
         "modules = [CodedModule(*row) for row in json.loads(sys.argv[2])]\n"
-        "sides = [x for _, a, b in decoded(Path(sys.argv[1]).read_bytes(), modules) for x in (a, b)]\n"
+        "sides = [x for _, a, b in decoded(Path(sys.argv[1]).read_bytes(), modules, ALONE) for x in (a, b)]\n"
         "print(hashlib.sha256(b''.join(np.ascontiguousarray(x).tobytes() for x in sides)).hexdigest()[:16])"
     )
     command = [sys.executable, "-c", there, str(tmp_path / "code"), json.dumps(subject.modules)]
@@ -353,7 +356,7 @@ def test_an_adapter_without_dw_takes_no_bytes() -> None:
     coded = subject.within(0.1)
     assert coded is not None
     assert coded.code == b""
-    assert {m.name: (a.any(), b.any()) for m, a, b in decoded(b"", subject.modules)} == {"q": (False, False)}
+    assert {m.name: (a.any(), b.any()) for m, a, b in decoded(b"", subject.modules, ALONE)} == {"q": (False, False)}
     assert curve_of(subject) is None
 
 
@@ -380,14 +383,26 @@ def whole_numbers(shape: tuple[int, ...], spread: int, seed: int) -> np.ndarray:
     return ((sum(parts).astype(np.int64) - 15_000) * spread // 15_000).reshape(shape).astype(np.float32)
 
 
+def group(left: np.ndarray, right: np.ndarray) -> Group:
+    """A group without directions."""
+    return Group(*(Side(np.zeros((*side.shape[:2], 0), np.float32), side) for side in (left, right)))
+
+
+def layout_of(given: Group) -> Layout:
+    """Of a group without directions."""
+    n, r, d_out = given.left.rest.shape
+    alone = Axes.of(ALONE, n * [""], d_out)
+    return Layout((r, d_out, given.right.rest.shape[-1]), (alone, alone))
+
+
 def of(seed: int, spread: int, n: int, r: int, d_out: int, d_in: int) -> Group:
-    found = Group(whole_numbers((n, r, d_out), spread, seed), whole_numbers((n, r, d_in), spread, seed + 1))
+    sides = whole_numbers((n, r, d_out), spread, seed), whole_numbers((n, r, d_in), spread, seed + 1)
     for i in range(n):  # 1 to r columns, weaker from one to the next
         for j in range(r):
-            for side in (found.left, found.right):
+            for side in sides:
                 side[i, j] = np.trunc(side[i, j] / (j + 1)) if j <= i % r else 0
                 side[i, j, 0] += j <= i % r and not side[i, j].any()
-    return found
+    return group(*sides)
 
 
 def one_column(*first: int) -> np.ndarray:
@@ -399,7 +414,7 @@ STREAMS: dict[str, tuple[list[Group], str]] = {
     "two shapes": ([of(1, 3, 5, 4, 24, 32), of(2, 9, 3, 4, 32, 16)], "e5b249ae9dc36e7c"),
     "low bits": ([of(3, 4000, 2, 3, 40, 40)], "d2937c1e7e315d98"),
     "the widest": ([of(4, 1 << 21, 2, 2, 16, 16)], "dd151e0211bb04f2"),
-    "escapes": ([Group(one_column(1, 0, 5000, -1), one_column(-90_000, 2))], "7724cae7e3b9b768"),
+    "escapes": ([group(one_column(1, 0, 5000, -1), one_column(-90_000, 2))], "7724cae7e3b9b768"),
 }  # fmt: skip
 
 
@@ -407,14 +422,15 @@ STREAMS: dict[str, tuple[list[Group], str]] = {
 def test_a_stream_is_what_it_was(name: str) -> None:
     """Tables and streams of another version of constriction, SciPy or NumPy: old checkpoints could not be read."""
     groups, expected = STREAMS[name]
-    code = encode(groups, 0.25)
+    layouts = [layout_of(each) for each in groups]
+    code = encode(groups, layouts, 0.25)
     found = code.hex() if len(code) < 64 else hashlib.sha256(code).hexdigest()[:16]
     assert found == expected
-    back, step = decode(code, [(g.shape, len(g.left)) for g in groups])
+    back, step = decode(code, layouts)
     assert step == 0.25
-    for group, other in zip(groups, back, strict=True):
-        assert np.array_equal(group.left, other.left)
-        assert np.array_equal(group.right, other.right)
+    for one, other in zip(groups, back, strict=True):
+        assert np.array_equal(one.left.rest, other.left.rest)
+        assert np.array_equal(one.right.rest, other.right.rest)
 
 
 @pytest.mark.parametrize("kind", [LOWEST, -8, 0, 12, WHOLE, WHOLE + 1, 60, HIGHEST])
@@ -473,7 +489,7 @@ def with_flips(flips: list[tuple[int, int]]) -> bytes:
 )  # fmt: skip
 def test_any_bytes_give_numbers_or_an_error(code: bytes) -> None:
     with contextlib.suppress(CheckpointError):
-        found = {m.name: (a.shape, b.shape) for m, a, b in decoded(code, MODULES)}
+        found = {m.name: (a.shape, b.shape) for m, a, b in decoded(code, MODULES, ALONE)}
         assert found == {m.name: ((m.rank, m.d_in), (m.d_out, m.rank)) for m in MODULES}
 
 
@@ -483,7 +499,7 @@ def test_words_that_no_encoder_writes_are_an_error() -> None:
     for place in range(8, len(CODE)):
         for code in (with_flips([(place, 7)]), with_flips([(place, 0)])):
             try:
-                list(decoded(code, MODULES))
+                list(decoded(code, MODULES, ALONE))
             except CheckpointError as e:
                 told |= {word for word in ("entropy model", "columns of", "unknown class") if word in str(e)}
     assert told >= {"entropy model", "columns of"}
@@ -516,7 +532,7 @@ def test_a_layout_takes_no_more_memory_than_there_is() -> None:
         _modules(coded_adapter(rows))
     huge = [CodedModule("q", 1 << 22, 1, 1, 2.0, 1 << 22, "F32", "F32")]
     tracemalloc.start()
-    list(decoded(b"", huge))
+    list(decoded(b"", huge, ALONE))
     assert tracemalloc.get_traced_memory()[1] < DECODED_BYTES * 2 << 22
     tracemalloc.stop()
 
