@@ -264,6 +264,7 @@ def overridden(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[st
     ways = ("num_components", *LIMITS)
     replaced = set(ways) if changes.keys() & set(ways) else set()
     replaced |= {"directions"} if replaced and not changes.keys() & {*LIMITS} else set()
+    replaced |= {"num_components"} if "directions" in changes else set()  # which they have set
     return {**{k: v for k, v in values.items() if k not in replaced}, **changes}
 
 

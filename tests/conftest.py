@@ -96,6 +96,29 @@ def make_collection(
     return folders
 
 
+def akin_tensors(
+    rng: np.random.Generator, modules: Mapping[str, tuple[int, int]], r: int = 4, own: float = 0.05
+) -> dict[str, np.ndarray]:
+    """Factors whose lora_A is the first r rows of one that all have in common, but for a part `own` of its length."""
+    tensors = {}
+    for module, (d_in, d_out) in modules.items():
+        planted = np.random.default_rng(int(hashlib.sha256(module.encode()).hexdigest()[:8], 16))
+        a, b = factor_keys(module)
+        common = planted.standard_normal((r, d_in))
+        tensors[a] = (common + own * rng.standard_normal((r, d_in))).astype(np.float32)
+        tensors[b] = rng.standard_normal((d_out, r)).astype(np.float32)
+    return tensors
+
+
+def make_akin(
+    root: Path, n: int = 12, modules: Mapping[str, tuple[int, int]] = MODULES, r: int = 4, seed: int = 0, **config: Any
+) -> list[str]:
+    """Adapters that were trained from one initial lora_A, as it were."""
+    rng = np.random.default_rng(seed)
+    folders = (root / f"a{i:02}" for i in range(n))
+    return [str(write_adapter(f, akin_tensors(rng, modules, r), r=r, lora_alpha=2 * r, **config)) for f in folders]
+
+
 @pytest.fixture
 def collection(tmp_path: Path) -> list[str]:
     return make_collection(tmp_path / "adapters")

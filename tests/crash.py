@@ -38,7 +38,7 @@ from lorashare_stream.checkpoint import staging as checkpoint
 from lorashare_stream.runtime import executors
 from lorashare_stream.settings import Settings
 
-from .conftest import make_collection
+from .conftest import make_akin, make_collection
 
 KILLED = 99
 TAKES_NO_DISK = {"unlink", "rmdir", "fsync"}
@@ -405,6 +405,7 @@ def left_over(root: Path) -> list[str]:
 def broken_promise(root: Path) -> str | None:
     """What is vouched for, by a marker or a configuration, and is not there, whole."""
     from lorashare_stream.adapters.keys import SIDES
+    from lorashare_stream.checkpoint.format import SHARED
     from lorashare_stream.checkpoint.records import admission_in, is_whole, metas_of
     from lorashare_stream.files import read_sealed
     from lorashare_stream.workspace import moments as momentstore
@@ -421,7 +422,8 @@ def broken_promise(root: Path) -> str | None:
         except DamagedMoment as e:
             return f"the moments of {module}: {e}"
     for facts in work.bases.glob("*/*.json"):
-        if read_sealed(facts) and not facts.with_suffix(".safetensors").stat().st_size:
+        of = facts.with_suffix("" if facts.stem == SHARED else ".safetensors")
+        if read_sealed(facts) and not of.stat().st_size:
             return f"the components of {facts}"
     if (out / "share_config.json").exists():
         config = json.loads((out / "share_config.json").read_bytes())
@@ -439,7 +441,13 @@ def scenario(name: str, root: Path) -> tuple[list[list[str]], list[str]]:
     quiet = ["-q", "--device", "cpu", "--workers", "1"]
     fresh = ["compress", a, "-o", out, "-k", "3", *quiet]
     coded = ["compress", a, "-o", out, "--max-error", "0.3", *quiet]
+    on = ["compress", a, "-o", out, "--max-error", "0.2", "--directions", *quiet]
     return {
+        "directions": ([], on),
+        "directions-bytes": ([], ["compress", a, "-o", out, "--ratio", "2.5", "--directions", *quiet]),
+        "directions-add": ([on], ["add", out, b, *quiet]),
+        "directions-remove": ([on], ["remove", out, "a01", "--refit", *quiet]),
+        "directions-refit": ([on, ["add", out, b, *quiet]], ["refit", out, "-o", out, *quiet]),
         "code": ([], coded),
         "code-bytes": ([], ["compress", a, "-o", out, "--ratio", "2.5", *quiet]),
         "code-add": ([coded], ["add", out, b, *quiet]),
@@ -465,8 +473,13 @@ def crashes(folder: Path, name: str, mode: str, stride: int = 1, first: int = 1)
     modules = {"q": (20, 6)}  # of 8 vectors: A is kept as stacked columns, B as a second moment
     if name == "code-bytes":  # what is recorded is not most of the bytes
         modules = {"q": (400, 300)}
-    make_collection(root / "a", 2, modules)
-    make_collection(root / "b", 1, modules, seed=1)
+    if name.startswith("directions"):  # which pay
+        modules = {"q": (200, 150)} if name == "directions-bytes" else {"q": (24, 6)}
+        make_akin(root / "a", 4, modules)
+        make_akin(root / "b", 1, modules, seed=1)
+    else:
+        make_collection(root / "a", 2, modules)
+        make_collection(root / "b", 1, modules, seed=1)
     prepare, command = scenario(name, root)
     for earlier in prepare:
         code, said = forked(root, earlier, "none", 0)

@@ -39,19 +39,64 @@ def differences(most: int, rise: float, fall: float, center: int = 0) -> Any:
     return Model.Categorical(weights / weights.sum(), perfect=False)
 
 
-def integers(code: bytes, shapes: list[tuple[tuple[int, int, int], int]]) -> tuple[list[list[np.ndarray]], float]:
-    """[left (n, r, d_out), right (n, r, d_in)] of each shape (r, d_out, d_in) and its n pairs; the step."""
-    groups = [[np.zeros((n, r, d), np.int64) for d in (d_out, d_in)] for (r, d_out, d_in), n in shapes]
+class Stream:
+    """The range coder: integers are right when it has finished."""
+
+    def __init__(self, words: bytes) -> None:
+        self.coder = constriction.stream.queue.RangeDecoder(np.frombuffer(words, "<u4").astype(np.uint32))
+        self.escaped: list[tuple[np.ndarray, int, int]] = []
+        self.halves: list[tuple[np.ndarray, int]] = []
+
+    def get(self, model: Any, count: int) -> np.ndarray:
+        return self.coder.decode(model, int(count)).astype(np.int64) if count else np.zeros(0, np.int64)
+
+    def fill(self, kind: int, rows: list[np.ndarray]) -> None:
+        """Decode the integers of one class, into arrays one after the other."""
+        bits, k, count = max(0, math.ceil((kind - 24) / 4)), len(table(kind)) // 2 - 1, sum(map(len, rows))
+        high = self.get(Model.Categorical(table(kind), perfect=False), count) - k
+        low = self.get(Model.Uniform(1 << bits), count) if bits else 0
+        for row, part in zip(rows, np.split((high << bits) + low, np.cumsum([*map(len, rows)])[:-1]), strict=True):
+            row[:] = part
+            self.halves.append((row, 1 << bits >> 1))
+            self.escaped += [(row, i, bits) for i in np.flatnonzero(part >> bits > k)]
+
+    def finish(self) -> None:
+        lengths, signs = (self.get(Model.Uniform(n), len(self.escaped)).tolist() for n in (64, 2))
+        for (row, i, bits), length, negative in zip(self.escaped, lengths, signs, strict=True):
+            value = 1 << length - 1
+            for low in range(0, length - 1, 16):
+                value |= int(self.get(Model.Uniform(1 << min(16, length - 1 - low)), 1)[0]) << low
+            row[i] = ((-value if negative else value) << bits) + (row[i] & (1 << bits) - 1)
+        for row, half in self.halves:
+            row -= half
+
+
+def directions(stored: bytes) -> dict[str, tuple[np.ndarray, list[int]]]:
+    """Group -> directions (k, d) and the offset of each."""
+    (length,) = struct.unpack_from("<I", stored)
+    facts, stream = json.loads(zlib.decompress(stored[4 : 4 + length])), Stream(stored[4 + length :])
+    numbers = {group: np.zeros((len(rows), d), np.int64) for group, (d, rows) in facts.items()}
+    each = [(kind, numbers[group][i]) for group in sorted(facts) for i, (_, kind) in enumerate(facts[group][1])]
+    for kind in sorted({c for c, _ in each}):
+        stream.fill(kind, [row for c, row in each if c == kind])
+    stream.finish()
+    units = {group: 2.0 ** -(2 + math.ceil(math.log2(d) / 2)) for group, (d, _) in facts.items()}
+    return {group: (numbers[group] * units[group], [offset for offset, _ in facts[group][1]]) for group in facts}
+
+
+def integers(
+    code: bytes, shapes: list[tuple[tuple[int, int, int], list[tuple[list[int], list[int]]]]]
+) -> tuple[list[list[np.ndarray]], list[list[list[np.ndarray]]], float]:
+    """[left (n, r, d_out), right (n, r, d_in)] of each shape (r, d_out, d_in), the loadings (r, k) of each of its n
+    pairs on both sides, and the step; given are the offsets of the directions of each pair, left and right."""
+    groups = [[np.zeros((len(of), r, d), np.int64) for d in (d_out, d_in)] for (r, d_out, d_in), of in shapes]
+    loadings = [[[np.zeros((r, len(o[i])), np.int64) for o in of] for i in range(2)] for (r, *_), of in shapes]
     if not code:
-        return groups, 0.0
-    coder = constriction.stream.queue.RangeDecoder(np.frombuffer(code, "<u4", offset=8).astype(np.uint32))
-
-    def get(model: Any, count: int) -> np.ndarray:
-        return coder.decode(model, int(count)).astype(np.int64) if count else np.zeros(0, np.int64)
-
-    columns: tuple[list, list] = ([], [])  # by side: class, and where its integers go
-    for ((r, d_out, d_in), n), group in zip(shapes, groups, strict=True):
-        counts = np.cumsum(get(differences(r, 0.45, 0.45), n) - r)
+        return groups, loadings, 0.0
+    stream = Stream(code[8:])
+    get, columns = stream.get, ([], [], [], [])  # rests left and right, loadings: class, and where its integers go
+    for ((r, d_out, d_in), offsets), group, on in zip(shapes, groups, loadings, strict=True):
+        counts = np.cumsum(get(differences(r, 0.45, 0.45), len(offsets)) - r)
         firsts = iter(np.cumsum(get(differences(108, 0.6, 0.6), (counts > 0).sum()) - 108))
         others = iter(get(differences(108, 0.35, 0.65, -1), (counts - (counts > 0)).sum()) - 108)
         left = [c for m in counts if m for c in accumulate([next(firsts), *islice(others, int(m) - 1)])]
@@ -59,26 +104,24 @@ def integers(code: bytes, shapes: list[tuple[tuple[int, int, int], int]]) -> tup
         right += get(differences(108, 0.1, 0.3), len(left)) - 108
         places = [(i, j) for i, m in enumerate(counts) for j in range(m)]
         for side, kinds in enumerate((left, right)):
-            columns[side].extend((int(c), group[side][at]) for c, at in zip(kinds, places, strict=True))
-    escaped, halves = [], []
-    for kind in sorted({c for c, _ in (*columns[0], *columns[1])}):
-        rows, bits = [v for c, v in (*columns[0], *columns[1]) if c == kind], max(0, math.ceil((kind - 24) / 4))
-        k, count = len(table(kind)) // 2 - 1, sum(map(len, rows))
-        high = get(Model.Categorical(table(kind), perfect=False), count) - k
-        low = get(Model.Uniform(1 << bits), count) if bits else 0
-        for row, part in zip(rows, np.split((high << bits) + low, np.cumsum([*map(len, rows)])[:-1]), strict=True):
-            row[:] = part
-            halves.append((row, 1 << bits >> 1))
-            escaped += [(row, i, bits) for i in np.flatnonzero(part >> bits > k)]
-    lengths, signs = get(Model.Uniform(64), len(escaped)), get(Model.Uniform(2), len(escaped))
-    for (row, i, bits), length, negative in zip(escaped, lengths.tolist(), signs.tolist(), strict=True):
-        value = 1 << length - 1
-        for low in range(0, length - 1, 16):
-            value |= int(get(Model.Uniform(1 << min(16, length - 1 - low)), 1)[0]) << low
-        row[i] = ((-value if negative else value) << bits) + (row[i] & (1 << bits) - 1)
-    for row, half in halves:
-        row -= half
-    return groups, struct.unpack_from("<d", code)[0]
+            for c, (i, j) in zip(kinds, places, strict=True):
+                columns[side].append((int(c), group[side][i, j]))
+                for k, offset in enumerate(offsets[i][side]):
+                    columns[2 + side].append((min(max(int(c) + offset, -20), 88), on[side][i][j, k : k + 1]))
+    each = [pair for part in columns for pair in part]
+    for kind in sorted({c for c, _ in each}):
+        stream.fill(kind, [row for c, row in each if c == kind])
+    stream.finish()
+    return groups, loadings, struct.unpack_from("<d", code)[0]
+
+
+def column(rest: np.ndarray, loadings: np.ndarray, vectors: np.ndarray, on: bool) -> np.ndarray:
+    """Columns (r, d) of a pair on one side, of an adapter that is on directions or not."""
+    found = rest.astype(np.float64) + loadings.astype(np.float64) @ vectors
+    if not on:
+        return found
+    units = np.frexp(np.abs(found).max(axis=-1, keepdims=True))[1] - 21
+    return np.ldexp(np.rint(np.ldexp(found, -units)), units)
 
 
 def factor(values: np.ndarray, dtype: str) -> tuple[str, list[int], bytes]:
@@ -92,17 +135,34 @@ def factor(values: np.ndarray, dtype: str) -> tuple[str, list[int], bytes]:
     return dtype, list(values.shape), raw
 
 
-def factors(code: bytes, layout: list[list[Any]]) -> Tensors:
+def factors(code: bytes, layout: list[list[Any]], shared: bytes = b"") -> Tensors:
     modules: dict[tuple[int, int, int], list[list[Any]]] = {}
     for row in layout:
         _, rank, d_out, d_in, _, experts, _, _ = row
         modules.setdefault((min(rank // experts, d_out, d_in), d_out, d_in), []).append(row)
-    groups, step = integers(code, [(shape, sum(row[5] for row in modules[shape])) for shape in sorted(modules)])
+    known, on = directions(shared) if shared else {}, {}
+    for name, _, d_out, d_in, *_ in layout:
+        for side, d in (("B", d_out), ("A", d_in)):
+            there = f"{name}:{side}" in known and known[f"{name}:{side}"][0].shape[1] == d
+            on[name, side] = known[f"{name}:{side}"] if there else (np.zeros((0, d)), [])
+    shapes = [
+        (shape, [(on[m[0], "B"][1], on[m[0], "A"][1]) for m in modules[shape] for _ in range(m[5])])
+        for shape in sorted(modules)
+    ]
+    groups, loadings, step = integers(code, shapes)
     found: Tensors = {}
-    for shape, group in zip(sorted(modules), groups, strict=True):
+    for shape, group, own in zip(sorted(modules), groups, loadings, strict=True):
         at = 0
         for name, rank, d_out, d_in, scale, experts, dtype_b, dtype_a in modules[shape]:
-            left, right = (side[at : at + experts].astype(np.float64) for side in group)
+            left, right = (
+                np.stack(
+                    [
+                        column(group[i][pair], own[i][pair], on[name, side][0], bool(shared))
+                        for pair in range(at, at + experts)
+                    ]
+                )
+                for i, side in enumerate("BA")
+            )
             at += experts
             norms = [np.sqrt(np.square(side).sum(axis=-1, keepdims=True)) for side in (left, right)]
             norms[0][norms[0] == 0] = 1.0
@@ -138,7 +198,8 @@ def objects(columns: dict[str, Any]) -> list[dict[str, Any]]:
 def read(root: Path) -> Iterator[tuple[str, Tensors, dict[str, Any]]]:
     """Name, tensors and record of each adapter."""
     raw, coded = (root / "index.json.zz").read_bytes(), json.loads((root / "share_config.json").read_text())["coded"]
-    assert (coded["version"], coded["index"]) == (1, hashlib.sha256(raw).hexdigest())
+    assert coded["version"] in (1, 2)
+    assert coded["index"] == hashlib.sha256(raw).hexdigest()
     index = json.loads(zlib.decompressobj(zdict=(DATA / "checkpoint/dictionary.json").read_bytes()).decompress(raw))
     adapters, tensors = index["adapters"], index["tensors"]
     codes, stored = [], []
@@ -158,5 +219,6 @@ def read(root: Path) -> Iterator[tuple[str, Tensors, dict[str, Any]]]:
     for name, code, layout, record, kept in zip(
         adapters["name"], codes, adapters["layout"], records, keys, strict=True
     ):
-        found = factors(code, index["layouts"][layout])
+        shared = verbatim[kept.pop(":directions")][2] if ":directions" in kept else b""
+        found = factors(code, index["layouts"][layout], shared)
         yield name, found | {key: verbatim[number] for key, number in kept.items()}, record

@@ -39,6 +39,8 @@ FAULTS = [
     ("slice", "power"), ("discard", "kill"),
     ("code", "full"), ("code", "names"), ("code-bytes", "kill"), ("code-add", "power"), ("code-remove", "power"),
     ("code-refit", "kill"), ("code-share", "power"),
+    ("directions", "power"), ("directions-bytes", "kill"), ("directions-add", "full"), ("directions-remove", "power"),
+    ("directions-refit", "names"),
 ]  # fmt: skip
 PARTS = 21
 

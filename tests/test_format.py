@@ -12,13 +12,15 @@ import pytest
 from lorashare_stream.adapters.pickles import raw_bytes
 from lorashare_stream.codec import quantiser
 from lorashare_stream.codec.code import decoded
+from lorashare_stream.codec.directions import ALONE
 from lorashare_stream.codec.entropy import Encoder
 from lorashare_stream.codec.factors import CodedModule
-from lorashare_stream.codec.stream import Group, encode
+from lorashare_stream.codec.stream import encode
 from lorashare_stream.model import SHAREModel
 
 from . import independent_reader, schema_table
 from .mixed import EXPERTS, mixed_collection
+from .test_codec import group, layout_of
 
 Compress = Callable[..., Path]
 
@@ -60,10 +62,11 @@ def test_an_escape_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     escaped = []
     finish = Encoder.finish
     monkeypatch.setattr(Encoder, "finish", lambda self: escaped.extend(map(len, self._escaped)) or finish(self))
-    code = encode([Group(left, right)], 0.5)
+    given = group(left, right)
+    code = encode([given], [layout_of(given)], 0.5)
     assert sum(escaped) > 0
     module = CodedModule("m", 1, 400, 400, 2.0, 1, "F32", "F32")
-    ((_, a, b),) = decoded(code, [module])
+    ((_, a, b),) = decoded(code, [module], ALONE)
     tensors = independent_reader.factors(code, [list(module)])
     assert tensors["base_model.model.m.lora_A.weight"][2] == a.astype("<f4").tobytes()
     assert tensors["base_model.model.m.lora_B.weight"][2] == b.astype("<f4").tobytes()

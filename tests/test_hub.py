@@ -516,7 +516,15 @@ def asked_again(caplog: pytest.LogCaptureFixture) -> Counter[str]:
     return Counter(re.findall(r"the connection failed .*\((org/x\d+)@", caplog.text))
 
 
-@pytest.mark.parametrize("limit", [{"max_error": 0.2}, {"ratio": 4}])
+@pytest.mark.parametrize(
+    "limit",
+    [
+        {"max_error": 0.2},
+        {"ratio": 4},
+        slow({"max_error": 0.2, "directions": True}),
+        slow({"ratio": 4, "directions": True}),
+    ],
+)
 def test_a_coded_checkpoint_keeps_a_disk_budget_too(
     tmp_path: Path,
     hub: FakeHub,

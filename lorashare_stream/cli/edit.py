@@ -106,10 +106,10 @@ def remove(args: Args) -> int:
 def _traces(done: Removed, refit: bool) -> list[str]:
     """Where what was taken out is left, in words."""
     if done.coded and done.in_bases:
-        names = listed(done.in_bases)
-        return [
-            f"directions were fitted to {names} too; lorashare-stream refit CHECKPOINT -o CHECKPOINT fits them anew"
-        ]
+        trace = f"directions were fitted to {listed(done.in_bases)} too, and still contain their trace; "
+        if done.in_moments is None:
+            return [f"{trace}there is no workspace here, from which to fit them anew"]
+        return [f"{trace}lorashare-stream refit CHECKPOINT -o CHECKPOINT fits them anew"]
     if done.coded and done.in_moments is None:
         return ["nothing of them is left in the checkpoint; there is no workspace here, whose journal would name them"]
     if done.coded:

@@ -107,6 +107,8 @@ def from_bytes(stored: bytes, most: int) -> Shared:
         (length,) = _LENGTH.unpack_from(stored)
         z = zlib.decompressobj()
         facts = _HEADER.validate_json(z.decompress(stored[_LENGTH.size : _LENGTH.size + length], 1 << 28))
+        if any(len(rows) > d for d, rows in facts.values()):
+            raise ValueError("more directions than there are numbers in one")
         if (numbers := sum(d * len(rows) for d, rows in facts.values())) > most:
             raise ValueError(f"{numbers} numbers, which this machine's memory does not hold")
         return _decoded(facts, Decoder(stored[_LENGTH.size + length :]))

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..adapters.dtypes import as_stored
-from ..adapters.keys import group_id
+from ..adapters.keys import SIDES, group_id
 from ..adapters.scaling import Scaling
 from ..linalg.delta import DeltaError, energies, gram
 from ..linalg.types import Array, Float64
@@ -62,8 +62,8 @@ def _axes(modules: Sequence[CodedModule], shared: Shared) -> tuple[Axes, Axes]:
 
 def _names(modules: Sequence[CodedModule]) -> tuple[list[str], list[str]]:
     """The groups of each pair, left and right."""
-    names = [m.name for m in modules for _ in range(m.experts)]
-    return [group_id(name, "B") for name in names], [group_id(name, "A") for name in names]
+    right, left = ([group for m in modules for group in m.experts * [group_id(m.name, side)]] for side in SIDES)
+    return left, right
 
 
 def _shapes(modules: Sequence[CodedModule]) -> list[Shape]:

@@ -17,7 +17,7 @@ from ..errors import AdapterError, StreamError, UsageError, WorkspaceError, unkn
 from ..files import read_sealed, remove_tree, write_sealed
 from ..hub.lookup import recalled
 from ..linalg.device import resolve_device
-from ..pipeline import plan_for, recompute
+from ..pipeline import encode, plan_for, recompute
 from ..plan.file import plan_as_json
 from ..plan.plan import Plan
 from ..stages import coding
@@ -56,8 +56,9 @@ class Removed:
 def remove(checkpoint: Path, names: Sequence[str], options: RunOptions, *, refit: bool = False) -> Removed:
     """Take adapters out of a checkpoint: their files and their stacked columns go.
 
-    Sums and bases still contain what they added, unless they are computed anew. A coded checkpoint has neither: it is
-    then what it would be without them, and sums that its workspace has of a time when it was none are dropped.
+    Sums and bases still contain what they added, unless they are computed anew. A coded checkpoint without directions
+    has neither: it is then what it would be without them. Its directions still contain what they added; sums of its
+    workspace are dropped.
 
     Args:
         checkpoint: one of ours.
@@ -82,7 +83,7 @@ def remove(checkpoint: Path, names: Sequence[str], options: RunOptions, *, refit
 def _removed(
     out: Path, config: SHAREConfig, root: Path | None, names: Sequence[str], options: RunOptions, *, refit: bool
 ) -> Removed:
-    if root is None and refit and not config.coded:
+    if root is None and refit and (not config.coded or record_of(config).settings.directions):
         raise WorkspaceError(
             "no workspace to compute anything anew from",
             remedy="Name it by --workspace; or leave --refit off, and compress the sources of the others again.",
@@ -102,8 +103,12 @@ def _removed(
         assert work is not None
         demand_unchanged(out, config)
         if config.coded:
-            _take_out_coded(work, plan, out, config, names)
-            return Removed(tuple(names), tuple(record_of(read_share_config(out)).removed), {}, coded=True)
+            plan = _take_out_coded(work, plan, out, config, names)
+            if refit and record_of(read_share_config(out)).removed and not plan.absent:
+                job = make_job(plan, work, out, resolve_device(plan.settings.device))
+                encode(replace(run, plan=plan), job, work, out, skipped_of(out), refit=True)
+            absent = tuple(str(e.adapter) for e in plan.absent)
+            return Removed(tuple(names), tuple(record_of(read_share_config(out)).removed), {}, absent, coded=True)
         for _ in metas_of(out, [name for name in config.adapter_names if name not in names]):
             pass  # one that is damaged is told before the workspace takes anything out
         take_out(work, journal_of_plan(plan, work), names)
@@ -148,8 +153,12 @@ def _of_unchanged(plan: Plan, journal: Journal) -> Plan:
     return replace(plan, adapters=adapters, absent=(*plan.absent, *changed))
 
 
-def _take_out_coded(work: Workspace, plan: Plan, out: Path, config: SHAREConfig, names: Sequence[str]) -> None:
-    """Take adapters out of a coded checkpoint and its workspace, which may have moments and bases of a SHARE one."""
+def _take_out_coded(work: Workspace, plan: Plan, out: Path, config: SHAREConfig, names: Sequence[str]) -> Plan:
+    """Take adapters out of a coded checkpoint and its workspace, which may have moments and bases too.
+
+    Returns:
+        The plan of the others, in which those whose sources have changed are absent.
+    """
     journal = journal_of_plan(plan, work)
 
     def publishing(key: str) -> None:  # only now: until then it may be found that another one is damaged
@@ -158,11 +167,13 @@ def _take_out_coded(work: Workspace, plan: Plan, out: Path, config: SHAREConfig,
 
     _keep_others(out, config, names, publishing)
     take_out(work, work.journal(), names)  # those that the checkpoint did not have
-    write_sealed(work.root / "plan.json", plan_as_json(_of_unchanged(plan, work.journal())))
+    plan = _of_unchanged(plan, work.journal())
+    write_sealed(work.root / "plan.json", plan_as_json(plan))
     for module in work.modules():
         work.forget(module)
     for bases in work.bases.iterdir():
         remove_tree(bases)
+    return plan
 
 
 def _keep_others(out: Path, config: SHAREConfig, names: Collection[str], publishing: coding.Publishing) -> None:

@@ -125,6 +125,7 @@ class Plan:
         several = len(self.batches) > 1
         again = (several and adapter.name not in self._last_batch) + (several and self.grows)
         again += several and self.settings.limit not in (None, "max_error")  # a sample is tried, all may be coded twice
+        again += several and self.settings.directions  # a sample tells how many
         return 1 + again + (headless and self.settings.disk_budget is not None)
 
     @property

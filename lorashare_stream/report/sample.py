@@ -171,7 +171,7 @@ def mapping(plan: Plan, executor: Executor | None) -> Iterator[Mapper]:
 def coding_step(plan: Plan) -> Step:
     """What coding takes, whether or not that is what the plan is to do."""
     s = plan.settings
-    coded = s if s.limit else replace(s, objective="delta", center=False, max_error=0.25)
+    coded = replace(s, directions=False) if s.limit else replace(s, objective="delta", center=False, max_error=0.25)
     return steps_of(plan.adapters, (), coded, plan.storage, grows=plan.grows)[-1]
 
 

@@ -159,7 +159,10 @@ def findings_of(place: Place) -> PageData:
 
 def parts_of(config: SHAREConfig) -> tuple[str, ...]:
     """The parts that a checkpoint has."""
-    return tuple(part for part in PARTS if config.record is not None and part in config.record.bytes)
+    if not config.coded:
+        return tuple(part for part in PARTS if part != "codes")
+    directions = config.record is not None and "basis" in config.record.bytes
+    return tuple(part for part in PARTS if part != "loadings" and (part != "basis" or directions))
 
 
 def _metas(place: Place, config: SHAREConfig) -> tuple[list[AdapterMeta], dict[str, int]]:

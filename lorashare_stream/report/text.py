@@ -165,6 +165,7 @@ def adapter_notes(plan: Plan) -> list[str]:
     presumed = sum(e.config is None for e in plan.adapters)
     names = Counter(e.base_model for e in plan.adapters)
     unused = [name for name in _UNUSED if s.limit and getattr(s, name) != getattr(Settings, name)]
+    unused = [name for name in unused if name == "dtype" or not s.directions]  # which have moments
     out = [f"{name} says nothing of a coded checkpoint: {_UNUSED[name]}" for name in unused]
     if s.directions:
         out.append("what directions save is not forecast: some percent of the codes, from some hundred adapters on")

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..adapters.keys import SIDES, factor_key, group_id, split_group_id
 from ..checkpoint.coded_reader import CodedReader
 from ..checkpoint.config import read_share_config
+from ..checkpoint.format import DIRECTIONS
 from ..checkpoint.reader import CheckpointReader, Tensors, restored
 from ..errors import AdapterError, CheckpointError
 from ..text import counted
@@ -117,7 +118,8 @@ def _shapes(
 
 def _coded_shapes(reader: CodedReader, name: str) -> Shapes:
     """The same of an adapter in a coded checkpoint, from the index."""
-    found = {key: reader.index.tensors[digest].shape for key, digest in reader.index.adapters[name].verbatim.items()}
+    kept = reader.index.adapters[name].verbatim
+    found = {key: reader.index.tensors[digest].shape for key, digest in kept.items() if key != DIRECTIONS}
     for m in reader.modules(name):
         found |= {factor_key(m.name, "A"): (m.rank, m.d_in), factor_key(m.name, "B"): (m.d_out, m.rank)}
     return found

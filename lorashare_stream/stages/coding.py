@@ -88,7 +88,7 @@ class Target:
         if there is None or not there.settings.directions:
             return self
         projected = [*(n for n in there.projected if n in names), *(n for n in names if n not in found.names)]
-        removed = {*there.removed, *found.index.adapters} - {*names, *there.projected}
+        removed = {*there.removed} | ({*found.index.adapters} - {*names, *there.projected})  # some may be back
         facts = {"projected": projected, "removed": sorted(removed)}
         return replace(self, record=self.record.model_copy(update=facts)).on(found.directions)
 
@@ -165,7 +165,7 @@ def reusable(target: Target) -> Reusable:
             return Reusable()
         index, step = index_of(target.out, config.coded), float(config.coded["step"])
         directions = _directions_in(target.out, index)
-    except (CheckpointError, KeyError, TypeError, ValueError):
+    except (CheckpointError, OSError, KeyError, TypeError, ValueError):
         return Reusable()
     missing = {pack for pack in index.packs if not _is_there(target.out, pack)}
     known = {r.name: r for r in target.admissions}
@@ -213,9 +213,7 @@ def code(run: Run, job: Job, target: Target, publishing: Publishing, *, refit: b
     if refit and (target.record.projected or target.record.removed):
         found = Reusable()
     if job.settings.directions and not found.names:
-        _check_sources(run, job, target.admissions)
-        target = replace(target, record=target.record.model_copy(update={"projected": [], "removed": []}))
-        target = target.on(fitted(run, job))
+        target = _on_fitted(run, job, target)
     elif target.record.projected:
         log.info("directions are not fitted to %s: fit them to all by lorashare-stream refit CHECKPOINT -o CHECKPOINT",
                  counted(len(target.record.projected), "adapter"))  # fmt: skip
@@ -226,6 +224,8 @@ def code(run: Run, job: Job, target: Target, publishing: Publishing, *, refit: b
                 return "projection" if found.names else "recompute"
         _check_recodable(job, target, staged, size)
         log.info("%s with the step that is recorded: all adapters are coded again", bytes_shown(staged.total))
+        if job.settings.directions:
+            target = _on_fitted(run, job, target)
     _check_sources(run, job, target.admissions)
     try:
         _code_within(run, job, target, size, publishing)
@@ -233,6 +233,13 @@ def code(run: Run, job: Job, target: Target, publishing: Publishing, *, refit: b
         _clear(target)
         raise
     return "recompute"
+
+
+def _on_fitted(run: Run, job: Job, target: Target) -> Target:
+    """A target on directions that are fitted to all of its adapters, and to no others."""
+    _check_sources(run, job, target.admissions)
+    record = target.record.model_copy(update={"projected": [], "removed": []})
+    return replace(target, record=record).on(fitted(run, job))
 
 
 def _clear(target: Target) -> None:

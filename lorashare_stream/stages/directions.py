@@ -15,7 +15,7 @@ import numpy as np
 from ..adapters.adapter import Adapter
 from ..adapters.dtypes import widened
 from ..adapters.folder import digest_files, open_tensors, tensor_records
-from ..adapters.keys import Side, group_id
+from ..adapters.keys import Side, group_id, split_group_id
 from ..checkpoint.format import SHARED
 from ..codec.directions import ALONE, Basis, Directions, as_bytes
 from ..codec.quantiser import LAMBDA
@@ -52,7 +52,7 @@ def fitted(run: Run, job: Job) -> bytes:
         return file.read_bytes()
     chosen = _chosen(job, bases, _costs(run, job))
     with atomic_file(file) as f:
-        f.write(as_bytes({g: _basis(job, bases, g, k) for g, k in sorted(chosen.items()) if k}))
+        f.write(as_bytes({g: _basis(bases, g, _components(job, g), k) for g, k in sorted(chosen.items()) if k}))
     write_sealed(facts, {"of": of, "digest": digest_files([file])})
     return file.read_bytes()
 
@@ -93,9 +93,10 @@ def _costs_of_side(job: Job, modules: Sequence[str], side: Side, rows: Array, st
     """Bits (ks, n) of the pairs of some modules."""
     groups = [group_id(module, side) for module in modules]
     bases = {module: read_sealed(job.facts_file(module)) for module in modules}
+    components = {group: _components(job, group) for group in groups}
     costs = []
     for k in KS:
-        shared = {group: _basis(job, bases, group, k) for group in groups} if k else ALONE
+        shared = {group: _basis(bases, group, components[group], k) for group in groups} if k else ALONE
         on = Directions.of(shared, groups, rows.shape[-1])
         found = on.quantised(rows, step)
         off = np.square(rows / np.float32(step) - on.sums(found)).sum(axis=(-2, -1))
@@ -103,13 +104,19 @@ def _costs_of_side(job: Job, modules: Sequence[str], side: Side, rows: Array, st
     return np.stack(costs)
 
 
-def _basis(job: Job, bases: Bases, group: str, k: int) -> Basis:
-    """The first k components of a group as directions."""
-    module, _, side = group.rpartition(":")
-    facts, path = bases[module][side], (job.basis_file(module),)
+def _components(job: Job, group: str) -> Array:
+    """The components (d, k) of a group."""
+    module, side = split_group_id(group)
+    path = (job.basis_file(module),)
     record = next(r for r in tensor_records(path) if r.name == side)
     with open_tensors(path) as reader:
-        components = widened(reader.raw(record), record.dtype, record.shape)
+        return widened(reader.raw(record), record.dtype, record.shape)
+
+
+def _basis(bases: Bases, group: str, components: Array, k: int) -> Basis:
+    """The first k components of a group as directions."""
+    module, side = split_group_id(group)
+    facts = bases[module][side]
     return Basis.of(components, facts["eigenvalues"][:k], facts["energy"])
 
 
@@ -119,7 +126,7 @@ def _chosen(job: Job, bases: Bases, costs: Costs) -> dict[str, int]:
     ks = np.array(KS)
     found = {}
     for group, each in costs.items():
-        module, _, side = group.rpartition(":")
+        module, side = split_group_id(group)
         own = ks * (NUMBER_BITS * bases[module][side]["d"] + DIRECTION_BITS)
         found[group] = int(ks[np.argmin(uses[module] * each + own)])
     return found
