@@ -554,8 +554,8 @@ def a_code(how: str = "none") -> tuple[bytes, Shared]:
     return coded.code, shared
 
 
-CODE, _ = a_code()
-_, DIRECTIONS = a_code("own")
+CODE = a_code()[0]
+DIRECTIONS = a_code("own")[1]
 flipped = st.lists(st.tuples(st.integers(8, len(CODE) - 1), st.integers(0, 7)), min_size=1, max_size=6)
 STEPS = st.sampled_from([1e-3, 1.0, 1e300, 5e-324, 1e-30, float("inf"), -1.0])
 

@@ -122,7 +122,9 @@ class Subject:
         return found
 
 
-def decoded(code: bytes, modules: Sequence[CodedModule], shared: Shared) -> Iterator[tuple[CodedModule, Array, Array]]:
+def decoded(
+    code: bytes, modules: Sequence[CodedModule], shared: Shared = ALONE
+) -> Iterator[tuple[CodedModule, Array, Array]]:
     """Each module with its lora_A and lora_B, as `factors` gives them, of a code whose digest was found right.
 
     Raises:
