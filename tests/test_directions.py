@@ -207,6 +207,8 @@ def test_nothing_in_common_gives_no_directions_and_the_same_codes(tmp_path: Path
     more = str(write_adapter(tmp_path / "more", akin_tensors(rng, MODULES)))
     assert add(tmp_path / "on", resolve([more]), RunOptions()).method == "projection"
     measured(tmp_path / "on", [*sources, more])
+    assert remove(tmp_path / "on", ["in0"], RunOptions()).in_bases == ()  # nothing holds a trace of it
+    assert (ours_of(tmp_path / "on") or {})["projected"] == ["more"]
 
 
 @pytest.mark.parametrize("limit", [{"ratio": 5.0}, slow({"max_bytes": 8000})])
@@ -340,7 +342,11 @@ def test_the_command_line_does_all_of_it(tmp_path: Path, capsys: Capture) -> Non
     assert all(v["problem"] is None for v in json.loads(told[told.index("{") :])["adapters"])
     assert (ours_of(out) or {})["projected"] == ["a05"]
     assert main(["remove", str(out), "a00", *quiet]) == 0
-    assert "directions were fitted to a00 too, and still contain their trace; lorash" in capsys.readouterr().out
+    assert main(["info", str(out)]) == 0
+    told = capsys.readouterr().out
+    assert "directions were fitted to a00 too, and still contain their trace; lorashare-stream refit" in told
+    assert "1, on directions not fitted to them: a05" in told
+    assert "1, still in the directions (remove --refit frees them): a00" in told
     assert main(["refit", str(out), "-o", str(out), *quiet]) == 0
     assert fitted_to_all(out)
     assert main(["compress", *sources[1:], "-o", str(fresh), *limit, *quiet]) == 0
@@ -534,6 +540,24 @@ def test_a_flipped_bit_of_the_directions_is_told_by_all_readers(made: Path, out:
     assert all(DIRECTIONS in v["problem"] for v in told["adapters"] if v["problem"])
     with pytest.raises(CheckpointError, match="damaged"):
         remove(out, ["a01"], RunOptions())
+
+
+def test_what_needs_sources_that_are_gone_names_them(tmp_path: Path, capsys: Capture) -> None:
+    sources, out = make_akin(tmp_path / "in", 5), tmp_path / "out"
+    go(sources, out, **ON)
+    shutil.rmtree(sources[1])
+    assert main(["remove", str(out), "a00", "--refit", "-q", "--device", "cpu"]) == 1
+    assert "Restore the sources of a01" in capsys.readouterr().err
+    assert (ours_of(out) or {})["removed"] == ["a00"]
+    with pytest.raises(CollectionError, match="a01"):
+        refit(out, {}, out, RunOptions())
+    share = SHAREModel.from_pretrained(out)
+    assert share.adapter_names == ["a01", "a02", "a03", "a04"]
+    share.reconstruct("a01")
+    alone(out)
+    with pytest.raises(WorkspaceError, match="no workspace"):
+        remove(out, ["a02"], RunOptions(), refit=True)
+    assert remove(out, ["a02"], RunOptions()).in_bases == ("a00", "a02")
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut", "flipped"])
