@@ -323,6 +323,7 @@ def test_what_is_said_of_it(made: Path, tmp_path: Path, capsys: Capture) -> None
     assert main(["report", str(made / "out"), "-o", str(tmp_path / "r.html")]) == 0
     page = (tmp_path / "r.html").read_text()
     assert f"{ours['errors']['max']:.4f}" in page
+    assert "each adapter is coded on directions that they share" in page
     assert "loadings" not in re.sub("<style>.*?</style>", "", page, flags=re.DOTALL)
     assert main(["info", str(made / "plain")]) == 0
     assert "directions" not in capsys.readouterr().out
