@@ -80,7 +80,13 @@ def test_a_fault_at_every_call_that_changes_the_disk(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("asked", [("-k 4", "-k 6"), ("--max-error 0.2", "--ratio 12"), ("-k 4", "--max-error 0.1")])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        ("-k 4", "-k 6"), ("--max-error 0.2", "--ratio 12"), ("-k 4", "--max-error 0.1"),
+        ("--max-error 0.2 --directions", "--max-error 0.2"),
+    ],
+)  # fmt: skip
 def test_killed_at_random_times(
     tmp_path: Path, quick: Path, asked: tuple[str, str], record_property: Callable[[str, object], None]
 ) -> None:

@@ -36,7 +36,8 @@ from lorashare_stream.stages.run import Run
 from lorashare_stream.version import __version__
 
 from . import tasks
-from .conftest import make_collection, tree_digest
+from .conftest import make_akin, make_collection, tree_digest
+from .tiers import slow
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ROOT = Path(__file__).resolve().parents[1]
@@ -213,9 +214,10 @@ def test_a_checkpoint_is_the_same_byte_for_byte_though_workers_are_killed_and_ot
     assert not list(default_workspace(tmp_path / "dask").glob(".*"))
 
 
+@pytest.mark.parametrize("directions", [False, slow(True)])
 def test_a_coded_checkpoint_is_the_same_byte_for_byte_though_a_worker_is_killed(
     tmp_path: Path,
-    collection: list[str],
+    directions: bool,
     workers: Callable[..., dict[str, str]],
     processes: Processes,
     dask: Any,
@@ -230,7 +232,8 @@ def test_a_coded_checkpoint_is_the_same_byte_for_byte_though_a_worker_is_killed(
                 processes.end("a")
                 happened.append("killed")
 
-    chosen = Settings(max_error=0.2, device="cpu")
+    chosen = Settings(max_error=0.2, device="cpu", directions=directions)
+    collection = make_akin(tmp_path / "in", 8)
     compress(plan_for(resolve(collection), chosen), tmp_path / "dask", executor=dask, progress=progress)
     compress(plan_for(resolve(collection), chosen), tmp_path / "serial", executor=SerialExecutor())
     assert happened == ["killed"]

@@ -207,6 +207,8 @@ def test_nothing_in_common_gives_no_directions_and_the_same_codes(tmp_path: Path
     more = str(write_adapter(tmp_path / "more", akin_tensors(rng, MODULES)))
     assert add(tmp_path / "on", resolve([more]), RunOptions()).method == "projection"
     measured(tmp_path / "on", [*sources, more])
+    assert remove(tmp_path / "on", ["in0"], RunOptions()).in_bases == ()  # nothing holds a trace of it
+    assert (ours_of(tmp_path / "on") or {})["projected"] == ["more"]
 
 
 @pytest.mark.parametrize("limit", [{"ratio": 5.0}, slow({"max_bytes": 8000})])
@@ -321,6 +323,7 @@ def test_what_is_said_of_it(made: Path, tmp_path: Path, capsys: Capture) -> None
     assert main(["report", str(made / "out"), "-o", str(tmp_path / "r.html")]) == 0
     page = (tmp_path / "r.html").read_text()
     assert f"{ours['errors']['max']:.4f}" in page
+    assert "each adapter is coded on directions that they share" in page
     assert "loadings" not in re.sub("<style>.*?</style>", "", page, flags=re.DOTALL)
     assert main(["info", str(made / "plain")]) == 0
     assert "directions" not in capsys.readouterr().out
@@ -330,8 +333,9 @@ def test_the_command_line_does_all_of_it(tmp_path: Path, capsys: Capture) -> Non
     sources, out, fresh = make_akin(tmp_path / "in", 6), tmp_path / "out", tmp_path / "fresh"
     limit, plan, quiet = ["--max-error", "0.1", "--directions"], str(tmp_path / "plan.json"), ["-q", "--device", "cpu"]
     assert main(["plan", *sources[:5], *limit, "-o", plan]) == 0
-    assert "what directions save is not forecast" in "".join(capsys.readouterr())
+    assert "note: what directions save is not forecast" in capsys.readouterr().out
     assert main(["compress", "--plan", plan, "-o", str(out), "-q"]) == 0
+    assert capsys.readouterr().err == ""
     assert main(["compress", *sources[:5], "-o", str(tmp_path / "two"), *limit, *quiet]) == 0
     assert tree_digest(tmp_path / "two") == tree_digest(out)
     assert main(["add", str(out), sources[5], *quiet]) == 0
@@ -340,7 +344,11 @@ def test_the_command_line_does_all_of_it(tmp_path: Path, capsys: Capture) -> Non
     assert all(v["problem"] is None for v in json.loads(told[told.index("{") :])["adapters"])
     assert (ours_of(out) or {})["projected"] == ["a05"]
     assert main(["remove", str(out), "a00", *quiet]) == 0
-    assert "directions were fitted to a00 too, and still contain their trace; lorash" in capsys.readouterr().out
+    assert main(["info", str(out)]) == 0
+    told = capsys.readouterr().out
+    assert "directions were fitted to a00 too, and still contain their trace; lorashare-stream refit" in told
+    assert "1, on directions not fitted to them: a05" in told
+    assert "1, still in the directions (remove --refit frees them): a00" in told
     assert main(["refit", str(out), "-o", str(out), *quiet]) == 0
     assert fitted_to_all(out)
     assert main(["compress", *sources[1:], "-o", str(fresh), *limit, *quiet]) == 0
@@ -534,6 +542,24 @@ def test_a_flipped_bit_of_the_directions_is_told_by_all_readers(made: Path, out:
     assert all(DIRECTIONS in v["problem"] for v in told["adapters"] if v["problem"])
     with pytest.raises(CheckpointError, match="damaged"):
         remove(out, ["a01"], RunOptions())
+
+
+def test_what_needs_sources_that_are_gone_names_them(tmp_path: Path, capsys: Capture) -> None:
+    sources, out = make_akin(tmp_path / "in", 5), tmp_path / "out"
+    go(sources, out, **ON)
+    shutil.rmtree(sources[1])
+    assert main(["remove", str(out), "a00", "--refit", "-q", "--device", "cpu"]) == 1
+    assert "Restore the sources of a01" in capsys.readouterr().err
+    assert (ours_of(out) or {})["removed"] == ["a00"]
+    with pytest.raises(CollectionError, match="a01"):
+        refit(out, {}, out, RunOptions())
+    share = SHAREModel.from_pretrained(out)
+    assert share.adapter_names == ["a01", "a02", "a03", "a04"]
+    share.reconstruct("a01")
+    alone(out)
+    with pytest.raises(WorkspaceError, match="no workspace"):
+        remove(out, ["a02"], RunOptions(), refit=True)
+    assert remove(out, ["a02"], RunOptions()).in_bases == ("a00", "a02")
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut", "flipped"])

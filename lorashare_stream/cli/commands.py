@@ -32,7 +32,7 @@ from ..plan.file import plan_as_json
 from ..plan.plan import Plan
 from ..plan.sources import resolve
 from ..report.summary_text import summary_text
-from ..report.text import beside_notes, notes_text, plan_text, plan_warnings, rows_text
+from ..report.text import beside_notes, notes_text, plan_notes, plan_text, plan_warnings, rows_text
 from ..settings import LIMITS
 from ..text import bytes_shown, counted, listed, name_fault, printable
 from ..workspace.workspace import Workspace
@@ -56,7 +56,7 @@ def plan(args: Args) -> int:
         raise UsageError("--sample needs --analyze or a limit, and two adapters or more", found=sample)
     workspace = Path(chosen["workspace"]) if "workspace" in chosen else None
     made = make_plan(chosen, workspace, runs=False, progress=progress_of(args))
-    value, text, fault = plan_as_json(made) | {"notes": plan_warnings(made)}, plan_text(made), _fault(made)
+    value, text, fault = plan_as_json(made) | {"notes": plan_notes(made)}, plan_text(made), _fault(made)
     if fault is None or ("analyze" in args and not limited):
         try:
             more, told = _looked_into(args, made, sample)

@@ -140,5 +140,5 @@ def _other_shape(adapter: Adapter, modules: Sequence[str], odd: Mapping[str, Mis
         found=f"{what} = {found}",
         expected=f"{what} = {common}, as most adapters have, or those that were summed before",
         remedy="It belongs to another base model, or to a resized one: leave it out, or code each adapter alone, by "
-        "--max-error.",
+        "--max-error without --directions.",
     )

@@ -53,6 +53,7 @@ def _coded_rows(config: SHAREConfig, ours: Recorded) -> list[Row]:
         *_bytes_rows(ours, config.num_adapters),
         *_error_rows(ours),
         *_left_rows(ours),
+        *_since_rows(ours, "directions"),
         *([("note", large)] if mean > 0.5 else []),
     ]
 
@@ -94,6 +95,17 @@ def _left_rows(ours: Recorded) -> list[Row]:
     return pairs
 
 
+def _since_rows(ours: Recorded, what: str) -> list[Row]:
+    """Which adapters were added and taken out since bases, or directions, were fitted."""
+    pairs: list[Row] = []
+    if ours.projected:
+        pairs.append(("added since", f"{len(ours.projected)}, on {what} not fitted to them: {listed(ours.projected)}"))
+    if ours.removed:
+        removed = f"{len(ours.removed)}, still in the {what} (remove --refit frees them): {listed(ours.removed)}"
+        pairs.append(("removed", removed))
+    return pairs
+
+
 def _our_rows(ours: Recorded, adapters: int) -> list[Row]:
     """What this package recorded of a SHARE checkpoint: bytes on disk, certified errors, and who is not shared."""
     size, errors = ours.bytes, ours.errors
@@ -110,11 +122,7 @@ def _our_rows(ours: Recorded, adapters: int) -> list[Row]:
         if high > 1e-3:  # below it they are rounding of float32 moments
             pairs.append(("  bounds of its rms", f"{low:.4f} to {high:.4f}, known from the bases"))
     pairs += _left_rows(ours)
-    if ours.projected:
-        pairs.append(("added since", f"{len(ours.projected)}, on bases not fitted to them: {listed(ours.projected)}"))
-    if ours.removed:
-        removed = f"{len(ours.removed)}, still in the bases (remove --refit frees them): {listed(ours.removed)}"
-        pairs.append(("removed", removed))
+    pairs += _since_rows(ours, "bases")
     if errors.mean > 0.5:
         remedy = "take more components, or code each alone by --max-error"
         pairs.append(("note", f"the mean error is large: these adapters share little at this k; {remedy}"))

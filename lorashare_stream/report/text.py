@@ -75,7 +75,7 @@ def plan_text(plan: Plan) -> str:
         (t.name, f"{t.tasks}", bytes_shown(t.read_bytes), f"{t.concurrency}", bytes_shown(t.peak_bytes))
         for t in plan.steps
     ]
-    notes = [f"note: {text}" for text in plan_warnings(plan)]
+    notes = [f"note: {text}" for text in plan_notes(plan)]
     return "\n".join(
         [rows_text(pairs), "", table(steps, ("step", "tasks", "reads", "at a time", "peak memory")), *notes]
     )
@@ -111,6 +111,12 @@ def break_even_range(plan: Plan) -> str:
     values = [break_even(g.dim, g.count) for g in plan.groups]
     ends = sorted({f"{min(values):.0f}", f"{max(values):.0f}"}, key=int) if values else ["no groups"]
     return " to ".join(ends)
+
+
+def plan_notes(plan: Plan) -> list[str]:
+    """The warnings of a plan, and what it cannot foretell."""
+    unknown = "what directions save is not forecast: some percent of the codes, from some hundred adapters on"
+    return [*plan_warnings(plan), *([unknown] if plan.settings.directions else [])]
 
 
 def plan_warnings(plan: Plan) -> list[str]:
@@ -167,8 +173,6 @@ def adapter_notes(plan: Plan) -> list[str]:
     unused = [name for name in _UNUSED if s.limit and getattr(s, name) != getattr(Settings, name)]
     unused = [name for name in unused if name == "dtype" or not s.directions]  # which have moments
     out = [f"{name} says nothing of a coded checkpoint: {_UNUSED[name]}" for name in unused]
-    if s.directions:
-        out.append("what directions save is not forecast: some percent of the codes, from some hundred adapters on")
     if presumed:
         out.append(f"configurations on the Hub are read when the plan is run: those of {counted(presumed, 'adapter')}")
     unnamed = [e.name for e in plan.adapters if e.base_model is None]

@@ -89,6 +89,7 @@ class Target:
             return self
         projected = [*(n for n in there.projected if n in names), *(n for n in names if n not in found.names)]
         removed = {*there.removed} | ({*found.index.adapters} - {*names, *there.projected})  # some may be back
+        removed = removed if found.directions else set()
         facts = {"projected": projected, "removed": sorted(removed)}
         return replace(self, record=self.record.model_copy(update=facts)).on(found.directions)
 

@@ -44,12 +44,12 @@ def _encoded(job: Job, task: Admitted, tensors: TensorReader) -> Stored:
 
 def directions_at(path: Path | None) -> Shared:
     """The directions in a file; none if there is no file."""
-    return ALONE if path is None else _read(path, path.stat().st_mtime_ns)
+    return ALONE if path is None else _decoded(path.read_bytes())
 
 
 @lru_cache(maxsize=1)
-def _read(path: Path, _: int) -> Shared:
-    return from_bytes(path.read_bytes(), sys.maxsize)
+def _decoded(stored: bytes) -> Shared:  # by content: workers of a cluster outlive runs, and clocks of disks are coarse
+    return from_bytes(stored, sys.maxsize)
 
 
 def subject_of(adapter: Adapter, tensors: TensorReader, shared: Shared = ALONE) -> Subject:
