@@ -113,7 +113,7 @@ def opened(out: Path, c: Collection, facts: Line) -> Found:
     size, directions = em.bytes_of(out), 0
     if share.config.coded:  # they lie among what is verbatim
         directions = share.config.ours["bytes"].get("basis", 0)
-        size += em.Bytes(lora=directions, extras=-directions)
+        size.lora, size.extras = size.lora + directions, size.extras - directions
     return Found(found, size, {**facts, "apart": apart, "directions": directions})
 
 
