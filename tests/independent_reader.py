@@ -120,7 +120,8 @@ def column(rest: np.ndarray, loadings: np.ndarray, vectors: np.ndarray, on: bool
     found = rest.astype(np.float64) + loadings.astype(np.float64) @ vectors
     if not on:
         return found
-    units = np.frexp(np.abs(found).max(axis=-1, keepdims=True))[1] - 21
+    digits = min(21, (53 - math.ceil(math.log2(found.shape[-1]))) // 2)
+    units = np.frexp(np.abs(found).max(axis=-1, keepdims=True))[1] - digits
     return np.ldexp(np.rint(np.ldexp(found, -units)), units)
 
 

@@ -34,7 +34,7 @@ from .entropy import Decoder, Encoder, kinds_of
 from .quantiser import HIGHEST, LOWEST, Ints, classes_of, quantised, quantised_in
 
 FINE = 2  # bits of a number of a direction under its rms
-DIGITS = 21  # of a number of a column that comes back, under its largest: sums of squares stay exact in float64
+DIGITS = 21  # at most, of a number of a column that comes back, under its largest
 
 
 @dataclass(frozen=True)
@@ -225,10 +225,11 @@ class Directions:
         return side.rest + side.loadings @ self.vectors if self.axes.own.size else side.rest
 
     def exactly(self, side: Side) -> Float64:
-        """The same in float64, exact but for what is under `DIGITS` binary digits of a column."""
+        """The same in float64, with so many binary digits of a column that sums of d squares are exact."""
         found = side.rest.astype(np.float64)
         if self.axes.own.size:
             found += side.loadings.astype(np.float64) @ self.vectors.astype(np.float64)
-            units = np.frexp(np.abs(found).max(axis=-1, keepdims=True, initial=0.0))[1] - DIGITS
+            digits = min(DIGITS, (53 - ceil(log2(found.shape[-1]))) // 2)
+            units = np.frexp(np.abs(found).max(axis=-1, keepdims=True, initial=0.0))[1] - digits
             found = np.ldexp(np.rint(np.ldexp(found, -units)), units)
         return found
