@@ -17,8 +17,9 @@ from lorashare_stream.errors import BudgetError, CollectionError
 from lorashare_stream.hub import retry as patience
 from lorashare_stream.pipeline import compress, plan_for
 from lorashare_stream.plan.sources import resolve
-from lorashare_stream.report.analysis import LITTLE, Analysis, Outlook, analyse, chosen_modules, measure
+from lorashare_stream.report.analysis import LITTLE, Analysis, Outlook, _to_store, analyse, chosen_modules, measure
 from lorashare_stream.report.analysis_text import analysis_as_json
+from lorashare_stream.report.forecast import Point
 from lorashare_stream.report.sample import Part, probe, sampled, spread
 from lorashare_stream.runtime.executors import SerialExecutor
 from lorashare_stream.settings import Settings
@@ -150,6 +151,15 @@ def test_the_rate_curve_is_that_of_coded_checkpoints(tmp_path: Path, sample: int
         assert (p.margin > 0.021 * p.codes) == (sample is not None)
         assert p.codes == pytest.approx(size["codes"], abs=p.margin + 0.03 * size["codes"])
         assert p.total == pytest.approx(sum(size[part] for part in ("codes", "verbatim", "metadata")), rel=0.05)
+
+
+@pytest.mark.parametrize(("held", "count", "told"), [(0.3, 200, True), (0.3, 50, False), (0.1, 200, False)])
+def test_directions_are_recommended_where_many_adapters_have_much_in_common(
+    held: float, count: int, told: bool
+) -> None:
+    outlooks = [Outlook(k, 0, 1.0, 0.1, 0.1, 0.1, share, 0.05) for k, share in ((16, held), (64, 0.9))]
+    text = _to_store(Point(0.25, 1e6, 0.0, 1e6, 20.0, 28.0), outlooks, count)
+    assert ("--directions" in text) == told
 
 
 def test_duplicates_are_named(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ from ..machine import usable_cores
 from ..plan.memory import PROCESS_BYTES
 from ..plan.plan import Plan
 from ..runtime.progress import Progress, silent
+from ..settings import DIRECTIONS
 from ..text import bytes_shown
 from .forecast import Point, points_of
 from .sample import Part, Sample, check_memory, mapping, sample_of, sampled, spread
@@ -46,6 +47,7 @@ ROWS = 1024  # of a group, which a sample that nothing is said of does not excee
 WORK = 2e12  # flops, about half a minute on two cores
 TARGETS = 0.1, 0.25  # mean relative dW errors: hardly to be told from the original, and what tasks mostly bear
 WORTH, PLENTY = 1.2, 2.0  # times smaller, from which sharing is worth it; and worth more than a smaller error
+COMMON, MANY = 0.12, 100  # beyond chance, of the energy of dW; and adapters: from which directions save bytes
 LITTLE = 0.25  # of the energy of dW, beyond chance, that bases keep of others: less is too little
 
 
@@ -160,7 +162,7 @@ def analyse(
         outlooks=outlooks,
         duplicates=tuple((used[i].name, used[j].name, d, c) for i, j, d, c in pairs),
         identical=identical(plan.adapters),
-        store=f"--max-error {at.error:g} takes about {bytes_shown(at.total)}, LoRA {at.lora_times:.1f} times smaller",
+        store=_to_store(at, outlooks, len(adapters)),
         serve=_to_serve(outlooks, found),
     )
 
@@ -272,6 +274,17 @@ def _outlooks(plan: Plan, total: Measured, ks: Sequence[int], share: float) -> t
         if size <= lora or not out or out[-1].bytes <= lora or k == asked:
             out.append(Outlook(k, size, lora / size, *found))
     return tuple(out)
+
+
+def _to_store(at: Point, outlooks: Iterable[Outlook], count: int) -> str:
+    """What a limit gives, and whether adapters have so much in common that directions make it smaller still."""
+    text = f"--max-error {at.error:g} takes about {bytes_shown(at.total)}, LoRA {at.lora_times:.1f} times smaller"
+    common = max((o.held - o.chance for o in outlooks if o.k <= DIRECTIONS), default=0.0)
+    if common < COMMON or count < MANY:
+        return text
+    return (
+        f"{text}, some percent more by --directions: others have {common:.0%} of the energy of dW in common with each"
+    )
 
 
 def _to_serve(outlooks: Sequence[Outlook], s: Sample) -> str:
