@@ -6,9 +6,10 @@ Of each group the first k components are taken that make the codes of a sample t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from ..adapters.dtypes import widened
 from ..adapters.folder import digest_files, open_tensors, tensor_records
 from ..adapters.keys import Side, group_id, split_group_id
 from ..checkpoint.format import SHARED
-from ..codec.directions import ALONE, Basis, Directions, as_bytes
+from ..codec.directions import ALONE, Basis, Directions, Shared, as_bytes
 from ..codec.quantiser import LAMBDA
 from ..codec.rate import side_bits
 from ..codec.search import likely_step
@@ -28,11 +29,12 @@ from ..settings import DIRECTIONS
 from ..text import digest_of
 from ..workspace.journal import Journal
 from .bases import Bases
-from .encode import subject_of
+from .encode import directions_at, subject_of
 from .job import Job
 from .run import Run, check_none_lost, sample_of
 from .update import sum_and_fit
 
+T = TypeVar("T")
 KS = (0, 1, 2, 4, 6, 8, 12, 16, 24, 32, DIRECTIONS)  # how many are tried
 NUMBER_BITS, DIRECTION_BITS = 4.3, 16  # of a number of a direction, and of a direction beside these
 TYPICAL = 0.25  # a dW error by which is chosen if a limit on bytes is set
@@ -50,25 +52,53 @@ def fitted(run: Run, job: Job) -> bytes:
     known = read_sealed(facts)
     if known.get("of") == of and file.exists() and digest_files([file]) == known["digest"]:
         return file.read_bytes()
-    chosen = _chosen(job, bases, _costs(run, job))
+    some = sample_of([job.adapter(r.name) for r in job.journal.admissions if job.shares(r)])
+    chosen = _chosen(job, bases, _costs(run, job, some))
     with atomic_file(file) as f:
         f.write(as_bytes({g: _basis(bases, g, _components(job, g), k) for g, k in sorted(chosen.items()) if k}))
+    if not _pay(run, replace(job, directions=file), some):
+        with atomic_file(file) as f:
+            f.write(as_bytes(ALONE))
     write_sealed(facts, {"of": of, "digest": digest_files([file])})
     return file.read_bytes()
 
 
-def _costs(run: Run, job: Job) -> Costs:
-    """Mean bits of a sample of the adapters that take part in bases."""
-    some = sample_of([job.adapter(r.name) for r in job.journal.admissions if job.shares(r)])
+def _tried(run: Run, job: Job, some: Sequence[Adapter], task: Callable[[Job, Adapter], T]) -> Iterator[T]:
+    """What a task makes of each adapter of a sample."""
     lost: list[AdapterError] = []
-    task = partial(costs_of, replace(job, adapters={}, journal=Journal()))
+    bare = partial(task, replace(job, adapters={}, journal=Journal()))
+    yield from run.map("rate", bare, run.arriving(some, lost), len(some), run.release)
+    check_none_lost(lost)
+
+
+def _costs(run: Run, job: Job, some: Sequence[Adapter]) -> Costs:
+    """Mean bits of a sample of the adapters that take part in bases."""
     total: dict[str, Float64] = {}
     counts: Counter[str] = Counter()
-    for found in run.map("rate", task, run.arriving(some, lost), len(some), run.release):
+    for found in _tried(run, job, some, costs_of):
         counts.update(found.keys())
         total |= {group: total.get(group, 0.0) + costs for group, costs in found.items()}
-    check_none_lost(lost)
     return {group: costs / counts[group] for group, costs in total.items()}
+
+
+def _pay(run: Run, job: Job, some: Sequence[Adapter]) -> bool:
+    """Whether codes of a sample on directions, and these themselves, are smaller than codes of it alone."""
+    assert job.directions is not None
+    saved = np.sum([alone - on for alone, on in _tried(run, job, some, lengths_of)])
+    return bool(saved * len(job.journal.admissions) > job.directions.stat().st_size * len(some))
+
+
+def lengths_of(job: Job, adapter: Adapter) -> tuple[int, int]:
+    """Bytes of the code of an adapter alone, and on directions."""
+    alone, on = (_code_of(job, adapter, shared) for shared in (ALONE, directions_at(job.directions)))
+    return alone, on
+
+
+def _code_of(job: Job, adapter: Adapter, shared: Shared) -> int:
+    """Bytes of a code; of an adapter that stays verbatim, those of its tensors."""
+    with adapter.open() as tensors:
+        code = subject_of(adapter, tensors, shared).within(job.settings.max_error or TYPICAL)
+    return adapter.layout.lora_bytes if code is None else len(code.code)
 
 
 def costs_of(job: Job, adapter: Adapter) -> dict[str, Float64]:
