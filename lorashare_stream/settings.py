@@ -165,8 +165,8 @@ class Settings:
             object.__setattr__(self, "num_components", DIRECTIONS)
         if self.directions and not self.limit:
             raise UsageError(
-                "directions belong to a coded checkpoint: bases have all that is shared",
-                remedy="Give a limit such as --max-error 0.25 too, or leave --directions out.",
+                "directions belong to a coded checkpoint, which a limit asks for",
+                remedy="Give --max-error, --ratio or --max-bytes, in place of k; or leave directions out.",
             )
         if self.limit and self.objective != "delta":
             raise UsageError(
@@ -204,11 +204,14 @@ class Settings:
     @property
     def asked(self) -> list[str]:
         """The limit, in words, if one is set."""
+        shared = ", on directions" if self.directions else ""
         if self.max_bytes is not None:
-            return [f"at most {bytes_shown(self.max_bytes)}"]
+            return [f"at most {bytes_shown(self.max_bytes)}{shared}"]
         if self.ratio is not None:
-            return [f"{self.ratio:g} times smaller than the originals"]
-        return [] if self.max_error is None else [f"a relative dW error of at most {self.max_error:g} of every adapter"]
+            return [f"{self.ratio:g} times smaller than the originals{shared}"]
+        if self.max_error is not None:
+            return [f"a relative dW error of at most {self.max_error:g} of every adapter{shared}"]
+        return []
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Settings:

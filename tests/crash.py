@@ -404,6 +404,7 @@ def left_over(root: Path) -> list[str]:
 
 def broken_promise(root: Path) -> str | None:
     """What is vouched for, by a marker or a configuration, and is not there, whole."""
+    from lorashare_stream.adapters.folder import digest_files
     from lorashare_stream.adapters.keys import SIDES
     from lorashare_stream.checkpoint.format import SHARED
     from lorashare_stream.checkpoint.records import admission_in, is_whole, metas_of
@@ -422,8 +423,8 @@ def broken_promise(root: Path) -> str | None:
         except DamagedMoment as e:
             return f"the moments of {module}: {e}"
     for facts in work.bases.glob("*/*.json"):
-        of = facts.with_suffix("" if facts.stem == SHARED else ".safetensors")
-        if read_sealed(facts) and not of.stat().st_size:
+        of, known = facts.with_suffix("" if facts.stem == SHARED else ".safetensors"), read_sealed(facts)
+        if known and digest_files([of]) != known["digest"]:
             return f"the components of {facts}"
     if (out / "share_config.json").exists():
         config = json.loads((out / "share_config.json").read_bytes())
@@ -474,9 +475,8 @@ def crashes(folder: Path, name: str, mode: str, stride: int = 1, first: int = 1)
     if name == "code-bytes":  # what is recorded is not most of the bytes
         modules = {"q": (400, 300)}
     if name.startswith("directions"):  # which pay
-        modules = {"q": (200, 150)} if name == "directions-bytes" else {"q": (24, 6)}
-        make_akin(root / "a", 4, modules)
-        make_akin(root / "b", 1, modules, seed=1)
+        make_akin(root / "a", 4, {"q": (200, 150)})
+        make_akin(root / "b", 1, {"q": (200, 150)}, seed=1)
     else:
         make_collection(root / "a", 2, modules)
         make_collection(root / "b", 1, modules, seed=1)

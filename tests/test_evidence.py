@@ -236,12 +236,11 @@ def fake() -> list[dict[str, Any]]:
         {"kind": "left", "n": 10, "arm": "all", "system": "vlora", "setting": 2, "why": "no such thing"},
         {"kind": "originals", "n": 20, "accuracy": {"a": 0.8, "b": 0.7}, "texts": 256},
         {"kind": "heads", "accuracy": {"a": 0.5, "b": 0.4}},
-        {"kind": "shared", "n": 20, "arm": "all", "limit": 0.1, "alone": 100, "with": 80, "directions": 10, "k": 3.2,
-         "later": 0.2},
+        row(20, "coded, directions", 0.1, 179_991, 0.1, apart=1e-6, directions=17_999),
         {"kind": "product", "n": 20, "copies": 1, "options": "-k 32", "seconds": 9.0, "peak": 2**20, "bytes": 10**6,
          "verify": 2.0, "digest": "00"},
         *({"kind": "kill", "n": 20, "options": "-k 32", "moment": m, "killed": True, "same": m < 6} for m in (5, 6)),
-        {"kind": "added", "n": 20, "arm": "all", "k": 8, "counts": [18, 2], "before": 1800, "after": 2200,
+        {"kind": "added", "n": 20, "arm": "all", "options": "-k 8", "counts": [18, 2], "before": 1800, "after": 2200,
          "fitted": {"mean": 0.3, "max": 0.4}, "added": {"mean": 0.35, "max": 0.45}},
     ]  # fmt: skip
     return [{"run": "here", "at": "2026-01-01", **x} for x in lines]
@@ -270,10 +269,10 @@ def test_the_page_says_yes_and_no_and_keeps_what_was_written_by_hand(page: Path)
     assert "| a trained head alone |  |  |  | 0.450 (0.40) |  |  |" in text
     assert "| SHARE | 8 | 10.0 at 0.30; 46 | 13.3 at 0.30; 46 | 20.0 |" in text
     assert "| k = 8 | 20.0 at 0.30; 103 |" in text
-    assert "| all | 0.1 | 10.0% (3); 20.0% |" in text
+    assert "| all | 0.1 | 10.0% (10.0%) |" in text
     assert "| 20 | `-k 32` | 9 | 1 | 1.0 | 2 | 2 | 1 |" in text
     assert "| 2 runs killed and resumed: those whose files are not the whole run's | 1 | **no** |" in text
-    assert "| 18 + 2 | 8 | 100 | 200 | 0.300 (0.400) | 0.350 (0.450) |" in text
+    assert "| 18 + 2 | `-k 8` | 100 | 200 | 0.300 (0.400) | 0.350 (0.450) |" in text
     assert "| SHARE | k = 8 | 0.150 | 0.000 | 0.000 | 13.3 |" in tables
     assert "- vlora, k = 2, N = 10: no such thing." in tables
     chart = page.with_suffix(".svg").read_text()

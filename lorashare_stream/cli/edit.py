@@ -58,7 +58,8 @@ def add(args: Args) -> int:
     how, again = "on the bases that were there", "bases were fitted again, and all adapters projected on them"
     size = sum(tree_bytes(out / ADAPTERS / name) for name in added)
     if config.coded:
-        how, again = "coded alone", "all adapters were coded again, since the limit did not hold the new ones"
+        how = "coded on the directions that were there" if "basis" in record_of(config).bytes else "coded alone"
+        again = "all adapters were coded again, since the limit did not hold the new ones"
         size = total_bytes(record_of(config).bytes) - bytes_before
     text = {
         "current": "nothing to add: the checkpoint has these adapters",

@@ -162,6 +162,8 @@ def joined(sides: Sequence[Side]) -> Side:
 
 def _present(shared: Shared, groups: Sequence[str], d: int) -> Iterator[tuple[int, Basis]]:
     """The places of pairs that have directions, and these."""
+    if not shared:
+        return
     for i, basis in enumerate(map(shared.get, groups)):
         if basis is not None and basis.numbers.shape[1] == d:
             yield i, basis

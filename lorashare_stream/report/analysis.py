@@ -282,9 +282,8 @@ def _to_store(at: Point, outlooks: Iterable[Outlook], count: int) -> str:
     common = max((o.held - o.chance for o in outlooks if o.k <= DIRECTIONS), default=0.0)
     if common < COMMON or count < MANY:
         return text
-    return (
-        f"{text}, some percent more by --directions: others have {common:.0%} of the energy of dW in common with each"
-    )
+    why = f"{common:.0%} of the energy of dW is common to many"
+    return f"{text}; --directions takes some percent off the codes, since {why}"
 
 
 def _to_serve(outlooks: Sequence[Outlook], s: Sample) -> str:

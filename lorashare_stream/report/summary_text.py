@@ -46,7 +46,7 @@ def _coded_rows(config: SHAREConfig, ours: Recorded) -> list[Row]:
     large = "the mean error is large: these adapters need more bytes, or a smaller --max-error"
     return [
         *_head_rows(config),
-        ("form", "coded: each adapter alone" + (", on directions that they share" if "basis" in ours.bytes else "")),
+        ("form", "coded: each adapter " + ("on directions that they share" if "basis" in ours.bytes else "alone")),
         ("coded modules", f"{coded['modules']} ({kinds})" if coded["modules"] else "none"),
         *[("asked for", text) for text in ours.settings.asked],
         *step,

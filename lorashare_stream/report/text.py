@@ -115,7 +115,7 @@ def break_even_range(plan: Plan) -> str:
 
 def plan_notes(plan: Plan) -> list[str]:
     """The warnings of a plan, and what it cannot foretell."""
-    unknown = "what directions save is not forecast: some percent of the codes, from some hundred adapters on"
+    unknown = "what directions save is not forecast: up to a fifth of the codes, from some hundred adapters on"
     return [*plan_warnings(plan), *([unknown] if plan.settings.directions else [])]
 
 
