@@ -369,7 +369,7 @@ def test_checkpoints_measured_here_are_as_certified(tmp_path: Path) -> None:
 def test_what_is_added_stays_on_the_bases_of_the_others(tmp_path: Path) -> None:
     c = collection(tmp_path, 10)
     (tmp_path / "out").mkdir()
-    told = evidence.added(c, 3, tmp_path / "out")
+    told = evidence.added(c, ("-k", "3"), tmp_path / "out")
     assert told["counts"] == [9, 1]
     assert told["added"]["mean"] > told["fitted"]["mean"] > 0.01
     assert told["after"] > told["before"]
