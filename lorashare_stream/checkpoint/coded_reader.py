@@ -28,7 +28,7 @@ from .records import AdapterMeta
 
 LARGEST = 1 << 34  # numbers of an adapter; a foreign index may claim more
 DECODED_BYTES = 40  # of each number, in memory while an adapter is decoded, at most
-DIRECTION_BYTES = 160  # of a number of a direction: classes are decoded one after the other, all of one at once
+_SHARED_BYTES = 160  # of a number of a direction: classes are decoded one after the other, all of one at once
 _TORCH = {stored: getattr(torch, name) for name, stored in TORCH_DTYPES.items()}
 
 
@@ -125,7 +125,7 @@ class CodedReader(CheckpointReader):
             return ALONE
         if digest not in self._directions:
             stored = read_verbatim(read(self.index.tensors[digest].at.pack), self.index, adapter, DIRECTIONS)
-            self._directions[digest] = from_bytes(stored, memory() // DIRECTION_BYTES)
+            self._directions[digest] = from_bytes(stored, memory() // _SHARED_BYTES)
         return self._directions[digest]
 
     def verbatim(self, name: str) -> Tensors:

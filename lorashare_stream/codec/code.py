@@ -12,7 +12,7 @@ from ..adapters.scaling import Scaling
 from ..linalg.delta import DeltaError
 from ..linalg.types import Array
 from .directions import ALONE, Directions, Shared, Side
-from .factors import CodedModule, directions_of, errors, factors, groups_of, layouts_of
+from .factors import CodedModule, both_sides, errors, factors, groups_of, layouts_of
 from .gauge import Pairs, norm_of, pairs_of
 from .refit import Quantised, quantise
 from .search import likely_step, search
@@ -63,7 +63,7 @@ class Subject:
     def of(cls, modules: Sequence[CodedModule], batches: Sequence[Batch], shared: Shared = ALONE) -> Subject:
         """An adapter in the gauge in which it is quantised."""
         pairs = [pairs_of(batch.a, batch.b, batch.scalings) for batch in batches]
-        on = [directions_of(batch.modules, shared) for batch in batches]
+        on = [both_sides(Directions, batch.modules, shared) for batch in batches]
         return cls(modules, batches, pairs, on, norm_of(pairs), shared)
 
     def within(self, limit: float) -> AdapterCode | None:

@@ -8,7 +8,7 @@ column without bits is zero. All operations are exact or correctly rounded: ever
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from .directions import Axes, Directions, Shared, Side, joined
 from .gauge import Pairs, pairs_of
 from .stream import Group, Layout, Shape
 
+OfPairs = TypeVar("OfPairs", Axes, Directions)
 _AT_ONCE = 1 << 20  # numbers in float64
 
 
@@ -44,19 +45,15 @@ class CodedModule(NamedTuple):
 
 def layouts_of(modules: Sequence[CodedModule], shared: Shared) -> list[Layout]:
     """The layouts of the groups, of ascending shapes; `shared` are the directions of the checkpoint."""
-    return [Layout(shape, _axes([m for m in modules if m.shape == shape], shared)) for shape in _shapes(modules)]
+    return [
+        Layout(shape, both_sides(Axes, [m for m in modules if m.shape == shape], shared)) for shape in _shapes(modules)
+    ]
 
 
-def directions_of(modules: Sequence[CodedModule], shared: Shared) -> tuple[Directions, Directions]:
-    """The directions of the pairs of modules of one shape, left and right."""
+def both_sides(kind: type[OfPairs], modules: Sequence[CodedModule], shared: Shared) -> tuple[OfPairs, OfPairs]:
+    """The axes, or the directions, of the pairs of modules of one shape, left and right."""
     _, *dims = modules[0].shape
-    left, right = (Directions.of(shared, groups, d) for groups, d in zip(_names(modules), dims, strict=True))
-    return left, right
-
-
-def _axes(modules: Sequence[CodedModule], shared: Shared) -> tuple[Axes, Axes]:
-    _, *dims = modules[0].shape
-    left, right = (Axes.of(shared, groups, d) for groups, d in zip(_names(modules), dims, strict=True))
+    left, right = (kind.of(shared, groups, d) for groups, d in zip(_names(modules), dims, strict=True))
     return left, right
 
 
@@ -90,7 +87,7 @@ def factors(
             part = alike[first : first + some]
             pairs = slice(ends[first], ends[first + len(part)])
             scales = np.repeat([m.scale for m in part], [m.experts for m in part])
-            left, right = directions_of(part, shared)
+            left, right = both_sides(Directions, part, shared)
             a, b = _rows(left.exactly(group.left[pairs]), right.exactly(group.right[pairs]), step, scales)
             starts = [end - ends[first] for end in ends[first:]]
             for m, start in zip(part, starts, strict=False):

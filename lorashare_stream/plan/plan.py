@@ -20,7 +20,7 @@ from .memory import Group, Step, beside_moments, examples, groups_of, modules_of
 
 T = TypeVar("T")
 LEAST_BYTES = 4096  # of a checkpoint, all files
-DIRECTION_BYTES = 0.6  # of a number of a direction
+NUMBER_BITS = 4.3  # of a number of a direction, as it is stored
 _META, _GROUP = 850, 380  # bytes of an adapter_meta.json beside its configuration; of what is told of a basis
 
 
@@ -143,7 +143,7 @@ class Plan:
         where k is `auto`); of moments the most at a time. And the files of the workspace.
         """
         k = {(g.module, g.side): g.components(self.settings) for g in self.groups}
-        item = ITEMSIZE[self.storage] if self.settings.limit is None else DIRECTION_BYTES
+        item = ITEMSIZE[self.storage] if self.settings.limit is None else NUMBER_BITS / 8
         basis = int(item * sum(g.dim * k[g.module, g.side] for g in self.groups))
         loadings = 0 if self.settings.limit else int(item) * sum(g.count * k[g.module, g.side] for g in self.groups)
         moments, files = self._moments()

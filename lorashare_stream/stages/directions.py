@@ -25,6 +25,7 @@ from ..codec.search import likely_step
 from ..errors import AdapterError
 from ..files import atomic_file, read_sealed, write_sealed
 from ..linalg.types import Array, Float64
+from ..plan.plan import NUMBER_BITS
 from ..settings import DIRECTIONS
 from ..text import digest_of
 from ..workspace.journal import Journal
@@ -36,7 +37,7 @@ from .update import sum_and_fit
 
 T = TypeVar("T")
 KS = (0, 1, 2, 4, 6, 8, 12, 16, 24, 32, DIRECTIONS)  # how many are tried
-NUMBER_BITS, DIRECTION_BITS = 4.3, 16  # of a number of a direction, and of a direction beside these
+DIRECTION_BITS = 16  # of a direction beside its numbers
 TYPICAL = 0.25  # a dW error by which is chosen if a limit on bytes is set
 Costs = Mapping[str, Float64]  # of a group with each number of directions, bits
 
