@@ -12,12 +12,13 @@ import torch
 from lorashare_stream.errors import UsageError
 from lorashare_stream.linalg.basis import fit
 from lorashare_stream.linalg.device import TorchSum, held_on, product, resolve_device, solver_on, torch_leading
-from lorashare_stream.linalg.moments import Accumulator, HostSum, Moment, empty, of_columns, second_of
+from lorashare_stream.linalg.moments import Accumulator, HostSum, Moment, empty, of_columns
 from lorashare_stream.pipeline import compress, plan_for
 from lorashare_stream.plan.sources import resolve
 from lorashare_stream.settings import Settings
 
 from .oracle import share_config
+from .test_moments import second_of
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here"))]
 

@@ -8,9 +8,9 @@ from math import sqrt
 
 import numpy as np
 
+from ..adapters.dtypes import Array
 from ..adapters.scaling import Scaling
 from ..linalg.delta import DeltaError
-from ..linalg.types import Array
 from .directions import ALONE, Directions, Shared, Side
 from .factors import CodedModule, both_sides, errors, factors, groups_of, layouts_of
 from .gauge import Pairs, norm_of, pairs_of

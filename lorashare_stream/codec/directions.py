@@ -28,8 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, TypeAdapter
 
+from ..adapters.dtypes import Array, Float64
 from ..errors import CheckpointError
-from ..linalg.types import Array, Float64
 from .entropy import Decoder, Encoder, kinds_of
 from .quantiser import HIGHEST, LOWEST, Ints, classes_of, quantised, quantised_in
 

@@ -13,7 +13,7 @@ import constriction
 import numpy as np
 from numpy.typing import NDArray
 
-from ..linalg.types import Array, Float64
+from ..adapters.dtypes import Array, Float64
 from .quantiser import LOWEST, PER_OCTAVE, TOTAL, Ints, classes_of, low_bits, reach, table
 
 Categorical, Uniform = constriction.stream.model.Categorical, constriction.stream.model.Uniform

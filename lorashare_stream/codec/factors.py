@@ -12,11 +12,10 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from ..adapters.dtypes import as_stored
+from ..adapters.dtypes import Array, Float64, as_stored
 from ..adapters.keys import SIDES, group_id
 from ..adapters.scaling import Scaling
 from ..linalg.delta import DeltaError, energies, gram
-from ..linalg.types import Array, Float64
 from .directions import Axes, Directions, Shared, Side, joined
 from .gauge import Pairs, pairs_of
 from .stream import Group, Layout, Shape

@@ -13,9 +13,9 @@ from math import fsum, sqrt
 
 import numpy as np
 
+from ..adapters.dtypes import Array, Float64
 from ..adapters.keys import Side
 from ..adapters.scaling import Scaling
-from ..linalg.types import Array, Float64
 
 
 @dataclass(frozen=True)

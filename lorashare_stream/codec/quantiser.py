@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..linalg.types import Array, Float64
+from ..adapters.dtypes import Array, Float64
 
 LAMBDA = 0.16  # squared steps a bit: of 0.08 to 0.2 the fewest bytes at dW errors of 0.05 to 0.4
 PER_OCTAVE = 4  # classes to a factor of 2 of sigma

@@ -12,7 +12,7 @@ from math import exp, log, sqrt
 
 import numpy as np
 
-from ..linalg.types import Float64
+from ..adapters.dtypes import Float64
 from .code import Subject
 from .directions import Directions, Side
 from .refit import Quantised

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..linalg.types import Array, Float64
+from ..adapters.dtypes import Array, Float64
 from .directions import Directions, Side
 from .gauge import Pairs
 

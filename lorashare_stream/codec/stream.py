@@ -23,8 +23,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..adapters.dtypes import Array, Float64
 from ..errors import CheckpointError
-from ..linalg.types import Array, Float64
 from .directions import Axes, Side
 from .entropy import Decoder, Encoder, bits_in, differences, kinds_of
 from .quantiser import HIGHEST, LOWEST, PER_OCTAVE, Ints

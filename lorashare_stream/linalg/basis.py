@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from ..adapters.dtypes import as_stored
+from ..adapters.dtypes import Array, Float32, Float64, as_stored
 from .eigen import compressed, leading, prefers_partial, spectrum
 from .moments import Moment
-from .types import Array, Float64
 
 Solver = Callable[[Moment, int], tuple[Float64, Float64]]
 
@@ -28,7 +26,7 @@ class Basis:
         explained: 1 - ||X - V V'X||^2 / ||X||^2 for the stored V; 1 if the group has no energy.
     """
 
-    components: NDArray[np.float32]
+    components: Float32
     eigenvalues: Float64
     energy: float
     explained: float
@@ -96,8 +94,7 @@ def centered(moment: Moment) -> Moment:
         rows = moment.columns
         rows -= mean.astype(rows.dtype)
         return Moment(None, rows, np.zeros_like(mean), moment.count, float(np.einsum("ij,ij->", rows, rows)))
-    assert moment.second is not None
-    second = moment.second
+    second = moment.rows.T
     for i in range(moment.dim):
         second[:, i] -= moment.sum * mean[i]
     return Moment(second, None, np.zeros_like(mean), moment.count, float(np.trace(second)))
@@ -114,11 +111,6 @@ def explained_variance(moment: Moment, components: Array) -> float:
     wide = components.astype(np.float64)
     c = compressed(moment, wide if min(moment.dim, moment.count) <= 512 else components)
     return float((2 * np.trace(c) - np.sum((wide.T @ wide) * c)) / moment.energy)
-
-
-def restore(components: NDArray[np.float32], loadings: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Oriented vectors V L (..., d, r)."""
-    return components @ loadings
 
 
 def break_even(dim: int, count: int) -> float:

@@ -7,20 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..adapters.dtypes import Array, Float64
 from ..adapters.keys import Side
 from ..adapters.scaling import Scaling
-from .types import Array, Float64
 
 _STRIP = 1 << 20  # bytes of a strip of one stack of vectors in float64
 # Of so few vectors a product is faster than NumPy's W'W by syrk, if it is small enough for OpenBLAS to pack nothing (a
 # million multiplications), and is not W'W as a whole: up to twice as fast.
 _FEW, _SMALL = 32, 1 << 18
 _PROJECTED = 0.01  # of ||A A'|| ||B'B||: squared errors above it are known to 1e-4 by `projected_errors`, most to 1e-5
-
-
-def grams(scaling: Scaling, rows: Array, side: Side) -> Float64:
-    """Gram matrices (..., E, r, r) of the vectors of each expert, given as for `Scaling.blocks`."""
-    return gram(scaling.blocks(rows, side))
 
 
 def energies(grams_a: Float64, grams_b: Float64, scales: Float64) -> Float64:
@@ -49,12 +44,6 @@ def relative_error(error: float, norm: float) -> float:
     return 0.0 if error <= 0 else float("inf")
 
 
-def delta_norm(a: Array, b: Array, scaling: Scaling) -> float:
-    """||dW||^2 for A (E r, d_in), B (d_out, E r), by Gram matrices in float64."""
-    scale = np.asarray(scaling.scale)
-    return float(energies(grams(scaling, a, "A"), grams(scaling, b.T, "B"), scale))
-
-
 def delta_error(a: Array, b: Array, a_hat: Array, b_hat: Array, scaling: Scaling) -> DeltaError:
     """`delta_errors` of one module: a, a_hat (E r, d_in), b, b_hat (d_out, E r)."""
     return delta_errors(a[None], b[None], a_hat[None], b_hat[None], [scaling])[0]
@@ -67,8 +56,7 @@ def delta_errors(a: Array, b: Array, a_hat: Array, b_hat: Array, scalings: Seque
     float64; of stacked experts, the sum over them. Those of A and of B, for ||dW||^2, are made of parts of these.
 
     Args:
-        a, a_hat: (m, E r, d_in). b, b_hat: (m, d_out, E r).
-        scalings: of each module; E is the same in all.
+        a, a_hat: (m, E r, d_in). b, b_hat: (m, d_out, E r). scalings: of each module; E is the same in all.
     """
     blocks = scalings[0].blocks
     b_rows, b_hat_rows = np.swapaxes(b, -1, -2), np.swapaxes(b_hat, -1, -2)
@@ -90,15 +78,14 @@ def projected_errors(
     ||A A'|| ||B'B||, against which ||dW||^2 is small where B and A cancel.
 
     Args:
-        a: (m, E r, d_in). b: (m, d_out, E r).
+        a, b: (m, E r, d_in) and (m, d_out, E r). scalings: of each module; E is the same in all.
         kept: by side, Gram matrices (m, E, r, r) of the loadings.
-        scalings: of each module; E is the same in all.
 
     Returns:
         Errors; None where one is not large against that (`_PROJECTED`), or not finite.
     """
-    scales = np.array([p.scale for p in scalings])
-    both = grams(scalings[0], a, "A"), grams(scalings[0], np.swapaxes(b, -1, -2), "B")
+    scales, blocks = np.array([p.scale for p in scalings]), scalings[0].blocks
+    both = gram(blocks(a, "A")), gram(blocks(np.swapaxes(b, -1, -2), "B"))
     norms = energies(*both, scales)
     with np.errstate(invalid="ignore"):  # loadings beyond the range of their dtype
         found = energies(kept["A"], kept["B"], scales)

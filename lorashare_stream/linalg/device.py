@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from ..adapters.dtypes import Array, Float64
 from ..errors import UsageError
 from .eigen import by_krylov, leading, polished, prefers_partial
 from .moments import HostSum, Moment, Sum
-from .types import Array, Float64
 
 # A driver's device file; without one there is no GPU, and torch need not be imported to know it.
 _DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
@@ -55,15 +55,13 @@ class TorchSum:
         import torch
 
         self._device = device
-        form = start.second if start.second is not None else start.columns
-        assert form is not None
         if start.second is not None:
-            self._second = torch.from_numpy(np.ascontiguousarray(form)).to(device)
+            self._second = _tensor(start.second, device)
         else:
-            dtype = torch.float64 if form.dtype == np.float64 else torch.float32
+            dtype = torch.float64 if start.rows.dtype == np.float64 else torch.float32
             self._second = torch.zeros((start.dim, start.dim), dtype=dtype, device=device)
-            if len(form):
-                self.add(form)
+            if len(start.rows):
+                self.add(start.rows)
 
     def add(self, block: Array) -> None:
         """Add a block (m, d)."""
@@ -80,16 +78,11 @@ def torch_leading(moment: Moment, k: int, device: str) -> tuple[Float64, Float64
     """As `eigen.leading`, with the products on a torch device: block Krylov or, in float64, torch's eigh.
 
     Start, orthogonalisation, convergence and polish are those of the CPU.
-
-    Args:
-        moment: of d-vectors; k <= min(d, n).
-        k: how many.
-        device: of torch.
     """
     import torch
 
     stacked = moment.columns is not None
-    form = _tensor(moment.columns if stacked else moment.second, device)  # X' (n, d) or S (d, d)
+    form = _tensor(moment.rows, device)  # X' (n, d) or S (d, d)
     if prefers_partial(moment, k):
 
         def times(q: Array) -> Array:
@@ -121,7 +114,7 @@ def product(left: Any, right: Array) -> Array:
     return result
 
 
-def _tensor(values: Array | None, device: str) -> Any:
+def _tensor(values: Array, device: str) -> Any:
     import torch
 
     return torch.from_numpy(np.array(values, order="C")).to(device)  # a copy: the host block is overwritten

@@ -17,9 +17,9 @@ from __future__ import annotations
 import numpy as np
 from scipy.linalg import eigh
 
+from ..adapters.dtypes import Array, Float64
 from .krylov import MatVec, krylov, sketch, width
 from .moments import Moment, add_block, mirror
-from .types import Array, Float64
 
 _SPARE = 8  # eigenvectors of float32 beyond those that are wanted
 _TILE = 1024  # entries of every vector that are turned into float64 at once
@@ -27,10 +27,7 @@ STRIP = 256  # rows that are multiplied at a time, and are still in the cache fo
 
 
 def leading(moment: Moment, k: int) -> tuple[Float64, Float64]:
-    """The k leading eigenpairs of S.
-
-    Args:
-        moment: of d-vectors; k <= min(d, n).
+    """The k <= min(d, n) leading eigenpairs of S.
 
     Returns:
         values (k,) descending, float64; vectors (d, k) float64, orthonormal to 1e-12.
@@ -57,7 +54,7 @@ def by_lapack(moment: Moment, k: int) -> tuple[Float64, Float64]:
 
 def by_krylov(moment: Moment, k: int, times: MatVec) -> tuple[Float64, Float64] | None:
     """The k leading eigenpairs by products `times`, Q -> S Q; None if they do not converge."""
-    found = krylov(times, sketch(_form(moment), width(k)), k)
+    found = krylov(times, sketch(moment.rows, width(k)), k)
     return None if found is None else (found[0], orthonormal(found[1]))
 
 
@@ -73,13 +70,13 @@ def prefers_partial(moment: Moment, k: int) -> bool:
 
 def matvec_of(moment: Moment) -> MatVec:
     """Q (d, b) -> S Q (d, b), by columns X' (n, d) or by S, in their dtype."""
-    form = _form(moment)
+    every = moment.rows
     if moment.columns is None:
-        return lambda q: form @ q
+        return lambda q: every @ q
 
     def times(q: Array) -> Array:
-        image = np.zeros(q.shape, form.dtype)
-        for rows in _strips(form):
+        image = np.zeros(q.shape, every.dtype)
+        for rows in _strips(every):
             image += rows.T @ (rows @ q)
         return image
 
@@ -129,7 +126,7 @@ def spectrum(moment: Moment) -> Float64:
 def _symmetric(moment: Moment) -> Array:
     """A copy of S (d, d), or, of fewer columns than d, X'X (n, n), which has the same eigenvalues but for zeros."""
     if moment.columns is None:
-        return _form(moment).T.copy(order="F")
+        return moment.rows.T.copy(order="F")
     return _gram(moment.columns) if moment.count <= moment.dim else _second(moment.columns)
 
 
@@ -164,7 +161,8 @@ def _normalized(vectors: Array) -> Float64:
     """Columns of length 1. One without energy is noise or zeros; QR replaces it by an orthonormal one."""
     wide = vectors.astype(np.float64, copy=False)
     norms = np.linalg.norm(wide, axis=0)
-    return np.asarray(wide / np.where(norms > 0, norms, 1.0), np.float64)
+    found: Float64 = wide / np.where(norms > 0, norms, 1.0)
+    return found
 
 
 def polished(moment: Moment, raw: Array) -> tuple[Float64, Float64]:
@@ -182,14 +180,6 @@ def compressed(moment: Moment, vectors: Array) -> Float64:
             image = (rows @ vectors).astype(np.float64)  # (m, k)
             out += image.T @ image
         return out
-    image = np.concatenate([rows @ vectors for rows in _strips(_form(moment))])  # (d, k)
+    image = np.concatenate([rows @ vectors for rows in _strips(moment.rows)])  # (d, k)
     out = vectors.T.astype(np.float64) @ image
     return (out + out.T) / 2
-
-
-def _form(moment: Moment) -> Array:
-    """X' (n, d) or S (d, d), row-major."""
-    if moment.columns is not None:
-        return moment.columns
-    assert moment.second is not None
-    return moment.second.T

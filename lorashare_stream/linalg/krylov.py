@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .types import Array, Float64
+from ..adapters.dtypes import Array, Float64
 
 MatVec = Callable[[Array], Array]  # Q (d, b) -> S Q (d, b)
 CONVERGED = 2e-8  # of the captured energy, expected of the next block: about what is missed, if not less

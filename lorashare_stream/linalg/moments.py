@@ -8,8 +8,8 @@ A moment of oriented vectors X (d, n), one column a vector, is what a basis is f
     energy  tr S             float64, summed from the vectors themselves
 
 Both forms are exact and hold the same. Columns are kept up to n = 2d: S would save half of them at most, and costs
-n d^2 flops, while few components of columns cost a fraction of that (`eigen`). Laws (tested): `merge` is
-associative and commutative up to rounding; adding vectors in blocks of any size gives the same moment up to rounding.
+n d^2 flops, while few components of columns cost a fraction of that (`eigen`). Blocks of any size give the same moment
+up to rounding.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from typing import Protocol
 import numpy as np
 from scipy.linalg import blas
 
+from ..adapters.dtypes import Array, Float64
 from ..settings import QUANTUM
-from .types import Array, Float64
 
 _STRIP = 1 << 17  # numbers that are turned into float64 at once
 
 
 @dataclass(frozen=True)
 class Moment:
-    """One form of the statistic.
+    """The statistic in one form.
 
     Attributes:
-        second: S (d, d), symmetric, float32 or float64; or None.
+        second: S (d, d), symmetric, column-major, float32 or float64; or None.
         columns: X' (n, d), float32 or float64; or None. One of the two is there, unless it is on disk.
         sum: s (d,) float64.
         count: n.
@@ -50,6 +50,14 @@ class Moment:
         """d, the length of a vector."""
         return len(self.sum)
 
+    @property
+    def rows(self) -> Array:
+        """X' (n, d) or S (d, d), row-major, whichever is kept."""
+        if self.columns is not None:
+            return self.columns
+        assert self.second is not None
+        return self.second.T
+
 
 def stays_stacked(count: int, dim: int) -> bool:
     """Whether n vectors of length d are kept as columns."""
@@ -57,7 +65,7 @@ def stays_stacked(count: int, dim: int) -> bool:
 
 
 def empty(dim: int, dtype: str = "float32", *, stacked: bool = False) -> Moment:
-    """The moment of no vectors: the neutral element of `merge`."""
+    """The moment of no vectors."""
     return Moment(
         None if stacked else np.zeros((dim, dim), dtype, order="F"),
         np.zeros((0, dim), dtype) if stacked else None,
@@ -71,23 +79,6 @@ def of_columns(rows: Array) -> Moment:
     """The stacked moment of vectors given as rows (n, d)."""
     wide = rows.astype(np.float64, copy=False)
     return Moment(None, rows, wide.sum(axis=0), len(rows), float(np.einsum("ij,ij->", wide, wide)))
-
-
-def merge(a: Moment, b: Moment) -> Moment:
-    """The moment of the vectors of both. Forms may differ; the result is stacked only if both are."""
-    if a.columns is not None and b.columns is not None:
-        second, columns = None, np.concatenate([a.columns, b.columns])
-    else:
-        second, columns = second_of(a) + second_of(b), None
-    return Moment(second, columns, a.sum + b.sum, a.count + b.count, a.energy + b.energy)
-
-
-def second_of(moment: Moment) -> Array:
-    """S (d, d), whichever form is kept."""
-    if moment.second is not None:
-        return moment.second
-    assert moment.columns is not None
-    return moment.columns.T @ moment.columns
 
 
 def mirror(second: Array, tile: int = 256) -> None:
@@ -117,15 +108,13 @@ def add_block(second: Array, rows: Array) -> None:
 
 
 class Sum(Protocol):
-    """A sum of blocks of vectors (m, d): S (d, d), or None where the columns are kept."""
+    """A sum of blocks of vectors (m, d), each of which is overwritten afterwards."""
 
     def add(self, block: Array) -> None:
-        """Take a block (m, d), which is overwritten afterwards."""
-        ...
+        """Add a block (m, d)."""
 
     def result(self) -> Array | None:
-        """S (d, d), or None."""
-        ...
+        """S (d, d), or None where the columns are kept."""
 
 
 class HostSum:
@@ -135,11 +124,10 @@ class HostSum:
         if start.second is not None:
             self._second = start.second
         else:
-            assert start.columns is not None
-            self._second = np.empty((start.dim, start.dim), start.columns.dtype, order="F")
+            self._second = np.empty((start.dim, start.dim), start.rows.dtype, order="F")
             self._second.fill(0)  # written, not mapped to the page of zeros: syrk would fault on every page once more
-            if len(start.columns):
-                add_block(self._second, np.ascontiguousarray(start.columns))
+            if len(start.rows):
+                add_block(self._second, np.ascontiguousarray(start.rows))
 
     def add(self, block: Array) -> None:
         """Add a block (m, d)."""
@@ -152,7 +140,7 @@ class HostSum:
 
 
 class Accumulator:
-    """Adds vectors to a moment in blocks of exactly `quantum`, counted from the first vector that is added.
+    """Adds vectors to the moment `start` in blocks of exactly `quantum`, counted from the first vector that is added.
 
     Sums depend on the grouping in their last bits. Quanta make them depend on what is added to what, in
     the order of admission, and not on memory, workers or interruptions. Growing in two steps is another
@@ -160,8 +148,7 @@ class Accumulator:
 
     Args:
         start: the moment to add to.
-        into: the sum of the blocks, each of which is overwritten afterwards; `start` is in it.
-        quantum: vectors summed at once.
+        into: the sum of the blocks, in which `start` is already.
 
     Attributes:
         block: vectors that are not summed yet (quantum, d), as far as it is `filled`.
@@ -170,9 +157,7 @@ class Accumulator:
     def __init__(self, start: Moment, into: Sum, quantum: int = QUANTUM) -> None:
         self._into = into
         self._sum, self._count, self._energy = start.sum.copy(), start.count, start.energy
-        form = start.second if start.second is not None else start.columns
-        assert form is not None
-        self.block: Array = np.empty((quantum, start.dim), form.dtype)
+        self.block: Array = np.empty((quantum, start.dim), start.rows.dtype)
         self.filled = 0
 
     def add(self, rows: Array) -> None:

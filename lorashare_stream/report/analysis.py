@@ -26,13 +26,12 @@ import numpy as np
 
 from ..adapters.adapter import Adapter
 from ..adapters.copies import identical, near_duplicates
-from ..adapters.dtypes import ITEMSIZE
+from ..adapters.dtypes import ITEMSIZE, Array, Float64
 from ..adapters.keys import SIDES
 from ..errors import AdapterError, CollectionError
 from ..linalg.delta import gram
 from ..linalg.eigen import leading
 from ..linalg.moments import of_columns
-from ..linalg.types import Array, Float64
 from ..machine import usable_cores
 from ..plan.memory import PROCESS_BYTES
 from ..plan.plan import Plan

@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from ..adapters.adapter import Adapter
-from ..adapters.dtypes import ITEMSIZE
+from ..adapters.dtypes import ITEMSIZE, Array, Float64
 from ..adapters.keys import Side
 from ..adapters.safetensors import TensorReader, TensorRecord
 from ..checkpoint.packs import GAIN, digest_of_tensor
@@ -26,7 +26,6 @@ from ..errors import AdapterError, BudgetError, CollectionError
 from ..hub.fetch import fetching
 from ..hub.lookup import source_of
 from ..linalg.delta import relative_error
-from ..linalg.types import Array, Float64
 from ..pipeline import plan_for
 from ..plan.memory import SAMPLE, Step, steps_of
 from ..plan.plan import Plan

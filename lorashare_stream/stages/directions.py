@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 
 from ..adapters.adapter import Adapter
-from ..adapters.dtypes import widened
+from ..adapters.dtypes import Array, Float64, widened
 from ..adapters.folder import digest_files, open_tensors, tensor_records
 from ..adapters.keys import Side, group_id, split_group_id
 from ..checkpoint.format import SHARED
@@ -24,7 +24,6 @@ from ..codec.rate import side_bits
 from ..codec.search import likely_step
 from ..errors import AdapterError
 from ..files import atomic_file, read_sealed, write_sealed
-from ..linalg.types import Array, Float64
 from ..plan.plan import NUMBER_BITS
 from ..settings import DIRECTIONS
 from ..text import digest_of

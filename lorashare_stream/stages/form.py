@@ -10,13 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..adapters.adapter import Adapter
-from ..adapters.dtypes import narrowed
+from ..adapters.dtypes import Float64, narrowed
 from ..adapters.keys import SIDES, Side, group_id
 from ..adapters.safetensors import TensorReader
 from ..adapters.scaling import Scaling
 from ..errors import AdapterError
-from ..linalg.delta import DeltaError, delta_errors, grams, projected_errors
-from ..linalg.types import Float64
+from ..linalg.delta import DeltaError, delta_errors, gram, projected_errors
 from .components import Components, Part, Stack, components_at, projected, restored
 from .job import Admitted, Job
 
@@ -102,7 +101,7 @@ def _projection_errors(
 
 def _grams(parts: Sequence[Part], scalings: Sequence[Scaling], side: Side) -> Float64:
     """Gram matrices (m, E, r, r) of the loadings of modules of one shape."""
-    each = [grams(scalings[0], part.loadings.swapaxes(-1, -2), side) for part in parts]
+    each = [gram(scalings[0].blocks(part.loadings.swapaxes(-1, -2), side)) for part in parts]
     found = np.empty((len(scalings), *each[0].shape[1:]))
     for part, own in zip(parts, each, strict=True):
         found[part.places] = own

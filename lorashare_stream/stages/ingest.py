@@ -12,15 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..adapters.adapter import Adapter
-from ..adapters.dtypes import FLOATS, widened
+from ..adapters.dtypes import FLOATS, Float64, widened
 from ..adapters.folder import digest_files
 from ..adapters.keys import SIDES, Side
 from ..adapters.safetensors import TensorReader, TensorRecord
 from ..errors import AdapterError, DamagedFetchError, ValuesError
 from ..files import remove_tree
-from ..linalg.delta import energies
-from ..linalg.delta import grams as grams_of
-from ..linalg.types import Float64
+from ..linalg.delta import energies, gram
 from ..plan.plan import Plan
 from ..workspace.journal import Admission
 
@@ -94,7 +92,7 @@ def _scan(adapter: Adapter, tensors: TensorReader, *, weigh: bool) -> tuple[floa
             if not weigh:
                 continue
             rows = values if side == "A" else np.swapaxes(values, -1, -2)
-            found = grams_of(adapter.scaling(modules[0]), rows, side)  # (m, E, r, r)
+            found = gram(adapter.scaling(modules[0]).blocks(rows, side))  # (m, E, r, r)
             grams |= {(side, module): own for module, own in zip(modules, found, strict=True)}
     whole_digest = digest_files(adapter.paths) if adapter.pickled else digest.hexdigest()
     energy = _energy(adapter, grams) if weigh else 0.0

@@ -34,7 +34,6 @@ from ..checkpoint.staging import Staging
 from ..checkpoint.summary import share_config, statistics_of
 from ..errors import CheckpointError
 from ..files import naming, sealed
-from ..linalg.basis import restore
 from ..linalg.delta import DeltaError, delta_error
 from ..plan.plan import settings_key_of
 from ..runtime.executors import Mapper
@@ -180,8 +179,8 @@ def _lost(
         before, after = [], []
         for group in (group_id(module, side) for side in SIDES):
             v = components[group]
-            before.append(as_stored(restore(v, stored[group]), dtype))  # (d, r)
-            after.append(as_stored(restore(v[:, : len(kept[group])], kept[group]), dtype))
+            before.append(as_stored(v @ stored[group], dtype))  # (d, r)
+            after.append(as_stored(v[:, : len(kept[group])] @ kept[group], dtype))
         lost[module] = delta_error(before[0].T, before[1], after[0].T, after[1], scaling)
     return lost
 

@@ -15,11 +15,11 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
+from ..adapters.dtypes import Array
 from ..adapters.keys import SIDES, Side
 from ..errors import WorkspaceError
 from ..files import naming, sync
 from ..linalg.moments import Moment
-from ..linalg.types import Array
 from .leases import SUM, Marker, Slot, files_of, rows_of, slot_of, wait_for
 
 _TOGETHER = 4 << 20  # bytes of moments that are written by one call
