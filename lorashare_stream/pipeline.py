@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from .adapters.shapes import ModuleShape, Shapes
+from .adapters.scaling import ModuleShape, Shapes
 from .adapters.source import Source
 from .checkpoint.config import SHAREConfig
 from .checkpoint.format import ours_of, skipped_of

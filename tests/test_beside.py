@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 
-from lorashare_stream.adapters.beside import _OTHERS, paths_below, weights_beside
-from lorashare_stream.adapters.folder import CONFIG
+from lorashare_stream.adapters.folder import _OTHERS, CONFIG, paths_below, weights_beside
 from lorashare_stream.checkpoint.format import CONFIG as SHARE_CONFIG
 from lorashare_stream.cli.app import main
 from lorashare_stream.pipeline import plan_for

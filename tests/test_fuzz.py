@@ -20,7 +20,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorashare_stream.adapters.keys import adapter_names, foreign_kind, parse_key
+from lorashare_stream.adapters.foreign import foreign_kind
+from lorashare_stream.adapters.keys import adapter_names, parse_key
 from lorashare_stream.errors import AdapterError, StreamError
 from lorashare_stream.model import SHAREModel
 from lorashare_stream.pipeline import compress, plan_for

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorashare_stream.adapters.keys import adapter_names, factor_key, foreign_kind, group_id, parse_key, split_group_id
+from lorashare_stream.adapters.foreign import foreign_kind
+from lorashare_stream.adapters.keys import adapter_names, factor_key, group_id, parse_key, split_group_id
 
 P = "base_model.model."
 

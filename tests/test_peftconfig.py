@@ -12,8 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lorashare_stream.adapters import config as peftconfig
-from lorashare_stream.adapters.config import check_lora, scalings
-from lorashare_stream.adapters.patterns import matcher
+from lorashare_stream.adapters.config import check_lora, matcher, scalings
 from lorashare_stream.errors import AdapterError, CollectionError, UndecidedError
 from lorashare_stream.model import SHAREModel
 from lorashare_stream.pipeline import plan_for

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from lorashare_stream.adapters import stacks
+from lorashare_stream.adapters import layout
 from lorashare_stream.adapters.safetensors import TensorReader, TensorRecord, read_header
 from lorashare_stream.pipeline import compress, plan_for
 from lorashare_stream.plan.sources import resolve
@@ -41,7 +41,7 @@ class Taken:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.counts: dict[str, Counter[int]] = {}
         self._paths: dict[int, str] = {}  # by where they are mapped
-        through, raw, stacked = TensorReader.through, TensorReader.raw, stacks.stacked
+        through, raw, stacked = TensorReader.through, TensorReader.raw, layout.stacked
 
         def mapped(reader: TensorReader, record: TensorRecord) -> Any:
             data = through(reader, record)
@@ -60,7 +60,7 @@ class Taken:
 
         monkeypatch.setattr(TensorReader, "through", mapped)
         monkeypatch.setattr(TensorReader, "raw", one)
-        monkeypatch.setattr(stacks, "stacked", several)
+        monkeypatch.setattr(layout, "stacked", several)
 
     def _count(self, path: str, start: int, size: int) -> None:
         self.counts.setdefault(path, Counter()).update(range(start, start + size))

@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 from lorashare_stream.adapters.dtypes import narrowed, stacked, widened
 from lorashare_stream.adapters.folder import open_tensors, tensor_records
 from lorashare_stream.adapters.keys import SIDES
-from lorashare_stream.adapters.layout import read_layout
+from lorashare_stream.adapters.layout import STACK_BYTES, chunks, module_batches, read_layout
 from lorashare_stream.adapters.safetensors import float32
 from lorashare_stream.adapters.scaling import Scaling
-from lorashare_stream.adapters.stacks import STACK_BYTES, chunks, module_batches
 from lorashare_stream.linalg.delta import delta_error, delta_errors, gram, projected_errors
 from lorashare_stream.linalg.moments import Accumulator, HostSum, Lockstep, empty
 from lorashare_stream.plan.memory import Group, portions, steps_of

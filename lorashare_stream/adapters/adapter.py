@@ -12,12 +12,10 @@ from ..errors import AdapterError, ValuesError
 from ..text import digest_of
 from .folder import FileFact, check_still, open_tensors
 from .hubid import HubId
-from .layout import Layout
+from .layout import Chunk, Layout, ModuleBatch, chunks, module_batches
 from .safetensors import TensorReader
-from .scaling import Scaling
-from .shapes import ModuleShape, Shapes
+from .scaling import ModuleShape, Scaling, Shapes
 from .source import Listing
-from .stacks import Chunk, ModuleBatch, chunks, module_batches
 
 
 @dataclass(frozen=True)

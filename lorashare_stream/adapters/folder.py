@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,35 @@ from typing import Any
 from ..errors import AdapterError, MissingFileError
 from ..files import read_bounded, read_json
 from ..text import listed, printable
-from .foreign import AGAIN, START, disguised, disguised_file, is_unfinished, remedy_of, tool_of_files, unfinished
-from .keys import foreign_kind, parse_key
+from .foreign import (
+    AGAIN,
+    START,
+    disguised,
+    disguised_file,
+    foreign_kind,
+    is_unfinished,
+    remedy_of,
+    tool_of_files,
+    unfinished,
+)
+from .keys import parse_key
 from .safetensors import Header, TensorReader, TensorRecord, header_of, read_header, repeated
-from .shards import INDEXES, check_shards, shard_names
 
 CONFIG = "adapter_config.json"
 SAFETENSORS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 _OF_TRAINERS = ("pytorch_model_fsdp", "global_step", "zero_", "bf16_zero_", "fp16_zero_", "mp_rank_")
 PEFT_TENSORS = "file of PEFT's LoRA tensors"
+SHARD = re.compile(r"(?:adapter_)?model-\d+-of-\d+\.safetensors")
+INDEXES = ("adapter_model.safetensors.index.json", "model.safetensors.index.json")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".h5", ".msgpack", ".gguf", ".nemo")
+# What is not named: the state of a training, the same adapter in its other form, what macOS leaves; by file, by folder.
+_LEFT_OUT = re.compile(
+    r"optim(?:izer|_)|scheduler|scaler|sampler|rng_state|random_states|extra_state|trainer_state|recipe_state|training_args|args\."
+    r"|(?:bf16_|fp16_)?zero_(?:pp_|to_fp32)|mp_rank_|pytorch_model_fsdp|adapter_model\.(?:safetensors|bin)$|\._"
+)
+_FOLDER_LEFT_OUT = re.compile(r"checkpoint-\d+$|global_step\d+$|pytorch_model_fsdp|optimizer|__MACOSX$|\.")
+# A folder that has one of these is a thing of its own: an adapter, a checkpoint or a workspace of ours.
+_OTHERS = {"adapter_config.json", "share_config.json", "workspace.copy.json"}
 MOST_PEEKS = 8  # headers read in a folder without a configuration, to tell what it is
 
 
@@ -262,3 +283,81 @@ def digest_files(paths: Iterable[Path]) -> str:
         with path.open("rb", buffering=0) as f:
             hashlib.file_digest(f, lambda: digest)
     return digest.hexdigest()
+
+
+def shard_names(index: str, content: Any, there: Sequence[str]) -> list[str]:
+    """The shards that the content of an index names: all of them are there, among the files beside it, and no other.
+
+    Raises:
+        AdapterError: if it is not so, or a name leads out of the folder.
+    """
+    try:
+        names = sorted(set(content["weight_map"].values()))
+        if not names:
+            raise ValueError("it names no file")
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise AdapterError(f"{index} has no usable weight_map", found=str(e), remedy=AGAIN) from e
+    for name in names:
+        if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
+            raise AdapterError(
+                "a weight_map leaves the adapter's folder, or names no safetensors file", key=index, found=name,
+                expected="file names in the same folder", remedy="Do not trust this adapter.",
+            )  # fmt: skip
+    absent = [n for n in names if n not in there]
+    if absent:
+        raise MissingFileError("a shard is missing", key=index, found=listed(there), expected=absent[0], remedy=AGAIN)
+    unlisted = sorted(n for n in there if SHARD.fullmatch(n) and n not in names)
+    if unlisted:
+        found, expected = unlisted[0], listed(names)
+        raise AdapterError(
+            f"a shard that {index} does not list", key=index, found=found, expected=expected, remedy=AGAIN
+        )
+    return names
+
+
+def check_shards(index: str, where: Mapping[str, str], held: Mapping[str, Collection[str]]) -> None:
+    """Demand that every key is in the shard that an index says, by `where`, and not only in others (shard -> keys).
+
+    Raises:
+        AdapterError: naming one that is not.
+    """
+    for key, name in where.items():
+        if key not in held[name]:
+            found = listed(n for n in held if key in held[n]) or "no shard that has it"
+            raise AdapterError(f"{index} and the shards disagree", key=key, found=found, expected=name, remedy=AGAIN)
+
+
+def weights_beside(paths: Iterable[str], own: Collection[str] = ()) -> tuple[str, ...]:
+    """The files of weights among all paths below an adapter's folder that are not its own, sorted.
+
+    Args:
+        paths: relative to the folder.
+        own: the adapter's weight files.
+
+    >>> weights_beside(["value_head.bin", "optimizer.pt", "2_Dense/model.safetensors", "checkpoint-9/value_head.bin"])
+    ('2_Dense/model.safetensors', 'value_head.bin')
+    """
+    paths = list(paths)
+    others = tuple(f"{folder}/" for folder, _, name in (p.rpartition("/") for p in paths) if folder and name in _OTHERS)
+    return tuple(sorted(p for p in paths if _is_told(p) and p not in own and not p.startswith(others)))
+
+
+def _is_told(path: str) -> bool:
+    *folders, name = path.split("/")
+    return (
+        name.lower().endswith(_WEIGHTS)
+        and not _LEFT_OUT.match(name)
+        and not any(_FOLDER_LEFT_OUT.match(folder) for folder in folders)
+    )
+
+
+def paths_below(root: Path) -> Iterator[str]:
+    """Relative paths of the files below an adapter's folder, but for those in folders of which no weights are named."""
+    top = os.fspath(root)
+    for folder, below, files in os.walk(top):
+        prefix = f"{folder[len(top) :].strip('/')}/".removeprefix("/")
+        if prefix and not _OTHERS.isdisjoint(files):
+            below.clear()
+            continue
+        below[:] = [name for name in below if not _FOLDER_LEFT_OUT.match(name)]
+        yield from (prefix + name for name in files)

@@ -30,31 +30,6 @@ _NAMED = re.compile(
     r"|magnitude_vector\.(?P<magnitude>(?!weight$)[^.]+)(?:\.weight)?)$"
 )
 
-_FOREIGN: tuple[tuple[str, re.Pattern[str]], ...] = (
-    (
-        "kohya LoRA",
-        re.compile(r"^lora_(?:unet|te\d?|transformer|prior)_.*\.(?:lora_(?:up|down)\.weight|alpha|dora_scale)$"),
-    ),
-    ("diffusers LoRA", re.compile(r"(?:^|[._])(?:lora|lora_linear_layer)\.(?:up|down)\.weight$")),
-    ("diffusers LoRA", re.compile(r"to_(?:q|k|v|out)_lora\.(?:up|down)\.weight$")),
-    ("mlx-lm LoRA", re.compile(r"(?:^|\.)lora_[ab]$")),
-    ("torchtune LoRA", re.compile(r"(?:^|\.)lora_[ab]\.weight$")),
-    ("NeMo LoRA", re.compile(r"\.adapters?\.(?:.*\.)?linear_(?:in|out)\.weight$")),
-    ("AdaLoRA", re.compile(r"\.lora_E(?:\.|$)")),
-    (
-        "another PEFT method",
-        re.compile(
-            r"\.(?:hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t2|ia3_l|vera_lambda_[bd]|vblora_logits_[AB]|"
-            r"ranknum|oft_R|boft_[Rs]|randlora_\w+|hra_u|fourierft_spectrum|ln_tuning_layers|poly_lora_[AB]|"
-            r"prompt_embeddings|unilora_\w+)"
-        ),
-    ),
-)
-# What diffusers saves by way of PEFT; a GPT-2 adapter without prefix looks alike, so only without a configuration.
-_DIFFUSERS_PEFT = re.compile(
-    r"^(?:unet|transformer|text_encoder(?:_2|_3)?|prior|controlnet)\..*\.(?:lora_[AB]\.weight|alpha)$"
-)
-
 
 @dataclass(frozen=True, slots=True)
 class Key:
@@ -162,21 +137,3 @@ def split_group_id(group: str) -> tuple[str, Side]:
     if not module or side not in SIDES:
         raise ValueError(f"{group!r} is not of the form module:A or module:B")
     return module, "A" if side == "A" else "B"
-
-
-def foreign_kind(raw_keys: Iterable[str], *, configured: bool = True) -> tuple[str, str] | None:
-    """The kind of a file that is not a PEFT LoRA, and the key that tells; None if none does.
-
-    Args:
-        raw_keys: of the file.
-        configured: whether an adapter_config.json lies beside it; without one, keys of a model of diffusers tell.
-
-    >>> foreign_kind(["lora_unet_down_blocks_0.lora_up.weight"])
-    ('kohya LoRA', 'lora_unet_down_blocks_0.lora_up.weight')
-    """
-    kinds = _FOREIGN if configured else (*_FOREIGN, ("diffusers LoRA", _DIFFUSERS_PEFT))
-    for key in raw_keys:
-        for kind, pattern in kinds:
-            if pattern.search(key):
-                return kind, key
-    return None

@@ -1,16 +1,16 @@
-"""LoRA scaling: how dW of a module comes of its factors, dW = s B A, or with stacked experts dW_e = s B_e A_e."""
+"""LoRA scaling: how dW of a module comes of its factors, dW = s B A, or with stacked experts dW_e = s B_e A_e.
+
+And the shapes of modules: what stays known of an adapter when its source is gone.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
+from .dtypes import Array
 from .keys import Side
-
-Array = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,3 +38,23 @@ class Scaling:
         if side == "A":
             return rows.reshape(*stack, self.experts, count // self.experts, d)
         return rows.reshape(*stack, count // self.experts, self.experts, d).swapaxes(-3, -2)
+
+
+class ModuleShape(NamedTuple):
+    """What stays known of a shared module of an adapter when its source is gone.
+
+    Attributes:
+        rank: of its vectors, those of all stacked experts.
+        d_in, d_out: their lengths, of A and of B.
+        experts: how many are stacked; 0 where that is not known.
+        parameters: which its name means, where it names several.
+    """
+
+    rank: int
+    d_in: int
+    d_out: int
+    experts: int = 1
+    parameters: tuple[str, ...] = ()
+
+
+Shapes = Mapping[str, ModuleShape]  # by module

@@ -15,9 +15,9 @@ from ..adapters.config import other_scaling, scalings
 from ..adapters.dtypes import FLOATS
 from ..adapters.folder import open_tensors, tensor_records, weight_files
 from ..adapters.keys import SIDES, adapter_names, factor_key, parse_key
+from ..adapters.layout import STACK_BYTES
 from ..adapters.safetensors import float32
 from ..adapters.scaling import Scaling
-from ..adapters.stacks import STACK_BYTES
 from ..codec.factors import errors_of_products
 from ..errors import MissingSourceError, UndecidedError, UsageError
 from ..linalg.delta import DeltaError, delta_errors, relative_error

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..adapters.folder import digest_files
 from ..adapters.keys import group_id, split_group_id
-from ..adapters.shapes import ModuleShape
+from ..adapters.scaling import ModuleShape
 from ..adapters.source import Source
 from ..checkpoint.coded import metas_in
 from ..checkpoint.config import SHAREConfig, read_share_config, record_of

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from ..adapters.beside import weights_beside
+from ..adapters.folder import weights_beside
 from ..adapters.hubid import HubId
 from ..adapters.source import Listing
 from ..errors import AdapterError, StreamError, UsageError

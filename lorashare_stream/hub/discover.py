@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..adapters.beside import weights_beside
-from ..adapters.folder import CONFIG, PICKLE, SAFETENSORS
+from ..adapters.folder import CONFIG, INDEXES, PICKLE, SAFETENSORS, SHARD, weights_beside
 from ..adapters.hubid import HubId, is_repo, parse_hub_id
-from ..adapters.shards import INDEXES, SHARD
 from ..errors import StreamError
 from ..files import atomic_file
 from ..text import listed, printable

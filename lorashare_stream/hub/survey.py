@@ -17,19 +17,21 @@ from typing import Any
 
 from ..adapters.folder import (
     CONFIG,
+    INDEXES,
     PICKLE,
     SAFETENSORS,
+    check_shards,
     missing_config,
     missing_weights,
     once,
     parse_config,
     read_config,
+    shard_names,
     tensor_records,
 )
 from ..adapters.foreign import START, disguised
 from ..adapters.hubid import HubId
 from ..adapters.safetensors import TensorRecord, parse_header, read_header
-from ..adapters.shards import INDEXES, check_shards, shard_names
 from ..adapters.source import Listing, Source
 from ..errors import AdapterError, MissingFileError
 from ..settings import Settings

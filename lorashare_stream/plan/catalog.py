@@ -14,12 +14,19 @@ from typing import Any
 
 from ..adapters import config as peftconfig
 from ..adapters.adapter import Adapter, Origin
-from ..adapters.beside import paths_below, weights_beside
-from ..adapters.folder import FileFact, digest_config, file_fact, read_config, tensor_header, weight_files
+from ..adapters.folder import (
+    FileFact,
+    digest_config,
+    file_fact,
+    paths_below,
+    read_config,
+    tensor_header,
+    weight_files,
+    weights_beside,
+)
 from ..adapters.layout import NOTHING, Layout, Reason, kept_verbatim, read_layout, with_note
 from ..adapters.safetensors import TensorRecord
-from ..adapters.scaling import Scaling
-from ..adapters.shapes import Shapes
+from ..adapters.scaling import Scaling, Shapes
 from ..adapters.source import Source
 from ..checkpoint.format import MARK
 from ..errors import AdapterError, UndecidedError

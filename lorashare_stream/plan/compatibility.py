@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeVar
 
 from ..adapters.adapter import Adapter
 from ..adapters.layout import Reason
-from ..adapters.shapes import ModuleShape, Shapes
+from ..adapters.scaling import ModuleShape, Shapes
 from ..errors import AdapterError
 from ..settings import Settings
 

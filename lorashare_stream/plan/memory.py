@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from ..adapters.adapter import Adapter
 from ..adapters.dtypes import ITEMSIZE
 from ..adapters.keys import SIDES, Side
+from ..adapters.layout import STACK_BYTES, Module
 from ..adapters.safetensors import CHUNK
-from ..adapters.stacks import STACK_BYTES, Module
 from ..linalg.basis import break_even
 from ..linalg.eigen import STRIP, suits_krylov
 from ..linalg.krylov import capacity, width

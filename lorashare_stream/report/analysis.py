@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..adapters.adapter import Adapter
-from ..adapters.copies import identical, near_duplicates
 from ..adapters.dtypes import ITEMSIZE, Array, Float64
 from ..adapters.keys import SIDES
 from ..errors import AdapterError, CollectionError
@@ -38,6 +37,7 @@ from ..plan.plan import Plan
 from ..runtime.progress import Progress, silent
 from ..settings import DIRECTIONS
 from ..text import bytes_shown
+from .copies import identical, near_duplicates
 from .forecast import Point, points_of
 from .sample import Part, Sample, check_memory, mapping, sample_of, sampled, spread
 

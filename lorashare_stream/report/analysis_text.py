@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ..adapters.copies import COPY, SAME_DIRECTION
 from ..codec.rate import Estimate
 from ..errors import problem_lines, skipped_as_json
 from ..plan.plan import Plan
 from ..schema import Skipped
 from ..text import bytes_shown, counted, listed
 from .analysis import LOUD, Analysis
+from .copies import COPY, SAME_DIRECTION
 from .forecast import Forecast, Point
 from .text import Row, break_even_range, rows_text, table
 

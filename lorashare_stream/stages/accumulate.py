@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from ..adapters.adapter import Adapter
 from ..adapters.keys import SIDES, Side
+from ..adapters.layout import ModuleBatch
 from ..adapters.scaling import Scaling
-from ..adapters.stacks import ModuleBatch
 from ..linalg.delta import gram
 from ..linalg.device import sum_on
 from ..linalg.moments import Accumulator, Lockstep, Moment, empty, of_columns, partner_root, stays_stacked

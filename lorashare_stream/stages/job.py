@@ -12,7 +12,7 @@ from typing import Any
 from ..adapters.adapter import Adapter
 from ..adapters.folder import digest_files
 from ..adapters.keys import SIDES, Side, group_id
-from ..adapters.shapes import Shapes
+from ..adapters.scaling import Shapes
 from ..checkpoint.format import COMPONENTS
 from ..checkpoint.publish import staging_folder
 from ..errors import GoneError

@@ -14,7 +14,7 @@ from typing import Any
 from ..adapters.adapter import Adapter
 from ..adapters.folder import digest_files
 from ..adapters.keys import SIDES, group_id
-from ..adapters.shapes import Shapes
+from ..adapters.scaling import Shapes
 from ..checkpoint.config import CheckpointRecord, Group
 from ..checkpoint.format import COMPONENTS
 from ..checkpoint.publish import staging_folder

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from ..adapters.shapes import ModuleShape, Shapes
+from ..adapters.scaling import ModuleShape, Shapes
 from ..errors import WorkspaceError
 from ..files import read_sealed, write_sealed
 from .journal import Admission, Journal

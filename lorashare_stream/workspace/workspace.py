@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.keys import SIDES, Side
-from ..adapters.shapes import Shapes
+from ..adapters.scaling import Shapes
 from ..errors import WorkspaceError
 from ..files import (
     own_folder,

@@ -7,8 +7,8 @@ from collections.abc import Callable, Hashable, Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from .adapter import Adapter
-from .folder import FileFact, digest_files
+from ..adapters.adapter import Adapter
+from ..adapters.folder import FileFact, digest_files
 
 SAME_DIRECTION, COPY = 0.99, 0.01  # cosine of two dW; their distance, relative to the larger
 _PROBE = 4 << 10  # bytes from the middle of a file
