@@ -24,13 +24,22 @@ from hypothesis import strategies as st
 from lorashare_stream.adapters.scaling import Scaling
 from lorashare_stream.checkpoint.coded_reader import DECODED_BYTES, _modules
 from lorashare_stream.checkpoint.index import CodedAdapter, Location, Pack
-from lorashare_stream.codec.code import AdapterCode, Batch, Subject, decoded
+from lorashare_stream.codec.code import (
+    COARSEST,
+    FINEST,
+    WIDTH,
+    AdapterCode,
+    Batch,
+    Subject,
+    decoded,
+    likely_step,
+    search,
+)
 from lorashare_stream.codec.directions import ALONE, Axes, Basis, Shared, Side, as_bytes, from_bytes
 from lorashare_stream.codec.entropy import Decoder, Encoder, bits_in
 from lorashare_stream.codec.factors import CodedModule, groups_of, layouts_of, rounded
 from lorashare_stream.codec.quantiser import HIGHEST, LOWEST, TABLES, WHOLE, low_bits, table
 from lorashare_stream.codec.rate import curve_of, step_for
-from lorashare_stream.codec.search import COARSEST, FINEST, WIDTH, likely_step, search
 from lorashare_stream.codec.stream import Group, Layout, columns_of, decode, encode
 from lorashare_stream.errors import CheckpointError
 from lorashare_stream.machine import memory
@@ -164,26 +173,28 @@ def test_a_step_at_most_1_percent_coarser_was_measured_above_the_limit(
     adapter: dict[str, Factors], limit: float
 ) -> None:
     subject, _ = subject_of(adapter)
-    tried: list[float] = []
+    tried: dict[float, float] = {}
 
     def certify(trial: Any, step: float) -> float:
         errors = subject.certified(trial, step).values()
         return float(np.sqrt(sum(e.error for e in errors) / sum(e.norm for e in errors)))
 
     def attempt(step: float) -> tuple[Any, float]:
-        tried.append(step)
         trial = subject.attempt(step)[0]
-        return trial, certify(trial, step)
+        tried[step] = certify(trial, step)
+        return trial, tried[step]
 
     found = search(limit, likely_step(subject.pairs, subject.norm, limit), attempt, certify)
     assert found is not None
     assert len(tried) <= 15
-    assert found.error == certify(subject.attempt(found.step)[0], found.step) <= limit
-    if found.above == float("inf"):
-        assert found.step == COARSEST
+    trial, step = found
+    assert tried[step] == certify(trial, step) <= limit
+    above = min((other for other in tried if other > step), default=None)
+    if above is None:
+        assert step == COARSEST
     else:
-        assert found.step < found.above <= (1 + WIDTH) * found.step
-        assert certify(subject.attempt(found.above)[0], found.above) > limit
+        assert above <= (1 + WIDTH) * step
+        assert tried[above] > limit
 
 
 def bits_of(values: np.ndarray, most: int, rise: float, fall: float, center: int = 0) -> float:

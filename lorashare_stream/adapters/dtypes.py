@@ -71,12 +71,10 @@ def stacked(raw: NDArray[np.uint8], offsets: Sequence[int], dtype: str, shape: t
 
 def narrowed(values: NDArray[np.floating[Any]], dtype: str) -> NDArray[Any]:
     """Float values rounded to nearest-even for storage: F32, F16, or BF16 as its bit pattern in uint16."""
-    single = np.ascontiguousarray(values, np.float32)
-    if dtype == "F32":
-        return single
-    if dtype == "F16":
-        with np.errstate(over="ignore"):
-            return single.astype(np.float16)
+    with np.errstate(over="ignore"):
+        single = np.ascontiguousarray(values, np.float32)
+        if dtype != "BF16":
+            return single.astype({"F32": np.float32, "F16": np.float16}[dtype], copy=False)
     bits = single.view(np.uint32)
     return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
 

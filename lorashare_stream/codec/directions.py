@@ -89,9 +89,7 @@ def as_bytes(shared: Shared) -> bytes:
         g: [basis.numbers.shape[1], np.stack([basis.offsets, kinds[g]], 1).tolist()] for g, basis in shared.items()
     }
     header, coder = zlib.compress(json.dumps(facts, sort_keys=True, separators=(",", ":")).encode(), 9), Encoder()
-    for kind in sorted({*np.concatenate([*kinds.values()]).tolist()}):
-        numbers = [shared[group].numbers[own == kind].ravel() for group, own in kinds.items()]
-        coder.integers(np.concatenate(numbers).astype(np.int64), kind)
+    coder.rows([(shared[group].numbers, own) for group, own in kinds.items()])
     return _LENGTH.pack(len(header)) + header + coder.finish()
 
 
@@ -117,21 +115,14 @@ def from_bytes(stored: bytes, most: int) -> Shared:
 
 
 def _decoded(facts: Mapping[str, tuple[int, list[tuple[int, int]]]], coder: Decoder) -> Shared:
-    found = {}
+    found, parts = {}, []
     for group in sorted(facts):
         d, rows = facts[group]
         offsets, kinds = np.array(rows, np.int64).reshape(-1, 2).T
-        found[group] = Basis(np.zeros((len(rows), d), np.int16), offsets), kinds
-    pending = []
-    for kind in sorted({kind for _, kinds in found.values() for kind in kinds.tolist()}):
-        places = [(basis.numbers, kinds == kind) for basis, kinds in found.values()]
-        sizes = [int(at.sum()) * numbers.shape[1] for numbers, at in places]
-        pending.append((places, sizes, coder.integers(sum(sizes), kind)))
-    coder.finish()
-    for places, sizes, values in pending:
-        for (numbers, at), part in zip(places, np.split(values, np.cumsum(sizes)[:-1]), strict=True):
-            numbers[at] = part.reshape(-1, numbers.shape[1])
-    return {group: basis for group, (basis, _) in found.items()}
+        found[group] = Basis(np.zeros((len(rows), d), np.int16), offsets)
+        parts.append((found[group].numbers, kinds))
+    coder.rows(parts)
+    return found
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ Probabilities go to it in float64, `perfect=False`: float32 ones give another st
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 import constriction
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from ..adapters.dtypes import Array, Float64
 from .quantiser import LOWEST, PER_OCTAVE, TOTAL, Ints, classes_of, low_bits, reach, table
 
+Rows = tuple[NDArray[Any], Ints]  # integers (n, ...), and the class of each of the n
 Categorical, Uniform = constriction.stream.model.Categorical, constriction.stream.model.Uniform
 _COUNTED = 12  # classes up to which code lengths are compared; of wider ones a column's own deviation tells the best
 _PART, _LENGTHS = 16, 64  # bits of an escaped integer that are coded at once; more than all its bits
@@ -78,6 +80,12 @@ def bits_in(values: Array, kinds: Ints) -> Float64:
     return found
 
 
+def _present(parts: Sequence[Rows]) -> list[int]:
+    """The classes that some rows have, ascending."""
+    found: list[int] = np.unique(np.concatenate([np.zeros(0, np.int64), *(kinds for _, kinds in parts)])).tolist()
+    return found
+
+
 class Encoder:
     """Writes symbols of several models into one stream."""
 
@@ -100,6 +108,12 @@ class Encoder:
         self._escaped.append(high[outside])
         if bits:
             self.put(values & ((1 << bits) - 1), Uniform(1 << bits))
+
+    def rows(self, parts: Sequence[Rows]) -> None:
+        """Encode rows of integers, class by class, those of all parts together."""
+        for kind in _present(parts):
+            every = np.concatenate([rows[kinds == kind].ravel() for rows, kinds in parts])
+            self.integers(every.astype(np.int64), kind)
 
     def finish(self) -> bytes:
         """Encode what has escaped, and give the stream: words of 32 bits, little-endian."""
@@ -137,6 +151,19 @@ class Decoder:
             values += self.get(count, Uniform(1 << bits))
         self._escaped.append((values, outside, bits))
         return values
+
+    def rows(self, parts: Sequence[Rows]) -> None:
+        """Decode what `Encoder.rows` has written, and all that has escaped, into rows of that shape."""
+        pending = []
+        for kind in _present(parts):
+            places = [kinds == kind for _, kinds in parts]
+            sizes = [int(at.sum()) * prod(rows.shape[1:]) for at, (rows, _) in zip(places, parts, strict=True)]
+            pending.append((places, sizes, self.integers(sum(sizes), kind)))
+        self.finish()
+        for places, sizes, values in pending:
+            split = np.split(values, np.cumsum(sizes)[:-1])
+            for at, (rows, _), own in zip(places, parts, split, strict=True):
+                rows[at] = own.reshape(-1, *rows.shape[1:])
 
     def finish(self) -> None:
         """Decode what has escaped, and finish the arrays that were given."""

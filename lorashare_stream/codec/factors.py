@@ -17,7 +17,7 @@ from ..adapters.keys import SIDES, group_id
 from ..adapters.scaling import Scaling
 from ..linalg.delta import DeltaError, energies, gram
 from .directions import Axes, Directions, Shared, Side, joined
-from .gauge import Pairs, pairs_of
+from .pairs import Pairs, pairs_of
 from .stream import Group, Layout, Shape
 
 OfPairs = TypeVar("OfPairs", Axes, Directions)
@@ -121,8 +121,7 @@ def _padded(m: CodedModule, rows: Float64) -> Float64:
 
 def rounded(values: Float64, dtype: str) -> Array:
     """Values as a tensor of a dtype holds them; infinite beyond its range."""
-    with np.errstate(over="ignore"):
-        return values if dtype == "F64" else as_stored(values, dtype)
+    return values if dtype == "F64" else as_stored(values, dtype)
 
 
 def errors(pairs: Pairs, a_hat: Array, b_hat: Array, scalings: Sequence[Scaling]) -> list[DeltaError]:

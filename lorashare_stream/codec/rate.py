@@ -13,10 +13,9 @@ from math import exp, log, sqrt
 import numpy as np
 
 from ..adapters.dtypes import Float64
-from .code import Subject
+from .code import FINEST, Subject, likely_step
 from .directions import Directions, Side
-from .refit import Quantised
-from .search import FINEST, likely_step
+from .pairs import Quantised
 from .stream import columns_of
 
 ERRORS = (0.02, 0.05, 0.1, 0.25, 0.41, 0.62, 0.85)  # near which an adapter is tried

@@ -16,7 +16,7 @@ directions the class of a column is that of its rest, and tells those of its loa
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import isfinite, log2
 from typing import NamedTuple
 
@@ -60,18 +60,13 @@ class _Head(NamedTuple):
 
 
 def encode(groups: Sequence[Group], layouts: Sequence[Layout], step: float) -> bytes:
-    """The code of an adapter.
+    """The code of an adapter: groups of ascending shapes, none twice; a column is zero on both sides or on none.
 
-    Args:
-        groups: of ascending shapes, none twice. A column is zero on both sides or on none.
-        layouts: of the groups.
-        step: of the coefficients of dW itself.
+    The step is that of the coefficients of dW itself.
     """
     coder = Encoder()
     heads = [_encoded_head(coder, *each) for each in zip(groups, layouts, strict=True)]
-    parts = _parts(groups, layouts, heads)
-    for kind in _present(kinds for *_, kinds in parts):
-        coder.integers(np.concatenate([x[at][kinds == kind].ravel() for x, at, kinds in parts]).astype(np.int64), kind)
+    coder.rows([(x[at], kinds) for x, at, kinds in _parts(groups, layouts, heads)])
     return _STEP.pack(step) + coder.finish() if any(head.live.any() for head in heads) else b""
 
 
@@ -101,11 +96,7 @@ def columns_of(side: Side, axes: Axes, live: NDArray[np.bool_]) -> tuple[Ints, F
 
 
 def decode(code: bytes, layouts: Sequence[Layout]) -> tuple[list[Group], float]:
-    """The integers and the step of a code whose digest was found right.
-
-    Args:
-        code: of an adapter.
-        layouts: of its groups, of ascending shapes.
+    """The integers and the step of a code whose digest was found right; the layouts are of ascending shapes.
 
     Raises:
         CheckpointError: if it is no code of such groups.
@@ -125,18 +116,9 @@ def decode(code: bytes, layouts: Sequence[Layout]) -> tuple[list[Group], float]:
 def _decode(coder: Decoder, layouts: Sequence[Layout], groups: Sequence[Group]) -> None:
     """Fill in the integers of groups of zeros."""
     parts = _parts(groups, layouts, [_decoded_head(coder, layout) for layout in layouts])
-    pending = []
-    for kind in _present(kinds for *_, kinds in parts):
-        rows = [kinds == kind for *_, kinds in parts]
-        widths = [x.shape[-1] if at.ndim < x.ndim else 1 for x, at, _ in parts]
-        sizes = [int(some.sum()) * width for some, width in zip(rows, widths, strict=True)]
-        pending.append((rows, sizes, coder.integers(sum(sizes), kind)))
-    coder.finish()
-    found = [x[at] for x, at, _ in parts]
-    for rows, sizes, values in pending:
-        for own, some, part in zip(found, rows, np.split(values, np.cumsum(sizes)[:-1]), strict=True):
-            own[some] = part.reshape(-1, *own.shape[1:])
-    for (x, at, _), own in zip(parts, found, strict=True):
+    rows = [(x[at], kinds) for x, at, kinds in parts]
+    coder.rows(rows)
+    for (x, at, _), (own, _) in zip(parts, rows, strict=True):
         x[at] = own
 
 
@@ -191,12 +173,6 @@ def _begins(counts: Ints) -> NDArray[np.bool_]:
 def _expected(left: Ints, d_out: int, d_in: int) -> Ints:
     """The class on the right of columns that have the same length as on the left."""
     return np.clip(left + round(PER_OCTAVE / 2 * log2(d_out / d_in)), LOWEST, HIGHEST)
-
-
-def _present(kinds: Iterator[Ints]) -> list[int]:
-    """The classes that some columns have, ascending."""
-    found: list[int] = np.unique(np.concatenate([np.zeros(0, np.int64), *kinds])).tolist()
-    return found
 
 
 def _no_code(found: str) -> CheckpointError:

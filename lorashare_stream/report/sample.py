@@ -20,7 +20,7 @@ from ..adapters.safetensors import TensorReader, TensorRecord
 from ..checkpoint.packs import GAIN, digest_of_tensor
 from ..checkpoint.planes import BLOCK, encoded
 from ..codec.code import Batch, Subject
-from ..codec.gauge import Pairs
+from ..codec.pairs import Pairs
 from ..codec.rate import Curve, Estimate, curve_of, estimated
 from ..errors import AdapterError, BudgetError, CollectionError
 from ..hub.fetch import fetching

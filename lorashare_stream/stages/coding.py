@@ -27,8 +27,8 @@ from ..checkpoint.publish import staging_folder
 from ..checkpoint.records import REPAIR
 from ..checkpoint.staging import Staging
 from ..checkpoint.summary import share_config, statistics_of
+from ..codec.code import COARSEST, FINEST
 from ..codec.rate import Curve, curve_of, step_for
-from ..codec.search import COARSEST, FINEST
 from ..errors import AdapterError, BudgetError, CheckpointError, GoneError, refusal
 from ..files import atomic_file, link_or_copy, own_folder, remove_tree, sync
 from ..plan.plan import Plan

@@ -18,10 +18,10 @@ from ..adapters.dtypes import Array, Float64, widened
 from ..adapters.folder import digest_files, open_tensors, tensor_records
 from ..adapters.keys import Side, group_id, split_group_id
 from ..checkpoint.format import SHARED
+from ..codec.code import likely_step
 from ..codec.directions import ALONE, Basis, Directions, Shared, as_bytes
 from ..codec.quantiser import LAMBDA
 from ..codec.rate import side_bits
-from ..codec.search import likely_step
 from ..errors import AdapterError
 from ..files import atomic_file, read_sealed, write_sealed
 from ..plan.plan import NUMBER_BITS
