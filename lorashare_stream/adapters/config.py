@@ -1,4 +1,7 @@
-"""The parts of an adapter_config.json that decide what its tensors mean."""
+"""The parts of an adapter_config.json that decide what its tensors mean.
+
+Its module patterns are regular expressions from strangers: RE2 matches them, in linear time.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,12 @@ import re2
 
 from ..errors import AdapterError, UndecidedError
 from ..text import listed, printable
-from .foreign import Tool, tool_of_config
+from .foreign import tool_of_config
 from .keys import factor_key
 from .scaling import Scaling
 
 Config = Mapping[str, Any]
+_Meant = tuple[str | None, tuple[str, ...]]  # the names that a module has in patterns: as a layer, as parameters of one
 
 # What PEFT 0.21 can write as LoRA; the others change the model in another way than by adding a matrix.
 _CONVERTIBLE = {
@@ -68,10 +72,8 @@ def check_lora(config: Config) -> None:
     Raises:
         AdapterError: naming the peft_type or the field.
     """
-    peft_type = config.get("peft_type")
-    if peft_type != "LORA":
-        tool = None if peft_type else tool_of_config(config)
-        raise _other_type(peft_type) if tool is None else _of_tool(tool)
+    if config.get("peft_type") != "LORA":
+        raise _other_type(config)
     if config.get("enable_lora"):
         raise AdapterError(
             "a legacy MergedLinear adapter (enable_lora), which current PEFT cannot load",
@@ -92,37 +94,24 @@ def check_lora(config: Config) -> None:
         _refuse_field("target_parameters", parameters, "a list of names")
 
 
-def _of_tool(tool: Tool) -> AdapterError:
-    found, expected = ", ".join(sorted(tool.fields)), "peft_type LORA"
-    return AdapterError(
-        f"an adapter of {tool.name}, not of PEFT", key="peft_type", found=found, expected=expected, remedy=tool.remedy
-    )
-
-
-def _other_type(peft_type: object) -> AdapterError:
-    if not peft_type:
-        return AdapterError(
-            "adapter_config.json has no peft_type",
-            key="peft_type",
-            found=peft_type,
-            expected="LORA",
-            remedy="It was not saved by PEFT, or is damaged: save it again, or leave it out.",
-        )
-    name = peft_type.upper() if isinstance(peft_type, str) else ""
-    if name == "LORA":
-        return AdapterError(
-            "a peft_type that PEFT does not know", key="peft_type", found=peft_type, expected="LORA",
-            remedy="Write it in capital letters in adapter_config.json.",
-        )  # fmt: skip
-    return AdapterError(
-        f"not a LoRA adapter: peft_type is {printable(repr(peft_type), 60)}",
-        key="peft_type",
-        found=peft_type,
-        expected="LORA",
-        remedy="Load it on its base model and convert it with peft.save_as_lora, or leave it out."
-        if name in _CONVERTIBLE
-        else "PEFT cannot convert it to LoRA: leave it out.",
-    )
+def _other_type(config: Config) -> AdapterError:
+    found, expected = config.get("peft_type"), "LORA"
+    name = found.upper() if isinstance(found, str) else ""
+    if not found and (tool := tool_of_config(config)) is not None:
+        problem, remedy = f"an adapter of {tool.name}, not of PEFT", tool.remedy
+        found, expected = ", ".join(sorted(tool.fields)), "peft_type LORA"
+    elif not found:
+        problem = "adapter_config.json has no peft_type"
+        remedy = "It was not saved by PEFT, or is damaged: save it again, or leave it out."
+    elif name == "LORA":
+        problem = "a peft_type that PEFT does not know"
+        remedy = "Write it in capital letters in adapter_config.json."
+    else:
+        problem = f"not a LoRA adapter: peft_type is {printable(repr(found), 60)}"
+        remedy = "PEFT cannot convert it to LoRA: leave it out."
+        if name in _CONVERTIBLE:
+            remedy = "Load it on its base model and convert it with peft.save_as_lora, or leave it out."
+    return AdapterError(problem, key="peft_type", found=found, expected=expected, remedy=remedy)
 
 
 def _is_rank(value: object) -> bool:
@@ -152,11 +141,11 @@ def rank_and_alpha(config: Config) -> tuple[Any, Any]:
 def unknown_fields(config: Config) -> str | None:
     """What a user should know of fields that PEFT 0.21 passes over; None if there are none that are set."""
     names = sorted(name for name, value in config.items() if name not in _FIELDS and value)
+    if not names:
+        return None
     return (
         f"fields of adapter_config.json that PEFT {_PEFT} does not know ({listed(names, 5)}) are kept as they are; "
         "dW is taken to be s B A, and may be another product"
-        if names
-        else None
     )
 
 
@@ -193,8 +182,8 @@ def scalings(config: Config, ranks: Mapping[str, int]) -> tuple[Scaling, ...]:
     PEFT's s is alpha / r, or alpha / sqrt(r) under rsLoRA, with the r and alpha of the module's patterns.
 
     Args:
-        config: an adapter_config.json that `check_lora` lets pass.
-        ranks: the rank that the tensors of each module have.
+        config: one that `check_lora` lets pass.
+        ranks: of each module, by its tensors.
 
     Raises:
         AdapterError: if a rank is not the configured one: PEFT would not load the tensors.
@@ -206,7 +195,7 @@ def scalings(config: Config, ranks: Mapping[str, int]) -> tuple[Scaling, ...]:
     targets: Sequence[str] = config.get("target_parameters") or ()
     if len(targets) * len(ranks) > _MOST_PAIRS:
         _refuse_field("target_parameters", f"{len(targets)} names", f"fewer, with {len(ranks)} modules")
-    meant: dict[str, tuple[str | None, tuple[str, ...]]] = {}
+    meant: dict[str, _Meant] = {}
     names: set[str] = set()
     for module in ranks:
         own, parameters = meant[module] = _meant(targets, module, ranks)
@@ -214,7 +203,7 @@ def scalings(config: Config, ranks: Mapping[str, int]) -> tuple[Scaling, ...]:
         if len(parameters) > _MOST_PARAMETERS:
             _refuse_field("target_parameters", f"{len(parameters)} of one module", f"at most {_MOST_PARAMETERS}")
     configured = _configured(config, names)
-    return tuple(_scaling(config, configured, module, rank, *meant[module]) for module, rank in ranks.items())
+    return tuple(_scaling(config, configured, module, rank, meant[module]) for module, rank in ranks.items())
 
 
 def _configured(config: Config, names: Collection[str]) -> dict[str, tuple[int, float]]:
@@ -225,7 +214,7 @@ def _configured(config: Config, names: Collection[str]) -> dict[str, tuple[int, 
     return {n: (ranks.get(rank_of(n) or n, r), alphas.get(alpha_of(n) or n, alpha)) for n in names}
 
 
-def _meant(targets: Sequence[str], module: str, modules: Collection[str]) -> tuple[str | None, tuple[str, ...]]:
+def _meant(targets: Sequence[str], module: str, modules: Collection[str]) -> _Meant:
     """The names by which PEFT may look a module up in patterns: as a layer, and as parameters of one.
 
     The output projection within a MultiheadAttention has the settings of the whole. Parameters of one module
@@ -243,25 +232,18 @@ def _meant(targets: Sequence[str], module: str, modules: Collection[str]) -> tup
 
 
 def _scaling(
-    config: Config,
-    configured: Mapping[str, tuple[int, float]],
-    module: str,
-    rank: int,
-    own: str | None,
-    parameters: tuple[str, ...],
+    config: Config, configured: Mapping[str, tuple[int, float]], module: str, rank: int, meant: _Meant
 ) -> Scaling:
+    own, parameters = meant
     possible = {configured[name] for name in (own, *parameters) if name is not None}
     if len(possible) > 1:
         raise UndecidedError("only the base model tells which parameter a pattern means")
     r, alpha = possible.pop()
     if rank != r and not (parameters and rank % r == 0):
         raise AdapterError(
-            "the tensors and adapter_config.json disagree on the rank",
-            key=factor_key(module, "A"),
-            found=rank,
-            expected=f"r = {r}",
-            remedy="Mend r or rank_pattern, or leave the adapter out.",
-        )
+            "the tensors and adapter_config.json disagree on the rank", key=factor_key(module, "A"), found=rank,
+            expected=f"r = {r}", remedy="Mend r or rank_pattern, or leave the adapter out.",
+        )  # fmt: skip
     stacked = own is None or rank != r
     scale = alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
     return Scaling(scale, rank // r, parameters if stacked else ())
@@ -278,18 +260,15 @@ def matcher(patterns: Collection[str], names: Collection[str]) -> Callable[[str]
     """
     plain = all(name and name.isascii() and name.isprintable() for name in names)
     longest, steps = max(map(len, names), default=0), 0
-    reach: dict[str, int] = {}  # characters of all names with this ending
     compiled: list[tuple[str, str, Any]] = []
     for pattern in patterns:
         if _LITERAL.fullmatch(pattern) and len(pattern) > longest:
             continue
-        ending = _ending(pattern)
-        steps += _STEPS_TO_COMPILE + _STEPS_A_CHARACTER * len(pattern) + (ending not in reach) * len(names)
+        steps += _STEPS_TO_COMPILE + _STEPS_A_CHARACTER * len(pattern) + len(names)
         if steps <= _MOST_STEPS:
-            compiled.append((pattern, ending, _compiled(pattern, plain and pattern.isascii())))
-            if ending not in reach:
-                reach[ending] = sum(len(name) for name in names if name.endswith(ending))
-            steps += compiled[-1][-1].programsize * reach[ending]
+            ending, expression = _ending(pattern), _compiled(pattern, plain and pattern.isascii())
+            compiled.append((pattern, ending, expression))
+            steps += expression.programsize * sum(len(name) for name in names if name.endswith(ending))
         if steps > _MOST_STEPS:
             raise UndecidedError(f"{len(patterns)} patterns are too many for {len(names)} modules")
     if compiled and any(_UNDECIDABLE.search(name) for name in names):

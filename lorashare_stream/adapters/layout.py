@@ -75,7 +75,7 @@ class ModuleBatch:
 
 
 def module_batches(modules: Iterable[Module], *, alone: bool = False) -> tuple[ModuleBatch, ...]:
-    """Modules in batches of bounded size, in file order; each in one of its own if it is to be `alone`."""
+    """Modules in batches of bounded size, in file order; each in one of its own if `alone`."""
     alike: dict[object, list[Module]] = {}
     for i, m in enumerate(sorted(modules, key=lambda m: (m.a.file, m.a.offset))):
         kind = m.a.file, m.b.file, m.a.shape, m.b.shape, m.a.dtype, m.b.dtype
@@ -182,6 +182,8 @@ class Layout:
 
 
 NOTHING = Layout((), (), (), "")
+_Keyed = Mapping[str, tuple[Key, TensorRecord]]  # by the key as PEFT saves it
+_ShapesAB = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 def read_layout(records: Sequence[TensorRecord], *, exact: str | None = None, tied: bool = False) -> Layout:
@@ -202,12 +204,10 @@ def read_layout(records: Sequence[TensorRecord], *, exact: str | None = None, ti
     _refuse_foreign(records, keyed)
     if not any(".lora_" in canonical for canonical in keyed):
         raise AdapterError(
-            "holds no LoRA tensors",
-            found=sorted(keyed)[:3] or "no tensors",
-            expected="lora_A and lora_B",
+            "holds no LoRA tensors", found=sorted(keyed)[:3] or "no tensors", expected="lora_A and lora_B",
             remedy="Leave it out; if it was trained under ZeRO-3 or FSDP, gather the weights and save it again.",
-        )
-    digest = hashlib.sha256(repr((records, exact, tied)).encode("utf-8", "surrogatepass")).hexdigest()
+        )  # fmt: skip
+    digest = _digest(records, exact, tied)
     if exact is not None:
         extras = tuple((canonical, record) for canonical, (_, record) in sorted(keyed.items()))
         return Layout((), extras, (_exact_note(exact), *_key_notes(keyed)), digest)
@@ -228,14 +228,18 @@ def kept_verbatim(layout: Layout, reasons: Mapping[str, Reason]) -> Layout:
     notes = [_verbatim_note(name, reason) for name, reason in reasons.items()]
     if not shared:
         notes = list(dict.fromkeys(_exact_note(reason.why) for reason in reasons.values()))
-    digest = hashlib.sha256(repr((layout.digest, notes)).encode("utf-8", "surrogatepass")).hexdigest()
-    return Layout(shared, tuple(sorted([*layout.extras, *kept])), (*notes, *layout.notes), digest)
+    return Layout(
+        shared, tuple(sorted([*layout.extras, *kept])), (*notes, *layout.notes), _digest(layout.digest, notes)
+    )
 
 
 def with_note(layout: Layout, note: str) -> Layout:
     """The same layout with something more that the user should know."""
-    digest = hashlib.sha256(repr((layout.digest, note)).encode("utf-8", "surrogatepass")).hexdigest()
-    return replace(layout, notes=(*layout.notes, note), digest=digest)
+    return replace(layout, notes=(*layout.notes, note), digest=_digest(layout.digest, note))
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _verbatim_note(module: str, reason: Reason) -> str:
@@ -247,7 +251,7 @@ def _exact_note(reason: str) -> str:
     return f"kept exact, since {reason}"
 
 
-def _key_notes(keyed: Mapping[str, tuple[Key, TensorRecord]]) -> list[str]:
+def _key_notes(keyed: _Keyed) -> list[str]:
     """What the user should know of the form of the keys."""
     notes = []
     if any(canonical != record.name for canonical, (_, record) in keyed.items()):
@@ -263,22 +267,19 @@ def _key_notes(keyed: Mapping[str, tuple[Key, TensorRecord]]) -> list[str]:
     return notes
 
 
-def _refuse_foreign(records: Sequence[TensorRecord], keyed: Mapping[str, tuple[Key, TensorRecord]]) -> None:
+def _refuse_foreign(records: Sequence[TensorRecord], keyed: _Keyed) -> None:
     """Refuse the keys of another kind of file, unless there are proper factors beside: modules have any name."""
     modules = {key.module for key, _ in keyed.values() if key.module is not None}
     if any(factor_key(m, "A") in keyed and factor_key(m, "B") in keyed for m in modules):
         return
     foreign = foreign_kind(r.name for r in records)
     if foreign is not None:
+        kind, key = foreign
+        otherwise = "Load it where it is used and save it by PEFT's save_pretrained as LoRA, or leave it out."
         raise AdapterError(
-            f"not a PEFT LoRA: the keys are those of {foreign[0]}",
-            key=foreign[1],
-            found=f"{len(records)} tensors, no module with lora_A and lora_B",
-            expected="LORA keys",
-            remedy=remedy_of(
-                foreign[0], "Load it where it is used and save it by PEFT's save_pretrained as LoRA, or leave it out."
-            ),
-        )
+            f"not a PEFT LoRA: the keys are those of {kind}", key=key, expected="LORA keys",
+            found=f"{len(records)} tensors, no module with lora_A and lora_B", remedy=remedy_of(kind, otherwise),
+        )  # fmt: skip
 
 
 def _empty_or_flat(record: TensorRecord) -> AdapterError:
@@ -289,36 +290,29 @@ def _empty_or_flat(record: TensorRecord) -> AdapterError:
     return AdapterError(f"{what}: {why}", key=record.name, found=list(record.shape), remedy=remedy)
 
 
-def _keyed(records: Sequence[TensorRecord], adapter: str | None) -> dict[str, tuple[Key, TensorRecord]]:
+def _keyed(records: Sequence[TensorRecord], adapter: str) -> dict[str, tuple[Key, TensorRecord]]:
     keyed: dict[str, tuple[Key, TensorRecord]] = {}
     for record in records:
         key = parse_key(record.name, adapter)
         if 0 in record.shape or (key.module is not None and len(record.shape) < 2):
             raise _empty_or_flat(record)
         if key.canonical in keyed:
-            other = keyed[key.canonical][1].name
             raise AdapterError(
-                "two keys mean the same tensor",
-                key=record.name,
-                found=other,
-                expected="one key",
-                remedy="Save the adapter again, by PEFT's save_pretrained.",
-            )
+                "two keys mean the same tensor", key=record.name, found=keyed[key.canonical][1].name,
+                expected="one key", remedy="Save the adapter again, by PEFT's save_pretrained.",
+            )  # fmt: skip
         keyed[key.canonical] = key, record
     return keyed
 
 
-Shapes = tuple[tuple[int, ...], tuple[int, ...]]
-
-
-def _embeddings(keyed: Mapping[str, tuple[Key, TensorRecord]]) -> frozenset[Shapes]:
+def _embeddings(keyed: _Keyed) -> frozenset[_ShapesAB]:
     """Shapes (A, B) that LoRA of an output layer has if it is that of an embedding, transposed."""
     end = ".lora_embedding_A"
     pairs = [(record, keyed.get(name[:-1] + "B")) for name, (_, record) in keyed.items() if name.endswith(end)]
     return frozenset((b[1].shape[::-1], a.shape[::-1]) for a, b in pairs if b is not None)
 
 
-def _paired(keyed: Mapping[str, tuple[Key, TensorRecord]], digest: str, embeddings: frozenset[Shapes]) -> Layout:
+def _paired(keyed: _Keyed, digest: str, embeddings: frozenset[_ShapesAB]) -> Layout:
     modules: list[Module] = []
     notes = _key_notes(keyed)
     names = dict.fromkeys(key.module for key, _ in keyed.values() if key.module is not None)
@@ -334,7 +328,7 @@ def _paired(keyed: Mapping[str, tuple[Key, TensorRecord]], digest: str, embeddin
     return Layout(tuple(modules), extras, tuple(notes), digest)
 
 
-def _unshared(pair: Mapping[Side, TensorRecord], embeddings: frozenset[Shapes]) -> str | None:
+def _unshared(pair: Mapping[Side, TensorRecord], embeddings: frozenset[_ShapesAB]) -> str | None:
     """Why a module's factors are kept verbatim, or None if they are shared."""
     if len(pair) < 2:
         return f"lora_{'B' if 'A' in pair else 'A'} is missing"
@@ -342,23 +336,19 @@ def _unshared(pair: Mapping[Side, TensorRecord], embeddings: frozenset[Shapes]) 
     if len(a.shape) != len(b.shape):
         raise AdapterError(
             "lora_A and lora_B have different numbers of dimensions, as legacy MergedLinear adapters have",
-            key=b.name,
-            found=f"lora_B {list(b.shape)}, lora_A {list(a.shape)}",
+            key=b.name, found=f"lora_B {list(b.shape)}, lora_A {list(a.shape)}",
             expected="two matrices, or two kernels of a convolution",
             remedy="Convert it with the PEFT release that made it, or leave it out.",
-        )
+        )  # fmt: skip
     if len(a.shape) != 2:
         return f"{len(a.shape)}-D lora_A and {len(b.shape)}-D lora_B (a convolution, or experts in one tensor)"
     if a.dtype not in FLOATS or b.dtype not in FLOATS:
         return f"dtype {a.dtype if a.dtype not in FLOATS else b.dtype}"
     if a.shape[0] != b.shape[1]:
         raise AdapterError(
-            "lora_A and lora_B of a module differ in rank",
-            key=b.name,
-            found=f"lora_B {list(b.shape)}",
-            expected=f"lora_A {list(a.shape)}: rank {a.shape[0]}",
-            remedy="Save the adapter again, or leave it out.",
-        )
+            "lora_A and lora_B of a module differ in rank", key=b.name, found=f"lora_B {list(b.shape)}",
+            expected=f"lora_A {list(a.shape)}: rank {a.shape[0]}", remedy="Save the adapter again, or leave it out.",
+        )  # fmt: skip
     if (a.shape, b.shape) in embeddings:
         return "tied to the LoRA of the embedding"
     return None
