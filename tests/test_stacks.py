@@ -52,12 +52,12 @@ def test_chunks_hold_every_tensor_once_in_the_order_of_the_file(adapter: Path) -
     records = [r for chunk in layout.chunks for r in chunk.records]
     assert records == [r for r, _, _ in layout.in_file_order] == sorted(records, key=lambda r: r.offset)
     assert all(r.offset + r.nbytes == after.offset for c in layout.chunks for r, after in pairwise(c.records))
-    assert sorted((side, m) for chunk in layout.chunks for side, names, _ in chunk.stacks for m in names) == sorted(
+    assert sorted((s.side, m) for chunk in layout.chunks for s in chunk.stacks for m in s.modules) == sorted(
         (side, m) for side in "AB" for m in SHAPES
     )
     (extra,) = (chunk for chunk in layout.chunks if not chunk.stacks)
     assert [r.name for r in extra.records] == ["base_model.model.head.weight"]
-    assert all(len(places) == 1 for c in chunks(layout.in_file_order, alone=True) for _, _, places in c.stacks)
+    assert all(len(s.records) == 1 for c in chunks(layout.in_file_order, alone=True) for s in c.stacks)
 
 
 @pytest.mark.parametrize("even", [True, False])

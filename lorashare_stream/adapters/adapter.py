@@ -1,4 +1,4 @@
-"""An adapter of the catalog: where it comes from, its tensors, how its dW comes of them."""
+"""Adapter of the catalog: where it comes from, its tensors, how dW comes of them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ class Origin:
     """Where on the Hub an adapter comes from, and what it must be when it is fetched.
 
     Attributes:
-        hub: its pinned id.
-        asked: the id as it was given.
+        hub, asked: its pinned id, and the id as it was given.
         listing: what the Hub says of it.
         records: digest of its tensor records.
         sha256: of its one weight file, if the Hub lists it.
@@ -41,22 +40,21 @@ class Origin:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter that was admitted to the catalog.
+    """An adapter of the catalog.
 
     Attributes:
         name: unique among all, one path component.
         source_id, folder: where it comes from; the folder of what is not fetched is no folder yet.
         files: its weight files as they were; of what is not fetched, names and sizes.
         layout: its tensors.
-        scalings: how dW comes of the factors of each module, in the order of `layout.modules`.
-        base_model: the base model that its configuration names, if it names one.
+        scalings: of each module, in the order of `layout.modules`.
+        base_model: as its configuration names it, if it does.
         config_digest: SHA-256 of its configuration's values.
         config: its adapter_config.json, as JSON has it; None if it was not read.
         origin: where on the Hub it comes from.
         fetched: whether its files are on this machine.
         converted: the folder that keeps what its `.bin` was converted to, if one does.
-        beside: files of weights in its folder that are not its own, relative to it; of the Hub, as far as they are
-            listed.
+        beside: files of weights in its folder that are not its own, relative to it; of the Hub, if they are listed.
         reconstructs: digest of the source id of the adapter that it is a reconstruction of, if it is one.
     """
 
@@ -114,11 +112,11 @@ class Adapter:
             raise
 
     def scalings_of(self, modules: Iterable[str]) -> list[Scaling]:
-        """How dW of several modules comes of their factors."""
+        """The scalings of several modules."""
         return [self.scalings[self.layout.position[m]] for m in modules]
 
     def scaling(self, module: str) -> Scaling:
-        """How dW of a module comes of its factors."""
+        """The scaling of a module."""
         return self.scalings[self.layout.position[module]]
 
     @property

@@ -215,12 +215,10 @@ def _configured(config: Config, names: Collection[str]) -> dict[str, tuple[int, 
 
 
 def _meant(targets: Sequence[str], module: str, modules: Collection[str]) -> _Meant:
-    """The names by which PEFT may look a module up in patterns: as a layer, and as parameters of one.
-
-    The output projection within a MultiheadAttention has the settings of the whole. Parameters of one module
-    are nested in each other, in an order that only the base model knows. A target without a dot is a parameter of
-    any module, so the module may be a layer as well.
-    """
+    """The names by which PEFT may look a module up in patterns: as a layer, and as parameters of one."""
+    # The output projection within a MultiheadAttention has the settings of the whole. Parameters of one module are
+    # nested in each other, in an order that only the base model knows. A target without a dot is a parameter of any
+    # module, so the module may be a layer as well.
     whole = module.removesuffix(_WITHIN)
     if whole != module and whole in modules:
         return whole, ()

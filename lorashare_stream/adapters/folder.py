@@ -1,4 +1,10 @@
-"""The files of one adapter folder: which they are, and the tensors in them."""
+"""The files of one adapter folder: which they are, the tensors in them, and what lies beside.
+
+Files of weights beside those of an adapter were trained with it, most of them, and are not read by PEFT: LLaVA's
+projector (`non_lora_trainables.bin`), a value head (`value_head.safetensors`), layers of sentence-transformers
+(`2_Dense/model.safetensors`), new rows of an embedding (`new_embeddings.safetensors`). Whoever wrote them reads them by
+code of its own, so they are not taken into a checkpoint, but named.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +48,7 @@ _LEFT_OUT = re.compile(
 )
 _FOLDER_LEFT_OUT = re.compile(r"checkpoint-\d+$|global_step\d+$|pytorch_model_fsdp|optimizer|__MACOSX$|\.")
 # A folder that has one of these is a thing of its own: an adapter, a checkpoint or a workspace of ours.
-_OTHERS = {"adapter_config.json", "share_config.json", "workspace.copy.json"}
+_OTHERS = {CONFIG, "share_config.json", "workspace.copy.json"}
 MOST_PEEKS = 8  # headers read in a folder without a configuration, to tell what it is
 
 
@@ -62,11 +68,7 @@ def file_fact(path: Path) -> FileFact:
 
 
 def check_still(files: Iterable[FileFact]) -> None:
-    """Demand that files are those of the plan: before they are mapped, and, of what was read, afterwards.
-
-    Raises:
-        AdapterError: if one has changed, or is gone (MissingFileError).
-    """
+    """Demand that files are those of the plan; an AdapterError if one has changed, or is gone (MissingFileError)."""
     for fact in files:
         try:
             now = file_fact(fact.path)
@@ -142,14 +144,7 @@ def missing_config(
     remedy: str = "Point to what PEFT's save_pretrained wrote, by org/name//subfolder if it is in one.",
 ) -> MissingFileError:
     """The error for a listing without a configuration."""
-    problem = f"no {CONFIG}"
-    cut, tool = unfinished(names), tool_of_files(names)
-    if cut is not None:
-        problem, remedy = f"{problem}, but a download that was cut short: {printable(cut)}", AGAIN
-    elif tool is not None:
-        problem, remedy = f"an adapter of {tool[0].name}: {printable(tool[1])} without {CONFIG}", tool[0].remedy
-    found, expected = listed(names) or "nothing", f"{CONFIG} and {SAFETENSORS}"
-    return MissingFileError(problem, found=found, expected=expected, remedy=remedy)
+    return _absent(CONFIG, names, f"{{}}: {{}} without {CONFIG}", f"{CONFIG} and {SAFETENSORS}", remedy)
 
 
 def _no_config(folder: Path) -> MissingFileError:
@@ -225,30 +220,32 @@ def _elsewhere(folder: Path) -> list[str]:
 
 def missing_weights(entries: Sequence[str]) -> MissingFileError:
     """The error for a listing without weights."""
-    remedy, problem = AGAIN, "no weights"
-    cut, tool = unfinished(entries), tool_of_files(entries)
-    if cut is not None:
-        problem = f"no weights, but a download that was cut short: {printable(cut)}"
-    elif tool is not None:
-        problem, remedy = f"an adapter of {tool[0].name}, not of PEFT: {printable(tool[1])}", tool[0].remedy
-    elif any(n.endswith(".distcp") or n.startswith(_OF_TRAINERS) for n in entries):
+    remedy = AGAIN
+    if any(n.endswith(".distcp") or n.startswith(_OF_TRAINERS) for n in entries):
         remedy = "It holds the shards of ZeRO-3 or FSDP: gather the weights, and save the adapter again."
     elif any(n.startswith("adapter_model") for n in entries):
         remedy = f"If a file among these has the weights, rename it to {SAFETENSORS}."
-    return MissingFileError(problem, found=listed(entries), expected=f"{SAFETENSORS} or {PICKLE}", remedy=remedy)
+    return _absent("weights", entries, "{}, not of PEFT: {}", f"{SAFETENSORS} or {PICKLE}", remedy)
+
+
+def _absent(what: str, names: Sequence[str], of_tool: str, expected: str, remedy: str) -> MissingFileError:
+    """The error for a listing without a file; a download that was cut short, or a tool, if one tells why."""
+    problem, cut, tool = f"no {what}", unfinished(names), tool_of_files(names)
+    if cut is not None:
+        problem, remedy = f"{problem}, but a download that was cut short: {printable(cut)}", AGAIN
+    elif tool is not None:
+        problem = of_tool.format(f"an adapter of {tool[0].name}", printable(tool[1]))
+        remedy = tool[0].remedy
+    return MissingFileError(problem, found=listed(names) or "nothing", expected=expected, remedy=remedy)
 
 
 def tensor_records(paths: tuple[Path, ...]) -> tuple[TensorRecord, ...]:
-    """All tensors of an adapter's files, as `tensor_header`."""
+    """All tensors of an adapter's files."""
     return tensor_header(paths).records
 
 
 def tensor_header(paths: tuple[Path, ...]) -> Header:
-    """All tensors of an adapter's files, and the metadata of one that is alone.
-
-    Raises:
-        AdapterError: if a file is damaged, or two shards hold one key.
-    """
+    """All tensors of an adapter's files, and the metadata of one that is alone; an AdapterError if one is damaged."""
     if paths[0].suffix == ".bin":
         from .pickles import pickle_records
 
@@ -286,11 +283,7 @@ def digest_files(paths: Iterable[Path]) -> str:
 
 
 def shard_names(index: str, content: Any, there: Sequence[str]) -> list[str]:
-    """The shards that the content of an index names: all of them are there, among the files beside it, and no other.
-
-    Raises:
-        AdapterError: if it is not so, or a name leads out of the folder.
-    """
+    """The shards that the content of an index names, all of which are `there`, and no other; else an AdapterError."""
     try:
         names = sorted(set(content["weight_map"].values()))
         if not names:
@@ -308,19 +301,13 @@ def shard_names(index: str, content: Any, there: Sequence[str]) -> list[str]:
         raise MissingFileError("a shard is missing", key=index, found=listed(there), expected=absent[0], remedy=AGAIN)
     unlisted = sorted(n for n in there if SHARD.fullmatch(n) and n not in names)
     if unlisted:
-        found, expected = unlisted[0], listed(names)
-        raise AdapterError(
-            f"a shard that {index} does not list", key=index, found=found, expected=expected, remedy=AGAIN
-        )
+        problem = f"a shard that {index} does not list"
+        raise AdapterError(problem, key=index, found=unlisted[0], expected=listed(names), remedy=AGAIN)
     return names
 
 
 def check_shards(index: str, where: Mapping[str, str], held: Mapping[str, Collection[str]]) -> None:
-    """Demand that every key is in the shard that an index says, by `where`, and not only in others (shard -> keys).
-
-    Raises:
-        AdapterError: naming one that is not.
-    """
+    """Demand that every key is in the shard that an index says, by `where`, of what shards hold; else AdapterError."""
     for key, name in where.items():
         if key not in held[name]:
             found = listed(n for n in held if key in held[n]) or "no shard that has it"
@@ -328,11 +315,7 @@ def check_shards(index: str, where: Mapping[str, str], held: Mapping[str, Collec
 
 
 def weights_beside(paths: Iterable[str], own: Collection[str] = ()) -> tuple[str, ...]:
-    """The files of weights among all paths below an adapter's folder that are not its own, sorted.
-
-    Args:
-        paths: relative to the folder.
-        own: the adapter's weight files.
+    """The files of weights among all paths below an adapter's folder that are not its `own`, sorted.
 
     >>> weights_beside(["value_head.bin", "optimizer.pt", "2_Dense/model.safetensors", "checkpoint-9/value_head.bin"])
     ('2_Dense/model.safetensors', 'value_head.bin')

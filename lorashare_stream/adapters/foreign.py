@@ -107,9 +107,7 @@ def tool_of_files(names: Iterable[str]) -> tuple[Tool, str] | None:
 def foreign_kind(raw_keys: Iterable[str], *, configured: bool = True) -> tuple[str, str] | None:
     """The kind of a file that is not a PEFT LoRA, and the key that tells; None if none does.
 
-    Args:
-        raw_keys: of the file.
-        configured: whether an adapter_config.json lies beside it; without one, keys of a model of diffusers tell.
+    Without an adapter_config.json beside it (`configured`), keys of a model of diffusers tell as well.
 
     >>> foreign_kind(["lora_unet_down_blocks_0.lora_up.weight"])
     ('kohya LoRA', 'lora_unet_down_blocks_0.lora_up.weight')
@@ -138,12 +136,7 @@ def is_unfinished(name: str) -> bool:
 
 
 def disguised(path: Path, start: bytes, size: int) -> AdapterError | None:
-    r"""The error for a file that is something else than its name says; None if nothing tells what it is.
-
-    Args:
-        path: of the file, `.safetensors`, `.bin` or `.json`.
-        start: its first `START` bytes.
-        size: of the file, in bytes.
+    r"""The error for a file, of `size` bytes, that is something else than its name says; None if nothing tells.
 
     >>> print(disguised(Path("adapter_model.bin"), b"\x1f\x8b\x08", 2048))
     adapter_model.bin: a gzip archive (found 2.0 KiB). Unpack it.

@@ -1,4 +1,4 @@
-"""PEFT tensor keys: what is LoRA, what is an extra, what is another kind of file.
+"""PEFT tensor keys: what is LoRA, what is an extra.
 
 A group is (module, side); the side is read from the key, never from the shape. The regular expressions
 were checked against what PEFT 0.21 saves. A key comes as PEFT saves it, or as a state dict has it: with the
@@ -51,8 +51,7 @@ def parse_key(raw: str, adapter: str | None = None) -> Key:
 
     Args:
         raw: as it stands in the file.
-        adapter: the adapter's name that keys of this file carry, as `adapter_names` finds it; empty if they carry
-            none; None if it is not known, and the key itself must tell.
+        adapter: the name that keys of this file carry (`adapter_names`); empty if none; None if the key must tell.
 
     >>> parse_key("base_model.model.h.0.q.lora_A.default.weight")
     Key(canonical='base_model.model.h.0.q.lora_A.weight', module='h.0.q', side='A')
@@ -128,11 +127,7 @@ def group_id(module: str, side: Side) -> str:
 
 
 def split_group_id(group: str) -> tuple[str, Side]:
-    """The inverse of `group_id`.
-
-    Raises:
-        ValueError: if `group` is no group id.
-    """
+    """The inverse of `group_id`; ValueError if `group` is none."""
     module, _, side = group.rpartition(":")
     if not module or side not in SIDES:
         raise ValueError(f"{group!r} is not of the form module:A or module:B")

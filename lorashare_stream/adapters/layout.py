@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import AdapterError
 from .dtypes import FLOATS, Float32, stacked
@@ -50,8 +47,27 @@ class Module:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """Tensors of one side, shape and dtype in one file: a call for each would cost more than its arithmetic."""
+
+    side: Side
+    modules: tuple[str, ...]
+    records: tuple[TensorRecord, ...]
+
+    @cached_property
+    def _place(self) -> tuple[TensorRecord, list[int]]:
+        """The last tensor in the file, and the offsets of all."""
+        return max(self.records, key=lambda r: r.offset), [r.offset for r in self.records]
+
+    def read(self, tensors: TensorReader) -> Float32:
+        """The tensors (m, *shape), as they are stored; a view where there can be one."""
+        last, offsets = self._place
+        return stacked(tensors.through(last), offsets, last.dtype, last.shape)
+
+
+@dataclass(frozen=True)
 class ModuleBatch:
-    """Modules of one shape and dtype on each side: A is (m, r, d_in), B (m, d_out, r)."""
+    """Modules of one shape and dtype on each side."""
 
     modules: tuple[Module, ...]
 
@@ -61,17 +77,12 @@ class ModuleBatch:
         return tuple(m.name for m in self.modules)
 
     @cached_property
-    def _places(self) -> dict[Side, tuple[TensorRecord, list[int]]]:
-        """By side, the last tensor in the file, and the offsets of all."""
-        records = {side: [m.record(side) for m in self.modules] for side in SIDES}
-        return {side: (max(some, key=lambda r: r.offset), [r.offset for r in some]) for side, some in records.items()}
+    def _stacks(self) -> tuple[Stack, ...]:
+        return tuple(Stack(side, self.names, tuple(m.record(side) for m in self.modules)) for side in SIDES)
 
     def read(self, tensors: TensorReader) -> dict[Side, Float32]:
-        """The tensors, in their stored shapes: A (m, r, d_in), B (m, d_out, r); views where there can be."""
-        return {
-            side: stacked(tensors.through(last), offsets, last.dtype, last.shape)
-            for side, (last, offsets) in self._places.items()
-        }
+        """The tensors: A (m, r, d_in), B (m, d_out, r)."""
+        return {stack.side: stack.read(tensors) for stack in self._stacks}
 
 
 def module_batches(modules: Iterable[Module], *, alone: bool = False) -> tuple[ModuleBatch, ...]:
@@ -89,16 +100,10 @@ def module_batches(modules: Iterable[Module], *, alone: bool = False) -> tuple[M
 
 @dataclass(frozen=True)
 class Chunk:
-    """Neighbours in a file, and which of them are stacked: those of one side, shape and dtype, by number."""
+    """Neighbours in a file, and those of them that are shared, in stacks."""
 
     records: tuple[TensorRecord, ...]
-    stacks: tuple[tuple[Side, tuple[str, ...], tuple[int, ...]], ...]
-
-    def stacks_of(self, data: NDArray[np.uint8]) -> Iterator[tuple[Side, tuple[str, ...], Float32]]:
-        """Side, names of the modules, and the tensors (m, *shape), of the bytes of their file."""
-        for side, names, numbers in self.stacks:
-            some = [self.records[i] for i in numbers]
-            yield side, names, stacked(data, [r.offset for r in some], some[0].dtype, some[0].shape)
+    stacks: tuple[Stack, ...]
 
 
 def chunks(items: Iterable[FileItem], *, alone: bool = False) -> tuple[Chunk, ...]:
@@ -119,12 +124,12 @@ def chunks(items: Iterable[FileItem], *, alone: bool = False) -> tuple[Chunk, ..
 
 
 def _chunk(items: Sequence[FileItem], *, alone: bool) -> Chunk:
-    alike: dict[tuple[Side, object], list[tuple[str, int]]] = {}
+    alike: dict[tuple[Side, object], list[tuple[str, TensorRecord]]] = {}
     for i, (record, module, side) in enumerate(items):
         if module is not None and side is not None:
-            alike.setdefault((side, (record.shape, record.dtype, alone and i)), []).append((module, i))
-    stacks = tuple((side, tuple(m for m, _ in some), tuple(i for _, i in some)) for (side, _), some in alike.items())
-    return Chunk(tuple(record for record, _, _ in items), stacks)
+            alike.setdefault((side, (record.shape, record.dtype, alone and i)), []).append((module, record))
+    stacks = [Stack(side, tuple(m for m, _ in some), tuple(r for _, r in some)) for (side, _), some in alike.items()]
+    return Chunk(tuple(record for record, _, _ in items), tuple(stacks))
 
 
 @dataclass(frozen=True)

@@ -201,11 +201,7 @@ def _streamed(file: IO[bytes], size: int) -> Any:
 
 
 def open_pickle(path: Path, folder: Path | None) -> TensorReader:
-    """A `.bin` as safetensors: those that a folder keeps of it, or, where nothing is kept, of a nameless file.
-
-    Raises:
-        AdapterError: if torch cannot read it.
-    """
+    """A `.bin` as safetensors, which a folder keeps, or a nameless file; an AdapterError if torch cannot read it."""
     if folder is None:
         with tempfile.NamedTemporaryFile(prefix="lorashare-stream-") as file:
             records = _convert(path, file)

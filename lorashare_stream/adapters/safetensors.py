@@ -68,26 +68,27 @@ def read_header(path: Path, file: int = 0) -> tuple[TensorRecord, ...]:
 
 
 def header_of(path: Path, file: int = 0) -> Header:
-    """The header of a safetensors file; safetensors proves that it tells no lies of the file.
-
-    Raises:
-        AdapterError: if the header is not valid, lies about the data, or the file is cut short.
-    """
+    """The header of a safetensors file, proved by safetensors; an AdapterError if it is not true of the file."""
     with path.open("rb", buffering=0) as f:  # a buffer would be filled with tensors
         size = os.fstat(f.fileno()).st_size
-        prefix = f.read(8)
-        length = _header_length(prefix, size)
-        if length is None:
-            raise _not_safetensors(path, prefix + f.read(START - 8), size)
-        return _header(f.read(length), size, file, _Origin(path, here=True))
+        head = f.read(8)
+        head += f.read(_header_length(head, size) or START - 8)
+    return _proved(head, size, file, _Origin(path, here=True))
 
 
 def parse_header(head: bytes, size: int, path: Path, file: int = 0) -> tuple[TensorRecord, ...]:
     """The tensors of a safetensors file of `size` bytes, from its first bytes; `path` is its name in errors."""
-    length = _header_length(head[:8], size)
+    return _proved(head, size, file, _Origin(path, here=False)).records
+
+
+def _proved(head: bytes, size: int, file: int, origin: _Origin) -> Header:
+    length = _header_length(head, size)
     if length is None:
-        raise _not_safetensors(path, head[:START], size)
-    return _header(head[8 : 8 + length], size, file, _Origin(path, here=False)).records
+        announced = int.from_bytes(head[:8], "little") if len(head) >= 8 else 0
+        wanted = f"8 bytes and a header of {announced or 'some'} bytes"
+        fault = bad_file(origin.path, "not a safetensors file, or cut short", f"{size} bytes", wanted)
+        raise disguised(origin.path, head[:START], size) or fault
+    return _header(head[8 : 8 + length], size, file, origin)
 
 
 @lru_cache(maxsize=64)  # adapters of one script have equal headers, which are parsed and proved once
@@ -127,17 +128,10 @@ def _prove(raw: bytes, size: int, origin: _Origin) -> None:
         raise bad_file(origin.path, "the safetensors header is not true of the file", found) from e
 
 
-def _header_length(prefix: bytes, size: int) -> int | None:
+def _header_length(head: bytes, size: int) -> int | None:
     """The length of a header, from the 8 bytes before it; None if a file of `size` bytes has no such header."""
-    length: int = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+    length = int.from_bytes(head[:8], "little") if len(head) >= 8 else 0
     return length if 0 < length <= min(size - 8, MAX_HEADER) else None
-
-
-def _not_safetensors(path: Path, start: bytes, size: int) -> AdapterError:
-    length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
-    wanted = f"8 bytes and a header of {length or 'some'} bytes"
-    fault = bad_file(path, "not a safetensors file, or cut short", f"{size} bytes", wanted)
-    return disguised(path, start, size) or fault
 
 
 def _record(path: Path, name: str, entry: Any, data: int, file: int) -> TensorRecord:

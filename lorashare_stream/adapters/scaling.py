@@ -22,10 +22,8 @@ class Scaling:
     (peft.tuners.lora.layer.ParamWrapper.get_delta_weight).
 
     Attributes:
-        scale: PEFT's factor s.
-        experts: E; 1 for a plain layer.
-        parameters: what PEFT may mean by the module's name, of the parameters that are adapted there; empty for a
-            plain layer.
+        scale: s. experts: E; 1 for a plain layer.
+        parameters: which PEFT may mean by the module's name; empty for a plain layer.
     """
 
     scale: float

@@ -17,9 +17,8 @@ class Listing:
 
     Attributes:
         files: names in the adapter's folder, and paths of weights below it; empty if they were not asked for.
-        base_model: of which it says to be an adapter.
+        base_model, license: as its card gives them.
         gated, private: whether not everybody may read it; None if that is not known.
-        license: as its card gives it.
     """
 
     files: tuple[str, ...] = ()
@@ -34,12 +33,11 @@ class Source:
     """Where an adapter comes from.
 
     Attributes:
-        id: what identifies it across runs: for a local folder its real path, else its Hub id, pinned.
-        path: the folder; nothing of an adapter of the Hub.
-        name: the name that the user gave it, or None: one is made of its folder's or repository's.
+        id: the same in every run: of a local folder its real path, else its Hub id, pinned.
+        path: the folder; means nothing for an adapter of the Hub.
+        name: as the user gave it, if so.
         inner: its subfolders that hold adapters too, which are not taken.
-        hub: where on the Hub it is.
-        asked: of an adapter of the Hub, the id that it was given by before it was pinned.
+        hub, asked: its id on the Hub, and that by which it was given, before it was pinned.
         listing: what the Hub says of it, once it is pinned or listed.
         fault: why the Hub does not have it.
     """

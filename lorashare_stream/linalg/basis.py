@@ -43,16 +43,15 @@ def fit(
 ) -> Basis:
     """The best basis of a group: leading eigenvectors of its moment (Eckart-Young).
 
+    The entry of largest magnitude in each component is positive.
+
     Args:
         moment: of the group, n >= 1. With `center`, its arrays are overwritten.
         num_components: k, clamped to min(d, n); or `"auto"`: the smallest k whose share of tr S reaches
             `threshold`.
         center: fit S - s s'/n instead of S (the published method).
-        dtype: storage dtype to which components are rounded: F32, BF16 or F16.
-        solver: finds leading eigenpairs.
-
-    Returns:
-        The basis. Signs: the entry of largest magnitude in each component is positive.
+        dtype: to which components are rounded for storage: F32, BF16 or F16.
+        solver: of leading eigenpairs.
     """
     most = max(1, min(moment.dim, moment.count))
     if center:

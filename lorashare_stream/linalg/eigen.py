@@ -100,11 +100,9 @@ def _scaled(matrix: Array) -> Array:
 
 
 def _eigenvectors(moment: Moment, k: int) -> Array:
-    """The k leading ones of the matrix of `_symmetric`, and some more in float32, ascending, in its dtype.
-
-    Where eigenvalues are clustered, MRRR (syevr) may find fewer than it is asked for, and says so by nothing but their
-    number (106 of 108 at n = 700); divide and conquer (syevd) finds all, in three times the memory.
-    """
+    """The k leading ones of the matrix of `_symmetric`, and some more in float32, ascending, in its dtype."""
+    # Where eigenvalues are clustered, MRRR (syevr) may find fewer than it is asked for, and only their number says so
+    # (106 of 108 at n = 700); divide and conquer (syevd) finds all, in three times the memory.
     matrix = _scaled(_symmetric(moment))
     n = len(matrix)
     wanted = min(k + _SPARE, n) if matrix.dtype == np.float32 else k

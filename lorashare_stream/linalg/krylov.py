@@ -86,26 +86,16 @@ def krylov(times: MatVec, start: Array, k: int) -> tuple[Float64, Array] | None:
 
 
 def _next_look(step: int, share: float) -> int:
-    """The step to look at next, sooner than it converges if gains, a share of the energy, fall as they did at most.
-
-    A look takes the longer the more columns there are.
-    """
+    """The step to look at next, sooner than it converges if gains, a share of the energy, fall as they did at most."""
     log = float(np.log(min(max(share, 1e-300), 0.9)))
     return step + max(1, int(step * (float(np.log(CONVERGED)) / log - 1)))
 
 
 def _next_gain(r: Array, last: Float64, values: Float64, rotation: Float64) -> float:
-    """The gain in the sum of the k largest Ritz values by the next block Q.
-
-    The Ritz vector V s has the residual Q R s', s' of the last block. With mu for what S is on Q, and e = |R s'|, the
-    larger eigenvalue of [[value, e], [e, mu]] is e^2 / (h + sqrt(h^2 + e^2)) above the value, h = (value - mu) / 2. As
-    mu stands what S is on the last block, on average.
-
-    Args:
-        r: R (b, b): what the last image has of Q.
-        last: (b, b), of V'SV, the last block.
-        values, rotation: (k,) and (m, k), eigenpairs of V'SV.
-    """
+    """The gain in the sum of the k largest Ritz values by the next block Q, of which the last image has R (b, b)."""
+    # The Ritz vector V s has the residual Q R s', s' of the last block. With mu for what S is on Q, and e = |R s'|, the
+    # larger eigenvalue of [[value, e], [e, mu]] is e^2 / (h + sqrt(h^2 + e^2)) above the value, h = (value - mu) / 2.
+    # As mu stands what S is on the last block, on average.
     squares = np.square(r.astype(np.float64) @ rotation[-len(r) :]).sum(axis=0)
     half = (values - np.trace(last) / len(last)) / 2
     root = np.sqrt(np.square(half) + squares)
@@ -114,11 +104,9 @@ def _next_gain(r: Array, last: Float64, values: Float64, rotation: Float64) -> f
 
 
 def _orthonormal(block: Array, basis: Array, rng: np.random.Generator) -> Array:
-    """An orthonormal basis (d, b) of `block`, which is orthogonal to `basis` (d, m) but for rounding.
-
-    Cholesky QR, by Gram matrices in float64, again until it hardly changes anything: twice, mostly. What is only
-    rounding gives way to random directions.
-    """
+    """An orthonormal basis (d, b) of `block`, which is orthogonal to `basis` (d, m) but for rounding."""
+    # Cholesky QR, by Gram matrices in float64, again until it hardly changes anything: twice, mostly. What is only
+    # rounding gives way to random directions.
     for turn in range(6):
         if turn:
             block = block - basis @ (basis.T @ block)

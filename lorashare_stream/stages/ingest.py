@@ -85,9 +85,9 @@ def _scan(adapter: Adapter, tensors: TensorReader, *, weigh: bool) -> tuple[floa
                 notes.append(f"{first.name}: tensors kept verbatim hold values that are not finite")
             continue
         last = chunk.records[-1]
-        data = tensors.through(last)
-        digest.update(data[first.offset : last.offset + last.nbytes].data)
-        for side, modules, values in chunk.stacks_of(data):
+        digest.update(tensors.through(last)[first.offset : last.offset + last.nbytes].data)
+        for stack in chunk.stacks:
+            side, modules, values = stack.side, stack.modules, stack.read(tensors)
             _demand_finite(values, side, modules, adapter)
             if not weigh:
                 continue
