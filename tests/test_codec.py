@@ -37,7 +37,7 @@ from lorashare_stream.codec.code import (
 )
 from lorashare_stream.codec.directions import ALONE, Axes, Basis, Shared, Side, as_bytes, from_bytes
 from lorashare_stream.codec.entropy import Decoder, Encoder, bits_in
-from lorashare_stream.codec.factors import CodedModule, groups_of, layouts_of, rounded
+from lorashare_stream.codec.factors import CodedModule, layouts_of, rounded
 from lorashare_stream.codec.quantiser import HIGHEST, LOWEST, TABLES, WHOLE, low_bits, table
 from lorashare_stream.codec.rate import curve_of, step_for
 from lorashare_stream.codec.stream import Group, Layout, columns_of, decode, encode
@@ -228,7 +228,7 @@ def test_the_integers_come_back_and_their_bytes_are_those_of_the_tables(
 ) -> None:
     subject, _ = subject_of(adapter, shared=shared_of(adapter, how))
     trial = subject.attempt(likely_step(subject.pairs, subject.norm, limit))[0]
-    groups, layouts = groups_of(subject.modules, subject._integers(trial)), layouts_of(subject.modules, subject.shared)
+    groups, layouts = subject._groups(trial), layouts_of(subject.modules, subject.shared)
     code = encode(groups, layouts, 0.25)
     back, step = decode(code, layouts)
     if not code:

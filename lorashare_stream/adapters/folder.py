@@ -144,7 +144,7 @@ def missing_config(
     remedy: str = "Point to what PEFT's save_pretrained wrote, by org/name//subfolder if it is in one.",
 ) -> MissingFileError:
     """The error for a listing without a configuration."""
-    return _absent(CONFIG, names, f"{{}}: {{}} without {CONFIG}", f"{CONFIG} and {SAFETENSORS}", remedy)
+    return _absent(CONFIG, names, f"{CONFIG} and {SAFETENSORS}", remedy)
 
 
 def _no_config(folder: Path) -> MissingFileError:
@@ -225,18 +225,50 @@ def missing_weights(entries: Sequence[str]) -> MissingFileError:
         remedy = "It holds the shards of ZeRO-3 or FSDP: gather the weights, and save the adapter again."
     elif any(n.startswith("adapter_model") for n in entries):
         remedy = f"If a file among these has the weights, rename it to {SAFETENSORS}."
-    return _absent("weights", entries, "{}, not of PEFT: {}", f"{SAFETENSORS} or {PICKLE}", remedy)
+    return _absent("weights", entries, f"{SAFETENSORS} or {PICKLE}", remedy)
 
 
-def _absent(what: str, names: Sequence[str], of_tool: str, expected: str, remedy: str) -> MissingFileError:
+def _absent(what: str, names: Sequence[str], expected: str, remedy: str) -> MissingFileError:
     """The error for a listing without a file; a download that was cut short, or a tool, if one tells why."""
     problem, cut, tool = f"no {what}", unfinished(names), tool_of_files(names)
     if cut is not None:
         problem, remedy = f"{problem}, but a download that was cut short: {printable(cut)}", AGAIN
     elif tool is not None:
-        problem = of_tool.format(f"an adapter of {tool[0].name}", printable(tool[1]))
-        remedy = tool[0].remedy
+        of, file, remedy = f"an adapter of {tool[0].name}", printable(tool[1]), tool[0].remedy
+        problem = f"{of}: {file} without {CONFIG}" if what == CONFIG else f"{of}, not of PEFT: {file}"
     return MissingFileError(problem, found=listed(names) or "nothing", expected=expected, remedy=remedy)
+
+
+def shard_names(index: str, content: Any, there: Sequence[str]) -> list[str]:
+    """The shards that the content of an index names, all of which are `there`, and no other; else an AdapterError."""
+    try:
+        names = sorted(set(content["weight_map"].values()))
+        if not names:
+            raise ValueError("it names no file")
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise AdapterError(f"{index} has no usable weight_map", found=str(e), remedy=AGAIN) from e
+    for name in names:
+        if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
+            raise AdapterError(
+                "a weight_map leaves the adapter's folder, or names no safetensors file", key=index, found=name,
+                expected="file names in the same folder", remedy="Do not trust this adapter.",
+            )  # fmt: skip
+    absent = [n for n in names if n not in there]
+    if absent:
+        raise MissingFileError("a shard is missing", key=index, found=listed(there), expected=absent[0], remedy=AGAIN)
+    unlisted = sorted(n for n in there if SHARD.fullmatch(n) and n not in names)
+    if unlisted:
+        problem = f"a shard that {index} does not list"
+        raise AdapterError(problem, key=index, found=unlisted[0], expected=listed(names), remedy=AGAIN)
+    return names
+
+
+def check_shards(index: str, where: Mapping[str, str], held: Mapping[str, Collection[str]]) -> None:
+    """Demand that every key is in the shard that an index says, by `where`, of what shards hold; else AdapterError."""
+    for key, name in where.items():
+        if key not in held[name]:
+            found = listed(n for n in held if key in held[n]) or "no shard that has it"
+            raise AdapterError(f"{index} and the shards disagree", key=key, found=found, expected=name, remedy=AGAIN)
 
 
 def tensor_records(paths: tuple[Path, ...]) -> tuple[TensorRecord, ...]:
@@ -280,38 +312,6 @@ def digest_files(paths: Iterable[Path]) -> str:
         with path.open("rb", buffering=0) as f:
             hashlib.file_digest(f, lambda: digest)
     return digest.hexdigest()
-
-
-def shard_names(index: str, content: Any, there: Sequence[str]) -> list[str]:
-    """The shards that the content of an index names, all of which are `there`, and no other; else an AdapterError."""
-    try:
-        names = sorted(set(content["weight_map"].values()))
-        if not names:
-            raise ValueError("it names no file")
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise AdapterError(f"{index} has no usable weight_map", found=str(e), remedy=AGAIN) from e
-    for name in names:
-        if not isinstance(name, str) or name != Path(name).name or not name.endswith(".safetensors"):
-            raise AdapterError(
-                "a weight_map leaves the adapter's folder, or names no safetensors file", key=index, found=name,
-                expected="file names in the same folder", remedy="Do not trust this adapter.",
-            )  # fmt: skip
-    absent = [n for n in names if n not in there]
-    if absent:
-        raise MissingFileError("a shard is missing", key=index, found=listed(there), expected=absent[0], remedy=AGAIN)
-    unlisted = sorted(n for n in there if SHARD.fullmatch(n) and n not in names)
-    if unlisted:
-        problem = f"a shard that {index} does not list"
-        raise AdapterError(problem, key=index, found=unlisted[0], expected=listed(names), remedy=AGAIN)
-    return names
-
-
-def check_shards(index: str, where: Mapping[str, str], held: Mapping[str, Collection[str]]) -> None:
-    """Demand that every key is in the shard that an index says, by `where`, of what shards hold; else AdapterError."""
-    for key, name in where.items():
-        if key not in held[name]:
-            found = listed(n for n in held if key in held[n]) or "no shard that has it"
-            raise AdapterError(f"{index} and the shards disagree", key=key, found=found, expected=name, remedy=AGAIN)
 
 
 def weights_beside(paths: Iterable[str], own: Collection[str] = ()) -> tuple[str, ...]:

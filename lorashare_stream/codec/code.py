@@ -15,10 +15,10 @@ import numpy as np
 from ..adapters.dtypes import Array
 from ..adapters.scaling import Scaling
 from ..linalg.delta import DeltaError
-from .directions import ALONE, Directions, Shared, Side
-from .factors import CodedModule, both_sides, errors, factors, groups_of, layouts_of
+from .directions import ALONE, Directions, Shared, Side, joined
+from .factors import CodedModule, both_sides, errors, factors, layouts_of
 from .pairs import Pairs, Quantised, norm_of, pairs_of, quantise
-from .stream import decode, encode
+from .stream import Group, Shape, decode, encode
 
 T = TypeVar("T")
 Trial = Sequence[Quantised]
@@ -55,7 +55,7 @@ class Subject:
     Attributes:
         modules: in the order of the adapter's.
         batches: of the same modules. pairs: of each batch. on: directions of each, left and right.
-        norm: ||dW||, positive.
+        norm: ||dW||.
         shared: the directions of the checkpoint.
     """
 
@@ -105,8 +105,8 @@ class Subject:
 
     def certified(self, trial: Trial, step: float) -> dict[str, DeltaError]:
         """The error of each module, in the tensors that come back."""
-        groups = groups_of(self.modules, self._integers(trial))
-        back = {m.name: (a, b) for m, a, b in factors(self.modules, groups, step * self.norm, self.shared)}
+        every = factors(self.modules, self._groups(trial), step * self.norm, self.shared)
+        back = {m.name: (a, b) for m, a, b in every}
         found: dict[str, DeltaError] = {}
         for batch, pairs in zip(self.batches, self.pairs, strict=True):
             names = [m.name for m in batch.modules]
@@ -115,18 +115,20 @@ class Subject:
         return found
 
     def _code(self, trial: Trial, step: float) -> bytes:
-        groups = groups_of(self.modules, self._integers(trial))
-        return encode(groups, layouts_of(self.modules, self.shared), step * self.norm)
+        return encode(self._groups(trial), layouts_of(self.modules, self.shared), step * self.norm)
 
-    def _integers(self, trial: Trial) -> dict[str, tuple[Side, Side]]:
-        """The integers of the pairs of each module, on both sides."""
-        found = {}
+    def _groups(self, trial: Trial) -> list[Group]:
+        """The integers in the order of the stream: shapes ascending, pairs in the order of the modules."""
+        found: dict[str, tuple[Side, Side]] = {}
         for batch, part in zip(self.batches, trial, strict=True):
             experts = batch.scalings[0].experts
             for i, m in enumerate(batch.modules):
                 own = slice(i * experts, (i + 1) * experts)
                 found[m.name] = part.left[own], part.right[own]
-        return found
+        alike: dict[Shape, list[tuple[Side, Side]]] = {}
+        for m in self.modules:
+            alike.setdefault(m.shape, []).append(found[m.name])
+        return [Group(*map(joined, zip(*alike[shape], strict=True))) for shape in sorted(alike)]
 
 
 def decoded(

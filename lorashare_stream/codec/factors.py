@@ -7,7 +7,7 @@ column without bits is zero. All operations are exact or correctly rounded: ever
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -16,7 +16,7 @@ from ..adapters.dtypes import Array, Float64, as_stored
 from ..adapters.keys import SIDES, group_id
 from ..adapters.scaling import Scaling
 from ..linalg.delta import DeltaError, energies, gram
-from .directions import Axes, Directions, Shared, Side, joined
+from .directions import Axes, Directions, Shared
 from .pairs import Pairs, pairs_of
 from .stream import Group, Layout, Shape
 
@@ -44,9 +44,8 @@ class CodedModule(NamedTuple):
 
 def layouts_of(modules: Sequence[CodedModule], shared: Shared) -> list[Layout]:
     """The layouts of the groups, of ascending shapes; `shared` are the directions of the checkpoint."""
-    return [
-        Layout(shape, both_sides(Axes, [m for m in modules if m.shape == shape], shared)) for shape in _shapes(modules)
-    ]
+    alike = [[m for m in modules if m.shape == shape] for shape in _shapes(modules)]
+    return [Layout(some[0].shape, both_sides(Axes, some, shared)) for some in alike]
 
 
 def both_sides(kind: type[OfPairs], modules: Sequence[CodedModule], shared: Shared) -> tuple[OfPairs, OfPairs]:
@@ -66,14 +65,6 @@ def _shapes(modules: Sequence[CodedModule]) -> list[Shape]:
     return sorted({m.shape for m in modules})
 
 
-def groups_of(modules: Sequence[CodedModule], pairs: Mapping[str, tuple[Side, Side]]) -> list[Group]:
-    """The groups of an adapter, from the integers of each module."""
-    alike: dict[Shape, list[tuple[Side, Side]]] = {}
-    for m in modules:
-        alike.setdefault(m.shape, []).append(pairs[m.name])
-    return [Group(*map(joined, zip(*alike[shape], strict=True))) for shape in sorted(alike)]
-
-
 def factors(
     modules: Sequence[CodedModule], groups: Sequence[Group], step: float, shared: Shared
 ) -> Iterator[tuple[CodedModule, Array, Array]]:
@@ -91,7 +82,9 @@ def factors(
             starts = [end - ends[first] for end in ends[first:]]
             for m, start in zip(part, starts, strict=False):
                 own = slice(start, start + m.experts)
-                yield m, _lora_a(m, a[own]), _lora_b(m, b[own])
+                lora_a = _padded(m, a[own]).reshape(m.rank, m.d_in)
+                lora_b = _padded(m, b[own]).swapaxes(0, 1).reshape(m.rank, m.d_out).T  # experts innermost
+                yield m, rounded(lora_a, m.dtype_a), rounded(lora_b, m.dtype_b)
 
 
 def _rows(q_b: Float64, q_a: Float64, step: float, scales: Float64) -> tuple[Float64, Float64]:
@@ -103,14 +96,6 @@ def _rows(q_b: Float64, q_a: Float64, step: float, scales: Float64) -> tuple[Flo
         q_b *= np.ldexp(step, exponents)[..., None]
         q_a *= (np.ldexp(1.0, -exponents) / (lengths * scales[:, None]))[..., None]
     return q_a, q_b
-
-
-def _lora_a(m: CodedModule, rows: Float64) -> Array:
-    return rounded(_padded(m, rows).reshape(m.rank, m.d_in), m.dtype_a)
-
-
-def _lora_b(m: CodedModule, rows: Float64) -> Array:
-    return rounded(_padded(m, rows).swapaxes(0, 1).reshape(m.rank, m.d_out).T, m.dtype_b)  # experts innermost
 
 
 def _padded(m: CodedModule, rows: Float64) -> Float64:
