@@ -452,7 +452,7 @@ def test_one_that_is_removed_is_named_until_directions_are_fitted_anew(tmp_path:
     if not workspace:
         return
     work = Workspace(default_workspace(out))
-    assert work.modules() == set()
+    assert work.markers == {}
     assert not list(work.root.rglob(f"{SHARED}*"))
     assert go(rest, out, **ON).method == "current"
     assert refit(out, {}, out, RunOptions()) == "recompute"

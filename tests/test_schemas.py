@@ -81,9 +81,9 @@ def test_what_a_newer_version_wrote_is_told(checkpoint: Path, file: str) -> None
 def test_a_workspace_of_a_newer_version_is_told(checkpoint: Path) -> None:
     root = checkpoint.with_name("out.workspace")
     for name in ("workspace.json", COPY):
-        write_sealed(root / name, read_sealed(root / name) | {"format": 3})
+        write_sealed(root / name, read_sealed(root / name) | {"format": 4})
     with (
-        pytest.raises(WorkspaceError, match=r"written by a newer version.*format 3"),
+        pytest.raises(WorkspaceError, match=r"written by a newer version.*format 4"),
         Workspace.open(root, read_sealed(root / COPY)),
     ):
         pass

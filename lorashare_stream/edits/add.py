@@ -25,9 +25,9 @@ from ..plan.sources import resolve
 from ..report.text import beside_notes, double_notes
 from ..settings import Settings
 from ..stages import coding
-from ..stages.grow import demand_unchanged, grow, offer
-from ..stages.job import Job
-from ..stages.passes import checkpoint_key_of, ingested
+from ..stages.adapt import demand_unchanged, grow, offer
+from ..stages.ingest import ingested
+from ..stages.job import Job, checkpoint_key_of
 from ..stages.run import Run
 from ..text import folded, listed, printable, spelled
 from ..workspace.journal import Admission, Journal
@@ -227,11 +227,11 @@ def _grown(out: Path, config: SHAREConfig, there: Sequence[Admission], run: Run,
     left_out = [*skipped_of(out), *skipped_as_json(refused)]
     if config.coded:
         target = coding.target_there(out, config, journal.admissions, left_out)
-        return Outcome(refused, coding.code(run, job, target, lambda _: demand_unchanged(out, config)))
+        return Outcome(refused, coding.code(run, job, None, target, lambda _: demand_unchanged(out, config)))
     counts = {group: basis.n for group, basis in record.groups.items()}
     for group, n in replace(job, journal=Journal(admitted)).counts.items():
         counts[group] = counts.get(group, 0) + n
-    published, kept = grow(run, job, out, config, left_out, threshold, counts)
+    published, kept = grow(run, job, config, left_out, threshold, counts)
     if not published:
         raise WorkspaceError(
             "bases must be fitted anew for these adapters, and there is no workspace with the moments",

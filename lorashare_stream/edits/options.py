@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,17 +14,16 @@ from ..checkpoint.config import SHAREConfig, read_share_config, record_of
 from ..checkpoint.publish import demand_folder, output_folder
 from ..checkpoint.staging import recover
 from ..errors import WorkspaceError
-from ..hub.lookup import fetching_for
-from ..linalg.device import resolve_device
-from ..pipeline import Outcome, compress, default_workspace
+from ..pipeline import Outcome, compress, default_workspace, session
 from ..plan.plan import Plan
-from ..runtime.executors import executor_for, mapper_for
 from ..runtime.progress import Progress, silent
 from ..settings import Settings, overridden
-from ..stages.grow import demand_unchanged
-from ..stages.run import Run, places_of
+from ..stages.adapt import demand_unchanged
+from ..stages.run import Run
 from ..text import listed
 from ..workspace.workspace import Workspace
+
+Session = AbstractContextManager[tuple[Run, Workspace | None]]
 
 
 @dataclass(frozen=True)
@@ -67,17 +66,9 @@ class RunOptions:
             )
         return root
 
-    @contextmanager
-    def running(self, plan: Plan, out: Path, root: Path | None) -> Iterator[tuple[Run, Workspace | None]]:
+    def running(self, plan: Plan, out: Path, root: Path | None) -> Session:
         """How the tasks of a plan are mapped, and the workspace at `root`, which is held; no workspace if None."""
-        device = resolve_device(plan.settings.device)
-        with (
-            executor_for(self.executor, plan.processes, threads=device != "cpu") as workers,
-            nullcontext() if root is None else Workspace.open(root, plan.binding, take_lock=self.take_lock) as work,
-            fetching_for(plan.settings, root) as fetcher,
-            mapper_for(workers, lambda: places_of(plan, root or out.parent, out, workspace=root is not None)) as mapper,
-        ):
-            yield Run(plan, mapper, self.progress, fetcher, work.check_held if work else lambda: None), work
+        return session(plan, out, root, executor=self.executor, take_lock=self.take_lock, progress=self.progress)
 
     def settings(self, config: SHAREConfig) -> Settings:
         """Those with which a checkpoint was made, but for the changes."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,47 +19,29 @@ from ..linalg.device import sum_on
 from ..linalg.moments import Accumulator, Lockstep, Moment, empty, of_columns, partner_root, stays_stacked
 from ..text import printable
 from ..workspace import moments as momentstore
-from ..workspace.journal import Admission
 from ..workspace.leases import Need
 from ..workspace.moments import DamagedMoment, Rows
+from ..workspace.records import Marker, MomentRecord
 from ..workspace.workspace import Workspace
 from .job import Job
+from .status import ModuleStatus, status_of
 
-Marker = dict[str, Any]
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Due:
-    """What a module's moments hold and lack, by their marker and the journal: admissions by number.
-
-    Attributes:
-        held: what they hold.
-        added: what they lack.
-        gone: what they hold, and is taken out.
-        never: what was taken out before it was summed.
-    """
-
-    held: Mapping[int, Admission]
-    added: Mapping[int, Admission]
-    gone: list[int]
-    never: list[int]
-
-    def writes(self, old: Marker | None) -> bool:
-        """Whether arrays change; else only the marker does, or nothing."""
-        stacked = old is not None and any(old[side]["form"] == "columns" for side in SIDES)
-        return old is None or bool(self.added) or (bool(self.gone) and stacked)
 
 
 @dataclass
 class _Sums:
     """The moments of one module in the making: what is added to them, and where they go when they are whole."""
 
-    name: str
-    sides: dict[Side, Accumulator]
-    rows: dict[Side, Rows]
-    added: Mapping[int, Admission]
-    marker: Marker
+    status: ModuleStatus
+    sides: dict[Side, Accumulator] = field(default_factory=dict)
+    rows: dict[Side, Rows] = field(default_factory=dict)
+    records: dict[Side, MomentRecord] = field(default_factory=dict)
+
+    @property
+    def module(self) -> str:
+        """Its name."""
+        return self.status.module
 
     def finish(self, side: Side) -> tuple[Moment, int]:
         """The moment of a side; without its columns, but with their checksum, if these are written already."""
@@ -73,47 +55,38 @@ def prepare(job: Job, work: Workspace, names: Sequence[str]) -> Job:
     A module whose marker does not go with the journal is forgotten, for `update.sum_up` to begin it again.
     """
     needs: dict[tuple[str, Side], Need] = {}
-    for name in names:
-        old = work.marker(name)
+    for status in status_of(job, work, names):
         try:
-            due = _due(job, name, old)
+            _demand_sound(status)
         except DamagedMoment as e:
-            _warn(name, e)
-            work.forget(name)
+            _warn(status.module, e)
+            work.forget(status.module)
             continue
-        if due.writes(old):
-            needs |= {(name, side): _need(job, name, side, old, due) for side in SIDES}
-        elif old is not None:
-            sides: Marker = {side: {**old[side], "removed": _removed(old, side, due.gone)} for side in SIDES}
-            work.mark({**old, **_seen(job, due), **sides})
-    return replace(job, slots=work.lease(needs))
+        if status.writes:
+            needs |= {(status.module, side): _need(status, side) for side in SIDES}
+        elif status.marker is not None:
+            work.mark(status.marked(status.marker.sides))
+    slots = work.lease(needs)
+    return replace(job, slots=slots, markers={name: work.markers[name] for name in slots if name in work.markers})
 
 
-def _due(job: Job, name: str, old: Marker | None) -> _Due:
-    if old is not None and not job.continues(old):
+def _demand_sound(status: ModuleStatus) -> None:
+    """Demand that it is known what moments hold."""
+    if status.marker is None:
+        return
+    if not status.continues:
         raise DamagedMoment("a moment holds other adapters than the journal")
-    if old is not None and not job.knows(old["entries"]):
+    if not status.job.knows(status.marker.entries):
         raise DamagedMoment("it is lost what an adapter has brought into a moment that was taken out since")
-    held = job.held(name, old)
-    now = job.holders(name, len(job.journal.entries))
-    never = [i for i in now if i not in held and (i in job.later or (old is not None and i < old["entries"]))]
-    passed = set(never)
-    added = {i: r for i, r in now.items() if i not in held and i not in passed}
-    return _Due(held, added, [i for i in held if i not in now], never)
 
 
-def _need(job: Job, name: str, side: Side, old: Marker | None, due: _Due) -> Need:
+def _need(status: ModuleStatus, side: Side) -> Need:
     """The form of a moment for all there will be: columns while they are few, but never of what is summed."""
-    dim = _dim(job, name, side)
-    kept = [r for i, r in due.held.items() if i not in set(due.gone)] if due.gone else due.held.values()
-    count = job.vectors(name, [*kept, *due.added.values()])
-    summed = old is not None and old[side]["form"] == "second"
+    job, name = status.job, status.module
+    dim, gone = _dim(job, name, side), set(status.gone)
+    count = job.vectors(name, [*(r for i, r in status.held.items() if i not in gone), *status.lacking.values()])
+    summed = status.marker is not None and not status.marker.sides[side].stacked
     return Need("second", dim, dim) if summed or not stays_stacked(count, dim) else Need("columns", dim, count)
-
-
-def _seen(job: Job, due: _Due) -> Marker:
-    count = len(job.journal.entries)
-    return {"entries": count, "admitted": job.journal.digest(count), "never": due.never}
 
 
 def _warn(name: str, error: DamagedMoment) -> None:
@@ -132,31 +105,29 @@ def accumulate_modules(job: Job, names: Sequence[str]) -> list[Marker | None]:
     begun: list[_Sums] = []
     for name in names:
         try:
-            begun += [_begin(job, name)] if name in job.slots else []
+            begun += [_begin(ModuleStatus(job, name, job.markers.get(name)))] if name in job.slots else []
         except DamagedMoment as e:
             _warn(name, e)
     _add(job, begun)
     _save(job, begun)
-    markers = {sums.name: sums.marker for sums in begun}
+    markers = {sums.module: sums.status.marked(sums.records) for sums in begun}
     return [markers.get(name) for name in names]
 
 
-def _begin(job: Job, name: str) -> _Sums:
-    """A module's sums as they were, and the marker to come."""
-    old = Workspace(job.workspace).marker(name)
-    due, slots = _due(job, name, old), job.slots[name]
-    marker = {"module": name, "lease": slots["A"].lease, **_seen(job, due)}
-    sums = _Sums(name, {}, {}, due.added, marker)
+def _begin(status: ModuleStatus) -> _Sums:
+    """A module's sums as they were."""
+    _demand_sound(status)
+    job, name = status.job, status.module
+    slots, sums = job.slots[name], _Sums(status)
     for side in SIDES:
-        marker[side] = {"removed": _removed(old, side, due.gone)}
-        held = _held_moment(job, name, side, old, due)
+        held = _held_moment(status, side)
         if slots[side].form == "second":
             sums.sides[side] = Accumulator(held, sum_on(job.device, held))
             continue
-        count = held.count + job.vectors(name, due.added.values())
+        count = held.count + job.vectors(name, status.lacking.values())
         sums.rows[side] = rows = Rows(Workspace(job.workspace).moments, slots[side], count)
         assert held.columns is not None
-        if due.gone:  # in quanta of its own: as if what is gone had never been there, to the last bit
+        if status.gone:  # in quanta of its own: as if what is gone had never been there, to the last bit
             sums.sides[side] = Accumulator(empty(held.dim, job.settings.moment_dtype, stacked=True), rows)
             sums.sides[side].add(held.columns)
         else:
@@ -169,24 +140,25 @@ def _save(job: Job, begun: Sequence[_Sums]) -> None:
     """Write the arrays, durable, and in the markers by what they are believed."""
     root = Workspace(job.workspace).moments
     for side in SIDES:
-        ordered = sorted(begun, key=lambda sums: astuple(job.slots[sums.name][side])[:3])
-        slots = [job.slots[sums.name][side] for sums in ordered]
-        facts = momentstore.save(root, slots, (sums.finish(side) for sums in ordered))
-        for sums, each in zip(ordered, facts, strict=True):
-            sums.marker[side] |= each
-    momentstore.sync_moments(root, [sums.marker for sums in begun])
+        places = {sums.module: job.slots[sums.module][side] for sums in begun}
+        ordered = sorted(begun, key=lambda sums: (places[sums.module].array, places[sums.module].index))
+        slots = [places[sums.module] for sums in ordered]
+        records = momentstore.save(root, slots, (sums.finish(side) for sums in ordered))
+        for sums, record in zip(ordered, records, strict=True):
+            sums.records[side] = record
+    momentstore.sync_moments(root, [record for sums in begun for record in sums.records.values()])
 
 
 def _add(job: Job, begun: Sequence[_Sums]) -> None:
     """Add to several modules what they lack, adapter by adapter in the order of admission."""
-    by_name = {sums.name: sums for sums in begun}
+    by_name = {sums.module: sums for sums in begun}
     lacking: dict[int, list[str]] = {}
     for sums in begun:
-        for number in sums.added:
-            lacking.setdefault(number, []).append(sums.name)
+        for number in sums.status.lacking:
+            lacking.setdefault(number, []).append(sums.module)
     known: dict[tuple[str, tuple[str, ...], bool], list[tuple[ModuleBatch, dict[Side, Lockstep]]]] = {}
     for number in sorted(lacking):
-        admission = by_name[lacking[number][0]].added[number]
+        admission = by_name[lacking[number][0]].status.lacking[number]
         adapter, modules = job.adapter(admission.name), tuple(lacking[number])
         kind = adapter.layout.digest, modules, adapter.plain  # adapters of one kind are cut alike
         if kind not in known:
@@ -198,13 +170,6 @@ def _add(job: Job, begun: Sequence[_Sums]) -> None:
         for (_, lockstep), rows in zip(known[kind], every, strict=True):
             for side in SIDES:
                 lockstep[side].add(rows[side])
-
-
-def _removed(marker: Mapping[str, Any] | None, side: Side, gone: Sequence[int]) -> list[int]:
-    """Admissions that were taken out, and whose vectors stay in a sum; stacked columns are taken out themselves."""
-    if marker is None or marker[side]["form"] == "columns":
-        return []
-    return [*marker[side]["removed"], *gone]
 
 
 def rows_of(
@@ -250,14 +215,16 @@ def _times(root: NDArray[np.float64], rows: NDArray[np.float32]) -> NDArray[np.f
     return root.astype(np.float32) @ rows if largest == 0 or 1e-12 < largest < 1e12 else root @ rows
 
 
-def _held_moment(job: Job, name: str, side: Side, marker: Marker | None, due: _Due) -> Moment:
+def _held_moment(status: ModuleStatus, side: Side) -> Moment:
     """What was summed before, of a side of a module; columns without those of adapters that are gone."""
-    if marker is None:
+    job, name = status.job, status.module
+    if status.marker is None:
         return empty(_dim(job, name, side), job.settings.moment_dtype, stacked=True)
-    held = momentstore.load(Workspace(job.workspace).moments, marker, side)
-    if due.gone and held.columns is not None:
-        stay = [i not in set(due.gone) for i in due.held]  # they lie in the order of admission
-        return of_columns(held.columns[np.repeat(stay, [job.rank(r, name) for r in due.held.values()])])
+    held = momentstore.load(Workspace(job.workspace).moments, status.marker.sides[side])
+    if status.gone and held.columns is not None:
+        gone = set(status.gone)
+        stay = [i not in gone for i in status.held]  # they lie in the order of admission
+        return of_columns(held.columns[np.repeat(stay, [job.rank(r, name) for r in status.held.values()])])
     return held
 
 

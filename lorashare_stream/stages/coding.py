@@ -34,10 +34,11 @@ from ..files import atomic_file, link_or_copy, own_folder, remove_tree, sync
 from ..plan.plan import Plan
 from ..text import bytes_shown, counted, digest_of, listed
 from ..workspace.journal import Admission
+from ..workspace.workspace import Workspace
 from .directions import fitted
 from .encode import directions_at, encode_adapter, subject_of
-from .job import Job
-from .passes import checkpoint_key_of, record_of_plan, write_adapters
+from .job import Job, checkpoint_key_of, record_of_plan
+from .project import write_adapters
 from .run import Run, check_none_lost, sample_of
 
 ENOUGH, LEAST = 0.97, 0.94  # of a limit on bytes: what is left then is not worth to encode all once more
@@ -192,11 +193,13 @@ def _directions_in(out: Path, index: Index) -> bytes:
         return read_verbatim(read, index, adapter, DIRECTIONS)
 
 
-def code(run: Run, job: Job, target: Target, publishing: Publishing, *, refit: bool = False) -> Method:
+def code(
+    run: Run, job: Job, work: Workspace | None, target: Target, publishing: Publishing, *, refit: bool = False
+) -> Method:
     """Make a folder the coded checkpoint of a job.
 
     Args:
-        run, job: of the adapters that it is to have.
+        run, job, work: of the adapters that it is to have.
         target: what it is to be.
         publishing: told the key of what is published, before it is.
         refit: fit directions to all, which codes all again, unless those that are there are so.
@@ -214,7 +217,7 @@ def code(run: Run, job: Job, target: Target, publishing: Publishing, *, refit: b
     if refit and (target.record.projected or target.record.removed):
         found = Reusable()
     if job.settings.directions and not found.names:
-        target = _on_fitted(run, job, target)
+        target = _on_fitted(run, job, work, target)
     elif target.record.projected:
         log.info("directions are not fitted to %s: fit them to all by lorashare-stream refit CHECKPOINT -o CHECKPOINT",
                  counted(len(target.record.projected), "adapter"))  # fmt: skip
@@ -226,7 +229,7 @@ def code(run: Run, job: Job, target: Target, publishing: Publishing, *, refit: b
         _check_recodable(job, target, staged, size)
         log.info("%s with the step that is recorded: all adapters are coded again", bytes_shown(staged.total))
         if job.settings.directions:
-            target = _on_fitted(run, job, target)
+            target = _on_fitted(run, job, work, target)
     _check_sources(run, job, target.admissions)
     try:
         _code_within(run, job, target, size, publishing)
@@ -236,11 +239,12 @@ def code(run: Run, job: Job, target: Target, publishing: Publishing, *, refit: b
     return "recompute"
 
 
-def _on_fitted(run: Run, job: Job, target: Target) -> Target:
+def _on_fitted(run: Run, job: Job, work: Workspace | None, target: Target) -> Target:
     """A target on directions that are fitted to all of its adapters, and to no others."""
     _check_sources(run, job, target.admissions)
+    assert work is not None  # without one the sources of all are not known
     record = target.record.model_copy(update={"projected": [], "removed": []})
-    return replace(target, record=record).on(fitted(run, job))
+    return replace(target, record=record).on(fitted(run, job, work))
 
 
 def _clear(target: Target) -> None:

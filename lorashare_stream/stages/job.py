@@ -1,4 +1,4 @@
-"""What the tasks of one run share."""
+"""Job: what the tasks of one run share."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.adapter import Adapter
-from ..adapters.folder import digest_files
 from ..adapters.keys import SIDES, Side, group_id
 from ..adapters.shapes import Shapes
+from ..checkpoint.config import CheckpointRecord
 from ..checkpoint.format import COMPONENTS
 from ..checkpoint.publish import staging_folder
 from ..errors import GoneError
-from ..files import read_sealed
+from ..linalg.device import resolve_device
+from ..plan.plan import Plan
 from ..settings import Settings
-from ..text import slug
+from ..text import digest_of, slug
 from ..workspace.journal import Admission, Journal
-from ..workspace.leases import Slot
+from ..workspace.records import Marker, Slot
 from ..workspace.workspace import Workspace
 
 
@@ -56,6 +57,7 @@ class Job:
         directions: the file of those on which adapters are coded, if they are.
         grows: whether adapters are projected on the components that `out` has already.
         slots: module -> side -> where its moment is written to, in the lease of this step.
+        markers: module -> its moments as they were when this step began.
         later: admissions in this part of a journal that are taken out in the rest of it: they are not summed any more.
     """
 
@@ -75,6 +77,7 @@ class Job:
     directions: Path | None = None
     grows: bool = False
     slots: Mapping[str, Mapping[Side, Slot]] = field(default_factory=dict)
+    markers: Mapping[str, Marker] = field(default_factory=dict)
     later: frozenset[int] = frozenset()
 
     def up_to(self, count: int) -> Job:
@@ -130,33 +133,6 @@ class Job:
     def _holders(self) -> dict[tuple[int, frozenset[str]], dict[int, Admission]]:
         return {}
 
-    def lacks(self, module: str, marker: Mapping[str, Any] | None) -> bool:
-        """Whether a module's moments, by their marker, are to be brought up to these entries."""
-        end = len(self.journal.entries)
-        if marker is None:
-            return bool(self.holders(module, end).keys() - self.later)
-        count: int = marker["entries"]
-        return count < end or (count == end and not self.continues(marker))
-
-    def unfetched(self, modules: Sequence[str]) -> list[Adapter]:
-        """The adapters of the Hub whose values modules lack, and which may not be on this machine."""
-        if all(e.fetched for e in self.adapters.values()):
-            return []
-        work = Workspace(self.workspace)
-        after: dict[int, list[str]] = {}  # how much modules have seen -> these
-        for module in modules:
-            marker = work.marker(module)
-            if not self.lacks(module, marker):
-                continue
-            seen = 0 if marker is None or not self.continues(marker) else marker["entries"]
-            after.setdefault(seen, []).append(module)
-        lacking: set[str] = set()
-        for seen, some in after.items():
-            kinds = {kind for kind, shapes in self.shapes.items() if any(m in shapes for m in some)}
-            admissions = [r for i, r in self.journal.active.items() if i >= seen and i not in self.later]
-            lacking |= {r.name for r in admissions if r.shapes in kinds and self.shares(r)}
-        return [e for name, e in self.adapters.items() if name in lacking and not e.fetched]
-
     def with_files(self, here: Mapping[str, Adapter]) -> Job:
         """The job with adapters that were fetched, which must be those of the same names."""
         assert all(self.adapters[name].source_id == adapter.source_id for name, adapter in here.items())
@@ -165,13 +141,6 @@ class Job:
     def hub_bytes(self, name: str) -> int:
         """Bytes that are fetched for an adapter."""
         return self.adapters[name].hub_bytes if name in self.adapters else 0
-
-    def held(self, module: str, marker: Mapping[str, Any] | None) -> dict[int, Admission]:
-        """The admissions whose vectors a module's moments hold, by number, those taken out since included."""
-        if marker is None:
-            return {}
-        never = set(marker.get("never", ()))  # taken out before they were summed
-        return {i: r for i, r in self.holders(module, marker["entries"]).items() if i not in never}
 
     @cached_property
     def modules(self) -> list[str]:
@@ -192,20 +161,6 @@ class Job:
         """Whether it is known what the first `count` entries have brought into moments."""
         return all(r.shapes in self.shapes for r in self.journal.active_after(count).values())
 
-    def holds_all(self, marker: Mapping[str, Any] | None) -> bool:
-        """Whether a module's moments, by their marker, have seen every entry and nothing else."""
-        return marker is not None and marker["entries"] == len(self.journal.entries) and self.continues(marker)
-
-    def continues(self, marker: Mapping[str, Any]) -> bool:
-        """Whether the journal goes on from the entries that a module's moments have seen."""
-        count: int = marker["entries"]
-        return count <= len(self.journal.entries) and marker["admitted"] == self.journal.digest(count)
-
-    def removed_in(self, marker: Mapping[str, Any]) -> list[str]:
-        """The names of adapters that were taken out, and whose vectors a module's moments still hold."""
-        numbers = {i for side in SIDES for i in marker[side]["removed"]}
-        return sorted({self.journal.entries[i].name for i in numbers})
-
     @cached_property
     def staging(self) -> Path:
         """The folder of the staged checkpoint."""
@@ -224,15 +179,33 @@ class Job:
         """Where the facts of a module's bases are kept: written after the components, with their digest."""
         return self.bases / f"{slug(module)}.json"
 
-    def has_basis(self, module: str, marker: Mapping[str, Any] | None) -> bool:
-        """Whether a module's basis is there, whole, and that of its moments, unless these were discarded."""
-        facts = read_sealed(self.facts_file(module))
-        try:
-            return (
-                bool(facts)
-                and facts["module"] == module
-                and (marker is None or (self.holds_all(marker) and facts.get("lease") == marker["lease"]))
-                and digest_files([self.basis_file(module)]) == facts["digest"]
-            )
-        except FileNotFoundError:
-            return False
+
+def make_job(plan: Plan, work: Workspace, out: Path, *, begins: bool = False) -> Job:
+    """What the tasks need to know, after ingest; `begins` is before all are ingested, when no basis can be fitted."""
+    journal, adapters = work.journal(), {e.name: e for e in plan.adapters}
+    kinds = {r.shapes: r.name for r in journal.admissions if r.name in adapters}
+    digest = checkpoint_key_of(plan.settings_key, journal.admissions)
+    return Job(
+        settings=plan.settings,
+        storage=plan.storage,
+        adapters=adapters,
+        journal=journal,
+        shapes=work.shapes_of(journal, {name: adapters[name].shapes for name in kinds.values()}),
+        workspace=work.root.absolute(),
+        bases=work.bases.absolute() if begins else work.bases_for(digest).absolute(),
+        out=out.absolute(),
+        device=resolve_device(plan.settings.device),
+        settings_key=plan.settings_key,
+        checkpoint_key=digest,
+    )
+
+
+def checkpoint_key_of(settings_key: str, admissions: Sequence[Admission]) -> str:
+    """Digest of all that decides a checkpoint: settings and adapters."""
+    return digest_of([settings_key, [[r.name, r.digest, r.config_digest] for r in admissions]])
+
+
+def record_of_plan(plan: Plan, **more: Any) -> CheckpointRecord:
+    """What the checkpoint of a plan is of, and more that is known of it."""
+    facts: dict[str, Any] = {"settings": plan.settings, "dtype": plan.storage, "choice": plan.settings_key}
+    return CheckpointRecord(**facts, binding=plan.binding, base_model=plan.base_model, **more)

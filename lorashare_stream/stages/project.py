@@ -6,7 +6,8 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,17 @@ from ..adapters.folder import check_still, digest_files, file_fact
 from ..adapters.keys import SIDES, factor_key
 from ..adapters.safetensors import TensorReader, write_arrays, write_safetensors
 from ..checkpoint.format import LOADINGS, META, VERBATIM
-from ..checkpoint.records import AdapterMeta, AdapterRecord
+from ..checkpoint.records import AdapterMeta, AdapterRecord, metas_of
 from ..checkpoint.staging import Staging
 from ..checkpoint.summary import Statistics, statistics_of
 from ..errors import AdapterError
 from ..files import naming, sealed
 from ..linalg.delta import DeltaError, relative_error
 from ..schema import FORMAT
-from ..workspace.journal import Admission
+from ..workspace.journal import Admission, Journal
 from .form import formed
 from .job import Admitted, Job
+from .run import Run, check_none_lost
 
 
 @dataclass(frozen=True)
@@ -158,3 +160,42 @@ def _meta(job: Job, task: Admitted, stored: Stored, verbatim: list[str], digests
         original_adapter_path=str(adapter.folder.absolute()) if origin is None else adapter.source_id,
         lorashare_stream=AdapterRecord(**ours),
     )
+
+
+def project(run: Run, job: Job, staging: Staging, admissions: Sequence[Admission]) -> dict[str, Statistics]:
+    """Project adapters into the staged checkpoint: `write_adapters`."""
+    return write_adapters(run, job, staging, admissions, "project", project_adapter)
+
+
+def write_adapters(
+    run: Run,
+    job: Job,
+    staging: Staging,
+    admissions: Sequence[Admission],
+    step: str,
+    task: Callable[[Job, Admitted], Statistics],
+) -> dict[str, Statistics]:
+    """Write adapters into the staged checkpoint by a task, as they come, unless they are there; all are durable then.
+
+    Returns:
+        Their figures, by name.
+
+    Raises:
+        CollectionError: at the end, naming those that the Hub has no more.
+    """
+    there = [r.name for r in admissions if staging.done(r, job.basis_key)]
+    staging.sync(there)  # a run that was killed may not have come to it
+    statistics = {f.name: f for f in map(statistics_of, metas_of(staging.root, there))}
+    adapters = [job.adapter(r.name) for r in admissions if r.name not in statistics]
+    run.fetcher.cancel_except(adapters)
+    lost: list[AdapterError] = []
+    arriving = run.arriving(adapters, lost)
+    with staging.syncing() as written:
+        bare = replace(job, adapters={}, journal=Journal())  # each task has its own
+        admitted = (Admitted(adapter, job.admission_of[adapter.name]) for adapter in arriving)
+        tasks = list(admitted) if isinstance(arriving, Sequence) else admitted
+        for each in run.map(step, partial(task, bare), tasks, len(adapters), lambda task: run.release(task.adapter)):
+            statistics[each.name] = each
+            written(each.name)
+    check_none_lost(lost)
+    return statistics

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..adapters.adapter import Adapter
-from ..errors import AdapterError, BudgetError, refusal
+from ..checkpoint.publish import staging_folder
+from ..errors import AdapterError, BudgetError, DiskError, refusal
+from ..files import free_bytes, tree_bytes
 from ..hub.client import Hub, cache_folder
 from ..hub.fetch import Fetcher
 from ..plan.memory import SAMPLE
@@ -18,7 +20,7 @@ from ..plan.plan import Plan
 from ..runtime.executors import Mapper, Places, nothing
 from ..runtime.progress import Progress
 from ..text import bytes_shown
-from ..workspace.workspace import IN_WORK
+from ..workspace.workspace import FILES, HUB, IN_WORK
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -172,3 +174,41 @@ def check_none_lost(lost: Sequence[AdapterError]) -> None:
             lost,
             "Take them out by lorashare-stream remove, or wait until it does, and run the same command again.",
         )
+
+
+def check_disk(plan: Plan, workspace: Path, out: Path, *, adds: bool = False, fetch: int = 0) -> None:
+    """Refuse a run for which a disk has no room, what its folders hold already being taken into account.
+
+    Args:
+        plan: of the run.
+        workspace, out: its folders. A checkpoint that is replaced stays until another takes its place.
+        adds: whether adapters may be added to the checkpoint that is there, which takes less.
+        fetch: bytes that are fetched from the Hub.
+
+    Raises:
+        DiskError: with what is free and what is needed.
+    """
+    work = tree_bytes(workspace) - tree_bytes(workspace / HUB)
+    needs = [(workspace, sum(plan.sizes[part] for part in ("moments", "basis", "converted")) - work)]
+    if not adds:
+        needs.append((staging_folder(out), plan.sizes["checkpoint"] - tree_bytes(staging_folder(out))))
+    budget = plan.settings.disk_budget
+    if budget is not None:
+        needs.append((workspace / FILES, min(budget, fetch) - tree_bytes(workspace / FILES)))
+    elif fetch:
+        needs.append((cache_folder(), fetch))
+    moments = "; or free moments when they are fitted, by --discard-moments" if plan.groups else ""
+    budget_too = "; or free adapters after they are added, by --disk-budget" if fetch else ""
+    free: dict[int, int] = {}
+    needed: dict[int, int] = {}
+    for folder, size in needs:
+        disk, free[disk] = free_bytes(folder)
+        needed[disk] = needed.get(disk, 0) + max(0, size)
+    for disk, size in needed.items():
+        if size > free[disk]:
+            raise DiskError(
+                "not enough disk for the workspace and the checkpoint" + (", and what is fetched" if fetch else ""),
+                found=f"{bytes_shown(free[disk])} free",
+                expected=f"about {bytes_shown(size)} more",
+                remedy=f"Free some; put --workspace on another disk{moments}{budget_too}.",
+            )

@@ -41,7 +41,7 @@ from ..runtime.executors import Mapper
 from ..runtime.progress import Progress, silent
 from ..text import digest_of
 from .components import components_at
-from .passes import checkpoint_key_of
+from .job import checkpoint_key_of
 from .run import LOT
 
 

@@ -1,7 +1,8 @@
-"""The journal of a workspace: which adapters were admitted, and which were taken out again, in order.
+"""Journal of a workspace: which adapters were admitted, and which were taken out again, in order.
 
 An append-only file, an entry a line, each with a checksum of its own. What a module's moments hold is told by how many
-entries they have seen; an adapter is removed by an entry of its own, a tombstone.
+entries they have seen; an adapter is removed by an entry of its own, a tombstone. The shapes of the shared modules of
+adapters are kept beside it, once for each kind of them, so that they stay known when sources are gone.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,10 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, TypeAdapter
 
-from ..files import naming, sealed, sync, unsealed
+from ..adapters.shapes import Shapes
+from ..errors import WorkspaceError
+from ..files import naming, sealed, sync, unsealed, write_sealed
+from .records import ShapesFile, read_record
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,3 +137,43 @@ def _entry(line: bytes) -> Admission | Removal | None:
         return (_REMOVAL if "admission" in (values or ()) else _ADMISSION).validate_python(values)
     except ValueError:
         return None
+
+
+def keep_shapes(folder: Path, admission: Admission, shapes: Shapes) -> None:
+    """Note the shared modules of an adapter, unless they are."""
+    path = folder / f"{admission.shapes}.json"
+    if read_record(ShapesFile, path) is None:
+        write_sealed(path, {"modules": shapes})
+
+
+def shapes_of(folder: Path, journal: Journal, known: Mapping[str, Shapes]) -> dict[str, Shapes]:
+    """The shared modules of all admissions, by the digest that these have of them.
+
+    Those of adapters that were taken out may be missing: their moments are summed again.
+
+    Args:
+        folder: of what is noted.
+        journal: the admissions.
+        known: adapters that can be read -> shapes of their modules.
+
+    Raises:
+        WorkspaceError: if those of another adapter are not there, whole.
+    """
+    found: dict[str, Shapes] = {}
+    for admission in journal.admissions:
+        if admission.shapes not in found and admission.name in known:
+            keep_shapes(folder, admission, known[admission.name])
+            found[admission.shapes] = known[admission.name]
+    for entry in journal.entries:
+        if isinstance(entry, Admission) and entry.shapes not in found:
+            kept = read_record(ShapesFile, folder / f"{entry.shapes}.json")
+            if kept is not None:
+                found[entry.shapes] = kept.modules
+            elif entry in journal.admissions:
+                raise WorkspaceError(
+                    "the workspace is damaged",
+                    adapter=entry.name,
+                    found=f"shapes/{entry.shapes}.json is missing, or is not what was written",
+                    remedy="Restore its source, from which it is mended; or take it out (lorashare-stream remove).",
+                )
+    return found

@@ -16,20 +16,20 @@ import json
 import math
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-from ..adapters.keys import SIDES, Side
+from ..adapters.keys import Side
 from ..files import remove_tree, sync, write_json
 from ..settings import QUANTUM
 from ..text import digest_of
+from .records import SUM, Marker, Slot
 
 T = TypeVar("T")
-Marker = Mapping[str, Any]  # of a module: `lease`, and by side the facts by which its moment is believed
-METADATA, SUM = "zarr.json", "sum_of_"
+METADATA = "zarr.json"
 SECOND_CHUNK, COLUMNS_CHUNK = 64 << 20, 16 << 20  # bytes of a chunk at most, unless a quantum of columns has more
 _ALIKE = 8  # steps an octave to which numbers of columns are rounded up, where modules have different ones
 _WORDS = {
@@ -37,42 +37,6 @@ _WORDS = {
     "columns": "vectors x as rows, in the order of admission; rows beyond those of a module are zeros",
     "sum": "sums of x, a vector a module",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """The place of a moment."""
-
-    lease: Annotated[str, "its group"]
-    array: Annotated[str, "the array in it"]
-    index: Annotated[int, "where it is on the module axis"]
-    form: Annotated[str, "`second` or `columns`"]
-    shape: Annotated[tuple[int, int, int], "(m, d, d) or (m, n, d) of the array"]
-    height: Annotated[int, "rows of a chunk"]
-    dtype: Annotated[str, "of the numbers, float32 or float64"]
-    metadata: Annotated[str, "digest of what says how the array, and that of the sums, are read"] = ""
-
-    @property
-    def bytes(self) -> int:
-        """Of the moment, without the sum."""
-        return math.prod(self.shape[1:]) * np.dtype(self.dtype).itemsize
-
-    def tops(self, count: int) -> range:
-        """The first rows of the chunks that hold `count` rows: one at least."""
-        return range(0, max(1, count), self.height)
-
-    def files(self, root: Path, count: int) -> list[Path]:
-        """The chunks that hold `count` rows, and that of the sum."""
-        folder = root / self.lease
-        chunks = [folder / self.array / f"c.{self.index}.{i}.0" for i in range(len(self.tops(count)))]
-        return [*chunks, folder / f"{SUM}{self.array}" / f"c.{self.index}.0"]
-
-
-def slot_of(marker: Marker, side: Side) -> Slot:
-    """The place of the moment of one side of a module."""
-    facts, (m, n, d) = marker[side], marker[side]["shape"]
-    names = ("array", "index", "form", "height", "dtype", "metadata")
-    return Slot(marker["lease"], shape=(m, n, d), **{name: facts[name] for name in names})
 
 
 def height_of(form: str, rows: int, dim: int, itemsize: int) -> int:
@@ -113,7 +77,8 @@ def arrange(lease: str, needs: Mapping[tuple[str, Side], Need], dtype: str) -> d
         name = f"{form}_{side}_{dim}" + (f"_{rows}" if form == "columns" else "")
         shape, height = (len(members), rows, dim), height_of(form, rows, dim, np.dtype(dtype).itemsize)
         for index, (module, _) in enumerate(members):
-            found.setdefault(module, {})[side] = Slot(lease, name, index, form, shape, height, dtype)
+            slot = Slot(lease=lease, array=name, index=index, form=form, shape=shape, height=height, dtype=dtype)
+            found.setdefault(module, {})[side] = slot
     return found
 
 
@@ -145,7 +110,9 @@ def make_arrays(root: Path, slots: Mapping[str, Mapping[Side, Slot]], words: str
     sync(root)
     digests = {key: _metadata(root / key[0], key[1]) for key in members}
     return {
-        module: {side: replace(slot, metadata=digests[slot.lease, slot.array]) for side, slot in both.items()}
+        module: {
+            side: slot.model_copy(update={"metadata": digests[slot.lease, slot.array]}) for side, slot in both.items()
+        }
         for module, both in slots.items()
     }
 
@@ -227,7 +194,7 @@ def sweep(root: Path, markers: Mapping[str, Marker], words: str) -> None:
         markers: of all modules that have one.
         words: that say what is in a lease.
     """
-    members = _members((m, slot_of(marker, side)) for m, marker in markers.items() for side in SIDES)
+    members = _members((m, moment.slot) for m, marker in markers.items() for moment in marker.sides.values())
     leases = {lease for lease, _ in members}
     for path in root.iterdir():
         if path.name in leases:
@@ -263,16 +230,6 @@ def _describes(lease: Path, array: str, digest: str) -> bool:
 
 def remove(root: Path, marker: Marker) -> None:
     """Remove the chunks of a module's moments, whose marker names others now, or is gone."""
-    for side in SIDES:
-        for path in files_of(root, marker, side):
+    for moment in marker.sides.values():
+        for path in moment.files(root):
             path.unlink(missing_ok=True)
-
-
-def files_of(root: Path, marker: Marker, side: Side) -> list[Path]:
-    """The chunks of the moment of one side of a module."""
-    return slot_of(marker, side).files(root, rows_of(marker[side]))
-
-
-def rows_of(facts: Mapping[str, Any]) -> int:
-    """How many rows a moment has on disk, without those that fill up."""
-    return int(facts["dim"] if facts["form"] == "second" else facts["count"])
