@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.dtypes import DTYPES
+from ..checkpoint.coded import metas_in
 from ..checkpoint.config import SHAREConfig, read_share_config, record_of
 from ..checkpoint.publish import demand_folder, output_folder
 from ..checkpoint.staging import recover
@@ -58,7 +59,7 @@ class RunOptions:
             if self.workspace is not None:
                 raise WorkspaceError("no workspace", found=root, remedy="Name the one of the checkpoint.")
             return None
-        if record_of(config).basis_digest not in Workspace(root).published():
+        if record_of(config).basis_digest not in Workspace(root).published() and not _is_of(root, out, config):
             raise WorkspaceError(
                 "the workspace is not the one that the checkpoint was made with",
                 found=root,
@@ -88,6 +89,15 @@ class RunOptions:
             progress=self.progress,
             **options,
         )
+
+
+def _is_of(workspace: Path, out: Path, config: SHAREConfig) -> bool:
+    """Whether a checkpoint that was changed without a workspace is of this one: the adapters of both are the same."""
+    work, record = Workspace(workspace), record_of(config)
+    admitted = {r.name: r.digest for r in work.journal().admissions}
+    both = [name for name in config.adapter_names if name in admitted]
+    same = all(meta.ours.sha256 == admitted[meta.adapter_name] for meta in metas_in(out, config, both))
+    return bool(both) and same and work.binding.model_dump(exclude={"format"}) == record.binding
 
 
 def check_same(

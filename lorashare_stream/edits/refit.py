@@ -41,13 +41,14 @@ def refit(place: Path, asked: Mapping[str, Any], out: Path, options: RunOptions,
     Returns:
         `sliced`, `recompute`, `projection` (of a coded one, some of whose adapters have stayed) or `current`.
     """
-    changes = {**options.changes, **asked}
+    changes, there = {**options.changes, **asked}, None
     if Workspace(place).exists():
         root, settings = place, Settings.from_mapping(overridden(_last_settings(place), changes))
     else:
         place, config = opened(place)
         settings = Settings.from_mapping(overridden(options.settings(config).as_dict(), asked))
         in_place, same = place == output_folder(out), _is_so(config, settings)
+        there = config if in_place else None
         if in_place and (same or (bool(asked) and _is_cut_to(config, settings))):
             return "current"
         k = settings.num_components
@@ -60,7 +61,7 @@ def refit(place: Path, asked: Mapping[str, Any], out: Path, options: RunOptions,
         root = found
     held = recalled(root)
     plan = plan_for(held, settings, root, recalled=[str(s.name) for s in held], progress=options.progress)
-    return options.compress(plan, out, root, refit=True, overwrite=overwrite).method
+    return options.compress(plan, out, root, there=there, refit=True, overwrite=overwrite).method
 
 
 def _no_sources(config: SHAREConfig, settings: Settings) -> WorkspaceError:
