@@ -1,4 +1,4 @@
-"""With what a checkpoint is changed: its workspace, its settings, its sources."""
+"""Run options of edits: workspace, settings, executor."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Session = AbstractContextManager[tuple[Run, Workspace | None]]
 
 @dataclass(frozen=True)
 class RunOptions:
-    """With what a checkpoint is changed.
+    """Options of an edit.
 
     Attributes:
         workspace: of the checkpoint; the one beside it, if there is one, if None.
@@ -72,14 +72,14 @@ class RunOptions:
         return session(plan, out, root, executor=self.executor, take_lock=self.take_lock, progress=self.progress)
 
     def settings(self, config: SHAREConfig) -> Settings:
-        """Those with which a checkpoint was made, but for the changes."""
+        """Settings of a checkpoint, with the changes."""
         record, base = record_of(config), config.base_model_name_or_path or None
         dtype = "auto" if config.coded else DTYPES[record.dtype]  # a code has none
         made = {**record.settings.chosen(), "base_model": base, "dtype": dtype}
         return Settings.from_mapping(overridden(made, self.changes))
 
     def compress(self, plan: Plan, out: Path, root: Path, **options: Any) -> Outcome:
-        """Run a plan."""
+        """Run a plan: `pipeline.compress`."""
         return compress(
             plan,
             out,
@@ -92,7 +92,7 @@ class RunOptions:
 
 
 def _is_of(workspace: Path, out: Path, config: SHAREConfig) -> bool:
-    """Whether a checkpoint that was changed without a workspace is of this one: the adapters of both are the same."""
+    """Whether a checkpoint that was edited without a workspace belongs to this one, by the digests of adapters."""
     work, record = Workspace(workspace), record_of(config)
     admitted = {r.name: r.digest for r in work.journal().admissions}
     both = [name for name in config.adapter_names if name in admitted]
@@ -103,7 +103,7 @@ def _is_of(workspace: Path, out: Path, config: SHAREConfig) -> bool:
 def check_same(
     out: Path, config: SHAREConfig, workspace: Path, *, adding: Collection[str] = (), removing: Collection[str] = ()
 ) -> None:
-    """Demand that a checkpoint and its workspace have the same adapters, since bases are fitted to the workspace's.
+    """Check that a checkpoint and its workspace have the same adapters, since bases are fitted to the workspace's.
 
     Args:
         out, config: the checkpoint.
@@ -136,7 +136,7 @@ def check_same(
 
 
 def opened(folder: Path) -> tuple[Path, SHAREConfig]:
-    """A checkpoint that is to be changed, mended if a run was killed while it was replaced.
+    """Open a checkpoint to edit it; recovers it if a run was killed while it was replaced.
 
     Raises:
         CheckpointError: if there is none in that folder.

@@ -1,4 +1,4 @@
-"""Shrinking: adapters are taken out of a checkpoint, of the moments, and, as far as can be, of the bases."""
+"""Remove adapters from a checkpoint, from moments and, with refit, from bases."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from .options import RunOptions, check_same, opened
 
 @dataclass(frozen=True)
 class Removed:
-    """What is left of adapters that were taken out.
+    """Traces of removed adapters.
 
     Attributes:
         names: the adapters that were taken out now.
@@ -53,7 +53,7 @@ class Removed:
 
 
 def remove(checkpoint: Path, names: Sequence[str], options: RunOptions, *, refit: bool = False) -> Removed:
-    """Take adapters out of a checkpoint: their files and their stacked columns go.
+    """Remove adapters from a checkpoint: their files, and their columns in moments.
 
     Sums and bases still contain what they added, unless they are computed anew. A coded checkpoint without directions
     has neither: it is then what it would be without them. Its directions still contain what they added; sums of its
@@ -125,7 +125,7 @@ def _check_names(out: Path, config: SHAREConfig, journal: Journal, names: Sequen
 
 
 def _of_unchanged(plan: Plan, journal: Journal) -> Plan:
-    """The plan, in which adapters whose sources have changed count as absent."""
+    """Plan in which adapters whose sources have changed count as absent."""
     admissions = {r.name: r for r in journal.admissions}
     changed: list[AdapterError] = []
     for adapter in plan.adapters:
@@ -139,7 +139,7 @@ def _of_unchanged(plan: Plan, journal: Journal) -> Plan:
 
 
 def _take_out(work: Workspace, plan: Plan, out: Path, config: SHAREConfig, names: Sequence[str]) -> Plan:
-    """Take adapters out of a SHARE checkpoint and its workspace; the plan of the others that `_of_unchanged` gives."""
+    """Remove adapters from a SHARE checkpoint and its workspace; returns the plan of the others."""
     for _ in metas_of(out, [name for name in config.adapter_names if name not in names]):
         pass  # one that is damaged is told before the workspace takes anything out
     take_out(work, journal_of_plan(plan, work), names)
@@ -150,7 +150,7 @@ def _take_out(work: Workspace, plan: Plan, out: Path, config: SHAREConfig, names
 
 
 def _take_out_coded(work: Workspace, plan: Plan, out: Path, config: SHAREConfig, names: Sequence[str]) -> Plan:
-    """Take adapters out of a coded checkpoint and its workspace, which may have moments and bases too: these go."""
+    """Remove adapters from a coded checkpoint and its workspace, and all moments; returns the plan of the others."""
     journal = journal_of_plan(plan, work)
 
     def publishing(key: str) -> None:  # only now: until then it may be found that another one is damaged
@@ -169,18 +169,18 @@ def _take_out_coded(work: Workspace, plan: Plan, out: Path, config: SHAREConfig,
 
 
 def _keep_others(out: Path, config: SHAREConfig, names: Collection[str], publishing: coding.Publishing) -> None:
-    """Take adapters out of a coded checkpoint: packs that hold them are written without them."""
+    """Remove adapters from a coded checkpoint."""
     stay = metas_in(out, config, [name for name in config.adapter_names if name not in names])
     coding.keep(coding.target_there(out, config, [admission_in(meta) for meta in stay], skipped_of(out)), publishing)
 
 
 def take_out(work: Workspace, journal: Journal, names: Sequence[str]) -> None:
-    """Note in the journal that adapters are taken out, unless they are."""
+    """Append removals to the journal, of adapters that are in it."""
     work.take_out([Removal(r.name, i) for i, r in journal.active.items() if r.name in names])
 
 
 def _without_removed(run: Run, job: Job, work: Workspace, *, sum_again: bool) -> dict[str, int]:
-    """Bring moments up to the removals.
+    """Bring moments up to the removals in the journal.
 
     Returns:
         Adapters that were taken out -> in how many modules moments still hold their vectors; none with `sum_again`.

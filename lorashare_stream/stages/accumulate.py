@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class _Sums:
-    """The moments of one module in the making: what is added to them, and where they go when they are whole."""
+    """Moments of one module while they are summed."""
 
     status: ModuleStatus
     sides: dict[Side, Accumulator] = field(default_factory=dict)
@@ -44,13 +44,13 @@ class _Sums:
         return self.status.module
 
     def finish(self, side: Side) -> tuple[Moment, int]:
-        """The moment of a side; without its columns, but with their checksum, if these are written already."""
+        """The moment of a side, and the checksum of its columns if these are already on disk, else 0."""
         moment, rows = self.sides.pop(side).finish(), self.rows.pop(side, None)
         return (moment, 0) if rows is None else (replace(moment, columns=rows.kept), rows.checksum)
 
 
 def prepare(job: Job, work: Workspace, names: Sequence[str]) -> Job:
-    """The job with places for moments whose arrays change, in a fresh lease; of others the markers are brought up.
+    """Allocate slots, in a new lease, for the moments whose arrays change; of other modules update the markers.
 
     A module whose marker does not go with the journal is forgotten, for `update.sum_up` to begin it again.
     """
@@ -71,7 +71,7 @@ def prepare(job: Job, work: Workspace, names: Sequence[str]) -> Job:
 
 
 def _demand_sound(status: ModuleStatus) -> None:
-    """Demand that it is known what moments hold."""
+    """Check that the moments hold a known prefix of the journal."""
     if status.marker is None:
         return
     if not status.continues:
@@ -81,7 +81,7 @@ def _demand_sound(status: ModuleStatus) -> None:
 
 
 def _need(status: ModuleStatus, side: Side) -> Need:
-    """The form of a moment for all there will be: columns while they are few, but never of what is summed."""
+    """Form and size of the moment after this step: columns while n <= 2d, but never again after a second moment."""
     job, name = status.job, status.module
     dim, gone = _dim(job, name, side), set(status.gone)
     count = job.vectors(name, [*(r for i, r in status.held.items() if i not in gone), *status.lacking.values()])
@@ -94,7 +94,7 @@ def _warn(name: str, error: DamagedMoment) -> None:
 
 
 def accumulate_modules(job: Job, names: Sequence[str]) -> list[Marker | None]:
-    """Bring modules' moments up to the journal: what they lack is added, in its order; each adapter is opened once.
+    """Add to the moments of some modules the adapters that they lack, in journal order; each adapter is opened once.
 
     All that modules lack must be at hand. Which of them are summed together changes no bit.
 
@@ -115,7 +115,7 @@ def accumulate_modules(job: Job, names: Sequence[str]) -> list[Marker | None]:
 
 
 def _begin(status: ModuleStatus) -> _Sums:
-    """A module's sums as they were."""
+    """Accumulators of a module, initialised with the moments on disk."""
     _demand_sound(status)
     job, name = status.job, status.module
     slots, sums = job.slots[name], _Sums(status)
@@ -137,7 +137,7 @@ def _begin(status: ModuleStatus) -> _Sums:
 
 
 def _save(job: Job, begun: Sequence[_Sums]) -> None:
-    """Write the arrays, durable, and in the markers by what they are believed."""
+    """Write and sync the moments; their records go into the markers."""
     root = Workspace(job.workspace).moments
     for side in SIDES:
         places = {sums.module: job.slots[sums.module][side] for sums in begun}
@@ -150,7 +150,7 @@ def _save(job: Job, begun: Sequence[_Sums]) -> None:
 
 
 def _add(job: Job, begun: Sequence[_Sums]) -> None:
-    """Add to several modules what they lack, adapter by adapter in the order of admission."""
+    """Add the missing adapters to several modules, one adapter at a time, in the order of admission."""
     by_name = {sums.module: sums for sums in begun}
     lacking: dict[int, list[str]] = {}
     for sums in begun:
@@ -175,7 +175,7 @@ def _add(job: Job, begun: Sequence[_Sums]) -> None:
 def rows_of(
     adapter: Adapter, module_batches: Iterable[ModuleBatch], energy: float, objective: str
 ) -> Iterator[dict[Side, NDArray[np.floating[Any]]]]:
-    """The vectors of one adapter that are summed, read from its files: rows (m, E r, d) of each module batch."""
+    """Read the weighted vectors of one adapter: rows (m, E r, d) of each module batch, by side."""
     with adapter.open() as tensors:
         for module_batch in module_batches:
             factors = module_batch.read(tensors)
@@ -185,7 +185,7 @@ def rows_of(
 def weighted_rows(
     a: NDArray[np.float32], b: NDArray[np.float32], scalings: Sequence[Scaling], energy: float, objective: str
 ) -> dict[Side, NDArray[np.floating[Any]]]:
-    """The vectors of modules of one shape that are summed, as rows (m, E r, d).
+    """Weighted vectors of modules of one shape, as rows (m, E r, d), by side.
 
     Under `factors` they are A and B' themselves. Under `delta` each side is weighted by the other and by
     1 / ||dW_i||^2 of the whole adapter: rows of sqrt(w) s (B'B)^(1/2) A and of sqrt(w) s (AA')^(1/2) B'; of
@@ -210,13 +210,13 @@ def weighted_rows(
 
 
 def _times(root: NDArray[np.float64], rows: NDArray[np.float32]) -> NDArray[np.floating[Any]]:
-    """The product, which is of order 1; in float64 where the root, which undoes the rows' size, is far from it."""
+    """Product of order 1; in float64 where the root is so far from 1 that float32 could overflow."""
     largest = np.abs(root).max()
     return root.astype(np.float32) @ rows if largest == 0 or 1e-12 < largest < 1e12 else root @ rows
 
 
 def _held_moment(status: ModuleStatus, side: Side) -> Moment:
-    """What was summed before, of a side of a module; columns without those of adapters that are gone."""
+    """The moment on disk of one side of a module; columns without those of removed adapters."""
     job, name = status.job, status.module
     if status.marker is None:
         return empty(_dim(job, name, side), job.settings.moment_dtype, stacked=True)
@@ -229,6 +229,6 @@ def _held_moment(status: ModuleStatus, side: Side) -> Moment:
 
 
 def _dim(job: Job, name: str, side: Side) -> int:
-    """The length d of the vectors of one side, on which all adapters agree."""
+    """d, the vector length of one side of a module."""
     shape = next(shapes[name] for shapes in job.shapes.values() if name in shapes)
     return shape.d_in if side == "A" else shape.d_out

@@ -1,4 +1,4 @@
-"""Adapt: a checkpoint with other adapters on the bases that it has; new ones are projected, others are taken out."""
+"""Adapt a SHARE checkpoint to other adapters on the bases that it has: project new ones, take others out."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def growable(job: Job, own: Collection[str]) -> SHAREConfig | None:
-    """The configuration of the checkpoint of a job, if it only lacks adapters of it.
+    """Configuration of the checkpoint at the job's output, if it can grow to the job's adapters; else None.
 
     Args:
         job: of the run.
@@ -50,7 +50,7 @@ def grow(
     threshold: float,
     counts: Mapping[str, int] | None = None,
 ) -> tuple[bool, dict[str, float]]:
-    """Project the adapters that a checkpoint lacks on its bases, and publish it with them if all are held well enough.
+    """Project new adapters on the bases of a checkpoint, and publish it if the bases keep enough of each.
 
     Args:
         run, job: of the adapters that there will be.
@@ -91,14 +91,14 @@ def _publish(
     digest: str,
     left_out: list[dict[str, Any]],
 ) -> None:
-    """Publish a staged checkpoint that has other adapters than the one that it takes its bases from."""
+    """Publish the staged checkpoint of some adapters on the bases of another one."""
     statistics = [statistics_of(meta) for meta in metas_of(staging.root, names)]
     sizes = sizes_of(staging.root, names)
     staging.commit(out, share_config(record, statistics, digest=digest, sizes=sizes, skipped=left_out), left_out)
 
 
 def demand_unchanged(out: Path, config: SHAREConfig) -> None:
-    """Demand that a checkpoint is as it was when it was read, before there was a lock.
+    """Check that a checkpoint has not changed since it was read without a lock.
 
     Raises:
         LockedError: if another run has changed it since.
@@ -110,7 +110,7 @@ def demand_unchanged(out: Path, config: SHAREConfig) -> None:
 
 
 def _is_covered(record: CheckpointRecord, job: Job, admission: Admission) -> bool:
-    """Whether there is a basis for every module of an adapter."""
+    """Whether every module of an adapter has a basis."""
     shapes = job.shapes[admission.shapes] if job.shares(admission) else {}
     return all(group_id(module, side) in record.groups for module in shapes for side in SIDES)
 
@@ -140,7 +140,7 @@ def _have(names: Sequence[str]) -> str:
 
 
 def shrink(out: Path, config: SHAREConfig, names: Sequence[str]) -> None:
-    """Take adapters out of a checkpoint: the one that takes its place has the others, and the same bases.
+    """Take adapters out of a SHARE checkpoint; bases and the other adapters stay as they are.
 
     Args:
         out, config: the checkpoint.
@@ -164,7 +164,7 @@ def shrink(out: Path, config: SHAREConfig, names: Sequence[str]) -> None:
 
 
 def _counts_without(out: Path, config: SHAREConfig, gone: Collection[str]) -> dict[str, int]:
-    """Group -> n of the adapters that stay: less those that go, or, if one of these is damaged, counted anew."""
+    """Number of vectors of each group without some adapters: by subtraction, or by counting if one is damaged."""
     outside, groups = _outside(config), record_of(config).groups
 
     def vectors(names: Iterable[str]) -> Counter[str]:
@@ -181,17 +181,17 @@ def _counts_without(out: Path, config: SHAREConfig, gone: Collection[str]) -> di
 
 
 def _outside(config: SHAREConfig) -> set[str]:
-    """Adapters that bases are not fitted to; they may have loadings, if their dW is zero."""
+    """Adapters that no basis is fitted to; one whose dW is zero may still have loadings."""
     return set(record_of(config).verbatim_adapters)
 
 
 def _vectors(out: Path, name: str) -> dict[str, int]:
-    """Group -> the vectors that an adapter has brought into it."""
+    """Number of vectors of an adapter in each group."""
     return {r.name: r.shape[1] for r in read_header(out / ADAPTERS / name / LOADINGS)}  # of (k, r)
 
 
 def check_kept(job: Job) -> None:
-    """Demand that a run does not lose adapters of the checkpoint that is there: a damaged journal may have lost them.
+    """Check that a run keeps all adapters of the checkpoint: a damaged journal may have lost some.
 
     Raises:
         WorkspaceError: naming those that the workspace neither has nor has taken out.
@@ -209,7 +209,7 @@ def check_kept(job: Job) -> None:
 
 
 def check_sources(job: Job, absent: Sequence[AdapterError], kept: Mapping[str, float], threshold: float) -> None:
-    """Demand the sources of all adapters, which are projected anew when bases are fitted again.
+    """Check that all sources exist before bases are fitted again, since every adapter is then projected again.
 
     Raises:
         CollectionError: naming those that are gone, and what is possible without them.
@@ -228,7 +228,7 @@ def check_sources(job: Job, absent: Sequence[AdapterError], kept: Mapping[str, f
 
 
 def offer(kept: Mapping[str, float], threshold: float) -> str:
-    """What can be had of new adapters without fitting bases anew, and at what loss."""
+    """Remedy of an error: the threshold at which the existing bases would be accepted."""
     poor = {name: share for name, share in kept.items() if share < threshold}
     if not poor or min(poor.values()) <= 0:
         return ""

@@ -1,4 +1,4 @@
-"""Directions: what all adapters of a coded checkpoint have in common, from the bases that are fitted to their moments.
+"""Choice of directions for a coded checkpoint, from the bases fitted to the moments of its adapters.
 
 Of each group the first k components are taken that make the codes of a sample the shortest, those of k itself counted.
 """
@@ -48,7 +48,7 @@ Costs = Mapping[str, Float64]  # of a group with each number of directions, bits
 
 
 def fitted(run: Run, job: Job, work: Workspace) -> bytes:
-    """The directions of all groups, as they are stored in a checkpoint; none where none pays.
+    """Fit directions of all groups, serialized as in a checkpoint; none where they do not pay.
 
     They are kept in the workspace, beside the bases: a run that was killed goes on with the same.
     """
@@ -71,7 +71,7 @@ def fitted(run: Run, job: Job, work: Workspace) -> bytes:
 
 
 def _tried(run: Run, job: Job, some: Sequence[Adapter], task: Callable[[Job, Adapter], T]) -> Iterator[T]:
-    """What a task makes of each adapter of a sample."""
+    """Map a task over a sample of adapters."""
     lost: list[AdapterError] = []
     bare = partial(task, replace(job, adapters={}, journal=Journal()))
     yield from run.map("rate", bare, run.arriving(some, lost), len(some), run.release)
@@ -79,7 +79,7 @@ def _tried(run: Run, job: Job, some: Sequence[Adapter], task: Callable[[Job, Ada
 
 
 def _costs(run: Run, job: Job, some: Sequence[Adapter]) -> Costs:
-    """Mean bits of a sample of the adapters that take part in bases."""
+    """Mean cost in bits over a sample of adapters, by group."""
     total: dict[str, Float64] = {}
     counts: Counter[str] = Counter()
     for found in _tried(run, job, some, costs_of):
@@ -89,7 +89,7 @@ def _costs(run: Run, job: Job, some: Sequence[Adapter]) -> Costs:
 
 
 def _pay(run: Run, job: Job, some: Sequence[Adapter]) -> bool:
-    """Whether codes of a sample on directions, and these themselves, are smaller than codes of it alone; it is told."""
+    """Whether directions save more bytes of the codes of a sample than they take; logs the saving."""
     assert job.directions is not None
     alone, on = np.sum([*_tried(run, job, some, lengths_of)], axis=0) if some else (0, 0)
     own = job.directions.stat().st_size * len(some) / len(job.journal.admissions)
@@ -103,20 +103,20 @@ def _pay(run: Run, job: Job, some: Sequence[Adapter]) -> bool:
 
 
 def lengths_of(job: Job, adapter: Adapter) -> tuple[int, int]:
-    """Bytes of the code of an adapter alone, and on directions."""
+    """Code length in bytes of one adapter without and with directions."""
     alone, on = (_code_of(job, adapter, shared) for shared in (ALONE, directions_at(job.directions)))
     return alone, on
 
 
 def _code_of(job: Job, adapter: Adapter, shared: Shared) -> int:
-    """Bytes of a code; of an adapter that stays verbatim, those of its tensors."""
+    """Code length in bytes; the bytes of its tensors if an adapter is kept verbatim."""
     with adapter.open() as tensors:
         code = subject_of(adapter, tensors, shared).within(job.settings.max_error or TYPICAL)
     return adapter.layout.lora_bytes if code is None else len(code.code)
 
 
 def costs_of(job: Job, adapter: Adapter) -> dict[str, Float64]:
-    """Bits of one adapter, and what its error is worth in bits, with each number of directions."""
+    """Rate-distortion cost of one adapter in bits, by group, for each number of directions."""
     with adapter.open() as tensors:
         subject = subject_of(adapter, tensors)
     step = likely_step(subject.pairs, subject.norm, job.settings.max_error or TYPICAL)
@@ -134,7 +134,7 @@ def costs_of(job: Job, adapter: Adapter) -> dict[str, Float64]:
 
 
 def _costs_of_side(job: Job, modules: Sequence[str], side: Side, rows: Array, step: float) -> Float64:
-    """Bits (ks, n) of the pairs of some modules."""
+    """Rate-distortion cost (len(KS), n) in bits of one side of n modules."""
     groups = [group_id(module, side) for module in modules]
     records = [read_record(BasisRecord, job.facts_file(module)) for module in modules]
     bases = {group: basis for record in records if record is not None for group, basis in record.groups.items()}
@@ -150,7 +150,7 @@ def _costs_of_side(job: Job, modules: Sequence[str], side: Side, rows: Array, st
 
 
 def _components(job: Job, group: str) -> Array:
-    """The components (d, k) of a group."""
+    """Components (d, k) of a group."""
     module, side = split_group_id(group)
     path = (job.basis_file(module),)
     record = next(r for r in tensor_records(path) if r.name == side)
@@ -164,7 +164,7 @@ def _basis(basis: BasisOfSide, components: Array, k: int) -> Basis:
 
 
 def _chosen(job: Job, bases: Mapping[str, BasisOfSide], costs: Costs) -> dict[str, int]:
-    """How many directions each group has."""
+    """Number of directions of each group that makes the total cost least."""
     uses = Counter(m for r in job.journal.admissions if job.shares(r) for m in job.shapes[r.shapes])
     ks = np.array(KS)
     found = {}

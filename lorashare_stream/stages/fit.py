@@ -34,16 +34,16 @@ log = logging.getLogger(__name__)
 
 
 def fit_module(job: Job, name: str) -> bool:
-    """Fit the bases of a module's two groups and write them, rounded to the storage dtype; False if not whole.
+    """Fit and write the bases of a module's two groups, rounded to the storage dtype.
 
-    A module whose moments are damaged, by their checksums, is to be forgotten, for `update.sum_and_fit` to begin it
-    again.
+    Returns:
+        Whether its moments are whole; else it is to be forgotten, for `update.sum_and_fit` to begin it again.
     """
     return _fitted(job, name, job.markers.get(name))
 
 
 def sum_and_fit_modules(job: Job, names: Sequence[str]) -> list[bool]:
-    """Sum modules, fit them, and free their moments, so that never more than those in work take disk.
+    """Sum, fit and free the moments of modules, so that only those in work take disk.
 
     Returns:
         Whether each is fitted; else it is to be forgotten.
@@ -122,7 +122,7 @@ def _raw_components(job: Job, bases: Bases) -> Iterator[bytes | memoryview]:
 
 
 def record_of_bases(plan: Plan, job: Job, bases: Bases, staging: Staging) -> CheckpointRecord:
-    """What the checkpoint of a job is of, whose bases are staged."""
+    """Checkpoint record of a job whose bases are staged."""
     fields = {*Group.model_fields}
     return record_of_plan(
         plan,

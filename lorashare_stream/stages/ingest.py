@@ -44,7 +44,7 @@ LARGEST = 1e12  # of a value: the sum of a million squares, times d, still fits 
 
 @contextmanager
 def pickles_kept(plan: Plan, workspace: Path) -> Iterator[Plan]:
-    """The plan with a place for what its pickles are converted to: once in a run, by who reads one first.
+    """Cache, in the workspace, of pickles converted to safetensors; converted once a run, by the first reader.
 
     A run that fails leaves them to the next. Where disk is short, nothing is kept, and each reading converts anew.
     """
@@ -57,7 +57,7 @@ def pickles_kept(plan: Plan, workspace: Path) -> Iterator[Plan]:
 
 
 def ingest_adapter(objective: str, adapter: Adapter) -> tuple[str, Admission | AdapterError]:
-    """Read an adapter once, in file order: all values finite? digest; under `delta` ||dW||^2 of its shared modules.
+    """Read an adapter once, in file order: finite values, SHA-256, and under `delta` ||dW||^2 of its shared modules.
 
     Returns:
         Its name, and the admission; or why the adapter must not touch a moment.
@@ -77,7 +77,7 @@ def ingest_adapter(objective: str, adapter: Adapter) -> tuple[str, Admission | A
 
 
 def _check_digest(adapter: Adapter, digest: str) -> None:
-    """Demand that what was fetched is what the Hub lists."""
+    """Check the digest of fetched files against the Hub's listing."""
     listed = None if adapter.origin is None else adapter.origin.sha256
     if listed not in (None, digest):
         raise DamagedFetchError(
@@ -131,7 +131,7 @@ def _energy(adapter: Adapter, grams: Mapping[tuple[Side, str], Float64]) -> floa
 
 
 def _demand_finite(values: NDArray[np.float32], side: Side, modules: Sequence[str], adapter: Adapter) -> None:
-    """Demand tensors (m, *shape) of finite values that a moment can hold.
+    """Check that tensors (m, *shape) are finite and within the range of a moment.
 
     Raises:
         ValuesError: naming the first tensor that has others.
@@ -171,7 +171,7 @@ def _extra_is_finite(record: TensorRecord, tensors: TensorReader, digest: Callab
 
 
 def ingest(run: Run, work: Workspace, out: Path) -> list[AdapterError]:
-    """Admit every adapter of the plan that is not yet in the journal, in the order of the plan.
+    """Admit the adapters of a plan that are not yet in the journal, in the order of the plan.
 
     If a disk budget does not hold them all, the adapters of a batch are added to the moments before the next comes.
 
@@ -209,7 +209,7 @@ def ingest(run: Run, work: Workspace, out: Path) -> list[AdapterError]:
 
 
 def _check_journal(plan: Plan, work: Workspace) -> set[str]:
-    """The names of admitted adapters, all of which the plan must have, unchanged."""
+    """Names of admitted adapters; checks that the plan has each, unchanged."""
     adapters = {e.name: e for e in plan.adapters}
     journal = journal_of_plan(plan, work)
     absent = {e.adapter for e in plan.absent}
@@ -222,7 +222,7 @@ def _check_journal(plan: Plan, work: Workspace) -> set[str]:
 
 
 def admit(run: Run, work: Workspace, adapters: Sequence[Adapter]) -> list[AdapterError]:
-    """Ingest adapters, as they come, and admit them in order; those that cannot be are given."""
+    """Ingest adapters as they arrive, and admit them in order; returns the refused ones."""
     refused: list[AdapterError] = []
     shapes = {e.shapes_key: e.shapes for e in adapters}
     remote = {e.name: e.source_id for e in adapters if e.origin is not None and e.origin.refused is None}
@@ -240,7 +240,7 @@ def admit(run: Run, work: Workspace, adapters: Sequence[Adapter]) -> list[Adapte
 
 
 def ingested(run: Run, adapters: Sequence[Adapter]) -> Iterator[Admission | AdapterError]:
-    """What ingest finds of adapters, in their order, though they may come in another one."""
+    """Ingest results in the order of the adapters, which may arrive in another one."""
     done: dict[str, Admission | AdapterError] = {}
     waiting = deque(e.name for e in adapters)
     lost = [e for adapter in adapters if (e := _refused_before(adapter)) is not None]
@@ -258,7 +258,7 @@ def _unrefused(adapters: Sequence[Adapter]) -> list[Adapter]:
 
 
 def _refused_before(adapter: Adapter) -> AdapterError | None:
-    """Why the values of a pinned adapter must not touch a moment, if it was fetched for that before."""
+    """Cached refusal of a pinned adapter, which need not be fetched again for it."""
     if adapter.origin is None or adapter.origin.refused is None:
         return None
     error = copy(adapter.origin.refused)
@@ -267,7 +267,7 @@ def _refused_before(adapter: Adapter) -> AdapterError | None:
 
 
 def journal_of_plan(plan: Plan, work: Workspace) -> Journal:
-    """The journal, mended, of a workspace that is held now, and was not when the plan was made.
+    """Journal of a workspace, repaired, and checked to be the one that the plan was made from.
 
     Raises:
         LockedError: if another run has changed it since.
@@ -281,7 +281,7 @@ def journal_of_plan(plan: Plan, work: Workspace) -> Journal:
 
 
 def _moved(gone: Sequence[Admission], plan: Plan) -> dict[str, str]:
-    """Admitted adapters whose repository is named at another commit: name -> the id now."""
+    """Admitted adapters whose repository is now named at another commit: name -> new id."""
     now = {loose_id(e.source_id): e.source_id for e in plan.adapters if e.origin is not None}
     return {r.name: now[loose_id(r.source_id)] for r in gone if loose_id(r.source_id) in now}
 

@@ -1,4 +1,4 @@
-"""Job: what the tasks of one run share."""
+"""Job: the data that all tasks of a run share."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Admitted:
 
 @dataclass(frozen=True)
 class Job:
-    """What the tasks of one run share; picklable, so that a cluster can have it.
+    """Data that all tasks of a run share; picklable.
 
     Attributes:
         settings: of the run.
@@ -81,7 +81,7 @@ class Job:
     later: frozenset[int] = frozenset()
 
     def up_to(self, count: int) -> Job:
-        """The job of the first `count` entries of the journal."""
+        """Job restricted to the first `count` entries of the journal."""
         if count == len(self.journal.entries):
             return self
         part = Journal(self.journal.entries[:count])
@@ -93,7 +93,7 @@ class Job:
         return {r.name: r for r in self.journal.admissions}
 
     def adapter(self, name: str) -> Adapter:
-        """An adapter whose values are needed.
+        """Adapter by name, to read its values.
 
         Raises:
             GoneError: if its source is gone.
@@ -112,17 +112,17 @@ class Job:
         return self.settings.objective == "factors" or admission.energy > 0
 
     def rank(self, admission: Admission, module: str) -> int:
-        """How many vectors an adapter has in a module; 0 if it has none there that are shared."""
+        """Number of vectors of an adapter in a module; 0 if it shares none there."""
         shape = self.shapes.get(admission.shapes, {}).get(module) if self.shares(admission) else None
         return 0 if shape is None else shape.rank
 
     def vectors(self, module: str, admissions: Iterable[Admission]) -> int:
-        """How many vectors adapters have in a module, all of which take part there."""
+        """Number of vectors of adapters in a module that all of them share."""
         kinds = Counter(r.shapes for r in admissions)
         return sum(self.shapes[kind][module].rank * n for kind, n in kinds.items())
 
     def holders(self, module: str, count: int) -> Mapping[int, Admission]:
-        """The admissions whose vectors a moment of `module` has once it has seen `count` entries, by number."""
+        """Admissions whose vectors are in a moment that has seen `count` entries, by number."""
         kinds = frozenset(kind for kind, shapes in self.shapes.items() if module in shapes)
         if (count, kinds) not in self._holders:  # the same for most modules: looked up once
             active = self.journal.active_after(count)
@@ -134,12 +134,12 @@ class Job:
         return {}
 
     def with_files(self, here: Mapping[str, Adapter]) -> Job:
-        """The job with adapters that were fetched, which must be those of the same names."""
+        """Job with fetched adapters in place of those of the same names."""
         assert all(self.adapters[name].source_id == adapter.source_id for name, adapter in here.items())
         return replace(self, adapters={**self.adapters, **here}) if here else self
 
     def hub_bytes(self, name: str) -> int:
-        """Bytes that are fetched for an adapter."""
+        """Bytes to fetch for an adapter."""
         return self.adapters[name].hub_bytes if name in self.adapters else 0
 
     @cached_property
@@ -158,7 +158,7 @@ class Job:
         return dict(counts)
 
     def knows(self, count: int) -> bool:
-        """Whether it is known what the first `count` entries have brought into moments."""
+        """Whether the shapes of all adapters among the first `count` entries are known."""
         return all(r.shapes in self.shapes for r in self.journal.active_after(count).values())
 
     @cached_property
@@ -172,16 +172,16 @@ class Job:
         return (self.out if self.grows else self.staging) / COMPONENTS
 
     def basis_file(self, module: str) -> Path:
-        """Where a module's components are kept."""
+        """File of a module's components in the workspace."""
         return self.bases / f"{slug(module)}.safetensors"
 
     def facts_file(self, module: str) -> Path:
-        """Where the facts of a module's bases are kept: written after the components, with their digest."""
+        """File of a module's `BasisRecord`, written after the components."""
         return self.bases / f"{slug(module)}.json"
 
 
 def make_job(plan: Plan, work: Workspace, out: Path, *, begins: bool = False) -> Job:
-    """What the tasks need to know, after ingest; `begins` is before all are ingested, when no basis can be fitted."""
+    """Job of a plan and the journal; `begins` is before all adapters are admitted, when no basis can be fitted."""
     journal, adapters = work.journal(), {e.name: e for e in plan.adapters}
     kinds = {r.shapes: r.name for r in journal.admissions if r.name in adapters}
     digest = checkpoint_key_of(plan.settings_key, journal.admissions)
@@ -201,11 +201,11 @@ def make_job(plan: Plan, work: Workspace, out: Path, *, begins: bool = False) ->
 
 
 def checkpoint_key_of(settings_key: str, admissions: Sequence[Admission]) -> str:
-    """Digest of all that decides a checkpoint: settings and adapters."""
+    """Digest of settings and adapters, which decide a checkpoint."""
     return digest_of([settings_key, [[r.name, r.digest, r.config_digest] for r in admissions]])
 
 
 def record_of_plan(plan: Plan, **more: Any) -> CheckpointRecord:
-    """What the checkpoint of a plan is of, and more that is known of it."""
+    """Checkpoint record of a plan, with further fields."""
     facts: dict[str, Any] = {"settings": plan.settings, "dtype": plan.storage, "choice": plan.settings_key}
     return CheckpointRecord(**facts, binding=plan.binding, base_model=plan.base_model, **more)

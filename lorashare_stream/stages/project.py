@@ -1,4 +1,4 @@
-"""Project: write one adapter of the checkpoint, and certify it."""
+"""Project: write and certify the adapters of a checkpoint."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Stored:
 
 
 def project_adapter(job: Job, task: Admitted) -> Statistics:
-    """Write one adapter of a SHARE checkpoint: loadings, what is verbatim, and the error of what was stored.
+    """Write one adapter of a SHARE checkpoint: loadings, verbatim tensors, certified error.
 
     Returns:
         What the summary of the checkpoint needs of it.
@@ -66,7 +66,7 @@ def _projected(job: Job, task: Admitted, tensors: TensorReader) -> Stored:
 def write_adapter(
     job: Job, task: Admitted, file: str, store: Callable[[Job, Admitted, TensorReader], Stored]
 ) -> Statistics:
-    """Write one adapter into the staged checkpoint, in a folder of its own: a file, what is verbatim, what is recorded.
+    """Write one adapter into its folder of the staged checkpoint: content, verbatim tensors, adapter_meta.json.
 
     Returns:
         What the summary of the checkpoint needs of it.
@@ -87,7 +87,7 @@ def write_adapter(
 
 
 def check_unchanged(adapter: Adapter, admission: Admission) -> None:
-    """Demand that an adapter is what was ingested: by size and time of its files, else by their digest.
+    """Check that an adapter is the one that was ingested: by size and time of its files, else by SHA-256.
 
     Raises:
         AdapterError: if it has changed.
@@ -115,7 +115,7 @@ def check_unchanged(adapter: Adapter, admission: Admission) -> None:
 
 
 def _write_verbatim(adapter: Adapter, tensors: TensorReader, folder: Path, exact: Sequence[str]) -> list[str]:
-    """Write the tensors that stay as they came, and return their keys."""
+    """Write the verbatim tensors, and return their keys."""
     kept = [(factor_key(m, side), adapter.layout.by_name[m].record(side)) for m in exact for side in SIDES]
     verbatim = [*adapter.layout.extras, *kept]
     shapes = [(key, record.dtype, record.shape) for key, record in verbatim]
@@ -175,7 +175,7 @@ def write_adapters(
     step: str,
     task: Callable[[Job, Admitted], Statistics],
 ) -> dict[str, Statistics]:
-    """Write adapters into the staged checkpoint by a task, as they come, unless they are there; all are durable then.
+    """Map a task that writes adapters into the staged checkpoint, those that are missing, and sync them.
 
     Returns:
         Their figures, by name.

@@ -1,4 +1,4 @@
-"""A plan, a mapper, who fetches and who watches: how tasks are mapped."""
+"""Run: maps the tasks of a plan on an executor, with prefetch, progress and the lock."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ READ = 64  # files of sources that workers of a cluster are asked for, each in a
 
 @dataclass(frozen=True)
 class Run:
-    """How the tasks of a plan are mapped; `check` raises if the workspace is no longer held."""
+    """Mapper, progress, fetcher and lock of a run; `check` raises if the workspace is no longer held."""
 
     plan: Plan
     mapper: Mapper
@@ -47,7 +47,7 @@ class Run:
         total: int,
         after: Callable[[T], object] = nothing,
     ) -> Iterator[R]:
-        """Results in the order of the tasks, as many at a time as the plan allows for this step."""
+        """Map a task, with the plan's concurrency for this step; results in the order of the tasks."""
         planned = self.plan.step(step)
         lot = min(LOT, LOT_BYTES * planned.tasks // max(1, planned.read_bytes)) if planned.read_bytes else 1
         results = self.mapper.map(fn, tasks, planned.concurrency, after, lot)
@@ -59,7 +59,7 @@ class Run:
             yield result
 
     def portions(self, modules: Sequence[str]) -> list[tuple[str, ...]]:
-        """Modules in portions that are summed together; more and smaller ones than planned if a cluster is wider."""
+        """Portions of modules that are summed together, cut smaller if a cluster has more workers than planned."""
         parts = self.plan.portions(modules)
         wide = self.mapper.width(self.plan.step("accumulate").concurrency)
         pieces = -(-wide // max(1, len(parts)))
@@ -68,7 +68,7 @@ class Run:
     def sum(
         self, task: Callable[[Sequence[str]], Sequence[R]], modules: Sequence[str], done: Callable[[str, R], object]
     ) -> None:
-        """Do a task for modules, in portions; `done` takes each module and what came of it; progress counts modules."""
+        """Map a task over portions of modules; `done` takes each module and its result; progress counts modules."""
         portions = self.portions(modules)
         results = self.mapper.map(task, portions, self.plan.step("accumulate").concurrency)
 
@@ -83,12 +83,12 @@ class Run:
             pass
 
     def all(self, step: str, fn: Callable[[T], Any], tasks: Sequence[T]) -> None:
-        """Do all tasks, for what they leave on disk."""
+        """Map a task for its side effects."""
         for _ in self.map(step, fn, tasks, len(tasks)):
             pass
 
     def arriving(self, adapters: Sequence[Adapter], lost: list[AdapterError]) -> Iterable[Adapter]:
-        """Adapters as they come here, all at once if they are here already; why some cannot be had goes into `lost`."""
+        """Adapters as they are fetched, all at once if they are local; errors go into `lost`."""
         return adapters if all(e.fetched for e in adapters) else self._arriving(adapters, lost)
 
     def _arriving(self, adapters: Sequence[Adapter], lost: list[AdapterError]) -> Iterator[Adapter]:
@@ -99,12 +99,12 @@ class Run:
                 yield result
 
     def release(self, adapter: Adapter) -> None:
-        """Say that the files of an adapter are not needed for now."""
+        """Evict the files of an adapter."""
         self.fetcher.release([adapter])
 
     @contextmanager
     def at_hand(self, adapters: Sequence[Adapter]) -> Iterator[dict[str, Adapter]]:
-        """Adapters by name, all of them on this machine till the end of the block.
+        """Adapters by name, all of them local until the end of the block.
 
         Raises:
             CollectionError: naming those that the Hub has no more.
@@ -129,12 +129,12 @@ def _cut(part: tuple[str, ...], size: int) -> Iterator[tuple[str, ...]]:
 
 
 def sample_of(adapters: Sequence[Adapter]) -> list[Adapter]:
-    """Some adapters, evenly spaced."""
+    """Sample of adapters, evenly spaced."""
     return [adapters[i * len(adapters) // SAMPLE] for i in range(SAMPLE)] if len(adapters) > SAMPLE else list(adapters)
 
 
 def places_of(plan: Plan, folder: Path, out: Path, *, workspace: bool = True) -> Places:
-    """Where the tasks of a plan read and write, which makes the folders to be written.
+    """Folders that the tasks of a plan read and write; those to be written are made.
 
     Args:
         plan: of the run.
@@ -154,7 +154,7 @@ def places_of(plan: Plan, folder: Path, out: Path, *, workspace: bool = True) ->
 
 
 def _uses_cache(plan: Plan) -> bool:
-    """Whether adapters are fetched into the Hub's cache, or read from there, as under a disk budget what it has."""
+    """Whether adapters are fetched into the Hub's cache, or, under a disk budget, read from it."""
     awaited = [(e.origin.hub, f.path.name) for e in plan.adapters if e.origin and not e.fetched for f in e.files]
     if not awaited or plan.settings.disk_budget is None:
         return bool(awaited)
@@ -163,7 +163,7 @@ def _uses_cache(plan: Plan) -> bool:
 
 
 def check_none_lost(lost: Sequence[AdapterError]) -> None:
-    """Demand adapters whose values are needed again.
+    """Check that no admitted adapter was lost on the Hub.
 
     Raises:
         CollectionError: naming those that the Hub has no more.
@@ -177,7 +177,7 @@ def check_none_lost(lost: Sequence[AdapterError]) -> None:
 
 
 def check_disk(plan: Plan, workspace: Path, out: Path, *, adds: bool = False, fetch: int = 0) -> None:
-    """Refuse a run for which a disk has no room, what its folders hold already being taken into account.
+    """Check that the disks have room for a run, less what its folders hold already.
 
     Args:
         plan: of the run.

@@ -43,7 +43,7 @@ class BasisRecord(Schema):
 
 @dataclass(frozen=True)
 class ModuleStatus:
-    """What is done of one module. Admissions are given by number.
+    """Status of one module; admissions are given by number.
 
     Attributes:
         job: whose journal its moments are compared with.
@@ -82,7 +82,7 @@ class ModuleStatus:
 
     @cached_property
     def held(self) -> dict[int, Admission]:
-        """What the moments hold, those taken out since included."""
+        """Admissions in the moments, removed ones included."""
         if self.marker is None:
             return {}
         never = set(self.marker.never)
@@ -90,42 +90,42 @@ class ModuleStatus:
 
     @cached_property
     def never(self) -> list[int]:
-        """What was taken out before it was summed."""
+        """Admissions that were removed before they were summed."""
         seen = 0 if self.marker is None else self.marker.entries
         return [i for i in self._now if i not in self.held and (i in self.job.later or i < seen)]
 
     @cached_property
     def lacking(self) -> dict[int, Admission]:
-        """What the moments lack."""
+        """Admissions that the moments lack."""
         never = set(self.never)
         return {i: r for i, r in self._now.items() if i not in self.held and i not in never}
 
     @cached_property
     def gone(self) -> list[int]:
-        """What the moments hold, and is taken out."""
+        """Removed admissions that the moments hold."""
         return [i for i in self.held if i not in self._now]
 
     @property
     def writes(self) -> bool:
-        """Whether arrays change to bring the moments up to the journal; else only the marker does, or nothing."""
+        """Whether arrays change when the moments are brought up to the journal; else only the marker does."""
         stacked = self.marker is not None and any(moment.stacked for moment in self.marker.sides.values())
         return self.marker is None or bool(self.lacking) or (bool(self.gone) and stacked)
 
     def removed(self, side: Side) -> list[int]:
-        """What is taken out and stays in the sum of a side; stacked columns are taken out themselves."""
+        """Removed admissions that stay in the sum of a side; columns are removed themselves."""
         if self.marker is None or self.marker.sides[side].stacked:
             return []
         return [*self.marker.sides[side].removed, *self.gone]
 
     def marked(self, records: Mapping[Side, MomentRecord]) -> Marker:
-        """The marker of moments that have seen the whole journal."""
+        """Marker of moments that have seen the whole journal."""
         sides = {side: record.model_copy(update={"removed": self.removed(side)}) for side, record in records.items()}
         count = len(self.job.journal.entries)
         admitted = self.job.journal.digest(count)
         return Marker(module=self.module, entries=count, admitted=admitted, never=self.never, **sides)
 
     def basis(self) -> BasisRecord | None:
-        """The bases of the module, if they are whole, and those of its moments unless these were discarded."""
+        """Bases of the module, if they are whole and fitted to its moments, or these were discarded; else None."""
         record = read_record(BasisRecord, self.job.facts_file(self.module))
         if record is None or record.module != self.module:
             return None
@@ -138,23 +138,23 @@ class ModuleStatus:
 
 
 def removed_in(job: Job, marker: Marker) -> list[str]:
-    """The names of adapters that were taken out, and whose vectors a module's moments still hold."""
+    """Names of removed adapters whose vectors are still in a module's moments."""
     numbers = {i for moment in marker.sides.values() for i in moment.removed}
     return sorted({job.journal.entries[i].name for i in numbers})
 
 
 def status_of(job: Job, work: Workspace, modules: Iterable[str]) -> list[ModuleStatus]:
-    """What is done of modules, by the markers of a workspace."""
+    """Status of modules, by the markers of a workspace."""
     return [ModuleStatus(job, module, work.markers.get(module)) for module in modules]
 
 
 def behind(job: Job, work: Workspace, modules: Iterable[str]) -> list[str]:
-    """The modules whose moments are to be brought up to the journal."""
+    """Modules whose moments are behind the journal."""
     return [status.module for status in status_of(job, work, modules) if status.is_behind]
 
 
 def unfetched(job: Job, work: Workspace, modules: Collection[str]) -> list[Adapter]:
-    """The adapters of the Hub whose values modules lack, and which may not be on this machine."""
+    """Adapters of the Hub that modules lack, and that are not fetched."""
     if all(adapter.fetched for adapter in job.adapters.values()):
         return []
     after: dict[int, list[str]] = {}  # entries that modules have seen -> these

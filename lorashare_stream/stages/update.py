@@ -1,4 +1,4 @@
-"""Moments brought up to the journal, and bases fitted to them; under a disk budget batch by batch."""
+"""Update: bring moments up to the journal, and fit bases to them; under a disk budget batch by batch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 def sum_batch(run: Run, job: Job, work: Workspace, names: Collection[str], after: Sequence[Adapter]) -> None:
-    """Bring the moments up to the adapters of a batch while these are at hand; discarded ones stay so.
+    """Add the adapters of a batch to the moments while their files are local; discarded moments stay so.
 
     Args:
         run, job, work: of all that is admitted.
@@ -43,13 +43,13 @@ def sum_batch(run: Run, job: Job, work: Workspace, names: Collection[str], after
 
 
 def is_complete(job: Job, work: Workspace) -> bool:
-    """Whether no moment that is there, or was not discarded, lacks an admission."""
+    """Whether every moment is up to the journal, or was discarded."""
     discarded = work.discarded(job.modules)
     return all(status.is_whole or status.module in discarded for status in status_of(job, work, job.modules))
 
 
 def sum_and_fit(run: Run, job: Job, work: Workspace) -> Bases:
-    """Bring the moments up to the journal and fit what is not fitted; the bases of all modules."""
+    """Bring the moments up to the journal, and fit the bases of all modules that are not fitted."""
     forget_unused(job, work)
     todo = _unfitted(job, work, job.modules)
     for _ in range(ATTEMPTS):
@@ -93,7 +93,7 @@ def sum_up(
     modules: Sequence[str],
     task: Callable[[Job, Sequence[str]], list[Marker | None]] = accumulate_modules,
 ) -> None:
-    """Bring the moments of modules up to the journal, once; a module that is found to be damaged is forgotten.
+    """Bring the moments of modules up to the journal; a module whose moments are damaged is forgotten.
 
     With a disk budget it is done in several steps, each with adapters that are at hand together: where moments were
     cut before, so that a run that was killed gives the same bytes, and where the budget would be exceeded.
@@ -123,7 +123,7 @@ def sum_up(
 
 
 def _cuts(plan: Plan, job: Job, work: Workspace) -> list[int]:
-    """Numbers of journal entries up to which moments are brought, one after the other."""
+    """Numbers of journal entries at which the update is cut, ascending."""
     end = len(job.journal.entries)
     if len(plan.batches) == 1:
         return [end]
@@ -138,13 +138,13 @@ def _cuts(plan: Plan, job: Job, work: Workspace) -> list[int]:
 
 
 def forget_unused(job: Job, work: Workspace) -> None:
-    """Remove the moments of modules that no adapter has any more."""
+    """Forget modules that no adapter has any more."""
     for module in work.markers.keys() - set(job.modules):
         work.forget(module)
 
 
 def forget_removed(job: Job, work: Workspace) -> None:
-    """Drop moments that hold vectors of removed adapters: of the sources of the others they are summed again.
+    """Forget modules whose moments hold removed adapters, so that they are summed again from the others' sources.
 
     Where a source of these is gone, they stay as they are.
     """
@@ -161,7 +161,7 @@ def forget_removed(job: Job, work: Workspace) -> None:
 
 
 def catch_up(run: Run, job: Job, work: Workspace) -> None:
-    """Bring the moments that are there up to the journal; those that were discarded stay so.
+    """Bring existing moments up to the journal; discarded ones stay so.
 
     Those that are found to be damaged, and cannot be summed again since sources are gone, are discarded.
     """

@@ -26,7 +26,7 @@ from .records import ShapesFile, read_record
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """What ingest found out about one adapter: an admission."""
+    """Admission: what ingest found of one adapter."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -44,7 +44,7 @@ class Admission:
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """An adapter was taken out."""
+    """Removal of an admitted adapter."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -57,7 +57,7 @@ _ADMISSION, _REMOVAL = TypeAdapter(Admission), TypeAdapter(Removal)  # a union o
 
 @dataclass(frozen=True)
 class Journal:
-    """The entries as they stand.
+    """Entries of the journal.
 
     Attributes:
         entries: in order; an admission is known by its number in here.
@@ -76,7 +76,7 @@ class Journal:
         return tuple(self.active.values())
 
     def active_after(self, count: int) -> dict[int, Admission]:
-        """Admissions that the first `count` entries leave, by number; kept, since every module asks for the same."""
+        """Admissions that are active after the first `count` entries, by number; cached."""
         if count not in self._active:
             entries = self.entries[:count]
             gone = {e.admission for e in entries if isinstance(e, Removal)}
@@ -88,7 +88,7 @@ class Journal:
         return {}
 
     def digest(self, count: int) -> str:
-        """Digest of the first `count` entries: what moments that have seen them are moments of."""
+        """Digest of the first `count` entries."""
         return self._digests[count]
 
     @cached_property
@@ -103,7 +103,7 @@ class Journal:
 
 
 def read_journal(path: Path) -> tuple[Journal, int]:
-    """The whole entries at the beginning of a journal, and their length in bytes."""
+    """Read a journal up to its first damaged line; returns it and the length in bytes of its whole lines."""
     entries: list[Admission | Removal] = []
     whole = 0
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
@@ -140,14 +140,14 @@ def _entry(line: bytes) -> Admission | Removal | None:
 
 
 def keep_shapes(folder: Path, admission: Admission, shapes: Shapes) -> None:
-    """Note the shared modules of an adapter, unless they are."""
+    """Write the shapes of an adapter's shared modules, if they are not kept yet."""
     path = folder / f"{admission.shapes}.json"
     if read_record(ShapesFile, path) is None:
         write_sealed(path, {"modules": shapes})
 
 
 def shapes_of(folder: Path, journal: Journal, known: Mapping[str, Shapes]) -> dict[str, Shapes]:
-    """The shared modules of all admissions, by the digest that these have of them.
+    """Shapes of the shared modules of all admissions, by the digest in these.
 
     Those of adapters that were taken out may be missing: their moments are summed again.
 

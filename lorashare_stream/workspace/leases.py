@@ -1,4 +1,4 @@
-"""Leases: arrays of zarr in which a step keeps moments, one for all modules of a side, a shape and a form.
+"""Leases: Zarr arrays that a step writes moments into, one for all modules of a side, a shape and a form.
 
     <lease>/second_A_768              S of some modules (m, d, d): a chunk of each, or several of 64 MiB
     <lease>/columns_B_768_1600        X' of some modules (m, n, d): a chunk of each, or several of 16 MiB
@@ -40,7 +40,7 @@ _WORDS = {
 
 
 def height_of(form: str, rows: int, dim: int, itemsize: int) -> int:
-    """Rows of a chunk: all of them, or an even part that its limit has; zarr fills the last chunk up with zeros.
+    """Rows of a chunk: all, or an even part within the limit; zarr pads the last chunk with zeros.
 
     Columns come in quanta, and chunks of whole ones are written as they come, unless that would fill up more than 1/8.
     """
@@ -55,7 +55,7 @@ def height_of(form: str, rows: int, dim: int, itemsize: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """The moment of a group that is to be written: its form, d, and rows (d of a second moment, else n)."""
+    """Moment to be written: form, d, and rows (d of a second moment, else n)."""
 
     form: str
     dim: int
@@ -63,7 +63,7 @@ class Need:
 
 
 def arrange(lease: str, needs: Mapping[tuple[str, Side], Need], dtype: str) -> dict[str, dict[Side, Slot]]:
-    """Places of moments, in as few arrays as can be; modules of one array in their order.
+    """Allocate slots for moments, in as few arrays as possible; modules of one array in their order.
 
     Columns of modules that have nearly as many are in one array, so that there are never many arrays.
     """
@@ -83,19 +83,19 @@ def arrange(lease: str, needs: Mapping[tuple[str, Side], Need], dtype: str) -> d
 
 
 def _rounded(count: int) -> int:
-    """The number of the interval in which a count is: those of one differ by a tenth at most."""
+    """Logarithmic bin of a count; counts of one bin differ by a tenth at most."""
     return math.ceil(math.log2(max(1, count)) * _ALIKE)
 
 
 def make_groups(root: Path, groups: Mapping[str, str]) -> None:
-    """Make folders groups of zarr, those that are none: path under `root` -> words that say what is in it."""
+    """Make folders Zarr groups, those that are none yet: path under `root` -> its description."""
     for path, words in groups.items():
         if not _is_group(root / path, words):
             write_json(root / path / METADATA, _group(words))
 
 
 def make_arrays(root: Path, slots: Mapping[str, Mapping[Side, Slot]], words: str) -> dict[str, dict[Side, Slot]]:
-    """Make the group and the arrays of a new lease, durable; the slots again, with the digest of their metadata."""
+    """Create and sync the group and the arrays of a new lease; returns the slots with the digest of their metadata."""
     members = _members((module, slot) for module, both in slots.items() for slot in both.values())
     leases = {lease for lease, _ in members}
     for lease in leases:
@@ -118,7 +118,7 @@ def make_arrays(root: Path, slots: Mapping[str, Mapping[Side, Slot]], words: str
 
 
 def _members(slots: Iterable[tuple[str, Slot]]) -> dict[tuple[str, str], dict[str, Slot]]:
-    """Lease and array -> the modules in it, and their places."""
+    """Slots by lease and array, then by module."""
     found: dict[tuple[str, str], dict[str, Slot]] = {}
     for module, slot in slots:
         found.setdefault((slot.lease, slot.array), {})[module] = slot
@@ -130,7 +130,7 @@ def _metadata(lease: Path, array: str) -> str:
 
 
 def wait_for(function: Callable[..., Coroutine[Any, Any, T]], *arguments: Any) -> T:
-    """Run what calls zarr in a loop of its own, in a thread that ends with it.
+    """Run a coroutine of zarr in an event loop of its own, in a thread that ends with it.
 
     A process that is forked later must have no other thread. And after a fault nothing of it goes on: in zarr's own
     loop the other chunks of a call would still be written, and complain of it.
@@ -174,7 +174,7 @@ async def _write(root: Path, members: Mapping[tuple[str, str], Mapping[str, Slot
 
 
 def _group(words: str) -> dict[str, Any]:
-    """The metadata of a group, by the specification of Zarr 3."""
+    """Metadata of a Zarr 3 group."""
     return {"zarr_format": 3, "node_type": "group", "attributes": {"what": words}}
 
 
@@ -187,7 +187,7 @@ def _is_group(folder: Path, words: str) -> bool:
 
 
 def sweep(root: Path, markers: Mapping[str, Marker], words: str) -> None:
-    """Remove leases, arrays and chunks that no marker names, and write anew what has changed of what describes others.
+    """Remove leases, arrays and chunks that no marker names; repair the metadata of the others.
 
     Args:
         root: the folder of all leases.
@@ -229,7 +229,7 @@ def _describes(lease: Path, array: str, digest: str) -> bool:
 
 
 def remove(root: Path, marker: Marker) -> None:
-    """Remove the chunks of a module's moments, whose marker names others now, or is gone."""
+    """Remove the chunks of a module's moments that its marker names no more."""
     for moment in marker.sides.values():
         for path in moment.files(root):
             path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Moments on disk, written and read by zarr in places of a lease, and believed only if they are what was written.
+"""Moments on disk, in slots of Zarr arrays, verified by checksum when they are read.
 
 The marker of a module says where its moments are, with checksums of their numbers: a chunk that is missing is read as
 zeros, and "all chunks present" is no test. Zarr syncs nothing: `sync_moments` does, before a marker is written.
@@ -28,7 +28,7 @@ _STRIP = 1 << 17  # numbers squared at once, of which float64 copies stay in the
 
 
 class DamagedMoment(WorkspaceError):
-    """A moment whose chunks are missing or changed: it is computed anew."""
+    """Moment whose chunks are missing or changed; it is summed again."""
 
 
 async def _opened(path: Path, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str, mode: str) -> Any:
@@ -59,7 +59,7 @@ async def _arrays(root: Path, slot: Slot, mode: str) -> tuple[Any, Any]:
 
 
 class Rows:
-    """Keeps blocks of vectors: those of several chunks are written, a whole chunk at a time, those of one are kept.
+    """Sink of blocks of vectors: written a chunk at a time, or kept in memory if all fit one chunk.
 
     Args:
         root: the folder of all leases.
@@ -102,11 +102,11 @@ class Rows:
         self._written += len(rows)
 
     def result(self) -> None:
-        """No second moment: the vectors are kept."""
+        """None: columns are kept, not a second moment."""
 
     @property
     def kept(self) -> Array | None:
-        """The vectors (n, d); None if they are written."""
+        """Vectors (n, d) in memory; None if they are written."""
         return None if self._written else self._held[: self._filled]
 
 
@@ -123,7 +123,7 @@ async def _put(root: Path, slot: Slot, rows: Array, first: int) -> None:
 
 
 def save(root: Path, slots: Sequence[Slot], moments: Iterable[tuple[Moment, int]]) -> list[MomentRecord]:
-    """Write moments into their places, and return the records by which `load` believes each.
+    """Write moments into their slots, and return the records by which `load` verifies them.
 
     Args:
         root: the folder of all leases.
@@ -171,7 +171,7 @@ async def _save(root: Path, slots: Sequence[Slot], moments: Iterator[tuple[Momen
 
 
 def _together(slots: Sequence[Slot]) -> Iterator[slice]:
-    """Places that one call writes: neighbours in an array, a chunk each, a few MiB of them."""
+    """Runs of neighbouring slots that one call writes: a chunk each, a few MiB in all."""
     start = 0
     for i, slot in enumerate(slots):
         after = slots[i + 1] if i + 1 < len(slots) else None
@@ -182,7 +182,7 @@ def _together(slots: Sequence[Slot]) -> Iterator[slice]:
 
 
 def sync_moments(root: Path, records: Iterable[MomentRecord]) -> None:
-    """Make moments durable, which zarr does not: their chunks, and the names of these."""
+    """Sync the chunks of moments and their folders, which zarr does not."""
     paths = [path for record in records for path in record.files(root)]
     for path in paths:
         sync(path)
@@ -232,7 +232,7 @@ async def _load(root: Path, slot: Slot, rows: int, traces: list[float]) -> tuple
 
 
 def _checksum(rows: Array, before: int = 0) -> int:
-    """The crc32c of numbers as they lie on disk, after that of those before them."""
+    """crc32c of an array as it lies on disk, continued from `before`."""
     return int(google_crc32c.extend(before, np.ascontiguousarray(rows).reshape(-1).view(np.uint8)))
 
 

@@ -45,16 +45,16 @@ class Slot(Schema):
 
     @property
     def bytes(self) -> int:
-        """Of the moment, without the sum."""
+        """Size of the moment, without the sum."""
         return math.prod(self.shape[1:]) * np.dtype(self.dtype).itemsize
 
     def tops(self, count: int) -> range:
-        """The first rows of the chunks that hold `count` rows: one at least."""
+        """First row of each chunk that holds some of `count` rows: one chunk at least."""
         return range(0, max(1, count), self.height)
 
 
 class MomentRecord(Schema):
-    """A moment that is on disk: its place, and what it is believed by."""
+    """Moment on disk: its slot and checksums."""
 
     slot: Annotated[Slot, "where it lies"]
     count: Annotated[Count, "n, its vectors"]
@@ -70,11 +70,11 @@ class MomentRecord(Schema):
 
     @property
     def rows(self) -> int:
-        """How many rows there are on disk, without those that fill up."""
+        """Number of rows on disk, without padding."""
         return self.count if self.stacked else self.slot.dim
 
     def files(self, root: Path) -> list[Path]:
-        """The chunks of the moment, and that of its sum, in the folder of all leases."""
+        """Chunk files of the moment and of its sum, under the folder of all leases."""
         slot, folder = self.slot, root / self.slot.lease
         chunks = [folder / slot.array / f"c.{slot.index}.{i}.0" for i in range(len(slot.tops(self.rows)))]
         return [*chunks, folder / f"{SUM}{slot.array}" / f"c.{slot.index}.0"]
@@ -131,7 +131,7 @@ class Published(RootModel[dict[str, list[str]]]):
 
 
 def read_record(model: type[M], path: Path) -> M | None:
-    """A sealed file; None if it is missing, or is not what was written."""
+    """Read a sealed file; None if it is missing or damaged."""
     values = read_sealed(path)
     try:
         return model.model_validate(values) if values else None
@@ -140,7 +140,7 @@ def read_record(model: type[M], path: Path) -> M | None:
 
 
 def binding_of(values: Mapping[str, object], root: Path) -> Binding:
-    """The binding of the workspace at `root`, from its file.
+    """Validate the binding of the workspace at `root`.
 
     Raises:
         WorkspaceError: if a newer version wrote it, or it has a field that is not known.

@@ -1,4 +1,4 @@
-"""The folder of resumable state: what is admitted, what is summed, what is fitted.
+"""Workspace: the folder of resumable state.
 
     workspace.json            what its numbers depend on (objective, centring, quantum, base model, ...); kept twice
     lock, holder.json         who holds it: one process at a time
@@ -123,19 +123,19 @@ class Workspace:
                 write_sealed(self.root / name, values)
 
     def _binding(self) -> Binding | None:
-        """What it is bound to; None if it is new, or both copies are damaged."""
+        """Binding on disk; None if it is new, or both copies are damaged."""
         found = next((values for name in _COPIES if (values := read_sealed(self.root / name))), None)
         return None if found is None else binding_of(found, self.root)
 
     @property
     def binding(self) -> Binding:
-        """What it is bound to, once it is open."""
+        """Binding of an open workspace."""
         found = self._binding()
         assert found is not None
         return found
 
     def _clean(self) -> None:
-        """Remove what dead runs left: temporary files, and moments that no marker names."""
+        """Remove temporary files, and moments that no marker names, of dead runs."""
         for folder in (self.root, self.markers_folder, self.shapes, *self.bases.iterdir()):
             for path in (*folder.glob(".*.tmp"), *folder.glob("*.partial")):
                 path.unlink()
@@ -148,11 +148,11 @@ class Workspace:
         return self.root / "journal.jsonl"
 
     def journal(self) -> Journal:
-        """The journal as it stands; reads only, and needs no lock."""
+        """Read the journal; needs no lock."""
         return read_journal(self._journal)[0]
 
     def recover_journal(self) -> Journal:
-        """The journal, cut where it is torn: what a crash tore off at the end was never vouched for."""
+        """Read the journal, and truncate it at its first damaged line: what a crash tore was never acknowledged."""
         journal, whole = read_journal(self._journal)
         size = self._journal.stat().st_size if self._journal.exists() else 0
         if size != whole:
@@ -166,7 +166,7 @@ class Workspace:
         return journal
 
     def base_model(self) -> str | None:
-        """The base model that it is bound to, if it is there and names one."""
+        """Base model that the workspace is bound to, if any."""
         found = self._binding()
         return (found.base_model or None) if found is not None else None
 
@@ -180,7 +180,7 @@ class Workspace:
         append(self._journal, [admission], durable=durable)
 
     def shapes_of(self, journal: Journal, known: Mapping[str, Shapes]) -> dict[str, Shapes]:
-        """The shared modules of all admissions; as `shapes.shapes_of`."""
+        """Shapes of the shared modules of all admissions: `journal.shapes_of`."""
         return shapes_of(self.shapes, journal, known)
 
     def sync_journal(self) -> None:
@@ -193,7 +193,7 @@ class Workspace:
         append(self._journal, removals, durable=True)
 
     def skip(self, left_out: list[dict[str, Any]]) -> None:
-        """Note which adapters this run leaves out, and why."""
+        """Write skipped.json."""
         write_json(self.root / "skipped.json", left_out)
 
     def skipped(self) -> set[str]:
@@ -204,12 +204,12 @@ class Workspace:
 
     @cached_property
     def markers(self) -> dict[str, Marker]:
-        """Module -> what is summed of it; all are read once, and kept as they are written from then on."""
+        """Markers by module, read once, and updated as they are written."""
         found = (read_record(Marker, path) for path in self.markers_folder.glob("*.json"))
         return {marker.module: marker for marker in found if marker is not None}
 
     def mark(self, marker: Marker) -> None:
-        """Replace the marker of a module's moments, which are on disk, and remove what it named before."""
+        """Replace the marker of a module, whose moments are on disk, and remove the moments that it named before."""
         self.check_held()
         old = self.markers.get(marker.module)
         write_sealed(self._marker(marker.module), marker.model_dump())
@@ -218,7 +218,7 @@ class Workspace:
             leases.remove(self.moments, old)
 
     def lease(self, needs: Mapping[tuple[str, Side], Need]) -> dict[str, dict[Side, Slot]]:
-        """Places for moments that are to be written, in a lease of their own.
+        """Allocate slots for moments in a new lease.
 
         Its name is used once, so that neither a task that outlived its run nor a basis of other moments can be
         mistaken for one of it.
@@ -234,7 +234,7 @@ class Workspace:
         leases.sweep(self.moments, self.markers, self._words())
 
     def _words(self) -> str:
-        """What is in a lease: of which vectors its arrays are."""
+        """Description of the vectors in a lease."""
         objective = self.binding.objective
         x = f"objective {objective}: x are columns of the adapters' LoRA matrices, of A' for side A, of B for side B"
         return x if objective == "factors" else f"{x}, times the other one and its scaling, as a share of ||dW||"
@@ -243,27 +243,27 @@ class Workspace:
         return self.markers_folder / f"{slug(module)}.json"
 
     def discard(self, module: str) -> None:
-        """Remove a module's moments; what is fitted to them stays."""
+        """Remove a module's moments; its bases stay."""
         old = self.markers.pop(module, None)
         self._marker(module).unlink(missing_ok=True)
         if old is not None:
             leases.remove(self.moments, old)
 
     def forget(self, module: str) -> None:
-        """Remove a module's moments and bases: they are computed anew."""
+        """Remove a module's moments and bases, so that they are computed again."""
         for path in self.bases.glob(f"*/{slug(module)}.json"):
             path.unlink()
         self.discard(module)
 
     def discarded(self, modules: Iterable[str]) -> set[str]:
-        """The modules whose moments were removed after bases were fitted to them."""
+        """Modules without moments that have bases."""
         fitted = {path.stem for path in self.bases.glob("*/*.json")}
         return {module for module in modules if module not in self.markers and slug(module) in fitted}
 
     # -- bases and outputs ---------------------------------------------------------------------------
 
     def bases_for(self, digest: str) -> Path:
-        """The folder of the bases of one choice of k, dtype and admissions; those of others are dropped."""
+        """Folder of the bases of a checkpoint key; those of other keys are removed."""
         for path in self.bases.iterdir():
             if path.name != digest:
                 remove_tree(path)
@@ -274,11 +274,11 @@ class Workspace:
         return {} if found is None else found.root
 
     def published(self) -> set[str]:
-        """Digests of the bases that this workspace has published; checkpoints may have been moved since."""
+        """Basis keys of all checkpoints that this workspace has published."""
         return {digest for digests in self._published().values() for digest in digests}
 
     def publishing(self, out: Path, basis_key: str, there: object = None) -> None:
-        """Note, before it happens, that a checkpoint is published; one of ours that is `there` stays ours till then."""
+        """Register a checkpoint that is about to be published; the key of ours that is `there` is kept until then."""
         self.check_held()
         outputs = self._published()
         kept = [there] if isinstance(there, str) and there in self.published() else []
