@@ -1,4 +1,4 @@
-"""The main job, top to bottom: adapters in, a SHARE checkpoint out."""
+"""Pipeline: the main job on one page, from a plan to a published checkpoint."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ Method = Literal["current", "projection", "recompute"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run did.
+    """Result of a run.
 
     Attributes:
         skipped: the adapters that were left out, with reasons; none unless `on_error` is `"skip"`.
@@ -67,7 +67,7 @@ def plan_for(
     runs: bool = True,
     progress: Progress = silent,
 ) -> Plan:
-    """The plan for some sources; revisions on the Hub are pinned by it, and stay so.
+    """Plan a run over some sources; revisions on the Hub are pinned by it, and stay so.
 
     Args:
         sources: of the adapters.
@@ -105,7 +105,7 @@ def plan_for(
 
 
 def _held(work: Workspace, journal: Journal) -> dict[str, Shapes]:
-    """The shapes of the modules that each adapter of a workspace shares, by its name."""
+    """Shapes of the shared modules of each adapter of a workspace, by name."""
     try:
         found = work.shapes_of(journal, {})
     except WorkspaceError:  # damaged: the sources tell, and the run mends it
@@ -114,7 +114,7 @@ def _held(work: Workspace, journal: Journal) -> dict[str, Shapes]:
 
 
 def _known(held: Mapping[str, Shapes]) -> dict[str, ModuleShape]:
-    """The shapes of the modules of a workspace.
+    """Shapes of the modules of a workspace.
 
     Raises:
         WorkspaceError: if one has several: such adapters can only be coded alone.
@@ -135,7 +135,7 @@ def _known(held: Mapping[str, Shapes]) -> dict[str, ModuleShape]:
 
 
 def default_workspace(out: Path) -> Path:
-    """The workspace of an output when none is named: beside it."""
+    """Default workspace of an output: beside it."""
     return out.parent / f"{out.name}.workspace"
 
 
@@ -149,7 +149,7 @@ def session(
     take_lock: bool = False,
     progress: Progress = silent,
 ) -> Iterator[tuple[Run, Workspace | None]]:
-    """How the tasks of a plan are mapped, and the workspace at `root`, which is held; no workspace if None."""
+    """Open executor, workspace, mapper and fetcher of a run; no workspace if `root` is None."""
     folder, threads = root or out.parent, resolve_device(plan.settings.device) != "cpu"
     with (
         executor_for(executor, plan.processes, threads=threads) as workers,
@@ -231,7 +231,7 @@ def compress(
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is wanted of a checkpoint beside its adapters and settings, which the job has.
+    """Wanted state of a checkpoint, beside its adapters and settings, which the job has.
 
     Attributes:
         left_out: adapters that were left out of it, with reasons.
@@ -248,7 +248,7 @@ class Wanted:
 
 
 def reconcile(run: Run, job: Job, work: Workspace, wanted: Wanted) -> tuple[Method, dict[str, float]]:
-    """Make the output of a job the checkpoint of its adapters: what is there already stays, the rest is computed.
+    """Reconcile the output of a job with its adapters: keep what can stay, compute the rest, publish.
 
     Returns:
         What was done, and what share the bases that were there keep of each adapter that was tried on them.
@@ -271,7 +271,7 @@ def reconcile(run: Run, job: Job, work: Workspace, wanted: Wanted) -> tuple[Meth
 
 
 def _code(run: Run, job: Job, work: Workspace, wanted: Wanted) -> Method:
-    """Code the adapters that a coded checkpoint lacks; or all, if directions are to be fitted to all."""
+    """Encode the adapters that a coded checkpoint lacks; or all, if directions are to be fitted to all."""
     from .stages import coding  # what shares need not wait for the codec's imports
 
     target = coding.target_of(run.plan, job, wanted.left_out)
@@ -309,6 +309,6 @@ def _fit_and_project(run: Run, job: Job, work: Workspace, wanted: Wanted) -> Met
 
 
 def is_current(job: Job, left_out: list[dict[str, Any]]) -> bool:
-    """Whether the checkpoint that is there is what this job would write, and no adapter of it is gone."""
+    """Whether the existing checkpoint is the one that the job would write, and its files exist."""
     same = (ours_of(job.out) or {}).get("digest") == job.checkpoint_key and skipped_of(job.out) == left_out
     return same and has_files(job.out, [r.name for r in job.journal.admissions])

@@ -68,7 +68,7 @@ class RunOptions:
         return root
 
     def running(self, plan: Plan, out: Path, root: Path | None) -> Session:
-        """How the tasks of a plan are mapped, and the workspace at `root`, which is held; no workspace if None."""
+        """Open a run: `pipeline.session`."""
         return session(plan, out, root, executor=self.executor, take_lock=self.take_lock, progress=self.progress)
 
     def settings(self, config: SHAREConfig) -> Settings:
