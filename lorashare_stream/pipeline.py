@@ -1,8 +1,9 @@
-"""The main job, top to bottom: adapters in, a SHARE checkpoint out."""
+"""Pipeline: the main job on one page, from a plan to a published checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, Literal
 
 from .adapters.scaling import ModuleShape, Shapes
 from .adapters.source import Source
-from .checkpoint.config import SHAREConfig
+from .checkpoint.config import SHAREConfig, record_of
 from .checkpoint.format import ours_of, skipped_of
 from .checkpoint.publish import check_output, output_folder
 from .checkpoint.records import has_files, sizes_of
@@ -26,14 +27,13 @@ from .plan.plan import Plan, make_plan
 from .runtime.executors import executor_for, mapper_for
 from .runtime.progress import Progress, silent
 from .settings import Settings
-from .stages.bases import Bases, write_bases
-from .stages.grow import check_kept, check_sources, demand_unchanged, grow, growable
-from .stages.ingest import pickles_kept
-from .stages.job import Job
-from .stages.passes import check_disk, ingest, make_job, project, record_of_job
-from .stages.run import Run, places_of
+from .stages.adapt import check_kept, check_sources, demand_unchanged, grow, growable
+from .stages.fit import basis_key_of, record_of_bases, write_bases
+from .stages.ingest import ingest, pickles_kept
+from .stages.job import Job, make_job
+from .stages.project import project
+from .stages.run import Run, check_disk, places_of
 from .stages.update import catch_up, sum_and_fit
-from .text import digest_of
 from .workspace.journal import Admission, Journal
 from .workspace.workspace import Workspace
 
@@ -42,7 +42,7 @@ Method = Literal["current", "projection", "recompute"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run did.
+    """Result of a run.
 
     Attributes:
         skipped: the adapters that were left out, with reasons; none unless `on_error` is `"skip"`.
@@ -67,7 +67,7 @@ def plan_for(
     runs: bool = True,
     progress: Progress = silent,
 ) -> Plan:
-    """The plan for some sources; revisions on the Hub are pinned by it, and stay so.
+    """Plan a run over some sources; revisions on the Hub are pinned by it, and stay so.
 
     Args:
         sources: of the adapters.
@@ -105,7 +105,7 @@ def plan_for(
 
 
 def _held(work: Workspace, journal: Journal) -> dict[str, Shapes]:
-    """The shapes of the modules that each adapter of a workspace shares, by its name."""
+    """Shapes of the shared modules of each adapter of a workspace, by name."""
     try:
         found = work.shapes_of(journal, {})
     except WorkspaceError:  # damaged: the sources tell, and the run mends it
@@ -114,7 +114,7 @@ def _held(work: Workspace, journal: Journal) -> dict[str, Shapes]:
 
 
 def _known(held: Mapping[str, Shapes]) -> dict[str, ModuleShape]:
-    """The shapes of the modules of a workspace.
+    """Shapes of the modules of a workspace.
 
     Raises:
         WorkspaceError: if one has several: such adapters can only be coded alone.
@@ -135,8 +135,29 @@ def _known(held: Mapping[str, Shapes]) -> dict[str, ModuleShape]:
 
 
 def default_workspace(out: Path) -> Path:
-    """The workspace of an output when none is named: beside it."""
+    """Default workspace of an output: beside it."""
     return out.parent / f"{out.name}.workspace"
+
+
+@contextmanager
+def session(
+    plan: Plan,
+    out: Path,
+    root: Path | None,
+    *,
+    executor: Any = None,
+    take_lock: bool = False,
+    progress: Progress = silent,
+) -> Iterator[tuple[Run, Workspace | None]]:
+    """Open executor, workspace, mapper and fetcher of a run; no workspace if `root` is None."""
+    folder, threads = root or out.parent, resolve_device(plan.settings.device) != "cpu"
+    with (
+        executor_for(executor, plan.processes, threads=threads) as workers,
+        nullcontext() if root is None else Workspace.open(root, plan.binding, take_lock=take_lock) as work,
+        mapper_for(workers, lambda: places_of(plan, folder, out, workspace=root is not None)) as mapper,
+        fetching_for(plan.settings, root) as fetcher,
+    ):
+        yield Run(plan, mapper, progress, fetcher, work.check_held if work else lambda: None), work
 
 
 def compress(
@@ -165,7 +186,7 @@ def compress(
         refit: fit the bases to all adapters, even if those that are there hold new ones well enough.
         accept: share of its dW energy that the bases that are there must keep of each new adapter, else all bases are
             fitted again; the settings' `variance_threshold` if None.
-        there: configuration of the checkpoint at `out` as it was when the plan was made.
+        there: configuration of the checkpoint at `out`, which is to be changed, as it was when the plan was made.
         also_left_out: adapters that were left out of the checkpoint before, and are not in the plan.
         take_lock: take over the lock of another host that still seems to be alive.
         progress: passes the results of every step on as they come.
@@ -180,136 +201,114 @@ def compress(
     """
     plan.validate()
     out = output_folder(out)
-    device = resolve_device(plan.settings.device)
     root = (workspace or own_path(default_workspace(out))).absolute()
     known = {r.name for r in Workspace(root).journal().admissions}
     check_disk(plan, root, out, adds=out.exists(), fetch=bytes_to_fetch(plan.adapters, plan.settings, known))
-    check_output(out, own=Workspace(root).published(), overwrite=overwrite)  # before a workspace is made for it
+    own = {record_of(there).basis_digest} if there is not None else set()
+    check_output(out, own=own | Workspace(root).published(), overwrite=overwrite)  # before a workspace is made for it
     with (
-        executor_for(executor, plan.processes, threads=device != "cpu") as workers,
-        Workspace.open(root, plan.binding, take_lock=take_lock) as work,
-        mapper_for(workers, lambda: places_of(plan, root, out)) as mapper,
-        fetching_for(plan.settings, root) as fetcher,
+        session(plan, out, root, executor=executor, take_lock=take_lock, progress=progress) as (run, work),
         pickles_kept(plan, root) as plan,
     ):
-        run = Run(plan, mapper, progress, fetcher, work.check_held)
+        assert work is not None
+        run, own = replace(run, plan=plan), own | work.published()
         recover(out)
-        check_output(out, own=work.published(), overwrite=overwrite)
+        check_output(out, own=own, overwrite=overwrite)
         if there is not None:
             demand_unchanged(out, there)
         write_sealed(work.root / "plan.json", plan_as_json(plan))
 
-        skipped = [*plan.refused, *ingest(run, work, out, device)]
+        skipped = [*plan.refused, *ingest(run, work, out)]
         left_out = [*also_left_out, *skipped_as_json(skipped)]
         work.skip(left_out)
-        job = make_job(plan, work, out, device)
+        job = make_job(plan, work, out)
         if not overwrite:
-            check_kept(job, out)
-        kept: dict[str, float] = {}
-        method: Method
-        if plan.settings.limit:
-            method = encode(run, job, work, out, left_out, overwrite=overwrite, refit=refit)
-        else:
-            enough = None if refit else plan.settings.variance_threshold if accept is None else accept
-            method, kept = share(run, job, work, out, left_out, enough, overwrite=overwrite)
+            check_kept(job)
+        enough = None if refit else plan.settings.variance_threshold if accept is None else accept
+        method, kept = reconcile(run, job, work, Wanted(left_out, enough, own, overwrite))
     return Outcome(skipped, method, kept, job.journal.admissions)
 
 
-def share(
-    run: Run,
-    job: Job,
-    work: Workspace,
-    out: Path,
-    left_out: list[dict[str, Any]],
-    enough: float | None,
-    *,
-    overwrite: bool = False,
-) -> tuple[Method, dict[str, float]]:
-    """Make `out` the SHARE checkpoint of a job: project what it lacks on its bases, or fit bases to all.
+@dataclass(frozen=True)
+class Wanted:
+    """Wanted state of a checkpoint, beside its adapters and settings, which the job has.
 
-    `enough` is the share of its dW energy that bases must keep of each new adapter; None if they are fitted anyway.
+    Attributes:
+        left_out: adapters that were left out of it, with reasons.
+        enough: share of its dW energy that the bases that are there must keep of each new adapter; None if bases, or
+            directions, are to be fitted to all adapters.
+        own: digests of the bases of checkpoints that may be replaced.
+        overwrite: whether another one may be replaced.
+    """
+
+    left_out: list[dict[str, Any]]
+    enough: float | None
+    own: Collection[str]
+    overwrite: bool = False
+
+
+def reconcile(run: Run, job: Job, work: Workspace, wanted: Wanted) -> tuple[Method, dict[str, float]]:
+    """Reconcile the output of a job with its adapters: keep what can stay, compute the rest, publish.
 
     Returns:
         What was done, and what share the bases that were there keep of each adapter that was tried on them.
     """
     kept: dict[str, float] = {}
-    if enough is not None and is_current(job, out, left_out):
-        catch_up(run, job)
+    if job.settings.limit:
+        return _code(run, job, work, wanted), kept
+    enough = wanted.enough
+    if enough is not None and is_current(job, wanted.left_out):
+        catch_up(run, job, work)
         return "current", kept
-    held = None if enough is None else growable(job, out, work.published())
-    if held is not None and enough is not None:
-        catch_up(run, job)
-        published, kept = grow(run, job, out, held, left_out, enough)
+    there = None if enough is None else growable(job, wanted.own)
+    if enough is not None and there is not None:
+        catch_up(run, job, work)
+        published, kept = grow(run, job, there, wanted.left_out, enough)
         if published:
             return "projection", kept
     check_sources(job, run.plan.absent, kept, enough or 0.0)
-    return recompute(run, job, work, out, left_out, overwrite=overwrite), kept
+    return _fit_and_project(run, job, work, wanted), kept
 
 
-def encode(
-    run: Run,
-    job: Job,
-    work: Workspace,
-    out: Path,
-    left_out: list[dict[str, Any]],
-    *,
-    overwrite: bool = False,
-    refit: bool = False,
-) -> Method:
-    """Code the adapters that the checkpoint at `out` lacks, and publish; or see that all is so.
-
-    With `refit` directions that are not fitted to all of its adapters are fitted again, and all are coded again.
-    """
+def _code(run: Run, job: Job, work: Workspace, wanted: Wanted) -> Method:
+    """Encode the adapters that a coded checkpoint lacks; or all, if directions are to be fitted to all."""
     from .stages import coding  # what shares need not wait for the codec's imports
 
-    target = coding.target_of(run.plan, job, left_out)
-    ours = ours_of(out) or {}
+    target = coding.target_of(run.plan, job, wanted.left_out)
+    ours, refit = ours_of(job.out) or {}, wanted.enough is None
     if coding.is_current(target) and not (refit and (ours.get("projected") or ours.get("removed"))):
         return "current"
-    check_output(out, own=work.published(), overwrite=overwrite)
-    publishing = partial(work.publishing, out, there=ours.get("basis_digest"))
-    return coding.code(run, job, target, publishing, refit=refit)
+    check_output(job.out, own=wanted.own, overwrite=wanted.overwrite)
+    publishing = partial(work.publishing, job.out, there=ours.get("basis_digest"))
+    return coding.code(run, job, work, target, publishing, refit=refit)
 
 
-def recompute(
-    run: Run,
-    job: Job,
-    work: Workspace,
-    out: Path,
-    left_out: list[dict[str, Any]],
-    *,
-    overwrite: bool = False,
-) -> Literal["current", "recompute"]:
-    """Bring the moments up to the journal, fit all bases, project all adapters, and publish; or see that all is so."""
-    check_disk(run.plan, work.root, out)
-    bases = sum_and_fit(run, job)
-    job = replace(job, basis_key=_basis_key_of(bases))
-    ours = ours_of(out) or {}
-    if ours.get("basis_digest") == job.basis_key and not ours.get("projected") and is_current(job, out, left_out):
+def _fit_and_project(run: Run, job: Job, work: Workspace, wanted: Wanted) -> Method:
+    """Bring the moments up to the journal, fit all bases, project all adapters."""
+    check_disk(run.plan, work.root, job.out)
+    bases = sum_and_fit(run, job, work)
+    job = replace(job, basis_key=basis_key_of(bases))
+    ours = ours_of(job.out) or {}
+    if ours.get("basis_digest") == job.basis_key and not ours.get("projected") and is_current(job, wanted.left_out):
         return "current"
-    admissions = job.journal.admissions
-    with Staging.open(out, job.checkpoint_key) as staging:
-        check_output(out, own=work.published(), overwrite=overwrite)  # now that nobody else can publish there
+    names = [r.name for r in job.journal.admissions]
+    with Staging.open(job.out, job.checkpoint_key) as staging:
+        check_output(job.out, own=wanted.own, overwrite=wanted.overwrite)  # now that nobody else can publish there
         write_bases(staging, job, bases)
-        statistics = project(run, job, staging, admissions)
-        names = [r.name for r in admissions]
+        statistics = project(run, job, staging, job.journal.admissions)
         config = share_config(
-            record_of_job(run.plan, job, bases, staging),
+            record_of_bases(run.plan, job, bases, staging),
             [statistics[name] for name in names],
             digest=job.checkpoint_key,
             sizes=sizes_of(staging.root, names),
-            skipped=left_out,
+            skipped=wanted.left_out,
         )
-        work.publishing(out, job.basis_key, ours.get("basis_digest"))
-        staging.commit(out, config, left_out)
+        work.publishing(job.out, job.basis_key, ours.get("basis_digest"))
+        staging.commit(job.out, config, wanted.left_out)
     return "recompute"
 
 
-def _basis_key_of(bases: Bases) -> str:
-    return digest_of([[m, facts["digest"]] for m, facts in bases.items()])
-
-
-def is_current(job: Job, out: Path, left_out: list[dict[str, Any]]) -> bool:
-    """Whether the checkpoint at `out` is what this job would write, and no adapter of it is gone."""
-    same = (ours_of(out) or {}).get("digest") == job.checkpoint_key and skipped_of(out) == left_out
-    return same and has_files(out, [r.name for r in job.journal.admissions])
+def is_current(job: Job, left_out: list[dict[str, Any]]) -> bool:
+    """Whether the existing checkpoint is the one that the job would write, and its files exist."""
+    same = (ours_of(job.out) or {}).get("digest") == job.checkpoint_key and skipped_of(job.out) == left_out
+    return same and has_files(job.out, [r.name for r in job.journal.admissions])

@@ -405,7 +405,6 @@ def left_over(root: Path) -> list[str]:
 def broken_promise(root: Path) -> str | None:
     """What is vouched for, by a marker or a configuration, and is not there, whole."""
     from lorashare_stream.adapters.folder import digest_files
-    from lorashare_stream.adapters.keys import SIDES
     from lorashare_stream.checkpoint.format import SHARED
     from lorashare_stream.checkpoint.records import admission_in, is_whole, metas_of
     from lorashare_stream.files import read_sealed
@@ -414,12 +413,10 @@ def broken_promise(root: Path) -> str | None:
     from lorashare_stream.workspace.workspace import Workspace
 
     work, out = Workspace(root / "out.workspace"), root / "out"
-    for module in work.modules():
-        marker = work.marker(module)
-        assert marker is not None
+    for module, marker in work.markers.items():
         try:
-            for side in SIDES:
-                momentstore.load(work.moments, marker, side)
+            for record in marker.sides.values():
+                momentstore.load(work.moments, record)
         except DamagedMoment as e:
             return f"the moments of {module}: {e}"
     for facts in work.bases.glob("*/*.json"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
 import re
 import types
@@ -13,8 +14,10 @@ from pydantic import BaseModel
 from lorashare_stream.checkpoint.config import Recorded
 from lorashare_stream.checkpoint.records import AdapterMeta, AdapterRecord
 from lorashare_stream.schema import Skipped
+from lorashare_stream.stages.status import BasisRecord
 from lorashare_stream.workspace.journal import Admission, Removal
 from lorashare_stream.workspace.lock import Holder
+from lorashare_stream.workspace.records import Binding, Marker, MomentRecord, ShapesFile, Slot
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "format.md"
 FILES: dict[str, type] = {
@@ -24,6 +27,12 @@ FILES: dict[str, type] = {
     "`skipped.json`, a list": Skipped,
     "`journal.jsonl` of a workspace, a line: an adapter was admitted": Admission,
     "likewise, with a field `admission`: it was taken out": Removal,
+    "`workspace.json`, and `workspace.copy.json`, of a workspace": Binding,
+    "`shapes/DIGEST.json` of a workspace": ShapesFile,
+    "`markers/MODULE.json` of a workspace": Marker,
+    "`A` and `B` of it": MomentRecord,
+    "`slot` of these": Slot,
+    "`bases/KEY/MODULE.json` of a workspace": BasisRecord,
     "`holder.json` of a workspace": Holder,
 }
 WORDS = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "null", Any: "any"}
@@ -40,7 +49,7 @@ def kind(hint: Any) -> str:
         return " or ".join(f"`{part}`" for part in parts)
     if origin in (list, tuple):
         return f"list of {kind(parts[0])}"
-    if origin is dict:
+    if origin in (dict, collections.abc.Mapping):
         return "object" if parts[1] is Any else f"object of {kind(parts[1])}"
     return WORDS.get(hint, "object")
 

@@ -328,7 +328,7 @@ def test_a_budget_that_cannot_hold_one_task_names_one_that_can(collection: list[
 def test_a_disk_without_room_is_refused_before_work(
     collection: list[str], compressed: Compress, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("lorashare_stream.stages.passes.free_bytes", lambda path: (1, 1000))
+    monkeypatch.setattr("lorashare_stream.stages.run.free_bytes", lambda path: (1, 1000))
     with pytest.raises(BudgetError, match=r"not enough disk.*1000 B free"):
         compressed(collection)
     assert not (tmp_path / "out.workspace").exists()

@@ -235,9 +235,9 @@ def test_moments_of_a_time_when_it_was_no_coded_one_go_too(tmp_path: Path) -> No
     go(sources, out, num_components=3)
     assert refit(out, {"max_error": 0.2}, out, RunOptions()) == "recompute"
     work = Workspace(default_workspace(out))
-    assert work.modules()
+    assert work.markers
     done = remove(out, ["a02"], RunOptions())
-    assert (done.in_bases, done.in_moments, work.modules()) == ((), {}, set())
+    assert (done.in_bases, done.in_moments, Workspace(work.root).markers) == ((), {}, {})
     assert not list(work.root.rglob("*.safetensors"))
     rest = [s for s in sources if not s.endswith("a02")]
     assert refit(out, {"num_components": 3}, out, RunOptions()) == "recompute"

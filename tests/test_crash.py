@@ -152,7 +152,7 @@ def test_a_bit_flipped_anywhere_in_the_workspace_is_found_and_only_its_group_is_
     expected = tree_digest(quick / "fresh")
     summed: list[str] = []
     original = accumulate._begin
-    monkeypatch.setattr("lorashare_stream.stages.accumulate._begin", lambda j, m: (summed.append(m), original(j, m))[1])
+    monkeypatch.setattr(accumulate, "_begin", lambda s: (summed.append(s.module), original(s))[1])
     kept = quick / "kept"
     shutil.copytree(quick / "out.workspace", kept)
     shutil.copytree(quick / "out", quick / "before")

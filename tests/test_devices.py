@@ -90,7 +90,8 @@ def test_the_pipeline_on_a_torch_device(tmp_path: Path, collection: list[str], m
     device = "cuda" if torch.cuda.is_available() else "cpu:0"
     plan = plan_for(resolve(collection), Settings(num_components=4, device="cpu"))
     compress(plan, tmp_path / "host")
-    monkeypatch.setattr("lorashare_stream.pipeline.resolve_device", lambda asked: device)
+    for module in ("pipeline", "stages.job"):
+        monkeypatch.setattr(f"lorashare_stream.{module}.resolve_device", lambda asked: device)
     compress(plan, tmp_path / "torch")
     facts = [share_config(tmp_path / n)["compression_stats"]["per_layer_explained_variance"] for n in ("host", "torch")]
     assert facts[0] == pytest.approx(facts[1], abs=1e-6)

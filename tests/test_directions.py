@@ -452,13 +452,32 @@ def test_one_that_is_removed_is_named_until_directions_are_fitted_anew(tmp_path:
     if not workspace:
         return
     work = Workspace(default_workspace(out))
-    assert work.modules() == set()
+    assert work.markers == {}
     assert not list(work.root.rglob(f"{SHARED}*"))
     assert go(rest, out, **ON).method == "current"
     assert refit(out, {}, out, RunOptions()) == "recompute"
     go(rest, tmp_path / "rest", **ON)
     assert tree_digest(out) == tree_digest(tmp_path / "rest")
     assert fitted_to_all(out)
+
+
+def test_one_that_was_changed_without_its_workspace_goes_back_to_it(tmp_path: Path) -> None:
+    sources, out, other = make_akin(tmp_path / "in", 6), tmp_path / "out", tmp_path / "other"
+    go(sources, out, **ON)
+    own = RunOptions(workspace=default_workspace(out))
+    assert refit(default_workspace(out), {}, other, RunOptions()) == "recompute"
+    assert remove(other, ["a02"], RunOptions()).in_moments is None  # beside it lies no workspace
+    with pytest.raises(WorkspaceError, match=r"the checkpoint has not.*a02"):
+        refit(other, {}, other, own)
+    assert remove(other, ["a02"], own).in_bases == ("a02",)
+    assert refit(other, {}, other, own) == "recompute"
+    rest = [s for s in sources if not s.endswith("a02")]
+    go(rest, tmp_path / "rest", **ON)
+    assert tree_digest(other) == tree_digest(tmp_path / "rest")
+    strange = make_akin(tmp_path / "strange", 6, seed=9)
+    go(strange, tmp_path / "s", **ON)
+    with pytest.raises(WorkspaceError, match="not the one that the checkpoint was made with"):  # other adapters
+        remove(other, ["a03"], RunOptions(workspace=default_workspace(tmp_path / "s")))
 
 
 def test_one_that_is_removed_and_added_and_removed_again_is_still_named(tmp_path: Path) -> None:

@@ -167,7 +167,7 @@ def test_moments_take_new_adapters_in_either_way(tmp_path: Path, collection: lis
     go(collection, out)
     add(out, resolve({f"m{i}": p for i, p in enumerate(fresh)}), ANY)
     work = Workspace(default_workspace(out))
-    assert {work.marker(m)["entries"] for m in work.modules()} == {11}
+    assert {marker.entries for marker in work.markers.values()} == {11}
     settings = Settings(device="cpu", num_components=6)
     sources = [*resolve(collection), *resolve({f"m{i}": p for i, p in enumerate(fresh)})]
     outcome = compress(plan_for(sources, settings, default_workspace(out)), out, refit=True)  # no moment pass

@@ -973,7 +973,7 @@ def test_pins_outlive_other_commands(tmp_path: Path, hub: FakeHub, collection: l
 def test_a_disk_without_room_for_what_is_fetched(
     tmp_path: Path, hub: FakeHub, pins: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lorashare_stream.stages import passes as stages
+    from lorashare_stream.stages import run as stages
 
     made = plan(pins, tmp_path / "out")
     room = made.sizes["moments"] + made.sizes["basis"] + made.sizes["checkpoint"] + 4 * 3676

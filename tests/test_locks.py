@@ -112,8 +112,7 @@ def test_a_run_whose_lock_was_taken_writes_nothing_more(tmp_path: Path, collecti
     arguments = ["compress", *collection, "-o", str(tmp_path / "out"), "-k", "3", "-q"]
     assert main(arguments) == 0
     with Workspace.open(tmp_path / "out.workspace", None) as work:
-        (module,) = list(work.modules())[:1]
-        marker = work.marker(module)
+        marker = next(iter(work.markers.values()))
         name_holder(work.root, host="elsewhere")
         with pytest.raises(WorkspaceError, match="was taken over"):
             work.mark(marker)

@@ -25,8 +25,9 @@ from lorashare_stream.settings import QUANTUM, Settings
 from lorashare_stream.stages.accumulate import accumulate_modules
 from lorashare_stream.workspace import leases
 from lorashare_stream.workspace import moments as momentstore
-from lorashare_stream.workspace.leases import Need, Slot, arrange, height_of
+from lorashare_stream.workspace.leases import Need, arrange, height_of
 from lorashare_stream.workspace.moments import DamagedMoment, Rows
+from lorashare_stream.workspace.records import Marker, Slot
 from lorashare_stream.workspace.workspace import Workspace
 
 from .conftest import make_collection, tree_digest
@@ -73,11 +74,11 @@ def places(root: Path, *moments: Moment, lease: str = "lease") -> list[Slot]:
     return [slots[f"q{i}"]["A"] for i in range(len(moments))]
 
 
-def kept(root: Path, *moments: Moment, lease: str = "lease") -> list[dict[str, Any]]:
+def kept(root: Path, *moments: Moment, lease: str = "lease") -> list[Marker]:
     """Markers of moments that are saved, as both sides of modules."""
     slots = places(root, *moments, lease=lease)
-    facts = momentstore.save(root, slots, ((moment, 0) for moment in moments))
-    return [{"module": f"q{i}", "lease": lease, "A": each, "B": each} for i, each in enumerate(facts)]
+    records = momentstore.save(root, slots, ((moment, 0) for moment in moments))
+    return [Marker(module=f"q{i}", entries=1, admitted="", A=each, B=each) for i, each in enumerate(records)]
 
 
 def same(ours: Moment, theirs: Moment) -> None:
@@ -98,9 +99,9 @@ def test_a_moment_comes_back_to_the_last_bit_and_zarr_shows_it(tmp_path: Path, c
                     (4 if moment.second is None else 2) * moment.energy)  # fmt: skip
     markers = kept(tmp_path, moment, double)
     for i, (marker, expected) in enumerate(zip(markers, (moment, double), strict=True)):
-        same(momentstore.load(tmp_path, marker, "A"), expected)
+        same(momentstore.load(tmp_path, marker.A), expected)
         group = zarr.open(str(tmp_path / "lease"), mode="r")
-        array, sums = group[marker["A"]["array"]], group[f"sum_of_{marker['A']['array']}"]
+        array, sums = group[marker.A.slot.array], group[f"sum_of_{marker.A.slot.array}"]
         form = expected.second if expected.second is not None else expected.columns
         assert form is not None
         np.testing.assert_array_equal(np.asarray(array[i])[: len(form)], form)
@@ -128,7 +129,7 @@ def test_blocks_of_any_sizes_give_the_same_columns(
             rows.add(values[start:end].copy())
         saved = Moment(None, rows.kept, whole.sum, n, whole.energy)
         (facts,) = momentstore.save(root, [slot], [(saved, rows.checksum)])
-        same(momentstore.load(root, {"lease": "lease", "A": facts}, "A"), whole)
+        same(momentstore.load(root, facts), whole)
         assert rows.kept is None or n <= slot.height
         assert len(list((root / "lease" / slot.array).glob("c.*"))) == len(slot.tops(n))
     shutil.rmtree(root)
@@ -190,9 +191,9 @@ def test_no_damage_to_any_chunk_is_believed(tmp_path: Path, chunks: str, number:
         else:
             path.write_bytes(damaged)
         with pytest.raises(DamagedMoment, match="damaged"):
-            momentstore.load(tmp_path, marker, "A")
+            momentstore.load(tmp_path, marker.A)
         path.write_bytes(content)
-    same(momentstore.load(tmp_path, marker, "A"), MOMENTS[number])
+    same(momentstore.load(tmp_path, marker.A), MOMENTS[number])
 
 
 @pytest.mark.parametrize("number", [0, 3])
@@ -204,7 +205,7 @@ def test_what_describes_an_array_is_mended_and_believed_never(tmp_path: Path, nu
             path.write_bytes(flipped(position)(content))
             momentstore._OPEN.clear()
             with suppress(DamagedMoment):  # words, or a fill value, may be others
-                same(momentstore.load(tmp_path, marker, "A"), MOMENTS[number])
+                same(momentstore.load(tmp_path, marker.A), MOMENTS[number])
         leases.sweep(tmp_path, {"q0": marker}, WORDS)
         assert path.read_bytes() == content
     path.unlink()
@@ -215,12 +216,12 @@ def test_what_describes_an_array_is_mended_and_believed_never(tmp_path: Path, nu
 def test_a_moment_in_the_place_of_another_is_not_believed(tmp_path: Path) -> None:
     first, second = kept(tmp_path, summed(90, 40), summed(91, 40))
     for sums in ("", "sum_of_"):
-        a, b = sorted((tmp_path / "lease" / f"{sums}{first['A']['array']}").glob("c.*"))
+        a, b = sorted((tmp_path / "lease" / f"{sums}{first.A.slot.array}").glob("c.*"))
         shutil.copy(b, a)
     with pytest.raises(DamagedMoment, match="fail their checksum"):
-        momentstore.load(tmp_path, first, "A")
+        momentstore.load(tmp_path, first.A)
     with pytest.raises(DamagedMoment, match="not what was written"):
-        momentstore.load(tmp_path, {**second, "A": second["A"] | {"energy": 1.0}}, "A")
+        momentstore.load(tmp_path, second.A.model_copy(update={"energy": 1.0}))
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.EMFILE])
@@ -228,14 +229,14 @@ def test_what_the_machine_cannot_read_is_no_damage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     (marker,) = kept(tmp_path, MOMENTS[0])
-    momentstore.load(tmp_path, marker, "A")
+    momentstore.load(tmp_path, marker.A)
 
     def fail(*arguments: Any) -> int:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr("zarr.storage._local._get", fail)
     with pytest.raises(OSError, match="columns_A_30_20") as caught:
-        momentstore.load(tmp_path, marker, "A")
+        momentstore.load(tmp_path, marker.A)
     assert caught.value.errno == number
 
 
@@ -245,14 +246,14 @@ def test_what_the_machine_cannot_read_is_no_damage(
 def test_what_no_marker_names_is_swept(tmp_path: Path) -> None:
     markers = kept(tmp_path, summed(90, 40), summed(91, 40), summed(92, 40))
     kept(tmp_path, summed(90, 40), lease="dead")
-    array = tmp_path / "lease" / markers[0]["A"]["array"]
+    array = tmp_path / "lease" / markers[0].A.slot.array
     (array / "c.1.0.abc.partial").write_bytes(b"half")
     (tmp_path / "zarr.abc.partial").write_bytes(b"half")
     (tmp_path / "lease" / "columns_A_9_9").mkdir()
     leases.sweep(tmp_path, {"q1": markers[1]}, WORDS)
     assert [p.name for p in tmp_path.iterdir()] == ["lease"]
     assert sorted(p.name for p in array.iterdir()) == ["c.1.0.0", "zarr.json"]
-    same(momentstore.load(tmp_path, markers[1], "A"), summed(91, 40))
+    same(momentstore.load(tmp_path, markers[1].A), summed(91, 40))
     leases.remove(tmp_path, markers[1])
     assert sorted(p.name for p in array.iterdir()) == ["zarr.json"]
     leases.sweep(tmp_path, {}, WORDS)
@@ -299,13 +300,12 @@ def test_a_task_of_a_dead_run_never_writes_where_a_later_one_reads(
     assert done == 4
     before = tree_digest(out)
     work = Workspace(default_workspace(out))
-    markers = {module: work.marker(module) for module in work.modules()}
-    moments = {path: path.read_bytes() for m in markers.values() for path in leases.files_of(work.moments, m, "A")}
+    moments = {path: path.read_bytes() for m in work.markers.values() for path in m.A.files(work.moments)}
     for task in begun:
         momentstore._OPEN.clear()
         with pytest.raises(FileNotFoundError):
             task()
-    assert {module: work.marker(module) for module in work.modules()} == markers
+    assert Workspace(work.root).markers == work.markers
     assert {path: path.read_bytes() for path in moments} == moments
     compress(
         plan_for(resolve(collection), Settings(device="cpu", num_components=4), work.root),
@@ -331,7 +331,7 @@ def test_the_lines_of_the_manual_show_named_second_moments(tmp_path: Path, capsy
     assert "'columns_B_70_32': ((1, 32, 70), 'B'" in arrays
     work = Workspace(default_workspace(out))
     read = eval(energies, {"np": np})
-    assert read == {m: pytest.approx(marker["A"]["energy"]) for m in "qv" if (marker := work.marker(m))}
+    assert read == {m: pytest.approx(work.markers[m].A.energy) for m in "qv"}
 
 
 EXPERTS = {f"model.layers.{i}.mlp.experts.{j}.up_proj": (24, 12) for i in range(2) for j in range(128)}

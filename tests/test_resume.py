@@ -181,7 +181,7 @@ def test_a_damaged_moment_is_found_and_only_its_module_is_summed_again(
         chunk.write_bytes(content if damage == "flip" else content[:100])
     summed: list[str] = []
     original = accumulate._begin
-    monkeypatch.setattr("lorashare_stream.stages.accumulate._begin", lambda j, m: (summed.append(m), original(j, m))[1])
+    monkeypatch.setattr(accumulate, "_begin", lambda s: (summed.append(s.module), original(s))[1])
     go(collection, out, num_components=3)
     assert summed == ["q"]
     go(collection, tmp_path / "fresh", num_components=3)

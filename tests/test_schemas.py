@@ -78,15 +78,35 @@ def test_what_a_newer_version_wrote_is_told(checkpoint: Path, file: str) -> None
         SHAREModel.from_pretrained(checkpoint).reconstruct("a00")
 
 
-def test_a_workspace_of_a_newer_version_is_told(checkpoint: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"format": 4}, r"written by a newer version.*found format 4; expected 3.*upgrade"),
+        ({"format": 2}, r"written by an older version.*found format 2; expected 3.*delete this one"),
+        ({"colour": 1}, r"key 'colour'.*not what lorashare-stream writes .found 1; expected no field of this name"),
+        ({"quantum": "1024"}, r"key 'quantum'.*not what lorashare-stream writes .found 1024; expected a valid integer"),
+    ],
+)
+def test_a_workspace_that_this_version_did_not_write_is_told(
+    checkpoint: Path, change: dict[str, Any], told: str
+) -> None:
     root = checkpoint.with_name("out.workspace")
     for name in ("workspace.json", COPY):
-        write_sealed(root / name, read_sealed(root / name) | {"format": 3})
-    with (
-        pytest.raises(WorkspaceError, match=r"written by a newer version.*format 3"),
-        Workspace.open(root, read_sealed(root / COPY)),
-    ):
+        write_sealed(root / name, read_sealed(root / name) | change)
+    with pytest.raises(WorkspaceError, match=told), Workspace.open(root, read_sealed(root / COPY)):
         pass
+
+
+@pytest.mark.parametrize("folder", ["markers", "bases", "shapes"])
+def test_an_unknown_field_in_a_workspace_is_damage_which_is_mended(checkpoint: Path, folder: str) -> None:
+    root, out = checkpoint.with_name("out.workspace"), str(checkpoint)
+    before = {path: read_sealed(path) for path in (root / folder).rglob("*.json")}
+    assert before
+    for path, values in before.items():
+        write_sealed(path, values | {"colour": 1})
+    assert main(["refit", out, "-k", "8", "-o", out, "-q", "--device", "cpu"]) == 0
+    assert main(["verify", out, "-q"]) == 0
+    assert not any("colour" in read_sealed(path) for path in (root / folder).rglob("*.json"))
 
 
 def test_what_is_not_known_is_named(checkpoint: Path) -> None:

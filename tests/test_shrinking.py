@@ -23,6 +23,7 @@ from lorashare_stream.pipeline import Outcome, compress, default_workspace, plan
 from lorashare_stream.plan.sources import resolve
 from lorashare_stream.settings import Settings
 from lorashare_stream.stages.verify import originals_of, verify
+from lorashare_stream.workspace.records import Marker
 from lorashare_stream.workspace.workspace import Workspace
 
 from .conftest import make_collection, tree_digest
@@ -37,16 +38,15 @@ def go(sources: list[str], out: Path, **options: Any) -> Outcome:
     return compress(plan_for(resolve(sources), settings, default_workspace(out)), out)
 
 
-def markers(out: Path) -> dict[str, dict[str, Any]]:
-    work = Workspace(default_workspace(out))
-    return {module: work.marker(module) for module in sorted(work.modules())}
+def markers(out: Path) -> dict[str, Marker]:
+    return dict(sorted(Workspace(default_workspace(out)).markers.items()))
 
 
 def array(out: Path, module: str, side: str, form: str) -> np.ndarray:
-    marker = markers(out)[module]
-    assert marker[side]["form"] == form
-    array = zarr.open(str(default_workspace(out)), mode="r")[f"moments/{marker['lease']}/{marker[side]['array']}"]
-    return np.asarray(array[marker[side]["index"]])
+    slot = markers(out)[module].sides["A" if side == "A" else "B"].slot
+    assert slot.form == form
+    array = zarr.open(str(default_workspace(out)), mode="r")[f"moments/{slot.lease}/{slot.array}"]
+    return np.asarray(array[slot.index])
 
 
 def measured(out: Path, sources: list[str]) -> None:
@@ -90,7 +90,7 @@ def test_its_stacked_columns_go(tmp_path: Path) -> None:
                 array(out, module, side, "columns"), array(tmp_path / "rest", module, side, "columns")
             )
     leases = {p.name for p in (default_workspace(out) / "moments").iterdir() if p.is_dir()}
-    assert leases == {marker["lease"] for marker in markers(out).values()}  # what held it is gone
+    assert leases == {marker.lease for marker in markers(out).values()}  # what held it is gone
     assert compress_again(rest, out) == "current"  # the bases stay until they are fitted anew
     assert go_refit(rest, out).method == "recompute"
     assert tree_digest(out) == tree_digest(tmp_path / "rest")
@@ -172,7 +172,7 @@ def test_added_again_after_it_was_taken_out_it_is_there_once(tmp_path: Path, cap
     assert "taken out before, and added again since their sources are named: a03" in caplog.text
     share = SHAREModel.from_pretrained(out)
     assert share.adapter_names[-1] == "a03"
-    assert {f["count"] for m in markers(out).values() for f in (m["A"], m["B"])} == {32}
+    assert {record.count for m in markers(out).values() for record in m.sides.values()} == {32}
     measured(out, collection)
 
 

@@ -49,7 +49,7 @@ class Group(Schema):
 
 
 class Worst(Schema):
-    """An adapter that is far off."""
+    """Adapter with a large error."""
 
     name: str
     relative_error: Measure
@@ -68,7 +68,7 @@ class Errors(Schema):
 
 
 class CheckpointRecord(Schema):
-    """What a checkpoint is of, beside its adapters."""
+    """Checkpoint record: what a checkpoint is of, beside its adapters."""
 
     format: Annotated[Format, "1"] = 1
     settings: Annotated[
@@ -89,13 +89,13 @@ class CheckpointRecord(Schema):
     base_model: str = Field(default="", exclude=True)  # which share_config.json has elsewhere
 
     def counting(self, counts: Mapping[str, int]) -> CheckpointRecord:
-        """The same with other n."""
+        """Record with other n."""
         groups = {g: basis.model_copy(update={"n": counts.get(g, 0)}) for g, basis in self.groups.items()}
         return self.model_copy(update={"groups": groups})
 
 
 class Recorded(CheckpointRecord):
-    """What a checkpoint says of itself: `compression_stats.lorashare_stream`. Coded, it is without defaults."""
+    """Our part of share_config.json, `compression_stats.lorashare_stream`; of a coded checkpoint without defaults."""
 
     version: Annotated[str, "of the package that wrote it"]
     digest: Annotated[str, "of all that decides the checkpoint"]
@@ -137,7 +137,7 @@ class SHAREConfig:
 
     @cached_property
     def record(self) -> Recorded | None:
-        """What this package recorded; None in a checkpoint that lorashare wrote.
+        """Our record; None in a checkpoint that lorashare wrote.
 
         Raises:
             CheckpointError: if it is not what this version writes.
@@ -150,7 +150,7 @@ class SHAREConfig:
 
     @property
     def ours(self) -> dict[str, Any]:
-        """The same as plain values; empty in a checkpoint that lorashare wrote."""
+        """Our record as plain values; empty in a checkpoint that lorashare wrote."""
         return {} if self.record is None else self.record.model_dump(exclude_none=True)
 
     def to_dict(self) -> dict[str, Any]:
@@ -159,7 +159,7 @@ class SHAREConfig:
 
 
 def config_bytes(config: Mapping[str, Any]) -> bytes:
-    """The file of a configuration: as lorashare writes it, or, of a coded checkpoint, without blanks and defaults."""
+    """Serialize a configuration: as lorashare does, or, of a coded checkpoint, without blanks and defaults."""
     if not config.get("coded"):
         return json.dumps(config, indent=2).encode()
     default = asdict(SHAREConfig())
@@ -168,7 +168,7 @@ def config_bytes(config: Mapping[str, Any]) -> bytes:
 
 
 def read_share_config(root: Path) -> SHAREConfig:
-    """The share_config.json of a checkpoint.
+    """Read the share_config.json of a checkpoint.
 
     Raises:
         CheckpointError: if there is none, or it is not what it should be, or of another version of this package.

@@ -1,4 +1,4 @@
-"""Outputs: claimed before work, published by one rename, copied whole."""
+"""Publish: check an output, rename a staged checkpoint into its place, recover from a crash between."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .format import ADAPTERS, FILES, PACKS, STAGING, ours_of
 
 
 def staging_folder(out: Path) -> Path:
-    """Where the checkpoint `out` is staged: beside it, so that publishing is one rename."""
+    """Staging folder of an output: beside it, so that publishing is a rename."""
     return out.parent / f".{out.name}.staging"
 
 
 def drop(folder: Path, keep: bool = False) -> None:
-    """Remove a folder of ours beside an output, or with `keep` all that is in it but the marker.
+    """Remove a folder of ours beside an output, or, with `keep`, its content but for the marker.
 
     It is marked first, and the marker goes last, so that what a kill leaves of it is still known as ours.
     """
@@ -36,7 +36,7 @@ def drop(folder: Path, keep: bool = False) -> None:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a folder beside an output is a whole checkpoint, is marked, or holds what staging begins with."""
+    """Whether a folder beside an output is a checkpoint, is marked, or holds what staging begins with."""
     if path.is_symlink() or not path.is_dir():
         return False
     names = {p.name for p in path.iterdir() if not p.name.endswith(".tmp")}
@@ -68,12 +68,12 @@ def publish(staged: Path, out: Path) -> None:
 
 
 def replaced_folder(out: Path) -> Path:
-    """Where the checkpoint `out` lies while another takes its place."""
+    """Folder of the old checkpoint while another takes its place."""
     return out.parent / f".{out.name}.replaced"
 
 
 def settled(out: Path, seconds: float = 2.0) -> None:
-    """Wait, for a moment, while another checkpoint takes the place of `out` by two renames, and there is none."""
+    """Wait, for a moment, while `out` is missing between the two renames of publishing."""
     end = time.monotonic() + seconds
     while not out.exists() and replaced_folder(out).exists() and time.monotonic() < end:
         time.sleep(0.01)
@@ -94,7 +94,7 @@ def output_folder(out: Path) -> Path:
 
 
 def demand_folder(folder: Path) -> None:
-    """Demand a folder where a checkpoint is worked on, and no id of the Hub.
+    """Check that a checkpoint to be edited is a folder, and no id of the Hub.
 
     Raises:
         UsageError: if it is one.
@@ -107,7 +107,7 @@ def demand_folder(folder: Path) -> None:
 
 
 def check_output(out: Path, *, own: Collection[str], overwrite: bool) -> None:
-    """Refuse an output that is not ours to replace.
+    """Check that an output may be replaced.
 
     Args:
         out: the output folder.
@@ -136,7 +136,7 @@ def check_output(out: Path, *, own: Collection[str], overwrite: bool) -> None:
 
 
 def recover_output(out: Path) -> None:
-    """Undo what a kill between two renames left: the old checkpoint takes its place again, or is removed."""
+    """Recover from a kill between the two renames: the old checkpoint takes its place again, or is removed."""
     aside = replaced_folder(out)
     if out.exists():
         drop(aside)
@@ -146,7 +146,7 @@ def recover_output(out: Path) -> None:
 
 
 def copy_checkpoint(source: Path, out: Path) -> None:
-    """Copy a whole checkpoint to a folder: a checkpoint that is there is replaced, other files are left alone.
+    """Copy a checkpoint to a folder: replaces a checkpoint, leaves other files alone.
 
     Raises:
         UsageError: if `out` is a link, or holds adapters of something else.
@@ -169,7 +169,7 @@ def copy_checkpoint(source: Path, out: Path) -> None:
 
 
 def _copy_into(source: Path, out: Path) -> None:
-    """Copy a checkpoint beside files of the user's; the configuration, which makes it one, comes last."""
+    """Copy a checkpoint beside other files; share_config.json last."""
     folders = [name for name in (ADAPTERS, PACKS) if (source / name).is_dir()]
     for name in folders:
         if os.path.lexists(out / name):

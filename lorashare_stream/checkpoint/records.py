@@ -1,4 +1,4 @@
-"""What a checkpoint of ours records of its adapters, read without torch, and whether it is true."""
+"""Adapter records of a checkpoint: schemas, reading and verification, without torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REPAIR = "Take the adapter out (lorashare-stream remove) and add it again; or de
 
 
 class HubOrigin(Schema):
-    """Where on the Hub an adapter came from, pinned, and what the Hub said of it then."""
+    """Origin of an adapter on the Hub, pinned, with what the Hub said of it then."""
 
     repo: str
     revision: str
@@ -31,7 +31,7 @@ class HubOrigin(Schema):
 
 
 class AdapterRecord(Schema):
-    """What is ours in an adapter_meta.json, as `lorashare_stream`; an index has it but for what it has elsewhere."""
+    """Our part of an adapter_meta.json, `lorashare_stream`; in an index, less what that has elsewhere."""
 
     format: Annotated[Format, "1"] = 1
     basis_digest: Annotated[str, "that of share_config.json"]
@@ -62,7 +62,7 @@ class Meta(Schema):
     ours: AdapterRecord | None = Field(default=None, alias="lorashare_stream")
 
     def plain(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Plain values, as in JSON."""
         return self.model_dump(by_alias=True, exclude_unset=True)
 
 
@@ -78,7 +78,7 @@ class AdapterMeta(Meta):
 
 
 def is_whole(root: Path, admission: Admission, basis_key: str) -> bool:
-    """Whether an adapter of a checkpoint is whole, by its digests, and that of an admission.
+    """Whether an adapter of a checkpoint is whole, by its digests, and of this admission.
 
     A power cut may leave names without content.
 
@@ -97,7 +97,7 @@ def is_whole(root: Path, admission: Admission, basis_key: str) -> bool:
 
 
 def check_components(root: Path, sha256: str) -> None:
-    """Demand that the components of a checkpoint are what was written.
+    """Check the digest of the components of a checkpoint.
 
     Raises:
         CheckpointError: if they are not.
@@ -111,20 +111,20 @@ def check_components(root: Path, sha256: str) -> None:
 
 
 def has_files(root: Path, names: Iterable[str]) -> bool:
-    """Whether the files of a checkpoint with these adapters are there; it is not looked into them."""
+    """Whether the files of a checkpoint with these adapters exist; they are not read."""
     files = (f"{root}/{ADAPTERS}/{name}/{file}" for name in names for file in (LOADINGS, META))
     return (root / COMPONENTS).is_file() and all(map(os.path.isfile, files))
 
 
 def admission_in(meta: AdapterMeta) -> Admission:
-    """What of an admission a checkpoint of ours records: enough to know the adapter again."""
+    """Admission as far as a checkpoint records it: enough to recognise the adapter."""
     ours, config = meta.ours, digest_config(meta.original_config)
     sizes = (ours.source_bytes,)  # of all files together
     return Admission(meta.adapter_name, ours.source_id, ours.sha256, config, 0.0, sizes, (), "")
 
 
 def metas_of(root: Path, names: Iterable[str]) -> Iterator[AdapterMeta]:
-    """What a checkpoint of ours, staged or published, records of each adapter.
+    """Read the records of adapters of a checkpoint, staged or published.
 
     Raises:
         CheckpointError: if it is not what was written.
@@ -141,7 +141,7 @@ def metas_of(root: Path, names: Iterable[str]) -> Iterator[AdapterMeta]:
 
 
 def sizes_of(root: Path, names: Iterable[str]) -> dict[str, int]:
-    """Bytes on disk of a checkpoint, by part, of its adapters those that are named."""
+    """Bytes on disk of a checkpoint by part, with the given adapters."""
     sizes = {"basis": _size(root / COMPONENTS), "loadings": 0, "verbatim": 0, "metadata": _size(root / SPECTRUM)}
     for name in names:
         for part, file in (("loadings", LOADINGS), ("verbatim", VERBATIM), ("metadata", META)):

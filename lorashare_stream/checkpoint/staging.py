@@ -1,4 +1,4 @@
-"""The SHARE checkpoint, written: staged beside the output, then published by one rename.
+"""Staging: a checkpoint is written beside the output, then published by a rename.
 
 docs/format.md has its files. lorashare 0.1.3 refuses unknown fields of share_config.json, so everything of ours is in
 `compression_stats["lorashare_stream"]`, in adapter_meta.json, or in files of its own.
@@ -31,7 +31,7 @@ MANY, SYNCS = 128, 8  # adapters in a lot, and threads that sync one: one alone 
 
 
 class Staging:
-    """A checkpoint in the making, in the folder `root`."""
+    """Staged checkpoint in the folder `root`."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -39,7 +39,7 @@ class Staging:
     @classmethod
     @contextmanager
     def open(cls, out: Path, digest: str) -> Iterator[Staging]:
-        """Go on with the staged checkpoint of this digest, or begin it; the staged one of another is dropped.
+        """Resume the staged checkpoint of this digest, or begin it; that of another digest is removed.
 
         Raises:
             LockedError: if another run is writing the same output.
@@ -81,13 +81,13 @@ class Staging:
             write_safetensors(f, stored, components, metadata)
 
     def write_spectrum(self, eigenvalues: Mapping[str, Sequence[float]]) -> None:
-        """Write the eigenvalues of every group (k,): what a smaller k would explain."""
+        """Write the eigenvalues (k,) of every group, which tell what a smaller k would explain."""
         arrays = {group: np.asarray(values, "<f8") for group, values in eigenvalues.items()}
         with atomic_file(self.root / SPECTRUM) as f:
             write_arrays(f, arrays, "F64", {"format": "pt"})
 
     def done(self, admission: Admission, basis_key: str) -> bool:
-        """Whether an adapter is written, whole, and of these components; what is not is removed."""
+        """Whether an adapter is staged, whole, and of these components; one that is not is removed."""
         folder = self.root / ADAPTERS / admission.name
         if not os.path.lexists(folder):
             return False
@@ -98,7 +98,7 @@ class Staging:
 
     @contextmanager
     def adapter(self, name: str) -> Iterator[Path]:
-        """A folder to write one adapter into, which takes its place at the end of the block.
+        """Temporary folder of one adapter, renamed into its place at the end of the block.
 
         Its name is used once: a cluster may do a task again while the worker that it has lost still does it. Both
         write the same bytes, of which the first stay, being read perhaps.
@@ -119,7 +119,7 @@ class Staging:
             remove_tree(aside)
 
     def link(self, out: Path, names: Iterable[str]) -> None:
-        """Take bases and adapters over from a checkpoint: the same files, where the disk has links."""
+        """Link bases and adapters from a checkpoint; copies them on a disk without hard links."""
         for file in (COMPONENTS, SPECTRUM):
             if (out / file).exists():
                 link_or_copy(out / file, self.root / file)
@@ -134,7 +134,7 @@ class Staging:
 
     @contextmanager
     def syncing(self) -> Iterator[Callable[[str], None]]:
-        """Takes the names of adapters that are written, and makes these durable while others are projected.
+        """Sync written adapters in the background; yields a function that takes their names.
 
         A sync begins when the last has ended, and takes all that has come since.
         """
@@ -155,7 +155,7 @@ class Staging:
         self.sync(names)
 
     def sync(self, names: Collection[str]) -> None:
-        """Make adapters durable: syncs at one time share a commit of the file system's journal."""
+        """Sync adapters; concurrent syncs share a commit of the file system's journal."""
         self._sync_each([self.root / ADAPTERS / name for name in names], sync_tree)
 
     def _sync_each(self, folders: Collection[Path], how: Callable[[Path], None]) -> None:
@@ -166,7 +166,7 @@ class Staging:
             sync(self.root / ADAPTERS)
 
     def commit(self, out: Path, config: Mapping[str, Any], skipped: list[dict[str, Any]]) -> None:
-        """Write what is left, share_config.json last, and rename the folder into place."""
+        """Write skipped.json and, last, share_config.json, and publish the folder."""
         _write_skipped(self.root, skipped)
         for path in (self.root / ADAPTERS).glob(".*"):  # of a worker of a cluster that was killed
             remove_tree(path)
@@ -177,12 +177,12 @@ class Staging:
         publish(self.root, out)
 
     def clear(self) -> None:
-        """Remove the folder: all that was in it is published."""
+        """Remove the staging folder."""
         drop(self.root)
 
 
 def recover(out: Path) -> None:
-    """Undo what a kill between two renames left, unless a run is between them now.
+    """Recover an output from a kill between two renames, unless a run is between them now.
 
     Raises:
         LockedError: if it is.
@@ -200,7 +200,7 @@ def recover(out: Path) -> None:
 
 
 def _write_skipped(root: Path, skipped: list[dict[str, Any]]) -> None:
-    """Write which adapters were left out of a checkpoint; nothing if none was."""
+    """Write skipped.json, if any adapter was left out."""
     (root / SKIPPED).unlink(missing_ok=True)
     if skipped:
         write_json(root / SKIPPED, skipped)
@@ -216,7 +216,7 @@ def _lock(fd: int, out: Path) -> None:
 
 
 def _is_of(root: Path, digest: str) -> bool:
-    """Whether what is staged is that of this digest: by its marker, or, once it is whole, by its configuration."""
+    """Whether the staged checkpoint is of this digest: by its marker, or, once it is whole, by its configuration."""
     if (root / STAGING).exists():
         return bool(_marker(root) == digest)
     return (ours_of(root) or {}).get("digest") == digest

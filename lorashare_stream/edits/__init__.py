@@ -1,1 +1,1 @@
-"""A checkpoint, changed: adapters added, taken out, another k."""
+"""Edits of a checkpoint: adapters added or removed, another k or limit."""

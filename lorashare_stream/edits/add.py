@@ -1,4 +1,4 @@
-"""Adding adapters to a checkpoint, with its workspace or without one."""
+"""Add adapters to a checkpoint, with or without its workspace."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from ..plan.sources import resolve
 from ..report.text import beside_notes, double_notes
 from ..settings import Settings
 from ..stages import coding
-from ..stages.grow import demand_unchanged, grow, offer
-from ..stages.job import Job
-from ..stages.passes import checkpoint_key_of, ingested
+from ..stages.adapt import demand_unchanged, grow, offer
+from ..stages.ingest import ingested
+from ..stages.job import Job, checkpoint_key_of
 from ..stages.run import Run
 from ..text import folded, listed, printable, spelled
 from ..workspace.journal import Admission, Journal
@@ -109,7 +109,7 @@ def add_one(checkpoint: Path, adapter: str | Mapping[str, str], options: RunOpti
 
 
 def _check_names(config: SHAREConfig, out: Path, sources: Sequence[Source]) -> None:
-    """Refuse a name that the user gives, and another adapter has."""
+    """Refuse a given name that another adapter has."""
     taken = {folded(name): name for name in config.adapter_names}
     for source in sources:
         name = None if source.name is None else taken.get(folded(source.name))
@@ -120,7 +120,7 @@ def _check_names(config: SHAREConfig, out: Path, sources: Sequence[Source]) -> N
 
 
 def _check_unchanged(there: Sequence[Admission], sources: Sequence[Source], settings: Settings) -> None:
-    """Refuse sources that are in the checkpoint, and have changed since."""
+    """Refuse sources that have changed since they came into the checkpoint."""
     known = {r.source_id: r for r in there}
     sources = [s for s in sources if s.hub is None]  # what is pinned does not change
     for source_id, entry in read_entries([s for s in sources if s.id in known], settings).items():
@@ -134,25 +134,25 @@ def _check_unchanged(there: Sequence[Admission], sources: Sequence[Source], sett
 
 
 def _fresh(sources: Sequence[Source], held: Sequence[tuple[str, str | None]]) -> list[Source]:
-    """The sources that are not there yet, by id; one under another name is another adapter."""
+    """Sources that are new, by id and given name."""
     ids = {source_id for source_id, _ in held}
     return [s for s in sources if s.id not in ids or (s.name is not None and (s.id, s.name) not in held)]
 
 
 def _note(plan: Plan, fresh: Collection[str]) -> None:
-    """Tell what is not taken of the sources that are added."""
+    """Log what is not taken of the added sources."""
     beside = {e.name: e.beside for e in plan.adapters if e.source_id in fresh}
     for note in beside_notes(beside) + double_notes(plan):
         log.warning("%s", note)
 
 
 def _pins_in(out: Path, config: SHAREConfig) -> dict[str, str]:
-    """What ids of the Hub mean that a checkpoint has adapters of."""
+    """Pins of a checkpoint: Hub id without revision -> pinned id."""
     return loose_ids(meta.ours.source_id for meta in metas_in(out, config, config.adapter_names))
 
 
-def _receipts_in(out: Path, config: SHAREConfig) -> list[Admission]:
-    """What a checkpoint records of its adapters."""
+def _admissions_in(out: Path, config: SHAREConfig) -> list[Admission]:
+    """Admissions as far as a checkpoint records them."""
     try:
         return [admission_in(meta) for meta in metas_in(out, config, config.adapter_names)]
     except CheckpointError:
@@ -171,7 +171,7 @@ def _add_alone(
     """Add adapters without a workspace."""
     if not config.coded:
         log.info("no workspace is named, nor beside the checkpoint: adapters are projected on its bases only")
-    there = _receipts_in(out, config)
+    there = _admissions_in(out, config)
     fresh = _fresh(sources, [(r.source_id, r.name) for r in there])
     _check_unchanged(there, sources, settings)
     if not fresh:
@@ -188,14 +188,14 @@ def _add_alone(
 
 
 def _shapes_in(config: SHAREConfig) -> dict[str, ModuleShape]:
-    """What a checkpoint's bases tell of the shapes of its modules."""
+    """Shapes of the modules of a checkpoint, by its bases."""
     d = {group: basis.d for group, basis in record_of(config).groups.items()}
     modules = {split_group_id(group)[0] for group in d}
     return {m: ModuleShape(0, d[group_id(m, "A")], d[group_id(m, "B")], experts=0) for m in modules}
 
 
 def _grown(out: Path, config: SHAREConfig, there: Sequence[Admission], run: Run, options: RunOptions) -> Outcome:
-    """Add the adapters of a run's plan to a checkpoint that has others: projected on its bases, or coded."""
+    """Add the adapters of a plan: projected on the bases of the checkpoint, or coded."""
     plan, settings = run.plan, run.plan.settings
     threshold = config.variance_threshold if options.accept is None else options.accept
     admissions = list(ingested(run, plan.adapters))
@@ -227,11 +227,11 @@ def _grown(out: Path, config: SHAREConfig, there: Sequence[Admission], run: Run,
     left_out = [*skipped_of(out), *skipped_as_json(refused)]
     if config.coded:
         target = coding.target_there(out, config, journal.admissions, left_out)
-        return Outcome(refused, coding.code(run, job, target, lambda _: demand_unchanged(out, config)))
+        return Outcome(refused, coding.code(run, job, None, target, lambda _: demand_unchanged(out, config)))
     counts = {group: basis.n for group, basis in record.groups.items()}
     for group, n in replace(job, journal=Journal(admitted)).counts.items():
         counts[group] = counts.get(group, 0) + n
-    published, kept = grow(run, job, out, config, left_out, threshold, counts)
+    published, kept = grow(run, job, config, left_out, threshold, counts)
     if not published:
         raise WorkspaceError(
             "bases must be fitted anew for these adapters, and there is no workspace with the moments",

@@ -1,35 +1,35 @@
-"""With what a checkpoint is changed: its workspace, its settings, its sources."""
+"""Run options of edits: workspace, settings, executor."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..adapters.dtypes import DTYPES
+from ..checkpoint.coded import metas_in
 from ..checkpoint.config import SHAREConfig, read_share_config, record_of
 from ..checkpoint.publish import demand_folder, output_folder
 from ..checkpoint.staging import recover
 from ..errors import WorkspaceError
-from ..hub.lookup import fetching_for
-from ..linalg.device import resolve_device
-from ..pipeline import Outcome, compress, default_workspace
+from ..pipeline import Outcome, compress, default_workspace, session
 from ..plan.plan import Plan
-from ..runtime.executors import executor_for, mapper_for
 from ..runtime.progress import Progress, silent
 from ..settings import Settings, overridden
-from ..stages.grow import demand_unchanged
-from ..stages.run import Run, places_of
+from ..stages.adapt import demand_unchanged
+from ..stages.run import Run
 from ..text import listed
 from ..workspace.workspace import Workspace
+
+Session = AbstractContextManager[tuple[Run, Workspace | None]]
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """With what a checkpoint is changed.
+    """Options of an edit.
 
     Attributes:
         workspace: of the checkpoint; the one beside it, if there is one, if None.
@@ -59,7 +59,7 @@ class RunOptions:
             if self.workspace is not None:
                 raise WorkspaceError("no workspace", found=root, remedy="Name the one of the checkpoint.")
             return None
-        if record_of(config).basis_digest not in Workspace(root).published():
+        if record_of(config).basis_digest not in Workspace(root).published() and not _is_of(root, out, config):
             raise WorkspaceError(
                 "the workspace is not the one that the checkpoint was made with",
                 found=root,
@@ -67,27 +67,19 @@ class RunOptions:
             )
         return root
 
-    @contextmanager
-    def running(self, plan: Plan, out: Path, root: Path | None) -> Iterator[tuple[Run, Workspace | None]]:
-        """How the tasks of a plan are mapped, and the workspace at `root`, which is held; no workspace if None."""
-        device = resolve_device(plan.settings.device)
-        with (
-            executor_for(self.executor, plan.processes, threads=device != "cpu") as workers,
-            nullcontext() if root is None else Workspace.open(root, plan.binding, take_lock=self.take_lock) as work,
-            fetching_for(plan.settings, root) as fetcher,
-            mapper_for(workers, lambda: places_of(plan, root or out.parent, out, workspace=root is not None)) as mapper,
-        ):
-            yield Run(plan, mapper, self.progress, fetcher, work.check_held if work else lambda: None), work
+    def running(self, plan: Plan, out: Path, root: Path | None) -> Session:
+        """Open a run: `pipeline.session`."""
+        return session(plan, out, root, executor=self.executor, take_lock=self.take_lock, progress=self.progress)
 
     def settings(self, config: SHAREConfig) -> Settings:
-        """Those with which a checkpoint was made, but for the changes."""
+        """Settings of a checkpoint, with the changes."""
         record, base = record_of(config), config.base_model_name_or_path or None
         dtype = "auto" if config.coded else DTYPES[record.dtype]  # a code has none
         made = {**record.settings.chosen(), "base_model": base, "dtype": dtype}
         return Settings.from_mapping(overridden(made, self.changes))
 
     def compress(self, plan: Plan, out: Path, root: Path, **options: Any) -> Outcome:
-        """Run a plan."""
+        """Run a plan: `pipeline.compress`."""
         return compress(
             plan,
             out,
@@ -99,10 +91,19 @@ class RunOptions:
         )
 
 
+def _is_of(workspace: Path, out: Path, config: SHAREConfig) -> bool:
+    """Whether a checkpoint that was edited without a workspace belongs to this one, by the digests of adapters."""
+    work, record = Workspace(workspace), record_of(config)
+    admitted = {r.name: r.digest for r in work.journal().admissions}
+    both = [name for name in config.adapter_names if name in admitted]
+    same = all(meta.ours.sha256 == admitted[meta.adapter_name] for meta in metas_in(out, config, both))
+    return bool(both) and same and work.binding.model_dump(exclude={"format"}) == record.binding
+
+
 def check_same(
     out: Path, config: SHAREConfig, workspace: Path, *, adding: Collection[str] = (), removing: Collection[str] = ()
 ) -> None:
-    """Demand that a checkpoint and its workspace have the same adapters, since bases are fitted to the workspace's.
+    """Check that a checkpoint and its workspace have the same adapters, since bases are fitted to the workspace's.
 
     Args:
         out, config: the checkpoint.
@@ -135,7 +136,7 @@ def check_same(
 
 
 def opened(folder: Path) -> tuple[Path, SHAREConfig]:
-    """A checkpoint that is to be changed, mended if a run was killed while it was replaced.
+    """Open a checkpoint to edit it; recovers it if a run was killed while it was replaced.
 
     Raises:
         CheckpointError: if there is none in that folder.

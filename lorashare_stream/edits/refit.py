@@ -1,4 +1,4 @@
-"""Another k from what was computed before, or another limit from the sources."""
+"""Refit: another k from stored moments or components, or another limit from the sources."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .options import RunOptions, check_same, opened
 
 
 def refit(place: Path, asked: Mapping[str, Any], out: Path, options: RunOptions, *, overwrite: bool = False) -> str:
-    """Another k from the same moments, or the same k for all that was added and taken out since.
+    """Fit a checkpoint again: another k from the same moments, or the same k after adapters were added or removed.
 
     A smaller k than the checkpoint has is cut from what it stores, without sources or workspace. Else bases are fitted
     to the moments, and all adapters are projected from their sources, which are read once. Another limit, and k instead
@@ -41,13 +41,14 @@ def refit(place: Path, asked: Mapping[str, Any], out: Path, options: RunOptions,
     Returns:
         `sliced`, `recompute`, `projection` (of a coded one, some of whose adapters have stayed) or `current`.
     """
-    changes = {**options.changes, **asked}
+    changes, there = {**options.changes, **asked}, None
     if Workspace(place).exists():
         root, settings = place, Settings.from_mapping(overridden(_last_settings(place), changes))
     else:
         place, config = opened(place)
         settings = Settings.from_mapping(overridden(options.settings(config).as_dict(), asked))
         in_place, same = place == output_folder(out), _is_so(config, settings)
+        there = config if in_place else None
         if in_place and (same or (bool(asked) and _is_cut_to(config, settings))):
             return "current"
         k = settings.num_components
@@ -60,7 +61,7 @@ def refit(place: Path, asked: Mapping[str, Any], out: Path, options: RunOptions,
         root = found
     held = recalled(root)
     plan = plan_for(held, settings, root, recalled=[str(s.name) for s in held], progress=options.progress)
-    return options.compress(plan, out, root, refit=True, overwrite=overwrite).method
+    return options.compress(plan, out, root, there=there, refit=True, overwrite=overwrite).method
 
 
 def _no_sources(config: SHAREConfig, settings: Settings) -> WorkspaceError:
@@ -91,7 +92,7 @@ def _last_settings(workspace: Path) -> dict[str, Any]:
 
 
 def _is_so(config: SHAREConfig, settings: Settings) -> bool:
-    """Whether a checkpoint has this k, as it was asked for, and bases that are fitted to its adapters and no others."""
+    """Whether a checkpoint has these settings, and bases fitted to exactly its adapters."""
     record, k = record_of(config), settings.num_components
     made = record.settings
     same = made.bought == settings.bought and (k == made.num_components or bool(settings.limit))
@@ -100,12 +101,12 @@ def _is_so(config: SHAREConfig, settings: Settings) -> bool:
 
 
 def _can_cut(config: SHAREConfig, settings: Settings) -> bool:
-    """Whether all that is asked for is another k: a coded checkpoint is made from the sources only."""
+    """Whether only another k is asked for; a coded checkpoint is made from the sources."""
     return settings.limit is None and record_of(config).settings.bought == settings.bought
 
 
 def _is_cut_to(config: SHAREConfig, settings: Settings) -> bool:
-    """Whether a checkpoint was cut to this k: the same command has done its work."""
+    """Whether a checkpoint was sliced to this k, by the same command before."""
     record = record_of(config)
     same = record.settings.num_components == settings.num_components
     return record.cut_from is not None and same and record.settings.bought == settings.bought

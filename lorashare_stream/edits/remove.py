@@ -1,32 +1,31 @@
-"""Shrinking: adapters are taken out of a checkpoint, of the moments, and, as far as can be, of the bases."""
+"""Remove adapters from a checkpoint, from moments and, with refit, from bases."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..adapters.safetensors import read_header
 from ..checkpoint.coded import metas_in
 from ..checkpoint.config import SHAREConfig, read_share_config, record_of
-from ..checkpoint.format import ADAPTERS, LOADINGS, skipped_of
+from ..checkpoint.format import ADAPTERS, skipped_of
 from ..checkpoint.records import admission_in, metas_of
-from ..checkpoint.staging import Staging
-from ..errors import AdapterError, StreamError, UsageError, WorkspaceError, unknown_adapter
-from ..files import read_sealed, remove_tree, write_sealed
+from ..errors import AdapterError, UsageError, WorkspaceError, unknown_adapter
+from ..files import remove_tree, write_sealed
 from ..hub.lookup import recalled
-from ..linalg.device import resolve_device
-from ..pipeline import encode, plan_for, recompute
+from ..pipeline import Wanted, plan_for, reconcile
 from ..plan.file import plan_as_json
 from ..plan.plan import Plan
 from ..stages import coding
-from ..stages.grow import changed, demand_unchanged
-from ..stages.job import Job
-from ..stages.passes import checkpoint_key_of, journal_of_plan, make_job
+from ..stages.adapt import demand_unchanged, shrink
+from ..stages.ingest import journal_of_plan
+from ..stages.job import Job, make_job
 from ..stages.project import check_unchanged
-from ..stages.update import catch_up, forget_unused
-from ..text import digest_of, is_component
+from ..stages.run import Run
+from ..stages.status import removed_in
+from ..stages.update import catch_up, forget_removed, forget_unused
+from ..text import is_component
 from ..workspace.journal import Journal, Removal
 from ..workspace.workspace import Workspace
 from .options import RunOptions, check_same, opened
@@ -34,7 +33,7 @@ from .options import RunOptions, check_same, opened
 
 @dataclass(frozen=True)
 class Removed:
-    """What is left of adapters that were taken out.
+    """Traces of removed adapters.
 
     Attributes:
         names: the adapters that were taken out now.
@@ -54,7 +53,7 @@ class Removed:
 
 
 def remove(checkpoint: Path, names: Sequence[str], options: RunOptions, *, refit: bool = False) -> Removed:
-    """Take adapters out of a checkpoint: their files and their stacked columns go.
+    """Remove adapters from a checkpoint: their files, and their columns in moments.
 
     Sums and bases still contain what they added, unless they are computed anew. A coded checkpoint without directions
     has neither: it is then what it would be without them. Its directions still contain what they added; sums of its
@@ -102,29 +101,15 @@ def _removed(
     with options.running(plan, out, root) as (run, work):
         assert work is not None
         demand_unchanged(out, config)
-        if config.coded:
-            plan = _take_out_coded(work, plan, out, config, names)
-            if refit and record_of(read_share_config(out)).removed and not plan.absent:
-                job = make_job(plan, work, out, resolve_device(plan.settings.device))
-                encode(replace(run, plan=plan), job, work, out, skipped_of(out), refit=True)
-            absent = tuple(str(e.adapter) for e in plan.absent)
-            return Removed(tuple(names), tuple(record_of(read_share_config(out)).removed), {}, absent, coded=True)
-        for _ in metas_of(out, [name for name in config.adapter_names if name not in names]):
-            pass  # one that is damaged is told before the workspace takes anything out
-        take_out(work, journal_of_plan(plan, work), names)
-        plan = _of_unchanged(plan, work.journal())
-        write_sealed(work.root / "plan.json", plan_as_json(plan))
-        run, job = replace(run, plan=plan), make_job(plan, work, out, resolve_device(plan.settings.device))
-        shrink(out, config, names)
-        catch_up(run, job)
-        forget_unused(job)
-        if refit:
-            forget_removed(job)
-            config = read_share_config(out)
-            if record_of(config).removed and not plan.absent:
-                recompute(run, job, work, out, skipped_of(out))
+        plan = (_take_out_coded if config.coded else _take_out)(work, plan, out, config, names)
+        run = replace(run, plan=plan)
+        in_moments = {} if config.coded else _without_removed(run, make_job(plan, work, out), work, sum_again=refit)
+        if refit and record_of(read_share_config(out)).removed and not plan.absent:
+            own = {record_of(config).basis_digest, record_of(read_share_config(out)).basis_digest}
+            reconcile(run, make_job(plan, work, out), work, Wanted(skipped_of(out), None, own))
         absent = tuple(str(e.adapter) for e in plan.absent)
-        return Removed(tuple(names), tuple(record_of(read_share_config(out)).removed), traces(job), absent)
+        in_bases = tuple(record_of(read_share_config(out)).removed)
+        return Removed(tuple(names), in_bases, in_moments, absent, coded=bool(config.coded))
 
 
 def _check_names(out: Path, config: SHAREConfig, journal: Journal, names: Sequence[str], refit: bool) -> None:
@@ -140,7 +125,7 @@ def _check_names(out: Path, config: SHAREConfig, journal: Journal, names: Sequen
 
 
 def _of_unchanged(plan: Plan, journal: Journal) -> Plan:
-    """The plan, in which adapters whose sources have changed count as absent."""
+    """Plan in which adapters whose sources have changed count as absent."""
     admissions = {r.name: r for r in journal.admissions}
     changed: list[AdapterError] = []
     for adapter in plan.adapters:
@@ -153,12 +138,19 @@ def _of_unchanged(plan: Plan, journal: Journal) -> Plan:
     return replace(plan, adapters=adapters, absent=(*plan.absent, *changed))
 
 
-def _take_out_coded(work: Workspace, plan: Plan, out: Path, config: SHAREConfig, names: Sequence[str]) -> Plan:
-    """Take adapters out of a coded checkpoint and its workspace, which may have moments and bases too.
+def _take_out(work: Workspace, plan: Plan, out: Path, config: SHAREConfig, names: Sequence[str]) -> Plan:
+    """Remove adapters from a SHARE checkpoint and its workspace; returns the plan of the others."""
+    for _ in metas_of(out, [name for name in config.adapter_names if name not in names]):
+        pass  # one that is damaged is told before the workspace takes anything out
+    take_out(work, journal_of_plan(plan, work), names)
+    plan = _of_unchanged(plan, work.journal())
+    write_sealed(work.root / "plan.json", plan_as_json(plan))
+    shrink(out, config, names)
+    return plan
 
-    Returns:
-        The plan of the others, in which those whose sources have changed are absent.
-    """
+
+def _take_out_coded(work: Workspace, plan: Plan, out: Path, config: SHAREConfig, names: Sequence[str]) -> Plan:
+    """Remove adapters from a coded checkpoint and its workspace, and all moments; returns the plan of the others."""
     journal = journal_of_plan(plan, work)
 
     def publishing(key: str) -> None:  # only now: until then it may be found that another one is damaged
@@ -169,7 +161,7 @@ def _take_out_coded(work: Workspace, plan: Plan, out: Path, config: SHAREConfig,
     take_out(work, work.journal(), names)  # those that the checkpoint did not have
     plan = _of_unchanged(plan, work.journal())
     write_sealed(work.root / "plan.json", plan_as_json(plan))
-    for module in work.modules():
+    for module in list(work.markers):
         work.forget(module)
     for bases in work.bases.iterdir():
         remove_tree(bases)
@@ -177,87 +169,24 @@ def _take_out_coded(work: Workspace, plan: Plan, out: Path, config: SHAREConfig,
 
 
 def _keep_others(out: Path, config: SHAREConfig, names: Collection[str], publishing: coding.Publishing) -> None:
-    """Take adapters out of a coded checkpoint: packs that hold them are written without them."""
+    """Remove adapters from a coded checkpoint."""
     stay = metas_in(out, config, [name for name in config.adapter_names if name not in names])
     coding.keep(coding.target_there(out, config, [admission_in(meta) for meta in stay], skipped_of(out)), publishing)
 
 
-def shrink(out: Path, config: SHAREConfig, names: Sequence[str]) -> None:
-    """Take adapters out of a checkpoint: the one that takes its place has the others, and the same bases.
-
-    Args:
-        out, config: the checkpoint.
-        names: of adapters that it names, or did before this was interrupted.
-    """
-    record, gone = record_of(config), set(names)
-    if gone.isdisjoint(config.adapter_names) and not any((out / ADAPTERS / name).exists() for name in gone):
-        return
-    counts = _counts_without(out, config, gone)
-    outside = {*_outside(config), *record.projected}
-    projected = [n for n in record.projected if n not in gone]
-    removed = sorted({*record.removed, *(n for n in config.adapter_names if n in gone - outside)})
-    less = record.counting(counts).model_copy(update={"projected": projected, "removed": removed})
-    left_out = skipped_of(out)
-    stay = [n for n in config.adapter_names if n not in gone]
-    digest = checkpoint_key_of(record.choice, [admission_in(meta) for meta in metas_of(out, stay)])
-    with Staging.open(out, digest_of(["shrinking", digest])) as staging:
-        demand_unchanged(out, config)
-        staging.link(out, stay)
-        staging.commit(out, changed(staging.root, less, stay, digest, left_out), left_out)
-
-
-def _counts_without(out: Path, config: SHAREConfig, gone: Collection[str]) -> dict[str, int]:
-    """Group -> n of the adapters that stay: less those that go, or, if one of these is damaged, counted anew."""
-    outside, groups = _outside(config), record_of(config).groups
-
-    def vectors(names: Iterable[str]) -> Counter[str]:
-        found: Counter[str] = Counter()
-        for name in set(names) - outside:
-            found.update({group: n for group, n in _vectors(out, name).items() if group in groups})
-        return found
-
-    try:
-        less = vectors(name for name in config.adapter_names if name in gone)
-    except (StreamError, OSError):
-        return dict(vectors(name for name in config.adapter_names if name not in gone))
-    return {group: basis.n - less[group] for group, basis in groups.items()}
-
-
-def _outside(config: SHAREConfig) -> set[str]:
-    """Adapters that bases are not fitted to; they may have loadings, if their dW is zero."""
-    return set(record_of(config).verbatim_adapters)
-
-
-def _vectors(out: Path, name: str) -> dict[str, int]:
-    """Group -> the vectors that an adapter has brought into it."""
-    return {r.name: r.shape[1] for r in read_header(out / ADAPTERS / name / LOADINGS)}  # of (k, r)
-
-
 def take_out(work: Workspace, journal: Journal, names: Sequence[str]) -> None:
-    """Note in the journal that adapters are taken out, unless they are."""
+    """Append removals to the journal, of adapters that are in it."""
     work.take_out([Removal(r.name, i) for i, r in journal.active.items() if r.name in names])
 
 
-def traces(job: Job) -> dict[str, int]:
-    """Adapters that were taken out -> in how many modules moments still hold their vectors."""
-    work = Workspace(job.workspace)
-    found: dict[str, int] = {}
-    for module in work.modules():
-        marker = work.marker(module)
-        for name in job.removed_in(marker) if marker is not None else ():
-            found[name] = found.get(name, 0) + 1
-    return found
+def _without_removed(run: Run, job: Job, work: Workspace, *, sum_again: bool) -> dict[str, int]:
+    """Bring moments up to the removals in the journal.
 
-
-def forget_removed(job: Job) -> None:
-    """Drop moments that hold vectors of removed adapters: of the sources of the others they are summed again.
-
-    Where a source of these is gone, they stay as they are.
+    Returns:
+        Adapters that were taken out -> in how many modules moments still hold their vectors; none with `sum_again`.
     """
-    work = Workspace(job.workspace)
-    for module in sorted({*work.modules(), *job.modules}):
-        marker = work.marker(module)
-        holds = read_sealed(job.facts_file(module)).get("removed") if marker is None else job.removed_in(marker)
-        others = job.holders(module, len(job.journal.entries)).values()
-        if holds and (marker is None or all(r.name in job.adapters for r in others)):
-            work.forget(module)
+    catch_up(run, job, work)
+    forget_unused(job, work)
+    if sum_again:
+        forget_removed(job, work)
+    return dict(Counter(name for marker in work.markers.values() for name in removed_in(job, marker)))

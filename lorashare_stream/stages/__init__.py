@@ -1,1 +1,1 @@
-"""The passes over adapters and modules: ingest, accumulate, fit, project, slice, verify."""
+"""Stages of a run over adapters and modules: ingest, accumulate, fit, project, encode, slice, verify."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,101 +19,74 @@ from ..linalg.device import sum_on
 from ..linalg.moments import Accumulator, Lockstep, Moment, empty, of_columns, partner_root, stays_stacked
 from ..text import printable
 from ..workspace import moments as momentstore
-from ..workspace.journal import Admission
 from ..workspace.leases import Need
 from ..workspace.moments import DamagedMoment, Rows
+from ..workspace.records import Marker, MomentRecord
 from ..workspace.workspace import Workspace
 from .job import Job
+from .status import ModuleStatus, status_of
 
-Marker = dict[str, Any]
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Due:
-    """What a module's moments hold and lack, by their marker and the journal: admissions by number.
-
-    Attributes:
-        held: what they hold.
-        added: what they lack.
-        gone: what they hold, and is taken out.
-        never: what was taken out before it was summed.
-    """
-
-    held: Mapping[int, Admission]
-    added: Mapping[int, Admission]
-    gone: list[int]
-    never: list[int]
-
-    def writes(self, old: Marker | None) -> bool:
-        """Whether arrays change; else only the marker does, or nothing."""
-        stacked = old is not None and any(old[side]["form"] == "columns" for side in SIDES)
-        return old is None or bool(self.added) or (bool(self.gone) and stacked)
 
 
 @dataclass
 class _Sums:
-    """The moments of one module in the making: what is added to them, and where they go when they are whole."""
+    """Moments of one module while they are summed."""
 
-    name: str
-    sides: dict[Side, Accumulator]
-    rows: dict[Side, Rows]
-    added: Mapping[int, Admission]
-    marker: Marker
+    status: ModuleStatus
+    sides: dict[Side, Accumulator] = field(default_factory=dict)
+    rows: dict[Side, Rows] = field(default_factory=dict)
+    records: dict[Side, MomentRecord] = field(default_factory=dict)
+
+    @property
+    def module(self) -> str:
+        """Its name."""
+        return self.status.module
 
     def finish(self, side: Side) -> tuple[Moment, int]:
-        """The moment of a side; without its columns, but with their checksum, if these are written already."""
+        """The moment of a side, and the checksum of its columns if these are already on disk, else 0."""
         moment, rows = self.sides.pop(side).finish(), self.rows.pop(side, None)
         return (moment, 0) if rows is None else (replace(moment, columns=rows.kept), rows.checksum)
 
 
 def prepare(job: Job, work: Workspace, names: Sequence[str]) -> Job:
-    """The job with places for moments whose arrays change, in a fresh lease; of others the markers are brought up.
+    """Allocate slots, in a new lease, for the moments whose arrays change; of other modules update the markers.
 
     A module whose marker does not go with the journal is forgotten, for `update.sum_up` to begin it again.
     """
     needs: dict[tuple[str, Side], Need] = {}
-    for name in names:
-        old = work.marker(name)
+    for status in status_of(job, work, names):
         try:
-            due = _due(job, name, old)
+            _demand_sound(status)
         except DamagedMoment as e:
-            _warn(name, e)
-            work.forget(name)
+            _warn(status.module, e)
+            work.forget(status.module)
             continue
-        if due.writes(old):
-            needs |= {(name, side): _need(job, name, side, old, due) for side in SIDES}
-        elif old is not None:
-            sides: Marker = {side: {**old[side], "removed": _removed(old, side, due.gone)} for side in SIDES}
-            work.mark({**old, **_seen(job, due), **sides})
-    return replace(job, slots=work.lease(needs))
+        if status.writes:
+            needs |= {(status.module, side): _need(status, side) for side in SIDES}
+        elif status.marker is not None:
+            work.mark(status.marked(status.marker.sides))
+    slots = work.lease(needs)
+    return replace(job, slots=slots, markers={name: work.markers[name] for name in slots if name in work.markers})
 
 
-def _due(job: Job, name: str, old: Marker | None) -> _Due:
-    if old is not None and not job.continues(old):
+def _demand_sound(status: ModuleStatus) -> None:
+    """Check that the moments hold a known prefix of the journal."""
+    if status.marker is None:
+        return
+    if not status.continues:
         raise DamagedMoment("a moment holds other adapters than the journal")
-    if old is not None and not job.knows(old["entries"]):
+    if not status.job.knows(status.marker.entries):
         raise DamagedMoment("it is lost what an adapter has brought into a moment that was taken out since")
-    held = job.held(name, old)
-    now = job.holders(name, len(job.journal.entries))
-    never = [i for i in now if i not in held and (i in job.later or (old is not None and i < old["entries"]))]
-    passed = set(never)
-    added = {i: r for i, r in now.items() if i not in held and i not in passed}
-    return _Due(held, added, [i for i in held if i not in now], never)
 
 
-def _need(job: Job, name: str, side: Side, old: Marker | None, due: _Due) -> Need:
-    """The form of a moment for all there will be: columns while they are few, but never of what is summed."""
-    dim = _dim(job, name, side)
-    kept = [r for i, r in due.held.items() if i not in set(due.gone)] if due.gone else due.held.values()
-    count = job.vectors(name, [*kept, *due.added.values()])
-    summed = old is not None and old[side]["form"] == "second"
+def _need(status: ModuleStatus, side: Side) -> Need:
+    """Form and size of the moment after this step: columns while n <= 2d, but never again after a second moment."""
+    job, name = status.job, status.module
+    dim, gone = _dim(job, name, side), set(status.gone)
+    count = job.vectors(name, [*(r for i, r in status.held.items() if i not in gone), *status.lacking.values()])
+    summed = status.marker is not None and not status.marker.sides[side].stacked
     return Need("second", dim, dim) if summed or not stays_stacked(count, dim) else Need("columns", dim, count)
-
-
-def _seen(job: Job, due: _Due) -> Marker:
-    count = len(job.journal.entries)
-    return {"entries": count, "admitted": job.journal.digest(count), "never": due.never}
 
 
 def _warn(name: str, error: DamagedMoment) -> None:
@@ -121,7 +94,7 @@ def _warn(name: str, error: DamagedMoment) -> None:
 
 
 def accumulate_modules(job: Job, names: Sequence[str]) -> list[Marker | None]:
-    """Bring modules' moments up to the journal: what they lack is added, in its order; each adapter is opened once.
+    """Add to the moments of some modules the adapters that they lack, in journal order; each adapter is opened once.
 
     All that modules lack must be at hand. Which of them are summed together changes no bit.
 
@@ -132,31 +105,29 @@ def accumulate_modules(job: Job, names: Sequence[str]) -> list[Marker | None]:
     begun: list[_Sums] = []
     for name in names:
         try:
-            begun += [_begin(job, name)] if name in job.slots else []
+            begun += [_begin(ModuleStatus(job, name, job.markers.get(name)))] if name in job.slots else []
         except DamagedMoment as e:
             _warn(name, e)
     _add(job, begun)
     _save(job, begun)
-    markers = {sums.name: sums.marker for sums in begun}
+    markers = {sums.module: sums.status.marked(sums.records) for sums in begun}
     return [markers.get(name) for name in names]
 
 
-def _begin(job: Job, name: str) -> _Sums:
-    """A module's sums as they were, and the marker to come."""
-    old = Workspace(job.workspace).marker(name)
-    due, slots = _due(job, name, old), job.slots[name]
-    marker = {"module": name, "lease": slots["A"].lease, **_seen(job, due)}
-    sums = _Sums(name, {}, {}, due.added, marker)
+def _begin(status: ModuleStatus) -> _Sums:
+    """Accumulators of a module, initialised with the moments on disk."""
+    _demand_sound(status)
+    job, name = status.job, status.module
+    slots, sums = job.slots[name], _Sums(status)
     for side in SIDES:
-        marker[side] = {"removed": _removed(old, side, due.gone)}
-        held = _held_moment(job, name, side, old, due)
+        held = _held_moment(status, side)
         if slots[side].form == "second":
             sums.sides[side] = Accumulator(held, sum_on(job.device, held))
             continue
-        count = held.count + job.vectors(name, due.added.values())
+        count = held.count + job.vectors(name, status.lacking.values())
         sums.rows[side] = rows = Rows(Workspace(job.workspace).moments, slots[side], count)
         assert held.columns is not None
-        if due.gone:  # in quanta of its own: as if what is gone had never been there, to the last bit
+        if status.gone:  # in quanta of its own: as if what is gone had never been there, to the last bit
             sums.sides[side] = Accumulator(empty(held.dim, job.settings.moment_dtype, stacked=True), rows)
             sums.sides[side].add(held.columns)
         else:
@@ -166,27 +137,28 @@ def _begin(job: Job, name: str) -> _Sums:
 
 
 def _save(job: Job, begun: Sequence[_Sums]) -> None:
-    """Write the arrays, durable, and in the markers by what they are believed."""
+    """Write and sync the moments; their records go into the markers."""
     root = Workspace(job.workspace).moments
     for side in SIDES:
-        ordered = sorted(begun, key=lambda sums: astuple(job.slots[sums.name][side])[:3])
-        slots = [job.slots[sums.name][side] for sums in ordered]
-        facts = momentstore.save(root, slots, (sums.finish(side) for sums in ordered))
-        for sums, each in zip(ordered, facts, strict=True):
-            sums.marker[side] |= each
-    momentstore.sync_moments(root, [sums.marker for sums in begun])
+        places = {sums.module: job.slots[sums.module][side] for sums in begun}
+        ordered = sorted(begun, key=lambda sums: (places[sums.module].array, places[sums.module].index))
+        slots = [places[sums.module] for sums in ordered]
+        records = momentstore.save(root, slots, (sums.finish(side) for sums in ordered))
+        for sums, record in zip(ordered, records, strict=True):
+            sums.records[side] = record
+    momentstore.sync_moments(root, [record for sums in begun for record in sums.records.values()])
 
 
 def _add(job: Job, begun: Sequence[_Sums]) -> None:
-    """Add to several modules what they lack, adapter by adapter in the order of admission."""
-    by_name = {sums.name: sums for sums in begun}
+    """Add the missing adapters to several modules, one adapter at a time, in the order of admission."""
+    by_name = {sums.module: sums for sums in begun}
     lacking: dict[int, list[str]] = {}
     for sums in begun:
-        for number in sums.added:
-            lacking.setdefault(number, []).append(sums.name)
+        for number in sums.status.lacking:
+            lacking.setdefault(number, []).append(sums.module)
     known: dict[tuple[str, tuple[str, ...], bool], list[tuple[ModuleBatch, dict[Side, Lockstep]]]] = {}
     for number in sorted(lacking):
-        admission = by_name[lacking[number][0]].added[number]
+        admission = by_name[lacking[number][0]].status.lacking[number]
         adapter, modules = job.adapter(admission.name), tuple(lacking[number])
         kind = adapter.layout.digest, modules, adapter.plain  # adapters of one kind are cut alike
         if kind not in known:
@@ -200,17 +172,10 @@ def _add(job: Job, begun: Sequence[_Sums]) -> None:
                 lockstep[side].add(rows[side])
 
 
-def _removed(marker: Mapping[str, Any] | None, side: Side, gone: Sequence[int]) -> list[int]:
-    """Admissions that were taken out, and whose vectors stay in a sum; stacked columns are taken out themselves."""
-    if marker is None or marker[side]["form"] == "columns":
-        return []
-    return [*marker[side]["removed"], *gone]
-
-
 def rows_of(
     adapter: Adapter, module_batches: Iterable[ModuleBatch], energy: float, objective: str
 ) -> Iterator[dict[Side, NDArray[np.floating[Any]]]]:
-    """The vectors of one adapter that are summed, read from its files: rows (m, E r, d) of each module batch."""
+    """Read the weighted vectors of one adapter: rows (m, E r, d) of each module batch, by side."""
     with adapter.open() as tensors:
         for module_batch in module_batches:
             factors = module_batch.read(tensors)
@@ -220,7 +185,7 @@ def rows_of(
 def weighted_rows(
     a: NDArray[np.float32], b: NDArray[np.float32], scalings: Sequence[Scaling], energy: float, objective: str
 ) -> dict[Side, NDArray[np.floating[Any]]]:
-    """The vectors of modules of one shape that are summed, as rows (m, E r, d).
+    """Weighted vectors of modules of one shape, as rows (m, E r, d), by side.
 
     Under `factors` they are A and B' themselves. Under `delta` each side is weighted by the other and by
     1 / ||dW_i||^2 of the whole adapter: rows of sqrt(w) s (B'B)^(1/2) A and of sqrt(w) s (AA')^(1/2) B'; of
@@ -245,23 +210,25 @@ def weighted_rows(
 
 
 def _times(root: NDArray[np.float64], rows: NDArray[np.float32]) -> NDArray[np.floating[Any]]:
-    """The product, which is of order 1; in float64 where the root, which undoes the rows' size, is far from it."""
+    """Product of order 1; in float64 where the root is so far from 1 that float32 could overflow."""
     largest = np.abs(root).max()
     return root.astype(np.float32) @ rows if largest == 0 or 1e-12 < largest < 1e12 else root @ rows
 
 
-def _held_moment(job: Job, name: str, side: Side, marker: Marker | None, due: _Due) -> Moment:
-    """What was summed before, of a side of a module; columns without those of adapters that are gone."""
-    if marker is None:
+def _held_moment(status: ModuleStatus, side: Side) -> Moment:
+    """The moment on disk of one side of a module; columns without those of removed adapters."""
+    job, name = status.job, status.module
+    if status.marker is None:
         return empty(_dim(job, name, side), job.settings.moment_dtype, stacked=True)
-    held = momentstore.load(Workspace(job.workspace).moments, marker, side)
-    if due.gone and held.columns is not None:
-        stay = [i not in set(due.gone) for i in due.held]  # they lie in the order of admission
-        return of_columns(held.columns[np.repeat(stay, [job.rank(r, name) for r in due.held.values()])])
+    held = momentstore.load(Workspace(job.workspace).moments, status.marker.sides[side])
+    if status.gone and held.columns is not None:
+        gone = set(status.gone)
+        stay = [i not in gone for i in status.held]  # they lie in the order of admission
+        return of_columns(held.columns[np.repeat(stay, [job.rank(r, name) for r in status.held.values()])])
     return held
 
 
 def _dim(job: Job, name: str, side: Side) -> int:
-    """The length d of the vectors of one side, on which all adapters agree."""
+    """d, the vector length of one side of a module."""
     shape = next(shapes[name] for shapes in job.shapes.values() if name in shapes)
     return shape.d_in if side == "A" else shape.d_out

@@ -1,4 +1,4 @@
-"""Coding: make a folder the coded checkpoint of some adapters.
+"""Coding: reconcile a folder with the coded checkpoint of some adapters.
 
 Whoever changes a coded checkpoint says which adapters it is to have, and by which rule they are coded. What is there
 already, coded by the same rule, stays as it is; the rest is encoded, and all is published by two renames.
@@ -34,10 +34,11 @@ from ..files import atomic_file, link_or_copy, own_folder, remove_tree, sync
 from ..plan.plan import Plan
 from ..text import bytes_shown, counted, digest_of, listed
 from ..workspace.journal import Admission
+from ..workspace.workspace import Workspace
 from .directions import fitted
 from .encode import directions_at, encode_adapter, subject_of
-from .job import Job
-from .passes import checkpoint_key_of, record_of_plan, write_adapters
+from .job import Job, checkpoint_key_of, record_of_plan
+from .project import write_adapters
 from .run import Run, check_none_lost, sample_of
 
 ENOUGH, LEAST = 0.97, 0.94  # of a limit on bytes: what is left then is not worth to encode all once more
@@ -54,7 +55,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Target:
-    """What a coded checkpoint is to be.
+    """Target state of a coded checkpoint.
 
     Attributes:
         out: its folder.
@@ -75,15 +76,15 @@ class Target:
     directions: bytes = b""
 
     def at(self, step: float) -> Target:
-        """The same with another step."""
+        """Target with another step."""
         return self._with(step, self.directions)
 
     def on(self, directions: bytes) -> Target:
-        """The same on other directions."""
+        """Target on other directions."""
         return self._with(self.step, directions)
 
     def growing(self, found: Reusable) -> Target:
-        """What is there, with other adapters: on its directions, to which these are not fitted."""
+        """Target on the directions of the existing checkpoint, which are not fitted to what is new."""
         there, names = found.record, [r.name for r in self.admissions]
         if there is None or not there.settings.directions:
             return self
@@ -101,24 +102,24 @@ class Target:
 
 
 def staged_key(target: Target) -> str:
-    """Under which a target is staged."""
+    """Digest under which a target is staged."""
     return digest_of([target.digest, target.record.basis_digest])
 
 
 def target_of(plan: Plan, job: Job, left_out: Skipped) -> Target:
-    """What the coded checkpoint of a job is to be."""
+    """Target of a job."""
     record = record_of_plan(plan, basis_digest="")
     return Target(job.out, record, job.journal.admissions, job.checkpoint_key, left_out).at(0.0)
 
 
 def target_there(out: Path, config: SHAREConfig, admissions: Sequence[Admission], left_out: Skipped) -> Target:
-    """What the coded checkpoint that is there is to be, with other adapters."""
+    """Target of an existing coded checkpoint with other adapters."""
     record = record_of(config)
     return Target(out, record, admissions, checkpoint_key_of(record.choice, admissions), left_out).at(0.0)
 
 
 def is_current(target: Target) -> bool:
-    """Whether the target is published, and its files are there."""
+    """Whether the target is published and its files exist."""
     ours = ours_of(target.out) or {}
     if ours.get("digest") != target.digest or skipped_of(target.out) != target.left_out:
         return False
@@ -138,7 +139,7 @@ def _is_there(root: Path, pack: Pack) -> bool:
 
 @dataclass(frozen=True)
 class Reusable:
-    """What a target's folder holds.
+    """Contents of an existing coded checkpoint that a target can reuse.
 
     Attributes:
         index: of it. gone: the adapters that cannot stay.
@@ -154,12 +155,12 @@ class Reusable:
 
     @property
     def names(self) -> list[str]:
-        """The adapters that can stay as they are."""
+        """Names of the adapters that can stay."""
         return [name for name in self.index.adapters if name not in self.gone]
 
 
 def reusable(target: Target) -> Reusable:
-    """What of the coded checkpoint that is there can stay: adapters of the target, coded by the same rule."""
+    """Find the adapters of an existing coded checkpoint that a target keeps: those coded by the same rule."""
     try:
         config = read_share_config(target.out)
         if record_of(config).choice != target.record.choice or not config.coded:
@@ -183,7 +184,7 @@ def reusable(target: Target) -> Reusable:
 
 
 def _directions_in(out: Path, index: Index) -> bytes:
-    """The directions of a coded checkpoint, as they are stored."""
+    """Serialized directions of a coded checkpoint; empty if it has none."""
     adapter = next((a for a in index.adapters.values() if DIRECTIONS in a.verbatim), None)
     if adapter is None:
         return b""
@@ -192,11 +193,13 @@ def _directions_in(out: Path, index: Index) -> bytes:
         return read_verbatim(read, index, adapter, DIRECTIONS)
 
 
-def code(run: Run, job: Job, target: Target, publishing: Publishing, *, refit: bool = False) -> Method:
-    """Make a folder the coded checkpoint of a job.
+def code(
+    run: Run, job: Job, work: Workspace | None, target: Target, publishing: Publishing, *, refit: bool = False
+) -> Method:
+    """Reconcile a coded checkpoint with its target: keep what can stay, encode the rest, publish.
 
     Args:
-        run, job: of the adapters that it is to have.
+        run, job, work: of the adapters that it is to have.
         target: what it is to be.
         publishing: told the key of what is published, before it is.
         refit: fit directions to all, which codes all again, unless those that are there are so.
@@ -214,7 +217,7 @@ def code(run: Run, job: Job, target: Target, publishing: Publishing, *, refit: b
     if refit and (target.record.projected or target.record.removed):
         found = Reusable()
     if job.settings.directions and not found.names:
-        target = _on_fitted(run, job, target)
+        target = _on_fitted(run, job, work, target)
     elif target.record.projected:
         log.info("directions are not fitted to %s: fit them to all by lorashare-stream refit CHECKPOINT -o CHECKPOINT",
                  counted(len(target.record.projected), "adapter"))  # fmt: skip
@@ -226,7 +229,7 @@ def code(run: Run, job: Job, target: Target, publishing: Publishing, *, refit: b
         _check_recodable(job, target, staged, size)
         log.info("%s with the step that is recorded: all adapters are coded again", bytes_shown(staged.total))
         if job.settings.directions:
-            target = _on_fitted(run, job, target)
+            target = _on_fitted(run, job, work, target)
     _check_sources(run, job, target.admissions)
     try:
         _code_within(run, job, target, size, publishing)
@@ -236,22 +239,23 @@ def code(run: Run, job: Job, target: Target, publishing: Publishing, *, refit: b
     return "recompute"
 
 
-def _on_fitted(run: Run, job: Job, target: Target) -> Target:
-    """A target on directions that are fitted to all of its adapters, and to no others."""
+def _on_fitted(run: Run, job: Job, work: Workspace | None, target: Target) -> Target:
+    """Target with directions fitted to exactly its adapters."""
     _check_sources(run, job, target.admissions)
+    assert work is not None  # without one the sources of all are not known
     record = target.record.model_copy(update={"projected": [], "removed": []})
-    return replace(target, record=record).on(fitted(run, job))
+    return replace(target, record=record).on(fitted(run, job, work))
 
 
 def _clear(target: Target) -> None:
-    """Remove what is staged beside a target, of whatever it is: of adapters that it does not have, perhaps."""
+    """Remove the staging folder of a target, whatever is staged there."""
     if staging_folder(target.out).is_dir():
         with Staging.open(target.out, staged_key(target)) as staging:
             staging.clear()
 
 
 def _check_recodable(job: Job, target: Target, staged: _Staged, size: int) -> None:
-    """Demand the sources of all adapters, which are coded again if a limit on bytes does not hold them as they are."""
+    """Check that all sources exist before everything is coded again to meet a limit on bytes."""
     gone = [r.name for r in target.admissions if r.name not in job.adapters]
     if gone:
         staged.staging.clear()
@@ -265,7 +269,7 @@ def _check_recodable(job: Job, target: Target, staged: _Staged, size: int) -> No
 
 
 def _check_sources(run: Run, job: Job, admissions: Sequence[Admission]) -> None:
-    """Demand the sources of adapters that are to be coded."""
+    """Check that the sources of adapters exist before they are encoded."""
     gone = [r for r in admissions if r.name not in job.adapters]
     if gone:
         why = {e.adapter: e for e in run.plan.absent}
@@ -277,7 +281,7 @@ def _check_sources(run: Run, job: Job, admissions: Sequence[Admission]) -> None:
 
 
 def keep(target: Target, publishing: Publishing) -> None:
-    """Make a folder the coded checkpoint of adapters that it has: the others go, and their names and tensors with them.
+    """Take adapters out of a coded checkpoint: rewrite the packs that hold them, link the others.
 
     Raises:
         CheckpointError: if one that is to stay is damaged.
@@ -294,7 +298,7 @@ def keep(target: Target, publishing: Publishing) -> None:
 
 
 def _code_within(run: Run, job: Job, target: Target, size: int, publishing: Publishing) -> None:
-    """Code all adapters at the step that makes `size` bytes, nearly: once or twice, as the rates of a sample tell."""
+    """Encode all adapters with the step that gives nearly `size` bytes, predicted by the rates of a sample."""
     adapters = [job.adapter(r.name) for r in target.admissions]
     alive = [adapter for adapter, r in zip(adapters, target.admissions, strict=True) if job.shares(r)]
     curves = rates(run, job, alive)
@@ -331,7 +335,7 @@ def _code_within(run: Run, job: Job, target: Target, size: int, publishing: Publ
 
 
 def rates(run: Run, job: Job, adapters: Sequence[Adapter]) -> dict[str, Curve]:
-    """The rates of some of these adapters, evenly spaced, by name; those whose dW is zero have none."""
+    """Rate curves of an evenly spaced sample of adapters, by name; adapters whose dW is zero have none."""
     some = sample_of(adapters)
     lost: list[AdapterError] = []
     task = partial(rate_adapter, job.bases / SHARED if job.settings.directions else None)
@@ -342,7 +346,7 @@ def rates(run: Run, job: Job, adapters: Sequence[Adapter]) -> dict[str, Curve]:
 
 
 def rate_adapter(directions: Path | None, adapter: Adapter) -> tuple[str, Curve | None]:
-    """The name of an adapter, and its rates on the directions in a file, if its dW is not zero."""
+    """Rate curve of one adapter on the directions in a file, and its name; no curve if dW is zero."""
     with adapter.open() as tensors:
         return adapter.name, curve_of(subject_of(adapter, tensors, directions_at(directions)))
 
@@ -360,7 +364,7 @@ def _encode(run: Run, job: Job, staging: Staging, target: Target, admissions: Se
 
 @dataclass(frozen=True)
 class _Staged:
-    """A coded checkpoint that is whole but for its configuration."""
+    """Staged coded checkpoint, complete but for its configuration."""
 
     target: Target
     staging: Staging
@@ -381,7 +385,7 @@ class _Staged:
 
 @contextmanager
 def _staged(target: Target, found: Reusable, encode: Encode) -> Iterator[_Staged]:
-    """Stage a target: what can stay is linked, the rest encoded and packed, unless a killed run has done that."""
+    """Stage a target: link what can stay, encode and pack the rest; resume the staging of a killed run."""
     with Staging.open(target.out, staged_key(target)) as staging:
         root = staging.root
         if not (root / INDEX).exists():
@@ -402,7 +406,7 @@ def _staged(target: Target, found: Reusable, encode: Encode) -> Iterator[_Staged
 
 
 def _linked(out: Path, root: Path, found: Reusable) -> Index:
-    """The packs that can stay, as links to those that are there, or written without the adapters that go."""
+    """Stage the packs that can stay: hard links, or rewritten without removed adapters."""
     own_folder(root / PACKS)
     index = found.index
     if found.gone:
@@ -415,7 +419,7 @@ def _linked(out: Path, root: Path, found: Reusable) -> Index:
 
 
 def _config(target: Target, digest: str, index: Index, sizes: Mapping[str, int]) -> dict[str, Any]:
-    """The content of share_config.json; `digest` is of the index."""
+    """Content of share_config.json; `digest` is that of the index."""
     key = digest_of([target.record.basis_digest, target.digest])
     statistics = [statistics_of(meta_of(index.adapters[r.name], key)) for r in target.admissions]
     return share_config(

@@ -1,4 +1,4 @@
-"""The bases of a checkpoint, mapped, and what tensors are on them."""
+"""Components of a checkpoint, memory-mapped, and projection of tensors on them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Stack = NDArray[np.float32]  # tensors of one shape, (m, *shape)
 
 @dataclass(frozen=True)
 class Part:
-    """Tensors of one adapter on bases with the same k.
+    """Loadings of some tensors of one adapter, on bases of one (d, k).
 
     Attributes:
         groups: theirs.
@@ -40,7 +40,7 @@ class Part:
 
 
 def projected(components: Components, groups: Sequence[str], stack: Stack, side: Side, storage: str) -> list[Part]:
-    """A stack of tensors (m, *shape) on the bases of their groups, as it is stored."""
+    """Project a stack of tensors (m, *shape) on the bases of their groups, rounded to the storage dtype."""
     parts: list[Part] = []
     for some in components.alike(groups):
         places = slice(None) if len(some) == len(groups) else [groups.index(g) for g in some]
@@ -50,7 +50,7 @@ def projected(components: Components, groups: Sequence[str], stack: Stack, side:
 
 
 def restored(components: Components, parts: Sequence[Part], stack: Stack, side: Side, storage: str) -> Stack:
-    """What comes back of a stack (m, *shape) that was projected, as `reconstruct` gives it."""
+    """Reconstruct a projected stack (m, *shape), rounded as `reconstruct` rounds it."""
     hats = np.empty_like(stack)
     for part in parts:
         vectors = product(components.stack(part.groups), part.loadings)
@@ -59,7 +59,7 @@ def restored(components: Components, parts: Sequence[Part], stack: Stack, side: 
 
 
 class Components:
-    """The bases of all groups, memory-mapped, and stacked in float32 as they are asked for together.
+    """Components of all groups, memory-mapped, stacked in float32 on demand.
 
     Stacks are kept, on the device where they are used, while they are no more than `memory` allows.
     """
@@ -122,13 +122,13 @@ class Components:
 
 
 def _is_orthonormal(v: NDArray[np.float32]) -> bool:
-    """Whether V'V is 1, as some random vectors see it, which takes as long as to project some adapters."""
+    """Whether V'V is 1, tested on random vectors, at the cost of projecting a few adapters."""
     wide, w = v.astype(np.float64), np.random.default_rng(0).standard_normal((v.shape[1], _PROBES))
     return bool(np.linalg.norm(wide.T @ (wide @ w) - w) <= _ORTHONORMAL * np.linalg.norm(w))
 
 
 def components_at(path: Path, digest: str, memory: int = 0, device: str = "cpu") -> Components:
-    """The components to project on, mapped once in a process; the digest tells one basis from the next.
+    """Components to project on, mapped once per process and digest.
 
     Args:
         path, digest: of the components.

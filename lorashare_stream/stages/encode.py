@@ -1,4 +1,4 @@
-"""Encode: write one adapter of a coded checkpoint, alone, and certify it."""
+"""Encode: write and certify one adapter of a coded checkpoint."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .project import Stored, write_adapter
 
 
 def encode_adapter(job: Job, task: Admitted) -> Statistics:
-    """Write one adapter of a coded checkpoint: its code, what is verbatim, and the error of what comes back.
+    """Write one adapter of a coded checkpoint: code, verbatim tensors, certified error.
 
     Returns:
         What the summary of the checkpoint needs of it.
@@ -28,7 +28,7 @@ def encode_adapter(job: Job, task: Admitted) -> Statistics:
 
 
 def _encoded(job: Job, task: Admitted, tensors: TensorReader) -> Stored:
-    """The code within the limit, or at the step, of the job; without one that is smaller, the tensors are kept."""
+    """Code within the job's limit, or at its step; verbatim tensors if no code is smaller than them."""
     adapter = task.adapter
     subject = subject_of(adapter, tensors, directions_at(job.directions))
     every = list(adapter.layout.by_name)
@@ -43,7 +43,7 @@ def _encoded(job: Job, task: Admitted, tensors: TensorReader) -> Stored:
 
 
 def directions_at(path: Path | None) -> Shared:
-    """The directions in a file; none if there is no file."""
+    """Directions read from a file; none if `path` is None."""
     return ALONE if path is None else _decoded(path.read_bytes())
 
 
@@ -53,7 +53,7 @@ def _decoded(stored: bytes) -> Shared:  # by content: workers of a cluster outli
 
 
 def subject_of(adapter: Adapter, tensors: TensorReader, shared: Shared = ALONE) -> Subject:
-    """An adapter as the codec takes it, on directions that it shares with others."""
+    """The codec's subject of an adapter, on directions that it shares with others."""
     modules = {
         m.name: CodedModule(m.name, m.rank, m.dim("B"), m.dim("A"), p.scale, p.experts, m.b.dtype, m.a.dtype)
         for m, p in zip(adapter.layout.modules, adapter.scalings, strict=True)

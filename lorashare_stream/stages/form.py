@@ -1,4 +1,4 @@
-"""Form: what is stored of the shared modules of one adapter, and how far off that is."""
+"""Form: loadings of the shared modules of one adapter, and their errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .job import Admitted, Job
 
 @dataclass(frozen=True)
 class Formed:
-    """An adapter as it is stored: all of its modules on the bases, or none.
+    """Stored form of an adapter: all of its modules on the bases, or none.
 
     Attributes:
         loadings: (k, r) by group, as they are stored.
@@ -36,7 +36,7 @@ class Formed:
 
 
 def formed(job: Job, task: Admitted, tensors: TensorReader) -> Formed:
-    """The modules of an adapter as they are stored, with the errors of what is stored.
+    """Project the modules of an adapter, and measure the errors of what is stored.
 
     An adapter whose dW is zero takes no part in bases, and dW tells nothing of its factors: they are kept verbatim.
 
@@ -72,7 +72,7 @@ def _projection_errors(
     scalings: Sequence[Scaling],
     storage: str,
 ) -> list[DeltaError]:
-    """Errors of modules of one shape that are projected. What comes back is formed only where it must be.
+    """Errors of projected modules of one shape; tensors are reconstructed only where no identity gives the error.
 
     Args:
         components: the bases.
@@ -109,7 +109,7 @@ def _grams(parts: Sequence[Part], scalings: Sequence[Scaling], side: Side) -> Fl
 
 
 def _demand_finite(hats: Stack, groups: Sequence[str], storage: str) -> None:
-    """Demand that what is restored is finite, and with it what is stored."""
+    """Check that reconstructed tensors, and with them the loadings, are finite."""
     if np.isfinite(hats.sum()):
         return
     for group, hat in zip(groups, hats, strict=True):

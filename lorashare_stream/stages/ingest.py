@@ -1,11 +1,15 @@
-"""Ingest: read one adapter, once, in file order, before it may touch a moment."""
+"""Ingest: read each adapter once, in file order, before it may touch a moment, and admit it to the journal."""
 
 from __future__ import annotations
 
 import hashlib
+import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,19 +20,29 @@ from ..adapters.dtypes import FLOATS, Float64, widened
 from ..adapters.folder import digest_files
 from ..adapters.keys import SIDES, Side
 from ..adapters.safetensors import TensorReader, TensorRecord
-from ..errors import AdapterError, DamagedFetchError, ValuesError
+from ..errors import AdapterError, DamagedFetchError, LockedError, ValuesError, WorkspaceError, refusal
 from ..files import remove_tree
+from ..hub.ledger import note_refusal
+from ..hub.lookup import loose_id
 from ..linalg.delta import energies, gram
-from ..plan.plan import Plan
-from ..workspace.journal import Admission
+from ..plan.plan import Plan, check_enough
+from ..text import listed
+from ..workspace.journal import Admission, Journal, Removal
+from ..workspace.workspace import FACTS, Workspace
+from .job import make_job
+from .project import check_unchanged
+from .run import Run
+from .update import is_complete, sum_batch
 
 CONVERTED = "converted"  # the folder, in a workspace, of pickles that were converted
+SYNC_EVERY = 64  # admissions that are made durable at once
+log = logging.getLogger(__name__)
 LARGEST = 1e12  # of a value: the sum of a million squares, times d, still fits a float32 moment
 
 
 @contextmanager
 def pickles_kept(plan: Plan, workspace: Path) -> Iterator[Plan]:
-    """The plan with a place for what its pickles are converted to: once in a run, by who reads one first.
+    """Cache, in the workspace, of pickles converted to safetensors; converted once a run, by the first reader.
 
     A run that fails leaves them to the next. Where disk is short, nothing is kept, and each reading converts anew.
     """
@@ -41,7 +55,7 @@ def pickles_kept(plan: Plan, workspace: Path) -> Iterator[Plan]:
 
 
 def ingest_adapter(objective: str, adapter: Adapter) -> tuple[str, Admission | AdapterError]:
-    """Read an adapter once, in file order: all values finite? digest; under `delta` ||dW||^2 of its shared modules.
+    """Read an adapter once, in file order: finite values, SHA-256, and under `delta` ||dW||^2 of its shared modules.
 
     Returns:
         Its name, and the admission; or why the adapter must not touch a moment.
@@ -61,7 +75,7 @@ def ingest_adapter(objective: str, adapter: Adapter) -> tuple[str, Admission | A
 
 
 def _check_digest(adapter: Adapter, digest: str) -> None:
-    """Demand that what was fetched is what the Hub lists."""
+    """Check the digest of fetched files against the Hub's listing."""
     listed = None if adapter.origin is None else adapter.origin.sha256
     if listed not in (None, digest):
         raise DamagedFetchError(
@@ -115,7 +129,7 @@ def _energy(adapter: Adapter, grams: Mapping[tuple[Side, str], Float64]) -> floa
 
 
 def _demand_finite(values: NDArray[np.float32], side: Side, modules: Sequence[str], adapter: Adapter) -> None:
-    """Demand tensors (m, *shape) of finite values that a moment can hold.
+    """Check that tensors (m, *shape) are finite and within the range of a moment.
 
     Raises:
         ValuesError: naming the first tensor that has others.
@@ -152,3 +166,139 @@ def _extra_is_finite(record: TensorRecord, tensors: TensorReader, digest: Callab
             values = raw.view("<f8") if record.dtype == "F64" else widened(raw, record.dtype, (-1,))
             finite = finite and bool(np.isfinite(values).all())
     return finite
+
+
+def ingest(run: Run, work: Workspace, out: Path) -> list[AdapterError]:
+    """Admit the adapters of a plan that are not yet in the journal, in the order of the plan.
+
+    If a disk budget does not hold them all, the adapters of a batch are added to the moments before the next comes.
+
+    Returns:
+        Those whose values show that they must not touch a moment.
+    """
+    plan, before = run.plan, _check_journal(run.plan, work)
+    fresh = [[e for e in batch if e.name not in before] for batch in plan.batches]
+    again = {e.name for e in work.journal().entries if isinstance(e, Removal)} & {e.name for b in fresh for e in b}
+    if again:
+        log.warning("taken out before, and added again since their sources are named: %s", listed(sorted(again)))
+    refused: list[AdapterError] = []
+    several, done, sums = len(plan.batches) > 1, 0, plan.settings.fits
+    complete = several and sums and is_complete(make_job(plan, work, out, begins=True), work)
+    for number, (batch, after) in enumerate(zip(fresh, [*fresh[1:], []], strict=True)):
+        if complete and not batch:
+            done += len(plan.batches[number])
+            continue
+        if batch and several:
+            log.info("batch %d of %d: %d of %d adapters", number + 1, len(plan.batches), done, len(plan.adapters))
+        refused += admit(run, work, batch)
+        done += len(plan.batches[number])
+        if several and sums:
+            names = {e.name for e in plan.batches[number]}
+            sum_batch(run, make_job(plan, work, out, begins=True), work, names, _unrefused(after))
+        run.fetcher.release(batch)
+    if refused and plan.settings.on_error == "raise":
+        raise refusal(
+            f"{len(refused)} of {len(plan.adapters)} adapters cannot be compressed; the others are ingested",
+            refused,
+            "Leave them out, or go on without them by --on-error skip.",
+        )
+    check_enough(len(plan.adapters) + len(plan.absent) - len(refused), refused, plan.fewest)
+    return refused
+
+
+def _check_journal(plan: Plan, work: Workspace) -> set[str]:
+    """Names of admitted adapters; checks that the plan has each, unchanged."""
+    adapters = {e.name: e for e in plan.adapters}
+    journal = journal_of_plan(plan, work)
+    absent = {e.adapter for e in plan.absent}
+    gone = [r for r in journal.admissions if r.name not in adapters and r.name not in absent]
+    if gone:
+        raise _gone([r.name for r in gone], plan.refused, _moved(gone, plan))
+    for admission in (r for r in journal.admissions if r.name in adapters):
+        check_unchanged(adapters[admission.name], admission)
+    return {r.name for r in journal.admissions}
+
+
+def admit(run: Run, work: Workspace, adapters: Sequence[Adapter]) -> list[AdapterError]:
+    """Ingest adapters as they arrive, and admit them in order; returns the refused ones."""
+    refused: list[AdapterError] = []
+    shapes = {e.shapes_key: e.shapes for e in adapters}
+    remote = {e.name: e.source_id for e in adapters if e.origin is not None and e.origin.refused is None}
+    for count, result in enumerate(ingested(run, adapters), 1):
+        if isinstance(result, Admission):
+            work.admit(result, shapes[result.shapes], durable=count % SYNC_EVERY == 0 or count == len(adapters))
+            continue
+        refused.append(result)
+        if isinstance(result, DamagedFetchError):
+            run.fetcher.evict(next(e for e in adapters if e.name == result.adapter))
+        if isinstance(result, ValuesError) and result.adapter in remote:  # it is not fetched for that again
+            note_refusal(work.root / FACTS, remote[result.adapter], result)
+    work.sync_journal()
+    return refused
+
+
+def ingested(run: Run, adapters: Sequence[Adapter]) -> Iterator[Admission | AdapterError]:
+    """Ingest results in the order of the adapters, which may arrive in another one."""
+    done: dict[str, Admission | AdapterError] = {}
+    waiting = deque(e.name for e in adapters)
+    lost = [e for adapter in adapters if (e := _refused_before(adapter)) is not None]
+    fresh, task = _unrefused(adapters), partial(ingest_adapter, run.plan.settings.objective)
+    for name, result in run.map("ingest", task, run.arriving(fresh, lost), len(fresh)):
+        done |= {name: result} | {str(e.adapter): e for e in lost}
+        while waiting and waiting[0] in done:
+            yield done.pop(waiting.popleft())
+    done |= {str(e.adapter): e for e in lost}
+    yield from (done[name] for name in waiting)
+
+
+def _unrefused(adapters: Sequence[Adapter]) -> list[Adapter]:
+    return [e for e in adapters if e.origin is None or e.origin.refused is None]
+
+
+def _refused_before(adapter: Adapter) -> AdapterError | None:
+    """Cached refusal of a pinned adapter, which need not be fetched again for it."""
+    if adapter.origin is None or adapter.origin.refused is None:
+        return None
+    error = copy(adapter.origin.refused)
+    error.adapter, error.source = adapter.name, adapter.where
+    return error
+
+
+def journal_of_plan(plan: Plan, work: Workspace) -> Journal:
+    """Journal of a workspace, repaired, and checked to be the one that the plan was made from.
+
+    Raises:
+        LockedError: if another run has changed it since.
+    """
+    journal = work.recover_journal()
+    if plan.journal not in (None, journal.digest(len(journal.entries))):
+        raise LockedError(
+            "another run has changed the workspace meanwhile", found=work.root, remedy="Run the same command again."
+        )
+    return journal
+
+
+def _moved(gone: Sequence[Admission], plan: Plan) -> dict[str, str]:
+    """Admitted adapters whose repository is now named at another commit: name -> new id."""
+    now = {loose_id(e.source_id): e.source_id for e in plan.adapters if e.origin is not None}
+    return {r.name: now[loose_id(r.source_id)] for r in gone if loose_id(r.source_id) in now}
+
+
+def _gone(names: Sequence[str], refused: Sequence[AdapterError], moved: Mapping[str, str]) -> WorkspaceError:
+    now = [error for error in refused if error.adapter in names]
+    newer = [f"{old} is now {new}" for old, new in moved.items()]
+    if newer:
+        raise WorkspaceError(
+            "adapters of the Hub are named at another commit than the one that is in the workspace",
+            found=listed(newer, 3),
+            remedy="Take the old ones out by lorashare-stream remove, then the same command adds the new ones; or name "
+            "the commits that are there.",
+        )
+    return WorkspaceError(
+        "the workspace holds adapters that the sources no longer give",
+        found=listed(names),
+        remedy=f"One of them is refused now: {now[0]}"
+        if now
+        else "Name them again; or add what is new alone, by lorashare-stream add; or take them out by lorashare-stream "
+        "remove, or compress into another --workspace.",
+    )

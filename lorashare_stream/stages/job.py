@@ -1,4 +1,4 @@
-"""What the tasks of one run share."""
+"""Job: the data that all tasks of a run share."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.adapter import Adapter
-from ..adapters.folder import digest_files
 from ..adapters.keys import SIDES, Side, group_id
 from ..adapters.scaling import Shapes
+from ..checkpoint.config import CheckpointRecord
 from ..checkpoint.format import COMPONENTS
 from ..checkpoint.publish import staging_folder
 from ..errors import GoneError
-from ..files import read_sealed
+from ..linalg.device import resolve_device
+from ..plan.plan import Plan
 from ..settings import Settings
-from ..text import slug
+from ..text import digest_of, slug
 from ..workspace.journal import Admission, Journal
-from ..workspace.leases import Slot
+from ..workspace.records import Marker, Slot
 from ..workspace.workspace import Workspace
 
 
@@ -39,7 +40,7 @@ class Admitted:
 
 @dataclass(frozen=True)
 class Job:
-    """What the tasks of one run share; picklable, so that a cluster can have it.
+    """Data that all tasks of a run share; picklable.
 
     Attributes:
         settings: of the run.
@@ -56,6 +57,7 @@ class Job:
         directions: the file of those on which adapters are coded, if they are.
         grows: whether adapters are projected on the components that `out` has already.
         slots: module -> side -> where its moment is written to, in the lease of this step.
+        markers: module -> its moments as they were when this step began.
         later: admissions in this part of a journal that are taken out in the rest of it: they are not summed any more.
     """
 
@@ -75,10 +77,11 @@ class Job:
     directions: Path | None = None
     grows: bool = False
     slots: Mapping[str, Mapping[Side, Slot]] = field(default_factory=dict)
+    markers: Mapping[str, Marker] = field(default_factory=dict)
     later: frozenset[int] = frozenset()
 
     def up_to(self, count: int) -> Job:
-        """The job of the first `count` entries of the journal."""
+        """Job restricted to the first `count` entries of the journal."""
         if count == len(self.journal.entries):
             return self
         part = Journal(self.journal.entries[:count])
@@ -90,7 +93,7 @@ class Job:
         return {r.name: r for r in self.journal.admissions}
 
     def adapter(self, name: str) -> Adapter:
-        """An adapter whose values are needed.
+        """Adapter by name, to read its values.
 
         Raises:
             GoneError: if its source is gone.
@@ -109,17 +112,17 @@ class Job:
         return self.settings.objective == "factors" or admission.energy > 0
 
     def rank(self, admission: Admission, module: str) -> int:
-        """How many vectors an adapter has in a module; 0 if it has none there that are shared."""
+        """Number of vectors of an adapter in a module; 0 if it shares none there."""
         shape = self.shapes.get(admission.shapes, {}).get(module) if self.shares(admission) else None
         return 0 if shape is None else shape.rank
 
     def vectors(self, module: str, admissions: Iterable[Admission]) -> int:
-        """How many vectors adapters have in a module, all of which take part there."""
+        """Number of vectors of adapters in a module that all of them share."""
         kinds = Counter(r.shapes for r in admissions)
         return sum(self.shapes[kind][module].rank * n for kind, n in kinds.items())
 
     def holders(self, module: str, count: int) -> Mapping[int, Admission]:
-        """The admissions whose vectors a moment of `module` has once it has seen `count` entries, by number."""
+        """Admissions whose vectors are in a moment that has seen `count` entries, by number."""
         kinds = frozenset(kind for kind, shapes in self.shapes.items() if module in shapes)
         if (count, kinds) not in self._holders:  # the same for most modules: looked up once
             active = self.journal.active_after(count)
@@ -130,48 +133,14 @@ class Job:
     def _holders(self) -> dict[tuple[int, frozenset[str]], dict[int, Admission]]:
         return {}
 
-    def lacks(self, module: str, marker: Mapping[str, Any] | None) -> bool:
-        """Whether a module's moments, by their marker, are to be brought up to these entries."""
-        end = len(self.journal.entries)
-        if marker is None:
-            return bool(self.holders(module, end).keys() - self.later)
-        count: int = marker["entries"]
-        return count < end or (count == end and not self.continues(marker))
-
-    def unfetched(self, modules: Sequence[str]) -> list[Adapter]:
-        """The adapters of the Hub whose values modules lack, and which may not be on this machine."""
-        if all(e.fetched for e in self.adapters.values()):
-            return []
-        work = Workspace(self.workspace)
-        after: dict[int, list[str]] = {}  # how much modules have seen -> these
-        for module in modules:
-            marker = work.marker(module)
-            if not self.lacks(module, marker):
-                continue
-            seen = 0 if marker is None or not self.continues(marker) else marker["entries"]
-            after.setdefault(seen, []).append(module)
-        lacking: set[str] = set()
-        for seen, some in after.items():
-            kinds = {kind for kind, shapes in self.shapes.items() if any(m in shapes for m in some)}
-            admissions = [r for i, r in self.journal.active.items() if i >= seen and i not in self.later]
-            lacking |= {r.name for r in admissions if r.shapes in kinds and self.shares(r)}
-        return [e for name, e in self.adapters.items() if name in lacking and not e.fetched]
-
     def with_files(self, here: Mapping[str, Adapter]) -> Job:
-        """The job with adapters that were fetched, which must be those of the same names."""
+        """Job with fetched adapters in place of those of the same names."""
         assert all(self.adapters[name].source_id == adapter.source_id for name, adapter in here.items())
         return replace(self, adapters={**self.adapters, **here}) if here else self
 
     def hub_bytes(self, name: str) -> int:
-        """Bytes that are fetched for an adapter."""
+        """Bytes to fetch for an adapter."""
         return self.adapters[name].hub_bytes if name in self.adapters else 0
-
-    def held(self, module: str, marker: Mapping[str, Any] | None) -> dict[int, Admission]:
-        """The admissions whose vectors a module's moments hold, by number, those taken out since included."""
-        if marker is None:
-            return {}
-        never = set(marker.get("never", ()))  # taken out before they were summed
-        return {i: r for i, r in self.holders(module, marker["entries"]).items() if i not in never}
 
     @cached_property
     def modules(self) -> list[str]:
@@ -189,22 +158,8 @@ class Job:
         return dict(counts)
 
     def knows(self, count: int) -> bool:
-        """Whether it is known what the first `count` entries have brought into moments."""
+        """Whether the shapes of all adapters among the first `count` entries are known."""
         return all(r.shapes in self.shapes for r in self.journal.active_after(count).values())
-
-    def holds_all(self, marker: Mapping[str, Any] | None) -> bool:
-        """Whether a module's moments, by their marker, have seen every entry and nothing else."""
-        return marker is not None and marker["entries"] == len(self.journal.entries) and self.continues(marker)
-
-    def continues(self, marker: Mapping[str, Any]) -> bool:
-        """Whether the journal goes on from the entries that a module's moments have seen."""
-        count: int = marker["entries"]
-        return count <= len(self.journal.entries) and marker["admitted"] == self.journal.digest(count)
-
-    def removed_in(self, marker: Mapping[str, Any]) -> list[str]:
-        """The names of adapters that were taken out, and whose vectors a module's moments still hold."""
-        numbers = {i for side in SIDES for i in marker[side]["removed"]}
-        return sorted({self.journal.entries[i].name for i in numbers})
 
     @cached_property
     def staging(self) -> Path:
@@ -217,22 +172,40 @@ class Job:
         return (self.out if self.grows else self.staging) / COMPONENTS
 
     def basis_file(self, module: str) -> Path:
-        """Where a module's components are kept."""
+        """File of a module's components in the workspace."""
         return self.bases / f"{slug(module)}.safetensors"
 
     def facts_file(self, module: str) -> Path:
-        """Where the facts of a module's bases are kept: written after the components, with their digest."""
+        """File of a module's `BasisRecord`, written after the components."""
         return self.bases / f"{slug(module)}.json"
 
-    def has_basis(self, module: str, marker: Mapping[str, Any] | None) -> bool:
-        """Whether a module's basis is there, whole, and that of its moments, unless these were discarded."""
-        facts = read_sealed(self.facts_file(module))
-        try:
-            return (
-                bool(facts)
-                and facts["module"] == module
-                and (marker is None or (self.holds_all(marker) and facts.get("lease") == marker["lease"]))
-                and digest_files([self.basis_file(module)]) == facts["digest"]
-            )
-        except FileNotFoundError:
-            return False
+
+def make_job(plan: Plan, work: Workspace, out: Path, *, begins: bool = False) -> Job:
+    """Job of a plan and the journal; `begins` is before all adapters are admitted, when no basis can be fitted."""
+    journal, adapters = work.journal(), {e.name: e for e in plan.adapters}
+    kinds = {r.shapes: r.name for r in journal.admissions if r.name in adapters}
+    digest = checkpoint_key_of(plan.settings_key, journal.admissions)
+    return Job(
+        settings=plan.settings,
+        storage=plan.storage,
+        adapters=adapters,
+        journal=journal,
+        shapes=work.shapes_of(journal, {name: adapters[name].shapes for name in kinds.values()}),
+        workspace=work.root.absolute(),
+        bases=work.bases.absolute() if begins else work.bases_for(digest).absolute(),
+        out=out.absolute(),
+        device=resolve_device(plan.settings.device),
+        settings_key=plan.settings_key,
+        checkpoint_key=digest,
+    )
+
+
+def checkpoint_key_of(settings_key: str, admissions: Sequence[Admission]) -> str:
+    """Digest of settings and adapters, which decide a checkpoint."""
+    return digest_of([settings_key, [[r.name, r.digest, r.config_digest] for r in admissions]])
+
+
+def record_of_plan(plan: Plan, **more: Any) -> CheckpointRecord:
+    """Checkpoint record of a plan, with further fields."""
+    facts: dict[str, Any] = {"settings": plan.settings, "dtype": plan.storage, "choice": plan.settings_key}
+    return CheckpointRecord(**facts, binding=plan.binding, base_model=plan.base_model, **more)

@@ -1,4 +1,4 @@
-"""Project: write one adapter of the checkpoint, and certify it."""
+"""Project: write and certify the adapters of a checkpoint."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,17 @@ from ..adapters.folder import check_still, digest_files, file_fact
 from ..adapters.keys import SIDES, factor_key
 from ..adapters.safetensors import TensorReader, write_arrays, write_safetensors
 from ..checkpoint.format import LOADINGS, META, VERBATIM
-from ..checkpoint.records import AdapterMeta, AdapterRecord
+from ..checkpoint.records import AdapterMeta, AdapterRecord, metas_of
 from ..checkpoint.staging import Staging
 from ..checkpoint.summary import Statistics, statistics_of
 from ..errors import AdapterError
 from ..files import naming, sealed
 from ..linalg.delta import DeltaError, relative_error
 from ..schema import FORMAT
-from ..workspace.journal import Admission
+from ..workspace.journal import Admission, Journal
 from .form import formed
 from .job import Admitted, Job
+from .run import Run, check_none_lost
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Stored:
 
 
 def project_adapter(job: Job, task: Admitted) -> Statistics:
-    """Write one adapter of a SHARE checkpoint: loadings, what is verbatim, and the error of what was stored.
+    """Write one adapter of a SHARE checkpoint: loadings, verbatim tensors, certified error.
 
     Returns:
         What the summary of the checkpoint needs of it.
@@ -64,7 +66,7 @@ def _projected(job: Job, task: Admitted, tensors: TensorReader) -> Stored:
 def write_adapter(
     job: Job, task: Admitted, file: str, store: Callable[[Job, Admitted, TensorReader], Stored]
 ) -> Statistics:
-    """Write one adapter into the staged checkpoint, in a folder of its own: a file, what is verbatim, what is recorded.
+    """Write one adapter into its folder of the staged checkpoint: content, verbatim tensors, adapter_meta.json.
 
     Returns:
         What the summary of the checkpoint needs of it.
@@ -85,7 +87,7 @@ def write_adapter(
 
 
 def check_unchanged(adapter: Adapter, admission: Admission) -> None:
-    """Demand that an adapter is what was ingested: by size and time of its files, else by their digest.
+    """Check that an adapter is the one that was ingested: by size and time of its files, else by SHA-256.
 
     Raises:
         AdapterError: if it has changed.
@@ -113,7 +115,7 @@ def check_unchanged(adapter: Adapter, admission: Admission) -> None:
 
 
 def _write_verbatim(adapter: Adapter, tensors: TensorReader, folder: Path, exact: Sequence[str]) -> list[str]:
-    """Write the tensors that stay as they came, and return their keys."""
+    """Write the verbatim tensors, and return their keys."""
     kept = [(factor_key(m, side), adapter.layout.by_name[m].record(side)) for m in exact for side in SIDES]
     verbatim = [*adapter.layout.extras, *kept]
     shapes = [(key, record.dtype, record.shape) for key, record in verbatim]
@@ -158,3 +160,42 @@ def _meta(job: Job, task: Admitted, stored: Stored, verbatim: list[str], digests
         original_adapter_path=str(adapter.folder.absolute()) if origin is None else adapter.source_id,
         lorashare_stream=AdapterRecord(**ours),
     )
+
+
+def project(run: Run, job: Job, staging: Staging, admissions: Sequence[Admission]) -> dict[str, Statistics]:
+    """Project adapters into the staged checkpoint: `write_adapters`."""
+    return write_adapters(run, job, staging, admissions, "project", project_adapter)
+
+
+def write_adapters(
+    run: Run,
+    job: Job,
+    staging: Staging,
+    admissions: Sequence[Admission],
+    step: str,
+    task: Callable[[Job, Admitted], Statistics],
+) -> dict[str, Statistics]:
+    """Map a task that writes adapters into the staged checkpoint, those that are missing, and sync them.
+
+    Returns:
+        Their figures, by name.
+
+    Raises:
+        CollectionError: at the end, naming those that the Hub has no more.
+    """
+    there = [r.name for r in admissions if staging.done(r, job.basis_key)]
+    staging.sync(there)  # a run that was killed may not have come to it
+    statistics = {f.name: f for f in map(statistics_of, metas_of(staging.root, there))}
+    adapters = [job.adapter(r.name) for r in admissions if r.name not in statistics]
+    run.fetcher.cancel_except(adapters)
+    lost: list[AdapterError] = []
+    arriving = run.arriving(adapters, lost)
+    with staging.syncing() as written:
+        bare = replace(job, adapters={}, journal=Journal())  # each task has its own
+        admitted = (Admitted(adapter, job.admission_of[adapter.name]) for adapter in arriving)
+        tasks = list(admitted) if isinstance(arriving, Sequence) else admitted
+        for each in run.map(step, partial(task, bare), tasks, len(adapters), lambda task: run.release(task.adapter)):
+            statistics[each.name] = each
+            written(each.name)
+    check_none_lost(lost)
+    return statistics

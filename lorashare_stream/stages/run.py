@@ -1,4 +1,4 @@
-"""A plan, a mapper, who fetches and who watches: how tasks are mapped."""
+"""Run: maps the tasks of a plan on an executor, with prefetch, progress and the lock."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..adapters.adapter import Adapter
-from ..errors import AdapterError, BudgetError, refusal
+from ..checkpoint.publish import staging_folder
+from ..errors import AdapterError, BudgetError, DiskError, refusal
+from ..files import free_bytes, tree_bytes
 from ..hub.client import Hub, cache_folder
 from ..hub.fetch import Fetcher
 from ..plan.memory import SAMPLE
@@ -18,7 +20,7 @@ from ..plan.plan import Plan
 from ..runtime.executors import Mapper, Places, nothing
 from ..runtime.progress import Progress
 from ..text import bytes_shown
-from ..workspace.workspace import IN_WORK
+from ..workspace.workspace import FILES, HUB, IN_WORK
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -29,7 +31,7 @@ READ = 64  # files of sources that workers of a cluster are asked for, each in a
 
 @dataclass(frozen=True)
 class Run:
-    """How the tasks of a plan are mapped; `check` raises if the workspace is no longer held."""
+    """Mapper, progress, fetcher and lock of a run; `check` raises if the workspace is no longer held."""
 
     plan: Plan
     mapper: Mapper
@@ -45,7 +47,7 @@ class Run:
         total: int,
         after: Callable[[T], object] = nothing,
     ) -> Iterator[R]:
-        """Results in the order of the tasks, as many at a time as the plan allows for this step."""
+        """Map a task, with the plan's concurrency for this step; results in the order of the tasks."""
         planned = self.plan.step(step)
         lot = min(LOT, LOT_BYTES * planned.tasks // max(1, planned.read_bytes)) if planned.read_bytes else 1
         results = self.mapper.map(fn, tasks, planned.concurrency, after, lot)
@@ -57,7 +59,7 @@ class Run:
             yield result
 
     def portions(self, modules: Sequence[str]) -> list[tuple[str, ...]]:
-        """Modules in portions that are summed together; more and smaller ones than planned if a cluster is wider."""
+        """Portions of modules that are summed together, cut smaller if a cluster has more workers than planned."""
         parts = self.plan.portions(modules)
         wide = self.mapper.width(self.plan.step("accumulate").concurrency)
         pieces = -(-wide // max(1, len(parts)))
@@ -66,7 +68,7 @@ class Run:
     def sum(
         self, task: Callable[[Sequence[str]], Sequence[R]], modules: Sequence[str], done: Callable[[str, R], object]
     ) -> None:
-        """Do a task for modules, in portions; `done` takes each module and what came of it; progress counts modules."""
+        """Map a task over portions of modules; `done` takes each module and its result; progress counts modules."""
         portions = self.portions(modules)
         results = self.mapper.map(task, portions, self.plan.step("accumulate").concurrency)
 
@@ -81,12 +83,12 @@ class Run:
             pass
 
     def all(self, step: str, fn: Callable[[T], Any], tasks: Sequence[T]) -> None:
-        """Do all tasks, for what they leave on disk."""
+        """Map a task for its side effects."""
         for _ in self.map(step, fn, tasks, len(tasks)):
             pass
 
     def arriving(self, adapters: Sequence[Adapter], lost: list[AdapterError]) -> Iterable[Adapter]:
-        """Adapters as they come here, all at once if they are here already; why some cannot be had goes into `lost`."""
+        """Adapters as they are fetched, all at once if they are local; errors go into `lost`."""
         return adapters if all(e.fetched for e in adapters) else self._arriving(adapters, lost)
 
     def _arriving(self, adapters: Sequence[Adapter], lost: list[AdapterError]) -> Iterator[Adapter]:
@@ -97,12 +99,12 @@ class Run:
                 yield result
 
     def release(self, adapter: Adapter) -> None:
-        """Say that the files of an adapter are not needed for now."""
+        """Evict the files of an adapter."""
         self.fetcher.release([adapter])
 
     @contextmanager
     def at_hand(self, adapters: Sequence[Adapter]) -> Iterator[dict[str, Adapter]]:
-        """Adapters by name, all of them on this machine till the end of the block.
+        """Adapters by name, all of them local until the end of the block.
 
         Raises:
             CollectionError: naming those that the Hub has no more.
@@ -127,12 +129,12 @@ def _cut(part: tuple[str, ...], size: int) -> Iterator[tuple[str, ...]]:
 
 
 def sample_of(adapters: Sequence[Adapter]) -> list[Adapter]:
-    """Some adapters, evenly spaced."""
+    """Sample of adapters, evenly spaced."""
     return [adapters[i * len(adapters) // SAMPLE] for i in range(SAMPLE)] if len(adapters) > SAMPLE else list(adapters)
 
 
 def places_of(plan: Plan, folder: Path, out: Path, *, workspace: bool = True) -> Places:
-    """Where the tasks of a plan read and write, which makes the folders to be written.
+    """Folders that the tasks of a plan read and write; those to be written are made.
 
     Args:
         plan: of the run.
@@ -152,7 +154,7 @@ def places_of(plan: Plan, folder: Path, out: Path, *, workspace: bool = True) ->
 
 
 def _uses_cache(plan: Plan) -> bool:
-    """Whether adapters are fetched into the Hub's cache, or read from there, as under a disk budget what it has."""
+    """Whether adapters are fetched into the Hub's cache, or, under a disk budget, read from it."""
     awaited = [(e.origin.hub, f.path.name) for e in plan.adapters if e.origin and not e.fetched for f in e.files]
     if not awaited or plan.settings.disk_budget is None:
         return bool(awaited)
@@ -161,7 +163,7 @@ def _uses_cache(plan: Plan) -> bool:
 
 
 def check_none_lost(lost: Sequence[AdapterError]) -> None:
-    """Demand adapters whose values are needed again.
+    """Check that no admitted adapter was lost on the Hub.
 
     Raises:
         CollectionError: naming those that the Hub has no more.
@@ -172,3 +174,41 @@ def check_none_lost(lost: Sequence[AdapterError]) -> None:
             lost,
             "Take them out by lorashare-stream remove, or wait until it does, and run the same command again.",
         )
+
+
+def check_disk(plan: Plan, workspace: Path, out: Path, *, adds: bool = False, fetch: int = 0) -> None:
+    """Check that the disks have room for a run, less what its folders hold already.
+
+    Args:
+        plan: of the run.
+        workspace, out: its folders. A checkpoint that is replaced stays until another takes its place.
+        adds: whether adapters may be added to the checkpoint that is there, which takes less.
+        fetch: bytes that are fetched from the Hub.
+
+    Raises:
+        DiskError: with what is free and what is needed.
+    """
+    work = tree_bytes(workspace) - tree_bytes(workspace / HUB)
+    needs = [(workspace, sum(plan.sizes[part] for part in ("moments", "basis", "converted")) - work)]
+    if not adds:
+        needs.append((staging_folder(out), plan.sizes["checkpoint"] - tree_bytes(staging_folder(out))))
+    budget = plan.settings.disk_budget
+    if budget is not None:
+        needs.append((workspace / FILES, min(budget, fetch) - tree_bytes(workspace / FILES)))
+    elif fetch:
+        needs.append((cache_folder(), fetch))
+    moments = "; or free moments when they are fitted, by --discard-moments" if plan.groups else ""
+    budget_too = "; or free adapters after they are added, by --disk-budget" if fetch else ""
+    free: dict[int, int] = {}
+    needed: dict[int, int] = {}
+    for folder, size in needs:
+        disk, free[disk] = free_bytes(folder)
+        needed[disk] = needed.get(disk, 0) + max(0, size)
+    for disk, size in needed.items():
+        if size > free[disk]:
+            raise DiskError(
+                "not enough disk for the workspace and the checkpoint" + (", and what is fetched" if fetch else ""),
+                found=f"{bytes_shown(free[disk])} free",
+                expected=f"about {bytes_shown(size)} more",
+                remedy=f"Free some; put --workspace on another disk{moments}{budget_too}.",
+            )

@@ -1,4 +1,4 @@
-"""Slicing: a smaller k from what a checkpoint has stored, without its sources.
+"""Slice: a smaller k from a stored checkpoint, without its sources.
 
 Components are sorted by eigenvalue, so the first k of them are the basis that a smaller k gives, and the first k rows
 of the loadings are what projecting on it gives. What is lost by it is measured against what was stored before, and
@@ -40,13 +40,13 @@ from ..runtime.executors import Mapper
 from ..runtime.progress import Progress, silent
 from ..text import digest_of
 from .components import components_at
-from .passes import checkpoint_key_of
+from .job import checkpoint_key_of
 from .run import LOT
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A checkpoint, and the smaller one that is made of it.
+    """Slice of a checkpoint.
 
     Attributes:
         source, out: their folders.
@@ -63,7 +63,7 @@ class Cut:
 
 
 def cut_of(source: Path, config: SHAREConfig, num_components: int, out: Path) -> Cut:
-    """What slicing a checkpoint of ours comes to, before it is done."""
+    """Slice of a checkpoint to `num_components`, not yet written."""
     record = record_of(config)
     sliced = _sliced_record(record, num_components, _spectrum(source), config.num_components)
     digest = checkpoint_key_of(sliced.choice, [admission_in(meta) for meta in metas_of(source, config.adapter_names)])
@@ -71,7 +71,7 @@ def cut_of(source: Path, config: SHAREConfig, num_components: int, out: Path) ->
 
 
 def slice_checkpoint(cut: Cut, mapper: Mapper, at_once: int, progress: Progress = silent) -> None:
-    """Write a checkpoint with the first components of another one; what is at its place is replaced.
+    """Write a slice, in place of what is at its output.
 
     Args:
         cut: what to do.
@@ -138,7 +138,7 @@ def _write_bases(cut: Cut, staging: Staging) -> None:
 
 
 def slice_adapter(cut: Cut, staging: Staging, name: str) -> None:
-    """Write the first rows of an adapter's loadings, and what that loses."""
+    """Write the first rows of an adapter's loadings, and the error that this adds."""
     origin = cut.source / ADAPTERS / name
     meta = next(metas_of(cut.source, [name]))
     for file, digest in meta.ours.files.items():
@@ -160,7 +160,7 @@ def slice_adapter(cut: Cut, staging: Staging, name: str) -> None:
 
 
 def _write_rows(path: Path, tensors: TensorReader, rows: Mapping[TensorRecord, int], dtype: str) -> None:
-    """Write the first rows of loadings as they are stored: nothing is rounded again."""
+    """Write the first rows of loadings, byte for byte."""
     shapes = [(r.name, dtype, (k, r.shape[1])) for r, k in rows.items()]
     chunks = (tensors.raw(r)[: ITEMSIZE[dtype] * k * r.shape[1]].data for r, k in rows.items())
     with path.open("wb") as f:

@@ -35,7 +35,7 @@ ROUNDING = {"BF16": 1e-2, "F16": 2e-3}
 
 
 class Checkpoint(Protocol):
-    """What is verified: the part of `SHAREModel` that gives back adapters, and what was certified of them."""
+    """Protocol of a checkpoint to verify, which `SHAREModel` follows."""
 
     config: SHAREConfig
 
@@ -55,7 +55,7 @@ class Checkpoint(Protocol):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found of one adapter.
+    """Result of the verification of one adapter.
 
     Attributes:
         name: of the adapter.
@@ -78,7 +78,7 @@ class Verdict:
 def verify(
     model: Checkpoint, originals: Mapping[str, Source], *, workspace: Path | None = None, offline: bool = False
 ) -> Iterator[Verdict]:
-    """Compare every adapter of a checkpoint with its original, one at a time; those of the Hub as they come.
+    """Compare every adapter of a checkpoint with its original; those of the Hub in the order in which they arrive.
 
     Args:
         model: the checkpoint.
@@ -116,7 +116,7 @@ def verify(
 
 
 def _local(source: Source | None, settings: Settings) -> Adapter | Exception:
-    """An original in a folder; or why it cannot be read."""
+    """Local original, or the error why it cannot be read."""
     if source is None:
         return StreamError("its original is not among the sources")
     try:
@@ -127,7 +127,7 @@ def _local(source: Source | None, settings: Settings) -> Adapter | Exception:
 
 
 def _judged(model: Checkpoint, name: str, original: Adapter | Exception) -> Verdict:
-    """The verdict on an adapter, whose original may be what kept it from being read."""
+    """Verdict on an adapter; `original` may be the error why it cannot be read."""
     certified: float | None = None
     try:
         certified = model.certified(name).get("relative_error")
@@ -172,7 +172,7 @@ def _verdict(model: Checkpoint, name: str, adapter: Adapter, certified: float | 
 def _module_errors(
     adapter: Adapter, modules: Sequence[str], originals: TensorReader, tensors: Tensors, *, coded: bool
 ) -> dict[str, DeltaError]:
-    """The error of each of some modules; what is `coded` has another gauge than its original."""
+    """Errors of some modules, by name; a coded adapter has another gauge than its original."""
     for module in adapter.layout.modules:
         for side in SIDES:
             key = factor_key(module.name, side)
@@ -190,7 +190,7 @@ def _module_errors(
 def _verbatim_fault(
     adapter: Adapter, originals: TensorReader, tensors: Tensors, kept: Collection[str]
 ) -> StreamError | None:
-    """Why what is kept verbatim, LoRA of some modules perhaps, is not the same, byte for byte; None if it is."""
+    """Difference between verbatim tensors and the original's bytes; None if there is none."""
     lora = [(factor_key(m.name, side), m.record(side)) for m in adapter.layout.modules for side in SIDES]
     for key, record in (*adapter.layout.extras, *(pair for pair in lora if pair[0] in kept)):
         if key not in tensors:
@@ -203,7 +203,7 @@ def _verbatim_fault(
 
 
 def pins_in(model: Checkpoint) -> dict[str, str]:
-    """What ids of the Hub without a revision mean in a checkpoint: the adapters of it that have them."""
+    """Pins of a checkpoint: Hub id without revision -> pinned id."""
     return loose_ids(str(model.certified(name).get("source_id")) for name in model.adapter_names)
 
 

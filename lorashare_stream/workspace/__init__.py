@@ -1,1 +1,1 @@
-"""Resumable state: the journal, moments, the lock."""
+"""Workspace: the journal, moments, markers, the lock."""

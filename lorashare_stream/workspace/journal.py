@@ -1,7 +1,8 @@
-"""The journal of a workspace: which adapters were admitted, and which were taken out again, in order.
+"""Journal of a workspace: which adapters were admitted, and which were taken out again, in order.
 
 An append-only file, an entry a line, each with a checksum of its own. What a module's moments hold is told by how many
-entries they have seen; an adapter is removed by an entry of its own, a tombstone.
+entries they have seen; an adapter is removed by an entry of its own, a tombstone. The shapes of the shared modules of
+adapters are kept beside it, once for each kind of them, so that they stay known when sources are gone.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -17,12 +18,15 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, TypeAdapter
 
-from ..files import naming, sealed, sync, unsealed
+from ..adapters.scaling import Shapes
+from ..errors import WorkspaceError
+from ..files import naming, sealed, sync, unsealed, write_sealed
+from .records import ShapesFile, read_record
 
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """What ingest found out about one adapter: an admission."""
+    """Admission: what ingest found of one adapter."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -40,7 +44,7 @@ class Admission:
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """An adapter was taken out."""
+    """Removal of an admitted adapter."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -53,7 +57,7 @@ _ADMISSION, _REMOVAL = TypeAdapter(Admission), TypeAdapter(Removal)  # a union o
 
 @dataclass(frozen=True)
 class Journal:
-    """The entries as they stand.
+    """Entries of the journal.
 
     Attributes:
         entries: in order; an admission is known by its number in here.
@@ -72,7 +76,7 @@ class Journal:
         return tuple(self.active.values())
 
     def active_after(self, count: int) -> dict[int, Admission]:
-        """Admissions that the first `count` entries leave, by number; kept, since every module asks for the same."""
+        """Admissions that are active after the first `count` entries, by number; cached."""
         if count not in self._active:
             entries = self.entries[:count]
             gone = {e.admission for e in entries if isinstance(e, Removal)}
@@ -84,7 +88,7 @@ class Journal:
         return {}
 
     def digest(self, count: int) -> str:
-        """Digest of the first `count` entries: what moments that have seen them are moments of."""
+        """Digest of the first `count` entries."""
         return self._digests[count]
 
     @cached_property
@@ -99,7 +103,7 @@ class Journal:
 
 
 def read_journal(path: Path) -> tuple[Journal, int]:
-    """The whole entries at the beginning of a journal, and their length in bytes."""
+    """Read a journal up to its first damaged line; returns it and the length in bytes of its whole lines."""
     entries: list[Admission | Removal] = []
     whole = 0
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
@@ -133,3 +137,43 @@ def _entry(line: bytes) -> Admission | Removal | None:
         return (_REMOVAL if "admission" in (values or ()) else _ADMISSION).validate_python(values)
     except ValueError:
         return None
+
+
+def keep_shapes(folder: Path, admission: Admission, shapes: Shapes) -> None:
+    """Write the shapes of an adapter's shared modules, if they are not kept yet."""
+    path = folder / f"{admission.shapes}.json"
+    if read_record(ShapesFile, path) is None:
+        write_sealed(path, {"modules": shapes})
+
+
+def shapes_of(folder: Path, journal: Journal, known: Mapping[str, Shapes]) -> dict[str, Shapes]:
+    """Shapes of the shared modules of all admissions, by the digest in these.
+
+    Those of adapters that were taken out may be missing: their moments are summed again.
+
+    Args:
+        folder: of what is noted.
+        journal: the admissions.
+        known: adapters that can be read -> shapes of their modules.
+
+    Raises:
+        WorkspaceError: if those of another adapter are not there, whole.
+    """
+    found: dict[str, Shapes] = {}
+    for admission in journal.admissions:
+        if admission.shapes not in found and admission.name in known:
+            keep_shapes(folder, admission, known[admission.name])
+            found[admission.shapes] = known[admission.name]
+    for entry in journal.entries:
+        if isinstance(entry, Admission) and entry.shapes not in found:
+            kept = read_record(ShapesFile, folder / f"{entry.shapes}.json")
+            if kept is not None:
+                found[entry.shapes] = kept.modules
+            elif entry in journal.admissions:
+                raise WorkspaceError(
+                    "the workspace is damaged",
+                    adapter=entry.name,
+                    found=f"shapes/{entry.shapes}.json is missing, or is not what was written",
+                    remedy="Restore its source, from which it is mended; or take it out (lorashare-stream remove).",
+                )
+    return found

@@ -1,4 +1,4 @@
-"""Leases: arrays of zarr in which a step keeps moments, one for all modules of a side, a shape and a form.
+"""Leases: Zarr arrays that a step writes moments into, one for all modules of a side, a shape and a form.
 
     <lease>/second_A_768              S of some modules (m, d, d): a chunk of each, or several of 64 MiB
     <lease>/columns_B_768_1600        X' of some modules (m, n, d): a chunk of each, or several of 16 MiB
@@ -16,20 +16,20 @@ import json
 import math
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-from ..adapters.keys import SIDES, Side
+from ..adapters.keys import Side
 from ..files import remove_tree, sync, write_json
 from ..settings import QUANTUM
 from ..text import digest_of
+from .records import SUM, Marker, Slot
 
 T = TypeVar("T")
-Marker = Mapping[str, Any]  # of a module: `lease`, and by side the facts by which its moment is believed
-METADATA, SUM = "zarr.json", "sum_of_"
+METADATA = "zarr.json"
 SECOND_CHUNK, COLUMNS_CHUNK = 64 << 20, 16 << 20  # bytes of a chunk at most, unless a quantum of columns has more
 _ALIKE = 8  # steps an octave to which numbers of columns are rounded up, where modules have different ones
 _WORDS = {
@@ -39,44 +39,8 @@ _WORDS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """The place of a moment."""
-
-    lease: Annotated[str, "its group"]
-    array: Annotated[str, "the array in it"]
-    index: Annotated[int, "where it is on the module axis"]
-    form: Annotated[str, "`second` or `columns`"]
-    shape: Annotated[tuple[int, int, int], "(m, d, d) or (m, n, d) of the array"]
-    height: Annotated[int, "rows of a chunk"]
-    dtype: Annotated[str, "of the numbers, float32 or float64"]
-    metadata: Annotated[str, "digest of what says how the array, and that of the sums, are read"] = ""
-
-    @property
-    def bytes(self) -> int:
-        """Of the moment, without the sum."""
-        return math.prod(self.shape[1:]) * np.dtype(self.dtype).itemsize
-
-    def tops(self, count: int) -> range:
-        """The first rows of the chunks that hold `count` rows: one at least."""
-        return range(0, max(1, count), self.height)
-
-    def files(self, root: Path, count: int) -> list[Path]:
-        """The chunks that hold `count` rows, and that of the sum."""
-        folder = root / self.lease
-        chunks = [folder / self.array / f"c.{self.index}.{i}.0" for i in range(len(self.tops(count)))]
-        return [*chunks, folder / f"{SUM}{self.array}" / f"c.{self.index}.0"]
-
-
-def slot_of(marker: Marker, side: Side) -> Slot:
-    """The place of the moment of one side of a module."""
-    facts, (m, n, d) = marker[side], marker[side]["shape"]
-    names = ("array", "index", "form", "height", "dtype", "metadata")
-    return Slot(marker["lease"], shape=(m, n, d), **{name: facts[name] for name in names})
-
-
 def height_of(form: str, rows: int, dim: int, itemsize: int) -> int:
-    """Rows of a chunk: all of them, or an even part that its limit has; zarr fills the last chunk up with zeros.
+    """Rows of a chunk: all, or an even part within the limit; zarr pads the last chunk with zeros.
 
     Columns come in quanta, and chunks of whole ones are written as they come, unless that would fill up more than 1/8.
     """
@@ -91,7 +55,7 @@ def height_of(form: str, rows: int, dim: int, itemsize: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """The moment of a group that is to be written: its form, d, and rows (d of a second moment, else n)."""
+    """Moment to be written: form, d, and rows (d of a second moment, else n)."""
 
     form: str
     dim: int
@@ -99,7 +63,7 @@ class Need:
 
 
 def arrange(lease: str, needs: Mapping[tuple[str, Side], Need], dtype: str) -> dict[str, dict[Side, Slot]]:
-    """Places of moments, in as few arrays as can be; modules of one array in their order.
+    """Allocate slots for moments, in as few arrays as possible; modules of one array in their order.
 
     Columns of modules that have nearly as many are in one array, so that there are never many arrays.
     """
@@ -113,24 +77,25 @@ def arrange(lease: str, needs: Mapping[tuple[str, Side], Need], dtype: str) -> d
         name = f"{form}_{side}_{dim}" + (f"_{rows}" if form == "columns" else "")
         shape, height = (len(members), rows, dim), height_of(form, rows, dim, np.dtype(dtype).itemsize)
         for index, (module, _) in enumerate(members):
-            found.setdefault(module, {})[side] = Slot(lease, name, index, form, shape, height, dtype)
+            slot = Slot(lease=lease, array=name, index=index, form=form, shape=shape, height=height, dtype=dtype)
+            found.setdefault(module, {})[side] = slot
     return found
 
 
 def _rounded(count: int) -> int:
-    """The number of the interval in which a count is: those of one differ by a tenth at most."""
+    """Logarithmic bin of a count; counts of one bin differ by a tenth at most."""
     return math.ceil(math.log2(max(1, count)) * _ALIKE)
 
 
 def make_groups(root: Path, groups: Mapping[str, str]) -> None:
-    """Make folders groups of zarr, those that are none: path under `root` -> words that say what is in it."""
+    """Make folders Zarr groups, those that are none yet: path under `root` -> its description."""
     for path, words in groups.items():
         if not _is_group(root / path, words):
             write_json(root / path / METADATA, _group(words))
 
 
 def make_arrays(root: Path, slots: Mapping[str, Mapping[Side, Slot]], words: str) -> dict[str, dict[Side, Slot]]:
-    """Make the group and the arrays of a new lease, durable; the slots again, with the digest of their metadata."""
+    """Create and sync the group and the arrays of a new lease; returns the slots with the digest of their metadata."""
     members = _members((module, slot) for module, both in slots.items() for slot in both.values())
     leases = {lease for lease, _ in members}
     for lease in leases:
@@ -145,13 +110,15 @@ def make_arrays(root: Path, slots: Mapping[str, Mapping[Side, Slot]], words: str
     sync(root)
     digests = {key: _metadata(root / key[0], key[1]) for key in members}
     return {
-        module: {side: replace(slot, metadata=digests[slot.lease, slot.array]) for side, slot in both.items()}
+        module: {
+            side: slot.model_copy(update={"metadata": digests[slot.lease, slot.array]}) for side, slot in both.items()
+        }
         for module, both in slots.items()
     }
 
 
 def _members(slots: Iterable[tuple[str, Slot]]) -> dict[tuple[str, str], dict[str, Slot]]:
-    """Lease and array -> the modules in it, and their places."""
+    """Slots by lease and array, then by module."""
     found: dict[tuple[str, str], dict[str, Slot]] = {}
     for module, slot in slots:
         found.setdefault((slot.lease, slot.array), {})[module] = slot
@@ -163,7 +130,7 @@ def _metadata(lease: Path, array: str) -> str:
 
 
 def wait_for(function: Callable[..., Coroutine[Any, Any, T]], *arguments: Any) -> T:
-    """Run what calls zarr in a loop of its own, in a thread that ends with it.
+    """Run a coroutine of zarr in an event loop of its own, in a thread that ends with it.
 
     A process that is forked later must have no other thread. And after a fault nothing of it goes on: in zarr's own
     loop the other chunks of a call would still be written, and complain of it.
@@ -207,7 +174,7 @@ async def _write(root: Path, members: Mapping[tuple[str, str], Mapping[str, Slot
 
 
 def _group(words: str) -> dict[str, Any]:
-    """The metadata of a group, by the specification of Zarr 3."""
+    """Metadata of a Zarr 3 group."""
     return {"zarr_format": 3, "node_type": "group", "attributes": {"what": words}}
 
 
@@ -220,14 +187,14 @@ def _is_group(folder: Path, words: str) -> bool:
 
 
 def sweep(root: Path, markers: Mapping[str, Marker], words: str) -> None:
-    """Remove leases, arrays and chunks that no marker names, and write anew what has changed of what describes others.
+    """Remove leases, arrays and chunks that no marker names; repair the metadata of the others.
 
     Args:
         root: the folder of all leases.
         markers: of all modules that have one.
         words: that say what is in a lease.
     """
-    members = _members((m, slot_of(marker, side)) for m, marker in markers.items() for side in SIDES)
+    members = _members((m, moment.slot) for m, marker in markers.items() for moment in marker.sides.values())
     leases = {lease for lease, _ in members}
     for path in root.iterdir():
         if path.name in leases:
@@ -262,17 +229,7 @@ def _describes(lease: Path, array: str, digest: str) -> bool:
 
 
 def remove(root: Path, marker: Marker) -> None:
-    """Remove the chunks of a module's moments, whose marker names others now, or is gone."""
-    for side in SIDES:
-        for path in files_of(root, marker, side):
+    """Remove the chunks of a module's moments that its marker names no more."""
+    for moment in marker.sides.values():
+        for path in moment.files(root):
             path.unlink(missing_ok=True)
-
-
-def files_of(root: Path, marker: Marker, side: Side) -> list[Path]:
-    """The chunks of the moment of one side of a module."""
-    return slot_of(marker, side).files(root, rows_of(marker[side]))
-
-
-def rows_of(facts: Mapping[str, Any]) -> int:
-    """How many rows a moment has on disk, without those that fill up."""
-    return int(facts["dim"] if facts["form"] == "second" else facts["count"])

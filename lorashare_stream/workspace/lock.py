@@ -1,4 +1,4 @@
-"""Lock of a folder: one process at a time holds it, and says who it is.
+"""Lock of a folder, held by one process at a time, whose name stands beside it.
 
     lock          under the kernel's lock (flock), which the kernel releases however the process ends
     holder.json   the process that holds it: host, pid, since when
@@ -41,7 +41,7 @@ class Holder:
     token: Annotated[str, "of this hold"]
 
     def is_here(self) -> bool:
-        """Whether it runs, or ran, on this host."""
+        """Whether the process is one of this host."""
         return self.host == platform.node()
 
 
@@ -89,7 +89,7 @@ def held(folder: Path, *, take: bool = False) -> Iterator[Callable[[], None]]:
 
 
 def let_go() -> None:
-    """Remove the names of this process, which is about to end, from all locks: other hosts then see them free."""
+    """Remove the name of this process, which is about to end, from all locks."""
     for folder, mine in list(_held.items()):
         _remove(folder, mine)
 
@@ -102,7 +102,7 @@ def _remove(folder: Path, mine: Holder) -> None:
 
 @contextmanager
 def _flock(folder: Path, take: bool) -> Iterator[None]:
-    """Hold the kernel's lock; one that a process of another host holds is left to it, nameless, if it is taken over."""
+    """Hold the kernel's lock; to take over that of another host, a new file takes its place."""
     path = folder / LOCK
     lock = FileLock(path, blocking=False, thread_local=False, fallback_to_soft=False)
     for attempt in (0, 1):
@@ -137,7 +137,7 @@ def _held_by(folder: Path, holder: Holder | None) -> LockedError:
 
 
 def _holder(folder: Path) -> Holder | None:
-    """The process that the folder names; None if it names none."""
+    """Holder that the folder names, if any."""
     try:
         return _HOLDER.validate_python(read_json(folder / HOLDER))
     except (FileNotFoundError, ValueError):

@@ -1,4 +1,4 @@
-"""Moments on disk, written and read by zarr in places of a lease, and believed only if they are what was written.
+"""Moments on disk, in slots of Zarr arrays, verified by checksum when they are read.
 
 The marker of a module says where its moments are, with checksums of their numbers: a chunk that is missing is read as
 zeros, and "all chunks present" is no test. Zarr syncs nothing: `sync_moments` does, before a marker is written.
@@ -7,7 +7,6 @@ zeros, and "all chunks present" is no test. Zarr syncs nothing: `sync_moments` d
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..adapters.dtypes import Array
-from ..adapters.keys import SIDES, Side
 from ..errors import WorkspaceError
 from ..files import naming, sync
 from ..linalg.moments import Moment
-from .leases import SUM, Marker, Slot, files_of, rows_of, slot_of, wait_for
+from .leases import wait_for
+from .records import SUM, MomentRecord, Slot
 
 _TOGETHER = 4 << 20  # bytes of moments that are written by one call
 _MOST_OPEN = 256  # arrays that a process keeps open: each is what its metadata say, and no file
@@ -29,7 +28,7 @@ _STRIP = 1 << 17  # numbers squared at once, of which float64 copies stay in the
 
 
 class DamagedMoment(WorkspaceError):
-    """A moment whose chunks are missing or changed: it is computed anew."""
+    """Moment whose chunks are missing or changed; it is summed again."""
 
 
 async def _opened(path: Path, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: str, mode: str) -> Any:
@@ -60,7 +59,7 @@ async def _arrays(root: Path, slot: Slot, mode: str) -> tuple[Any, Any]:
 
 
 class Rows:
-    """Keeps blocks of vectors: those of several chunks are written, a whole chunk at a time, those of one are kept.
+    """Sink of blocks of vectors: written a chunk at a time, or kept in memory if all fit one chunk.
 
     Args:
         root: the folder of all leases.
@@ -103,11 +102,11 @@ class Rows:
         self._written += len(rows)
 
     def result(self) -> None:
-        """No second moment: the vectors are kept."""
+        """None: columns are kept, not a second moment."""
 
     @property
     def kept(self) -> Array | None:
-        """The vectors (n, d); None if they are written."""
+        """Vectors (n, d) in memory; None if they are written."""
         return None if self._written else self._held[: self._filled]
 
 
@@ -123,8 +122,8 @@ async def _put(root: Path, slot: Slot, rows: Array, first: int) -> None:
         await array.setitem(where, block)
 
 
-def save(root: Path, slots: Sequence[Slot], moments: Iterable[tuple[Moment, int]]) -> list[dict[str, Any]]:
-    """Write moments into their places, and return the facts by which `load` believes each.
+def save(root: Path, slots: Sequence[Slot], moments: Iterable[tuple[Moment, int]]) -> list[MomentRecord]:
+    """Write moments into their slots, and return the records by which `load` verifies them.
 
     Args:
         root: the folder of all leases.
@@ -138,8 +137,8 @@ def save(root: Path, slots: Sequence[Slot], moments: Iterable[tuple[Moment, int]
     return wait_for(_save, root, slots, iter(moments))
 
 
-async def _save(root: Path, slots: Sequence[Slot], moments: Iterator[tuple[Moment, int]]) -> list[dict[str, Any]]:
-    facts: list[dict[str, Any]] = []
+async def _save(root: Path, slots: Sequence[Slot], moments: Iterator[tuple[Moment, int]]) -> list[MomentRecord]:
+    records: list[MomentRecord] = []
     for part in _together(slots):
         first, some = slots[part.start], [next(moments) for _ in slots[part]]
         forms = [m.columns if m.second is None else m.second.T for m, _ in some]  # symmetric, and column-major
@@ -158,12 +157,21 @@ async def _save(root: Path, slots: Sequence[Slot], moments: Iterator[tuple[Momen
         with naming(root / first.lease / f"{SUM}{first.array}"):
             await sums.setitem(where, np.stack([m.sum for m, _ in some]))
         for slot, (moment, written), form in zip(slots[part], some, forms, strict=True):
-            facts.append(_facts(slot, moment, written if form is None else _checksum(form)))
-    return facts
+            checksum = written if form is None else _checksum(form)
+            records.append(
+                MomentRecord(
+                    slot=slot,
+                    count=moment.count,
+                    energy=moment.energy,
+                    checksum=checksum,
+                    sum_checksum=_checksum(moment.sum),
+                )
+            )
+    return records
 
 
 def _together(slots: Sequence[Slot]) -> Iterator[slice]:
-    """Places that one call writes: neighbours in an array, a chunk each, a few MiB of them."""
+    """Runs of neighbouring slots that one call writes: a chunk each, a few MiB in all."""
     start = 0
     for i, slot in enumerate(slots):
         after = slots[i + 1] if i + 1 < len(slots) else None
@@ -173,48 +181,38 @@ def _together(slots: Sequence[Slot]) -> Iterator[slice]:
             start = i + 1
 
 
-def _facts(slot: Slot, moment: Moment, checksum: int) -> dict[str, Any]:
-    return {
-        **{name: value for name, value in asdict(slot).items() if name != "lease"},
-        "count": moment.count,
-        "energy": moment.energy,
-        "dim": moment.dim,
-        "checksum": checksum,
-        "sum_checksum": _checksum(moment.sum),
-    }
-
-
-def sync_moments(root: Path, markers: Iterable[Marker]) -> None:
-    """Make moments durable, which zarr does not: their chunks, and the names of these."""
-    paths = [path for marker in markers for side in SIDES for path in files_of(root, marker, side)]
+def sync_moments(root: Path, records: Iterable[MomentRecord]) -> None:
+    """Sync the chunks of moments and their folders, which zarr does not."""
+    paths = [path for record in records for path in record.files(root)]
     for path in paths:
         sync(path)
     for folder in sorted({path.parent for path in paths}):
         sync(folder)
 
 
-def load(root: Path, marker: Marker, side: Side) -> Moment:
-    """Read the moment of one side of a module.
+def load(root: Path, record: MomentRecord) -> Moment:
+    """Read a moment.
 
     Raises:
         DamagedMoment: if a chunk is missing, fails its checksum, or the trace is not what it was.
         OSError: of the machine: what cannot be read now may be whole.
     """
-    slot, facts, traces = slot_of(marker, side), marker[side], [0.0]
+    slot, traces = record.slot, [0.0]
     try:
         with naming(root / slot.lease / slot.array):
-            total, form, checksum = wait_for(_load, root, slot, rows_of(facts), traces)
-        if (checksum, _checksum(total)) != (facts["checksum"], facts["sum_checksum"]):
+            total, form, checksum = wait_for(_load, root, slot, record.rows, traces)
+        if (checksum, _checksum(total)) != (record.checksum, record.sum_checksum):
             raise ValueError("the numbers fail their checksum")
     except (FileNotFoundError, ValueError, KeyError, TypeError) as e:
         raise DamagedMoment("a moment is damaged", found=f"{type(e).__name__}: {e}") from e
-    stacked = slot.form == "columns"
-    trace = sum(traces) if stacked else float(np.trace(form, dtype=float))
-    energy, count = float(facts["energy"]), int(facts["count"])
+    trace = sum(traces) if record.stacked else float(np.trace(form, dtype=float))
     vanishing = form.size * float(np.finfo(form.dtype).tiny)  # squares below it became zero
-    if not abs(trace - energy) <= 1e-4 * energy + vanishing:
-        raise DamagedMoment("a moment is not what was written", found=f"trace {trace}", expected=f"energy {energy}")
-    return Moment(None if stacked else form.T, form if stacked else None, total, count, energy)
+    if not abs(trace - record.energy) <= 1e-4 * record.energy + vanishing:
+        raise DamagedMoment(
+            "a moment is not what was written", found=f"trace {trace}", expected=f"energy {record.energy}"
+        )
+    second, columns = (None, form) if record.stacked else (form.T, None)
+    return Moment(second, columns, total, record.count, record.energy)
 
 
 async def _load(root: Path, slot: Slot, rows: int, traces: list[float]) -> tuple[NDArray[np.float64], Array, int]:
@@ -234,7 +232,7 @@ async def _load(root: Path, slot: Slot, rows: int, traces: list[float]) -> tuple
 
 
 def _checksum(rows: Array, before: int = 0) -> int:
-    """The crc32c of numbers as they lie on disk, after that of those before them."""
+    """crc32c of an array as it lies on disk, continued from `before`."""
     return int(google_crc32c.extend(before, np.ascontiguousarray(rows).reshape(-1).view(np.uint8)))
 
 

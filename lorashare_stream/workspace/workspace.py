@@ -1,4 +1,4 @@
-"""The folder of resumable state: what is admitted, what is summed, what is fitted.
+"""Workspace: the folder of resumable state.
 
     workspace.json            what its numbers depend on (objective, centring, quantum, base model, ...); kept twice
     lock, holder.json         who holds it: one process at a time
@@ -26,30 +26,22 @@ import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..adapters.keys import SIDES, Side
+from ..adapters.keys import Side
 from ..adapters.scaling import Shapes
 from ..errors import WorkspaceError
-from ..files import (
-    own_folder,
-    read_sealed,
-    refuse_links,
-    remove_tree,
-    sync,
-    write_json,
-    write_sealed,
-)
-from ..schema import NEWER, read_skipped
+from ..files import own_folder, read_sealed, refuse_links, remove_tree, sync, write_json, write_sealed
+from ..schema import read_skipped
 from ..text import printable, slug
 from . import leases
-from .journal import Admission, Journal, Removal, append, read_journal
-from .leases import Need, Slot
+from .journal import Admission, Journal, Removal, append, keep_shapes, read_journal, shapes_of
+from .leases import Need
 from .lock import HOLDER, LOCK, held
-from .shapes import keep_shapes, shapes_of
+from .records import FORMAT, Binding, Marker, Published, Slot, binding_of, read_record
 
-FORMAT = 2
 IN_WORK = "in_work.json"
 COPY = "workspace.copy.json"  # no other program has a file of that name
 _COPIES = ("workspace.json", COPY)
@@ -68,7 +60,7 @@ class Workspace:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.moments, self.markers, self.bases, self.shapes = (root / name for name in _FOLDERS)
+        self.moments, self.markers_folder, self.bases, self.shapes = (root / name for name in _FOLDERS)
         self.check_held: Callable[[], None] = lambda: None
         self._noted: set[str] = set()  # shapes that are known to be kept
 
@@ -97,7 +89,7 @@ class Workspace:
         with held(root, take=take_lock) as work.check_held:
             for name in _FOLDERS:
                 own_folder(root / name)
-            work._bind(work._binding() if binding is None else {**binding, "format": FORMAT})
+            work._bind(binding or {})
             work._clean()
             leases.make_groups(root, _GROUPS)
             sync(root.parent)
@@ -107,38 +99,44 @@ class Workspace:
         """Whether there is a workspace."""
         return any((self.root / name).exists() for name in _COPIES)
 
-    def _bind(self, binding: dict[str, Any]) -> None:
+    def _bind(self, binding: Mapping[str, Any]) -> None:
+        """Bind the workspace, or demand that it is bound to the same; an empty binding asks for nothing."""
         found = self._binding()
-        if not found and self.exists():
+        if found is None and self.exists():
             raise WorkspaceError(
                 f"the workspace {printable(self.root)} is damaged",
                 found=" and ".join(_COPIES),
                 remedy="Delete it, or choose another.",
             )
-        if found.get("format", 0) > FORMAT:
-            raise WorkspaceError(
-                f"the workspace {printable(self.root)} was written by a newer version of lorashare-stream",
-                found=f"format {found['format']}", expected=FORMAT, remedy=NEWER,
-            )  # fmt: skip
-        differing = sorted(k for k in binding.keys() | found.keys() if binding.get(k) != found.get(k))
-        if found and differing:
+        there = {} if found is None else found.model_dump()
+        differing = sorted(k for k in binding if there and there[k] != binding[k])
+        if differing:
             raise WorkspaceError(
                 f"the workspace {printable(self.root)} was made with other settings",
-                found=", ".join(f"{k}={printable(found.get(k))}" for k in differing),
-                expected=", ".join(f"{k}={printable(binding.get(k))}" for k in differing),
+                found=", ".join(f"{k}={printable(there[k])}" for k in differing),
+                expected=", ".join(f"{k}={printable(binding[k])}" for k in differing),
                 remedy="Choose another workspace, and another output, or delete this one.",
             )
+        values = there or ({**binding, "format": FORMAT} if binding else {})
         for name in _COPIES:
-            if read_sealed(self.root / name) != binding:
-                write_sealed(self.root / name, binding)
+            if read_sealed(self.root / name) != values:
+                write_sealed(self.root / name, values)
 
-    def _binding(self) -> dict[str, Any]:
-        """What it is bound to; empty if it is new, or both copies are damaged."""
-        return next((found for name in _COPIES if (found := read_sealed(self.root / name))), {})
+    def _binding(self) -> Binding | None:
+        """Binding on disk; None if it is new, or both copies are damaged."""
+        found = next((values for name in _COPIES if (values := read_sealed(self.root / name))), None)
+        return None if found is None else binding_of(found, self.root)
+
+    @property
+    def binding(self) -> Binding:
+        """Binding of an open workspace."""
+        found = self._binding()
+        assert found is not None
+        return found
 
     def _clean(self) -> None:
-        """Remove what dead runs left: temporary files, and moments that no marker names."""
-        for folder in (self.root, self.markers, self.shapes, *self.bases.iterdir()):
+        """Remove temporary files, and moments that no marker names, of dead runs."""
+        for folder in (self.root, self.markers_folder, self.shapes, *self.bases.iterdir()):
             for path in (*folder.glob(".*.tmp"), *folder.glob("*.partial")):
                 path.unlink()
         self.sweep()
@@ -150,11 +148,11 @@ class Workspace:
         return self.root / "journal.jsonl"
 
     def journal(self) -> Journal:
-        """The journal as it stands; reads only, and needs no lock."""
+        """Read the journal; needs no lock."""
         return read_journal(self._journal)[0]
 
     def recover_journal(self) -> Journal:
-        """The journal, cut where it is torn: what a crash tore off at the end was never vouched for."""
+        """Read the journal, and truncate it at its first damaged line: what a crash tore was never acknowledged."""
         journal, whole = read_journal(self._journal)
         size = self._journal.stat().st_size if self._journal.exists() else 0
         if size != whole:
@@ -168,9 +166,9 @@ class Workspace:
         return journal
 
     def base_model(self) -> str | None:
-        """The base model that it is bound to, if it is there and names one."""
-        name = self._binding().get("base_model")
-        return name if isinstance(name, str) and name else None
+        """Base model that the workspace is bound to, if any."""
+        found = self._binding()
+        return (found.base_model or None) if found is not None else None
 
     def admit(self, admission: Admission, shapes: Shapes, *, durable: bool) -> None:
         """Append an admission; `durable` ones survive a power cut, with all before them."""
@@ -182,7 +180,7 @@ class Workspace:
         append(self._journal, [admission], durable=durable)
 
     def shapes_of(self, journal: Journal, known: Mapping[str, Shapes]) -> dict[str, Shapes]:
-        """The shared modules of all admissions; as `shapes.shapes_of`."""
+        """Shapes of the shared modules of all admissions: `journal.shapes_of`."""
         return shapes_of(self.shapes, journal, known)
 
     def sync_journal(self) -> None:
@@ -195,7 +193,7 @@ class Workspace:
         append(self._journal, removals, durable=True)
 
     def skip(self, left_out: list[dict[str, Any]]) -> None:
-        """Note which adapters this run leaves out, and why."""
+        """Write skipped.json."""
         write_json(self.root / "skipped.json", left_out)
 
     def skipped(self) -> set[str]:
@@ -204,25 +202,23 @@ class Workspace:
 
     # -- moments -------------------------------------------------------------------------------------
 
-    def marker(self, module: str) -> dict[str, Any] | None:
-        """What is summed of a module: `lease`, `entries` of the journal, facts of sides `A` and `B`."""
-        marker = _read_marker(self._marker(module))
-        return marker if marker is not None and marker["module"] == module else None
+    @cached_property
+    def markers(self) -> dict[str, Marker]:
+        """Markers by module, read once, and updated as they are written."""
+        found = (read_record(Marker, path) for path in self.markers_folder.glob("*.json"))
+        return {marker.module: marker for marker in found if marker is not None}
 
-    def modules(self) -> set[str]:
-        """The modules that have moments."""
-        return {str(marker["module"]) for path in self.markers.glob("*.json") if (marker := _read_marker(path))}
-
-    def mark(self, marker: Mapping[str, Any]) -> None:
-        """Replace the marker of a module's moments, which are on disk, and remove what it named before."""
+    def mark(self, marker: Marker) -> None:
+        """Replace the marker of a module, whose moments are on disk, and remove the moments that it named before."""
         self.check_held()
-        old = self.marker(marker["module"])
-        write_sealed(self._marker(marker["module"]), marker)
-        if old is not None and old["lease"] != marker["lease"]:
+        old = self.markers.get(marker.module)
+        write_sealed(self._marker(marker.module), marker.model_dump())
+        self.markers[marker.module] = marker
+        if old is not None and old.lease != marker.lease:
             leases.remove(self.moments, old)
 
     def lease(self, needs: Mapping[tuple[str, Side], Need]) -> dict[str, dict[Side, Slot]]:
-        """Places for moments that are to be written, in a lease of their own.
+        """Allocate slots for moments in a new lease.
 
         Its name is used once, so that neither a task that outlived its run nor a basis of other moments can be
         mistaken for one of it.
@@ -230,64 +226,61 @@ class Workspace:
         self.check_held()
         if not needs:
             return {}
-        slots = leases.arrange(uuid.uuid4().hex, needs, self._binding()["moment_dtype"])
+        slots = leases.arrange(uuid.uuid4().hex, needs, self.binding.moment_dtype)
         return leases.make_arrays(self.moments, slots, self._words())
 
     def sweep(self) -> None:
         """Remove moments that no marker names."""
-        markers = {module: marker for module in self.modules() if (marker := self.marker(module)) is not None}
-        leases.sweep(self.moments, markers, self._words())
+        leases.sweep(self.moments, self.markers, self._words())
 
     def _words(self) -> str:
-        """What is in a lease: of which vectors its arrays are."""
-        objective = self._binding().get("objective")
+        """Description of the vectors in a lease."""
+        objective = self.binding.objective
         x = f"objective {objective}: x are columns of the adapters' LoRA matrices, of A' for side A, of B for side B"
         return x if objective == "factors" else f"{x}, times the other one and its scaling, as a share of ||dW||"
 
     def _marker(self, module: str) -> Path:
-        return self.markers / f"{slug(module)}.json"
+        return self.markers_folder / f"{slug(module)}.json"
 
     def discard(self, module: str) -> None:
-        """Remove a module's moments; what is fitted to them stays."""
-        old = self.marker(module)
+        """Remove a module's moments; its bases stay."""
+        old = self.markers.pop(module, None)
         self._marker(module).unlink(missing_ok=True)
         if old is not None:
             leases.remove(self.moments, old)
 
     def forget(self, module: str) -> None:
-        """Remove a module's moments and bases: they are computed anew."""
+        """Remove a module's moments and bases, so that they are computed again."""
         for path in self.bases.glob(f"*/{slug(module)}.json"):
             path.unlink()
         self.discard(module)
 
-    def has_fitted(self, module: str) -> bool:
-        """Whether there is a basis of a module: its moments, if they are not there, were discarded."""
-        return any(self.bases.glob(f"*/{slug(module)}.json"))
+    def discarded(self, modules: Iterable[str]) -> set[str]:
+        """Modules without moments that have bases."""
+        fitted = {path.stem for path in self.bases.glob("*/*.json")}
+        return {module for module in modules if module not in self.markers and slug(module) in fitted}
 
     # -- bases and outputs ---------------------------------------------------------------------------
 
     def bases_for(self, digest: str) -> Path:
-        """The folder of the bases of one choice of k, dtype and admissions; those of others are dropped."""
+        """Folder of the bases of a checkpoint key; those of other keys are removed."""
         for path in self.bases.iterdir():
             if path.name != digest:
                 remove_tree(path)
         return own_folder(self.bases / digest)
 
+    def _published(self) -> dict[str, list[str]]:
+        found = read_record(Published, self.root / "published.json")
+        return {} if found is None else found.root
+
     def published(self) -> set[str]:
-        """Digests of the bases that this workspace has published; checkpoints may have been moved since."""
-        outputs = read_sealed(self.root / "published.json")
-        return {digest for digests in outputs.values() for digest in digests}
+        """Basis keys of all checkpoints that this workspace has published."""
+        return {digest for digests in self._published().values() for digest in digests}
 
     def publishing(self, out: Path, basis_key: str, there: object = None) -> None:
-        """Note, before it happens, that a checkpoint is published; one of ours that is `there` stays ours till then."""
+        """Register a checkpoint that is about to be published; the key of ours that is `there` is kept until then."""
         self.check_held()
-        path = self.root / "published.json"
-        outputs = read_sealed(path)
-        outputs[str(out.absolute())] = [*({there} & self.published()), basis_key]
-        write_sealed(path, outputs)
-
-
-def _read_marker(path: Path) -> dict[str, Any] | None:
-    """A marker; None if there is none, or it is not what was written: the module is summed again."""
-    marker = read_sealed(path)
-    return marker if marker.keys() >= {"module", "lease", "entries", "admitted", *SIDES} else None
+        outputs = self._published()
+        kept = [there] if isinstance(there, str) and there in self.published() else []
+        outputs[str(out.absolute())] = [*kept, basis_key]
+        write_sealed(self.root / "published.json", outputs)

@@ -1,38 +1,39 @@
-"""Growing: adapters that the bases of a checkpoint hold well enough are projected on them, at the cost of one each."""
+"""Adapt a SHARE checkpoint to other adapters on the bases that it has: project new ones, take others out."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..adapters.keys import SIDES, group_id
+from ..adapters.safetensors import read_header
 from ..checkpoint.config import CheckpointRecord, SHAREConfig, read_share_config, record_of
-from ..checkpoint.format import ours_of
-from ..checkpoint.records import check_components, has_files, metas_of, sizes_of
+from ..checkpoint.format import ADAPTERS, LOADINGS, ours_of, skipped_of
+from ..checkpoint.records import admission_in, check_components, has_files, metas_of, sizes_of
 from ..checkpoint.staging import Staging
 from ..checkpoint.summary import share_config, statistics_of
-from ..errors import AdapterError, CollectionError, LockedError, WorkspaceError
+from ..errors import AdapterError, CollectionError, LockedError, StreamError, WorkspaceError
 from ..text import counted, digest_of, listed
 from ..workspace.journal import Admission
-from .job import Job
-from .passes import checkpoint_key_of, project
+from .job import Job, checkpoint_key_of
+from .project import project
 from .run import Run
 
 log = logging.getLogger(__name__)
 
 
-def growable(job: Job, out: Path, own: Collection[str]) -> SHAREConfig | None:
-    """The configuration of the checkpoint at `out`, if it is this workspace's, and only lacks adapters of the job.
+def growable(job: Job, own: Collection[str]) -> SHAREConfig | None:
+    """Configuration of the checkpoint at the job's output, if it can grow to the job's adapters; else None.
 
     Args:
         job: of the run.
-        out: the checkpoint's folder.
-        own: digests of the bases that the workspace has published.
+        own: digests of the bases of checkpoints that may be changed.
     """
-    ours = ours_of(out) or {}
+    out, ours = job.out, ours_of(job.out) or {}
     if ours.get("choice") != job.settings_key or ours.get("basis_digest") not in own:
         return None
     config = read_share_config(out)
@@ -44,17 +45,16 @@ def growable(job: Job, out: Path, own: Collection[str]) -> SHAREConfig | None:
 def grow(
     run: Run,
     job: Job,
-    out: Path,
     config: SHAREConfig,
     left_out: list[dict[str, Any]],
     threshold: float,
     counts: Mapping[str, int] | None = None,
 ) -> tuple[bool, dict[str, float]]:
-    """Project the adapters that a checkpoint lacks on its bases, and publish it with them if all are held well enough.
+    """Project new adapters on the bases of a checkpoint, and publish it if the bases keep enough of each.
 
     Args:
         run, job: of the adapters that there will be.
-        out, config: the checkpoint.
+        config: of the checkpoint.
         left_out: adapters that were left out.
         threshold: share of its dW energy that the bases must keep of each.
         counts: group -> n of the adapters that there will be, if the job does not know them all.
@@ -62,8 +62,7 @@ def grow(
     Returns:
         Whether they were published; and the share of its dW energy that each keeps.
     """
-    record = record_of(config)
-    named = set(config.adapter_names)
+    record, out, named = record_of(config), job.out, set(config.adapter_names)
     fresh = [r for r in job.journal.admissions if r.name not in named]
     outside = [r.name for r in fresh if not _is_covered(record, job, r)]
     if outside:
@@ -79,15 +78,27 @@ def grow(
             return False, kept
         shared = [r.name for r in fresh if statistics[r.name].shared]
         grown = record.counting(counts or job.counts).model_copy(update={"projected": [*record.projected, *shared]})
-        names = [r.name for r in job.journal.admissions]
         staging.link(out, config.adapter_names)
-        new = changed(staging.root, grown, names, job.checkpoint_key, left_out)
-        staging.commit(out, new, left_out)
+        _publish(staging, out, grown, [r.name for r in job.journal.admissions], job.checkpoint_key, left_out)
     return True, kept
 
 
+def _publish(
+    staging: Staging,
+    out: Path,
+    record: CheckpointRecord,
+    names: Sequence[str],
+    digest: str,
+    left_out: list[dict[str, Any]],
+) -> None:
+    """Publish the staged checkpoint of some adapters on the bases of another one."""
+    statistics = [statistics_of(meta) for meta in metas_of(staging.root, names)]
+    sizes = sizes_of(staging.root, names)
+    staging.commit(out, share_config(record, statistics, digest=digest, sizes=sizes, skipped=left_out), left_out)
+
+
 def demand_unchanged(out: Path, config: SHAREConfig) -> None:
-    """Demand that a checkpoint is as it was when it was read, before there was a lock.
+    """Check that a checkpoint has not changed since it was read without a lock.
 
     Raises:
         LockedError: if another run has changed it since.
@@ -99,7 +110,7 @@ def demand_unchanged(out: Path, config: SHAREConfig) -> None:
 
 
 def _is_covered(record: CheckpointRecord, job: Job, admission: Admission) -> bool:
-    """Whether there is a basis for every module of an adapter."""
+    """Whether every module of an adapter has a basis."""
     shapes = job.shapes[admission.shapes] if job.shares(admission) else {}
     return all(group_id(module, side) in record.groups for module in shapes for side in SIDES)
 
@@ -128,28 +139,67 @@ def _have(names: Sequence[str]) -> str:
     return f"{counted(len(names), 'new adapter')} ({listed(names, 3)}) {'has' if len(names) == 1 else 'have'}"
 
 
-def changed(
-    root: Path,
-    record: CheckpointRecord,
-    names: Sequence[str],
-    digest: str,
-    skipped: list[dict[str, Any]],
-) -> dict[str, Any]:
-    """The configuration of a staged checkpoint that has other adapters than the one that it takes its bases from."""
-    statistics = [statistics_of(meta) for meta in metas_of(root, names)]
-    return share_config(record, statistics, digest=digest, sizes=sizes_of(root, names), skipped=skipped)
+def shrink(out: Path, config: SHAREConfig, names: Sequence[str]) -> None:
+    """Take adapters out of a SHARE checkpoint; bases and the other adapters stay as they are.
+
+    Args:
+        out, config: the checkpoint.
+        names: of adapters that it names, or did before this was interrupted.
+    """
+    record, gone = record_of(config), set(names)
+    if gone.isdisjoint(config.adapter_names) and not any((out / ADAPTERS / name).exists() for name in gone):
+        return
+    counts = _counts_without(out, config, gone)
+    outside = {*_outside(config), *record.projected}
+    projected = [n for n in record.projected if n not in gone]
+    removed = sorted({*record.removed, *(n for n in config.adapter_names if n in gone - outside)})
+    less = record.counting(counts).model_copy(update={"projected": projected, "removed": removed})
+    left_out = skipped_of(out)
+    stay = [n for n in config.adapter_names if n not in gone]
+    digest = checkpoint_key_of(record.choice, [admission_in(meta) for meta in metas_of(out, stay)])
+    with Staging.open(out, digest_of(["shrinking", digest])) as staging:
+        demand_unchanged(out, config)
+        staging.link(out, stay)
+        _publish(staging, out, less, stay, digest, left_out)
 
 
-def check_kept(job: Job, out: Path) -> None:
-    """Demand that a run does not lose adapters of the checkpoint at `out`: a damaged journal may have lost them.
+def _counts_without(out: Path, config: SHAREConfig, gone: Collection[str]) -> dict[str, int]:
+    """Number of vectors of each group without some adapters: by subtraction, or by counting if one is damaged."""
+    outside, groups = _outside(config), record_of(config).groups
+
+    def vectors(names: Iterable[str]) -> Counter[str]:
+        found: Counter[str] = Counter()
+        for name in set(names) - outside:
+            found.update({group: n for group, n in _vectors(out, name).items() if group in groups})
+        return found
+
+    try:
+        less = vectors(name for name in config.adapter_names if name in gone)
+    except (StreamError, OSError):
+        return dict(vectors(name for name in config.adapter_names if name not in gone))
+    return {group: basis.n - less[group] for group, basis in groups.items()}
+
+
+def _outside(config: SHAREConfig) -> set[str]:
+    """Adapters that no basis is fitted to; one whose dW is zero may still have loadings."""
+    return set(record_of(config).verbatim_adapters)
+
+
+def _vectors(out: Path, name: str) -> dict[str, int]:
+    """Number of vectors of an adapter in each group."""
+    return {r.name: r.shape[1] for r in read_header(out / ADAPTERS / name / LOADINGS)}  # of (k, r)
+
+
+def check_kept(job: Job) -> None:
+    """Check that a run keeps all adapters of the checkpoint: a damaged journal may have lost some.
 
     Raises:
         WorkspaceError: naming those that the workspace neither has nor has taken out.
     """
-    if "settings" not in (ours_of(out) or {}):
+    if "settings" not in (ours_of(job.out) or {}):
         return  # none, or not ours to lose
     known = {entry.name for entry in job.journal.entries}
-    lost = [name for name in read_share_config(out).adapter_names if name not in known]
+    lost = [name for name in read_share_config(job.out).adapter_names if name not in known]
     if lost:
         raise WorkspaceError(
             "the checkpoint has adapters that the workspace has not, and the sources do not give",
@@ -159,7 +209,7 @@ def check_kept(job: Job, out: Path) -> None:
 
 
 def check_sources(job: Job, absent: Sequence[AdapterError], kept: Mapping[str, float], threshold: float) -> None:
-    """Demand the sources of all adapters, which are projected anew when bases are fitted again.
+    """Check that all sources exist before bases are fitted again, since every adapter is then projected again.
 
     Raises:
         CollectionError: naming those that are gone, and what is possible without them.
@@ -178,7 +228,7 @@ def check_sources(job: Job, absent: Sequence[AdapterError], kept: Mapping[str, f
 
 
 def offer(kept: Mapping[str, float], threshold: float) -> str:
-    """What can be had of new adapters without fitting bases anew, and at what loss."""
+    """Remedy of an error: the threshold at which the existing bases would be accepted."""
     poor = {name: share for name, share in kept.items() if share < threshold}
     if not poor or min(poor.values()) <= 0:
         return ""
