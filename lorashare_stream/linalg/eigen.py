@@ -19,7 +19,7 @@ from scipy.linalg import eigh
 
 from ..adapters.dtypes import Array, Float64
 from .krylov import MatVec, krylov, sketch, width
-from .moments import Moment, add_block, mirror
+from .moments import HostSum, Moment, add_block, mirror
 
 _SPARE = 8  # eigenvectors of float32 beyond those that are wanted
 _TILE = 1024  # entries of every vector that are turned into float64 at once
@@ -125,7 +125,7 @@ def _symmetric(moment: Moment) -> Array:
     """A copy of S (d, d), or, of fewer columns than d, X'X (n, n), which has the same eigenvalues but for zeros."""
     if moment.columns is None:
         return moment.rows.T.copy(order="F")
-    return _gram(moment.columns) if moment.count <= moment.dim else _second(moment.columns)
+    return _gram(moment.columns) if moment.count <= moment.dim else HostSum(moment).result()
 
 
 def _gram(rows: Array) -> Float64:
@@ -137,14 +137,6 @@ def _gram(rows: Array) -> Float64:
         add_block(gram, np.ascontiguousarray(rows[:, start : start + _TILE].T, np.float64))
     mirror(gram)
     return gram
-
-
-def _second(rows: Array) -> Array:
-    """S = X X' (d, d), column-major, in the dtype of the rows X' (n, d)."""
-    second: Array = np.zeros((rows.shape[1], rows.shape[1]), rows.dtype, order="F")
-    add_block(second, np.ascontiguousarray(rows))
-    mirror(second)
-    return second
 
 
 def _restored(rows: Array, q: Array) -> Float64:
