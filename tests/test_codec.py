@@ -35,7 +35,7 @@ from lorashare_stream.codec.code import (
     likely_step,
     search,
 )
-from lorashare_stream.codec.directions import ALONE, Axes, Basis, Shared, Side, as_bytes, from_bytes
+from lorashare_stream.codec.directions import ALONE, Axes, Basis, Integers, Shared, as_bytes, from_bytes
 from lorashare_stream.codec.entropy import Decoder, Encoder, bits_in
 from lorashare_stream.codec.factors import CodedModule, layouts_of, rounded
 from lorashare_stream.codec.quantiser import HIGHEST, LOWEST, TABLES, WHOLE, low_bits, table
@@ -484,7 +484,7 @@ def whole_numbers(shape: tuple[int, ...], spread: int, seed: int) -> np.ndarray:
 
 def group(left: np.ndarray, right: np.ndarray) -> Group:
     """A group without directions."""
-    return Group(*(Side(np.zeros((*side.shape[:2], 0), np.float32), side) for side in (left, right)))
+    return Group(*(Integers(np.zeros((*side.shape[:2], 0), np.float32), side) for side in (left, right)))
 
 
 def layout_of(given: Group) -> Layout:

@@ -15,7 +15,7 @@ import numpy as np
 from ..adapters.dtypes import Array
 from ..adapters.scaling import Scaling
 from ..linalg.delta import DeltaError
-from .directions import ALONE, Directions, Shared, Side, joined
+from .directions import ALONE, Directions, Shared, joined
 from .factors import CodedModule, both_sides, errors, factors, layouts_of
 from .pairs import Pairs, Quantised, norm_of, pairs_of, quantise
 from .stream import Group, Shape, decode, encode
@@ -119,13 +119,13 @@ class Subject:
 
     def _groups(self, trial: Trial) -> list[Group]:
         """The integers in the order of the stream: shapes ascending, pairs in the order of the modules."""
-        found: dict[str, tuple[Side, Side]] = {}
+        found: dict[str, Group] = {}
         for batch, part in zip(self.batches, trial, strict=True):
             experts = batch.scalings[0].experts
             for i, m in enumerate(batch.modules):
                 own = slice(i * experts, (i + 1) * experts)
-                found[m.name] = part.left[own], part.right[own]
-        alike: dict[Shape, list[tuple[Side, Side]]] = {}
+                found[m.name] = Group(part.left[own], part.right[own])
+        alike: dict[Shape, list[Group]] = {}
         for m in self.modules:
             alike.setdefault(m.shape, []).append(found[m.name])
         return [Group(*map(joined, zip(*alike[shape], strict=True))) for shape in sorted(alike)]

@@ -126,7 +126,7 @@ def _decoded(facts: Mapping[str, tuple[int, list[tuple[int, int]]]], coder: Deco
 
 
 @dataclass(frozen=True)
-class Side:
+class Integers:
     """The integers of n pairs on one side, as float32: loadings (n, r, K) on directions, and the rest (n, r, d)."""
 
     loadings: Array
@@ -137,18 +137,18 @@ class Side:
         """Which columns (n, r) are not zero."""
         return np.asarray(self.rest.any(axis=-1) | self.loadings.any(axis=-1))
 
-    def __getitem__(self, pairs: slice) -> Side:
+    def __getitem__(self, pairs: slice) -> Integers:
         """Some of the pairs."""
-        return Side(self.loadings[pairs], self.rest[pairs])
+        return Integers(self.loadings[pairs], self.rest[pairs])
 
-    def only(self, live: NDArray[np.bool_]) -> Side:
+    def only(self, live: NDArray[np.bool_]) -> Integers:
         """The same with all other columns zero."""
-        return Side(self.loadings * live[..., None], self.rest * live[..., None])
+        return Integers(self.loadings * live[..., None], self.rest * live[..., None])
 
 
-def joined(sides: Sequence[Side]) -> Side:
+def joined(sides: Sequence[Integers]) -> Integers:
     """The pairs of several, which have the same r, d and K."""
-    return Side(np.concatenate([s.loadings for s in sides]), np.concatenate([s.rest for s in sides]))
+    return Integers(np.concatenate([s.loadings for s in sides]), np.concatenate([s.rest for s in sides]))
 
 
 def _present(shared: Shared, groups: Sequence[str], d: int) -> Iterator[tuple[int, Basis]]:
@@ -202,22 +202,22 @@ class Directions:
             vectors[i, : len(basis.offsets)] = basis.vectors
         return cls(axes, vectors)
 
-    def quantised(self, rows: Array, step: float) -> Side:
+    def quantised(self, rows: Array, step: float) -> Integers:
         """The integers of columns (n, r, d)."""
         if not self.axes.own.size:
-            return Side(np.zeros((*rows.shape[:2], 0), np.float32), quantised(rows, step))
+            return Integers(np.zeros((*rows.shape[:2], 0), np.float32), quantised(rows, step))
         loadings = rows @ self.vectors.swapaxes(-1, -2)
         rest = rows - loadings @ self.vectors
         sigmas = np.sqrt(np.einsum("...d,...d->...", rest, rest) / np.float32(rows.shape[-1])) / step
         kinds = self.axes.classes(classes_of(sigmas))
         found = quantised_in(kinds, loadings / np.float32(step)) * self.axes.own[:, None]
-        return Side(found, quantised(rows - np.float32(step) * (found @ self.vectors), step))
+        return Integers(found, quantised(rows - np.float32(step) * (found @ self.vectors), step))
 
-    def sums(self, side: Side) -> Array:
+    def sums(self, side: Integers) -> Array:
         """The columns (n, r, d) that integers stand for, in steps, as float32."""
         return side.rest + side.loadings @ self.vectors if self.axes.own.size else side.rest
 
-    def exactly(self, side: Side) -> Float64:
+    def exactly(self, side: Integers) -> Float64:
         """The same in float64, with so many binary digits of a column that sums of d squares are exact."""
         found = side.rest.astype(np.float64)
         if self.axes.own.size:

@@ -19,9 +19,9 @@ from math import fsum, sqrt
 import numpy as np
 
 from ..adapters.dtypes import Array, Float64
-from ..adapters.keys import Side as FactorSide
+from ..adapters.keys import Side
 from ..adapters.scaling import Scaling
-from .directions import Directions, Side
+from .directions import Directions, Integers
 
 _RIDGE = 1e-9  # of each diagonal entry of G
 
@@ -69,7 +69,7 @@ def pairs_of(a: Array, b: Array, scalings: Sequence[Scaling]) -> Pairs:
     return Pairs(left * signs, right.astype(np.float32) * signs, values)
 
 
-def _orthonormal(rows: Array, side: FactorSide, scaling: Scaling) -> tuple[Float64, Float64]:
+def _orthonormal(rows: Array, side: Side, scaling: Scaling) -> tuple[Float64, Float64]:
     """Q (m E, d, r) and R of the vectors of each expert, given as rows (m, E r, d)."""
     blocks = scaling.blocks(rows, side)
     columns = blocks.reshape(-1, *blocks.shape[-2:]).swapaxes(-1, -2)
@@ -85,8 +85,8 @@ class Quantised:
         error: ||dW - dW^||^2 / n^2, summed over the pairs, from float32 products.
     """
 
-    left: Side
-    right: Side
+    left: Integers
+    right: Integers
     error: float
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..adapters.dtypes import Float64
 from .code import FINEST, Subject, likely_step
-from .directions import Directions, Side
+from .directions import Directions, Integers
 from .pairs import Quantised
 from .stream import columns_of
 
@@ -77,7 +77,7 @@ def _pair_bits(found: Quantised, on: tuple[Directions, Directions]) -> float:
     return sum(float(side_bits(side, d).sum()) for side, d in sides) + _PAIR_BITS * len(found.left.rest)
 
 
-def side_bits(side: Side, on: Directions) -> Float64:
+def side_bits(side: Integers, on: Directions) -> Float64:
     """Bits (n,) of the integers of each pair on one side, nearly."""
     live = side.live
     bits = np.zeros(live.shape)

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from ..adapters.dtypes import Array, Float64
 from ..errors import CheckpointError
-from .directions import Axes, Side
+from .directions import Axes, Integers
 from .entropy import Decoder, Encoder, bits_in, differences, kinds_of
 from .quantiser import HIGHEST, LOWEST, PER_OCTAVE, Ints
 
@@ -40,8 +40,8 @@ _FIRST, _NEXT, _RIGHT = (_RANGE, 0.6, 0.6), (_RANGE, 0.35, 0.65, -1), (_RANGE, 0
 class Group(NamedTuple):
     """The integers of the pairs of one shape."""
 
-    left: Side
-    right: Side
+    left: Integers
+    right: Integers
 
 
 class Layout(NamedTuple):
@@ -81,7 +81,7 @@ def _encoded_head(coder: Encoder, group: Group, layout: Layout) -> _Head:
     return _Head(live, left, right)
 
 
-def columns_of(side: Side, axes: Axes, live: NDArray[np.bool_]) -> tuple[Ints, Float64]:
+def columns_of(side: Integers, axes: Axes, live: NDArray[np.bool_]) -> tuple[Ints, Float64]:
     """The classes of columns that are not zero, in which they take the fewest bits, and how many these are."""
     if not axes.own.size:
         return kinds_of(side.rest[live])
@@ -160,7 +160,7 @@ def _zeros(layout: Layout) -> Group:
         ((*axes.own.shape[:1], r, axes.own.shape[1]), (len(axes.own), r, d))
         for axes, d in zip(layout.axes, dims, strict=True)
     ]
-    return Group(*(Side(*(np.zeros(shape, np.float32) for shape in both)) for both in shapes))
+    return Group(*(Integers(*(np.zeros(shape, np.float32) for shape in both)) for both in shapes))
 
 
 def _begins(counts: Ints) -> NDArray[np.bool_]:
