@@ -1,4 +1,4 @@
-"""The command line: arguments, exit codes, signals. What the commands do is in `commands`.
+"""The command line: exit codes and signals. What a command does is in the module that `options` names.
 
 Exit codes: 0 done; 1 permanent error; 2 usage; 3 done, but some adapters were left out;
 75 stopped, and a rerun may help (signal, full disk, lost network).
@@ -15,13 +15,14 @@ import signal
 import sys
 from contextlib import suppress
 from functools import partial
+from importlib import import_module
 from types import FrameType
 from typing import Any, NoReturn
 
 from ..errors import Stopped, StreamError, UsageError
 from ..text import in_shell, printable
-from .options import COMMANDS, PROGRAM, demand_one_of_each, parsed
-from .streams import discard, open_streams, say, say_error, show
+from .options import MODULES, PROGRAM, parsed
+from .output import discard, open_streams, say, say_error, show
 
 _RERUN_HELPS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENFILE, errno.ESTALE, errno.ENETDOWN, errno.ENETUNREACH,
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
-    args: dict[str, Any] = {"command": words[0]} if words and words[0] in COMMANDS else {}
+    args: dict[str, Any] = {"command": words[0]} if words and words[0] in MODULES else {}
     args |= {"json": True} if "--json" in words else {}
     before: dict[int, Any] = {}
     try:
@@ -96,14 +97,11 @@ class _Notes(logging.Handler):
 
 
 def _dispatch(args: dict[str, Any]) -> int:
-    demand_one_of_each(args)
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # tasks are parallel: threads of BLAS would only wait, and spin
     gc.disable()  # it would look through what is imported again and again, a tenth of the time, and find nothing
-    from ..cli import commands, edit, hub
-
+    module = import_module(f".{MODULES[args['command']]}", __package__)
     gc.enable()
-    owner = next((module for module in (edit, hub) if args["command"] in module.COMMANDS), commands)
-    return int(getattr(owner, args["command"])(args))
+    return int(getattr(module, args["command"])(args))
 
 
 def _stop(args: dict[str, Any], number: int, frame: FrameType | None) -> NoReturn:

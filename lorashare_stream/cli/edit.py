@@ -19,16 +19,13 @@ from ..errors import StreamError, skipped_as_json
 from ..files import tree_bytes
 from ..report.summary_text import summary_text
 from ..report.text import rows_text
-from ..settings import LIMITS, TRIM_RANK, TYPES
+from ..settings import SIZES, TYPES
 from ..text import bytes_shown, counted, listed, printable
 from .choices import Args, cluster_of, named_sources, names_meant, with_workers
-from .output import print_result, progress_of, say_left_out
-from .streams import say_error
+from .output import SKIPPED, print_result, progress_of, say_error, say_left_out
 
-COMMANDS = {"add", "remove", "refit"}
-SKIPPED = 3  # exit code: done, but adapters were left out
 log = logging.getLogger(__name__)
-_ASKED = ("num_components", *LIMITS, "directions", TRIM_RANK)  # of a refit
+_ASKED = (*SIZES, "directions")  # of a refit
 
 
 @contextmanager
