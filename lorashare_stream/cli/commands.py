@@ -82,24 +82,22 @@ def plan(args: Args) -> int:
 
 
 def _looked_into(args: Args, made: Plan, sample: int | None) -> tuple[dict[str, Any], list[str]]:
-    """What a sample tells, as plain values and as text: a forecast where a limit is set, else what `--analyze` asks."""
+    """A sample as plain values and as text: a forecast where a limit is set, else the analysis that is asked for."""
     if made.settings.limit:
-        from ..report.analysis_text import forecast_text
-        from ..report.forecast import forecast_of
+        from ..report.forecast import forecast_of, forecast_text
 
         if "analyze" not in args and not any(e.fetched for e in made.adapters):
-            return {}, [
-                "note: nothing is foretold: adapters on the Hub are not fetched for it; --analyze fetches a sample"
-            ]
+            note = "nothing is foretold: adapters on the Hub are not fetched for it; --analyze fetches a sample"
+            return {}, [f"note: {note}"]
         forecast = forecast_of(made, sample, fetches="analyze" in args, progress=progress_of(args))
-        return {"forecast": asdict(forecast)}, [forecast_text(forecast)]
+        plain = asdict(forecast) | {"problems": skipped_as_json(forecast.problems)}
+        return {"forecast": plain}, [forecast_text(forecast)]
     if "analyze" not in args:
         return {}, []
-    from ..report.analysis import analyse
-    from ..report.analysis_text import analysis_as_json, analysis_text
+    from ..report.analysis import analyse, analysis_text
 
     found = analyse(made, sample, progress=progress_of(args))
-    return {"analysis": analysis_as_json(found)}, [analysis_text(found, made)]
+    return {"analysis": asdict(found) | {"problems": skipped_as_json(found.problems)}}, [analysis_text(found, made)]
 
 
 def _fault(made: Plan) -> StreamError | None:

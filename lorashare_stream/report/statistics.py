@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..adapters.dtypes import ITEMSIZE
 from ..adapters.folder import open_tensors, tensor_records
-from ..adapters.keys import SIDES, Side, split_group_id
+from ..adapters.keys import SIDES, Side, kind_and_depth, split_group_id
 from ..checkpoint.coded import index_of, meta_of
 from ..checkpoint.config import Group, SHAREConfig, read_share_config, record_of
 from ..checkpoint.format import ADAPTERS, CONFIG, INDEX, META, PARTS, SKIPPED, SPECTRUM, skipped_of, total_bytes
@@ -218,19 +218,6 @@ def _basis(group: str, f: Group, spectra: Mapping[str, Array]) -> Basis:
         raise ValueError(f"{len(eigenvalues)} eigenvalues of {group}, where k is {f.k}")
     kind, depth = kind_and_depth(module)
     return Basis(kind, depth, side, f.d, f.n, f.k, f.energy, f.explained, eigenvalues)
-
-
-def kind_and_depth(module: str) -> tuple[str, int | None]:
-    """The kind of a module, the last name in its path, and the first number in that, if there is one.
-
-    >>> kind_and_depth("model.layers.3.self_attn.q_proj"), kind_and_depth("blocks.0.to_out.1"), kind_and_depth("head")
-    (('q_proj', 3), ('to_out.1', 0), ('head', None))
-    """
-    parts = module.split(".")
-    numbers = [part.isascii() and part.isdecimal() and len(part) < 10 for part in parts]
-    last = max((i for i, number in enumerate(numbers) if not number), default=0)
-    depth = next((int(part) for part, number in zip(parts[:last], numbers[:last], strict=True) if number), None)
-    return ".".join(parts[last:]), depth
 
 
 def _origins(metas: Iterable[AdapterMeta]) -> Origins:
