@@ -31,8 +31,7 @@ from ..pipeline import compress as run_plan
 from ..plan.file import plan_as_json
 from ..plan.plan import Plan
 from ..plan.sources import resolve
-from ..report.summary_text import summary_text
-from ..report.text import beside_notes, notes_text, plan_notes, plan_text, plan_warnings, rows_text
+from ..report.text import beside_notes, notes_text, plan_notes, plan_text, plan_warnings, rows_text, summary_text
 from ..settings import LIMITS
 from ..text import bytes_shown, counted, listed, name_fault, printable
 from ..workspace.workspace import Workspace
@@ -180,14 +179,12 @@ def report(args: Args) -> int:
         raise UsageError("no folder for the report", found=out.parent, remedy="Make it, or name another.")
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it does without a folder of its own
     try:
-        from ..report.page import page
+        from ..report.page import findings_of, page
     except ModuleNotFoundError as e:
         if e.name != "matplotlib":
             raise
         remedy = "Install it by: pip install matplotlib (the extra `report` of this package)."
         raise UsageError("a report is drawn by matplotlib, and there is none", remedy=remedy) from e
-    from ..report.statistics import findings_of
-
     content = page(findings_of(place_of(args["checkpoint"], local_files_only="offline" in args))).encode()
     with atomic_file(out) as f:
         f.write(content)

@@ -17,8 +17,7 @@ from ..edits.options import RunOptions, opened
 from ..edits.remove import Removed
 from ..errors import StreamError, skipped_as_json
 from ..files import tree_bytes
-from ..report.summary_text import summary_text
-from ..report.text import rows_text
+from ..report.text import rows_text, summary_text
 from ..settings import SIZES, TYPES
 from ..text import bytes_shown, counted, listed, printable
 from .choices import Args, cluster_of, named_sources, names_meant, with_workers

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from io import StringIO
 from threading import Lock
-from typing import Any, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import numpy as np
 from markupsafe import Markup
@@ -25,7 +25,9 @@ from numpy.typing import NDArray
 
 from ..adapters.keys import SIDES
 from ..text import bytes_shown, counted, printable
-from .statistics import Basis, Curve
+
+if TYPE_CHECKING:
+    from .page import Basis, Curve
 
 Array = NDArray[np.float64]
 Box = tuple[float, float, float, float]  # left, right, top, bottom
