@@ -1,4 +1,4 @@
-"""What a command is asked to do: settings and sources from flags, configuration files and saved plans."""
+"""Settings, sources and plans of a command, from flags, configuration files and saved plans."""
 
 from __future__ import annotations
 

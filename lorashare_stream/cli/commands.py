@@ -1,4 +1,4 @@
-"""What each command does: choose settings, call the library, print the result."""
+"""The commands that compress, look, check and restore: settings from arguments, one call, a result that is printed."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def report(args: Args) -> int:
 
 
 def info_of(config: SHAREConfig) -> dict[str, Any]:
-    """What `info` tells, as plain values."""
+    """The result of `info` as plain values."""
     stats = {k: v for k, v in config.compression_stats.items() if k != "lorashare_stream"}
     ours = {k: v for k, v in config.ours.items() if k != "groups"}
     whole = {}

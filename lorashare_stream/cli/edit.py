@@ -101,7 +101,7 @@ def remove(args: Args) -> int:
 
 
 def _traces(done: Removed, refit: bool) -> list[str]:
-    """Where what was taken out is left, in words."""
+    """Traces of the adapters that were taken out, in words."""
     if done.coded and done.in_bases:
         trace = f"directions were fitted to {listed(done.in_bases)} too, and still contain their trace; "
         if done.in_moments is None:

@@ -69,10 +69,7 @@ _LIMIT = (*SIZES, "variance_threshold")
 _RUN = ("workspace", "memory", "workers", "device", "disk_budget", "offline")
 _CLUSTER = ("dask_scheduler", "dask_local", "take_lock")
 _ADAPTERS = ("names", "on_error", "base_aliases", "any_base")
-_ALL = (
-    "config", "base_model", *_ADAPTERS, *_LIMIT, "directions", "objective", "center", "moment_dtype", "dtype",
-    "share_initial", *_RUN,
-)  # fmt: skip
+_ALL = ("config", "names", "workspace", *(name for name in TYPES if name != "discard_moments"))
 _ON_ONLY = ("offline", "discard_moments")  # switches that no option turns off
 _MAKE, _READ, _CHANGE = "Compress", "Look, check and restore", "Change a checkpoint"
 MODULES: dict[str, str] = {}  # command -> the module of this room that has it

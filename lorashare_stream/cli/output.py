@@ -1,4 +1,4 @@
-"""What commands print: results on stdout, as text or as one JSON object; progress, notes and errors on stderr.
+"""Output of commands: results on stdout, as text or as one JSON object; progress, notes and errors on stderr.
 
 A stream may be closed, full, unread, or of an encoding that cannot hold a name. Rich is imported on a terminal only.
 """

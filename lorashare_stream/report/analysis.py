@@ -85,8 +85,8 @@ class Analysis:
     """Analysis of a collection.
 
     Attributes:
-        sample: names of the adapters that were measured. compressed: how many adapters there are to compress.
-        modules, modules_in_all: how many modules were looked at for bases, of how many.
+        sample: names of the adapters that were measured. compressed: number of adapters to compress.
+        modules, modules_in_all: number of modules that were looked at for bases, and of all.
         problems: adapters of the sample that cannot be compressed, by their values or otherwise.
         zero: those with dW = 0. loud: name -> ||dW|| by the median, where it is large.
         coded: the rate curve. outlooks: by k, ascending.
@@ -129,7 +129,7 @@ def analyse(
 
     Args:
         plan: with the collection, and the settings. Its `memory` holds here too.
-        sample: how many adapters; None for as many as are sensible.
+        sample: number of adapters; None for `SAMPLE`, fewer if they are large.
         executor: does the tasks; processes of this machine if None. The result does not depend on it.
         progress: passes what is read and measured on as it comes.
 
@@ -184,7 +184,7 @@ def _rows(adapters: Iterable[Adapter]) -> Counter[str]:
 
 
 def chosen_modules(adapters: Sequence[Adapter], work: float = WORK, room: float = 1e15) -> tuple[list[str], int]:
-    """The modules to look at, within flops and bytes, spread over kinds and in these over the depth; of how many."""
+    """Modules to look at, within flops and bytes, spread over kinds and in these over the depth; number of all."""
     shapes, flops, held = {m.name: m for e in adapters for m in e.layout.modules}, 1.0, 1.0
     for name, n in _rows(adapters).items():
         dims = [shapes[name].dim(side) for side in SIDES]
@@ -197,7 +197,7 @@ def chosen_modules(adapters: Sequence[Adapter], work: float = WORK, room: float 
 
 
 def ladder(most: int) -> list[int]:
-    """The numbers of components that are looked at: up to `most`, which is the last, at most a quarter apart.
+    """Numbers of components to look at: up to `most`, which is the last, at most a quarter apart.
 
     >>> ladder(30)
     [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 30]
@@ -207,7 +207,7 @@ def ladder(most: int) -> list[int]:
 
 
 def _scope(plan: Plan, parts: Sequence[Mapping[int, Part]], *, whole: bool) -> tuple[list[int], int]:
-    """The k to look at, which half of a sample spans unless it is the whole; modules that memory holds at a time."""
+    """Each k to look at, as half of a sample spans unless it is the whole; modules that memory holds at a time."""
     s, held, shapes = plan.settings, 0, []
     for some in parts:
         n, first = sum(p.weights.size for p in some.values()), next(iter(some.values()))
@@ -330,7 +330,7 @@ def analysis_text(a: Analysis, plan: Plan) -> str:
 
 
 def _looked_at(a: Analysis) -> list[Row]:
-    """How much was looked at, and which adapters are odd."""
+    """Size of the sample, duplicates, and adapters that are odd."""
     pairs = [f"distance {p.distance:.2g}, cosine {p.cosine:.4f}: {', '.join(p.names)}" for p in a.duplicates]
     near = f"{len(pairs)} of {counted(len(a.sample) * (len(a.sample) - 1) // 2, 'pair')}: {'; '.join(pairs[:3])}"
     none = f"no pair nearer than {COPY:.0%}, or with a cosine above {SAME_DIRECTION:g}"

@@ -91,7 +91,7 @@ def forecast_of(
 
     Args:
         plan: with a limit.
-        sample: how many adapters; None for `SAMPLE`, fewer if they are large.
+        sample: number of adapters; None for `SAMPLE`, fewer if they are large.
         fetches: whether adapters of the Hub are fetched for it; else those that are here are candidates.
         executor: does the tasks; processes of this machine if None. The result does not depend on it.
         progress: passes what is coded on as it comes.
@@ -138,7 +138,7 @@ def points_of(plan: Plan, s: Sample) -> tuple[Point, ...]:
 
 
 def _points(plan: Plan, s: Sample, beside: float) -> tuple[Point, ...]:
-    """The same with so many bytes beside its codes."""
+    """The rate curve, with a number of bytes beside the codes."""
     points = []
     for error in ERRORS:
         codes = s.codes_within(error)

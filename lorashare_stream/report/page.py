@@ -68,7 +68,7 @@ class Curve:
         k: components at most.
         bytes: on disk, all parts together; the last are those of this checkpoint.
         low, high: bounds of the rms relative dW error; under another objective than `delta` the explained variance.
-        bounds: whether they are bounds.
+        bounds: True where low and high are bounds.
     """
 
     k: NDArray[np.int64]
@@ -89,7 +89,7 @@ class PageData:
         codes: bytes of their codes, by name, of a coded checkpoint.
         bases: of all groups; none of a coded checkpoint.
         skipped: adapters that were left out, with reasons.
-        origins: how many adapters are local, of the Hub, of closed repositories; number of repositories; licenses.
+        origins: numbers of local adapters, of those of the Hub, of closed ones, and of repositories; licenses.
     """
 
     config: SHAREConfig
@@ -109,7 +109,7 @@ class PageData:
 
     @property
     def coded(self) -> bool:
-        """Whether each adapter is coded alone."""
+        """True of a coded checkpoint."""
         return bool(self.config.coded)
 
     @property

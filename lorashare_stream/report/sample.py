@@ -135,7 +135,7 @@ class Sample:
 
 
 def spread(items: Sequence[T], count: int) -> list[T]:
-    """So many of the items, all if they are fewer, at equal distances over all.
+    """`count` of the items, all if they are fewer, at equal distances.
 
     >>> spread("abcdefgh", 3)
     ['b', 'e', 'g']
@@ -147,7 +147,7 @@ def spread(items: Sequence[T], count: int) -> list[T]:
 def sampled(
     adapters: Sequence[Adapter], count: int | None, fits: Callable[[list[Adapter]], bool] = lambda _: True
 ) -> list[Adapter]:
-    """The adapters of a sample: `count`, or `SAMPLE` at most, of `NUMBERS` at most, that fit, but for `FEWEST`."""
+    """Adapters of a sample: `count`, or `SAMPLE` at most, of `NUMBERS` at most, that fit, but for `FEWEST`."""
     chosen = spread(adapters, SAMPLE if count is None else count)
     while count is None and len(chosen) > FEWEST:
         if sum(e.layout.lora_bytes for e in chosen) // 4 <= NUMBERS and fits(chosen):
@@ -164,7 +164,7 @@ def mapping(plan: Plan, executor: Executor | None) -> Iterator[Mapper]:
 
 
 def coding_step(plan: Plan) -> Step:
-    """What coding takes, whether or not the plan is to code."""
+    """The step of coding, whether or not the plan has one."""
     s = plan.settings
     coded = replace(s, directions=False) if s.limit else replace(s, objective="delta", center=False, max_error=0.25)
     return steps_of(plan.adapters, (), coded, plan.storage, grows=plan.grows)[-1]
@@ -188,7 +188,7 @@ def sample_of(
     Args:
         plan: of the collection. chosen: the adapters of it.
         mapper: of `mapping`. progress: passes what is coded on as it comes.
-        modules: whose vectors are wanted too.
+        modules: those whose vectors are read too.
 
     Raises:
         CollectionError: if none can be coded.

@@ -1,4 +1,4 @@
-"""Text for people: tables, what a plan will do and what to know before, what a checkpoint holds."""
+"""Text for people: tables, plans and their warnings, summaries of checkpoints."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def rows_text(pairs: Sequence[Row]) -> str:
 
 
 def plan_text(plan: Plan) -> str:
-    """What a plan will do: adapters, groups, bytes on disk, memory by step, and warnings."""
+    """A plan: adapters, groups, bytes on disk, memory by step, and warnings."""
     size = plan.sizes
     pairs: list[Row] = [
         ("base model", plan.base_model or "not named"),
@@ -93,7 +93,7 @@ def _stored_rows(plan: Plan) -> list[Row]:
 
 
 def _hub_rows(plan: Plan) -> list[Row]:
-    """How much is fetched, and how often."""
+    """Bytes that are fetched, and number of times."""
     remote = [e for e in plan.adapters if e.origin is not None]
     if not remote:
         return []
@@ -115,13 +115,13 @@ def break_even_range(plan: Plan) -> str:
 
 
 def plan_notes(plan: Plan) -> list[str]:
-    """The warnings of a plan, and what it cannot foretell."""
+    """Warnings of a plan, and a note of what it does not forecast."""
     unknown = "what directions save is not forecast: up to a fifth of the codes, from some hundred adapters on"
     return [*plan_warnings(plan), *([unknown] if plan.settings.directions else [])]
 
 
 def plan_warnings(plan: Plan) -> list[str]:
-    """What a user should know before the work begins."""
+    """Warnings of a plan before the work begins."""
     out = _k_notes(plan)
     if plan.adapters and not any(e.layout.modules for e in plan.adapters):
         out = ["no LoRA matrix can be compressed: everything is kept verbatim"]
@@ -136,7 +136,7 @@ def plan_warnings(plan: Plan) -> list[str]:
 
 
 def _k_notes(plan: Plan) -> list[str]:
-    """In which groups k is more than there is, or more than what pays."""
+    """Warnings of groups of which k is more than they have, or more than pays."""
     from ..linalg.basis import break_even
 
     s, size, out = plan.settings, plan.sizes, []
@@ -161,7 +161,7 @@ def _k_notes(plan: Plan) -> list[str]:
 
 
 def adapter_notes(plan: Plan) -> list[str]:
-    """What a user should know of single adapters before the work begins."""
+    """Warnings of single adapters before the work begins."""
     s = plan.settings
     presumed = sum(e.config is None for e in plan.adapters)
     names = Counter(e.base_model for e in plan.adapters)
@@ -194,7 +194,7 @@ def adapter_notes(plan: Plan) -> list[str]:
 
 
 def beside_notes(beside: Mapping[str, Iterable[str]]) -> list[str]:
-    """Which files of weights beside adapters (name -> paths) a checkpoint does not hold, and what to do."""
+    """Warning of files of weights beside adapters (name -> paths), which a checkpoint does not hold."""
     of_file: dict[str, dict[str, None]] = {}
     for name, paths in beside.items():
         for path in paths:
@@ -211,7 +211,7 @@ def beside_notes(beside: Mapping[str, Iterable[str]]) -> list[str]:
 
 
 def _commits_notes(plan: Plan) -> list[str]:
-    """Which repositories of the Hub, or of its cache, have several commits among the adapters."""
+    """Warning of repositories of the Hub, or of its cache, with several commits among the adapters."""
     of_repo: dict[str, dict[str, str]] = {}
     for e in plan.adapters:
         hub = cached_id(str(e.folder)) if e.origin is None else e.origin.hub
@@ -223,7 +223,7 @@ def _commits_notes(plan: Plan) -> list[str]:
 
 
 def double_notes(plan: Plan) -> list[str]:
-    """Which reconstructions are not taken, and which are."""
+    """Warnings of reconstructions that are not taken, and of those that are."""
     out = []
     if plan.doubles:
         out.append(
@@ -274,7 +274,7 @@ def _by_kind(notes: Iterable[tuple[str, str]]) -> list[str]:
 
 
 def summary_text(config: SHAREConfig) -> str:
-    """What a checkpoint says of itself: adapters, bases or codes, bytes on disk, errors."""
+    """Summary of a checkpoint: adapters, bases or codes, bytes on disk, errors."""
     rows: list[Row] = [
         ("base model", config.base_model_name_or_path or "not named"),
         ("adapters", f"{config.num_adapters}: {listed(config.adapter_names, 5)}"),
@@ -314,7 +314,7 @@ def _shared_rows(config: SHAREConfig) -> list[Row]:
 
 
 def _recorded_rows(config: SHAREConfig, ours: Recorded) -> list[Row]:
-    """What this package recorded of a checkpoint: bytes on disk, certified errors, and who is not compressed."""
+    """Record of this package: bytes on disk, certified errors, adapters that are not compressed or not in the fit."""
     size, e = ours.bytes, ours.errors
     rows: list[Row] = _bytes_rows(ours, config.num_adapters)
     rows.append(("relative dW error", f"mean {e.mean:.4f}, median {e.median:.4f}, p95 {e.p95:.4f}, max {e.max:.4f}"))
