@@ -20,7 +20,6 @@ from lorashare_stream.plan.sources import resolve
 from lorashare_stream.report.analysis import LITTLE, Analysis, Outlook, _to_store, analyse, chosen_modules, measure
 from lorashare_stream.report.forecast import Point
 from lorashare_stream.report.sample import Part, probe, sampled, spread
-from lorashare_stream.runtime.executors import SerialExecutor
 from lorashare_stream.settings import Settings
 
 from .conftest import factor_keys, load_tensors, write_adapter
@@ -218,7 +217,6 @@ def test_samples_are_spread_and_the_same_every_time(tmp_path: Path) -> None:
     found = analyse(made, 8)
     assert list(found.sample) == spread([e.name for e in made.adapters], 8) != [e.name for e in made.adapters[:8]]
     for again in (
-        analyse(made, 8, executor=SerialExecutor()),
         analyse(plan(folder, workers=3), 8),
         analyse(plan(folder, memory="300MiB"), 8),
     ):

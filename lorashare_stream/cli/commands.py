@@ -250,7 +250,7 @@ def verify(args: Args) -> int:
     from ..stages.verify import originals_of
     from ..stages.verify import verify as verdicts_of
 
-    offline = bool(args.get("offline"))
+    offline = "offline" in args
     model = SHAREModel.from_pretrained(args["checkpoint"], local_files_only=offline)
     beside = Path(args.get("workspace", default_workspace(Path(args["checkpoint"]).absolute())))
     sources = _originals(args, model, beside, offline=offline)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -72,7 +71,7 @@ class Outlook:
 
 
 @dataclass(frozen=True)
-class Pair:
+class Duplicate:
     """Two adapters with nearly the same dW: relative distance and cosine."""
 
     names: tuple[str, str]
@@ -103,7 +102,7 @@ class Analysis:
     loud: Mapping[str, float]
     coded: tuple[Point, ...]
     outlooks: tuple[Outlook, ...]
-    duplicates: tuple[Pair, ...]
+    duplicates: tuple[Duplicate, ...]
     identical: tuple[tuple[str, ...], ...]
     store: str
     serve: str
@@ -122,16 +121,12 @@ class Measured(NamedTuple):
     inner: Float64
 
 
-def analyse(
-    plan: Plan, sample: int | None = None, *, executor: Executor | None = None, progress: Progress = silent
-) -> Analysis:
+def analyse(plan: Plan, sample: int | None = None, *, progress: Progress = silent) -> Analysis:
     """Measure a sample of the adapters of a plan without a limit. Adapters of the Hub are fetched for it.
 
     Args:
-        plan: with the collection, and the settings. Its `memory` holds here too.
+        plan: with the collection and the settings, whose `memory` bounds this too.
         sample: number of adapters; None for `SAMPLE`, fewer if they are large.
-        executor: does the tasks; processes of this machine if None. The result does not depend on it.
-        progress: passes what is read and measured on as it comes.
 
     Raises:
         CollectionError: if there are not two adapters that can be measured.
@@ -141,7 +136,7 @@ def analyse(
     adapters = [e for e in plan.adapters if e.layout.modules]
     chosen = sampled(adapters, sample, lambda some: max(_rows(some).values(), default=0) <= ROWS)
     wanted, in_all = chosen_modules(chosen, room=plan.settings.memory // 4)
-    with mapping(plan, executor) as mapper:
+    with mapping(plan) as mapper:
         found = sample_of(plan, chosen, mapper, progress, wanted)
         used = [p for p in found.probes if p.norm > 0]
         parts = [{i: p.parts[m] for i, p in enumerate(used) if m in p.parts} for m in wanted]
@@ -168,7 +163,7 @@ def analyse(
         loud={p.name: p.norm / middle for p in used if p.norm > LOUD * middle},
         coded=coded,
         outlooks=outlooks,
-        duplicates=tuple(Pair((used[i].name, used[j].name), far, cosine) for i, j, far, cosine in pairs),
+        duplicates=tuple(Duplicate((used[i].name, used[j].name), far, cosine) for i, j, far, cosine in pairs),
         identical=identical(plan.adapters),
         store=_to_store(at, outlooks, len(adapters)),
         serve=_to_serve(outlooks, found),

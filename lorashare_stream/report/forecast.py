@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass
 
 from ..adapters.dtypes import ITEMSIZE
@@ -80,12 +79,7 @@ class Forecast:
 
 
 def forecast_of(
-    plan: Plan,
-    sample: int | None = None,
-    *,
-    fetches: bool = False,
-    executor: Executor | None = None,
-    progress: Progress = silent,
+    plan: Plan, sample: int | None = None, *, fetches: bool = False, progress: Progress = silent
 ) -> Forecast:
     """Code a sample of a plan's adapters, evenly spaced, and estimate the whole by its ratios to bytes that are known.
 
@@ -93,15 +87,13 @@ def forecast_of(
         plan: with a limit.
         sample: number of adapters; None for `SAMPLE`, fewer if they are large.
         fetches: whether adapters of the Hub are fetched for it; else those that are here are candidates.
-        executor: does the tasks; processes of this machine if None. The result does not depend on it.
-        progress: passes what is coded on as it comes.
 
     Raises:
         CollectionError: if there is no adapter that can be coded.
         UnreachableError: if the Hub does not answer.
     """
     candidates = [e for e in plan.adapters if fetches or e.fetched]
-    with mapping(plan, executor) as mapper:
+    with mapping(plan) as mapper:
         found = sample_of(plan, sampled(candidates, sample), mapper, progress)
     return _forecast(plan, found, len(plan.adapters) - len(candidates))
 

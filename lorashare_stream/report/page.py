@@ -20,7 +20,18 @@ from ..adapters.folder import open_tensors, tensor_records
 from ..adapters.keys import SIDES, Side, kind_and_depth, split_group_id
 from ..checkpoint.coded import index_of, meta_of
 from ..checkpoint.config import Group, SHAREConfig, read_share_config, record_of
-from ..checkpoint.format import ADAPTERS, CONFIG, INDEX, META, PARTS, SKIPPED, SPECTRUM, skipped_of, total_bytes
+from ..checkpoint.format import (
+    ADAPTERS,
+    CONFIG,
+    INDEX,
+    META,
+    PARTS,
+    SKIPPED,
+    SPECTRUM,
+    next_bytes,
+    skipped_of,
+    total_bytes,
+)
 from ..checkpoint.location import Folder, Place
 from ..checkpoint.records import AdapterMeta, metas_of
 from ..errors import AdapterError, CheckpointError
@@ -279,17 +290,18 @@ def _clean(value: object) -> object:
 
 
 def _context(found: PageData) -> dict[str, Any]:
-    errors, ours = found.errors, found.ours
+    errors, ours, names = found.errors, found.ours, found.config.adapter_names
     kinds = _kinds(found.bases)
+    drawn = dict(list(kinds.items())[:_KINDS])
     return {
         "found": found, "ours": ours, "sizes": found.sizes, "parts": _parts_of(found.config), "version": __version__,
-        "names": found.config.adapter_names, "asked": record_of(found.config).settings.asked if found.coded else (),
-        "k": sorted({basis.k for basis in found.bases}), "each": sum(found.sizes[part] for part in PARTS[1:]),
+        "names": names, "asked": record_of(found.config).settings.asked if found.coded else (),
+        "k": sorted({basis.k for basis in found.bases}), "each": next_bytes(found.sizes, len(names)),
         "errors": errors, "median": np.median(errors) if len(errors) else 0,
         "p95": np.quantile(errors, 0.95) if len(errors) else 0,
         "histogram": charts.histogram(errors) if len(errors) else "",
         "tradeoff": _cloud(found) if found.coded else _tradeoff(found),
-        "num_kinds": len(kinds), "kinds": _table(kinds), "spectra": _spectra(kinds), "heat": _heatmaps(kinds),
+        "num_kinds": len(kinds), "kinds": _table(kinds), "spectra": _spectra(drawn), "heat": _heatmaps(drawn),
         "num_skipped": max(ours["num_skipped"], len(found.skipped)),
         "reasons": _reasons(found.skipped),
         "licences": [f"{name} ({n})" for name, n in found.origins["licenses"].most_common()],
@@ -312,8 +324,8 @@ def _tradeoff(found: PageData) -> dict[str, Any] | None:
     if not found.bases:
         return None
     curve, errors = curve_of(found), found.errors
-    measured = {"rms": float(np.sqrt((errors**2).mean())), "mean": float(errors.mean())} if len(errors) else {}
-    measured = measured if curve.bounds else {}
+    shown = curve.bounds and len(errors)
+    measured = {"rms": float(np.sqrt((errors**2).mean())), "mean": float(errors.mean())} if shown else {}
     return {"figure": charts.tradeoff(curve, measured), "bounds": curve.bounds, "measured": measured}
 
 
@@ -325,9 +337,8 @@ def _kinds(bases: Sequence[Basis]) -> dict[str, list[Basis]]:
     return dict(sorted(found.items(), key=lambda item: (-sum(b.energy for b in item[1]), item[0])))
 
 
-def _spectra(kinds: Mapping[str, Sequence[Basis]]) -> dict[str, Markup]:
+def _spectra(drawn: Mapping[str, Sequence[Basis]]) -> dict[str, Markup]:
     """A figure for each kind, all on the same axes: down to the power of ten below all shares, six decades at most."""
-    drawn = dict(list(kinds.items())[:_KINDS])
     every = [b for bases in drawn.values() for b in bases]
     least = min((float(v) / b.energy for b in every if b.energy > 0 for v in b.eigenvalues[-1:] if v > 0), default=0.1)
     floor = 10.0 ** max(math.floor(math.log10(min(least, 0.1))), -6)
@@ -335,9 +346,8 @@ def _spectra(kinds: Mapping[str, Sequence[Basis]]) -> dict[str, Markup]:
     return {kind: charts.spectrum(kind, bases, floor, most) for kind, bases in drawn.items()}
 
 
-def _heatmaps(kinds: Mapping[str, Sequence[Basis]]) -> dict[str, Any]:
+def _heatmaps(drawn: Mapping[str, Sequence[Basis]]) -> dict[str, Any]:
     """Mean k and explained variance of each kind and side by depth; NaN where there is nothing."""
-    drawn = dict(list(kinds.items())[:_KINDS])
     depths = sorted({b.depth for bases in drawn.values() for b in bases})
     step = max(1, math.ceil(len(depths) / _DEPTHS))
     column = {depth: i // step for i, depth in enumerate(depths)}

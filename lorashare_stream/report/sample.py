@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,8 +22,7 @@ from ..codec.code import Batch, Subject
 from ..codec.gauge import Pairs
 from ..codec.rate import Curve, Estimate, curve_of, estimated
 from ..errors import AdapterError, BudgetError, CollectionError
-from ..hub.fetch import fetching
-from ..hub.lookup import source_of
+from ..hub.lookup import fetching_for, source_of
 from ..linalg.delta import relative_error
 from ..linalg.types import Array, Float64
 from ..pipeline import plan_for
@@ -157,9 +155,9 @@ def sampled(
 
 
 @contextmanager
-def mapping(plan: Plan, executor: Executor | None) -> Iterator[Mapper]:
-    """The map of a sample's tasks, over an executor or processes of this machine; results do not depend on it."""
-    with executor_for(executor, coding_step(plan).concurrency) as workers, local_mapper(workers) as mapper:
+def mapping(plan: Plan) -> Iterator[Mapper]:
+    """The map of a sample's tasks over processes of this machine."""
+    with executor_for(None, coding_step(plan).concurrency) as workers, local_mapper(workers) as mapper:
         yield mapper
 
 
@@ -183,12 +181,7 @@ def check_memory(plan: Plan, least: int) -> None:
 def sample_of(
     plan: Plan, chosen: list[Adapter], mapper: Mapper, progress: Progress, modules: Sequence[str] = ()
 ) -> Sample:
-    """Read and code some of a plan's adapters, once; those of the Hub are fetched.
-
-    Args:
-        plan: of the collection. chosen: the adapters of it.
-        mapper: of `mapping`. progress: passes what is coded on as it comes.
-        modules: those whose vectors are read too.
+    """Read and code some of a plan's adapters, once, with their parts of some modules; those of the Hub are fetched.
 
     Raises:
         CollectionError: if none can be coded.
@@ -279,9 +272,7 @@ def at_hand(plan: Plan, chosen: list[Adapter]) -> Iterator[tuple[list[Adapter], 
         return
     sources = [source_of(e.source_id, e.name, e.origin.asked if e.origin else "") for e in remote]
     read = plan_for(sources, replace(s, base_model=plan.base_model or None, on_error="skip"))
-    with ExitStack() as stack:
-        folder = None if s.disk_budget is None else Path(stack.enter_context(TemporaryDirectory()))
-        fetcher = stack.enter_context(fetching(s.offline, folder, s.disk_budget))
+    with TemporaryDirectory() as folder, fetching_for(s, Path(folder)) as fetcher:
         come = list(fetcher.arriving([e for e in read.adapters if e.layout.modules]))
         here = {e.source_id: e for e in [*come, *(e for e in chosen if e.fetched)] if isinstance(e, Adapter)}
         lost = (*read.refused, *(e for e in come if isinstance(e, AdapterError)))

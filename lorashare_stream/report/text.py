@@ -6,17 +6,15 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from ..adapters.hubid import cached_id
 from ..checkpoint.config import Recorded, SHAREConfig, record_of
 from ..checkpoint.format import PARTS, next_bytes, total_bytes
+from ..linalg.basis import break_even
+from ..plan.plan import Plan
 from ..settings import Settings
 from ..text import bytes_shown, counted, few, figure, listed, printable
-
-if TYPE_CHECKING:
-    from ..plan.plan import Plan
-    from ..workspace.journal import Admission
+from ..workspace.journal import Admission
 
 Row = tuple[str, object]
 _SHARD = re.compile(r"\d+-of-\d+")
@@ -107,8 +105,6 @@ def _hub_rows(plan: Plan) -> list[Row]:
 
 def break_even_range(plan: Plan) -> str:
     """The range over the groups of the k above which sharing saves nothing."""
-    from ..linalg.basis import break_even
-
     values = [break_even(g.dim, g.count) for g in plan.groups]
     ends = sorted({f"{min(values):.0f}", f"{max(values):.0f}"}, key=int) if values else ["no groups"]
     return " to ".join(ends)
@@ -137,8 +133,6 @@ def plan_warnings(plan: Plan) -> list[str]:
 
 def _k_notes(plan: Plan) -> list[str]:
     """Warnings of groups of which k is more than they have, or more than pays."""
-    from ..linalg.basis import break_even
-
     s, size, out = plan.settings, plan.sizes, []
     if s.limit is not None or s.num_components == "auto":
         return []
