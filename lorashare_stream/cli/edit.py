@@ -28,7 +28,7 @@ _ASKED = (*SIZES, "directions")  # of a refit
 
 
 @contextmanager
-def _means(args: Args) -> Iterator[RunOptions]:
+def _run_options(args: Args) -> Iterator[RunOptions]:
     own = TYPES.keys() - {*_ASKED}
     with cluster_of(args) as cluster:
         yield RunOptions(
@@ -46,7 +46,7 @@ def add(args: Args) -> int:
     out, config = opened(Path(args["checkpoint"]))
     before, bytes_before = set(config.adapter_names), total_bytes(record_of(config).bytes)
     sources = named_sources(args, skipping=args.get("on_error") == "skip")
-    with _means(args) as options:
+    with _run_options(args) as options:
         outcome = adding.add(out, sources, options)
     config = read_share_config(out)
     tried = list(outcome.kept.items())[:20]
@@ -76,7 +76,7 @@ def remove(args: Args) -> int:
     """`remove`: adapters out of a checkpoint; fails if their trace was to go, and could not."""
     out = Path(args["checkpoint"])
     names = names_meant(args.get("adapters", ()), opened(out)[1].adapter_names)
-    with _means(args) as options:
+    with _run_options(args) as options:
         done = shrinking.remove(out, names, options, refit="refit" in args)
     left = sorted({*done.in_bases, *(done.in_moments or {})})
     result = {
@@ -130,7 +130,7 @@ def refit(args: Args) -> int:
     """`refit`: another k or limit, or bases anew."""
     asked = {name: args[name] for name in _ASKED if name in args}
     out = Path(args["output"])
-    with _means(args) as options:
+    with _run_options(args) as options:
         method = refitting.refit(Path(args["place"]), asked, out, options, overwrite="overwrite" in args)
     config = read_share_config(out)
     note = {

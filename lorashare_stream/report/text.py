@@ -26,7 +26,7 @@ _UNUSED = {
 _OFTEN = {1: "once", 2: "twice"}
 
 
-def table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...] = ()) -> str:
+def table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...]) -> str:
     """Columns padded to equal width; foreign strings escaped. The first column is text, others numbers.
 
     >>> print(table([("a", "1"), ("bcd", "22")], ("name", "n")))
@@ -34,7 +34,7 @@ def table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...] = ()) -> str:
     a      1
     bcd   22
     """
-    clean = [[printable(cell, 90) for cell in row] for row in [*([header] if header else []), *rows]]
+    clean = [[printable(cell, 90) for cell in row] for row in [header, *rows]]
     widths = [max(map(len, column)) for column in zip(*clean, strict=True)]
     form = "  ".join(f"{{:{'>' if i else '<'}{width}}}" for i, width in enumerate(widths))
     return "\n".join(form.format(*row).rstrip() for row in clean)
