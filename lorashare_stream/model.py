@@ -30,8 +30,7 @@ from .hub.push import push
 from .hub.repository import place_of
 from .pipeline import compress, plan_for
 from .plan.sources import resolve
-from .report.summary_text import summary_text
-from .report.text import adapter_notes
+from .report.text import adapter_notes, summary_text
 from .runtime.dask import workers_of
 from .serving.attach import AttachedModel, attach, check_base
 from .serving.engines import check_engine

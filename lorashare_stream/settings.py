@@ -27,8 +27,7 @@ DIRECTIONS = 48  # of a group, at most
 QUANTUM = 1024  # columns summed at once; part of a workspace's identity, since it decides rounding
 
 LIMITS = ("max_bytes", "ratio", "max_error")
-TRIM_RANK = "trim_rank"  # a setting of older versions, which plans that they wrote may have
-_INSTEAD = "Use --max-error, --ratio or --max-bytes, which write a coded checkpoint that is smaller at the same error."
+SIZES = ("num_components", *LIMITS)  # one of which decides how large a checkpoint is
 SOURCES, STORED, MEANS, HUB = "Sources", "What to store", "Where and how", "Hub"  # groups of options
 
 
@@ -152,8 +151,6 @@ class Settings:
     ] = False
 
     def __post_init__(self) -> None:
-        if self.dtype == "int8":  # type: ignore[comparison-overlap]  # it is not checked yet
-            raise UsageError("int8 storage (--dtype int8) is gone", remedy=_INSTEAD)
         for name, value in _validated({f.name: getattr(self, f.name) for f in dataclasses.fields(self)}):
             object.__setattr__(self, name, value)
         if sum(getattr(self, name) is not None for name in LIMITS) > 1:
@@ -221,8 +218,6 @@ class Settings:
             UsageError: on a name or value that cannot be meant.
         """
         values = dict(values)
-        if values.pop(TRIM_RANK, False):
-            raise trimming_gone()
         for name in ("memory", "disk_budget", "max_bytes"):
             if isinstance(values.get(name), str):
                 try:
@@ -264,16 +259,10 @@ def overridden(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[st
     >>> overridden({"max_error": 0.1, "memory": 1}, {"ratio": 20})
     {'memory': 1, 'ratio': 20}
     """
-    ways = ("num_components", *LIMITS)
-    replaced = set(ways) if changes.keys() & set(ways) else set()
+    replaced = set(SIZES) if changes.keys() & {*SIZES} else set()
     replaced |= {"directions"} if replaced and not changes.keys() & {*LIMITS} else set()
     replaced |= {"num_components"} if "directions" in changes else set()  # which they have set
     return {**{k: v for k, v in values.items() if k not in replaced}, **changes}
-
-
-def trimming_gone() -> UsageError:
-    """The error for a setting of older versions, which trimmed the ranks of adapters."""
-    return UsageError("trimming of ranks (--trim-rank) is gone", remedy=_INSTEAD)
 
 
 TYPES: dict[str, Any] = get_type_hints(Settings, include_extras=True)

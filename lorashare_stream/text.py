@@ -48,19 +48,16 @@ def has_surrogates(text: str) -> bool:
     return any("\ud800" <= c <= "\udfff" for c in text)
 
 
-_VALUES = ("max_error", "max_bytes", "ratio", "memory", "workers", "workspace", "device", "dtype", "disk_budget")
+_VALUES = (
+    "max_error", "max_bytes", "ratio", "memory", "workers", "workspace", "device", "dtype", "disk_budget", "on_error",
+    "base_model",
+)  # fmt: skip
 _SWITCHES = (
-    "any_base",
-    "share_initial",
-    "discard_moments",
-    "overwrite",
-    "offline",
-    "take_lock",
-    "create_pr",
+    "any_base", "share_initial", "directions", "discard_moments", "overwrite", "offline", "take_lock", "create_pr",
     "uniform",
-)
+)  # fmt: skip
 _ARGUMENTS = {  # option of the command line -> argument in Python
-    **{f"--{name.replace('_', '-')}": name for name in (*_VALUES, "on_error", "base_model")},
+    **{f"--{name.replace('_', '-')}": name for name in _VALUES},
     **{f"--{name.replace('_', '-')}": f"{name}=True" for name in _SWITCHES},
     "-k": "num_components",
     "--variance": "variance_threshold",
@@ -91,7 +88,10 @@ def spelled(text: str) -> str:
     """
     if _in_shell[0]:
         return text
-    text = re.sub(r"\b([a-z_]+) \((-[a-z-]+)\)", lambda m: m[1] if _ARGUMENTS.get(m[2], m[2]) == m[1] else m[0], text)
+
+    def named(found: re.Match[str]) -> str:
+        name, flag = found.groups()
+        return name if flag == f"--{name.replace('_', '-')}" or _ARGUMENTS.get(flag) == name else found[0]
 
     def argument(found: re.Match[str]) -> str:
         name, value = _ARGUMENTS[found[1]], found[2]
@@ -99,7 +99,7 @@ def spelled(text: str) -> str:
             return name
         return f"{name}={value}" if re.fullmatch(r"[\d.]+", value) else f'{name}="{value}"'
 
-    return _FLAG.sub(argument, text)
+    return _FLAG.sub(argument, re.sub(r"\b([a-z_]+) \((-[a-z-]+)\)", named, text))
 
 
 def _text(value: object) -> str:

@@ -18,10 +18,8 @@ from lorashare_stream.hub import retry as patience
 from lorashare_stream.pipeline import compress, plan_for
 from lorashare_stream.plan.sources import resolve
 from lorashare_stream.report.analysis import LITTLE, Analysis, Outlook, _to_store, analyse, chosen_modules, measure
-from lorashare_stream.report.analysis_text import analysis_as_json
 from lorashare_stream.report.forecast import Point
 from lorashare_stream.report.sample import Part, probe, sampled, spread
-from lorashare_stream.runtime.executors import SerialExecutor
 from lorashare_stream.settings import Settings
 
 from .conftest import factor_keys, load_tensors, write_adapter
@@ -181,7 +179,7 @@ def test_duplicates_are_named(tmp_path: Path) -> None:
     turned("e-other", 1.0, 1.0)
     found = analyse(plan(folder))
     assert found.identical == (("a004", "b-copy"),)
-    pairs = {frozenset(pair[:2]): pair[2:] for pair in found.duplicates}
+    pairs = {frozenset(pair.names): (pair.distance, pair.cosine) for pair in found.duplicates}
     assert pairs.keys() == {
         frozenset(p) for p in (("a004", "b-copy"), ("a007", "c-turned"), ("a007", "d-louder"), ("c-turned", "d-louder"))
     }
@@ -216,14 +214,13 @@ def test_bad_adapters_are_named_and_left_out(tmp_path: Path, capsys: Capture) ->
 def test_samples_are_spread_and_the_same_every_time(tmp_path: Path) -> None:
     folder = adapters(tmp_path / "in", 30, planted=1.0)
     made = plan(folder)
-    found = analysis_as_json(analyse(made, 8))
-    assert list(found["sample"]) == spread([e.name for e in made.adapters], 8) != [e.name for e in made.adapters[:8]]
+    found = analyse(made, 8)
+    assert list(found.sample) == spread([e.name for e in made.adapters], 8) != [e.name for e in made.adapters[:8]]
     for again in (
-        analyse(made, 8, executor=SerialExecutor()),
         analyse(plan(folder, workers=3), 8),
         analyse(plan(folder, memory="300MiB"), 8),
     ):
-        assert analysis_as_json(again) == found
+        assert again == found
 
 
 def test_work_and_memory_are_bounded(tmp_path: Path) -> None:

@@ -21,10 +21,9 @@ import pytest
 import yaml
 from huggingface_hub import constants
 
-from lorashare_stream.cli import bars, commands, progress
+from lorashare_stream.cli import commands, output
 from lorashare_stream.cli.app import main
-from lorashare_stream.cli.output import progress_of, table_text
-from lorashare_stream.cli.streams import say
+from lorashare_stream.cli.output import progress_of, say, table_text
 from lorashare_stream.errors import BudgetError, CollectionError, UsageError
 from lorashare_stream.model import SHAREModel
 from lorashare_stream.runtime.progress import silent
@@ -137,7 +136,6 @@ def test_the_help_names_what_an_option_may_be_in_groups(command: str, capsys: Ca
 def test_every_setting_is_an_option_of_compress(capsys: Capture) -> None:
     told = told_by(capsys, "compress", "--help").replace("--[no-]", "--")
     assert all(flag in told for name in TYPES for flag in flags_of(name))
-    assert "--trim-rank" not in told
 
 
 def test_a_shell_completes_commands_options_and_values() -> None:
@@ -712,8 +710,8 @@ def test_a_full_disk_under_stdout_is_told_in_a_sentence(checkpoint: Path, flags:
 
 def test_progress_lines_tell_rate_and_time_left(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 1000, 10))
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
-    assert list(progress.lines("ingest", 6, iter("abcdef"))) == list("abcdef")
+    monkeypatch.setattr(output.time, "monotonic", lambda: next(clock))
+    assert list(output.lines("ingest", 6, iter("abcdef"))) == list("abcdef")
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "ingest: 2 of 6 adapters, 0.10/s, 0:40 left"
     assert lines[-1] == "ingest: 6 adapters in 1:10"
@@ -739,7 +737,7 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, gone: bool) -> Non
     terminal.gone = gone
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
-    assert progress_of({}) is bars.bars
+    assert progress_of({}) is output.bars
     assert progress_of({"quiet": True}) is silent
     for result in progress_of({})("fit", 3, iter("abc")):
         say(f"a note on [red]{result}[/]")
@@ -753,7 +751,7 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, gone: bool) -> Non
     assert "\x1b[?25l" not in shown  # a process that is killed leaves no terminal without a cursor
     assert sys.stderr is terminal
     monkeypatch.setenv("TERM", "dumb")
-    assert progress_of({}) is progress.lines
+    assert progress_of({}) is output.lines
 
 
 @pytest.mark.parametrize("rows", [3, 2000])

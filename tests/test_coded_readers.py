@@ -20,7 +20,7 @@ from lorashare_stream.model import SHAREModel
 from lorashare_stream.pipeline import plan_for
 from lorashare_stream.plan.sources import resolve
 from lorashare_stream.report.forecast import forecast_of
-from lorashare_stream.report.summary_text import summary_text
+from lorashare_stream.report.text import summary_text
 from lorashare_stream.settings import Settings
 from lorashare_stream.stages import verify as verifying
 from lorashare_stream.stages.verify import Verdict, originals_of, verify

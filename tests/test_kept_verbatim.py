@@ -19,8 +19,7 @@ from lorashare_stream.errors import CollectionError, WorkspaceError
 from lorashare_stream.model import SHAREModel
 from lorashare_stream.pipeline import compress, default_workspace, plan_for
 from lorashare_stream.plan.sources import resolve
-from lorashare_stream.report.summary_text import summary_text
-from lorashare_stream.report.text import plan_warnings
+from lorashare_stream.report.text import plan_warnings, summary_text
 from lorashare_stream.settings import Settings
 from lorashare_stream.stages.verify import originals_of, verify
 

@@ -13,6 +13,7 @@ from lorashare_stream.text import (
     parse_bytes,
     printable,
     slug,
+    spelled,
     unique_names,
 )
 
@@ -88,3 +89,18 @@ def test_bytes_shown() -> None:
         "5.0 GiB",
         "6.0 TiB",
     ]
+
+
+@pytest.mark.parametrize(
+    ("shell", "python"),
+    [
+        ("any_base (--any-base) cannot be 3", "any_base cannot be 3"),
+        ("center (--center) cannot be 3", "center cannot be 3"),
+        ("base_aliases (--base-alias) cannot be 3", "base_aliases cannot be 3"),
+        ("open a pull request (--create-pr).", "open a pull request (create_pr=True)."),
+        ("--max-error 0.25 without --directions", "max_error=0.25 without directions=True"),
+        ("by swift export --to_peft_format true", "by swift export --to_peft_format true"),
+    ],
+)
+def test_messages_in_python_name_its_arguments(shell: str, python: str) -> None:
+    assert spelled(shell) == python

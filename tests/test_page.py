@@ -18,11 +18,11 @@ import matplotlib
 import numpy as np
 import pytest
 
+from lorashare_stream.adapters.keys import kind_and_depth
 from lorashare_stream.checkpoint.location import Folder
 from lorashare_stream.cli.app import main
 from lorashare_stream.report import charts
-from lorashare_stream.report.page import page
-from lorashare_stream.report.statistics import curve_of, findings_of, kind_and_depth
+from lorashare_stream.report.page import curve_of, findings_of, page
 
 from .browser import Browser, chromium
 from .conftest import make_collection

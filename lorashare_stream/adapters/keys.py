@@ -132,3 +132,16 @@ def split_group_id(group: str) -> tuple[str, Side]:
     if not module or side not in SIDES:
         raise ValueError(f"{group!r} is not of the form module:A or module:B")
     return module, "A" if side == "A" else "B"
+
+
+def kind_and_depth(module: str) -> tuple[str, int | None]:
+    """The kind of a module, the last name in its path, and the first number in that, if there is one.
+
+    >>> kind_and_depth("model.layers.3.self_attn.q_proj"), kind_and_depth("blocks.0.to_out.1"), kind_and_depth("head")
+    (('q_proj', 3), ('to_out.1', 0), ('head', None))
+    """
+    parts = module.split(".")
+    numbers = [part.isascii() and part.isdecimal() and len(part) < 10 for part in parts]
+    last = max((i for i, number in enumerate(numbers) if not number), default=0)
+    depth = next((int(part) for part, number in zip(parts[:last], numbers[:last], strict=True) if number), None)
+    return ".".join(parts[last:]), depth

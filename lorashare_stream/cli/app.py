@@ -1,4 +1,4 @@
-"""The command line: arguments, exit codes, signals. What the commands do is in `commands`.
+"""The command line: exit codes and signals. What a command does is in the module that `options` names.
 
 Exit codes: 0 done; 1 permanent error; 2 usage; 3 done, but some adapters were left out;
 75 stopped, and a rerun may help (signal, full disk, lost network).
@@ -15,13 +15,14 @@ import signal
 import sys
 from contextlib import suppress
 from functools import partial
+from importlib import import_module
 from types import FrameType
 from typing import Any, NoReturn
 
 from ..errors import Stopped, StreamError, UsageError
 from ..text import in_shell, printable
-from .options import COMMANDS, PROGRAM, demand_one_of_each, parsed
-from .streams import discard, open_streams, say, say_error, show
+from .options import MODULES, PROGRAM, parsed
+from .output import discard, open_streams, say, say_error, show
 
 _RERUN_HELPS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENFILE, errno.ESTALE, errno.ENETDOWN, errno.ENETUNREACH,
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
-    args: dict[str, Any] = {"command": words[0]} if words and words[0] in COMMANDS else {}
+    args: dict[str, Any] = {"command": words[0]} if words and words[0] in MODULES else {}
     args |= {"json": True} if "--json" in words else {}
     before: dict[int, Any] = {}
     try:
@@ -66,23 +67,10 @@ def _run(words: list[str]) -> int:
             logging.getLogger("lorashare_stream").warning(note, encoding)
         before = {number: signal.signal(number, partial(_stop, args)) for number in (signal.SIGTERM, signal.SIGINT)}
         return _dispatch(args)
-    except StreamError as e:
-        return _failed(args, e, e.exit_code)
     except BrokenPipeError:
         raise
-    except OSError as e:
-        return _failed(args, *_of_the_machine(e))
-    except UnicodeEncodeError as e:  # of the name of a file, under a locale that is not that of its names
-        error = StreamError(
-            "a name that no file can have under this locale", found=e.object, expected=f"characters of {e.encoding}",
-            remedy="Run the same command again with PYTHONUTF8=1, or under a UTF-8 locale. What was done is kept.",
-        )  # fmt: skip
-        return _failed(args, error, 1)
-    except MemoryError:
-        error = StreamError(
-            "the machine ran out of memory", remedy="Give --memory what is really free, or fewer --workers."
-        )
-        return _failed(args, error, 1)
+    except (StreamError, OSError, UnicodeEncodeError, MemoryError) as e:
+        return _failed(args, _error_of(e))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -96,14 +84,11 @@ class _Notes(logging.Handler):
 
 
 def _dispatch(args: dict[str, Any]) -> int:
-    demand_one_of_each(args)
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # tasks are parallel: threads of BLAS would only wait, and spin
     gc.disable()  # it would look through what is imported again and again, a tenth of the time, and find nothing
-    from ..cli import commands, edit, hub
-
+    module = import_module(f".{MODULES[args['command']]}", __package__)
     gc.enable()
-    owner = next((module for module in (edit, hub) if args["command"] in module.COMMANDS), commands)
-    return int(getattr(owner, args["command"])(args))
+    return int(getattr(module, args["command"])(args))
 
 
 def _stop(args: dict[str, Any], number: int, frame: FrameType | None) -> NoReturn:
@@ -112,7 +97,7 @@ def _stop(args: dict[str, Any], number: int, frame: FrameType | None) -> NoRetur
     error = Stopped(f"stopped by {name}", remedy="What is done is kept: run the same command again, and it goes on.")
     with suppress(OSError):  # a reader that has gone
         if args.get("json"):
-            os.write(1, f"{_as_json(error, Stopped.exit_code)}\n".encode())
+            os.write(1, f"{_as_json(error)}\n".encode())
         os.write(2, f"\nlorashare-stream: {error}\n".encode())
     lock = sys.modules.get("lorashare_stream.workspace.lock")  # not loaded, it holds nothing
     if lock is not None:
@@ -120,26 +105,37 @@ def _stop(args: dict[str, Any], number: int, frame: FrameType | None) -> NoRetur
     os._exit(Stopped.exit_code)
 
 
-def _of_the_machine(e: OSError) -> tuple[StreamError, int]:
-    where = f" {printable(e.filename)}" if e.filename else ""
-    text = f"{e.strerror or e}:{where}" if where else str(e.strerror or e)
-    if e.errno in _RERUN_HELPS or isinstance(e, ConnectionError):
-        return Stopped(text, remedy="Mend that, and run the same command again: what is done is kept."), 75
-    remedy = _REMEDIES.get(e.errno or 0, "Mend that, and run the same command again.")
-    return StreamError(text, remedy=f"{remedy} What was done is kept."), 1
+def _error_of(e: Exception) -> StreamError:
+    """An error of the machine as one of ours, with a remedy."""
+    if isinstance(e, StreamError):
+        return e
+    if isinstance(e, MemoryError):
+        remedy = "Give --memory what is really free, or fewer --workers."
+        return StreamError("the machine ran out of memory", remedy=remedy)
+    if isinstance(e, UnicodeEncodeError):  # of the name of a file, under a locale that is not that of its names
+        return StreamError(
+            "a name that no file can have under this locale", found=e.object, expected=f"characters of {e.encoding}",
+            remedy="Run the same command again with PYTHONUTF8=1, or under a UTF-8 locale. What was done is kept.",
+        )  # fmt: skip
+    number, text, name = (getattr(e, part, None) for part in ("errno", "strerror", "filename"))
+    text = f"{text or e}: {printable(name)}" if name else str(text or e)
+    if number in _RERUN_HELPS or isinstance(e, ConnectionError):
+        return Stopped(text, remedy="Mend that, and run the same command again: what is done is kept.")
+    remedy = _REMEDIES.get(number or 0, "Mend that, and run the same command again.")
+    return StreamError(text, remedy=f"{remedy} What was done is kept.")
 
 
-def _failed(args: dict[str, Any], error: StreamError, code: int) -> int:
+def _failed(args: dict[str, Any], error: StreamError) -> int:
     if args.get("json"):
         with suppress(OSError):  # it may be stdout that failed
-            show(_as_json(error, code))
+            show(_as_json(error))
     say_error(error)
     if isinstance(error, UsageError):
         say(f"Try: {PROGRAM} {args['command']} --help" if "command" in args else f"Try: {PROGRAM} --help")
-    return code
+    return error.exit_code
 
 
-def _as_json(error: StreamError, code: int) -> str:
+def _as_json(error: StreamError) -> str:
     problems = [str(p) for p in getattr(error, "problems", ())]
     details = {"problem": error.problem, **error.details()} | ({"problems": problems} if problems else {})
-    return json.dumps({"error": details, "exit_code": code})
+    return json.dumps({"error": details, "exit_code": error.exit_code})

@@ -1,10 +1,10 @@
-"""What a command is asked to do: settings and sources from flags, configuration files and saved plans."""
+"""Settings, sources and plans of a command, from flags, configuration files and saved plans."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,31 +20,27 @@ from ..plan.sources import resolve
 from ..runtime.dask import connected, started, workers_of
 from ..runtime.progress import Progress, silent
 from ..schema import FORMAT, SkippedFile
-from ..settings import LIMITS, TRIM_RANK, TYPES, Settings, overridden
+from ..settings import SIZES, TYPES, Settings, overridden
 from ..text import listed, name_fault, printable
 
-Args = Mapping[str, Any]
+Args = Mapping[str, Any]  # what was given, by the names of `options`
 log = logging.getLogger(__name__)
-_SETTINGS = TYPES.keys() | {TRIM_RANK}
 _PLACES: dict[str, type] = {"output": str, "workspace": str, "overwrite": bool, "sources": object}
 _GREEDY = {"names": "--names", "base_aliases": "--base-alias"}
 
 
 def with_config(args: Args) -> dict[str, Any]:
     """Arguments over what `--config` sets; paths in it are as on the command line."""
-    chosen = dict(args)
-    if not chosen.get("sources"):
-        chosen.pop("sources", None)
     if "config" not in args:
-        return chosen
+        return dict(args)
     path = Path(args["config"])
     if not path.is_file():
         raise UsageError("no such configuration file", found=path)
     values = read_yaml(path) or {}
-    allowed = _SETTINGS | _PLACES.keys()
+    allowed = TYPES.keys() | _PLACES.keys()
     if not isinstance(values, dict) or not all(isinstance(k, str) for k in values):
         raise UsageError("the configuration is not a mapping of settings", found=printable(values))
-    unknown = sorted(k for k in values if k not in allowed)
+    unknown = sorted(values.keys() - allowed)
     if unknown:
         raise UsageError(
             f"unknown setting in {printable(path)}", found=listed(unknown), expected=listed(sorted(allowed), 20)
@@ -52,26 +48,23 @@ def with_config(args: Args) -> dict[str, Any]:
     for name, kind in _PLACES.items():
         if not isinstance(values.get(name, kind()), kind):
             raise UsageError(f"{name} in {printable(path)} cannot be meant", found=values[name], expected=kind.__name__)
-    several = [name for name in ("num_components", *LIMITS) if values.get(name) is not None]
+    several = [name for name in SIZES if values.get(name) is not None]
     if len(several) > 1:
         raise UsageError(
             f"{printable(path)} says twice how large it may be", found=listed(several), expected="one of them"
         )
-    return overridden(values, chosen)
+    return overridden(values, args)
 
 
-@contextmanager
-def cluster_of(args: Args) -> Iterator[Any]:
+def cluster_of(args: Args) -> AbstractContextManager[Any]:
     """A client of the cluster that is asked for, until the end of the block; None if none is.
 
     Raises:
         UnreachableClusterError: if it does not answer, or has no workers.
     """
-    if "dask_scheduler" not in args and "dask_local" not in args:
-        yield None
-        return
-    with connected(args["dask_scheduler"]) if "dask_scheduler" in args else started(args["dask_local"]) as cluster:
-        yield cluster
+    if "dask_scheduler" in args:
+        return connected(args["dask_scheduler"])
+    return started(args["dask_local"]) if "dask_local" in args else nullcontext()
 
 
 def with_workers(chosen: Args, cluster: Any) -> dict[str, Any]:
@@ -79,17 +72,8 @@ def with_workers(chosen: Args, cluster: Any) -> dict[str, Any]:
     return {**({} if "plan" in chosen else workers_of(cluster)), **chosen}  # a saved plan says something of it
 
 
-def _settings(chosen: Args) -> Settings:
-    return Settings.from_mapping({k: v for k, v in chosen.items() if k in _SETTINGS})
-
-
 def named_sources(chosen: Args, skipping: bool) -> list[Source]:
-    """The adapters that sources and `--names` mean.
-
-    Args:
-        chosen: the arguments.
-        skipping: whether those that are not there are given all the same, for the catalog to refuse.
-    """
+    """The adapters that sources and `--names` mean; if skipping, also what is not there, for the catalog to refuse."""
     sources = chosen.get("sources")
     if not sources:
         greedy = [flag for name, flag in _GREEDY.items() if name in chosen]
@@ -98,7 +82,8 @@ def named_sources(chosen: Args, skipping: bool) -> list[Source]:
             expected="adapter folders, folders of them, globs, manifests or Hub ids",
             remedy=f"Write them first: {listed(greedy)} takes all words that follow." if greedy else None,
         )
-    if not isinstance(sources, list | dict) or not all(isinstance(s, str) for s in _paths(sources)):
+    paths = list(sources.values()) if isinstance(sources, dict) else sources
+    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
         raise UsageError("sources must be a list of paths, or a mapping of names to paths", found=printable(sources))
     if "names" in chosen:
         names = chosen["names"]
@@ -110,17 +95,17 @@ def named_sources(chosen: Args, skipping: bool) -> list[Source]:
     return resolve(sources, missing_ok=skipping)
 
 
-def _paths(sources: list[Any] | dict[Any, Any]) -> list[Any]:
-    return list(sources.values()) if isinstance(sources, dict) else sources
-
-
 def make_plan(chosen: Args, workspace: Path | None = None, *, runs: bool = True, progress: Progress = silent) -> Plan:
     """The plan for what was chosen."""
-    settings = _settings(chosen)
+    settings = Settings.from_mapping(_settings_in(chosen))
     if "variance_threshold" in chosen and (settings.num_components != "auto" or settings.limit):
         log.info("without -k auto, variance only decides whether adapters that are added need new bases")
     sources = named_sources(chosen, settings.on_error == "skip")
     return plan_for(sources, settings, workspace, runs=runs, progress=progress)
+
+
+def _settings_in(chosen: Args) -> dict[str, Any]:
+    return {k: v for k, v in chosen.items() if k in TYPES}
 
 
 def planned(chosen: Args, workspace: Path, progress: Progress = silent) -> Plan:
@@ -136,7 +121,7 @@ def planned(chosen: Args, workspace: Path, progress: Progress = silent) -> Plan:
         refused = [r.error() for r in SkippedFile.model_validate(saved["refused"]).root]
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise UsageError(f"{printable(chosen['plan'])} is not a plan", found=f"{type(e).__name__}: {e}") from e
-    settings = overridden(settings, {k: v for k, v in chosen.items() if k in _SETTINGS})
+    settings = overridden(settings, _settings_in(chosen))
     made = plan_for(sources, Settings.from_mapping(settings), workspace, progress=progress)
     if made.fingerprint_as(presumed=presumed) != fingerprint and not made.refused:
         raise UsageError(

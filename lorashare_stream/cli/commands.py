@@ -1,4 +1,4 @@
-"""What each command does: choose settings, call the library, print the result."""
+"""The commands that compress, look, check and restore: settings from arguments, one call, a result that is printed."""
 
 from __future__ import annotations
 
@@ -26,26 +26,32 @@ from ..files import atomic_file, own_path, read_json, tree_bytes, write_json
 from ..hub.client import Hub
 from ..hub.lookup import pinned, recalled, source_of
 from ..hub.repository import place_of
+from ..pipeline import Outcome, default_workspace
 from ..pipeline import compress as run_plan
-from ..pipeline import default_workspace
 from ..plan.file import plan_as_json
 from ..plan.plan import Plan
 from ..plan.sources import resolve
-from ..report.summary_text import summary_text
-from ..report.text import beside_notes, notes_text, plan_notes, plan_text, plan_warnings, rows_text
+from ..report.text import beside_notes, notes_text, plan_notes, plan_text, plan_warnings, rows_text, summary_text
 from ..settings import LIMITS
 from ..text import bytes_shown, counted, listed, name_fault, printable
 from ..workspace.workspace import Workspace
 from .choices import Args, cluster_of, make_plan, names_meant, planned, with_config, with_workers
-from .output import print_result, progress_of, say_left_out, say_what_will_be_left_out, table_text
-from .streams import say, say_error
+from .output import (
+    SKIPPED,
+    print_result,
+    progress_of,
+    say,
+    say_error,
+    say_left_out,
+    say_what_will_be_left_out,
+    table_text,
+)
 
 if TYPE_CHECKING:
     from ..adapters.source import Source
     from ..model import SHAREModel
 
 log = logging.getLogger(__name__)
-SKIPPED = 3  # exit code: done, but adapters were left out
 
 
 def plan(args: Args) -> int:
@@ -75,24 +81,22 @@ def plan(args: Args) -> int:
 
 
 def _looked_into(args: Args, made: Plan, sample: int | None) -> tuple[dict[str, Any], list[str]]:
-    """What a sample tells, as plain values and as text: a forecast where a limit is set, else what `--analyze` asks."""
+    """A sample as plain values and as text: a forecast where a limit is set, else the analysis that is asked for."""
     if made.settings.limit:
-        from ..report.analysis_text import forecast_text
-        from ..report.forecast import forecast_of
+        from ..report.forecast import forecast_of, forecast_text
 
         if "analyze" not in args and not any(e.fetched for e in made.adapters):
-            return {}, [
-                "note: nothing is foretold: adapters on the Hub are not fetched for it; --analyze fetches a sample"
-            ]
+            note = "nothing is foretold: adapters on the Hub are not fetched for it; --analyze fetches a sample"
+            return {}, [f"note: {note}"]
         forecast = forecast_of(made, sample, fetches="analyze" in args, progress=progress_of(args))
-        return {"forecast": asdict(forecast)}, [forecast_text(forecast)]
+        plain = asdict(forecast) | {"problems": skipped_as_json(forecast.problems)}
+        return {"forecast": plain}, [forecast_text(forecast)]
     if "analyze" not in args:
         return {}, []
-    from ..report.analysis import analyse
-    from ..report.analysis_text import analysis_as_json, analysis_text
+    from ..report.analysis import analyse, analysis_text
 
     found = analyse(made, sample, progress=progress_of(args))
-    return {"analysis": analysis_as_json(found)}, [analysis_text(found, made)]
+    return {"analysis": asdict(found) | {"problems": skipped_as_json(found.problems)}}, [analysis_text(found, made)]
 
 
 def _fault(made: Plan) -> StreamError | None:
@@ -106,65 +110,57 @@ def _fault(made: Plan) -> StreamError | None:
 def compress(args: Args) -> int:
     """`compress`: run a plan, then print what came of it."""
     chosen = with_config(args)
-    out, named = _places(chosen)
+    for flag in ("layer_by_layer", "chunk_size"):
+        if flag in chosen:
+            log.warning("--%s has no effect: adapters are always streamed", flag.replace("_", "-"))
+    if "output" not in chosen:
+        raise UsageError("no output", expected="-o OUT", remedy="Name the checkpoint's folder.")
+    out, named = Path(chosen["output"]), Path(chosen["workspace"]) if "workspace" in chosen else None
     workspace = named or default_workspace(out)
     overwrite = bool(chosen.get("overwrite"))
-    check_output(
-        output_folder(out), own=Workspace(workspace).published(), overwrite=overwrite
-    )  # before the Hub is asked
+    published = Workspace(workspace).published()
+    check_output(output_folder(out), own=published, overwrite=overwrite)  # before the Hub is asked
     with cluster_of(args) as cluster:
-        return _compress(args, with_workers(chosen, cluster), out, named, overwrite, cluster)
-
-
-def _compress(args: Args, chosen: Args, out: Path, named: Path | None, overwrite: bool, cluster: Any) -> int:
-    workspace = named or default_workspace(out)
-    make = planned if "plan" in chosen else make_plan
-    made = make(chosen, workspace, progress=progress_of(args))
-    made.validate()
-    log.debug("%s", plan_text(made))
-    before = ours_of(out)
-    for note in plan_warnings(made):
-        log.warning("%s", note)
-    outcome = run_plan(
-        made,
-        out,
-        workspace=named,
-        executor=cluster,
-        overwrite=overwrite,
-        take_lock=bool(chosen.get("take_lock")),
-        progress=progress_of(args),
-    )
-    skipped = outcome.skipped
+        chosen = with_workers(chosen, cluster)
+        make = planned if "plan" in chosen else make_plan
+        made = make(chosen, workspace, progress=progress_of(args))
+        made.validate()
+        log.debug("%s", plan_text(made))
+        before = ours_of(out)
+        for note in plan_warnings(made):
+            log.warning("%s", note)
+        outcome = run_plan(
+            made,
+            out,
+            workspace=named,
+            executor=cluster,
+            overwrite=overwrite,
+            take_lock=bool(chosen.get("take_lock")),
+            progress=progress_of(args),
+        )
     if before is not None:
         what = {"current": "is up to date", "projection": "has grown", "recompute": "has replaced what was there"}
         log.info("%s %s", printable(out), what[outcome.method])
     told = {note for adapter in made.adapters for note in adapter.layout.notes}
     for note in notes_text(outcome.admissions, told):
         log.info("%s", note)
-    config = read_share_config(out)
-    used = tree_bytes(workspace)
+    return _print_compressed(args, out, workspace, outcome)
+
+
+def _print_compressed(args: Args, out: Path, workspace: Path, outcome: Outcome) -> int:
+    config, used = read_share_config(out), tree_bytes(workspace)
     result = {
         "checkpoint": str(out),
         "workspace": str(workspace),
         "workspace_bytes": used,
         "method": outcome.method,
-        "skipped": skipped_as_json(skipped),
+        "skipped": skipped_as_json(outcome.skipped),
         **info_of(config),
     }
     drop = f"{bytes_shown(used)}, kept for growing and refitting; drop it by: rm -r {shlex.quote(printable(workspace))}"
     print_result(args, result, f"{summary_text(config)}\n{rows_text([('workspace', drop)])}")
-    say_left_out(skipped, out)
-    return SKIPPED if skipped else 0
-
-
-def _places(chosen: Args) -> tuple[Path, Path | None]:
-    """The output, and the workspace if one is named."""
-    for flag in ("layer_by_layer", "chunk_size"):
-        if flag in chosen:
-            log.warning("--%s has no effect: adapters are always streamed", flag.replace("_", "-"))
-    if "output" not in chosen:
-        raise UsageError("no output", expected="-o OUT", remedy="Name the checkpoint's folder.")
-    return Path(chosen["output"]), Path(chosen["workspace"]) if "workspace" in chosen else None
+    say_left_out(outcome.skipped, out)
+    return SKIPPED if outcome.skipped else 0
 
 
 def info(args: Args) -> int:
@@ -183,14 +179,12 @@ def report(args: Args) -> int:
         raise UsageError("no folder for the report", found=out.parent, remedy="Make it, or name another.")
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it does without a folder of its own
     try:
-        from ..report.page import page
+        from ..report.page import findings_of, page
     except ModuleNotFoundError as e:
         if e.name != "matplotlib":
             raise
         remedy = "Install it by: pip install matplotlib (the extra `report` of this package)."
         raise UsageError("a report is drawn by matplotlib, and there is none", remedy=remedy) from e
-    from ..report.statistics import findings_of
-
     content = page(findings_of(place_of(args["checkpoint"], local_files_only="offline" in args))).encode()
     with atomic_file(out) as f:
         f.write(content)
@@ -199,7 +193,7 @@ def report(args: Args) -> int:
 
 
 def info_of(config: SHAREConfig) -> dict[str, Any]:
-    """What `info` tells, as plain values."""
+    """The result of `info` as plain values."""
     stats = {k: v for k, v in config.compression_stats.items() if k != "lorashare_stream"}
     ours = {k: v for k, v in config.ours.items() if k != "groups"}
     whole = {}
@@ -256,7 +250,7 @@ def verify(args: Args) -> int:
     from ..stages.verify import originals_of
     from ..stages.verify import verify as verdicts_of
 
-    offline = bool(args.get("offline"))
+    offline = "offline" in args
     model = SHAREModel.from_pretrained(args["checkpoint"], local_files_only=offline)
     beside = Path(args.get("workspace", default_workspace(Path(args["checkpoint"]).absolute())))
     sources = _originals(args, model, beside, offline=offline)

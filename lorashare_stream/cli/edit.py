@@ -17,22 +17,18 @@ from ..edits.options import RunOptions, opened
 from ..edits.remove import Removed
 from ..errors import StreamError, skipped_as_json
 from ..files import tree_bytes
-from ..report.summary_text import summary_text
-from ..report.text import rows_text
-from ..settings import LIMITS, TRIM_RANK, TYPES
+from ..report.text import rows_text, summary_text
+from ..settings import SIZES, TYPES
 from ..text import bytes_shown, counted, listed, printable
 from .choices import Args, cluster_of, named_sources, names_meant, with_workers
-from .output import print_result, progress_of, say_left_out
-from .streams import say_error
+from .output import SKIPPED, print_result, progress_of, say_error, say_left_out
 
-COMMANDS = {"add", "remove", "refit"}
-SKIPPED = 3  # exit code: done, but adapters were left out
 log = logging.getLogger(__name__)
-_ASKED = ("num_components", *LIMITS, "directions", TRIM_RANK)  # of a refit
+_ASKED = (*SIZES, "directions")  # of a refit
 
 
 @contextmanager
-def _means(args: Args) -> Iterator[RunOptions]:
+def _run_options(args: Args) -> Iterator[RunOptions]:
     own = TYPES.keys() - {*_ASKED}
     with cluster_of(args) as cluster:
         yield RunOptions(
@@ -50,7 +46,7 @@ def add(args: Args) -> int:
     out, config = opened(Path(args["checkpoint"]))
     before, bytes_before = set(config.adapter_names), total_bytes(record_of(config).bytes)
     sources = named_sources(args, skipping=args.get("on_error") == "skip")
-    with _means(args) as options:
+    with _run_options(args) as options:
         outcome = adding.add(out, sources, options)
     config = read_share_config(out)
     tried = list(outcome.kept.items())[:20]
@@ -80,7 +76,7 @@ def remove(args: Args) -> int:
     """`remove`: adapters out of a checkpoint; fails if their trace was to go, and could not."""
     out = Path(args["checkpoint"])
     names = names_meant(args.get("adapters", ()), opened(out)[1].adapter_names)
-    with _means(args) as options:
+    with _run_options(args) as options:
         done = shrinking.remove(out, names, options, refit="refit" in args)
     left = sorted({*done.in_bases, *(done.in_moments or {})})
     result = {
@@ -105,7 +101,7 @@ def remove(args: Args) -> int:
 
 
 def _traces(done: Removed, refit: bool) -> list[str]:
-    """Where what was taken out is left, in words."""
+    """Traces of the adapters that were taken out, in words."""
     if done.coded and done.in_bases:
         trace = f"directions were fitted to {listed(done.in_bases)} too, and still contain their trace; "
         if done.in_moments is None:
@@ -134,7 +130,7 @@ def refit(args: Args) -> int:
     """`refit`: another k or limit, or bases anew."""
     asked = {name: args[name] for name in _ASKED if name in args}
     out = Path(args["output"])
-    with _means(args) as options:
+    with _run_options(args) as options:
         method = refitting.refit(Path(args["place"]), asked, out, options, overwrite="overwrite" in args)
     config = read_share_config(out)
     note = {

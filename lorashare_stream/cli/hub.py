@@ -12,10 +12,7 @@ from ..hub.discover import discover as listed_by_hub
 from ..hub.discover import write_manifest
 from ..text import bytes_shown, counted, listed, printable
 from .choices import Args
-from .output import print_result, progress_of
-from .streams import say
-
-COMMANDS = {"discover", "push"}
+from .output import print_result, progress_of, say
 
 
 def discover(args: Args) -> int:

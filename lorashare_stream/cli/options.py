@@ -1,7 +1,7 @@
 """The commands as a shell sees them: a signature is the arguments and options, beside those that commands share.
 
-An option that sets a setting shows what `settings` says of it. What a command does is in `commands`, `edit` and `hub`,
-which are imported when it runs.
+An option that sets a setting shows what `settings` says of it. What a command does is in the module that `MODULES`
+names, which is imported when it runs.
 """
 
 # ruff: noqa: B008 - typer takes what an option is from the default of a parameter
@@ -19,17 +19,14 @@ import typer.core
 import typer.main
 
 from ..errors import UsageError
-from ..settings import HUB, LIMITS, MEANS, SOURCES, STORED, TYPES, choices_of, flags_of, shown
+from ..settings import HUB, MEANS, SIZES, SOURCES, STORED, TYPES, choices_of, flags_of, shown
 from ..text import printable
 from ..version import __version__
 
 PROGRAM = "lorashare-stream"
 _EPILOG = "Exit codes: 0 done, 1 permanent error, 2 usage, 3 done but adapters were left out, 75 stopped: run it again."
 _HELP = {"help_option_names": ["-h", "--help"]}
-_ONE_OF = (
-    ("num_components", *LIMITS), ("quiet", "verbose"), ("dask_scheduler", "dask_local"), ("adapter", "all"),
-    ("private", "public"),
-)  # fmt: skip
+_ONE_OF = (SIZES, ("quiet", "verbose"), ("dask_scheduler", "dask_local"), ("adapter", "all"), ("private", "public"))
 
 Flag = bool | None  # None: not given, here and below
 Text = str | None
@@ -64,21 +61,18 @@ _SHARED: Mapping[str, tuple[Any, Any]] = {  # options of several commands that a
         Flag,
         _option("take over the lock of a host that is known to be dead", "", "--take-lock", group=MEANS),
     ),
-    "trim_rank": (Flag, _option("gone, which the settings tell", "", "--trim-rank", hidden=True)),
     "json": (Flag, _option("print one JSON object on stdout, and nothing else", "", "--json")),
     "quiet": (Flag, _option("no progress and no notes; results, warnings and errors remain", "", "-q", "--quiet")),
     "verbose": (Flag, _option("say more", "", "-v", "--verbose")),
 }
-_LIMIT = ("num_components", *LIMITS, "variance_threshold", "trim_rank")
+_LIMIT = (*SIZES, "variance_threshold")
 _RUN = ("workspace", "memory", "workers", "device", "disk_budget", "offline")
 _CLUSTER = ("dask_scheduler", "dask_local", "take_lock")
 _ADAPTERS = ("names", "on_error", "base_aliases", "any_base")
-_ALL = (
-    "config", "base_model", *_ADAPTERS, *_LIMIT, "directions", "objective", "center", "moment_dtype", "dtype",
-    "share_initial", *_RUN,
-)  # fmt: skip
+_ALL = ("config", "names", "workspace", *(name for name in TYPES if name != "discard_moments"))
 _ON_ONLY = ("offline", "discard_moments")  # switches that no option turns off
 _MAKE, _READ, _CHANGE = "Compress", "Look, check and restore", "Change a checkpoint"
+MODULES: dict[str, str] = {}  # command -> the module of this room that has it
 
 
 class _Help:
@@ -137,6 +131,7 @@ def command(group: str, *shared: str) -> Callable[[Callable[..., None]], Callabl
         vars(given)["__signature__"] = inspect.Signature(parameters)
         what: Any = {"help": of.__doc__, "rich_help_panel": group, "epilog": _EPILOG, "context_settings": _HELP}
         app.command(of.__name__, cls=_Command, **what)(given)
+        MODULES[of.__name__] = {_CHANGE: "edit", HUB: "hub"}.get(group, "commands")
         return of
 
     return register
@@ -261,9 +256,6 @@ def push(
     """Upload a checkpoint to the Hub, its configuration last. Run again, it goes on where it was."""
 
 
-COMMANDS = {known.name for known in app.registered_commands}
-
-
 def _show_version(wanted: Flag) -> None:
     if wanted:
         print(f"{PROGRAM} {__version__}")
@@ -279,7 +271,7 @@ def parsed(words: Sequence[str]) -> dict[str, Any] | int:
     """The command and what was given to it, by name; an exit code if all that was asked for has been shown, as help.
 
     Raises:
-        UsageError: on words that are no command, option or value.
+        UsageError: on words that are no command, option or value, and on options of which each excludes the other.
     """
     top: Any = typer.main.get_command(app)
     one = top.commands.get(words[0]) if words else None
@@ -291,6 +283,8 @@ def parsed(words: Sequence[str]) -> dict[str, Any] | int:
         )
     except typer.TyperException as e:
         raise UsageError(printable(e.format_message(), 1000).rstrip(".")) from e
+    if isinstance(found, dict):
+        _demand_one_of_each(found)
     return found
 
 
@@ -318,12 +312,7 @@ def _is_value(word: str) -> bool:
     return re.match("-[^0-9]", word) is None
 
 
-def demand_one_of_each(args: Mapping[str, Any]) -> None:
-    """Check the options of which each excludes the others.
-
-    Raises:
-        UsageError: if two of them were given.
-    """
+def _demand_one_of_each(args: Mapping[str, Any]) -> None:
     for names in _ONE_OF:
         flags = [flags_of(n)[0] if n in TYPES else f"--{n.replace('_', '-')}" for n in names if n in args]
         if len(flags) > 1:

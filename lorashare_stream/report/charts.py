@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from io import StringIO
 from threading import Lock
-from typing import Any, ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import numpy as np
 from markupsafe import Markup
@@ -25,7 +25,9 @@ from numpy.typing import NDArray
 
 from ..adapters.keys import SIDES
 from ..text import bytes_shown, counted, printable
-from .statistics import Basis, Curve
+
+if TYPE_CHECKING:
+    from .page import Basis, Curve
 
 Array = NDArray[np.float64]
 Box = tuple[float, float, float, float]  # left, right, top, bottom
@@ -68,7 +70,7 @@ def _figure(draw: Callable[P, tuple[Figure, str, str]]) -> Callable[P, Markup]:
 
 
 def _inner(text: str) -> str:
-    """What is in an SVG, without ids, fonts and digits that nobody sees; groups named `title:` get that title."""
+    """Content of an SVG, without ids, fonts and digits that nobody sees; groups named `title:` get that title."""
     text = re.sub(r'<g id="title:([^"]*)">', r"<g><title>\1</title>", text[text.index('<g id="figure') :])
     text = re.sub(r' id="[^"]*"| transform="rotate\(-0[^"]*"|font-(size|family): [^;"]*;? ?', "", text)
     text = re.sub(r"#fe000(\d)", lambda found: f"var(--{_NAMES[int(found[1])]})", text)
@@ -106,7 +108,7 @@ def _note(
 
 
 def _title(axes: Axes, text: str, y: float = 12) -> None:
-    """What the y axis is, at the left above it."""
+    """Label of the y axis, at the left above it."""
     _note(axes, text, (0, 1), (0, -y), "figure fraction", color=_INK)
 
 
@@ -153,7 +155,7 @@ def _bars(figure: Figure, box: Box, values: Array) -> Axes:
 
 @_figure
 def histogram(errors: Array) -> tuple[Figure, str, str]:
-    """How many adapters have which relative dW error, of (n,), n >= 1."""
+    """Histogram of the relative dW errors (n,) of adapters, n >= 1."""
     axes = _bars(figure := _new(480, 272), (44, 468, 64, 230), errors)
     axes.set_xlabel("relative dW error" + (", log scale" if axes.get_xscale() == "log" else ""))
     label = f"Histogram of the relative dW error of {counted(len(errors), 'adapter')}, from {errors.min():.3g} to "
@@ -162,7 +164,7 @@ def histogram(errors: Array) -> tuple[Figure, str, str]:
 
 @_figure
 def cloud(times: Array, errors: Array, worst: Array, asked: float | None) -> tuple[Figure, str, str]:
-    """How many adapters of a coded checkpoint are how many times smaller, and below that what each of them lost.
+    """Histogram of the ratio of adapters of a coded checkpoint, and below it their errors against the ratio.
 
     Args:
         times: LoRA bytes over bytes of the code (n,), n >= 1.
@@ -187,11 +189,11 @@ def cloud(times: Array, errors: Array, worst: Array, asked: float | None) -> tup
 
 @_figure
 def tradeoff(curve: Curve, measured: Mapping[str, float]) -> tuple[Figure, str, str]:
-    """What a smaller k takes and loses, and where this checkpoint is.
+    """Errors against bytes of each smaller k, and this checkpoint.
 
     Args:
         curve: from k = 0 to that of this checkpoint.
-        measured: what is certified of this checkpoint, rms and mean, drawn where its bytes are.
+        measured: certified errors of this checkpoint, rms and mean, drawn at its bytes.
     """
     axes = _axes(figure := _new(480, 272), (48, 466, 38, 230))
     power = min(int(math.log(max(float(curve.bytes.max()), 1.0), 1024)), len(_UNITS) - 1)

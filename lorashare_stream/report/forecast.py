@@ -1,25 +1,25 @@
-"""What a coded checkpoint will take, and how far off it will be, foretold from a sample that is coded."""
+"""A forecast of a coded checkpoint, bytes and errors, from a coded sample; the rate curve; both as text."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection
-from concurrent.futures import Executor
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ..adapters.dtypes import ITEMSIZE
 from ..adapters.safetensors import tensor_records_of
 from ..checkpoint.index import canonical, deflated
 from ..checkpoint.packs import ADAPTERS_MOST, VERBATIM_PART
 from ..codec.rate import Estimate, estimated, step_for
-from ..errors import skipped_as_json
+from ..errors import AdapterError, problem_lines, skipped_as_json
 from ..files import json_bytes
 from ..plan.plan import Plan
 from ..runtime.progress import Progress, silent
 from ..stages.coding import ENOUGH
+from ..text import bytes_shown, counted
 from .sample import Kind, Sample, mapping, sample_of, sampled
+from .text import Row, rows_text, table
 
 ERRORS = (0.02, 0.05, 0.1, 0.25, 0.4, 0.6)  # of the curve
 _INDEXED = 1024  # adapters of the index that is made to see how large it will be
@@ -48,7 +48,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What is foretold of a coded checkpoint.
+    """A forecast of a coded checkpoint.
 
     Attributes:
         sample: adapters that were coded. adapters: of the plan. unfetched: those of the Hub that were no candidates.
@@ -57,15 +57,14 @@ class Forecast:
         total: bytes of all files; codes, verbatim and metadata are its parts. Margins are half 95 % intervals.
         error: mean relative dW error. worst: the largest of the sample.
         step: of the quantiser, where a limit on bytes decides, which is `wanted`.
-        times, lora_times: how many times smaller than the originals: all files, and the codes than the LoRA tensors.
-        curve: of other errors.
+        times, lora_times: as those of a `Point`. curve: of other errors.
     """
 
     sample: int
     adapters: int
     unfetched: int
     exact: int
-    problems: tuple[dict[str, Any], ...]
+    problems: tuple[AdapterError, ...]
     total: Estimate
     codes: Estimate
     verbatim: Estimate
@@ -80,38 +79,31 @@ class Forecast:
 
 
 def forecast_of(
-    plan: Plan,
-    sample: int | None = None,
-    *,
-    fetches: bool = False,
-    executor: Executor | None = None,
-    progress: Progress = silent,
+    plan: Plan, sample: int | None = None, *, fetches: bool = False, progress: Progress = silent
 ) -> Forecast:
     """Code a sample of a plan's adapters, evenly spaced, and estimate the whole by its ratios to bytes that are known.
 
     Args:
         plan: with a limit.
-        sample: how many adapters; None for `SAMPLE`, fewer if they are large.
+        sample: number of adapters; None for `SAMPLE`, fewer if they are large.
         fetches: whether adapters of the Hub are fetched for it; else those that are here are candidates.
-        executor: does the tasks; processes of this machine if None. The result does not depend on it.
-        progress: passes what is coded on as it comes.
 
     Raises:
         CollectionError: if there is no adapter that can be coded.
         UnreachableError: if the Hub does not answer.
     """
     candidates = [e for e in plan.adapters if fetches or e.fetched]
-    chosen = sampled(candidates, sample)
-    with mapping(plan, executor) as mapper:
-        found = sample_of(plan, chosen, mapper, progress, fetches=fetches)
+    with mapping(plan) as mapper:
+        found = sample_of(plan, sampled(candidates, sample), mapper, progress)
     return _forecast(plan, found, len(plan.adapters) - len(candidates))
 
 
 def _forecast(plan: Plan, s: Sample, unfetched: int) -> Forecast:
     verbatim, common = _verbatim(plan, s)
-    limit, originals, step = plan.settings.byte_limit(plan.sizes["originals"]), plan.sizes["originals"], None
+    originals, step = plan.sizes["originals"], None
+    limit = plan.settings.byte_limit(originals)
     if limit is None:
-        codes, error = s.codes(p.code for p in s.probes), s.mean_error(None)
+        codes, error = s.total(lambda p: p.code), s.mean_error(None)
     else:
         room = max(1.0, limit - verbatim.value - _metadata(plan, s, s.codes_at(1.0).value, common=common))
         step = step_for(lambda at: s.codes_at(at).value, room)
@@ -125,29 +117,31 @@ def _forecast(plan: Plan, s: Sample, unfetched: int) -> Forecast:
     total = Estimate(codes.value + verbatim.value + metadata, margin)
     exact = sum(p.norm > 0 and not p.coded for p in s.probes)
     return Forecast(
-        len(s.probes), s.count, unfetched, exact, tuple(skipped_as_json(s.problems)), total, codes, verbatim, metadata,
-        error, max(s.errors_at(step), default=0.0), step, limit, originals / total.value,
-        s.coded_lora / max(1.0, codes.value), points_of(plan, s, verbatim.value + metadata),
+        len(s.probes), s.count, unfetched, exact, s.problems, total, codes, verbatim, metadata, error,
+        max(s.errors(step), default=0.0), step, limit, originals / total.value,
+        s.coded_lora / max(1.0, codes.value), _points(plan, s, verbatim.value + metadata),
     )  # fmt: skip
 
 
-def points_of(plan: Plan, s: Sample, beside: float | None = None) -> tuple[Point, ...]:
-    """The rate curve: a coded checkpoint of all adapters at some errors, with so many bytes beside its codes."""
-    if beside is None:
-        verbatim, common = _verbatim(plan, s)
-        beside = verbatim.value + _metadata(plan, s, s.codes_within(0.25).value, common=common)
+def points_of(plan: Plan, s: Sample) -> tuple[Point, ...]:
+    """The rate curve: a coded checkpoint of all adapters at some errors."""
+    verbatim, common = _verbatim(plan, s)
+    return _points(plan, s, verbatim.value + _metadata(plan, s, s.codes_within(0.25).value, common=common))
+
+
+def _points(plan: Plan, s: Sample, beside: float) -> tuple[Point, ...]:
+    """The rate curve, with a number of bytes beside the codes."""
     points = []
     for error in ERRORS:
         codes = s.codes_within(error)
         total = codes.value + beside
         times = plan.sizes["originals"] / total, s.coded_lora / max(1.0, codes.value)
-        margin = math.hypot(codes.margin, _BETWEEN * codes.value)
-        points.append(Point(error, codes.value, margin, total, *times))
+        points.append(Point(error, codes.value, math.hypot(codes.margin, _BETWEEN * codes.value), total, *times))
     return tuple(points)
 
 
 def _verbatim(plan: Plan, s: Sample) -> tuple[Estimate, set[Kind]]:
-    """Bytes of what is verbatim; and the kinds of tensors that are the same in many adapters.
+    """Bytes of verbatim tensors; and the kinds of those that are the same in many adapters.
 
     Headers say what all adapters have, a sample which share of that is stored. A tensor that a quarter of those with
     one of its kind in the sample have is stored once for all.
@@ -157,17 +151,13 @@ def _verbatim(plan: Plan, s: Sample) -> tuple[Estimate, set[Kind]]:
     common = {kind for (kind, _), n in seen.items() if n > 1 and 4 * n >= kinds[kind]}
     once = sum({(k.kind, k.digest): k.stored for k in every if k.kind in common}.values())
     own = [[k for k in p.kept if k.kind not in common] for p in s.probes]
-    sizes = [float(sum(_nbytes(k.kind) for k in some)) for some in own]
+    sizes = [float(sum(ITEMSIZE[k.kind[1]] * math.prod(k.kind[2]) for k in some)) for some in own]
     whole = sum(r.nbytes for e in plan.adapters for key, r in e.layout.extras if (key, r.dtype, r.shape) not in common)
     rest = Estimate(_PLANES * whole, (1 - _PLANES) * whole)
     if any(sizes):
         rest = estimated([sum(k.stored / seen[k.kind, k.digest] for k in some) for some in own], sizes, whole)
-    lora = s.codes(p.lora for p in s.probes)
-    return Estimate(once + rest.value + lora.value, math.hypot(rest.margin, lora.margin)), common
-
-
-def _nbytes(kind: Kind) -> int:
-    return ITEMSIZE[kind[1]] * math.prod(kind[2])
+    exact = s.total(lambda p: p.exact)
+    return Estimate(once + rest.value + exact.value, math.hypot(rest.margin, exact.margin)), common
 
 
 def _metadata(plan: Plan, s: Sample, codes: float, *, common: Collection[Kind]) -> int:
@@ -186,3 +176,54 @@ def _metadata(plan: Plan, s: Sample, codes: float, *, common: Collection[Kind]) 
     names, skipped = sum(len(e.name) + 3 for e in adapters), skipped_as_json(plan.refused)
     config = _CONFIG + names + 8 * names // len(adapters)  # some are named once more, as the worst
     return headers + index + config + (json_bytes(skipped) if skipped else 0)
+
+
+def forecast_text(f: Forecast) -> str:
+    """A forecast, and the curve: bytes against error."""
+    pairs: list[Row] = [
+        ("foretold from", f"{counted(f.sample, 'adapter')} of {f.adapters}, which were read and coded"),
+        ("checkpoint", f"{_interval(f.total)}, {_times(f.times)}"),
+        ("  codes", f"{_interval(f.codes)}, {_times(f.lora_times)} than the LoRA tensors"),
+        ("  verbatim", _interval(f.verbatim)),
+        ("  metadata", f"about {bytes_shown(f.metadata)}"),
+        ("relative dW error", _errors(f)),
+    ]
+    if f.exact:
+        pairs.append(("kept exact", f"{f.exact} of the sample: no code within the limit is smaller than the tensors"))
+    if f.unfetched:
+        pairs.append(("not looked at", f"{counted(f.unfetched, 'adapter')} of the Hub: --analyze fetches a sample"))
+    parts = [rows_text(pairs), curve_text(f.curve)]
+    if f.problems:
+        parts.append("\n".join(["of the sample cannot be compressed:", *problem_lines(f.problems)]))
+    return "\n\n".join(parts)
+
+
+def curve_text(points: Sequence[Point]) -> str:
+    """The rate curve; codes with half of their 95 % interval, which is that of the checkpoint too."""
+    header = ("dW error of each", "codes", "95 %", "checkpoint", "times smaller", "LoRA, times smaller")
+    rows = [
+        (
+            f"{p.error:g}", bytes_shown(p.codes), f"+- {p.margin / max(1.0, p.codes):.1%}", bytes_shown(p.total),
+            f"{p.times:.1f}", f"{p.lora_times:.1f}",
+        )
+        for p in points
+    ]  # fmt: skip
+    return table(rows, header)
+
+
+def _interval(e: Estimate) -> str:
+    about, low, high = (bytes_shown(max(0.0, size)) for size in (e.value, e.value - e.margin, e.value + e.margin))
+    return f"about {about}" + (f" ({low} to {high} at 95 %)" if e.margin > 0.005 * e.value else "")
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.1f} times smaller" if ratio >= 1 else "no smaller"
+
+
+def _errors(f: Forecast) -> str:
+    low, high = max(0.0, f.error.value - f.error.margin), f.error.value + f.error.margin
+    between = "" if f.error.margin < 5e-4 else f" ({low:.3f} to {high:.3f} at 95 %)"
+    text = f"mean about {f.error.value:.3f}{between}, {f.worst:.3f} at worst in the sample"
+    if f.wanted is not None and f.total.value > 1.01 * f.wanted:
+        text = f"cannot be as small: {bytes_shown(f.total.value - f.codes.value)} of it are not codes; {text}"
+    return text

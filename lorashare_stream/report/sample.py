@@ -1,10 +1,9 @@
-"""A sample of a plan's adapters, each read once: its rate curve, what is verbatim, vectors of some modules."""
+"""A sample of a plan's adapters, each read and coded once: rate curves, verbatim tensors, vectors of some modules."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,8 +22,7 @@ from ..codec.code import Batch, Subject
 from ..codec.pairs import Pairs
 from ..codec.rate import Curve, Estimate, curve_of, estimated
 from ..errors import AdapterError, BudgetError, CollectionError
-from ..hub.fetch import fetching
-from ..hub.lookup import source_of
+from ..hub.lookup import fetching_for, source_of
 from ..linalg.delta import relative_error
 from ..pipeline import plan_for
 from ..plan.memory import SAMPLE, Step, steps_of
@@ -43,7 +41,7 @@ Kind = tuple[str, str, tuple[int, ...]]  # key, dtype and shape of a tensor that
 
 @dataclass(frozen=True)
 class Part:
-    """What one adapter brings to one module: dW_e = ||dW|| sum_j strength_j b_j a_j' of each expert.
+    """One adapter's vectors of one module: dW_e = ||dW|| sum_j strength_j b_j a_j' of each of E experts.
 
     Attributes:
         rows: by side, (E, r, d): singular vectors of dW under `delta`, else those of the factors.
@@ -56,7 +54,7 @@ class Part:
 
 
 class Kept(NamedTuple):
-    """A verbatim tensor of a sample: which one it is, a digest, and the bytes that are stored."""
+    """A verbatim tensor: which one it is, its digest, and the bytes that are stored."""
 
     kind: Kind
     digest: str
@@ -68,29 +66,29 @@ class Probe:
     """One adapter of a sample, coded.
 
     Attributes:
-        norm: ||dW||.
-        code: bytes within the limit on its error, if that is what is asked for; else 0.
-        error: certified of these.
-        curve: None if its dW is zero, or nothing of it can be coded.
-        kept: tensors that are not LoRA. lora: bytes of LoRA tensors that are kept exact, as they are stored.
-        coded: whether it is: dW is not zero, and there is a code within the limit that is smaller than its tensors.
+        norm: ||dW||. size: bytes of its LoRA tensors.
+        coded: whether dW is not zero, and a code within the limit, if there is one, is smaller than these tensors.
+        code, error: bytes of that code, and its certified error; 0 without a limit on errors.
+        curve: rate curve; None if dW is zero.
+        kept: tensors that are not LoRA. exact: stored bytes of LoRA tensors that are kept exact.
         parts: of the modules whose vectors are asked for.
     """
 
     name: str
     norm: float
+    size: int
+    coded: bool
     code: int
     error: float
     curve: Curve | None
     kept: tuple[Kept, ...]
-    lora: float
-    coded: bool
+    exact: float
     parts: Mapping[str, Part]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A sample, coded.
+    """A coded sample.
 
     Attributes:
         adapters, probes: of the sample. problems: adapters of it that cannot be compressed.
@@ -103,39 +101,38 @@ class Sample:
     count: int
     lora: int
 
+    def total(self, value: Callable[[Probe], float]) -> Estimate:
+        """The sum over all adapters of a number of bytes, which none has more of than its LoRA tensors."""
+        sizes = [probe.size for probe in self.probes]
+        return estimated([min(value(p), p.size) for p in self.probes], sizes, self.lora)
+
     @property
     def coded_lora(self) -> float:
-        """LoRA bytes of all adapters that are coded, from those of the sample."""
-        return self.codes(e.layout.lora_bytes * p.coded for e, p in zip(self.adapters, self.probes, strict=True)).value
-
-    def codes(self, values: Iterable[float]) -> Estimate:
-        """Bytes of all codes, from those of the sample."""
-        sizes = [e.layout.lora_bytes for e in self.adapters]
-        return estimated([min(v, size) for v, size in zip(values, sizes, strict=True)], sizes, self.lora)
+        """LoRA bytes of all adapters that are coded."""
+        return self.total(lambda p: p.size * p.coded).value
 
     def codes_at(self, step: float) -> Estimate:
-        """The same at a step."""
-        return self.codes(p.curve.bytes_at(step) if p.curve else 0.0 for p in self.probes)
+        """Bytes of all codes at a step."""
+        return self.total(lambda p: p.curve.bytes_at(step) if p.curve else 0.0)
 
     def codes_within(self, error: float) -> Estimate:
-        """The same where every adapter has one error."""
-        return self.codes(p.curve.bytes_within(error) if p.curve else 0.0 for p in self.probes)
+        """Bytes of all codes where every adapter has one error."""
+        return self.total(lambda p: p.curve.bytes_within(error) if p.curve else 0.0)
 
-    def errors_at(self, step: float | None) -> list[float]:
-        """Errors of those that are coded, at a step or within the limit."""
-        coded = [p for p in self.probes if p.coded]
-        return [p.error if step is None else p.curve.error_at(step) if p.curve else 0.0 for p in coded]
+    def errors(self, step: float | None) -> list[float]:
+        """Errors of the coded adapters of the sample: at a step, or within the limit if None."""
+        return [p.curve.error_at(step) if step and p.curve else p.error for p in self.probes if p.coded]
 
     def mean_error(self, step: float | None) -> Estimate:
-        """The mean of these over all adapters."""
-        errors = self.errors_at(step)
+        """The mean of these errors over all adapters."""
+        errors = self.errors(step)
         count = self.count * len(errors) / len(self.probes)
         total = estimated(errors, [1.0] * len(errors), count)
         return Estimate(total.value / max(1.0, count), total.margin / max(1.0, count))
 
 
 def spread(items: Sequence[T], count: int) -> list[T]:
-    """So many of the items, all if they are fewer, at equal distances over all.
+    """`count` of the items, all if they are fewer, at equal distances.
 
     >>> spread("abcdefgh", 3)
     ['b', 'e', 'g']
@@ -147,28 +144,24 @@ def spread(items: Sequence[T], count: int) -> list[T]:
 def sampled(
     adapters: Sequence[Adapter], count: int | None, fits: Callable[[list[Adapter]], bool] = lambda _: True
 ) -> list[Adapter]:
-    """The adapters of a sample: `count`, or `SAMPLE` at most, of `NUMBERS` at most, that fit, but for `FEWEST`."""
-    if count is not None:
-        return spread(adapters, count)
-    chosen = spread(adapters, SAMPLE)
-    while len(chosen) > FEWEST and not (_numbers(chosen) <= NUMBERS and fits(chosen)):
+    """Adapters of a sample: `count`, or `SAMPLE` at most, of `NUMBERS` at most, that fit, but for `FEWEST`."""
+    chosen = spread(adapters, SAMPLE if count is None else count)
+    while count is None and len(chosen) > FEWEST:
+        if sum(e.layout.lora_bytes for e in chosen) // 4 <= NUMBERS and fits(chosen):
+            break
         chosen = spread(adapters, max(FEWEST, 3 * len(chosen) // 4))
     return chosen
 
 
-def _numbers(adapters: Iterable[Adapter]) -> int:
-    return sum(m.bytes for e in adapters for m in e.layout.modules) // 4
-
-
 @contextmanager
-def mapping(plan: Plan, executor: Executor | None) -> Iterator[Mapper]:
-    """What maps the tasks of a sample: over an executor, or processes of this machine; the result does not depend."""
-    with executor_for(executor, coding_step(plan).concurrency) as workers, local_mapper(workers) as mapper:
+def mapping(plan: Plan) -> Iterator[Mapper]:
+    """The map of a sample's tasks over processes of this machine."""
+    with executor_for(None, coding_step(plan).concurrency) as workers, local_mapper(workers) as mapper:
         yield mapper
 
 
 def coding_step(plan: Plan) -> Step:
-    """What coding takes, whether or not that is what the plan is to do."""
+    """The step of coding, whether or not the plan has one."""
     s = plan.settings
     coded = replace(s, directions=False) if s.limit else replace(s, objective="delta", center=False, max_error=0.25)
     return steps_of(plan.adapters, (), coded, plan.storage, grows=plan.grows)[-1]
@@ -185,21 +178,9 @@ def check_memory(plan: Plan, least: int) -> None:
 
 
 def sample_of(
-    plan: Plan,
-    chosen: list[Adapter],
-    mapper: Mapper,
-    progress: Progress,
-    *,
-    fetches: bool,
-    modules: Sequence[str] = (),
+    plan: Plan, chosen: list[Adapter], mapper: Mapper, progress: Progress, modules: Sequence[str] = ()
 ) -> Sample:
-    """Read and code some of a plan's adapters, once.
-
-    Args:
-        plan: of the collection. chosen: the adapters of it.
-        mapper: of `mapping`. progress: passes what is coded on as it comes.
-        fetches: whether adapters of the Hub are fetched; else the chosen are here.
-        modules: whose vectors are wanted too.
+    """Read and code some of a plan's adapters, once, with their parts of some modules; those of the Hub are fetched.
 
     Raises:
         CollectionError: if none can be coded.
@@ -209,36 +190,38 @@ def sample_of(
     step = coding_step(plan)
     check_memory(plan, step.least_bytes)
     look = partial(probe, plan.settings.max_error, plan.settings.objective, frozenset(modules))
-    with at_hand(plan, chosen, fetches=fetches) as (here, lost):
+    with at_hand(plan, chosen) as (here, lost):
         results = list(progress("code a sample", len(here), mapper.map(look, here, step.concurrency)))
     problems = (*lost, *(r for r in results if isinstance(r, AdapterError)))
-    probes = {r.name: r for r in results if isinstance(r, Probe)}
-    if not probes:
+    coded = [(e, r) for e, r in zip(here, results, strict=True) if isinstance(r, Probe)]
+    if not coded:
         raise CollectionError(
             "nothing to foretell from", problems=problems, found="no adapter that can be coded", expected="one or more"
         )
-    some = [e for e in here if e.name in probes]
-    return Sample(some, [probes[e.name] for e in some], problems, len(plan.adapters), plan.sizes["lora"])
+    adapters, probes = zip(*coded, strict=True)
+    return Sample(adapters, probes, problems, len(plan.adapters), plan.sizes["lora"])
 
 
 def probe(limit: float | None, objective: str, modules: frozenset[str], adapter: Adapter) -> Probe | AdapterError:
-    """An adapter, coded within a limit on its error, if there is one, and at some steps; parts of some modules."""
-    found = ingest_adapter("delta", adapter)[1]
+    """An adapter, coded at some steps, and within a limit on its error if there is one; its parts of some modules."""
+    found, layout = ingest_adapter("delta", adapter)[1], adapter.layout
     if isinstance(found, AdapterError):
         return found
+    code, error = 0, 0.0
     with adapter.open() as tensors:
         subject = subject_of(adapter, tensors)
-        within = subject.within(limit) if limit is not None and subject.norm else None
-        smaller = limit is None or (within is not None and len(within.code) < adapter.layout.lora_bytes)
-        coded = smaller and subject.norm > 0
-        exactly = [] if coded else [r for m in adapter.layout.modules for r in (m.a, m.b)]
-        kept = tuple(_kept(tensors, key, record) for key, record in adapter.layout.extras)
-        lora = sum(_kept(tensors, "", record).stored for record in exactly)
-        curve, parts, code, error = curve_of(subject), _parts(subject, objective, modules), 0, 0.0
-    if within is not None and coded:
-        squares = (sum(getattr(e, of) for e in within.errors.values()) for of in ("error", "norm"))
-        code, error = len(within.code), relative_error(*squares)
-    return Probe(adapter.name, subject.norm, code, error, curve, kept, lora, coded, parts)
+        coded = subject.norm > 0
+        if coded and limit is not None:
+            within = subject.within(limit)
+            coded = within is not None and len(within.code) < layout.lora_bytes
+            if within is not None and coded:
+                squares = (sum(getattr(e, of) for e in within.errors.values()) for of in ("error", "norm"))
+                code, error = len(within.code), relative_error(*squares)
+        kept = tuple(_kept(tensors, key, record) for key, record in layout.extras)
+        exactly = [] if coded else [record for m in layout.modules for record in (m.a, m.b)]
+        exact = sum(_kept(tensors, "", record).stored for record in exactly)
+        curve, parts = curve_of(subject), _parts(subject, objective, modules)
+    return Probe(adapter.name, subject.norm, layout.lora_bytes, coded, code, error, curve, kept, exact, parts)
 
 
 def _kept(tensors: TensorReader, key: str, record: TensorRecord) -> Kept:
@@ -251,13 +234,13 @@ def _kept(tensors: TensorReader, key: str, record: TensorRecord) -> Kept:
 
 
 def _parts(subject: Subject, objective: str, modules: frozenset[str]) -> dict[str, Part]:
-    """What an adapter brings to some modules, of which it may lack some."""
-    found = {}
-    for batch, pairs in zip(subject.batches, subject.pairs, strict=True):
-        for i, module in enumerate(batch.modules):
-            if module.name in modules:
-                found[module.name] = _part(batch, pairs, i, objective, subject.norm or 1.0)
-    return found
+    """An adapter's parts of some modules, of which it may lack some."""
+    return {
+        module.name: _part(batch, pairs, i, objective, subject.norm or 1.0)
+        for batch, pairs in zip(subject.batches, subject.pairs, strict=True)
+        for i, module in enumerate(batch.modules)
+        if module.name in modules
+    }
 
 
 def _part(batch: Batch, pairs: Pairs, i: int, objective: str, norm: float) -> Part:
@@ -273,26 +256,22 @@ def _part(batch: Batch, pairs: Pairs, i: int, objective: str, norm: float) -> Pa
 
 
 @contextmanager
-def at_hand(
-    plan: Plan, chosen: list[Adapter], *, fetches: bool = True
-) -> Iterator[tuple[list[Adapter], tuple[AdapterError, ...]]]:
+def at_hand(plan: Plan, chosen: list[Adapter]) -> Iterator[tuple[list[Adapter], tuple[AdapterError, ...]]]:
     """The adapters of a sample, on this machine until the end of the block; and those that cannot be had.
 
     What a plan does not read of adapters of the Hub is read of these: their configurations, and files, which go into
     the Hub's cache for `compress` to find them; under a disk budget into a folder that is removed, as many as it holds.
     """
     s = plan.settings
-    while fetches and s.disk_budget is not None and sum(e.hub_bytes for e in chosen) > s.disk_budget:
+    while s.disk_budget is not None and sum(e.hub_bytes for e in chosen if not e.fetched) > s.disk_budget:
         chosen = spread(chosen, len(chosen) - 1)
     remote = [e for e in chosen if not e.fetched]
-    if not remote or not fetches:
+    if not remote:
         yield chosen, ()
         return
     sources = [source_of(e.source_id, e.name, e.origin.asked if e.origin else "") for e in remote]
     read = plan_for(sources, replace(s, base_model=plan.base_model or None, on_error="skip"))
-    with ExitStack() as stack:
-        folder = None if s.disk_budget is None else Path(stack.enter_context(TemporaryDirectory()))
-        fetcher = stack.enter_context(fetching(s.offline, folder, s.disk_budget))
+    with TemporaryDirectory() as folder, fetching_for(s, Path(folder)) as fetcher:
         come = list(fetcher.arriving([e for e in read.adapters if e.layout.modules]))
         here = {e.source_id: e for e in [*come, *(e for e in chosen if e.fetched)] if isinstance(e, Adapter)}
         lost = (*read.refused, *(e for e in come if isinstance(e, AdapterError)))

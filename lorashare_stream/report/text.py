@@ -1,4 +1,4 @@
-"""Text for people: tables, and what a plan will do."""
+"""Text for people: tables, plans and their warnings, summaries of checkpoints."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from ..adapters.hubid import cached_id
-from ..checkpoint.format import PARTS
+from ..checkpoint.config import Recorded, SHAREConfig, record_of
+from ..checkpoint.format import PARTS, next_bytes, total_bytes
+from ..linalg.basis import break_even
+from ..plan.plan import Plan
 from ..settings import Settings
-from ..text import bytes_shown, counted, few, listed, printable
-
-if TYPE_CHECKING:
-    from ..plan.plan import Plan
-    from ..workspace.journal import Admission
+from ..text import bytes_shown, counted, few, figure, listed, printable
+from ..workspace.journal import Admission
 
 Row = tuple[str, object]
 _SHARD = re.compile(r"\d+-of-\d+")
@@ -27,7 +26,7 @@ _UNUSED = {
 _OFTEN = {1: "once", 2: "twice"}
 
 
-def table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...] = ()) -> str:
+def table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...]) -> str:
     """Columns padded to equal width; foreign strings escaped. The first column is text, others numbers.
 
     >>> print(table([("a", "1"), ("bcd", "22")], ("name", "n")))
@@ -35,14 +34,10 @@ def table(rows: Sequence[tuple[str, ...]], header: tuple[str, ...] = ()) -> str:
     a      1
     bcd   22
     """
-    clean = [tuple(printable(cell, 90) for cell in row) for row in [*([header] if header else []), *rows]]
-    widths = [max(len(row[i]) for row in clean) for i in range(len(clean[0]))] if clean else []
-    return "\n".join(
-        "  ".join(
-            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in clean
-    )
+    clean = [[printable(cell, 90) for cell in row] for row in [header, *rows]]
+    widths = [max(map(len, column)) for column in zip(*clean, strict=True)]
+    form = "  ".join(f"{{:{'>' if i else '<'}{width}}}" for i, width in enumerate(widths))
+    return "\n".join(form.format(*row).rstrip() for row in clean)
 
 
 def rows_text(pairs: Sequence[Row]) -> str:
@@ -51,34 +46,38 @@ def rows_text(pairs: Sequence[Row]) -> str:
     return "\n".join(f"{name.ljust(width)}  {printable(value)}" for name, value in pairs)
 
 
+# -- a plan ----------------------------------------------------------------------------------------------
+
+
 def plan_text(plan: Plan) -> str:
-    """What a plan will do: adapters, groups, bytes on disk, memory by step, and warnings."""
-    s, size = plan.settings, plan.sizes
-    auto = s.num_components == "auto"
-    stacked = sum(g.stacked for g in plan.groups)
-    groups = f"{len(plan.groups)}: {stacked} as stacked columns, {len(plan.groups) - stacked} as second moments"
+    """A plan: adapters, groups, bytes on disk, memory by step, and warnings."""
+    size = plan.sizes
     pairs: list[Row] = [
         ("base model", plan.base_model or "not named"),
         *[("  also named", text) for text in few(_other_names(plan), "name")],
         ("adapters", f"{len(plan.adapters)}" + (f", and {len(plan.refused)} refused" if plan.refused else "")),
-        *([("groups", groups)] if s.limit is None else []),
-        *([("objective", s.objective + (", centred" if s.center else ""))] if s.limit is None else []),
-        ("components k", f"auto, to {s.variance_threshold:.4g} of the energy" if auto else s.num_components)
-        if s.limit is None
-        else ("asked for", s.asked[0]),
+        *(_group_rows(plan) if plan.settings.limit is None else [("asked for", plan.settings.asked[0])]),
         ("originals", f"{bytes_shown(size['originals'])}, of which LoRA {bytes_shown(size['lora'])}"),
-        *_of_the_hub(plan),
+        *_hub_rows(plan),
         ("workspace", f"{bytes_shown(size['workspace'])} on disk, in {counted(size['workspace_files'], 'file')}"),
-        *(_stored_rows(plan) if s.limit is None else []),  # a forecast tells of a coded one
+        *(_stored_rows(plan) if plan.settings.limit is None else []),  # a forecast tells of a coded one
     ]
     steps = [
         (t.name, f"{t.tasks}", bytes_shown(t.read_bytes), f"{t.concurrency}", bytes_shown(t.peak_bytes))
         for t in plan.steps
     ]
-    notes = [f"note: {text}" for text in plan_notes(plan)]
-    return "\n".join(
-        [rows_text(pairs), "", table(steps, ("step", "tasks", "reads", "at a time", "peak memory")), *notes]
-    )
+    header = ("step", "tasks", "reads", "at a time", "peak memory")
+    return "\n".join([rows_text(pairs), "", table(steps, header), *(f"note: {text}" for text in plan_notes(plan))])
+
+
+def _group_rows(plan: Plan) -> list[Row]:
+    s, stacked = plan.settings, sum(g.stacked for g in plan.groups)
+    auto = f"auto, to {s.variance_threshold:.4g} of the energy"
+    return [
+        ("groups", f"{len(plan.groups)}: {stacked} as stacked columns, {len(plan.groups) - stacked} as second moments"),
+        ("objective", s.objective + (", centred" if s.center else "")),
+        ("components k", auto if s.num_components == "auto" else s.num_components),
+    ]
 
 
 def _stored_rows(plan: Plan) -> list[Row]:
@@ -91,8 +90,8 @@ def _stored_rows(plan: Plan) -> list[Row]:
     ]
 
 
-def _of_the_hub(plan: Plan) -> list[Row]:
-    """How much is fetched, and how often."""
+def _hub_rows(plan: Plan) -> list[Row]:
+    """Bytes that are fetched, and number of times."""
     remote = [e for e in plan.adapters if e.origin is not None]
     if not remote:
         return []
@@ -106,40 +105,22 @@ def _of_the_hub(plan: Plan) -> list[Row]:
 
 def break_even_range(plan: Plan) -> str:
     """The range over the groups of the k above which sharing saves nothing."""
-    from ..linalg.basis import break_even
-
     values = [break_even(g.dim, g.count) for g in plan.groups]
     ends = sorted({f"{min(values):.0f}", f"{max(values):.0f}"}, key=int) if values else ["no groups"]
     return " to ".join(ends)
 
 
 def plan_notes(plan: Plan) -> list[str]:
-    """The warnings of a plan, and what it cannot foretell."""
+    """Warnings of a plan, and a note of what it does not forecast."""
     unknown = "what directions save is not forecast: up to a fifth of the codes, from some hundred adapters on"
     return [*plan_warnings(plan), *([unknown] if plan.settings.directions else [])]
 
 
 def plan_warnings(plan: Plan) -> list[str]:
-    """What a user should know before the work begins."""
-    return [*_of_sizes(plan), *adapter_notes(plan)]
-
-
-def _of_sizes(plan: Plan) -> list[str]:
-    size, s = plan.sizes, plan.settings
-    out = []
+    """Warnings of a plan before the work begins."""
+    out = _k_notes(plan)
     if plan.adapters and not any(e.layout.modules for e in plan.adapters):
-        out.append("no LoRA matrix can be compressed: everything is kept verbatim")
-    elif plan.groups and s.num_components != "auto" and s.limit is None:
-        clamped = sum(g.components(s) < s.num_components for g in plan.groups)
-        if clamped:
-            out.append(f"k is clamped to min(d, n) in {clamped} of {len(plan.groups)} groups")
-        if size["basis"] + size["loadings"] > size["lora"]:
-            out.append(
-                f"the shared form, {bytes_shown(size['basis'] + size['loadings'])}, is larger than the LoRA tensors, "
-                f"{bytes_shown(size['lora'])}: add adapters, or take k below the break-even"
-            )
-    if s.limit is None and s.num_components != "auto":
-        out += _of_large_groups(plan)
+        out = ["no LoRA matrix can be compressed: everything is kept verbatim"]
     whole = [e.name for e in plan.adapters if e.layout.modules and e.layout.extra_bytes > 10 * e.layout.lora_bytes]
     if whole:
         extra = sum(e.layout.extra_bytes for e in plan.adapters)
@@ -147,26 +128,34 @@ def _of_sizes(plan: Plan) -> list[str]:
             f"tensors that are not LoRA are most of {counted(len(whole), 'adapter')} ({listed(whole, 3)}), embeddings "
             f"or whole layers perhaps; they are kept verbatim, {bytes_shown(extra)} in all"
         )
+    return [*out, *adapter_notes(plan)]
+
+
+def _k_notes(plan: Plan) -> list[str]:
+    """Warnings of groups of which k is more than they have, or more than pays."""
+    s, size, out = plan.settings, plan.sizes, []
+    if s.limit is not None or s.num_components == "auto":
+        return []
+    clamped = sum(g.components(s) < s.num_components for g in plan.groups)
+    if clamped:
+        out.append(f"k is clamped to min(d, n) in {clamped} of {len(plan.groups)} groups")
+    if size["basis"] + size["loadings"] > size["lora"]:
+        out.append(
+            f"the shared form, {bytes_shown(size['basis'] + size['loadings'])}, is larger than the LoRA tensors, "
+            f"{bytes_shown(size['lora'])}: add adapters, or take k below the break-even"
+        )
+    ends = [(g, break_even(g.dim, g.count)) for g in plan.groups if g.count]
+    large = [f"{g.module}:{g.side} (break-even k = {end:.1f})" for g, end in ends if g.components(s) > end]
+    if 0 < len(large) < len(plan.groups):
+        out.append(
+            f"{len(large)} of {len(plan.groups)} groups are larger shared than not: {listed(large, 3)}; take a smaller "
+            "k, or a limit (--max-error, --ratio, --max-bytes), which no group exceeds"
+        )
     return out
 
 
-def _of_large_groups(plan: Plan) -> list[str]:
-    """Which groups are larger shared than not, where not all are."""
-    from ..linalg.basis import break_even
-
-    ends = [(g, break_even(g.dim, g.count)) for g in plan.groups if g.count]
-    large = [(g, end) for g, end in ends if g.components(plan.settings) > end]
-    if not large or len(large) == len(plan.groups):
-        return []
-    some = [f"{g.module}:{g.side} (break-even k = {end:.1f})" for g, end in large]
-    return [
-        f"{len(large)} of {len(plan.groups)} groups are larger shared than not: {listed(some, 3)}; take a smaller "
-        "k, or a limit (--max-error, --ratio, --max-bytes), which no group exceeds"
-    ]
-
-
 def adapter_notes(plan: Plan) -> list[str]:
-    """What a user should know of single adapters before the work begins."""
+    """Warnings of single adapters before the work begins."""
     s = plan.settings
     presumed = sum(e.config is None for e in plan.adapters)
     names = Counter(e.base_model for e in plan.adapters)
@@ -199,7 +188,7 @@ def adapter_notes(plan: Plan) -> list[str]:
 
 
 def beside_notes(beside: Mapping[str, Iterable[str]]) -> list[str]:
-    """Which files of weights beside adapters (name -> paths) a checkpoint does not hold, and what to do."""
+    """Warning of files of weights beside adapters (name -> paths), which a checkpoint does not hold."""
     of_file: dict[str, dict[str, None]] = {}
     for name, paths in beside.items():
         for path in paths:
@@ -216,7 +205,7 @@ def beside_notes(beside: Mapping[str, Iterable[str]]) -> list[str]:
 
 
 def _commits_notes(plan: Plan) -> list[str]:
-    """Which repositories of the Hub, or of its cache, have several commits among the adapters."""
+    """Warning of repositories of the Hub, or of its cache, with several commits among the adapters."""
     of_repo: dict[str, dict[str, str]] = {}
     for e in plan.adapters:
         hub = cached_id(str(e.folder)) if e.origin is None else e.origin.hub
@@ -228,7 +217,7 @@ def _commits_notes(plan: Plan) -> list[str]:
 
 
 def double_notes(plan: Plan) -> list[str]:
-    """Which reconstructions are not taken, and which are."""
+    """Warnings of reconstructions that are not taken, and of those that are."""
     out = []
     if plan.doubles:
         out.append(
@@ -259,20 +248,12 @@ def _other_names(plan: Plan) -> list[str]:
 
 
 def notes_text(admissions: Sequence[Admission], told: Collection[str] = ()) -> list[str]:
-    """What ingest noted of adapters, a line for each kind of note.
-
-    Args:
-        admissions: the admissions.
-        told: notes that the plan has shown before.
-    """
+    """The notes of ingest, a line for each kind; `told` are those that the plan has shown before."""
     return _by_kind((admission.name, note) for admission in admissions for note in admission.notes if note not in told)
 
 
 def _by_kind(notes: Iterable[tuple[str, str]]) -> list[str]:
-    """Notes of adapters, given with their names, a line for each kind, those of most adapters first.
-
-    A note may begin with the key that it is of.
-    """
+    """Notes of named adapters, which may begin with a key: a line for each kind, those of most adapters first."""
     by_kind: dict[str, dict[str, None]] = {}
     for name, note in notes:
         by_kind.setdefault(note.rpartition(": ")[2], {})[name] = None
@@ -281,3 +262,98 @@ def _by_kind(notes: Iterable[tuple[str, str]]) -> list[str]:
         for kind, names in sorted(by_kind.items(), key=lambda item: (-len(item[1]), item[0]))
     ]
     return few(lines, "kind")
+
+
+# -- a checkpoint ----------------------------------------------------------------------------------------
+
+
+def summary_text(config: SHAREConfig) -> str:
+    """Summary of a checkpoint: adapters, bases or codes, bytes on disk, errors."""
+    rows: list[Row] = [
+        ("base model", config.base_model_name_or_path or "not named"),
+        ("adapters", f"{config.num_adapters}: {listed(config.adapter_names, 5)}"),
+        *(_coded_rows(config, record_of(config)) if config.coded else _shared_rows(config)),
+    ]
+    if config.record:
+        rows += _recorded_rows(config, config.record)
+    else:
+        rows.append(("LoRA parameters", f"{figure(config.compression_stats.get('compression_ratio'))} times fewer"))
+    return rows_text(rows)
+
+
+def _coded_rows(config: SHAREConfig, ours: Recorded) -> list[Row]:
+    modules, step = config.coded["modules"], config.coded["step"]
+    rows: list[Row] = [
+        ("form", "coded: each adapter " + ("on directions that they share" if "basis" in ours.bytes else "alone")),
+        ("coded modules", f"{modules} ({listed(config.target_modules, 12)})" if modules else "none"),
+        *[("asked for", text) for text in ours.settings.asked],
+    ]
+    return [*rows, ("step", f"{float(step):.4g} of ||dW||, of every adapter")] if step else rows
+
+
+def _shared_rows(config: SHAREConfig) -> list[Row]:
+    rows: list[Row] = [("shared modules", "none")]
+    if config.layer_keys:
+        auto = ", the most of any group" if config.component_selection == "auto" else ""
+        stats = config.compression_stats
+        mean, least = (figure(stats.get(f"{which}_explained_variance")) for which in ("mean", "min"))
+        rows = [
+            ("shared modules", f"{len(config.layer_keys)} ({listed(config.target_modules, 12)})"),
+            ("components k", f"{config.num_components}{auto}"),
+            ("explained variance", f"mean {mean}, least {least}"),
+        ]
+    if ours := config.record:
+        rows.append(("objective", ours.objective + (", centred" if ours.center else "")))
+    return rows
+
+
+def _recorded_rows(config: SHAREConfig, ours: Recorded) -> list[Row]:
+    """Record of this package: bytes on disk, certified errors, adapters that are not compressed or not in the fit."""
+    size, e = ours.bytes, ours.errors
+    rows: list[Row] = _bytes_rows(ours, config.num_adapters)
+    rows.append(("relative dW error", f"mean {e.mean:.4f}, median {e.median:.4f}, p95 {e.p95:.4f}, max {e.max:.4f}"))
+    if ours.cut_from:
+        rows.append(("  cut", f"from k = {ours.cut_from}: these errors follow from its, and are not measured"))
+    low, high = (min(1.0, bound**0.5) for bound in e.mean_square_bounds or (0.0, 0.0))
+    if high > 1e-3:  # below it they are rounding of float32 moments
+        rows.append(("  bounds of its rms", f"{low:.4f} to {high:.4f}, known from the bases"))
+    worst = [f"{w.name} {w.relative_error:.4f}" for w in e.worst[:3]]
+    rows.append(("worst adapters", listed(worst) or "none is compressed"))
+    if ours.verbatim_adapters:
+        rows.append(("kept exact", f"{len(ours.verbatim_adapters)}: {listed(ours.verbatim_adapters)}"))
+    if kept := ours.verbatim_factors:
+        each = [f"of {name} in {counted(n, 'adapter')}" for name, n in kept.items()]
+        rows.append(("kept verbatim", f"LoRA tensors {listed(each)}, which are compressed but for these"))
+    if ours.num_skipped:
+        rows.append(("left out", f"{ours.num_skipped}, with reasons in skipped.json"))
+    what = "directions" if config.coded else "bases"
+    if ours.projected:
+        rows.append(("added since", f"{len(ours.projected)}, on {what} not fitted to them: {listed(ours.projected)}"))
+    if ours.removed:
+        removed = f"{len(ours.removed)}, still in the {what} (remove --refit frees them): {listed(ours.removed)}"
+        rows.append(("removed", removed))
+    if e.mean > 0.5 and config.coded:
+        rows.append(("note", "the mean error is large: these adapters need more bytes, or a smaller --max-error"))
+    elif e.mean > 0.5:
+        remedy = "take more components, or code each alone by --max-error"
+        rows.append(("note", f"the mean error is large: these adapters share little at this k; {remedy}"))
+    if size["lora_ratio"] < 1 and not config.coded:
+        rows.append(("note", "the shared form is larger than the LoRA tensors: add adapters, or take a smaller k"))
+    return rows
+
+
+def _bytes_rows(ours: Recorded, adapters: int) -> list[Row]:
+    size = ours.bytes
+    total, more = total_bytes(size), " on these bases" if "loadings" in size else ""
+    rows: list[Row] = [
+        ("originals", bytes_shown(size["originals"])),
+        ("checkpoint", f"{bytes_shown(total)}, {_times(size['originals'] / max(total, 1))}"),
+        *[(f"  {part}", bytes_shown(size[part])) for part in PARTS if part in size],
+        ("  next adapter", f"about {bytes_shown(next_bytes(size, adapters))}{more}"),
+    ]
+    lora = f"{bytes_shown(size['lora'])} in the originals, {_times(size['lora_ratio'])}"
+    return [*rows, ("LoRA bytes", lora)] if size["lora"] else rows
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f} times smaller" if ratio >= 1 else f"{1 / ratio:.2f} times larger" if ratio > 0 else "nothing"
