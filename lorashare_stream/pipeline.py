@@ -18,7 +18,8 @@ from .checkpoint.staging import Staging, recover
 from .checkpoint.summary import share_config
 from .errors import AdapterError, WorkspaceError, skipped_as_json
 from .files import own_path, write_sealed
-from .hub.lookup import bytes_to_fetch, fetching_for, resolve_on_hub
+from .hub.fetch import bytes_to_fetch, fetching_for
+from .hub.lookup import resolve_on_hub
 from .linalg.device import resolve_device
 from .plan.catalog import catalog
 from .plan.file import plan_as_json
@@ -183,7 +184,7 @@ def compress(
     device = resolve_device(plan.settings.device)
     root = (workspace or own_path(default_workspace(out))).absolute()
     known = {r.name for r in Workspace(root).journal().admissions}
-    check_disk(plan, root, out, adds=out.exists(), fetch=bytes_to_fetch(plan.adapters, plan.settings, known))
+    check_disk(plan, root, out, adds=out.exists(), fetch=bytes_to_fetch(plan.adapters, known))
     check_output(out, own=Workspace(root).published(), overwrite=overwrite)  # before a workspace is made for it
     with (
         executor_for(executor, plan.processes, threads=device != "cpu") as workers,

@@ -384,7 +384,7 @@ def test_a_wrong_token_is_said_and_not_shown(hub: FakeHub, checkpoint: Path, cap
 def test_rate_limits_and_failures_are_waited_out(
     hub: FakeHub, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(patience, "_said", {})
+    monkeypatch.setattr(patience, "_said", [])
     hub.fault(kind="commit", status=429, headers={"RateLimit": '"api";r=0;t=0'})
     hub.fault(kind="info", status=503)
     hub.fault(kind="create", drop=True)

@@ -14,7 +14,7 @@ from ..checkpoint.config import SHAREConfig, read_share_config, record_of
 from ..checkpoint.publish import demand_folder, output_folder
 from ..checkpoint.staging import recover
 from ..errors import WorkspaceError
-from ..hub.lookup import fetching_for
+from ..hub.fetch import fetching_for
 from ..linalg.device import resolve_device
 from ..pipeline import Outcome, compress, default_workspace
 from ..plan.plan import Plan

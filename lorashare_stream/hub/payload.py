@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from ..checkpoint.config import SHAREConfig, config_bytes, read_share_config
 from ..checkpoint.format import ADAPTERS, COMPONENTS, CONFIG, INDEX, LOADINGS, META, OURS, SKIPPED, SPECTRUM, VERBATIM
 from ..checkpoint.index import index_bytes
 from ..checkpoint.packs import check_pack
-from ..checkpoint.records import REPAIR, AdapterMeta, Meta, check_components, has_files
+from ..checkpoint.records import REPAIR, AdapterMeta, Meta, has_files
 from ..errors import CheckpointError
 from ..files import read_json, sealed, unsealed
 from ..runtime.progress import Progress
@@ -27,6 +27,7 @@ from .card import MARK, Provenance, card
 from .scrub import Scrubber
 
 CARD = "README.md"
+_ANEW = "Delete the checkpoint, not its workspace, and compress again; or fetch it again."
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,21 +37,17 @@ class Item:
     Attributes:
         sha256: of its content.
         size: of its content in bytes.
-        source: the content, its file, or what gives it anew.
+        source: the content, or its file.
     """
 
     sha256: str
     size: int
-    source: bytes | Path | Callable[[], bytes]
+    source: bytes | Path
 
     @classmethod
-    def of(cls, content: bytes, source: Callable[[], bytes] | None = None) -> Item:
-        """A file with this content, which `source`, if given, gives again when it is needed."""
-        return cls(hashlib.sha256(content).hexdigest(), len(content), source or content)
-
-    def content(self) -> bytes | Path:
-        """What the client uploads."""
-        return self.source() if callable(self.source) else self.source
+    def of(cls, content: bytes) -> Item:
+        """A file with this content."""
+        return cls(hashlib.sha256(content).hexdigest(), len(content), content)
 
     def is_at(self, there: Any) -> bool:
         """Whether a file on the Hub (`RepoFile`, or None) is this one: by SHA-256, or as git names a blob."""
@@ -58,10 +55,10 @@ class Item:
             return False
         if there.lfs is not None:
             return bool(there.lfs.sha256 == self.sha256)
-        content = self.content()
-        data = content.read_bytes() if isinstance(content, Path) else content
-        blob = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False)
-        return bool(there.blob_id == blob.hexdigest())
+        from huggingface_hub.utils.sha import git_hash
+
+        data = self.source.read_bytes() if isinstance(self.source, Path) else self.source
+        return bool(there.blob_id == git_hash(data))
 
 
 class Payload:
@@ -69,17 +66,20 @@ class Payload:
 
     Args:
         root: the checkpoint.
+        progress: passes its files on as they are read.
 
     Raises:
         CheckpointError: if it is not whole.
 
     Attributes:
         names: of its adapters.
-        sources: where they came from, known once `items` has run.
+        sources: where they came from.
         coded: whether it is a coded checkpoint.
+        files: all but the configuration and the card, by path in the repository.
+        config: the configuration.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, progress: Progress) -> None:
         self._root, read = root, read_share_config(root)
         unsafe = [name for name in read.adapter_names if not is_component(name)]
         self.names = [] if unsafe else list(dict.fromkeys(read.adapter_names))
@@ -95,34 +95,29 @@ class Payload:
         known = {k: v for k, v in self._config.items() if k in SHAREConfig.__dataclass_fields__}
         self._typed, self._record, self.coded = replace(read, **known), read.record, bool(read.coded)
         self.sources: list[Provenance] = []
+        self.files = self._coded(progress) if self.coded else self._shared(progress)
+        if (root / SKIPPED).is_file():
+            skipped = read_checked(root / SKIPPED, SkippedFile, "Remove it.")
+            self.files[SKIPPED] = Item.of(_text(self._scrub(skipped.model_dump(exclude_none=True))))
+        self.config = Item.of(config_bytes(self._config))
 
-    def config(self) -> Item:
-        """The configuration, once `items` has run."""
-        return Item.of(config_bytes(self._config))
-
-    def readme(self, repo: str) -> Item:
+    def readme(self, repo: str, sources: Sequence[Provenance]) -> Item:
         """The user's own, or the model card."""
         path = self._root / CARD
         if path.is_file() and not path.is_symlink():  # a link may lead to any file
             own = path.read_bytes()
             if MARK.encode() not in own:
                 return Item.of(own)
-        return Item.of(card(self._typed, self.sources, repo).encode())
+        return Item.of(card(self._typed, sources, repo).encode())
 
-    def items(self, progress: Progress) -> dict[str, Item]:
-        """All files but the configuration and the card: path in the repository -> what is uploaded."""
-        if self.coded:
-            found = self._coded(progress)
-        else:
-            digest = self._record.components if self._record else None
-            if digest is not None:
-                check_components(self._root, digest)
-            found = {COMPONENTS: self._tensors(COMPONENTS, digest)}
-            if (self._root / SPECTRUM).is_file():
-                found[SPECTRUM] = self._tensors(SPECTRUM)
-            for adapter in progress("look", len(self.names), map(self._adapter, self.names)):
-                found |= adapter
-        return found | ({SKIPPED: Item.of(self._skipped())} if (self._root / SKIPPED).is_file() else {})
+    def _shared(self, progress: Progress) -> dict[str, Item]:
+        """Components, their spectrum, and the folders of adapters."""
+        found = {COMPONENTS: self._tensors(COMPONENTS, self._record.components if self._record else None)}
+        if (self._root / SPECTRUM).is_file():
+            found[SPECTRUM] = self._tensors(SPECTRUM)
+        for adapter in progress("look", len(self.names), map(self._adapter, self.names)):
+            found |= adapter
+        return found
 
     def _coded(self, progress: Progress) -> dict[str, Item]:
         """The index, without paths, and the packs, which have none."""
@@ -152,8 +147,7 @@ class Payload:
         digests = meta.ours.files if meta.ours else {}
         files = [file for file in (LOADINGS, VERBATIM) if file in digests or (self._root / folder / file).is_file()]
         found = {f"{folder}/{file}": self._tensors(f"{folder}/{file}", digests.get(file), name) for file in files}
-        again = lambda: self._meta(name)[1]  # noqa: E731 - when it is uploaded: all may not fit into memory
-        return found | {f"{folder}/{META}": Item.of(content, again)}
+        return found | {f"{folder}/{META}": Item.of(content)}
 
     def _meta(self, name: str) -> tuple[Meta, bytes]:
         """What is recorded of an adapter, without paths, and its file; sealed again if it was."""
@@ -173,20 +167,16 @@ class Payload:
             raise CheckpointError("an adapter belongs to another basis", adapter=name, found=basis, expected=expected)
         return meta, _text(sealed(values))
 
-    def _skipped(self) -> bytes:
-        skipped = read_checked(self._root / SKIPPED, SkippedFile, "Remove it.")
-        return _text(self._scrub(skipped.model_dump(exclude_none=True)))
-
     def _tensors(self, where: str, digest: str | None = None, adapter: str | None = None) -> Item:
         """A safetensors file, and no other that a link may lead to; whole, if its digest is known."""
-        path = self._root / where
+        path, remedy = self._root / where, REPAIR if adapter else _ANEW
         try:
             read_header(path)
             found = digest_files([path])
         except (OSError, ValueError) as e:
-            raise CheckpointError(f"{path.name} cannot be read", adapter=adapter, found=str(e), remedy=REPAIR) from e
+            raise CheckpointError(f"{path.name} cannot be read", adapter=adapter, found=str(e), remedy=remedy) from e
         if digest not in (None, found):
-            raise CheckpointError(f"{path.name} is damaged", adapter=adapter, remedy=REPAIR)
+            raise CheckpointError(f"{path.name} is damaged", adapter=adapter, found=self._root, remedy=remedy)
         return Item(found, path.stat().st_size, path)
 
 

@@ -16,10 +16,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-from ..adapters.hubid import is_repo, parse_hub_id
+from ..adapters.hubid import HubId, is_repo, parse_hub_id
 from ..checkpoint.format import ADAPTERS, COMPONENTS, CONFIG, INDEX, LOADINGS, META, PACKS, SKIPPED, SPECTRUM, VERBATIM
 from ..checkpoint.index import read_index
 from ..errors import CheckpointError, StreamError, UsageError
@@ -28,13 +27,14 @@ from ..text import counted, listed, printable
 from .card import MARK, Provenance
 from .client import Hub, Token, check_token, listing_of
 from .payload import CARD, Item, Payload
-from .retry import first_of, of_machine, status_of, unheard
+from .retry import first_of, of_machine, status_of
 
 T = TypeVar("T")
 Changes = dict[str, Item | None]  # path in the repository -> what it becomes; None: it is deleted
 BATCH = 200  # files in a commit
 ENTRIES = 10_000  # in one folder: what the Hub advises at most
 FILES = 100_000  # in one repository
+MOST_CONTENT = 1 << 30  # bytes of an index, or a card, that is read
 _OURS = {SKIPPED, SPECTRUM, COMPONENTS, INDEX}
 _COMMON = {*_OURS, CONFIG, CARD, ".gitattributes", ".gitignore", "LICENSE", "LICENSE.md"}
 _ADAPTER = re.compile(f"{ADAPTERS}/([^/]+)/(?:{'|'.join(map(re.escape, (LOADINGS, META, VERBATIM)))})")
@@ -104,19 +104,18 @@ def push(
     hub = Hub()
     if hub.offline:
         raise UsageError("a push needs the Hub, and HF_HUB_OFFLINE is set", remedy="Unset it.")
-    payload = Payload(root)
-    items = payload.items(progress)
-    _warn_of_size(len(payload.names), len(items))
-    payload.sources = _settled(hub, payload.sources, token)
-    items = {CARD: payload.readme(repo_id), **items}
+    payload = Payload(root, progress)
+    _warn_of_size(len(payload.names), len(payload.files))
+    sources = _settled(hub, payload.sources, token)
+    items = {CARD: payload.readme(repo_id, sources), **payload.files}
     target = _Target(hub, repo_id, token, revision, create_pr=create_pr)
-    is_private = target.prepare(private, [source.name for source in payload.sources if source.access])
+    is_private = target.prepare(private, [source.name for source in sources if source.access])
     there = target.listing()
     if not overwrite:
         target.demand_kin(payload.names, items, there)
     if not target.may_replace(there.get(CARD), items[CARD]):
         del items[CARD]
-    changes, config = changes_for(items, there), payload.config()
+    changes = changes_for(items, there)
     form = "Coded" if payload.coded else "SHARE"
     message = commit_message or f"{form} checkpoint of {counted(len(payload.names), 'adapter')}"
     if changes:
@@ -127,9 +126,9 @@ def push(
         if CONFIG in there or changes_for(items, there):  # what .gitignore keeps out, for one
             missing = listed(changes_for(items, there), 3)
             raise StreamError("the Hub did not take all files", found=missing, remedy="Run the same command again.")
-    current = config.is_at(there.get(CONFIG))
+    current = payload.config.is_at(there.get(CONFIG))
     if not current:
-        target.commit({CONFIG: config}, message)
+        target.commit({CONFIG: payload.config}, message)
     uploaded = sum(item is not None for item in changes.values())
     return Pushed(
         repo_id, target.url, target.at, uploaded + (not current), len(items) - uploaded + current,
@@ -164,7 +163,7 @@ def _settled(hub: Hub, sources: Sequence[Provenance], token: Token) -> list[Prov
     def ask(source: Provenance) -> Provenance:
         assert source.hub is not None
         repo, what = source.hub.repo, ["gated", "private", "cardData", "tags"]
-        told = listing_of(hub.retry(lambda: hub.api.model_info(repo, expand=what, token=token), repo, unheard()))
+        told = listing_of(hub.retry(lambda: hub.api.model_info(repo, expand=what, token=token), repo))
         private = told.private is not False or told.gated is None  # what is not said is not for everybody
         return replace(source, gated=bool(told.gated), private=private, license=source.license or told.license)
 
@@ -189,8 +188,8 @@ class _Target:
     """A revision of a repository that is pushed to; with `create_pr`, a pull request that the first commit opens."""
 
     def __init__(self, hub: Hub, repo: str, token: Token, revision: str | None, *, create_pr: bool) -> None:
-        self._hub, self._api, self._repo = hub, hub.api, repo
-        self._as = {"repo_id": repo, "token": token}
+        self._hub, self._api, self._repo, self._token = hub, hub.api, repo, token
+        self._as: dict[str, Any] = {"repo_id": repo, "token": token}
         self._revision, self._create_pr = revision, create_pr
         self._pull = ""  # the URL of the pull request that was opened
         self._head = ""  # the commit that the next one follows
@@ -249,12 +248,8 @@ class _Target:
             return None
 
     def _have_branch(self) -> None:  # asked for first, since a tag must not get a branch of its name
-        from huggingface_hub.errors import RevisionNotFoundError
-
-        try:
-            self._sha()
-        except RevisionNotFoundError:
-            self._api.create_branch(**self._as, branch=self._revision, exist_ok=True)
+        if not self._api.revision_exists(**self._as, revision=str(self._revision)):
+            self._api.create_branch(**self._as, branch=str(self._revision), exist_ok=True)
 
     def _sha(self) -> str:
         return str(self._api.model_info(**self._as, revision=self._revision, expand=["sha"]).sha)
@@ -298,13 +293,8 @@ class _Target:
 
     def _content(self, path: str) -> bytes:
         """A file at the head."""
-
-        def get() -> bytes:
-            with TemporaryDirectory(prefix="lorashare-stream-") as folder:
-                found = self._api.hf_hub_download(**self._as, filename=path, revision=self._head, local_dir=folder)
-                return Path(found).read_bytes()
-
-        return self._ask(get)
+        there = HubId(self._repo, self._head)
+        return self._ask(lambda: self._hub.part(there, path, 0, MOST_CONTENT, self._token)).start
 
     def commit_all(self, changes: Changes, message: str) -> Iterator[str]:
         """Commit in batches; paths, as they are done."""
@@ -339,7 +329,7 @@ class _Target:
             self._ask(attempt)
 
     def _ask(self, call: Callable[[], T]) -> T:
-        return self._hub.retry(call, f"push to {self._repo}", unheard(), lambda e, _: _refused(e, self._repo))
+        return self._hub.retry(call, f"push to {self._repo}", lambda e, _: _refused(e, self._repo))
 
 
 def _operation(path: str, item: Item | None) -> Any:
@@ -349,7 +339,7 @@ def _operation(path: str, item: Item | None) -> Any:
     if item is None:
         return CommitOperationDelete(path, is_folder=False)
     try:
-        operation = CommitOperationAdd(path, item.content())
+        operation = CommitOperationAdd(path, item.source)
     except (OSError, ValueError):  # it is gone
         operation = None
     if operation is None or operation.upload_info.sha256.hex() != item.sha256:

@@ -24,7 +24,7 @@ from ..errors import CheckpointError, MissingCheckpointError, StreamError, Usage
 from ..files import atomic_path
 from ..text import listed, printable
 from .client import Hub, Token, cache_folder, check_token, no_bar, repo_folder
-from .retry import first_of, of_adapter, unheard
+from .retry import first_of, of_adapter
 
 T = TypeVar("T")
 LARGE = 64 << 20  # bytes of a part for which the whole file is fetched, since a download goes on where it was cut
@@ -86,7 +86,7 @@ class Repository:
         else:
             api, revision = self._hub.api, self.id.revision or None
             ask = partial(api.model_info, self.id.repo, revision=revision, expand=["sha"], token=self._token)
-            sha = str(self._patiently(ask, str(self.id)).sha)
+            sha = str(self._retry(ask, str(self.id)).sha)
         pinned = HubId(self.id.repo, sha, self.id.subfolder)
         if not pinned.pinned:
             raise CheckpointError("no commit is named for the revision", found=sha, expected="40 hex digits")
@@ -105,7 +105,12 @@ class Repository:
             return found
         if self._hub.offline:
             raise self._not_cached(relative)
-        path = self._patiently(lambda: self._download(relative, renew), f"{self.id}: {relative}")
+        get = partial(
+            self._hub.api.hf_hub_download, self.id.repo, self.id.path(relative), revision=self.id.revision,
+            cache_dir=self._cache, token=self._token, force_download=renew,
+            tqdm_class=None if relative == COMPONENTS else no_bar(),
+        )  # fmt: skip
+        path = Path(self._retry(get, f"{self.id}: {relative}"))
         self._renewed.add(relative)
         return path
 
@@ -118,12 +123,6 @@ class Repository:
             raise FileNotFoundError(relative)
         return None if found is None else Path(found)
 
-    def _download(self, relative: str, renew: bool) -> Path:
-        bar = None if relative == COMPONENTS else no_bar()
-        return self._hub.file(
-            self.id, relative, cache_dir=self._cache, token=self._token, force_download=renew, tqdm_class=bar
-        )
-
     def read(self, relative: str, offset: int, count: int) -> bytes:
         """Bytes of a file of it, fewer at its end: by one ranged request, unless it is in the cache.
 
@@ -135,7 +134,7 @@ class Repository:
             with opened(self.file(relative)) as read:
                 return bytes(read(offset, count))
         part = partial(self._hub.part, self.id, relative, offset, count, self._token)
-        return self._patiently(part, f"{self.id}: {relative}")
+        return self._retry(part, f"{self.id}: {relative}").start if count else b""
 
     def adapters(self) -> Collection[str] | None:
         """None: a repository is not listed, the configuration says what is in it."""
@@ -152,7 +151,7 @@ class Repository:
         files = [f for f in FILES if f not in (ADAPTERS, PACKS)] + [f"{PACKS}/*.safetensors"]
         files += [f"{ADAPTERS}/*/{f}" for f in (LOADINGS, META, VERBATIM)]
         prefix = f"{escape(self.id.subfolder)}/" if self.id.subfolder else ""
-        self._patiently(
+        self._retry(
             lambda: self._hub.api.snapshot_download(
                 self.id.repo, revision=self.id.revision, cache_dir=self._cache, token=self._token,
                 allow_patterns=[prefix + f for f in files],
@@ -163,12 +162,12 @@ class Repository:
     def is_closed(self) -> bool:
         """Whether not everybody may read it where it is."""
         ask = partial(self._hub.api.model_info, self.id.repo, expand=["private", "gated"], token=self._token)
-        info = self._patiently(ask, str(self.id))
+        info = self._retry(ask, str(self.id))
         return bool(info.private or info.gated)
 
-    def _patiently(self, call: Callable[[], T], what: str) -> T:
+    def _retry(self, call: Callable[[], T], what: str) -> T:
         """The result of a request, with errors that are said of a checkpoint, not of an adapter."""
-        return self._hub.retry(call, what, unheard(), _of_checkpoint)
+        return self._hub.retry(call, what, _of_checkpoint)
 
     def _not_cached(self, relative: str) -> MissingCheckpointError:
         return MissingCheckpointError(

@@ -23,7 +23,7 @@ from ..codec.code import Batch, Subject
 from ..codec.gauge import Pairs
 from ..codec.rate import Curve, Estimate, curve_of, estimated
 from ..errors import AdapterError, BudgetError, CollectionError
-from ..hub.fetch import fetching
+from ..hub.fetch import Fetcher
 from ..hub.lookup import source_of
 from ..linalg.delta import relative_error
 from ..linalg.types import Array, Float64
@@ -293,7 +293,7 @@ def at_hand(
     read = plan_for(sources, replace(s, base_model=plan.base_model or None, on_error="skip"))
     with ExitStack() as stack:
         folder = None if s.disk_budget is None else Path(stack.enter_context(TemporaryDirectory()))
-        fetcher = stack.enter_context(fetching(s.offline, folder, s.disk_budget))
+        fetcher = stack.enter_context(Fetcher(s.offline, folder, s.disk_budget))
         come = list(fetcher.arriving([e for e in read.adapters if e.layout.modules]))
         here = {e.source_id: e for e in [*come, *(e for e in chosen if e.fetched)] if isinstance(e, Adapter)}
         lost = (*read.refused, *(e for e in come if isinstance(e, AdapterError)))

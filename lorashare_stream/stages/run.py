@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from ..adapters.adapter import Adapter
 from ..errors import AdapterError, BudgetError, refusal
-from ..hub.client import Hub, cache_folder
+from ..hub.client import cache_folder, cached
 from ..hub.fetch import Fetcher
 from ..plan.memory import SAMPLE
 from ..plan.plan import Plan
@@ -156,8 +156,7 @@ def _uses_cache(plan: Plan) -> bool:
     awaited = [(e.origin.hub, f.path.name) for e in plan.adapters if e.origin and not e.fetched for f in e.files]
     if not awaited or plan.settings.disk_budget is None:
         return bool(awaited)
-    hub = Hub(offline=True)
-    return any(hub.cached(hub_id, name) is not None for hub_id, name in awaited)
+    return any(cached(hub_id, name) is not None for hub_id, name in awaited)
 
 
 def check_none_lost(lost: Sequence[AdapterError]) -> None:
