@@ -1324,5 +1324,5 @@ def test_a_ledger_line_of_another_version_is_told_by_its_field(tmp_path: Path) -
         path.write_text(
             "".join(json.dumps(sealed(line | (change if i == number else {}))) + "\n" for i, line in enumerate(lines))
         )
-        with pytest.raises(WorkspaceError, match=rf"another version.*{next(iter(change))}.*delete this file"):
+        with pytest.raises(WorkspaceError, match=rf"key '{next(iter(change))}.*another version.*delete this file"):
             Ledger(path)

@@ -122,7 +122,7 @@ class Ledger:
                 self._configs[line.digest] = line.config
             elif isinstance(line, RefusalLine):
                 self._refused[line.id] = ValuesError(line.refused, **line.details)
-            elif line is not None and line.tensors in self._records:
+            elif isinstance(line, AdapterLine) and line.tensors in self._records:
                 config = self._configs.get(line.configuration or "")
                 records = self._records[line.tensors]
                 self._adapters[line.id] = Known(line.files, records, line.tensors, config, line.listing, line.sha256)
@@ -138,7 +138,7 @@ class Ledger:
 
     def put(self, source_id: str, known: Known) -> Known:
         """Keep what is known of an adapter; what others have in common with it is shared with them."""
-        lines: list[Schema] = []
+        lines: list[_Line] = []
         key = None if known.config is None else digest_of(known.config)
         with self._lock:
             if known.digest not in self._records:
@@ -167,7 +167,7 @@ def note_refusal(path: Path, source_id: str, error: ValuesError) -> None:
     _append(path, [RefusalLine(id=source_id, refused=error.problem, details=details)])
 
 
-def _line(raw: bytes) -> TensorsLine | ConfigLine | RefusalLine | AdapterLine | None:
+def _line(raw: bytes) -> _Line | None:
     """What a line says; None if a bit of it is not what was written."""
     try:
         values = unsealed(json.loads(raw))
@@ -175,28 +175,20 @@ def _line(raw: bytes) -> TensorsLine | ConfigLine | RefusalLine | AdapterLine | 
         return None
     if values is None:
         return None
-    by_field = {"records": TensorsLine, "config": ConfigLine, "refused": RefusalLine}
-    model = next((by_field[name] for name in by_field if name in values), AdapterLine)
+    kinds: dict[str, type[_Line]] = {"records": TensorsLine, "config": ConfigLine, "refused": RefusalLine}
+    kind = next((kind for name, kind in kinds.items() if name in values), AdapterLine)
     try:
-        return model.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as e:
         remedy = "Use that version; or delete this file: what it holds is asked of the Hub again."
         raise WorkspaceError("hub/facts.jsonl is of another version", remedy=remedy, **fault_of(e)) from e
 
 
-def _append(path: Path, lines: Iterable[Schema]) -> None:
+def _append(path: Path, lines: Iterable[_Line]) -> None:
     data = b"".join(json.dumps(sealed(line.model_dump())).encode() + b"\n" for line in lines)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fd = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o666)
-    try:  # not synced: what a power cut takes is asked for again
-        os.write(fd, b"\n" + data if _is_torn(path) else data)
-    finally:
-        os.close(fd)
-
-
-def _is_torn(path: Path) -> bool:
-    """Whether a run was killed in the middle of a line."""
-    with path.open("rb") as f:
+    with path.open("ab+", buffering=0) as f:  # not synced: what a power cut takes is asked for again
         size = f.seek(0, os.SEEK_END)
         f.seek(max(0, size - 1))
-        return size > 0 and f.read(1) != b"\n"
+        torn = size > 0 and f.read(1) != b"\n"  # a run was killed in the middle of a line
+        f.write(b"\n" + data if torn else data)
