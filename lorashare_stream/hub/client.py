@@ -21,7 +21,7 @@ from ..adapters.beside import weights_beside
 from ..adapters.hubid import HubId
 from ..adapters.source import Listing
 from ..errors import AdapterError, StreamError, UsageError
-from .retry import Meaning, NoSecrets, not_cached, of_adapter, retry, unheard
+from .retry import Meaning, no_secrets, not_cached, of_adapter, retry, unheard
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -43,14 +43,12 @@ class Head(NamedTuple):
 
 
 class Hub:
-    """The Hub as the environment has it: HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_CACHE.
-
-    Args:
-        offline: never ask it; HF_HUB_OFFLINE=1 says the same.
+    """Client of the Hub, as the environment has it: HF_ENDPOINT, HF_TOKEN, HF_HOME, HF_HUB_CACHE.
 
     Attributes:
-        api: the client, which takes the token from the environment.
-        stopped: set when a run ends, so that nobody waits on.
+        api: huggingface_hub's, which takes the token from the environment.
+        offline: whether the Hub is never asked; HF_HUB_OFFLINE=1 says the same.
+        stopped: set when a run ends: retries end too.
     """
 
     def __init__(self, *, offline: bool = False) -> None:
@@ -61,21 +59,16 @@ class Hub:
         check_token(get_token())
         cache_folder()  # is known
         for handler in logging.getLogger("huggingface_hub").handlers:
-            if not any(isinstance(f, NoSecrets) for f in handler.filters):
-                handler.addFilter(NoSecrets())
+            handler.addFilter(no_secrets)
         self.api = HfApi(library_name="lorashare-stream", library_version=__version__)
         self.offline = offline or is_offline_mode()
         self.stopped = threading.Event()
 
     def retry(self, call: Callable[[], T], what: str, meaning: Meaning | None = None, *, certain: bool = False) -> T:
-        """The result of a request, as `retry.retry`.
+        """The result of a request, as `retry.retry`; the meaning of permanent errors is, if not given, `of_adapter`.
 
-        Args:
-            call: makes the request.
-            what: it is for, in messages.
-            meaning: of permanent errors; if None, they are those of an adapter.
-            certain: whether what is asked for is there. Else, if nothing was heard of the Hub yet, what looks like an
-                id may be a mistyped path, and it is soon given up.
+        Unless it is `certain` that the Hub has what is asked for, an id may be a mistyped path: a request is then soon
+        given up, if nothing was heard of the Hub yet.
         """
 
         def attempt() -> T:
@@ -130,13 +123,7 @@ class Hub:
         return self.retry(lambda: self.part(hub_id, file, offset, count), f"{hub_id}: {file}")
 
     def part(self, hub_id: HubId, file: str, offset: int, count: int, token: Token = None) -> Head:
-        """Bytes of a file, fewer at its end: one ranged request, which is not retried.
-
-        Args:
-            hub_id, file: the file.
-            offset, count: of the bytes.
-            token: for the client, which else takes that of the environment.
-        """
+        """Bytes of a file, fewer at its end: one ranged request, which is not retried."""
         from huggingface_hub import get_session, hf_hub_url
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
@@ -168,7 +155,7 @@ class Hub:
         return Head(bytes(found[skip : skip + count]), int(size), sha256)
 
     def download(self, hub_id: HubId, file: str, folder: Path | None) -> Path:
-        """A file of a pinned adapter, in a folder, or in the user's cache; without a request if it is there."""
+        """The path of a file of a pinned adapter, in a folder, or in the user's cache; no request if it is there."""
         get = partial(
             self.api.hf_hub_download, hub_id.repo, hub_id.path(file), revision=hub_id.revision, local_dir=folder,
             tqdm_class=no_bar(), local_files_only=self.offline,
@@ -176,7 +163,7 @@ class Hub:
         return Path(self.retry(get, f"{hub_id}: {file}", certain=True))
 
     def in_parallel(self, call: Callable[[T], R], items: Iterable[T]) -> Iterator[R | AdapterError]:
-        """The results of requests, in order, some at a time; what concerns one adapter alone is a result too."""
+        """The results of requests, in order, `AT_ONCE` at a time; an AdapterError is a result too."""
 
         def one(item: T) -> R | AdapterError:
             try:
@@ -195,7 +182,7 @@ class Hub:
 
 
 def _limit_session() -> None:
-    """Have a limit on the time of every request: the client asks without one, and drops its session after a failure."""
+    """Limit the time of every request: the client has no limit, and drops its session after a failure."""
     from huggingface_hub import get_session
 
     session = get_session()

@@ -1,11 +1,11 @@
-"""A checkpoint, pushed to the Hub: only what is not there yet, and the configuration last.
+"""Push of a checkpoint to the Hub: only files that are not there yet, and the configuration last.
 
 A repository without share_config.json is no checkpoint, so one that is half pushed cannot be loaded: the first commit
-takes the configuration away, unless nothing else changes, and the last one, with nothing else in it, brings the new
-one. Run again, a push compares what is there and goes on. Local paths are taken out of what is uploaded.
+takes the configuration away, unless nothing else changes, and the last one brings the new one alone. Run again, a push
+compares what is there and goes on.
 
-The commits are `create_commit`s, not one `upload_folder`: that sends a single commit where Xet storage cannot be had,
-takes parts of its own making where it can, and follows a given head in the first of them only.
+Not `upload_folder`: that sends a single commit where Xet storage cannot be had, takes parts of its own making where it
+can, and follows a given head in the first of them only.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def push(
     """Upload a checkpoint; run again, it uploads what is missing.
 
     Files of adapters that it has no more are deleted on the Hub; its history keeps them. A README.md there that no push
-    wrote is left as it is; else it is the one in the folder, or a model card. Of a push into a pull
-    request, go on with its reference as `revision`: another run with `create_pr` opens another.
+    wrote is left as it is; else it is the one in the folder, or a model card. A push into a pull request goes on with
+    its reference as `revision`: another run with `create_pr` opens another.
 
     Args:
         root: the checkpoint.
@@ -105,7 +105,12 @@ def push(
     if hub.offline:
         raise UsageError("a push needs the Hub, and HF_HUB_OFFLINE is set", remedy="Unset it.")
     payload = Payload(root, progress)
-    _warn_of_size(len(payload.names), len(payload.files))
+    if len(payload.names) > ENTRIES or len(payload.files) > FILES:
+        log.warning(
+            "%s, %s: the Hub advises at most %d entries in a folder and fewer than %d files in a repository; "
+            "listing and loading may be slow, and the push goes on",
+            counted(len(payload.names), "adapter"), counted(len(payload.files), "file"), ENTRIES, FILES,
+        )  # fmt: skip
     sources = _settled(hub, payload.sources, token)
     items = {CARD: payload.readme(repo_id, sources), **payload.files}
     target = _Target(hub, repo_id, token, revision, create_pr=create_pr)
@@ -146,15 +151,6 @@ def _check(repo_id: str, token: Token, revision: str | None) -> None:
         if asked.pinned:
             raise UsageError("a commit cannot be pushed to", found=revision, expected="a branch, or refs/pr/N")
     check_token(token)
-
-
-def _warn_of_size(adapters: int, files: int) -> None:
-    if adapters > ENTRIES or files > FILES:
-        log.warning(
-            "%s, %s: the Hub advises at most %d entries in a folder and fewer than %d files in a repository; "
-            "listing and loading may be slow, and the push goes on",
-            counted(adapters, "adapter"), counted(files, "file"), ENTRIES, FILES,
-        )  # fmt: skip
 
 
 def _settled(hub: Hub, sources: Sequence[Provenance], token: Token) -> list[Provenance]:

@@ -30,10 +30,10 @@ MOST_CUTS = 4  # of a transfer that ends too early, by what was announced
 SAY_EVERY = 60.0  # seconds
 _CUT_SHORT = "a transfer was cut short"
 _TRANSIENT = {408, 425, 429}
-_TRANSPORT = {"httpx", "httpx2", "httpcore", "httpcore2"}  # by name: which of them it is, depends on the client
-_NEVER = {"LocalProtocolError", "InvalidURL", "UnsupportedProtocol"}  # of them
+_NEVER = {"LocalProtocolError", "UnsupportedProtocol"}  # of the client's HTTPErrors, by name: the library differs
 _XET = {"XetAuthenticationError": 403, "XetObjectNotFoundError": 404}  # by name: it need not be installed
 _OF_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
+_SAID = {"No space left": errno.ENOSPC, "Permission denied": errno.EACCES}
 log = logging.getLogger(__name__)
 
 _heard = [0.0]  # when the Hub has last answered
@@ -47,9 +47,9 @@ def retry(call: Callable[[], T], what: str, stopped: threading.Event, meaning: M
     Args:
         call: makes the request.
         what: it is for, in messages.
-        stopped: set when a run ends, so that nobody waits on.
-        meaning: gives what is raised for a permanent error of the client.
-        most: seconds of waiting, requests that fail included; those of `PATIENCE` if None.
+        stopped: set when a run ends: waiting ends too.
+        meaning: of a permanent error of the client, which is raised.
+        most: seconds of waiting, requests that fail included; None is `PATIENCE`.
 
     Raises:
         AdapterError: if it fails again and again while others are answered.
@@ -118,22 +118,21 @@ def _say_once(text: str, *, over: bool = False) -> None:
         log.warning("%s", printable(text))
 
 
-# -- what errors of the client are ----------------------------------------------------------------------
+# -- errors of the client -------------------------------------------------------------------------------
 
 
 def transience(error: Exception) -> tuple[str | None, float | None]:
-    """Why a request failed if that may pass, and how many seconds to wait if the server says so; else None."""
-    from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
+    """The reason of a transient failure, and the seconds that the server asks to wait; None where there is none."""
+    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
 
     for seen in _chain(error):
         response = getattr(seen, "response", None)
         if (status := _status(seen)) is not None:
             asked = None if response is None else _asked_to_wait(response)
             return (f"it answers {status}", asked) if status in _TRANSIENT or status >= 500 else (None, None)
-        if isinstance(seen, OfflineModeIsEnabled | HFValidationError) or type(seen).__name__ in _NEVER:
+        if isinstance(seen, OfflineModeIsEnabled) or type(seen).__name__ in _NEVER:
             return None, None
-        modules = {c.__module__.partition(".")[0] for c in type(seen).__mro__}
-        if modules & _TRANSPORT or isinstance(seen, ConnectionError | TimeoutError):
+        if isinstance(seen, HTTPError | ConnectionError | TimeoutError):
             return f"the connection failed ({type(seen).__name__})", None
         if "Consistency check failed" in str(seen):  # an OSError of the client, which has no class of its own
             return _CUT_SHORT, None
@@ -178,11 +177,10 @@ def first_of(error: Exception, *kinds: type[BaseException]) -> BaseException | N
 
 def status_of(error: Exception) -> int | None:
     """The status of the answer that an error of the client comes of; None if there was none."""
-    return next((status for seen in _chain(error) if (status := _status(seen)) is not None), None)
+    return next(filter(None, map(_status, _chain(error))), None)
 
 
 def _status(error: BaseException) -> int | None:
-    """The status of an answer, by the response or by the text of the storage client, unless that is of this machine."""
     status = getattr(getattr(error, "response", None), "status_code", _XET.get(type(error).__name__))
     if status is None and _is_of_xet(error) and not _errno_in(str(error)):
         found = re.search(r"\b([45]\d\d)\b", str(error))
@@ -191,7 +189,7 @@ def _status(error: BaseException) -> int | None:
 
 
 def _is_of_xet(error: BaseException) -> bool:
-    """Whether an error comes of the storage client, which is in Rust and gives text only."""
+    """Whether an error comes of the storage client (Xet), which is in Rust and gives text only."""
     text = str(error)
     return type(error) is RuntimeError and bool(re.search(r"CAS|Task error|reconstruction|\bxet", text, re.IGNORECASE))
 
@@ -199,9 +197,9 @@ def _is_of_xet(error: BaseException) -> bool:
 def _errno_in(text: str) -> int | None:
     """Of this machine: a full disk, a folder that may not be written."""
     found = re.search(r"os error (\d{1,3})\b", text)
-    local = int(found.group(1)) if found else errno.ENOSPC if "No space left" in text else None
-    local = errno.EACCES if local is None and "Permission denied" in text else local
-    return local if local in _OF_MACHINE else None
+    if found:
+        return int(found[1]) if int(found[1]) in _OF_MACHINE else None
+    return next((number for words, number in _SAID.items() if words in text), None)
 
 
 def of_machine(error: Exception) -> Exception | None:
@@ -213,7 +211,7 @@ def of_machine(error: Exception) -> Exception | None:
     return error if ours else None
 
 
-# -- what they mean for an adapter ----------------------------------------------------------------------
+# -- their meaning for an adapter -----------------------------------------------------------------------
 
 
 def not_cached(what: str) -> MissingFileError:
@@ -282,16 +280,13 @@ def _refused(status: int, error: BaseException | None, what: str) -> StreamError
     )
 
 
-# -- what is said in logs -------------------------------------------------------------------------------
+# -- logs -----------------------------------------------------------------------------------------------
 
 
-class NoSecrets(logging.Filter):
-    """Takes passwords and signatures out of the addresses in a log."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Let every record pass, without them."""
-        record.msg, record.args = without_secrets(record.getMessage()), ()
-        return True
+def no_secrets(record: logging.LogRecord) -> bool:
+    """Filter of logs that takes passwords and signatures out of addresses."""
+    record.msg, record.args = without_secrets(record.getMessage()), ()
+    return True
 
 
 def without_secrets(text: str) -> str:
