@@ -1,6 +1,6 @@
-"""The model card of a checkpoint: what it is, how far off, how to load it, and where its adapters came from.
+"""Model card of a checkpoint: form, errors, how to load it, and the origins of its adapters.
 
-Names, licences and repositories are other people's strings: they are data in the YAML, and escaped in the Markdown.
+Names, licences and repositories are foreign strings: they are data in the YAML, and escaped in the Markdown.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Rows = list[tuple[str, str]]
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Where one adapter came from.
+    """Origin of one adapter.
 
     Attributes:
         name: of the adapter.
-        hub: where on the Hub, pinned; None is a folder, of which nothing is told.
+        hub: its id on the Hub, pinned; None is a folder, of which nothing is told.
         license: as the Hub has it.
         gated, private: whether not everybody may read it there; None if that is not known.
     """
@@ -43,24 +43,24 @@ class Provenance:
 
     @property
     def access(self) -> str:
-        """Why not everybody may read it; empty if everybody may."""
+        """`gated`, `private`, or both; empty if everybody may read it."""
         return " and ".join(["gated"] * bool(self.gated) + ["private"] * bool(self.private))
 
     @property
     def terms(self) -> str:
-        """Its licence, as far as one can be stated."""
+        """Its licence; empty for a folder without one."""
         return ("" if self.hub is None else "not stated") if self.license is None else self.license
 
 
 def card(config: SHAREConfig, sources: Sequence[Provenance], repo: str) -> str:
     """The README.md of a checkpoint on the Hub, from the template `card.md.j2`.
 
-    Not by `ModelCard.from_template`, since that knows no filters, and shows figures that are missing as nothing.
+    `ModelCard.from_template` knows no filters, and shows figures that are missing as nothing.
 
     Args:
         config: of the checkpoint, without local paths.
         sources: of its adapters, in order.
-        repo: where it will be.
+        repo: of the card.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -74,7 +74,7 @@ def card(config: SHAREConfig, sources: Sequence[Provenance], repo: str) -> str:
 
 
 def _metadata(config: SHAREConfig, sources: Sequence[Provenance]) -> str:
-    """The YAML at its head."""
+    """The YAML of the card."""
     from huggingface_hub import ModelCardData
 
     licenses = {source.license for source in sources}
@@ -93,7 +93,7 @@ def _base(config: SHAREConfig) -> str:
 
 
 def _facts(config: SHAREConfig) -> Rows:
-    """(name, value) of what is certain of it; what is empty is left out."""
+    """(name, value) of each figure; those without a value are left out."""
     stats, ours, shared = config.compression_stats, config.record, not config.coded
     limit = ours.settings.asked if ours else []
     auto = "" if config.component_selection != "auto" else ", the most of any group"

@@ -1,4 +1,4 @@
-"""Which adapters of a base model the Hub lists, pinned: a manifest, by one request a page."""
+"""Discovery of the adapters of a base model that the Hub lists, pinned: a manifest, by one request a page."""
 
 from __future__ import annotations
 
@@ -36,14 +36,7 @@ def discover(
     """The adapters of a base model on the Hub, those with most downloads first.
 
     Of a repository with an adapter at its root that one is taken; else those in its folders, but for the checkpoints
-    of a training.
-
-    Args:
-        bases: ids of the base model, its aliases included.
-        author, search: as the Hub has them.
-        limit: how many adapters at most.
-        min_downloads: of a repository.
-        offline: refuses, since nothing can be listed then.
+    of a training. `bases` are ids of the base model, its aliases included; `limit` is a number of adapters.
 
     Returns:
         The lines of a manifest; (repository, reason) of what cannot be LoRA, as the listing already shows.

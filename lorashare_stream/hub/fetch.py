@@ -27,16 +27,11 @@ LINGER = 3.0  # seconds in which what is nearly here may come, when a run fails
 
 
 class Fetcher:
-    """Fetches adapters in the order in which they are wanted, by threads of its own, until the end of the block.
+    """Threads that fetch adapters in the order in which they are wanted, until the end of the block.
 
-    Without a folder they come into the Hub's cache and stay there. With one they come into it, within a budget:
-    adapters without a use are evicted when there is need of their room; the folder is removed at the end of a block
-    that does not fail. What is in the Hub's cache is used from there; nothing in it is ever removed.
-
-    Args:
-        offline: never ask the Hub.
-        folder: a private one; what a killed run left in it is used.
-        budget: bytes that the adapters in it may have.
+    Without a folder they come into the Hub's cache and stay there. With one they come into it, within a budget in
+    bytes: adapters without a use are evicted when there is need of their room. What a killed run left in the folder is
+    used; it is removed at the end of a block that does not fail. Nothing in the Hub's cache is ever removed.
     """
 
     def __init__(self, offline: bool, folder: Path | None = None, budget: int | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What of a checkpoint is pushed: its files, whole, and its JSON without local paths."""
+"""Payload of a push: the files of a checkpoint, whole, and its JSON without local paths."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Item:
 
 
 class Payload:
-    """What of a checkpoint is pushed.
+    """The files of a checkpoint that are pushed.
 
     Args:
         root: the checkpoint.
@@ -150,7 +150,7 @@ class Payload:
         return found | {f"{folder}/{META}": Item.of(content)}
 
     def _meta(self, name: str) -> tuple[Meta, bytes]:
-        """What is recorded of an adapter, without paths, and its file; sealed again if it was."""
+        """The record of an adapter, without paths, and its file; sealed again if it was."""
         try:
             found = read_json(self._root / ADAPTERS / name / META)
         except (FileNotFoundError, ValueError) as e:
@@ -185,8 +185,8 @@ def _text(value: Mapping[str, Any] | Sequence[Any]) -> bytes:
 
 
 def _provenance(meta: Meta, name: str) -> Provenance:
-    """Where an adapter came from, as its meta tells it; of a folder nothing."""
-    if meta.ours is None or meta.ours.hub is None:
-        return Provenance(name, parse_hub_id(meta.ours.source_id) if meta.ours else None)
-    hub = meta.ours.hub
-    return Provenance(name, parse_hub_id(meta.ours.source_id), hub.license or None, hub.gated, hub.private)
+    """The origin of an adapter, by its record; of a folder nothing."""
+    if meta.ours is None:
+        return Provenance(name)
+    hub_id, hub = parse_hub_id(meta.ours.source_id), meta.ours.hub
+    return Provenance(name, hub_id, hub.license or None, hub.gated, hub.private) if hub else Provenance(name, hub_id)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -128,9 +128,10 @@ def push(
         for _ in progress("push", len(every), target.commit_all(every, message)):
             pass
         there = target.listing()
-        if CONFIG in there or changes_for(items, there):  # what .gitignore keeps out, for one
-            missing = listed(changes_for(items, there), 3)
-            raise StreamError("the Hub did not take all files", found=missing, remedy="Run the same command again.")
+        if missing := _undone(every, there):  # what .gitignore keeps out, for one
+            raise StreamError(
+                "the Hub did not take all files", found=listed(missing, 3), remedy="Run the same command again."
+            )
     current = payload.config.is_at(there.get(CONFIG))
     if not current:
         target.commit({CONFIG: payload.config}, message)
@@ -154,12 +155,12 @@ def _check(repo_id: str, token: Token, revision: str | None) -> None:
 
 
 def _settled(hub: Hub, sources: Sequence[Provenance], token: Token) -> list[Provenance]:
-    """The sources, those asked for at the Hub of which it is not known who may read them; what is gone is private."""
+    """The sources; the Hub is asked who may read those of which it is not known, and what is gone is private."""
 
     def ask(source: Provenance) -> Provenance:
         assert source.hub is not None
-        repo, what = source.hub.repo, ["gated", "private", "cardData", "tags"]
-        told = listing_of(hub.retry(lambda: hub.api.model_info(repo, expand=what, token=token), repo))
+        repo, expand = source.hub.repo, list[Any](("gated", "private", "cardData", "tags"))
+        told = listing_of(hub.retry(lambda: hub.api.model_info(repo, expand=expand, token=token), repo))
         private = told.private is not False or told.gated is None  # what is not said is not for everybody
         return replace(source, gated=bool(told.gated), private=private, license=source.license or told.license)
 
@@ -170,10 +171,15 @@ def _settled(hub: Hub, sources: Sequence[Provenance], token: Token) -> list[Prov
 
 
 def changes_for(items: Mapping[str, Item], there: Mapping[str, Any]) -> Changes:
-    """What makes of the files that are there those that are to be; files of others are left alone."""
+    """The changes that make of the files on the Hub those of the checkpoint; files of others are left alone."""
     gone = [path for path in there if path not in items and (path in _OURS or _holds_adapters(path))]
     new = {path: item for path, item in items.items() if not item.is_at(there.get(path))}
     return {**dict.fromkeys(gone), **new}
+
+
+def _undone(changes: Changes, there: Mapping[str, Any]) -> list[str]:
+    """The paths of changes that are not on the Hub."""
+    return [p for p, item in changes.items() if (p in there if item is None else not item.is_at(there.get(p)))]
 
 
 def _holds_adapters(path: str) -> bool:
@@ -181,10 +187,10 @@ def _holds_adapters(path: str) -> bool:
 
 
 class _Target:
-    """A revision of a repository that is pushed to; with `create_pr`, a pull request that the first commit opens."""
+    """The revision of a repository that is pushed to; with `create_pr`, a pull request that the first commit opens."""
 
     def __init__(self, hub: Hub, repo: str, token: Token, revision: str | None, *, create_pr: bool) -> None:
-        self._hub, self._api, self._repo, self._token = hub, hub.api, repo, token
+        self._hub, self._api, self._repo = hub, hub.api, repo
         self._as: dict[str, Any] = {"repo_id": repo, "token": token}
         self._revision, self._create_pr = revision, create_pr
         self._pull = ""  # the URL of the pull request that was opened
@@ -202,7 +208,7 @@ class _Target:
         return into if into.startswith("refs/pr/") else self._head
 
     def prepare(self, private: bool | None, closed: Sequence[str]) -> bool:
-        """Have the repository and its branch; whether it is private, which it must be as asked, or for `closed`."""
+        """Make the repository and its branch if there are none; whether it is private, as asked or for `closed`."""
         is_private = self._ask(self._visibility)
         if is_private is None:
             if private is None and closed:
@@ -234,13 +240,13 @@ class _Target:
 
     def _visibility(self) -> bool | None:
         """Whether the repository is private; None if there is none, or none that this token can see."""
-        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+        from huggingface_hub import errors
 
         try:
             return bool(self._api.model_info(**self._as, expand=["private"]).private)
-        except RepositoryNotFoundError as e:
-            if isinstance(e, GatedRepoError):
-                raise
+        except errors.GatedRepoError:  # a kind of the next
+            raise
+        except errors.RepositoryNotFoundError:
             return None
 
     def _have_branch(self) -> None:  # asked for first, since a tag must not get a branch of its name
@@ -290,7 +296,7 @@ class _Target:
     def _content(self, path: str) -> bytes:
         """A file at the head."""
         there = HubId(self._repo, self._head)
-        return self._ask(lambda: self._hub.part(there, path, 0, MOST_CONTENT, self._token)).start
+        return self._ask(lambda: self._hub.part(there, path, 0, MOST_CONTENT, self._as["token"])).start
 
     def commit_all(self, changes: Changes, message: str) -> Iterator[str]:
         """Commit in batches; paths, as they are done."""
@@ -308,8 +314,7 @@ class _Target:
             nonlocal sent
             if sent and (head := self._sha()) != self._head:  # the answer was lost: was it made?
                 self._head = head
-                there = self.listing()
-                if any(p in there if item is None else not item.is_at(there.get(p)) for p, item in changes.items()):
+                if _undone(changes, self.listing()):
                     raise _overtaken(self._repo)
                 return
             sent = True
@@ -334,15 +339,13 @@ def _operation(path: str, item: Item | None) -> Any:
 
     if item is None:
         return CommitOperationDelete(path, is_folder=False)
-    try:
+    with suppress(OSError, ValueError):  # it is gone
         operation = CommitOperationAdd(path, item.source)
-    except (OSError, ValueError):  # it is gone
-        operation = None
-    if operation is None or operation.upload_info.sha256.hex() != item.sha256:
-        raise CheckpointError(
-            "the checkpoint was changed during the push", found=printable(path), remedy="Run the same command again."
-        )
-    return operation
+        if operation.upload_info.sha256.hex() == item.sha256:
+            return operation
+    raise CheckpointError(
+        "the checkpoint was changed during the push", found=printable(path), remedy="Run the same command again."
+    )
 
 
 def _overtaken(repo: str) -> StreamError:
@@ -356,20 +359,15 @@ def _hidden(repo: str) -> StreamError:
 
 
 def _refused(error: Exception, repo: str) -> Exception:
-    """What an error of the Hub's client means for a push."""
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        RemoteEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    """The meaning of a permanent error of the client for a push."""
+    from huggingface_hub import errors
 
     if (local := of_machine(error)) is not None:
         return local
-    answer, status = first_of(error, HfHubHTTPError), status_of(error)
-    if first_of(error, RevisionNotFoundError):
+    answer, status = first_of(error, errors.HfHubHTTPError), status_of(error)
+    if first_of(error, errors.RevisionNotFoundError):
         return UsageError("no such revision on the Hub", found=repo, remedy="Mend the revision.")
-    if status in (409, 412) or first_of(error, RemoteEntryNotFoundError):
+    if status in (409, 412) or first_of(error, errors.RemoteEntryNotFoundError):
         return _overtaken(repo)
     if status == 401:
         return StreamError(
@@ -381,7 +379,7 @@ def _refused(error: Exception, repo: str) -> Exception:
             "this token may not write to the repository", found=repo,
             remedy="Use one that may, push to a repository of your own, or propose a pull request (--create-pr).",
         )  # fmt: skip
-    if first_of(error, RepositoryNotFoundError):
+    if first_of(error, errors.RepositoryNotFoundError):
         return _hidden(repo)
     # of a card, the client says by a ValueError what is wrong in it
     said = str(error) if type(error) is ValueError else getattr(answer, "server_message", None)
@@ -393,11 +391,11 @@ def _no_bars() -> Iterator[None]:
     """Without the client's own bars: each commit would draw some."""
     from huggingface_hub import utils
 
-    if utils.are_progress_bars_disabled():  # type: ignore[attr-defined]
-        yield
-        return
-    utils.disable_progress_bars()  # type: ignore[attr-defined]
+    before = utils.are_progress_bars_disabled()  # type: ignore[attr-defined]
+    if not before:
+        utils.disable_progress_bars()  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        utils.enable_progress_bars()  # type: ignore[attr-defined]
+        if not before:
+            utils.enable_progress_bars()  # type: ignore[attr-defined]

@@ -201,21 +201,16 @@ class Repository:
 
 
 def _of_checkpoint(error: Exception, what: str) -> Exception:
-    """What an error of the client that will not pass means for a checkpoint."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        RemoteEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    """The meaning of a permanent error of the client for a checkpoint."""
+    from huggingface_hub import errors
 
-    if first_of(error, RemoteEntryNotFoundError):
+    if first_of(error, errors.RemoteEntryNotFoundError):
         return FileNotFoundError(what)
     said = of_adapter(error, what)
     if not isinstance(said, StreamError):
         return said
-    none = first_of(error, RepositoryNotFoundError, RevisionNotFoundError) and not first_of(error, GatedRepoError)
-    kind = MissingCheckpointError if none else CheckpointError
+    missing = first_of(error, errors.RepositoryNotFoundError, errors.RevisionNotFoundError)
+    kind = MissingCheckpointError if missing and not first_of(error, errors.GatedRepoError) else CheckpointError
     return kind(said.problem, found=said.found, expected=said.expected, remedy=said.remedy)
 
 
@@ -229,7 +224,7 @@ def place_of(
     subfolder: str | None = None,
     force_download: bool = False,
 ) -> Place:
-    """Where the checkpoint lies that `path` means: a folder that is there, else what a text names on the Hub.
+    """The place of a checkpoint: a folder that is there, else what a text names on the Hub.
 
     Raises:
         UsageError: for a revision or subfolder that cannot be one, or that `path` gives otherwise.
@@ -240,10 +235,11 @@ def place_of(
         if revision is not None and os.path.lexists(path):
             raise UsageError("a folder has no revisions", found=path, remedy="Rename it, or leave out the revision.")
         return Folder(Path(path, subfolder or ""))
-    for given, said in ((revision, hub_id.revision), ((subfolder or "").strip("/"), hub_id.subfolder)):
+    subfolder = (subfolder or "").strip("/")
+    for given, said in ((revision, hub_id.revision), (subfolder, hub_id.subfolder)):
         if given and said and given != said:
             raise UsageError("two revisions or subfolders", found=f"{given} and {said}", remedy="Give one.")
-    revision, subfolder = revision or hub_id.revision, (subfolder or "").strip("/") or hub_id.subfolder
+    revision, subfolder = revision or hub_id.revision, subfolder or hub_id.subfolder
     asked = parse_hub_id(f"{hub_id.repo}{f'@{revision}' if revision else ''}//{subfolder}")
     if asked is None:
         raise UsageError("no revision or subfolder of a repository", found=f"revision {revision}, folder {subfolder}")
