@@ -202,7 +202,7 @@ def _hub_of(source_id: str) -> HubId | None:
 
 
 class _Look:
-    """Reads what is known of one adapter, by requests that many threads make, and keeps it in the ledger."""
+    """A look at one adapter, by requests that many threads make; the ledger keeps what is found."""
 
     def __init__(self, client: Hub, ledger: Ledger, settings: Settings, *, configs: bool) -> None:
         self.client, self.ledger, self.configs = client, ledger, configs
@@ -221,36 +221,37 @@ class _Look:
         if self.client.offline and not listing.files:
             config = cached(hub_id, CONFIG)
             listing = replace(listing, files=() if config is None else tuple(sorted(os.listdir(config.parent))))
-        if not listing.files or SAFETENSORS in listing.files:
+        if not listing.files:
             try:
                 return self._of_headers(hub_id, listing, [SAFETENSORS])
             except MissingFileError:
-                if listing.files or self.client.offline:
+                if self.client.offline:
                     raise
-                listing = listing_of(self.client.info(hub_id), hub_id.subfolder)  # what is there, then?
-        if PICKLE in listing.files:
-            return self._of_pickle(hub_id, listing)
+                listing = listing_of(self.client.info(hub_id), hub_id.subfolder)
         if CONFIG not in listing.files:
             raise missing_config(listing.files)
+        if SAFETENSORS in listing.files:
+            return self._of_headers(hub_id, listing, [SAFETENSORS])
+        if PICKLE in listing.files:
+            return self._of_pickle(hub_id, listing)
         index = next((name for name in INDEXES if name in listing.files), None)
         if index is None:
             raise missing_weights(listing.files)
+        return self._of_shards(hub_id, listing, index)
+
+    def _of_shards(self, hub_id: HubId, listing: Listing, index: str) -> Known:
         content = self._json(hub_id, index)
         names = shard_names(index, content, listing.files)
         if not all(name.startswith("adapter_model") for name in names):  # a whole model, merged perhaps
             raise missing_weights(listing.files)
-        return self._of_headers(hub_id, listing, names, index, content)
+        known = self._of_headers(hub_id, listing, names)
+        held = {name: {r.name for r in known.records if r.file == number} for number, name in enumerate(names)}
+        check_shards(index, content["weight_map"], held)
+        return known
 
-    def _of_headers(
-        self, hub_id: HubId, listing: Listing, names: Sequence[str], index: str | None = None, content: Any = None
-    ) -> Known:
-        if listing.files and CONFIG not in listing.files:
-            raise missing_config(listing.files)
+    def _of_headers(self, hub_id: HubId, listing: Listing, names: Sequence[str]) -> Known:
         found = [self._header(hub_id, name, number) for number, name in enumerate(names)]
         records = once(record for of_file, _, _ in found for record in of_file)
-        if index is not None:
-            held = {name: {r.name for r in of_file} for name, (of_file, _, _) in zip(names, found, strict=True)}
-            check_shards(index, content["weight_map"], held)
         files = tuple((name, size) for name, (_, size, _) in zip(names, found, strict=True))
         sha256 = found[0][2] if len(names) == 1 else None
         return Known(files, records, digest_of_records(records), None, listing, sha256)

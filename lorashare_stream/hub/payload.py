@@ -10,20 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.folder import digest_files
-from ..adapters.hubid import parse_hub_id
 from ..adapters.safetensors import read_header
 from ..checkpoint.coded import index_of, meta_of, record_in
 from ..checkpoint.config import SHAREConfig, config_bytes, read_share_config
 from ..checkpoint.format import ADAPTERS, COMPONENTS, CONFIG, INDEX, LOADINGS, META, OURS, SKIPPED, SPECTRUM, VERBATIM
 from ..checkpoint.index import index_bytes
 from ..checkpoint.packs import check_pack
-from ..checkpoint.records import REPAIR, AdapterMeta, Meta, has_files
+from ..checkpoint.records import REPAIR, AdapterMeta, HubOrigin, Meta, has_files
 from ..errors import CheckpointError
 from ..files import read_json, sealed, unsealed
 from ..runtime.progress import Progress
 from ..schema import SkippedFile, checked, read_checked
 from ..text import is_component, listed
-from .card import MARK, Provenance, card
+from .card import MARK, Sources, card
 from .scrub import Scrubber
 
 CARD = "README.md"
@@ -73,7 +72,7 @@ class Payload:
 
     Attributes:
         names: of its adapters.
-        sources: where they came from.
+        sources: their origins.
         coded: whether it is a coded checkpoint.
         files: all but the configuration and the card, by path in the repository.
         config: the configuration.
@@ -94,14 +93,14 @@ class Payload:
         self._config: dict[str, Any] = self._scrub(read_json(root / CONFIG))
         known = {k: v for k, v in self._config.items() if k in SHAREConfig.__dataclass_fields__}
         self._typed, self._record, self.coded = replace(read, **known), read.record, bool(read.coded)
-        self.sources: list[Provenance] = []
+        self.sources: dict[str, HubOrigin | None] = {}
         self.files = self._coded(progress) if self.coded else self._shared(progress)
         if (root / SKIPPED).is_file():
             skipped = read_checked(root / SKIPPED, SkippedFile, "Remove it.")
             self.files[SKIPPED] = Item.of(_text(self._scrub(skipped.model_dump(exclude_none=True))))
         self.config = Item.of(config_bytes(self._config))
 
-    def readme(self, repo: str, sources: Sequence[Provenance]) -> Item:
+    def readme(self, repo: str, sources: Sources) -> Item:
         """The user's own, or the model card."""
         path = self._root / CARD
         if path.is_file() and not path.is_symlink():  # a link may lead to any file
@@ -126,7 +125,7 @@ class Payload:
             raise CheckpointError(f"{CONFIG} and {INDEX} name other adapters", found=self._root)
         metas = {name: meta_of(adapter, "").plain() for name, adapter in index.adapters.items()}
         told = {name: AdapterMeta(**self._scrub(meta)) for name, meta in metas.items()}
-        self.sources = [_provenance(told[name], name) for name in self.names]
+        self.sources |= {name: told[name].ours.hub for name in self.names}
         adapters = {
             name: replace(adapter, config=told[name].original_config, record=record_in(told[name]))
             for name, adapter in index.adapters.items()
@@ -143,7 +142,7 @@ class Payload:
 
     def _adapter(self, name: str) -> dict[str, Item]:
         folder, (meta, content) = f"{ADAPTERS}/{name}", self._meta(name)
-        self.sources.append(_provenance(meta, name))
+        self.sources[name] = meta.ours and meta.ours.hub
         digests = meta.ours.files if meta.ours else {}
         files = [file for file in (LOADINGS, VERBATIM) if file in digests or (self._root / folder / file).is_file()]
         found = {f"{folder}/{file}": self._tensors(f"{folder}/{file}", digests.get(file), name) for file in files}
@@ -182,11 +181,3 @@ class Payload:
 
 def _text(value: Mapping[str, Any] | Sequence[Any]) -> bytes:
     return json.dumps(value, indent=2).encode()
-
-
-def _provenance(meta: Meta, name: str) -> Provenance:
-    """The origin of an adapter, by its record; of a folder nothing."""
-    if meta.ours is None:
-        return Provenance(name)
-    hub_id, hub = parse_hub_id(meta.ours.source_id), meta.ours.hub
-    return Provenance(name, hub_id, hub.license or None, hub.gated, hub.private) if hub else Provenance(name, hub_id)

@@ -14,17 +14,18 @@ import logging
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..adapters.hubid import HubId, is_repo, parse_hub_id
 from ..checkpoint.format import ADAPTERS, COMPONENTS, CONFIG, INDEX, LOADINGS, META, PACKS, SKIPPED, SPECTRUM, VERBATIM
 from ..checkpoint.index import read_index
-from ..errors import CheckpointError, StreamError, UsageError
+from ..checkpoint.records import HubOrigin
+from ..errors import AdapterError, CheckpointError, StreamError, UsageError
 from ..runtime.progress import Progress, silent
 from ..text import counted, listed, printable
-from .card import MARK, Provenance
+from .card import MARK, Sources, access
 from .client import Hub, Token, check_token, listing_of
 from .payload import CARD, Item, Payload
 from .retry import first_of, of_machine, status_of
@@ -114,7 +115,7 @@ def push(
     sources = _settled(hub, payload.sources, token)
     items = {CARD: payload.readme(repo_id, sources), **payload.files}
     target = _Target(hub, repo_id, token, revision, create_pr=create_pr)
-    is_private = target.prepare(private, [source.name for source in sources if source.access])
+    is_private = target.prepare(private, [name for name, origin in sources.items() if access(origin)])
     there = target.listing()
     if not overwrite:
         target.demand_kin(payload.names, items, there)
@@ -154,20 +155,23 @@ def _check(repo_id: str, token: Token, revision: str | None) -> None:
     check_token(token)
 
 
-def _settled(hub: Hub, sources: Sequence[Provenance], token: Token) -> list[Provenance]:
-    """The sources; the Hub is asked who may read those of which it is not known, and what is gone is private."""
+def _settled(hub: Hub, sources: Sources, token: Token) -> Sources:
+    """The origins; the Hub is asked who may read those of which it is not known, and what is gone is private."""
 
-    def ask(source: Provenance) -> Provenance:
-        assert source.hub is not None
-        repo, expand = source.hub.repo, list[Any](("gated", "private", "cardData", "tags"))
-        told = listing_of(hub.retry(lambda: hub.api.model_info(repo, expand=expand, token=token), repo))
+    def ask(origin: HubOrigin) -> HubOrigin:
+        expand = list[Any](("gated", "private", "cardData", "tags"))
+        info = hub.retry(lambda: hub.api.model_info(origin.repo, expand=expand, token=token), origin.repo)
+        told = listing_of(info)
         private = told.private is not False or told.gated is None  # what is not said is not for everybody
-        return replace(source, gated=bool(told.gated), private=private, license=source.license or told.license)
+        found = {"gated": bool(told.gated), "private": private, "license": origin.license or told.license}
+        return origin.model_copy(update=found)
 
-    unknown = [s for s in sources if s.hub is not None and None in (s.gated, s.private)]
-    asked = zip(unknown, hub.in_parallel(ask, unknown), strict=True)
-    known = {s.name: replace(s, private=True) if isinstance(found, Exception) else found for s, found in asked}
-    return [known.get(s.name, s) for s in sources]
+    unknown = {name: o for name, o in sources.items() if o is not None and None in (o.gated, o.private)}
+    asked = zip(unknown.items(), hub.in_parallel(ask, unknown.values()), strict=True)
+    return {**sources} | {
+        name: origin.model_copy(update={"private": True}) if isinstance(found, AdapterError) else found
+        for (name, origin), found in asked
+    }
 
 
 def changes_for(items: Mapping[str, Item], there: Mapping[str, Any]) -> Changes:
