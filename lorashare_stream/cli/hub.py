@@ -41,7 +41,7 @@ def discover(args: Args) -> int:
     write_manifest(out, items)
     if left_out:
         say(f"left out {counted(len(left_out), 'adapter')} that the Hub lists:")
-        say("\n".join(problem_lines(AdapterError(reason, adapter=repo) for repo, reason in left_out)))
+        say("\n".join(problem_lines(AdapterError(item["reason"], adapter=item["repo"]) for item in left_out)))
     size = sum({item["repo"]: item.get("size") or 0 for item in items}.values())
     gated = sum(bool(item.get("gated")) for item in items)
     others = Counter(item["base_model"] for item in items if item["base_model"] not in (base, *aliases))
@@ -54,8 +54,7 @@ def discover(args: Args) -> int:
         text += f"\nOther names of the base, which compress takes for other models unless --base-alias has them: {some}"
     skip = " --on-error skip" if gated or others else ""
     text += f"\nCompress them: lorashare-stream compress {shlex.quote(printable(out))} -o OUT {names}{skip}"
-    reasons = [{"repo": repo, "reason": reason} for repo, reason in left_out]
-    print_result(args, {"manifest": str(out), "adapters": len(items), "left_out": reasons}, text)
+    print_result(args, {"manifest": str(out), "adapters": len(items), "left_out": left_out}, text)
     return 0
 
 

@@ -155,7 +155,9 @@ class Hub:
         return Head(bytes(found[skip : skip + count]), int(size), sha256)
 
     def download(self, hub_id: HubId, file: str, folder: Path | None) -> Path:
-        """The path of a file of a pinned adapter, in a folder, or in the user's cache; no request if it is there."""
+        """A file of a pinned adapter: in the user's cache if it is there, else fetched, into a folder or the cache."""
+        if (found := cached(hub_id, file)) is not None:
+            return found
         get = partial(
             self.api.hf_hub_download, hub_id.repo, hub_id.path(file), revision=hub_id.revision, local_dir=folder,
             tqdm_class=no_bar(), local_files_only=self.offline,

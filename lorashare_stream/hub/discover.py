@@ -32,14 +32,14 @@ def discover(
     limit: int | None = None,
     min_downloads: int = 0,
     offline: bool = False,
-) -> tuple[list[Item], list[tuple[str, str]]]:
+) -> tuple[list[Item], list[dict[str, str]]]:
     """The adapters of a base model on the Hub, those with most downloads first.
 
     Of a repository with an adapter at its root that one is taken; else those in its folders, but for the checkpoints
     of a training. `bases` are ids of the base model, its aliases included; `limit` is a number of adapters.
 
     Returns:
-        The lines of a manifest; (repository, reason) of what cannot be LoRA, as the listing already shows.
+        The lines of a manifest; `repo` and `reason` of what cannot be LoRA, as the listing already shows.
 
     Raises:
         UnreachableError: if the Hub does not answer.
@@ -47,7 +47,7 @@ def discover(
     """
     hub = Hub(offline=offline)
     items: list[Item] = []
-    left_out: list[tuple[str, str]] = []
+    left_out: list[dict[str, str]] = []
     seen: set[str] = set()
     for base in bases:
         query = {"author": author, "search": search, "sort": "downloads", "expand": EXPAND}
@@ -58,12 +58,12 @@ def discover(
                 seen.add(info.id)
                 found, reason = _adapters_in(info, base)
                 items += found
-                left_out += [(info.id, reason)] if reason else []
+                left_out += [{"repo": info.id, "reason": reason}] if reason else []
     items = items[:limit]
     if not items:
         raise StreamError(
             f"the Hub lists no LoRA adapter of {printable(', '.join(bases))}",
-            found=listed((f"{repo}: {reason}" for repo, reason in left_out), 3) or "nothing",
+            found=listed(("{repo}: {reason}".format(**item) for item in left_out), 3) or "nothing",
             remedy="Name the base as its adapters name it, and its mirrors by --base-alias; loosen the filters.",
         )
     return items, left_out

@@ -202,11 +202,10 @@ class Fetcher:
         assert origin is not None
         assert client is not None
         folder = None if self._folder is None else self._folder / key
-        names = [file.path.name for file in adapter.files]
-        paths = [cached(origin.hub, name) or client.download(origin.hub, name, folder) for name in names]
-        facts = tuple(file_fact(path) for path in paths)
+        paths = tuple(client.download(origin.hub, file.path.name, folder) for file in adapter.files)
+        facts = tuple(map(file_fact, paths))
         same = [f.size for f in facts] == [f.size for f in adapter.files]
-        if not same or digest_of_records(tensor_records(tuple(paths))) != origin.records:
+        if not same or digest_of_records(tensor_records(paths)) != origin.records:
             raise AdapterError(
                 "what was fetched is not what was planned",
                 found=f"{sum(f.size for f in facts)} bytes",

@@ -58,12 +58,11 @@ def resolve_on_hub(
     """The sources, pinned, and what is known of those of the Hub, by source id.
 
     Args:
-        sources: what `resolve` gives.
-        settings: of the run.
+        sources, settings: of the run.
         workspace: what was pinned and read for it before is not asked again.
         configs: whether configurations are read too; a plan that is not run can do without.
-        writes: whether what is read is kept in the workspace.
-        pins: what ids mean that were pinned elsewhere.
+        writes: whether the ledger of the workspace is written.
+        pins: ids that were pinned elsewhere -> the pinned ids.
         progress: passes the results on as they come.
 
     Raises:
@@ -76,13 +75,9 @@ def resolve_on_hub(
     known = {asked: source_id for asked, source_id in known.items() if not ledger.refuses(source_id)}
     found = pinned(sources, known, offline=settings.offline)
     looked: dict[str, Known | AdapterError] = {s.id: s.fault for s in found if s.fault is not None}
-    missing: list[Source] = []
-    for source in (s for s in found if s.hub is not None and s.fault is None):
-        before = ledger.get(source.id)
-        if before is None or (configs and before.config is None):
-            missing.append(source)
-        else:
-            looked[source.id] = before
+    asked = [s for s in found if s.hub is not None and s.fault is None]
+    looked |= {s.id: before for s in asked if (before := ledger.get(s.id)) and (before.config or not configs)}
+    missing = [s for s in asked if s.id not in looked]
     if missing:
         look = _Look(Hub(offline=settings.offline), ledger, settings, configs=configs)
         results = progress("look", len(missing), look.client.in_parallel(look.at, missing))
@@ -97,10 +92,7 @@ def resolve_on_hub(
 def pinned(sources: Sequence[Source], known: Mapping[str, str], *, offline: bool) -> list[Source]:
     """The sources, each adapter of the Hub at the commit that its revision names now; no adapter twice.
 
-    Args:
-        sources: what `resolve` gives.
-        known: ids that were pinned before -> the pinned ids, which they stay.
-        offline: never ask the Hub.
+    `known` are ids that were pinned before -> the pinned ids, which they stay.
     """
     found = [_recall(source, known.get(source.id)) for source in sources]
     if any(map(_is_loose, found)):

@@ -123,11 +123,10 @@ class Payload:
         index = index_of(self._root, self._typed.coded)
         if index.adapters.keys() != {*self.names}:
             raise CheckpointError(f"{CONFIG} and {INDEX} name other adapters", found=self._root)
-        metas = {name: meta_of(adapter, "").plain() for name, adapter in index.adapters.items()}
-        told = {name: AdapterMeta(**self._scrub(meta)) for name, meta in metas.items()}
-        self.sources |= {name: told[name].ours.hub for name in self.names}
+        metas = {name: AdapterMeta(**self._scrub(meta_of(a, "").plain())) for name, a in index.adapters.items()}
+        self.sources |= {name: metas[name].ours.hub for name in self.names}
         adapters = {
-            name: replace(adapter, config=told[name].original_config, record=record_in(told[name]))
+            name: replace(adapter, config=metas[name].original_config, record=record_in(metas[name]))
             for name, adapter in index.adapters.items()
         }
         item = Item.of(index_bytes(replace(index, adapters=adapters)))
@@ -142,7 +141,7 @@ class Payload:
 
     def _adapter(self, name: str) -> dict[str, Item]:
         folder, (meta, content) = f"{ADAPTERS}/{name}", self._meta(name)
-        self.sources[name] = meta.ours and meta.ours.hub
+        self.sources[name] = meta.ours.hub if meta.ours else None
         digests = meta.ours.files if meta.ours else {}
         files = [file for file in (LOADINGS, VERBATIM) if file in digests or (self._root / folder / file).is_file()]
         found = {f"{folder}/{file}": self._tensors(f"{folder}/{file}", digests.get(file), name) for file in files}
@@ -157,8 +156,10 @@ class Payload:
         if not isinstance(found, dict) or "adapter_name" not in found:  # a link may lead to any JSON
             raise CheckpointError(f"{META} is not that of an adapter", adapter=name, found=found, remedy=REPAIR)
         if OURS not in found:  # lorashare wrote it
-            return checked(Meta, values := self._scrub(found), META, REPAIR, name), _text(values)
-        if (values := self._scrub(unsealed(found))) is None:
+            values = self._scrub(found)
+            return checked(Meta, values, META, REPAIR, name), _text(values)
+        values = self._scrub(unsealed(found))
+        if values is None:
             raise CheckpointError(f"{META} is damaged", adapter=name, remedy=REPAIR)
         meta = checked(AdapterMeta, values, META, REPAIR, name)
         basis, expected = meta.ours.basis_digest, self._record.basis_digest if self._record else None
