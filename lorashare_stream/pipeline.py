@@ -19,7 +19,8 @@ from .checkpoint.staging import Staging, recover
 from .checkpoint.summary import share_config
 from .errors import AdapterError, WorkspaceError, skipped_as_json
 from .files import own_path, write_sealed
-from .hub.lookup import bytes_to_fetch, fetching_for, resolve_on_hub
+from .hub.fetch import bytes_to_fetch, fetching_for
+from .hub.lookup import resolve_on_hub
 from .linalg.device import resolve_device
 from .plan.catalog import catalog
 from .plan.file import plan_as_json
@@ -203,7 +204,7 @@ def compress(
     out = output_folder(out)
     root = (workspace or own_path(default_workspace(out))).absolute()
     known = {r.name for r in Workspace(root).journal().admissions}
-    check_disk(plan, root, out, adds=out.exists(), fetch=bytes_to_fetch(plan.adapters, plan.settings, known))
+    check_disk(plan, root, out, adds=out.exists(), fetch=bytes_to_fetch(plan.adapters, known))
     own = {record_of(there).basis_digest} if there is not None else set()
     check_output(out, own=own | Workspace(root).published(), overwrite=overwrite)  # before a workspace is made for it
     with (

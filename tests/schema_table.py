@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from lorashare_stream.checkpoint.config import Recorded
 from lorashare_stream.checkpoint.records import AdapterMeta, AdapterRecord
+from lorashare_stream.hub.ledger import AdapterLine, ConfigLine, RefusalLine, TensorsLine
 from lorashare_stream.schema import Skipped
 from lorashare_stream.stages.status import BasisRecord
 from lorashare_stream.workspace.journal import Admission, Removal
@@ -34,6 +35,10 @@ FILES: dict[str, type] = {
     "`slot` of these": Slot,
     "`bases/KEY/MODULE.json` of a workspace": BasisRecord,
     "`holder.json` of a workspace": Holder,
+    "`hub/facts.jsonl` of a workspace, a line: tensors that adapters share": TensorsLine,
+    "likewise, with a field `config`: a configuration that they share": ConfigLine,
+    "likewise, with a field `id`: an adapter of the Hub": AdapterLine,
+    "likewise, with a field `refused`: its values are never added": RefusalLine,
 }
 WORDS = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "null", Any: "any"}
 
@@ -48,7 +53,8 @@ def kind(hint: Any) -> str:
     if origin is Literal:
         return " or ".join(f"`{part}`" for part in parts)
     if origin in (list, tuple):
-        return f"list of {kind(parts[0])}"
+        several = len({part for part in parts if part is not ...}) > 1
+        return "list" if several else f"list of {kind(parts[0])}"
     if origin in (dict, collections.abc.Mapping):
         return "object" if parts[1] is Any else f"object of {kind(parts[1])}"
     return WORDS.get(hint, "object")

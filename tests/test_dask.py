@@ -24,7 +24,7 @@ import pytest
 from lorashare_stream.checkpoint.staging import Staging
 from lorashare_stream.cli.app import main
 from lorashare_stream.errors import ClusterError, UnreachableClusterError
-from lorashare_stream.hub.fetch import fetching
+from lorashare_stream.hub.fetch import Fetcher
 from lorashare_stream.pipeline import compress, default_workspace, plan_for
 from lorashare_stream.plan.sources import resolve
 from lorashare_stream.runtime import dask as cluster
@@ -526,7 +526,7 @@ def test_modules_are_cut_into_as_many_portions_as_a_cluster_can_sum_at_a_time(
     plan = plan_for(resolve(collection), replace(SETTINGS, workers=1))
     workers("a", "b", "c")
     modules = sorted({group.module for group in plan.groups})
-    with mapper_at(dask, tmp_path) as over, fetching(offline=True) as fetcher:
+    with mapper_at(dask, tmp_path) as over, Fetcher(offline=True) as fetcher:
         wide = Run(plan, over, silent, fetcher).portions(modules)
         alone = Run(plan, Mapper(SerialExecutor(), tmp_path), silent, fetcher).portions(modules)
     assert alone == [tuple(modules)]

@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +25,7 @@ from safetensors.numpy import save_file
 
 from lorashare_stream.adapters.hubid import HubId, parse_hub_id
 from lorashare_stream.adapters.safetensors import TensorRecord
+from lorashare_stream.adapters.source import Listing
 from lorashare_stream.cli.app import main
 from lorashare_stream.errors import (
     AdapterError,
@@ -38,9 +38,11 @@ from lorashare_stream.errors import (
     UsageError,
     WorkspaceError,
 )
+from lorashare_stream.files import sealed, unsealed
 from lorashare_stream.hub import client as hub_module
 from lorashare_stream.hub import retry as patience
 from lorashare_stream.hub.client import Hub
+from lorashare_stream.hub.discover import models
 from lorashare_stream.hub.ledger import Known, Ledger, digest_of_records
 from lorashare_stream.model import SHAREModel
 from lorashare_stream.pipeline import compress, default_workspace, plan_for
@@ -62,7 +64,7 @@ def files_of(folder: str | Path) -> dict[str, bytes]:
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     monkeypatch.setattr(patience, "FIRST_PAUSE", 0.02)
-    monkeypatch.setattr(patience, "_said", {})
+    monkeypatch.setattr(patience, "_said", [])
     with FakeHub() as fake:
         patched(monkeypatch, fake, tmp_path / "home", ALICE)
         yield fake
@@ -376,15 +378,18 @@ def test_what_may_pass_is_waited_out(
 
 
 def test_what_was_given_up_is_not_waited_for_again(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "PATIENCE", 1.0)
     asked = []
+    stopped = threading.Event()
 
     def gone() -> None:
         asked.append(1)
         raise ConnectionError("gone")
 
     with pytest.raises(UnreachableError, match="cannot be reached"):
-        Hub().retry(lambda: Hub().retry(gone, "inner", 0.05), "outer")
+        patience.retry(
+            lambda: patience.retry(gone, "inner", stopped, patience.of_adapter, 0.05),
+            "outer", stopped, patience.of_adapter, 1.0,
+        )  # fmt: skip
     assert len(asked) <= 3  # within 0.05 s, by pauses from 0.02 s on
 
 
@@ -513,7 +518,8 @@ def test_a_disk_budget_is_kept_and_the_plan_says_how_often_each_is_fetched(
 
 def asked_again(caplog: pytest.LogCaptureFixture) -> Counter[str]:
     """Fetches that failed for nothing: all threads have one session, which one that finds no server closes."""
-    return Counter(re.findall(r"the connection failed .*\((org/x\d+)@", caplog.text))
+    ours, clients = r"the connection failed .*\((org/x\d+)@", r"Error while downloading from \S+?/(org/x\d+)/"
+    return Counter(re.findall(ours, caplog.text) + re.findall(clients, caplog.text))
 
 
 @pytest.mark.parametrize(
@@ -532,6 +538,7 @@ def test_a_coded_checkpoint_keeps_a_disk_budget_too(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    monkeypatch.setattr(patience, "SAY_EVERY", 0.0)  # every failure, for `asked_again`
     folders = make_collection(tmp_path / "many", 14)
     pins = [
         f"org/x{i:02}@{hub.add(f'org/x{i:02}', files_of(f), base_model='tiny-base')}" for i, f in enumerate(folders)
@@ -587,8 +594,10 @@ def test_a_budget_that_cannot_do_is_said_with_the_one_that_can(tmp_path: Path, h
     ],
 )
 def test_stopped_in_any_batch_it_gives_the_same_bytes_and_fetches_no_more_than_planned(
-    tmp_path: Path, hub: FakeHub, step: str, after: int, nan: bool, caplog: pytest.LogCaptureFixture
-) -> None:
+    tmp_path: Path, hub: FakeHub, step: str, after: int, nan: bool, caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(patience, "SAY_EVERY", 0.0)  # every failure, for `asked_again`
     folders = make_collection(tmp_path / "many", 12)
     if nan:
         tensors = load_tensors(folders[4])
@@ -1218,16 +1227,16 @@ def test_pages_of_a_listing_are_asked_for_one_by_one(hub: FakeHub, collection: l
     hub.page_size = 2
     for i in range(5):
         hub.add(f"org/a{i}", files_of(collection[i]), base_model="tiny-base", downloads=9 - i)
-    models = Hub().models(filter=["base_model:adapter:tiny-base"], sort="downloads", author=None, search=None)
-    found = [next(models).id for _ in range(2)]
+    listing = models(Hub(), filter=["base_model:adapter:tiny-base"], sort="downloads", author=None, search=None)
+    found = [next(listing).id for _ in range(2)]
     hub.fault(kind="list", status=503)
-    found += [model.id for model in models]
+    found += [model.id for model in listing]
     assert found == [f"org/a{i}" for i in range(5)]
     assert hub.count(kind="list") == 4
 
 
 def test_errors_of_the_storage_client() -> None:
-    from lorashare_stream.hub.retry import of_adapter, passing
+    from lorashare_stream.hub.retry import of_adapter, transience
 
     for text, waits in (
         ("Task error: File reconstruction error: CAS Client Error: status 503 for url", True),
@@ -1235,7 +1244,7 @@ def test_errors_of_the_storage_client() -> None:
         ("CAS Client Error: HTTP status client error (403 Forbidden)", False),
         ("Task error: I/O error: No space left on device (os error 28)", False),
     ):
-        assert (passing(RuntimeError(text))[0] is not None) == waits, text
+        assert (transience(RuntimeError(text))[0] is not None) == waits, text
     assert isinstance(of_adapter(RuntimeError("Task error: (os error 28)"), "x"), OSError)
     assert isinstance(of_adapter(RuntimeError("CAS Client Error: 404"), "x"), AdapterError)
     assert isinstance(of_adapter(ValueError("secret"), "x"), StreamError)
@@ -1308,11 +1317,16 @@ def test_what_is_not_there_is_asked_for_once_by_add_too(tmp_path: Path, hub: Fak
     assert SHAREModel.from_pretrained(out).config.num_adapters == 7
 
 
-def test_records_of_a_pickle_without_offsets_are_asked_for_again(tmp_path: Path) -> None:
-    """An earlier release kept them so; read as offsets of what it is converted to, they would be those of a header."""
-    records = (TensorRecord("x", "F32", (2,), 0, 8), TensorRecord("y", "F32", (2,), 0, 8))
-    for found in (records, tuple(replace(r, offset=100 + 8 * i) for i, r in enumerate(records))):
-        known = Known((("adapter_model.bin", 500),), found, digest_of_records(found))
-        Ledger(tmp_path / "facts.jsonl").put("id", known)
-        kept = Ledger(tmp_path / "facts.jsonl").get("id")
-        assert (kept is not None) == (found is not records)
+def test_a_ledger_line_of_another_version_is_told_by_its_field(tmp_path: Path) -> None:
+    path, records = tmp_path / "facts.jsonl", (TensorRecord("x", "F32", (2,), 100, 8),)
+    known = Known((("adapter_model.safetensors", 500),), records, digest_of_records(records), "{}", Listing(("a",)))
+    Ledger(path).put("id", known)
+    assert Ledger(path).get("id") == known
+    whole = path.read_bytes()
+    for number, change in enumerate(({"colour": 1}, {"config": 1}, {"listing": {"colour": 1}})):
+        lines = [unsealed(json.loads(line)) or {} for line in whole.splitlines()]
+        path.write_text(
+            "".join(json.dumps(sealed(line | (change if i == number else {}))) + "\n" for i, line in enumerate(lines))
+        )
+        with pytest.raises(WorkspaceError, match=rf"key '{next(iter(change))}.*another version.*delete this file"):
+            Ledger(path)

@@ -21,13 +21,13 @@ import yaml
 from lorashare_stream.adapters.hubid import HubId
 from lorashare_stream.checkpoint.config import read_share_config
 from lorashare_stream.checkpoint.format import CONFIG, OURS
-from lorashare_stream.checkpoint.records import metas_of
+from lorashare_stream.checkpoint.records import HubOrigin, metas_of
 from lorashare_stream.errors import CheckpointError, StreamError, UnreachableError, UsageError
 from lorashare_stream.files import read_json, sealed, unsealed
 from lorashare_stream.hub import card as modelcard
 from lorashare_stream.hub import push as pushing
 from lorashare_stream.hub import retry as patience
-from lorashare_stream.hub.card import MARK, Provenance, card, escaped
+from lorashare_stream.hub.card import MARK, card, escaped
 from lorashare_stream.hub.push import push
 from lorashare_stream.hub.scrub import Scrubber
 from lorashare_stream.model import SHAREModel
@@ -105,7 +105,7 @@ def mark(root: Path, name: str, **told: Any) -> None:
     path = root / "adapters" / name / "adapter_meta.json"
     meta = unsealed(read_json(path))
     assert meta is not None
-    facts = {"revision": SHA, "subfolder": "", "gated": False, "private": False, "license": None} | told
+    facts = origin(**told).model_dump()
     meta[OURS] |= {"source_id": str(HubId(facts["repo"], SHA)), "hub": facts}
     path.write_text(json.dumps(sealed(meta | {"original_adapter_path": str(HubId(facts["repo"], SHA))})))
 
@@ -384,7 +384,7 @@ def test_a_wrong_token_is_said_and_not_shown(hub: FakeHub, checkpoint: Path, cap
 def test_rate_limits_and_failures_are_waited_out(
     hub: FakeHub, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(patience, "_said", {})
+    monkeypatch.setattr(patience, "_said", [])
     hub.fault(kind="commit", status=429, headers={"RateLimit": '"api";r=0;t=0'})
     hub.fault(kind="info", status=503)
     hub.fault(kind="create", drop=True)
@@ -594,6 +594,11 @@ def test_many_adapters_are_said(
 # -- the card -------------------------------------------------------------------------------------------
 
 
+def origin(repo: str, **told: Any) -> HubOrigin:
+    facts = {"revision": SHA, "subfolder": "", "gated": False, "private": False, "license": None}
+    return HubOrigin(repo=repo, **facts | told)
+
+
 def front_matter(text: str) -> dict[str, Any]:
     values: dict[str, Any] = yaml.safe_load(text.split("---\n")[1])
     return values
@@ -663,8 +668,11 @@ def test_foreign_strings_are_shown_and_do_nothing(checkpoint: Path, text: str) -
     stats[OURS]["errors"]["worst"][0]["name"] = text
     stats[OURS] |= {"projected": [text], "verbatim_adapters": [text, "b"]}
     config = replace(config, base_model_name_or_path=text, compression_stats=stats)
-    plain = card(replace(config, base_model_name_or_path="x"), [Provenance("n", HubId("org/a", SHA))], REPO)
-    sources = [Provenance(text, HubId(text, text, text), text), Provenance(text, HubId("org/a", SHA), text)]
+    plain = card(replace(config, base_model_name_or_path="x"), {"n": origin("org/a")}, REPO)
+    sources = {
+        text: origin(text, revision=text, subfolder=text, license=text),
+        f"{text} ": origin("org/a", license=text),
+    }
     found = card(config, sources, REPO)
     assert front_matter(found).keys() - {"license"} == {"library_name", "tags"}
     assert front_matter(found).get("license") in (None, text)
@@ -688,7 +696,7 @@ def test_escaped_text_is_what_it_was_once_rendered() -> None:
 
 def test_the_table_of_sources_is_bounded(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(modelcard, "ROWS", 3)
-    text = card(read_share_config(checkpoint), [Provenance(f"n{i}") for i in range(10)], REPO)
+    text = card(read_share_config(checkpoint), {f"n{i}": None for i in range(10)}, REPO)
     assert "| n2 |" in text
     assert "| n3 |" not in text
     assert "And 7 more" in text
@@ -698,7 +706,7 @@ def test_figures_that_cannot_be_read_are_an_error(checkpoint: Path) -> None:
     config = read_share_config(checkpoint)
     config.compression_stats[OURS]["errors"] = {"mean": "x"}
     with pytest.raises(CheckpointError, match=r"key 'errors\.adapters'"):
-        card(replace(config), [], REPO)
+        card(replace(config), {}, REPO)
 
 
 def test_progress_is_told_of_all_files(hub: FakeHub, checkpoint: Path) -> None:

@@ -23,7 +23,6 @@ from ..errors import (
     skipped_as_json,
 )
 from ..files import atomic_file, own_path, read_json, tree_bytes, write_json
-from ..hub.client import Hub
 from ..hub.lookup import pinned, recalled, source_of
 from ..hub.repository import place_of
 from ..pipeline import Outcome, default_workspace
@@ -288,7 +287,7 @@ def _originals(args: Args, model: SHAREModel, beside: Path, *, offline: bool) ->
     from ..stages.verify import pins_in
 
     if "sources" in args:
-        return pinned(resolve(args["sources"]), lambda: Hub(offline=offline), pins_in(model))
+        return pinned(resolve(args["sources"]), pins_in(model), offline=offline)
     if Workspace(beside).exists():
         return [replace(source, name=None) for source in recalled(beside)]  # matched by their ids
     ids = [str(model.certified(name).get("source_id", "")) for name in model.adapter_names]

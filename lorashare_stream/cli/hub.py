@@ -27,7 +27,7 @@ def discover(args: Args) -> int:
     base, aliases = args["base_model"], args.get("base_aliases", [])
     if not out.absolute().parent.is_dir():
         raise UsageError("no folder for the manifest", found=out.parent, remedy="Make it, or name another.")
-    found = listed_by_hub(
+    items, left_out = listed_by_hub(
         [base, *aliases],
         author=args.get("author"),
         search=args.get("search"),
@@ -35,24 +35,23 @@ def discover(args: Args) -> int:
         min_downloads=args.get("min_downloads", 0),
         offline=bool(args.get("offline")),
     )
-    write_manifest(out, found.items)
-    if found.left_out:
-        say(f"left out {counted(len(found.left_out), 'adapter')} that the Hub lists:")
-        say("\n".join(problem_lines(AdapterError(reason, adapter=repo) for repo, reason in found.left_out)))
-    size = sum({item["repo"]: item.get("size") or 0 for item in found.items}.values())
-    gated = sum(bool(item.get("gated")) for item in found.items)
-    others = Counter(item["base_model"] for item in found.items if item["base_model"] not in (base, *aliases))
+    write_manifest(out, items)
+    if left_out:
+        say(f"left out {counted(len(left_out), 'adapter')} that the Hub lists:")
+        say("\n".join(problem_lines(AdapterError(item["reason"], adapter=item["repo"]) for item in left_out)))
+    size = sum({item["repo"]: item.get("size") or 0 for item in items}.values())
+    gated = sum(bool(item.get("gated")) for item in items)
+    others = Counter(item["base_model"] for item in items if item["base_model"] not in (base, *aliases))
     names = f"--base-model {shlex.quote(printable(base))}"
     names += f" --base-alias {' '.join(shlex.quote(printable(a)) for a in aliases)}" if aliases else ""
-    text = f"{counted(len(found.items), 'adapter')} in {printable(out)}, in repositories of {bytes_shown(size)}"
+    text = f"{counted(len(items), 'adapter')} in {printable(out)}, in repositories of {bytes_shown(size)}"
     text += f"; {gated} gated" if gated else ""
     if others:
         some = listed(f"{name} by {n}" for name, n in others.most_common(5))
         text += f"\nOther names of the base, which compress takes for other models unless --base-alias has them: {some}"
     skip = " --on-error skip" if gated or others else ""
     text += f"\nCompress them: lorashare-stream compress {shlex.quote(printable(out))} -o OUT {names}{skip}"
-    left_out = [{"repo": repo, "reason": reason} for repo, reason in found.left_out]
-    print_result(args, {"manifest": str(out), "adapters": len(found.items), "left_out": left_out}, text)
+    print_result(args, {"manifest": str(out), "adapters": len(items), "left_out": left_out}, text)
     return 0
 
 

@@ -1,18 +1,18 @@
-"""The model card of a checkpoint: what it is, how far off, how to load it, and where its adapters came from.
+"""Model card of a checkpoint: form, errors, how to load it, and the origins of its adapters.
 
-Names, licences and repositories are other people's strings: they are data in the YAML, and escaped in the Markdown.
+Names, licences and repositories are foreign strings: they are data in the YAML, and escaped in the Markdown.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..adapters.hubid import HubId, is_repo
 from ..checkpoint.config import Recorded, SHAREConfig
 from ..checkpoint.format import PARTS, next_bytes, total_bytes
+from ..checkpoint.records import HubOrigin
 from ..text import bytes_shown, counted, figure, printable
 
 MARK = "<!-- lorashare-stream writes this card anew with each push; without this line it is yours, and kept -->"
@@ -22,62 +22,35 @@ _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,63}")
 _SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|~^$=@:])")
 _HTML = {"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;"}
 Rows = list[tuple[str, str]]
+Sources = Mapping[str, HubOrigin | None]  # adapter -> origin; of a folder, nothing is told
 
 
-@dataclass(frozen=True, slots=True)
-class Provenance:
-    """Where one adapter came from.
-
-    Attributes:
-        name: of the adapter.
-        hub: where on the Hub, pinned; None is a folder, of which nothing is told.
-        license: as the Hub has it.
-        gated, private: whether not everybody may read it there; None if that is not known.
-    """
-
-    name: str
-    hub: HubId | None = None
-    license: str | None = None
-    gated: bool | None = None
-    private: bool | None = None
-
-    @property
-    def access(self) -> str:
-        """Why not everybody may read it; empty if everybody may."""
-        return " and ".join(["gated"] * bool(self.gated) + ["private"] * bool(self.private))
-
-    @property
-    def terms(self) -> str:
-        """Its licence, as far as one can be stated."""
-        return ("" if self.hub is None else "not stated") if self.license is None else self.license
-
-
-def card(config: SHAREConfig, sources: Sequence[Provenance], repo: str) -> str:
+def card(config: SHAREConfig, sources: Sources, repo: str) -> str:
     """The README.md of a checkpoint on the Hub, from the template `card.md.j2`.
 
-    Not by `ModelCard.from_template`, since that knows no filters, and shows figures that are missing as nothing.
+    `ModelCard.from_template` knows no filters, and shows figures that are missing as nothing.
 
     Args:
         config: of the checkpoint, without local paths.
         sources: of its adapters, in order.
-        repo: where it will be.
+        repo: of the card.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     made = Environment(loader=PackageLoader("lorashare_stream.hub", ""), undefined=StrictUndefined, trim_blocks=True,
                        lstrip_blocks=True, keep_trailing_newline=True, autoescape=False)  # fmt: skip  # noqa: S701
-    made.filters |= {"md": escaped, "link": _link, "counted": counted}
+    made.filters |= {"md": escaped, "link": _link, "license": _license, "access": access, "counted": counted}
     return made.get_template("card.md.j2").render(
-        metadata=_metadata(config, sources), mark=MARK, rows=ROWS, repo=repo, sources=sources, facts=_facts(config),
-        base=_base(config), coded=config.coded, ours=config.record,
+        metadata=_metadata(config, sources), mark=MARK, rows=ROWS, repo=repo, sources=list(sources.items()),
+        facts=_facts(config), base=_base(config), coded=config.coded, ours=config.record,
     )  # fmt: skip
 
 
-def _metadata(config: SHAREConfig, sources: Sequence[Provenance]) -> str:
-    """The YAML at its head."""
+def _metadata(config: SHAREConfig, sources: Sources) -> str:
+    """The YAML of the card."""
     from huggingface_hub import ModelCardData
 
-    licenses = {source.license for source in sources}
+    licenses = {origin and origin.license for origin in sources.values()}
     only = licenses.pop() if len(licenses) == 1 else None
     base = config.base_model_name_or_path
     named = {"base_model": base, "base_model_relation": "adapter"} if is_repo(base) else {}
@@ -93,7 +66,7 @@ def _base(config: SHAREConfig) -> str:
 
 
 def _facts(config: SHAREConfig) -> Rows:
-    """(name, value) of what is certain of it; what is empty is left out."""
+    """(name, value) of each figure; those without a value are left out."""
     stats, ours, shared = config.compression_stats, config.record, not config.coded
     limit = ours.settings.asked if ours else []
     auto = "" if config.component_selection != "auto" else ", the most of any group"
@@ -142,12 +115,21 @@ def _certified(ours: Recorded, adapters: int, *, shared: bool) -> Rows:
     ]
 
 
-def _link(hub: HubId | None) -> str:
+def _license(origin: HubOrigin | None) -> str:
+    return "" if origin is None else origin.license or "not stated"
+
+
+def access(origin: HubOrigin | None) -> str:
+    """`gated`, `private`, or both; empty if everybody may read it, as far as is known."""
+    return " and ".join(word for word in ("gated", "private") if origin and getattr(origin, word))
+
+
+def _link(hub: HubOrigin | None) -> str:
     """A repository at a commit, a link only to what can be one; of a folder nothing."""
     if hub is None:
         return "a local folder"
     subfolder = f", {escaped(hub.subfolder)}" if hub.subfolder else ""
-    if not (is_repo(hub.repo) and hub.pinned):
+    if not (is_repo(hub.repo) and HubId(hub.repo, hub.revision).pinned):
         return f"{escaped(hub.repo)} @ {escaped(hub.revision)}{subfolder}"
     return f"[{escaped(hub.repo)}]({_SITE}/{hub.repo}/tree/{hub.revision}) @ {hub.revision[:12]}{subfolder}"
 

@@ -9,37 +9,91 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
+
+from pydantic import ConfigDict, ValidationError
 
 from ..adapters.safetensors import TensorRecord
 from ..adapters.source import Listing
-from ..errors import ValuesError
+from ..errors import ValuesError, WorkspaceError
 from ..files import sealed, unsealed
+from ..schema import Count, Schema, fault_of
 from ..text import digest_of
 
 Records = tuple[TensorRecord, ...]
+Row = tuple[str, str, tuple[Count, ...], Count, Count, Count]
+
+
+class _Line(Schema):
+    model_config = ConfigDict(strict=False)  # JSON has lists for tuples
+
+
+class TensorsLine(_Line):
+    """The tensors of adapters, which share them."""
+
+    digest: Annotated[str, "of the next field"]
+    records: Annotated[list[Row], "name, dtype, shape, offset, bytes, number of the file"]
+
+
+class ConfigLine(_Line):
+    """A configuration of adapters, which share it."""
+
+    digest: Annotated[str, "of the next field"]
+    config: Annotated[str, "an adapter_config.json, as text"]
+
+
+class AdapterLine(_Line):
+    """An adapter whose tensors, and perhaps configuration, are in lines before."""
+
+    id: Annotated[str, "its id on the Hub, pinned"]
+    files: Annotated[tuple[tuple[str, Count], ...], "name and bytes of its weight files"]
+    tensors: Annotated[str, "digest of their records"]
+    configuration: Annotated[str | None, "digest of its configuration, if it was read"]
+    listing: Annotated[Listing, "what the Hub says of it: files, base_model, gated, private, license"]
+    sha256: Annotated[str | None, "of its one weight file, if the Hub lists it"]
+
+
+class RefusalLine(_Line):
+    """An adapter whose values must not touch a moment."""
+
+    id: Annotated[str, "its id on the Hub, pinned"]
+    refused: Annotated[str, "why"]
+    details: Annotated[dict[str, str], "key, found, expected, remedy of the error"]
 
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a pinned adapter."""
+    """What is known of a pinned adapter.
 
-    files: Annotated[tuple[tuple[str, int], ...], "name and size in bytes of its weight files"]
-    records: Annotated[Records, "their tensors"]
-    digest: Annotated[str, "of the records"]
-    config: Annotated[str | None, "its adapter_config.json, as JSON has it, if it was read"] = None
-    listing: Annotated[Listing, "what the Hub says of it"] = field(default_factory=Listing)
-    sha256: Annotated[str | None, "of its one weight file, if the Hub lists it"] = None
-    refused: Annotated[ValuesError | None, "why its values must not touch a moment, if they must not"] = None
+    Attributes:
+        files: name and size in bytes of its weight files.
+        records: their tensors.
+        digest: of the records.
+        config: its adapter_config.json, as JSON has it, if it was read.
+        listing: what the Hub says of it.
+        sha256: of its one weight file, if the Hub lists it.
+        refused: why its values must not touch a moment, if they must not.
+    """
+
+    files: tuple[tuple[str, int], ...]
+    records: Records
+    digest: str
+    config: str | None = None
+    listing: Listing = field(default_factory=Listing)
+    sha256: str | None = None
+    refused: ValuesError | None = None
 
 
 def digest_of_records(records: Records) -> str:
     """A digest by which a file is known to be the one whose header was read."""
-    return digest_of([_plain(r) for r in records])
+    return digest_of(_rows(records))
+
+
+def _rows(records: Records) -> list[Row]:
+    return [(r.name, r.dtype, r.shape, r.offset, r.nbytes, r.file) for r in records]
 
 
 class Ledger:
@@ -48,6 +102,9 @@ class Ledger:
     Args:
         path: of the file, which is made with its folder when there is something to write.
         writes: whether anything is written.
+
+    Raises:
+        WorkspaceError: if a line is whole, and not of this version.
     """
 
     def __init__(self, path: Path | None, *, writes: bool = True) -> None:
@@ -56,29 +113,19 @@ class Ledger:
         self._adapters: dict[str, Known] = {}  # which share what they have in common, kept by its digest:
         self._records: dict[str, Records] = {}
         self._configs: dict[str, str] = {}
-        self._refused: dict[str, ValuesError] = {}  # by source id: what was fetched, and is not fetched again
-        if path is not None and path.exists():
-            for raw in path.read_bytes().splitlines():
-                with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                    line = unsealed(json.loads(raw))
-                    if line is not None:
-                        self._take(line)
-
-    def _take(self, line: dict[str, Any]) -> None:
-        if "records" in line:
-            records = tuple(TensorRecord(n, d, tuple(s), *o) for n, d, s, *o in line["records"])
-            if all(r.offset for r in records):  # of a pickle, a release before this one gave none
-                self._records[line["digest"]] = records
-        elif "refused" in line:
-            self._refused[line["id"]] = ValuesError(line["refused"], **line["details"])
-        elif "config" in line:
-            self._configs[line["digest"]] = line["config"]
-        else:
-            listing = Listing(**{**line["listing"], "files": tuple(line["listing"]["files"])})
-            files = tuple((str(name), int(size)) for name, size in line["files"])
-            key, config = line["tensors"], self._configs.get(line["configuration"] or "")
-            known = Known(files, self._records[key], key, config, listing, line.get("sha256"))
-            self._adapters[str(line["id"])] = known
+        self._refused: dict[str, ValuesError] = {}  # by source id
+        for raw in path.read_bytes().splitlines() if path is not None and path.exists() else ():
+            line = _line(raw)
+            if isinstance(line, TensorsLine):
+                self._records[line.digest] = tuple(TensorRecord(*row) for row in line.records)
+            elif isinstance(line, ConfigLine):
+                self._configs[line.digest] = line.config
+            elif isinstance(line, RefusalLine):
+                self._refused[line.id] = ValuesError(line.refused, **line.details)
+            elif isinstance(line, AdapterLine) and line.tensors in self._records:
+                config = self._configs.get(line.configuration or "")
+                records = self._records[line.tensors]
+                self._adapters[line.id] = Known(line.files, records, line.tensors, config, line.listing, line.sha256)
 
     def refuses(self, source_id: str) -> bool:
         """Whether the values of an adapter are known to be such that they must not touch a moment."""
@@ -91,22 +138,24 @@ class Ledger:
 
     def put(self, source_id: str, known: Known) -> Known:
         """Keep what is known of an adapter; what others have in common with it is shared with them."""
-        lines: list[dict[str, Any]] = []
+        lines: list[_Line] = []
         key = None if known.config is None else digest_of(known.config)
         with self._lock:
             if known.digest not in self._records:
-                lines.append({"digest": known.digest, "records": [_plain(r) for r in known.records]})
+                lines.append(TensorsLine(digest=known.digest, records=_rows(known.records)))
             if key is not None and key not in self._configs:
-                lines.append({"digest": key, "config": known.config})
+                lines.append(ConfigLine(digest=key, config=str(known.config)))
             records = self._records.setdefault(known.digest, known.records)
             config = None if key is None else self._configs.setdefault(key, str(known.config))
             kept = replace(known, records=records, config=config, refused=None)
             if self._adapters.get(source_id) != kept:
                 self._adapters[source_id] = kept
-                lines.append({
-                    "id": source_id, "files": kept.files, "tensors": kept.digest, "configuration": key,
-                    "listing": asdict(kept.listing), "sha256": kept.sha256,
-                })  # fmt: skip
+                lines.append(
+                    AdapterLine(
+                        id=source_id, files=kept.files, tensors=kept.digest, configuration=key, listing=kept.listing,
+                        sha256=kept.sha256,
+                    )
+                )  # fmt: skip
             if self._path is not None and lines:
                 _append(self._path, lines)
         return replace(kept, refused=known.refused)
@@ -115,26 +164,31 @@ class Ledger:
 def note_refusal(path: Path, source_id: str, error: ValuesError) -> None:
     """Keep in a ledger that the values of an adapter must not touch a moment."""
     details = {k: v for k, v in error.details().items() if k != "adapter"}
-    _append(path, [{"id": source_id, "refused": error.problem, "details": details}])
+    _append(path, [RefusalLine(id=source_id, refused=error.problem, details=details)])
 
 
-def _append(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
-    lines = b"".join(json.dumps(sealed(line)).encode() + b"\n" for line in values)
+def _line(raw: bytes) -> _Line | None:
+    """What a line says; None if a bit of it is not what was written."""
+    try:
+        values = unsealed(json.loads(raw))
+    except (ValueError, RecursionError):
+        return None
+    if values is None:
+        return None
+    kinds: dict[str, type[_Line]] = {"records": TensorsLine, "config": ConfigLine, "refused": RefusalLine}
+    kind = next((kind for name, kind in kinds.items() if name in values), AdapterLine)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as e:
+        remedy = "Use that version; or delete this file: what it holds is asked of the Hub again."
+        raise WorkspaceError("hub/facts.jsonl is of another version", remedy=remedy, **fault_of(e)) from e
+
+
+def _append(path: Path, lines: Iterable[_Line]) -> None:
+    data = b"".join(json.dumps(sealed(line.model_dump())).encode() + b"\n" for line in lines)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fd = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC, 0o666)
-    try:  # not synced: what a power cut takes is asked for again
-        os.write(fd, b"\n" + lines if _is_torn(path) else lines)
-    finally:
-        os.close(fd)
-
-
-def _is_torn(path: Path) -> bool:
-    """Whether a run was killed in the middle of a line."""
-    with path.open("rb") as f:
+    with path.open("ab+", buffering=0) as f:  # not synced: what a power cut takes is asked for again
         size = f.seek(0, os.SEEK_END)
         f.seek(max(0, size - 1))
-        return size > 0 and f.read(1) != b"\n"
-
-
-def _plain(r: TensorRecord) -> list[Any]:
-    return [r.name, r.dtype, list(r.shape), r.offset, r.nbytes, r.file]
+        torn = size > 0 and f.read(1) != b"\n"  # a run was killed in the middle of a line
+        f.write(b"\n" + data if torn else data)

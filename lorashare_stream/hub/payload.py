@@ -1,32 +1,32 @@
-"""What of a checkpoint is pushed: its files, whole, and its JSON without local paths."""
+"""Payload of a push: the files of a checkpoint, whole, and its JSON without local paths."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..adapters.folder import digest_files
-from ..adapters.hubid import parse_hub_id
 from ..adapters.safetensors import read_header
 from ..checkpoint.coded import index_of, meta_of, record_in
 from ..checkpoint.config import SHAREConfig, config_bytes, read_share_config
 from ..checkpoint.format import ADAPTERS, COMPONENTS, CONFIG, INDEX, LOADINGS, META, OURS, SKIPPED, SPECTRUM, VERBATIM
 from ..checkpoint.index import index_bytes
 from ..checkpoint.packs import check_pack
-from ..checkpoint.records import REPAIR, AdapterMeta, Meta, check_components, has_files
+from ..checkpoint.records import REPAIR, AdapterMeta, HubOrigin, Meta, has_files
 from ..errors import CheckpointError
 from ..files import read_json, sealed, unsealed
 from ..runtime.progress import Progress
 from ..schema import SkippedFile, checked, read_checked
 from ..text import is_component, listed
-from .card import MARK, Provenance, card
+from .card import MARK, Sources, card
 from .scrub import Scrubber
 
 CARD = "README.md"
+_ANEW = "Delete the checkpoint, not its workspace, and compress again; or fetch it again."
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,21 +36,17 @@ class Item:
     Attributes:
         sha256: of its content.
         size: of its content in bytes.
-        source: the content, its file, or what gives it anew.
+        source: the content, or its file.
     """
 
     sha256: str
     size: int
-    source: bytes | Path | Callable[[], bytes]
+    source: bytes | Path
 
     @classmethod
-    def of(cls, content: bytes, source: Callable[[], bytes] | None = None) -> Item:
-        """A file with this content, which `source`, if given, gives again when it is needed."""
-        return cls(hashlib.sha256(content).hexdigest(), len(content), source or content)
-
-    def content(self) -> bytes | Path:
-        """What the client uploads."""
-        return self.source() if callable(self.source) else self.source
+    def of(cls, content: bytes) -> Item:
+        """A file with this content."""
+        return cls(hashlib.sha256(content).hexdigest(), len(content), content)
 
     def is_at(self, there: Any) -> bool:
         """Whether a file on the Hub (`RepoFile`, or None) is this one: by SHA-256, or as git names a blob."""
@@ -58,28 +54,31 @@ class Item:
             return False
         if there.lfs is not None:
             return bool(there.lfs.sha256 == self.sha256)
-        content = self.content()
-        data = content.read_bytes() if isinstance(content, Path) else content
-        blob = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False)
-        return bool(there.blob_id == blob.hexdigest())
+        from huggingface_hub.utils.sha import git_hash
+
+        data = self.source.read_bytes() if isinstance(self.source, Path) else self.source
+        return bool(there.blob_id == git_hash(data))
 
 
 class Payload:
-    """What of a checkpoint is pushed.
+    """The files of a checkpoint that are pushed.
 
     Args:
         root: the checkpoint.
+        progress: passes its files on as they are read.
 
     Raises:
         CheckpointError: if it is not whole.
 
     Attributes:
         names: of its adapters.
-        sources: where they came from, known once `items` has run.
+        sources: their origins.
         coded: whether it is a coded checkpoint.
+        files: all but the configuration and the card, by path in the repository.
+        config: the configuration.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, progress: Progress) -> None:
         self._root, read = root, read_share_config(root)
         unsafe = [name for name in read.adapter_names if not is_component(name)]
         self.names = [] if unsafe else list(dict.fromkeys(read.adapter_names))
@@ -94,46 +93,40 @@ class Payload:
         self._config: dict[str, Any] = self._scrub(read_json(root / CONFIG))
         known = {k: v for k, v in self._config.items() if k in SHAREConfig.__dataclass_fields__}
         self._typed, self._record, self.coded = replace(read, **known), read.record, bool(read.coded)
-        self.sources: list[Provenance] = []
+        self.sources: dict[str, HubOrigin | None] = {}
+        self.files = self._coded(progress) if self.coded else self._shared(progress)
+        if (root / SKIPPED).is_file():
+            skipped = read_checked(root / SKIPPED, SkippedFile, "Remove it.")
+            self.files[SKIPPED] = Item.of(_text(self._scrub(skipped.model_dump(exclude_none=True))))
+        self.config = Item.of(config_bytes(self._config))
 
-    def config(self) -> Item:
-        """The configuration, once `items` has run."""
-        return Item.of(config_bytes(self._config))
-
-    def readme(self, repo: str) -> Item:
+    def readme(self, repo: str, sources: Sources) -> Item:
         """The user's own, or the model card."""
         path = self._root / CARD
         if path.is_file() and not path.is_symlink():  # a link may lead to any file
             own = path.read_bytes()
             if MARK.encode() not in own:
                 return Item.of(own)
-        return Item.of(card(self._typed, self.sources, repo).encode())
+        return Item.of(card(self._typed, sources, repo).encode())
 
-    def items(self, progress: Progress) -> dict[str, Item]:
-        """All files but the configuration and the card: path in the repository -> what is uploaded."""
-        if self.coded:
-            found = self._coded(progress)
-        else:
-            digest = self._record.components if self._record else None
-            if digest is not None:
-                check_components(self._root, digest)
-            found = {COMPONENTS: self._tensors(COMPONENTS, digest)}
-            if (self._root / SPECTRUM).is_file():
-                found[SPECTRUM] = self._tensors(SPECTRUM)
-            for adapter in progress("look", len(self.names), map(self._adapter, self.names)):
-                found |= adapter
-        return found | ({SKIPPED: Item.of(self._skipped())} if (self._root / SKIPPED).is_file() else {})
+    def _shared(self, progress: Progress) -> dict[str, Item]:
+        """Components, their spectrum, and the folders of adapters."""
+        found = {COMPONENTS: self._tensors(COMPONENTS, self._record.components if self._record else None)}
+        if (self._root / SPECTRUM).is_file():
+            found[SPECTRUM] = self._tensors(SPECTRUM)
+        for adapter in progress("look", len(self.names), map(self._adapter, self.names)):
+            found |= adapter
+        return found
 
     def _coded(self, progress: Progress) -> dict[str, Item]:
         """The index, without paths, and the packs, which have none."""
         index = index_of(self._root, self._typed.coded)
         if index.adapters.keys() != {*self.names}:
             raise CheckpointError(f"{CONFIG} and {INDEX} name other adapters", found=self._root)
-        metas = {name: meta_of(adapter, "").plain() for name, adapter in index.adapters.items()}
-        told = {name: AdapterMeta(**self._scrub(meta)) for name, meta in metas.items()}
-        self.sources = [_provenance(told[name], name) for name in self.names]
+        metas = {name: AdapterMeta(**self._scrub(meta_of(a, "").plain())) for name, a in index.adapters.items()}
+        self.sources |= {name: metas[name].ours.hub for name in self.names}
         adapters = {
-            name: replace(adapter, config=told[name].original_config, record=record_in(told[name]))
+            name: replace(adapter, config=metas[name].original_config, record=record_in(metas[name]))
             for name, adapter in index.adapters.items()
         }
         item = Item.of(index_bytes(replace(index, adapters=adapters)))
@@ -148,15 +141,14 @@ class Payload:
 
     def _adapter(self, name: str) -> dict[str, Item]:
         folder, (meta, content) = f"{ADAPTERS}/{name}", self._meta(name)
-        self.sources.append(_provenance(meta, name))
+        self.sources[name] = meta.ours.hub if meta.ours else None
         digests = meta.ours.files if meta.ours else {}
         files = [file for file in (LOADINGS, VERBATIM) if file in digests or (self._root / folder / file).is_file()]
         found = {f"{folder}/{file}": self._tensors(f"{folder}/{file}", digests.get(file), name) for file in files}
-        again = lambda: self._meta(name)[1]  # noqa: E731 - when it is uploaded: all may not fit into memory
-        return found | {f"{folder}/{META}": Item.of(content, again)}
+        return found | {f"{folder}/{META}": Item.of(content)}
 
     def _meta(self, name: str) -> tuple[Meta, bytes]:
-        """What is recorded of an adapter, without paths, and its file; sealed again if it was."""
+        """The record of an adapter, without paths, and its file; sealed again if it was."""
         try:
             found = read_json(self._root / ADAPTERS / name / META)
         except (FileNotFoundError, ValueError) as e:
@@ -164,8 +156,10 @@ class Payload:
         if not isinstance(found, dict) or "adapter_name" not in found:  # a link may lead to any JSON
             raise CheckpointError(f"{META} is not that of an adapter", adapter=name, found=found, remedy=REPAIR)
         if OURS not in found:  # lorashare wrote it
-            return checked(Meta, values := self._scrub(found), META, REPAIR, name), _text(values)
-        if (values := self._scrub(unsealed(found))) is None:
+            values = self._scrub(found)
+            return checked(Meta, values, META, REPAIR, name), _text(values)
+        values = self._scrub(unsealed(found))
+        if values is None:
             raise CheckpointError(f"{META} is damaged", adapter=name, remedy=REPAIR)
         meta = checked(AdapterMeta, values, META, REPAIR, name)
         basis, expected = meta.ours.basis_digest, self._record.basis_digest if self._record else None
@@ -173,30 +167,18 @@ class Payload:
             raise CheckpointError("an adapter belongs to another basis", adapter=name, found=basis, expected=expected)
         return meta, _text(sealed(values))
 
-    def _skipped(self) -> bytes:
-        skipped = read_checked(self._root / SKIPPED, SkippedFile, "Remove it.")
-        return _text(self._scrub(skipped.model_dump(exclude_none=True)))
-
     def _tensors(self, where: str, digest: str | None = None, adapter: str | None = None) -> Item:
         """A safetensors file, and no other that a link may lead to; whole, if its digest is known."""
-        path = self._root / where
+        path, remedy = self._root / where, REPAIR if adapter else _ANEW
         try:
             read_header(path)
             found = digest_files([path])
         except (OSError, ValueError) as e:
-            raise CheckpointError(f"{path.name} cannot be read", adapter=adapter, found=str(e), remedy=REPAIR) from e
+            raise CheckpointError(f"{path.name} cannot be read", adapter=adapter, found=str(e), remedy=remedy) from e
         if digest not in (None, found):
-            raise CheckpointError(f"{path.name} is damaged", adapter=adapter, remedy=REPAIR)
+            raise CheckpointError(f"{path.name} is damaged", adapter=adapter, found=self._root, remedy=remedy)
         return Item(found, path.stat().st_size, path)
 
 
 def _text(value: Mapping[str, Any] | Sequence[Any]) -> bytes:
     return json.dumps(value, indent=2).encode()
-
-
-def _provenance(meta: Meta, name: str) -> Provenance:
-    """Where an adapter came from, as its meta tells it; of a folder nothing."""
-    if meta.ours is None or meta.ours.hub is None:
-        return Provenance(name, parse_hub_id(meta.ours.source_id) if meta.ours else None)
-    hub = meta.ours.hub
-    return Provenance(name, parse_hub_id(meta.ours.source_id), hub.license or None, hub.gated, hub.private)

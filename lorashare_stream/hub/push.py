@@ -1,11 +1,11 @@
-"""A checkpoint, pushed to the Hub: only what is not there yet, and the configuration last.
+"""Push of a checkpoint to the Hub: only files that are not there yet, and the configuration last.
 
 A repository without share_config.json is no checkpoint, so one that is half pushed cannot be loaded: the first commit
-takes the configuration away, unless nothing else changes, and the last one, with nothing else in it, brings the new
-one. Run again, a push compares what is there and goes on. Local paths are taken out of what is uploaded.
+takes the configuration away, unless nothing else changes, and the last one brings the new one alone. Run again, a push
+compares what is there and goes on.
 
-The commits are `create_commit`s, not one `upload_folder`: that sends a single commit where Xet storage cannot be had,
-takes parts of its own making where it can, and follows a given head in the first of them only.
+Not `upload_folder`: that sends a single commit where Xet storage cannot be had, takes parts of its own making where it
+can, and follows a given head in the first of them only.
 """
 
 from __future__ import annotations
@@ -13,28 +13,29 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
-from ..adapters.hubid import is_repo, parse_hub_id
+from ..adapters.hubid import HubId, is_repo, parse_hub_id
 from ..checkpoint.format import ADAPTERS, COMPONENTS, CONFIG, INDEX, LOADINGS, META, PACKS, SKIPPED, SPECTRUM, VERBATIM
 from ..checkpoint.index import read_index
-from ..errors import CheckpointError, StreamError, UsageError
+from ..checkpoint.records import HubOrigin
+from ..errors import AdapterError, CheckpointError, StreamError, UsageError
 from ..runtime.progress import Progress, silent
 from ..text import counted, listed, printable
-from .card import MARK, Provenance
+from .card import MARK, Sources, access
 from .client import Hub, Token, check_token, listing_of
 from .payload import CARD, Item, Payload
-from .retry import first_of, of_machine, status_of, unheard
+from .retry import first_of, of_machine, status_of
 
 T = TypeVar("T")
 Changes = dict[str, Item | None]  # path in the repository -> what it becomes; None: it is deleted
 BATCH = 200  # files in a commit
 ENTRIES = 10_000  # in one folder: what the Hub advises at most
 FILES = 100_000  # in one repository
+MOST_CONTENT = 1 << 30  # bytes of an index, or a card, that is read
 _OURS = {SKIPPED, SPECTRUM, COMPONENTS, INDEX}
 _COMMON = {*_OURS, CONFIG, CARD, ".gitattributes", ".gitignore", "LICENSE", "LICENSE.md"}
 _ADAPTER = re.compile(f"{ADAPTERS}/([^/]+)/(?:{'|'.join(map(re.escape, (LOADINGS, META, VERBATIM)))})")
@@ -80,8 +81,8 @@ def push(
     """Upload a checkpoint; run again, it uploads what is missing.
 
     Files of adapters that it has no more are deleted on the Hub; its history keeps them. A README.md there that no push
-    wrote is left as it is; else it is the one in the folder, or a model card. Of a push into a pull
-    request, go on with its reference as `revision`: another run with `create_pr` opens another.
+    wrote is left as it is; else it is the one in the folder, or a model card. A push into a pull request goes on with
+    its reference as `revision`: another run with `create_pr` opens another.
 
     Args:
         root: the checkpoint.
@@ -104,19 +105,23 @@ def push(
     hub = Hub()
     if hub.offline:
         raise UsageError("a push needs the Hub, and HF_HUB_OFFLINE is set", remedy="Unset it.")
-    payload = Payload(root)
-    items = payload.items(progress)
-    _warn_of_size(len(payload.names), len(items))
-    payload.sources = _settled(hub, payload.sources, token)
-    items = {CARD: payload.readme(repo_id), **items}
+    payload = Payload(root, progress)
+    if len(payload.names) > ENTRIES or len(payload.files) > FILES:
+        log.warning(
+            "%s, %s: the Hub advises at most %d entries in a folder and fewer than %d files in a repository; "
+            "listing and loading may be slow, and the push goes on",
+            counted(len(payload.names), "adapter"), counted(len(payload.files), "file"), ENTRIES, FILES,
+        )  # fmt: skip
+    sources = _settled(hub, payload.sources, token)
+    items = {CARD: payload.readme(repo_id, sources), **payload.files}
     target = _Target(hub, repo_id, token, revision, create_pr=create_pr)
-    is_private = target.prepare(private, [source.name for source in payload.sources if source.access])
+    is_private = target.prepare(private, [name for name, origin in sources.items() if access(origin)])
     there = target.listing()
     if not overwrite:
         target.demand_kin(payload.names, items, there)
     if not target.may_replace(there.get(CARD), items[CARD]):
         del items[CARD]
-    changes, config = changes_for(items, there), payload.config()
+    changes = changes_for(items, there)
     form = "Coded" if payload.coded else "SHARE"
     message = commit_message or f"{form} checkpoint of {counted(len(payload.names), 'adapter')}"
     if changes:
@@ -124,12 +129,13 @@ def push(
         for _ in progress("push", len(every), target.commit_all(every, message)):
             pass
         there = target.listing()
-        if CONFIG in there or changes_for(items, there):  # what .gitignore keeps out, for one
-            missing = listed(changes_for(items, there), 3)
-            raise StreamError("the Hub did not take all files", found=missing, remedy="Run the same command again.")
-    current = config.is_at(there.get(CONFIG))
+        if missing := _undone(every, there):  # what .gitignore keeps out, for one
+            raise StreamError(
+                "the Hub did not take all files", found=listed(missing, 3), remedy="Run the same command again."
+            )
+    current = payload.config.is_at(there.get(CONFIG))
     if not current:
-        target.commit({CONFIG: config}, message)
+        target.commit({CONFIG: payload.config}, message)
     uploaded = sum(item is not None for item in changes.values())
     return Pushed(
         repo_id, target.url, target.at, uploaded + (not current), len(items) - uploaded + current,
@@ -149,36 +155,35 @@ def _check(repo_id: str, token: Token, revision: str | None) -> None:
     check_token(token)
 
 
-def _warn_of_size(adapters: int, files: int) -> None:
-    if adapters > ENTRIES or files > FILES:
-        log.warning(
-            "%s, %s: the Hub advises at most %d entries in a folder and fewer than %d files in a repository; "
-            "listing and loading may be slow, and the push goes on",
-            counted(adapters, "adapter"), counted(files, "file"), ENTRIES, FILES,
-        )  # fmt: skip
+def _settled(hub: Hub, sources: Sources, token: Token) -> Sources:
+    """The origins; the Hub is asked who may read those of which it is not known, and what is gone is private."""
 
-
-def _settled(hub: Hub, sources: Sequence[Provenance], token: Token) -> list[Provenance]:
-    """The sources, those asked for at the Hub of which it is not known who may read them; what is gone is private."""
-
-    def ask(source: Provenance) -> Provenance:
-        assert source.hub is not None
-        repo, what = source.hub.repo, ["gated", "private", "cardData", "tags"]
-        told = listing_of(hub.retry(lambda: hub.api.model_info(repo, expand=what, token=token), repo, unheard()))
+    def ask(origin: HubOrigin) -> HubOrigin:
+        expand = list[Any](("gated", "private", "cardData", "tags"))
+        info = hub.retry(lambda: hub.api.model_info(origin.repo, expand=expand, token=token), origin.repo)
+        told = listing_of(info)
         private = told.private is not False or told.gated is None  # what is not said is not for everybody
-        return replace(source, gated=bool(told.gated), private=private, license=source.license or told.license)
+        found = {"gated": bool(told.gated), "private": private, "license": origin.license or told.license}
+        return origin.model_copy(update=found)
 
-    unknown = [s for s in sources if s.hub is not None and None in (s.gated, s.private)]
-    asked = zip(unknown, hub.in_parallel(ask, unknown), strict=True)
-    known = {s.name: replace(s, private=True) if isinstance(found, Exception) else found for s, found in asked}
-    return [known.get(s.name, s) for s in sources]
+    unknown = {name: o for name, o in sources.items() if o is not None and None in (o.gated, o.private)}
+    asked = zip(unknown.items(), hub.in_parallel(ask, unknown.values()), strict=True)
+    return {**sources} | {
+        name: origin.model_copy(update={"private": True}) if isinstance(found, AdapterError) else found
+        for (name, origin), found in asked
+    }
 
 
 def changes_for(items: Mapping[str, Item], there: Mapping[str, Any]) -> Changes:
-    """What makes of the files that are there those that are to be; files of others are left alone."""
+    """The changes that make of the files on the Hub those of the checkpoint; files of others are left alone."""
     gone = [path for path in there if path not in items and (path in _OURS or _holds_adapters(path))]
     new = {path: item for path, item in items.items() if not item.is_at(there.get(path))}
     return {**dict.fromkeys(gone), **new}
+
+
+def _undone(changes: Changes, there: Mapping[str, Any]) -> list[str]:
+    """The paths of changes that are not on the Hub."""
+    return [p for p, item in changes.items() if (p in there if item is None else not item.is_at(there.get(p)))]
 
 
 def _holds_adapters(path: str) -> bool:
@@ -186,11 +191,11 @@ def _holds_adapters(path: str) -> bool:
 
 
 class _Target:
-    """A revision of a repository that is pushed to; with `create_pr`, a pull request that the first commit opens."""
+    """The revision of a repository that is pushed to; with `create_pr`, a pull request that the first commit opens."""
 
     def __init__(self, hub: Hub, repo: str, token: Token, revision: str | None, *, create_pr: bool) -> None:
         self._hub, self._api, self._repo = hub, hub.api, repo
-        self._as = {"repo_id": repo, "token": token}
+        self._as: dict[str, Any] = {"repo_id": repo, "token": token}
         self._revision, self._create_pr = revision, create_pr
         self._pull = ""  # the URL of the pull request that was opened
         self._head = ""  # the commit that the next one follows
@@ -207,7 +212,7 @@ class _Target:
         return into if into.startswith("refs/pr/") else self._head
 
     def prepare(self, private: bool | None, closed: Sequence[str]) -> bool:
-        """Have the repository and its branch; whether it is private, which it must be as asked, or for `closed`."""
+        """Make the repository and its branch if there are none; whether it is private, as asked or for `closed`."""
         is_private = self._ask(self._visibility)
         if is_private is None:
             if private is None and closed:
@@ -239,22 +244,18 @@ class _Target:
 
     def _visibility(self) -> bool | None:
         """Whether the repository is private; None if there is none, or none that this token can see."""
-        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+        from huggingface_hub import errors
 
         try:
             return bool(self._api.model_info(**self._as, expand=["private"]).private)
-        except RepositoryNotFoundError as e:
-            if isinstance(e, GatedRepoError):
-                raise
+        except errors.GatedRepoError:  # a kind of the next
+            raise
+        except errors.RepositoryNotFoundError:
             return None
 
     def _have_branch(self) -> None:  # asked for first, since a tag must not get a branch of its name
-        from huggingface_hub.errors import RevisionNotFoundError
-
-        try:
-            self._sha()
-        except RevisionNotFoundError:
-            self._api.create_branch(**self._as, branch=self._revision, exist_ok=True)
+        if not self._api.revision_exists(**self._as, revision=str(self._revision)):
+            self._api.create_branch(**self._as, branch=str(self._revision), exist_ok=True)
 
     def _sha(self) -> str:
         return str(self._api.model_info(**self._as, revision=self._revision, expand=["sha"]).sha)
@@ -298,13 +299,8 @@ class _Target:
 
     def _content(self, path: str) -> bytes:
         """A file at the head."""
-
-        def get() -> bytes:
-            with TemporaryDirectory(prefix="lorashare-stream-") as folder:
-                found = self._api.hf_hub_download(**self._as, filename=path, revision=self._head, local_dir=folder)
-                return Path(found).read_bytes()
-
-        return self._ask(get)
+        there = HubId(self._repo, self._head)
+        return self._ask(lambda: self._hub.part(there, path, 0, MOST_CONTENT, self._as["token"])).start
 
     def commit_all(self, changes: Changes, message: str) -> Iterator[str]:
         """Commit in batches; paths, as they are done."""
@@ -322,8 +318,7 @@ class _Target:
             nonlocal sent
             if sent and (head := self._sha()) != self._head:  # the answer was lost: was it made?
                 self._head = head
-                there = self.listing()
-                if any(p in there if item is None else not item.is_at(there.get(p)) for p, item in changes.items()):
+                if _undone(changes, self.listing()):
                     raise _overtaken(self._repo)
                 return
             sent = True
@@ -339,7 +334,7 @@ class _Target:
             self._ask(attempt)
 
     def _ask(self, call: Callable[[], T]) -> T:
-        return self._hub.retry(call, f"push to {self._repo}", unheard(), lambda e, _: _refused(e, self._repo))
+        return self._hub.retry(call, f"push to {self._repo}", lambda e, _: _refused(e, self._repo))
 
 
 def _operation(path: str, item: Item | None) -> Any:
@@ -348,15 +343,13 @@ def _operation(path: str, item: Item | None) -> Any:
 
     if item is None:
         return CommitOperationDelete(path, is_folder=False)
-    try:
-        operation = CommitOperationAdd(path, item.content())
-    except (OSError, ValueError):  # it is gone
-        operation = None
-    if operation is None or operation.upload_info.sha256.hex() != item.sha256:
-        raise CheckpointError(
-            "the checkpoint was changed during the push", found=printable(path), remedy="Run the same command again."
-        )
-    return operation
+    with suppress(OSError, ValueError):  # it is gone
+        operation = CommitOperationAdd(path, item.source)
+        if operation.upload_info.sha256.hex() == item.sha256:
+            return operation
+    raise CheckpointError(
+        "the checkpoint was changed during the push", found=printable(path), remedy="Run the same command again."
+    )
 
 
 def _overtaken(repo: str) -> StreamError:
@@ -370,20 +363,15 @@ def _hidden(repo: str) -> StreamError:
 
 
 def _refused(error: Exception, repo: str) -> Exception:
-    """What an error of the Hub's client means for a push."""
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        RemoteEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    """The meaning of a permanent error of the client for a push."""
+    from huggingface_hub import errors
 
     if (local := of_machine(error)) is not None:
         return local
-    answer, status = first_of(error, HfHubHTTPError), status_of(error)
-    if first_of(error, RevisionNotFoundError):
+    answer, status = first_of(error, errors.HfHubHTTPError), status_of(error)
+    if first_of(error, errors.RevisionNotFoundError):
         return UsageError("no such revision on the Hub", found=repo, remedy="Mend the revision.")
-    if status in (409, 412) or first_of(error, RemoteEntryNotFoundError):
+    if status in (409, 412) or first_of(error, errors.RemoteEntryNotFoundError):
         return _overtaken(repo)
     if status == 401:
         return StreamError(
@@ -395,7 +383,7 @@ def _refused(error: Exception, repo: str) -> Exception:
             "this token may not write to the repository", found=repo,
             remedy="Use one that may, push to a repository of your own, or propose a pull request (--create-pr).",
         )  # fmt: skip
-    if first_of(error, RepositoryNotFoundError):
+    if first_of(error, errors.RepositoryNotFoundError):
         return _hidden(repo)
     # of a card, the client says by a ValueError what is wrong in it
     said = str(error) if type(error) is ValueError else getattr(answer, "server_message", None)
@@ -407,11 +395,11 @@ def _no_bars() -> Iterator[None]:
     """Without the client's own bars: each commit would draw some."""
     from huggingface_hub import utils
 
-    if utils.are_progress_bars_disabled():  # type: ignore[attr-defined]
-        yield
-        return
-    utils.disable_progress_bars()  # type: ignore[attr-defined]
+    before = utils.are_progress_bars_disabled()  # type: ignore[attr-defined]
+    if not before:
+        utils.disable_progress_bars()  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        utils.enable_progress_bars()  # type: ignore[attr-defined]
+        if not before:
+            utils.enable_progress_bars()  # type: ignore[attr-defined]

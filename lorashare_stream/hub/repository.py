@@ -1,7 +1,7 @@
-"""A checkpoint at one commit of the Hub, from which files come one at a time, and of packs only what is asked for.
+"""Repository of a checkpoint at one commit of the Hub: its files come one at a time, and parts of packs.
 
-A commit is pinned when a checkpoint is opened, so that one which is replaced on the Hub meanwhile is never mixed with
-it. The files lie in the Hub's cache, where other programs find them; what is there of a commit is not asked for again.
+The commit is pinned at open, so that a checkpoint which is replaced on the Hub meanwhile is never mixed with it. Files
+lie in the Hub's cache, where other programs find them; what is there of a commit is not asked for again.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from glob import escape
 from itertools import islice
@@ -24,7 +25,7 @@ from ..errors import CheckpointError, MissingCheckpointError, StreamError, Usage
 from ..files import atomic_path
 from ..text import listed, printable
 from .client import Hub, Token, cache_folder, check_token, no_bar, repo_folder
-from .retry import first_of, of_adapter, unheard
+from .retry import first_of, of_adapter
 
 T = TypeVar("T")
 LARGE = 64 << 20  # bytes of a part for which the whole file is fetched, since a download goes on where it was cut
@@ -34,8 +35,8 @@ class Repository:
     """A checkpoint at a commit of a repository on the Hub.
 
     Args:
-        hub: to ask; offline, what is in its cache must do.
-        hub_id: where; a revision that is no commit is pinned, by one request of the API.
+        hub: its client; offline, the cache must do.
+        hub_id: of the checkpoint; a revision that is no commit is pinned, by one request of the API.
         token: for the client, which else takes that of the environment; it is said nowhere.
         cache_dir: of the Hub's files, if not that of the environment.
         force_download: whether each file is fetched, once, though it is in the cache.
@@ -69,7 +70,8 @@ class Repository:
             raise
         except FileNotFoundError:
             raise self._no_checkpoint() from None
-        self._remember(hub_id.revision or "main")
+        if not hub.offline and not hub_id.pinned:
+            self._remember(hub_id.revision or "main")
 
     def __str__(self) -> str:
         return str(self.id)
@@ -86,26 +88,30 @@ class Repository:
         else:
             api, revision = self._hub.api, self.id.revision or None
             ask = partial(api.model_info, self.id.repo, revision=revision, expand=["sha"], token=self._token)
-            sha = str(self._patiently(ask, str(self.id)).sha)
-        pinned = HubId(self.id.repo, sha, self.id.subfolder)
+            sha = str(self._retry(ask, str(self.id)).sha)
+        pinned = replace(self.id, revision=sha)
         if not pinned.pinned:
             raise CheckpointError("no commit is named for the revision", found=sha, expected="40 hex digits")
         return pinned
 
     def file(self, relative: str) -> Path:
-        """Where a file of it is in the cache, fetched if it is not there.
+        """The path of a file in the cache, fetched if it is not there.
 
         Raises:
             FileNotFoundError: if the commit has no such file.
             CheckpointError: if it may not be read, or is not in the cache and this is offline.
         """
         renew = self._force and relative not in self._renewed
-        found = None if renew else self._cached(relative)
-        if found is not None:
+        if not renew and (found := self._cached(relative)) is not None:
             return found
         if self._hub.offline:
             raise self._not_cached(relative)
-        path = self._patiently(lambda: self._download(relative, renew), f"{self.id}: {relative}")
+        get = partial(
+            self._hub.api.hf_hub_download, self.id.repo, self.id.path(relative), revision=self.id.revision,
+            cache_dir=self._cache, token=self._token, force_download=renew,
+            tqdm_class=None if relative == COMPONENTS else no_bar(),
+        )  # fmt: skip
+        path = Path(self._retry(get, f"{self.id}: {relative}"))
         self._renewed.add(relative)
         return path
 
@@ -118,24 +124,13 @@ class Repository:
             raise FileNotFoundError(relative)
         return None if found is None else Path(found)
 
-    def _download(self, relative: str, renew: bool) -> Path:
-        bar = None if relative == COMPONENTS else no_bar()
-        return self._hub.file(
-            self.id, relative, cache_dir=self._cache, token=self._token, force_download=renew, tqdm_class=bar
-        )
-
     def read(self, relative: str, offset: int, count: int) -> bytes:
-        """Bytes of a file of it, fewer at its end: by one ranged request, unless it is in the cache.
-
-        Raises:
-            FileNotFoundError: if the commit has no such file.
-            CheckpointError: if it may not be read, or is not in the cache and this is offline.
-        """
+        """Bytes of a file, fewer at its end: by one ranged request, unless it is in the cache; errors as of `file`."""
         if count > LARGE or self._hub.offline or self._cached(relative) is not None:
             with opened(self.file(relative)) as read:
                 return bytes(read(offset, count))
         part = partial(self._hub.part, self.id, relative, offset, count, self._token)
-        return self._patiently(part, f"{self.id}: {relative}")
+        return self._retry(part, f"{self.id}: {relative}").start if count else b""
 
     def adapters(self) -> Collection[str] | None:
         """None: a repository is not listed, the configuration says what is in it."""
@@ -144,31 +139,28 @@ class Repository:
     def fetch(self) -> None:
         """Have all files at once, sooner than one by one.
 
-        Not all need be there afterwards: where the client cannot list a commit, it says nothing and gives what is
-        in the cache. So each is asked for by `file` all the same.
+        Where the client cannot list a commit, it says nothing and gives what is in the cache: `file` asks for the rest.
         """
         if self._hub.offline:
             return
         files = [f for f in FILES if f not in (ADAPTERS, PACKS)] + [f"{PACKS}/*.safetensors"]
         files += [f"{ADAPTERS}/*/{f}" for f in (LOADINGS, META, VERBATIM)]
-        prefix = f"{escape(self.id.subfolder)}/" if self.id.subfolder else ""
-        self._patiently(
-            lambda: self._hub.api.snapshot_download(
-                self.id.repo, revision=self.id.revision, cache_dir=self._cache, token=self._token,
-                allow_patterns=[prefix + f for f in files],
-            ),
-            str(self.id),
+        pattern = replace(self.id, subfolder=escape(self.id.subfolder))
+        get = partial(
+            self._hub.api.snapshot_download, self.id.repo, revision=self.id.revision, cache_dir=self._cache,
+            token=self._token, allow_patterns=[pattern.path(f) for f in files],
         )  # fmt: skip
+        self._retry(get, str(self.id))
 
     def is_closed(self) -> bool:
-        """Whether not everybody may read it where it is."""
+        """Whether not everybody may read it."""
         ask = partial(self._hub.api.model_info, self.id.repo, expand=["private", "gated"], token=self._token)
-        info = self._patiently(ask, str(self.id))
+        info = self._retry(ask, str(self.id))
         return bool(info.private or info.gated)
 
-    def _patiently(self, call: Callable[[], T], what: str) -> T:
+    def _retry(self, call: Callable[[], T], what: str) -> T:
         """The result of a request, with errors that are said of a checkpoint, not of an adapter."""
-        return self._hub.retry(call, what, unheard(), _of_checkpoint)
+        return self._hub.retry(call, what, _of_checkpoint)
 
     def _not_cached(self, relative: str) -> MissingCheckpointError:
         return MissingCheckpointError(
@@ -200,8 +192,6 @@ class Repository:
 
     def _remember(self, revision: str) -> None:
         """Note in the cache which commit a branch or tag is, as the client does: offline it is known by that."""
-        if self._hub.offline or revision == self.id.revision:
-            return
         ref = repo_folder(self._cache, self.id.repo) / "refs" / revision
         with suppress(OSError):  # a cache that is only read does as well
             if not ref.exists() or ref.read_text() != self.id.revision:
@@ -211,21 +201,16 @@ class Repository:
 
 
 def _of_checkpoint(error: Exception, what: str) -> Exception:
-    """What an error of the client that will not pass means for a checkpoint."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        RemoteEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    """The meaning of a permanent error of the client for a checkpoint."""
+    from huggingface_hub import errors
 
-    if first_of(error, RemoteEntryNotFoundError):
+    if first_of(error, errors.RemoteEntryNotFoundError):
         return FileNotFoundError(what)
     said = of_adapter(error, what)
     if not isinstance(said, StreamError):
         return said
-    none = first_of(error, RepositoryNotFoundError, RevisionNotFoundError) and not first_of(error, GatedRepoError)
-    kind = MissingCheckpointError if none else CheckpointError
+    missing = first_of(error, errors.RepositoryNotFoundError, errors.RevisionNotFoundError)
+    kind = MissingCheckpointError if missing and not first_of(error, errors.GatedRepoError) else CheckpointError
     return kind(said.problem, found=said.found, expected=said.expected, remedy=said.remedy)
 
 
@@ -239,7 +224,7 @@ def place_of(
     subfolder: str | None = None,
     force_download: bool = False,
 ) -> Place:
-    """Where the checkpoint lies that `path` means: a folder that is there, else what a text names on the Hub.
+    """The place of a checkpoint: a folder that is there, else what a text names on the Hub.
 
     Raises:
         UsageError: for a revision or subfolder that cannot be one, or that `path` gives otherwise.
@@ -250,10 +235,11 @@ def place_of(
         if revision is not None and os.path.lexists(path):
             raise UsageError("a folder has no revisions", found=path, remedy="Rename it, or leave out the revision.")
         return Folder(Path(path, subfolder or ""))
-    for given, said in ((revision, hub_id.revision), ((subfolder or "").strip("/"), hub_id.subfolder)):
+    subfolder = (subfolder or "").strip("/")
+    for given, said in ((revision, hub_id.revision), (subfolder, hub_id.subfolder)):
         if given and said and given != said:
             raise UsageError("two revisions or subfolders", found=f"{given} and {said}", remedy="Give one.")
-    revision, subfolder = revision or hub_id.revision, (subfolder or "").strip("/") or hub_id.subfolder
+    revision, subfolder = revision or hub_id.revision, subfolder or hub_id.subfolder
     asked = parse_hub_id(f"{hub_id.repo}{f'@{revision}' if revision else ''}//{subfolder}")
     if asked is None:
         raise UsageError("no revision or subfolder of a repository", found=f"revision {revision}, folder {subfolder}")

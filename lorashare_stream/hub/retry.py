@@ -1,7 +1,7 @@
-"""Requests to the Hub: what may pass is waited out, with a cap; of what may not, it is said what it means.
+"""Retry of requests to the Hub: transient failures are waited out, with a cap; of others it is said what they mean.
 
-What may pass are rate limits, errors of the server, and connections that fail. The rest is of one adapter (missing,
-gated, private, refused): an `AdapterError`.
+Transient are rate limits, errors of the server, and connections that fail. The rest is of one adapter (missing, gated,
+private, refused): an `AdapterError`.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ MOST_CUTS = 4  # of a transfer that ends too early, by what was announced
 SAY_EVERY = 60.0  # seconds
 _CUT_SHORT = "a transfer was cut short"
 _TRANSIENT = {408, 425, 429}
-_TRANSPORT = {"httpx", "httpx2", "httpcore", "httpcore2"}  # by name: which of them it is, depends on the client
-_NEVER = {"LocalProtocolError", "InvalidURL", "UnsupportedProtocol"}  # of them
+_NEVER = {"LocalProtocolError", "UnsupportedProtocol"}  # of the client's HTTPErrors, by name: the library differs
 _XET = {"XetAuthenticationError": 403, "XetObjectNotFoundError": 404}  # by name: it need not be installed
 _OF_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
+_SAID = {"No space left": errno.ENOSPC, "Permission denied": errno.EACCES}
 log = logging.getLogger(__name__)
 
 _heard = [0.0]  # when the Hub has last answered
-_said: dict[str, float] = {}  # when which kind of message was last given
+_said: list[float] = []  # when it was last said that requests wait, unless that is over
 _SAY = threading.Lock()
 
 
 def retry(call: Callable[[], T], what: str, stopped: threading.Event, meaning: Meaning, most: float | None = None) -> T:
-    """The result of a request; what may pass is waited out.
+    """The result of a request; transient failures are waited out.
 
     Args:
         call: makes the request.
         what: it is for, in messages.
-        stopped: set when a run ends, so that nobody waits on.
-        meaning: gives what is raised for an error of the client that will not pass.
-        most: seconds of waiting, requests that fail included; those of `PATIENCE` if None.
+        stopped: set when a run ends: waiting ends too.
+        meaning: of a permanent error of the client, which is raised.
+        most: seconds of waiting, requests that fail included; None is `PATIENCE`.
 
     Raises:
         AdapterError: if it fails again and again while others are answered.
@@ -65,7 +65,7 @@ def retry(call: Callable[[], T], what: str, stopped: threading.Event, meaning: M
             raise
         except Exception as e:
             took = min(ANSWER, time.monotonic() - asked)
-            why, told = passing(e)
+            why, told = transience(e)
             if why is None:
                 error = meaning(e, what)
                 if error is e:
@@ -82,16 +82,16 @@ def retry(call: Callable[[], T], what: str, stopped: threading.Event, meaning: M
         else:
             _heard[0] = time.monotonic()
             if waited:
-                _say_once(f"the Hub answers again ({what})", "answers")
+                _say_once(f"the Hub answers again ({what})", over=True)
             return result
-        _say_once(f"the Hub: {why}; waiting, {most / 60:.0f} min at most; what is done is kept ({what})", "waiting")
+        _say_once(f"the Hub: {why}; waiting, {most / 60:.0f} min at most; what is done is kept ({what})")
         if stopped.wait(seconds):
             raise UnreachableError("stopped while waiting for the Hub", found=why)
         waited, pause = waited + seconds, min(2 * pause, 60.0)
 
 
 def unheard() -> float | None:
-    """Patience of an interactive request, in seconds, until the Hub has first answered; None from then on."""
+    """Seconds of waiting for the Hub's first answer; None once there was one."""
     return None if _heard[0] else UNHEARD
 
 
@@ -108,51 +108,39 @@ def _given_up(why: str, what: str, waited: float, *, others: bool) -> StreamErro
     )  # fmt: skip
 
 
-def _say_once(text: str, kind: str) -> None:
+def _say_once(text: str, *, over: bool = False) -> None:
     """Of the many requests that wait for the same, one says so, once a minute; and one that it is over."""
+    now = time.monotonic()
     with _SAY:
-        now = time.monotonic()
-        if kind == "answers":
-            if "waiting" not in _said:
-                return
-            _said.clear()
-        elif now - _said.get(kind, -SAY_EVERY) < SAY_EVERY:
+        if not _said if over else _said and now - _said[0] < SAY_EVERY:
             return
-        else:
-            _said[kind] = now
+        _said[:] = [] if over else [now]
         log.warning("%s", printable(text))
 
 
-# -- what errors of the client are ----------------------------------------------------------------------
+# -- errors of the client -------------------------------------------------------------------------------
 
 
-def passing(error: Exception) -> tuple[str | None, float | None]:
-    """Why a request failed if that may pass, and how long to wait if the server says so; else None."""
-    from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
+def transience(error: Exception) -> tuple[str | None, float | None]:
+    """The reason of a transient failure, and the seconds that the server asks to wait; None where there is none."""
+    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
 
     for seen in _chain(error):
         response = getattr(seen, "response", None)
-        status = getattr(response, "status_code", None)
-        if isinstance(status, int):
-            return (f"it answers {status}", _asked_to_wait(response)) if _waits(status) else (None, None)
-        if isinstance(seen, OfflineModeIsEnabled | HFValidationError) or type(seen).__name__ in _NEVER:
+        if (status := _status(seen)) is not None:
+            asked = None if response is None else _asked_to_wait(response)
+            return (f"it answers {status}", asked) if status in _TRANSIENT or status >= 500 else (None, None)
+        if isinstance(seen, OfflineModeIsEnabled) or type(seen).__name__ in _NEVER:
             return None, None
-        modules = {c.__module__.partition(".")[0] for c in type(seen).__mro__}
-        if modules & _TRANSPORT or isinstance(seen, ConnectionError | TimeoutError):
+        if isinstance(seen, HTTPError | ConnectionError | TimeoutError):
             return f"the connection failed ({type(seen).__name__})", None
         if "Consistency check failed" in str(seen):  # an OSError of the client, which has no class of its own
             return _CUT_SHORT, None
         if isinstance(seen, json.JSONDecodeError):
             return "it answers with what is no JSON", None
         if _is_of_xet(seen):
-            status = _status_in(str(seen))
-            waits = _errno_in(str(seen)) is None and (status is None or _waits(status))
-            return ("its storage (Xet) fails", None) if waits else (None, None)
+            return (None, None) if _errno_in(str(seen)) else ("its storage (Xet) fails", None)
     return None, None
-
-
-def _waits(status: int) -> bool:
-    return status in _TRANSIENT or status >= 500
 
 
 def _asked_to_wait(response: Any) -> float | None:
@@ -189,31 +177,29 @@ def first_of(error: Exception, *kinds: type[BaseException]) -> BaseException | N
 
 def status_of(error: Exception) -> int | None:
     """The status of the answer that an error of the client comes of; None if there was none."""
-    for seen in _chain(error):
-        status = getattr(getattr(seen, "response", None), "status_code", _XET.get(type(seen).__name__))
-        status = _status_in(str(seen)) if status is None and _is_of_xet(seen) else status
-        if isinstance(status, int):
-            return status
-    return None
+    return next(filter(None, map(_status, _chain(error))), None)
+
+
+def _status(error: BaseException) -> int | None:
+    status = getattr(getattr(error, "response", None), "status_code", _XET.get(type(error).__name__))
+    if status is None and _is_of_xet(error) and not _errno_in(str(error)):
+        found = re.search(r"\b([45]\d\d)\b", str(error))
+        status = int(found[1]) if found else None
+    return status if isinstance(status, int) else None
 
 
 def _is_of_xet(error: BaseException) -> bool:
-    """Whether an error comes of the storage client, which is in Rust and gives text only."""
+    """Whether an error comes of the storage client (Xet), which is in Rust and gives text only."""
     text = str(error)
     return type(error) is RuntimeError and bool(re.search(r"CAS|Task error|reconstruction|\bxet", text, re.IGNORECASE))
-
-
-def _status_in(text: str) -> int | None:
-    found = re.search(r"\b([45]\d\d)\b", text)
-    return int(found.group(1)) if found else None
 
 
 def _errno_in(text: str) -> int | None:
     """Of this machine: a full disk, a folder that may not be written."""
     found = re.search(r"os error (\d{1,3})\b", text)
-    local = int(found.group(1)) if found else errno.ENOSPC if "No space left" in text else None
-    local = errno.EACCES if local is None and "Permission denied" in text else local
-    return local if local in _OF_MACHINE else None
+    if found:
+        return int(found[1]) if int(found[1]) in _OF_MACHINE else None
+    return next((number for words, number in _SAID.items() if words in text), None)
 
 
 def of_machine(error: Exception) -> Exception | None:
@@ -225,7 +211,7 @@ def of_machine(error: Exception) -> Exception | None:
     return error if ours else None
 
 
-# -- what they mean for an adapter ----------------------------------------------------------------------
+# -- their meaning for an adapter -----------------------------------------------------------------------
 
 
 def not_cached(what: str) -> MissingFileError:
@@ -238,7 +224,7 @@ def not_cached(what: str) -> MissingFileError:
 
 
 def of_adapter(error: Exception, what: str, *, offline: bool = False) -> Exception:
-    """What an error of the client that will not pass means for an adapter; one of this machine stays what it is.
+    """What a permanent error of the client means for an adapter; one of this machine stays what it is.
 
     Nothing of the client's text is told: it has addresses, which may have passwords and signatures.
     """
@@ -294,16 +280,13 @@ def _refused(status: int, error: BaseException | None, what: str) -> StreamError
     )
 
 
-# -- what is said in logs -------------------------------------------------------------------------------
+# -- logs -----------------------------------------------------------------------------------------------
 
 
-class NoSecrets(logging.Filter):
-    """Takes passwords and signatures out of the addresses in a log."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Let every record pass, without them."""
-        record.msg, record.args = without_secrets(record.getMessage()), ()
-        return True
+def no_secrets(record: logging.LogRecord) -> bool:
+    """Filter of logs that takes passwords and signatures out of addresses."""
+    record.msg, record.args = without_secrets(record.getMessage()), ()
+    return True
 
 
 def without_secrets(text: str) -> str:

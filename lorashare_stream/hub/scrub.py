@@ -1,7 +1,7 @@
-"""Local paths, taken out of what leaves the machine: they tell user names, projects, and how a disk is laid out.
+"""Scrubbing of what leaves the machine: local paths tell user names, projects, and how a disk is laid out.
 
-What a reader needs stays: names, Hub ids, keys of tensors, figures. A path that says where an adapter came from becomes
-`local:<last component>-<8 hex digits>`, the same for the same path; elsewhere `.../<last component>`.
+Names, Hub ids, keys of tensors and figures stay. The path of an adapter's source becomes
+`local:<last component>-<8 hex digits>`, the same for the same path; any other `.../<last component>`.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ def last_component(text: str) -> str:
 
 
 def _leads_somewhere(text: str) -> bool:
-    """Whether a text that names a model or an adapter is a path: `a/b` is taken for a Hub id, `a/b/c` is none."""
+    """Whether the name of a model or an adapter is a path: `a/b` is taken for a Hub id, `a/b/c` is none."""
     return is_local(text) or (("/" in text or "\\" in text) and parse_hub_id(text) is None)
 
 
 def _is_folder(text: str) -> bool:
-    """Whether what names a base model is a path: by its form, or since a folder is there."""
+    """Whether the name of a base model is a path: by its form, or since a folder is there."""
     return _leads_somewhere(text) or ("/" in text and os.path.isdir(text))
 
 
@@ -62,8 +62,8 @@ class Scrubber:
     """Takes local paths out of plain values.
 
     Args:
-        base_model: of the checkpoint, told where a base model is named by a path.
-        folders: paths that are replaced in running text wherever they occur; the user's home is always among them.
+        base_model: of the checkpoint, which replaces a path of a base model.
+        folders: paths that are replaced in running text wherever they occur, as the user's home is.
     """
 
     def __init__(self, base_model: str, folders: Iterable[str] = ()) -> None:
@@ -75,7 +75,7 @@ class Scrubber:
         self._folders = re.compile(rf"(?:{names or '(?!)'})(/|(?![\w-]))")
 
     def __call__(self, value: Any) -> Any:
-        """The value without paths; what had none is equal to what it was."""
+        """The value without paths; one that has none is equal."""
         return self._value(value, "", (), foreign=False)
 
     def _value(self, value: Any, key: str, known: tuple[str, ...], *, foreign: bool) -> Any:

@@ -22,7 +22,8 @@ from ..codec.code import Batch, Subject
 from ..codec.pairs import Pairs
 from ..codec.rate import Curve, Estimate, curve_of, estimated
 from ..errors import AdapterError, BudgetError, CollectionError
-from ..hub.lookup import fetching_for, source_of
+from ..hub.fetch import fetching_for
+from ..hub.lookup import source_of
 from ..linalg.delta import relative_error
 from ..pipeline import plan_for
 from ..plan.memory import SAMPLE, Step, steps_of

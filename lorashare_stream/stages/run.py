@@ -13,7 +13,7 @@ from ..adapters.adapter import Adapter
 from ..checkpoint.publish import staging_folder
 from ..errors import AdapterError, BudgetError, DiskError, refusal
 from ..files import free_bytes, tree_bytes
-from ..hub.client import Hub, cache_folder
+from ..hub.client import cache_folder, cached
 from ..hub.fetch import Fetcher
 from ..plan.memory import SAMPLE
 from ..plan.plan import Plan
@@ -158,8 +158,7 @@ def _uses_cache(plan: Plan) -> bool:
     awaited = [(e.origin.hub, f.path.name) for e in plan.adapters if e.origin and not e.fetched for f in e.files]
     if not awaited or plan.settings.disk_budget is None:
         return bool(awaited)
-    hub = Hub(offline=True)
-    return any(hub.cached(hub_id, name) is not None for hub_id, name in awaited)
+    return any(cached(hub_id, name) is not None for hub_id, name in awaited)
 
 
 def check_none_lost(lost: Sequence[AdapterError]) -> None:

@@ -21,7 +21,7 @@ from ..checkpoint.reader import Tensors, as_array, was_reconstructed
 from ..codec.factors import errors_of_products
 from ..errors import AdapterError, StreamError
 from ..hub.client import AT_ONCE
-from ..hub.fetch import fetching
+from ..hub.fetch import Fetcher
 from ..hub.lookup import loose_ids, resolve_on_hub
 from ..linalg.delta import DeltaError, delta_errors, relative_error
 from ..plan.catalog import Interned, catalog, read_entry
@@ -105,7 +105,7 @@ def verify(
     room = 2 * AT_ONCE * max((e.hub_bytes for e in adapters), default=0)
     with (
         tempfile.TemporaryDirectory(prefix="lorashare-stream-") as folder,
-        fetching(offline, Path(folder), room) as fetcher,
+        Fetcher(offline, Path(folder), room) as fetcher,
     ):
         for result in fetcher.arriving(adapters):
             if isinstance(result, AdapterError):
