@@ -14,9 +14,8 @@ from ..adapters.source import Source
 from ..errors import UsageError
 from ..files import read_json
 from ..pipeline import plan_for
-from ..plan.manifests import read_yaml
 from ..plan.plan import Plan
-from ..plan.sources import resolve
+from ..plan.sources import read_yaml, resolve
 from ..runtime.dask import connected, started, workers_of
 from ..runtime.progress import Progress, silent
 from ..schema import FORMAT, SkippedFile
