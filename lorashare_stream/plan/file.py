@@ -7,7 +7,6 @@ from typing import Any
 from ..adapters.adapter import Adapter
 from ..adapters.keys import group_id
 from ..errors import skipped_as_json
-from ..linalg.basis import break_even
 from ..schema import FORMAT
 from .plan import Plan
 
@@ -34,7 +33,7 @@ def plan_as_json(plan: Plan) -> dict[str, Any]:
         "groups": [
             {
                 "group": group_id(g.module, g.side), "d": g.dim, "n": g.count, "adapters": g.adapters,
-                "statistic": "columns" if g.stacked else "second moment", "break_even_k": break_even(g.dim, g.count),
+                "statistic": "columns" if g.stacked else "second moment", "break_even_k": g.break_even,
             }
             for g in plan.groups
         ],

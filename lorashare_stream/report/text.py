@@ -106,9 +106,7 @@ def _of_the_hub(plan: Plan) -> list[Row]:
 
 def break_even_range(plan: Plan) -> str:
     """The range over the groups of the k above which sharing saves nothing."""
-    from ..linalg.basis import break_even
-
-    values = [break_even(g.dim, g.count) for g in plan.groups]
+    values = [g.break_even for g in plan.groups]
     ends = sorted({f"{min(values):.0f}", f"{max(values):.0f}"}, key=int) if values else ["no groups"]
     return " to ".join(ends)
 
@@ -130,7 +128,7 @@ def _of_sizes(plan: Plan) -> list[str]:
     if plan.adapters and not any(e.layout.modules for e in plan.adapters):
         out.append("no LoRA matrix can be compressed: everything is kept verbatim")
     elif plan.groups and s.num_components != "auto" and s.limit is None:
-        clamped = sum(g.components(s) < s.num_components for g in plan.groups)
+        clamped = sum(g.components < s.num_components for g in plan.groups)
         if clamped:
             out.append(f"k is clamped to min(d, n) in {clamped} of {len(plan.groups)} groups")
         if size["basis"] + size["loadings"] > size["lora"]:
@@ -152,13 +150,10 @@ def _of_sizes(plan: Plan) -> list[str]:
 
 def _of_large_groups(plan: Plan) -> list[str]:
     """Which groups are larger shared than not, where not all are."""
-    from ..linalg.basis import break_even
-
-    ends = [(g, break_even(g.dim, g.count)) for g in plan.groups if g.count]
-    large = [(g, end) for g, end in ends if g.components(plan.settings) > end]
+    large = [g for g in plan.groups if g.components > g.break_even]
     if not large or len(large) == len(plan.groups):
         return []
-    some = [f"{g.module}:{g.side} (break-even k = {end:.1f})" for g, end in large]
+    some = [f"{g.module}:{g.side} (break-even k = {g.break_even:.1f})" for g in large]
     return [
         f"{len(large)} of {len(plan.groups)} groups are larger shared than not: {listed(some, 3)}; take a smaller "
         "k, or a limit (--max-error, --ratio, --max-bytes), which no group exceeds"
