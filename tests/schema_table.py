@@ -12,6 +12,8 @@ from pydantic import BaseModel
 
 from lorashare_stream.checkpoint.config import Recorded
 from lorashare_stream.checkpoint.records import AdapterMeta, AdapterRecord
+from lorashare_stream.plan.file import PlanFile, PlannedAdapter, PlannedGroup, PlannedStep, Sizes
+from lorashare_stream.plan.sources import HubEntry, PathEntry
 from lorashare_stream.schema import Skipped
 from lorashare_stream.workspace.journal import Admission, Removal
 from lorashare_stream.workspace.lock import Holder
@@ -25,6 +27,13 @@ FILES: dict[str, type] = {
     "`journal.jsonl` of a workspace, a line: an adapter was admitted": Admission,
     "likewise, with a field `admission`: it was taken out": Removal,
     "`holder.json` of a workspace": Holder,
+    "`plan.json` of a workspace, and the file of `plan -o`": PlanFile,
+    "`sizes` of it": Sizes,
+    "`steps` of it": PlannedStep,
+    "`groups` of it": PlannedGroup,
+    "`adapters` of it": PlannedAdapter,
+    "a manifest (`.jsonl`, `.yaml`): an entry with a path": PathEntry,
+    "likewise, with a repository of the Hub": HubEntry,
 }
 WORDS = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "null", Any: "any"}
 

@@ -302,7 +302,7 @@ def read_yaml(path: Path) -> Any:
 
 def _entry(where: str, entry: Any) -> PathEntry | HubEntry:
     if isinstance(entry, str):
-        return PathEntry(path=entry)
+        entry = {"path": entry}
     if not isinstance(entry, dict) or not ("repo" in entry or "path" in entry):
         expected = "an object with path, or with repo, and perhaps name"
         raise UsageError(f"{where}: not a source", found=entry, expected=expected)
