@@ -122,12 +122,7 @@ def _names(sources: Sequence[Source], admitted: Mapping[str, str]) -> list[str]:
 
 
 class Reader:
-    """Reader of headers and configurations; equal layouts of many adapters are made and kept once.
-
-    Args:
-        settings: `share_initial` decides whether factors that hold a part of the base are kept exact.
-        surveyed: headers and configurations of adapters of the Hub, or errors, by source id.
-    """
+    """Reader of headers and configurations; equal layouts of many adapters are made and kept once."""
 
     def __init__(self, settings: Settings, surveyed: Surveyed = MappingProxyType({})) -> None:
         self._settings, self._surveyed = settings, surveyed

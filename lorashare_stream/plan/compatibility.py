@@ -16,12 +16,9 @@ T = TypeVar("T")
 
 
 def common_base(named: Iterable[str | None], settings: Settings, bound: str | None = None) -> str:
-    """The name of the common base model; empty if nothing names one.
+    """The common base model: that of the settings, of the workspace (`bound`), or the one that most adapters name.
 
-    Args:
-        named: base model that each adapter's configuration names.
-        settings: `base_model` decides; else the commonest name that is not declared an alias.
-        bound: base model that a workspace already has.
+    An alias is taken only if no other name is there; empty if there is none at all.
     """
     if settings.base_model is not None:
         return settings.base_model
@@ -120,19 +117,17 @@ def of_other_shape(adapters: Iterable[Adapter], odd: Mapping[str, Mapping[str, M
     """Errors, by name, of adapters most of whose modules have another shape: they are of another base model."""
     refused = {}
     for adapter in adapters:
-        found = {m: misfit for m, misfit in odd.get(adapter.name, {}).items() if misfit.what}
-        if 2 * len(found) > len(adapter.layout.modules):
-            refused[adapter.name] = _other_shape(adapter, found)
+        modules = [m for m, misfit in odd.get(adapter.name, {}).items() if misfit.what]
+        if 2 * len(modules) <= len(adapter.layout.modules):
+            continue
+        what, found, common = odd[adapter.name][modules[0]]
+        count = f"{len(modules)} of {len(adapter.layout.modules)} modules"
+        refused[adapter.name] = AdapterError(
+            f"shapes that differ from those of most adapters in {count}",
+            key=adapter.layout.by_name[modules[0]].record("B" if what == "d_out" else "A").name,
+            found=f"{what} = {found}",
+            expected=f"{what} = {common}, as most adapters have, or those that were summed before",
+            remedy="It belongs to another base model, or to a resized one: leave it out, or code each adapter alone, "
+            "by --max-error without --directions.",
+        )
     return refused
-
-
-def _other_shape(adapter: Adapter, odd: Mapping[str, Misfit]) -> AdapterError:
-    module, (what, found, common) = next(iter(odd.items()))
-    return AdapterError(
-        f"shapes that differ from those of most adapters in {len(odd)} of {len(adapter.layout.modules)} modules",
-        key=adapter.layout.by_name[module].record("B" if what == "d_out" else "A").name,
-        found=f"{what} = {found}",
-        expected=f"{what} = {common}, as most adapters have, or those that were summed before",
-        remedy="It belongs to another base model, or to a resized one: leave it out, or code each adapter alone, by "
-        "--max-error without --directions.",
-    )

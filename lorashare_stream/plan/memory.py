@@ -141,28 +141,21 @@ class Step:
     Attributes:
         name, tasks: of the step, and how many tasks it has.
         read_bytes: bytes that all tasks read.
-        task_bytes: of a task, `spare_bytes` included.
-        process_bytes: of a process that has tasks of this step, for all of them.
+        task_bytes: bytes of a task, and of what its process holds for it.
+        spare_bytes: further bytes of a task of `accumulate`, for more modules than the largest.
         concurrency: how many tasks run at a time.
-        shared_bytes: of all processes, without tasks.
-        spare_bytes: of a task of `accumulate`, for more modules than the largest.
-        least_bytes: of the step with one task at a time, and that of one module.
+        peak_bytes: resident bytes of all processes at the peak.
+        least_bytes: the same with one task at a time, of one module.
     """
 
     name: str
     tasks: int
     read_bytes: int
     task_bytes: int
-    process_bytes: int = 0
-    concurrency: int = 1
-    shared_bytes: int = 0
     spare_bytes: int = 0
+    concurrency: int = 1
+    peak_bytes: int = 0
     least_bytes: int = 0
-
-    @property
-    def peak_bytes(self) -> int:
-        """Resident bytes at the peak of this step."""
-        return self.shared_bytes + max(1, self.concurrency) * (self.process_bytes + self.task_bytes)
 
 
 def examples(adapters: Iterable[Adapter]) -> list[Adapter]:
@@ -217,7 +210,7 @@ def steps_of(
     ingest = Step("ingest", count, total, 4 * pair + buffers)
     coding = CODED_TIMES * max((e.layout.lora_bytes for e in adapters), default=0) + 4 * pair + buffers + components
     rate = Step("rate", min(count, SAMPLE), total * SAMPLE // max(count, SAMPLE), coding + components)
-    encode = Step("encode", count, total, coding, components // 2)
+    encode = Step("encode", count, total, coding + components // 2)
     if not s.fits:
         return _concurrent((ingest, encode) if s.max_error is not None else (ingest, rate, encode), s, process, idle, 0)
     by_module = modules_of(groups)
@@ -231,45 +224,40 @@ def steps_of(
     widest_pair = max((sum(8 * g.dim * g.components for g in both) for both in by_module.values()), default=0)
     kept = components if keeps_components(components, s.memory) else 0
     mapped = components * ITEMSIZE[storage] // 4  # pages that are resident
-    project = Step("project", count, total, 9 * pair + widest_pair + loadings + buffers, kept + mapped)
+    project = Step("project", count, total, 9 * pair + widest_pair + loadings + buffers + kept + mapped)
     last = (project,) if s.limit is None else (rate, encode)
     return _concurrent((ingest, accumulate, fit, *last), s, process, idle, PORTION_BYTES - sums)
 
 
 def _concurrent(steps: Sequence[Step], s: Settings, process: int, idle: int, spare: int) -> tuple[Step, ...]:
-    """Steps, in as many processes as leave memory for the most tasks at a time in the most expensive step.
+    """Steps in as many processes as leave memory for the most tasks at a time in the most expensive step.
 
-    Args:
-        steps: as if each ran alone.
-        s: the settings.
-        process, idle: bytes of this process, and of one that has no task, of which each step has as many.
-        spare: bytes of a task of `accumulate` at most, for more modules than the largest.
+    All steps have as many: `process` bytes are of this one, `idle` of each other without a task; a task of
+    `accumulate` has at most `spare` for more modules than the largest.
     """
     room = s.memory - process
 
     def at_once(count: int, each: int) -> int:
         return min(count, (room - count * idle) // max(1, each))
 
-    each = [step.task_bytes + step.process_bytes for step in steps]
+    each = [step.task_bytes for step in steps]
     most = range(1, (s.workers or usable_cores()) + 1)
     count = max(most, key=lambda n: (min(at_once(n, e) for e in each), n))
     count = count if at_once(count, max(each)) > 0 else 1
     planned = []
-    for step, e in zip(steps, each, strict=True):
-        n = max(1, at_once(count, e))
-        more = max(0, min(spare, (room - count * idle) // n - e)) if step.name == "accumulate" else 0
-        planned.append(
-            replace(
-                step, task_bytes=step.task_bytes + more, concurrency=n, shared_bytes=process + count * idle,
-                spare_bytes=more, least_bytes=process + idle + e,
-            )
-        )  # fmt: skip
+    for step in steps:
+        n = max(1, at_once(count, step.task_bytes))
+        left = (room - count * idle) // n - step.task_bytes
+        more = max(0, min(spare, left)) if step.name == "accumulate" else 0
+        peak = process + count * idle + n * (step.task_bytes + more)
+        least = process + idle + step.task_bytes
+        planned.append(replace(step, spare_bytes=more, concurrency=n, peak_bytes=peak, least_bytes=least))
     return tuple(planned)
 
 
 def keeps_components(size: int, memory: int) -> bool:
-    """Whether components, `size` bytes in float32, are kept stacked while adapters are projected; else they are read
-    from the page cache, stacked and widened, for each adapter anew.
+    """Whether components, `size` bytes in float32, are kept stacked for all adapters; else each projection reads,
+    stacks and widens them anew.
     """
     return size <= memory // 4
 
@@ -285,9 +273,9 @@ def portions(
 ) -> list[tuple[str, ...]]:
     """Modules in portions that are summed together, so that each adapter is opened once for all of a portion.
 
-    As few as keep the workers busy and fit in `step.task_bytes`, but no more than `PORTION_READS` are read for one: a
-    portion is what is lost if the run is killed. Each alone if moments are freed at once, since disk is short then, or
-    if a module is unknown.
+    As few as keep the workers busy and fit in the memory of a task, and so that no more than `PORTION_READS` are read
+    for one: a portion is what is lost if the run is killed. Each alone if moments are freed at once, since disk is
+    short then, or if a module is unknown.
     """
     alone: list[tuple[str, ...]] = [(m,) for m in modules]
     if s.discard_moments or not groups.keys() >= set(modules):

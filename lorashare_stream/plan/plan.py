@@ -34,7 +34,7 @@ class Plan:
         absent: errors of adapters in the workspace whose sources cannot be read now, and need not be.
         base_model: name of the common base model; empty if nothing names it.
         bound_base: name of it to which the workspace is bound.
-        inner: name -> subfolders of an adapter's folder that hold adapters too, which are not taken.
+        inner: name -> subfolders of an adapter's folder that hold adapters too, and are not taken.
         doubles: paths of reconstructions whose originals are present too, which are not taken.
         grows: whether moments may exist already, to which is added.
         journal: digest of the workspace's journal when the plan was made; None without a workspace.
@@ -87,7 +87,12 @@ class Plan:
         """Modules in portions that are summed together."""
         return portions(modules, self._modules, self.settings, self.step("accumulate"), grows=self.grows)
 
-    # -- what it is known by ----------------------------------------------------------------------------------
+    @cached_property
+    def base_models(self) -> dict[str, int]:
+        """Base model that adapters name -> how many name it."""
+        return Counter(e.base_model for e in self.adapters if e.base_model is not None)
+
+    # -- keys -------------------------------------------------------------------------------------------------
 
     @cached_property
     def binding(self) -> dict[str, Any]:
@@ -98,9 +103,8 @@ class Plan:
     def settings_key(self) -> str:
         """Digest of all but the adapters that decides the checkpoint."""
         s = self.settings
-        return settings_key_of(
-            self.binding, self.base_model, s.num_components, s.variance_threshold, self.storage, s.bought
-        )
+        k, threshold = s.num_components, s.variance_threshold
+        return settings_key_of(self.binding, self.base_model, k, threshold, self.storage, s.bought)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -123,11 +127,6 @@ class Plan:
         ]
         sizes = [[f.size for f in e.files] for e in self.adapters]
         return digest_of([asked if presumed else self.settings_key, adapters, sizes])
-
-    @cached_property
-    def base_models(self) -> dict[str, int]:
-        """The names of the base model that adapters give, and how many give each."""
-        return Counter(e.base_model for e in self.adapters if e.base_model is not None)
 
     # -- fetching ---------------------------------------------------------------------------------------------
 
@@ -313,17 +312,13 @@ def settings_key_of(
 
 
 def check_enough(count: int, refused: Iterable[AdapterError], fewest: int) -> None:
-    """Demand enough adapters.
-
-    Raises:
-        CollectionError: if there are fewer.
-    """
+    """Raise CollectionError if there are fewer adapters than needed."""
     if count < fewest:
+        alone = ", or give a limit such as --max-error 0.25, by which each is coded alone" if fewest > 1 else ""
         raise CollectionError(
             "sharing needs at least two adapters" if fewest > 1 else "no adapter is left",
             problems=tuple(refused),
             found=count,
             expected=f"{fewest} or more",
-            remedy="Add adapters of the same base model"
-            + (", or give a limit such as --max-error 0.25, by which each is coded alone." if fewest > 1 else "."),
+            remedy=f"Add adapters of the same base model{alone}.",
         )
