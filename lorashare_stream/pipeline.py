@@ -95,13 +95,11 @@ def plan_for(
         sources,
         settings,
         surveyed=surveyed,
-        admissions=journal.admissions,
+        journal=journal,
         held=held,
         known=_known(held) if settings.fits else {},
         bound_base=base,
         recalled=recalled,
-        grows=bool(journal.entries),
-        journal=journal.digest(len(journal.entries)),
     )
 
 

@@ -179,7 +179,7 @@ def _add_alone(
     _check_unchanged(there, sources, settings)
     if not fresh:
         return Outcome([], "current")
-    plan = make_plan(fresh, settings, surveyed=surveyed, admissions=there, known=_shapes_in(config), grows=True)
+    plan = make_plan(fresh, settings, surveyed=surveyed, journal=Journal(tuple(there)), known=_shapes_in(config))
     if settings.ratio is not None:  # of the whole checkpoint, and not of these adapters alone
         originals = sum(sum(r.sizes) for r in there) + plan.sizes["originals"]
         plan = replace(plan, settings=replace(settings, ratio=None, max_bytes=settings.byte_limit(originals)))

@@ -26,7 +26,7 @@ from ..errors import AdapterError, UndecidedError
 from ..hub.ledger import Known, Records
 from ..settings import Settings
 from ..text import digest_of, unique_names
-from ..workspace.journal import Admission
+from ..workspace.journal import Journal
 from .compatibility import Misfit, common_base, misfits, of_other_base, of_other_shape
 from .plan import Plan
 
@@ -42,13 +42,11 @@ def make_plan(
     settings: Settings,
     *,
     surveyed: Surveyed = MappingProxyType({}),
-    admissions: Sequence[Admission] = (),
+    journal: Journal | None = None,
     held: Mapping[str, Shapes] = MappingProxyType({}),
     known: Shapes = MappingProxyType({}),
     bound_base: str | None = None,
     recalled: Collection[str] = (),
-    grows: bool = False,
-    journal: str | None = None,
 ) -> Plan:
     """The plan for some sources, from their headers and configurations alone.
 
@@ -56,14 +54,14 @@ def make_plan(
         sources: of `sources.resolve`, pinned.
         settings: of the run.
         surveyed: headers and configurations of adapters of the Hub, or errors, by source id.
-        admissions: admissions of a workspace or a checkpoint: they keep their names.
-        held: shared modules of each of these, by name: they stay shared, and no others of it.
+        journal: of a workspace, or of the adapters of a checkpoint: what is admitted keeps its name.
+        held: shared modules of admitted adapters, by name: they stay shared, and no others of them.
         known: shapes of the modules of a workspace, or of the bases of a checkpoint.
         bound_base: base model of the workspace.
         recalled: names of adapters in the workspace whose sources are not named now; those refused are absent.
-        grows, journal: fields of the plan.
     """
-    reader = Reader(settings, surveyed)
+    reader, absent = Reader(settings, surveyed), set(recalled)
+    admissions = () if journal is None else journal.admissions
     admitted = {r.name: r.source_id for r in admissions}
     read, doubles = _without_doubles([(source, reader.read(source)) for source in sources], {*admitted.values()})
     by_name = dict(zip(_names([source for source, _ in read], admitted), read, strict=True))
@@ -83,14 +81,14 @@ def make_plan(
     return Plan(
         settings,
         tuple(adapters),
-        refused=tuple(e for name, e in refused.items() if name not in recalled),
-        absent=tuple(e for name, e in refused.items() if name in recalled),
+        refused=tuple(e for name, e in refused.items() if name not in absent),
+        absent=tuple(e for name, e in refused.items() if name in absent),
         base_model=base,
         bound_base=bound_base if bound_base is not None and bound_base in settings.base_aliases else base,
         inner={name: source.inner for name, (source, _) in by_name.items() if source.inner},
         doubles=tuple(doubles),
-        grows=grows,
-        journal=journal,
+        grows=journal is not None and bool(journal.entries),
+        journal=None if journal is None else journal.digest(len(journal.entries)),
     )
 
 

@@ -37,7 +37,7 @@ class Plan:
         inner: name -> subfolders of an adapter's folder that hold adapters too, and are not taken.
         doubles: paths of reconstructions whose originals are present too, which are not taken.
         grows: whether moments may exist already, to which is added.
-        journal: digest of the workspace's journal when the plan was made; None without a workspace.
+        journal: digest of the journal when the plan was made; None without a workspace.
     """
 
     settings: Settings
