@@ -240,7 +240,7 @@ def test_json_holds_no_infinity(checkpoint: Path, capsys: Capture) -> None:
         (lambda p: p.update(adapters=3), "adapters'.*found 3; expected a valid list"),
         (lambda p: p.update(refused=[3]), "refused.0'"),
         (lambda p: p.update(colour=1), "colour'.*expected no field of this name"),
-        (lambda p: p.clear(), "format'.*found nothing; expected a value"),
+        (lambda p: p.clear(), "fingerprint'.*found nothing; expected a value"),
     ],
 )
 def test_a_plan_of_wrong_types(

@@ -88,7 +88,7 @@ class Sizes(Schema):
 class PlanFile(Schema):
     """plan.json of a workspace, and the file of `plan -o`."""
 
-    format: Annotated[Format, "1"]
+    format: Annotated[Format, "1"] = 1
     fingerprint: Annotated[
         str, "digest of adapters and settings, by which `compress --plan` knows that nothing changed"
     ]
