@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,9 +22,9 @@ from .files import own_path, write_sealed
 from .hub.fetch import bytes_to_fetch, fetching_for
 from .hub.lookup import resolve_on_hub
 from .linalg.device import resolve_device
-from .plan.catalog import catalog
+from .plan.catalog import make_plan
 from .plan.file import plan_as_json
-from .plan.plan import Plan, make_plan
+from .plan.plan import Plan
 from .runtime.executors import executor_for, mapper_for
 from .runtime.progress import Progress, silent
 from .settings import Settings
@@ -64,7 +64,7 @@ def plan_for(
     settings: Settings,
     workspace: Path | None = None,
     *,
-    recalled: Iterable[str] = (),
+    recalled: Collection[str] = (),
     runs: bool = True,
     progress: Progress = silent,
 ) -> Plan:
@@ -85,24 +85,23 @@ def plan_for(
     """
     if workspace is None:
         sources, surveyed = resolve_on_hub(sources, settings, configs=runs, progress=progress)
-        return make_plan(catalog(sources, settings, surveyed=surveyed), settings)
+        return make_plan(sources, settings, surveyed=surveyed)
     work = Workspace(workspace)
     journal, base = work.journal(), work.base_model()
     sources, surveyed = resolve_on_hub(
         sources, settings, workspace, configs=runs, writes=runs or work.exists(), progress=progress
     )
     held = _held(work, journal)
-    found = catalog(
+    return make_plan(
         sources,
         settings,
-        admissions=journal.admissions,
+        surveyed=surveyed,
+        journal=journal,
         held=held,
         known=_known(held) if settings.fits else {},
         bound_base=base,
-        surveyed=surveyed,
+        recalled=recalled,
     )
-    made = make_plan(found, settings, base, grows=bool(journal.entries), recalled=recalled)
-    return replace(made, journal=journal.digest(len(journal.entries)))
 
 
 def _held(work: Workspace, journal: Journal) -> dict[str, Shapes]:

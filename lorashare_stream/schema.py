@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
 
-from .errors import AdapterError, CheckpointError
+from .errors import AdapterError, CheckpointError, StreamError
 from .files import read_json
 from .text import printable
 
@@ -54,7 +54,14 @@ def read_skipped(path: Path) -> list[Skipped]:
         return []
 
 
-def checked(model: type[M], values: object, file: str, remedy: str, adapter: str | None = None) -> M:
+def checked(
+    model: type[M],
+    values: object,
+    file: str,
+    remedy: str,
+    adapter: str | None = None,
+    error: type[StreamError] = CheckpointError,
+) -> M:
     """The content of a file, which may be a stranger's.
 
     Args:
@@ -62,9 +69,7 @@ def checked(model: type[M], values: object, file: str, remedy: str, adapter: str
         values: what JSON has.
         file, adapter: its name, and the adapter that it is of.
         remedy: what to do if it is damaged.
-
-    Raises:
-        CheckpointError: naming the field that is wrong.
+        error: type of the error, which names the field that is wrong.
     """
     try:
         return model.model_validate(values)
@@ -74,7 +79,7 @@ def checked(model: type[M], values: object, file: str, remedy: str, adapter: str
         )
         what = "was written by a newer version of lorashare-stream" if newer else "is not what lorashare-stream writes"
         remedy = NEWER if newer else remedy
-        raise CheckpointError(f"{file} {what}", adapter=adapter, remedy=remedy, **fault_of(e)) from e
+        raise error(f"{file} {what}", adapter=adapter, remedy=remedy, **fault_of(e)) from e
 
 
 def read_checked(path: Path, model: type[M], remedy: str, adapter: str | None = None) -> M:

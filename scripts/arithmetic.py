@@ -27,8 +27,7 @@ from lorashare_stream.adapters.scaling import Scaling
 from lorashare_stream.adapters.source import Listing
 from lorashare_stream.linalg.basis import fit
 from lorashare_stream.linalg.moments import add_block, of_columns
-from lorashare_stream.plan.catalog import Catalog
-from lorashare_stream.plan.plan import Plan, make_plan
+from lorashare_stream.plan.plan import Plan
 from lorashare_stream.report.text import plan_text, rows_text
 from lorashare_stream.settings import Settings
 from lorashare_stream.text import bytes_shown, parse_bytes
@@ -58,7 +57,7 @@ def imagined(args: argparse.Namespace) -> Plan:
         for i in ids
     )  # fmt: skip
     settings = {"num_components": args.k, "device": "cpu", "memory": args.memory, "disk_budget": args.disk_budget}
-    return make_plan(Catalog(adapters, base_model="base"), Settings.from_mapping(settings))
+    return Plan(Settings.from_mapping(settings), adapters, base_model="base", bound_base="base")
 
 
 def syrk_rate() -> float:
@@ -86,7 +85,7 @@ def estimate(plan: Plan, bandwidth: int) -> str:
     cores = os.cpu_count() or 1
     with threadpool_limits(1):
         rate = syrk_rate()
-        solves = {d: solve_seconds(d, plan.groups[0].components(plan.settings)) for d in {g.dim for g in plan.groups}}
+        solves = {d: solve_seconds(d, plan.groups[0].components) for d in {g.dim for g in plan.groups}}
     flops = sum(g.count * g.dim * g.dim for g in plan.groups)
     fetched = sum(e.hub_bytes * plan.fetches(e) for e in plan.adapters)
     moments = sum(4 * g.dim * min(g.dim, g.count) for g in plan.groups)

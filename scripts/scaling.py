@@ -19,9 +19,8 @@ from lorashare_stream.plan.memory import (
     PROCESS_BYTES,
     TILE_BYTES,
     Group,
-    moment_bytes,
 )
-from lorashare_stream.settings import QUANTUM, Settings
+from lorashare_stream.settings import QUANTUM
 from lorashare_stream.text import bytes_shown
 
 
@@ -67,7 +66,6 @@ def fit_flops(g: Group, k: int) -> float:
 
 
 def row(model: Model, adapters: int, rank: int, k: int, args: argparse.Namespace) -> list[str]:
-    settings = Settings(num_components=k, device="cpu")
     groups = groups_of(model, adapters, rank)
     lora = sum(2 * g.dim * g.count for g in groups)  # bfloat16
     syrk = sum(g.dim**2 * g.count for g in groups if not g.stacked)
@@ -77,12 +75,12 @@ def row(model: Model, adapters: int, rank: int, k: int, args: argparse.Namespace
     seconds += adapters * args.adapter_ms / 1e3 * len(groups) / 128
     basis = sum(2 * g.dim * min(k, g.dim) for g in groups)
     loadings = sum(2 * k * g.count for g in groups)
-    widest = max(groups, key=lambda g: moment_bytes(g, settings))
+    widest = max(groups, key=lambda g: g.moment_bytes)
     sums = 0 if widest.stacked else 4 * widest.dim**2
     task = max(PORTION_BYTES, 2 * (sums + 4 * QUANTUM * widest.dim)) + TILE_BYTES
-    memory = PROCESS_BYTES + BYTES_PER_ADAPTER * adapters + max(task, moment_bytes(widest, settings))
+    memory = PROCESS_BYTES + BYTES_PER_ADAPTER * adapters + max(task, widest.moment_bytes)
     return [
-        model.name, f"{adapters:,}", bytes_shown(lora), bytes_shown(sum(moment_bytes(g, settings) for g in groups)),
+        model.name, f"{adapters:,}", bytes_shown(lora), bytes_shown(sum(g.moment_bytes for g in groups)),
         bytes_shown(basis), bytes_shown(loadings), f"{lora / (basis + loadings):.0f}", f"{syrk / 1e15:.3g}",
         f"{(fits + projection) / 1e15:.3g}", f"{seconds / 3600:.2g}", bytes_shown(memory),
     ]  # fmt: skip

@@ -14,6 +14,8 @@ from pydantic import BaseModel
 from lorashare_stream.checkpoint.config import Recorded
 from lorashare_stream.checkpoint.records import AdapterMeta, AdapterRecord
 from lorashare_stream.hub.ledger import AdapterLine, ConfigLine, RefusalLine, TensorsLine
+from lorashare_stream.plan.file import PlanFile, PlannedAdapter, PlannedGroup, PlannedStep, Sizes
+from lorashare_stream.plan.sources import HubEntry, PathEntry
 from lorashare_stream.schema import Skipped
 from lorashare_stream.stages.status import BasisRecord
 from lorashare_stream.workspace.journal import Admission, Removal
@@ -39,6 +41,13 @@ FILES: dict[str, type] = {
     "likewise, with a field `config`: a configuration that they share": ConfigLine,
     "likewise, with a field `id`: an adapter of the Hub": AdapterLine,
     "likewise, with a field `refused`: its values are never added": RefusalLine,
+    "`plan.json` of a workspace, and the file of `plan -o`": PlanFile,
+    "`sizes` of it": Sizes,
+    "`steps` of it": PlannedStep,
+    "`groups` of it": PlannedGroup,
+    "`adapters` of it": PlannedAdapter,
+    "a manifest (`.jsonl`, `.yaml`): an entry with a path": PathEntry,
+    "likewise, with a repository of the Hub": HubEntry,
 }
 WORDS = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "null", Any: "any"}
 

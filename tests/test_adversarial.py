@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -227,19 +228,23 @@ def test_json_holds_no_infinity(checkpoint: Path, capsys: Capture) -> None:
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "message"),
     [
-        lambda p: p["adapters"][0].update(name=5),
-        lambda p: p["adapters"][0].update(name="../x"),
-        lambda p: p["adapters"][0].update(source_id=None),
-        lambda p: p["adapters"][0].update(path="\0"),
-        lambda p: p.update(settings={"bogus": 1}),
-        lambda p: p.update(adapters=3),
-        lambda p: p.update(refused=[3]),
+        (lambda p: p["adapters"][0].update(name=5), "adapters.0.name'.*found 5; expected a valid string"),
+        (lambda p: p["adapters"][0].update(name="../x"), "adapters.0'.*expected a name of one path component"),
+        (lambda p: p["adapters"][0].update(source_id=None), "adapters.0.source_id'.*found None"),
+        (lambda p: p["adapters"][0].update(path="\0"), "adapters.0'.*a path without NUL"),
+        (lambda p: p["adapters"][0].update(asked="org/a"), "adapters.0'.*a path, or an id of the Hub that is pinned"),
+        (lambda p: p["adapters"][0].pop("path"), "adapters.0'.*a path, or an id of the Hub that is pinned"),
+        (lambda p: p.update(settings={"bogus": 1}), "unknown setting.*bogus"),
+        (lambda p: p.update(adapters=3), "adapters'.*found 3; expected a valid list"),
+        (lambda p: p.update(refused=[3]), "refused.0'"),
+        (lambda p: p.update(colour=1), "colour'.*expected no field of this name"),
+        (lambda p: p.clear(), "fingerprint'.*found nothing; expected a value"),
     ],
 )
 def test_a_plan_of_wrong_types(
-    tmp_path: Path, collection: list[str], capsys: Capture, change: Callable[[Any], None]
+    tmp_path: Path, collection: list[str], capsys: Capture, change: Callable[[Any], None], message: str
 ) -> None:
     path = tmp_path / "plan.json"
     assert call("plan", *collection, "-o", path, "-q") == 0
@@ -247,7 +252,9 @@ def test_a_plan_of_wrong_types(
     change(plan)
     path.write_text(json.dumps(plan))
     assert call("compress", "--plan", path, "-o", tmp_path / "out") == 2
-    assert "Traceback" not in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert re.search(message, told)
+    assert "Traceback" not in told
 
 
 def test_a_temporary_file_of_a_killed_run_does_not_reach_the_checkpoint(

@@ -317,7 +317,10 @@ def test_a_plan_that_no_longer_holds_is_refused(tmp_path: Path, collection: list
     assert call("compress", "--plan", plan, "-o", tmp_path / "out") == 2
     plan.write_text("{}")
     assert call("compress", "--plan", plan, "-o", tmp_path / "out") == 2
-    assert "is not a plan" in capsys.readouterr().err
+    assert "is not what lorashare-stream writes (found nothing; expected a value)" in capsys.readouterr().err
+    plan.write_text('{"format": 2}')
+    assert call("compress", "--plan", plan, "-o", tmp_path / "out") == 2
+    assert "was written by a newer version of lorashare-stream" in capsys.readouterr().err
 
 
 def test_a_plan_remembers_what_it_left_out(tmp_path: Path, collection: list[str], capsys: Capture) -> None:

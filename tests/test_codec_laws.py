@@ -30,7 +30,7 @@ from lorashare_stream.codec.code import Subject
 from lorashare_stream.errors import BudgetError, CheckpointError
 from lorashare_stream.model import SHAREModel
 from lorashare_stream.pipeline import compress, plan_for
-from lorashare_stream.plan.catalog import catalog
+from lorashare_stream.plan.catalog import make_plan
 from lorashare_stream.plan.sources import resolve
 from lorashare_stream.runtime.executors import SerialExecutor
 from lorashare_stream.settings import Settings
@@ -201,7 +201,7 @@ def test_an_adapter_without_dw_keeps_its_factors(tmp_path: Path, compressed: Com
 
 
 def real_adapters(folder: Path) -> list[Adapter]:
-    return [a for one in sorted(folder.iterdir()) for a in catalog(resolve([str(one)]), Settings()).adapters]
+    return [a for one in sorted(folder.iterdir()) for a in make_plan(resolve([str(one)]), Settings()).adapters]
 
 
 def norm_of(adapter: Adapter) -> float:

@@ -173,7 +173,7 @@ def test_from_adapters_takes_ids_and_names_for_them(tmp_path: Path, hub: FakeHub
         ({"repo": "no id", "revision": "main"}, "not an adapter of the Hub"),
         ({"repo": "org/a", "subfolder": "../x"}, "not an adapter of the Hub"),
         ({"repo": "org/a", "colour": 1}, "unknown field.*colour"),
-        ({"repo": "org/a", "revision": 3}, "not an adapter of the Hub"),
+        ({"repo": "org/a", "revision": 3}, "not an adapter of the Hub .found 3; expected a valid string"),
         ({"repo": ["org/a"]}, "not an adapter of the Hub"),
     ],
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,12 @@ from lorashare_stream.checkpoint.records import AdapterMeta
 from lorashare_stream.cli.app import main
 from lorashare_stream.errors import CheckpointError, WorkspaceError
 from lorashare_stream.files import read_sealed, sealed, unsealed, write_sealed
+from lorashare_stream.plan.file import PlanFile
 from lorashare_stream.schema import Skipped
 from lorashare_stream.workspace.journal import read_journal
 from lorashare_stream.workspace.workspace import COPY, Workspace
 
+Capture = pytest.CaptureFixture[str]
 OLDER = json.loads(Path(__file__).with_name("older.json").read_text())  # written before there were schemas
 
 
@@ -65,6 +69,21 @@ def test_a_checkpoint_of_an_older_version_is_read_and_changed(checkpoint: Path, 
         ["remove", "OUT", "a00", "-q"], ["refit", "OUT", "-k", "3", "-o", "OUT", "-q"], ["verify", "OUT", "-q"],
     ):  # fmt: skip
         assert main([str(checkpoint) if word == "OUT" else word for word in command]) == 0
+
+
+def test_a_plan_is_read_back_as_it_was_written(tmp_path: Path, collection: list[str], capsys: Capture) -> None:
+    made, out = tmp_path / "made.json", tmp_path / "out"
+    assert main(["plan", *collection, "-k", "4", "--on-error", "skip", "-o", str(made)]) == 0
+    assert main(["compress", "--plan", str(made), "-o", str(out), "-q"]) == 0
+    capsys.readouterr()
+    assert main(["plan", *collection, "--max-bytes", "900", "--json"]) == 1
+    for text in (made.read_text(), (tmp_path / "out.workspace" / "plan.json").read_text(), capsys.readouterr().out):
+        written = json.loads(text)
+        file = PlanFile.model_validate(written)
+        assert file.model_dump(exclude_unset=True) == written
+        assert [adapter.source().id for adapter in file.adapters] == [os.path.realpath(folder) for folder in collection]
+    shutil.rmtree(out)
+    assert main(["compress", "--plan", str(tmp_path / "out.workspace" / "plan.json"), "-o", str(out), "-q"]) == 0
 
 
 @pytest.mark.parametrize("file", ["config", "meta"])

@@ -72,7 +72,8 @@ def test_training_checkpoints_below_an_adapter_are_not_taken_for_adapters(tmp_pa
         ("number.yaml", "entry 1: not a source"),
         ("mapping.yaml", "is not a list"),
         ("latin.txt", "not UTF-8"),
-        ("name.jsonl", "name is not text"),
+        ("name.jsonl", "key 'name': manifest .*name.jsonl, entry 1: .*found 3; expected a valid string"),
+        ("org.jsonl", "entry 1: unknown field .found colour; expected base_model, downloads, files"),
         ("nul\0", "NUL character"),
     ],
 )
@@ -85,6 +86,7 @@ def test_what_is_no_source_is_a_usage_error(
         "notes.md": "x", "adapter_model.safetensors": "x", "none.txt": "# only a comment\n", "nested.txt": "none.txt\n",
         "bad.jsonl": "{\n", "field.jsonl": '{"path": "x", "colour": 1}\n', "number.yaml": "- 3\n",
         "mapping.yaml": "a: 1\n", "name.jsonl": '{"path": "x", "name": 3}\n',
+        "org.jsonl": '{"repo": "org/x", "colour": 1}',
     }.items():  # fmt: skip
         (tmp_path / name).write_text(text)
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
@@ -99,6 +101,17 @@ def test_what_is_not_there_and_may_be_on_the_hub_is_asked_for_there(tmp_path: Pa
     assert source.wanted_name == "org--name"
     with pytest.raises(UsageError, match="no such source"):
         resolve([tmp_path / "org" / "name"])  # an absolute path is none
+
+
+def test_an_id_in_a_manifest_is_no_folder_of_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_collection(tmp_path / "org", 2)
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "m.jsonl").write_text('{"path": "org/a00"}\n{"repo": "org/a01"}\n')
+    monkeypatch.chdir(tmp_path)
+    assert [str(s.hub) for s in resolve(["lists/m.jsonl"])] == ["org/a00", "org/a01"]
+    assert resolve(["org/a00"])[0].hub is None
 
 
 def test_a_single_string_is_not_a_list_of_letters() -> None:

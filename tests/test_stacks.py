@@ -18,7 +18,7 @@ from lorashare_stream.adapters.safetensors import float32
 from lorashare_stream.adapters.scaling import Scaling
 from lorashare_stream.linalg.delta import delta_error, delta_errors, gram, projected_errors
 from lorashare_stream.linalg.moments import Accumulator, HostSum, Lockstep, empty
-from lorashare_stream.plan.memory import Group, portions, steps_of
+from lorashare_stream.plan.memory import PORTION_BYTES, Group, held_bytes, modules_of, portions, steps_of
 from lorashare_stream.settings import Settings
 from lorashare_stream.stages.accumulate import weighted_rows
 
@@ -137,5 +137,14 @@ def test_portions_hold_every_module_once_in_order_and_fit(n: int, workers: int, 
     assert all(found)
     assert len(found) >= min(n, step.concurrency) or n < step.concurrency
     assert discard <= all(len(p) == 1 for p in found)
-    assert step.task_bytes >= step.least_bytes - step.shared_bytes
     assert step.peak_bytes <= max(settings.memory, step.least_bytes)
+
+
+@pytest.mark.parametrize("workers", [1, 8])
+def test_sums_of_a_portion_are_bounded_however_many_workers_there_are(workers: int) -> None:
+    settings = Settings(memory=64 << 30, workers=workers, device="cpu")
+    groups = tuple(Group(f"m{i:03}", side, 1024, 5000, 500) for i in range(128) for side in ("A", "B"))
+    by_module = modules_of(groups)
+    step = next(s for s in steps_of((), groups, settings, "F32", grows=False) if s.name == "accumulate")
+    for portion in portions([*by_module], by_module, settings, step, grows=False):
+        assert sum(held_bytes(by_module[m], settings, grows=False) for m in portion) <= PORTION_BYTES

@@ -12,16 +12,14 @@ from typing import Any
 from ..adapters.hubid import parse_hub_id
 from ..adapters.source import Source
 from ..errors import UsageError
-from ..files import read_json
 from ..pipeline import plan_for
-from ..plan.manifests import read_yaml
+from ..plan.file import AGAIN, read_plan
 from ..plan.plan import Plan
-from ..plan.sources import resolve
+from ..plan.sources import read_yaml, resolve
 from ..runtime.dask import connected, started, workers_of
 from ..runtime.progress import Progress, silent
-from ..schema import FORMAT, SkippedFile
 from ..settings import SIZES, TYPES, Settings, overridden
-from ..text import listed, name_fault, printable
+from ..text import listed, printable
 
 Args = Mapping[str, Any]  # what was given, by the names of `options`
 log = logging.getLogger(__name__)
@@ -112,38 +110,22 @@ def planned(chosen: Args, workspace: Path, progress: Progress = silent) -> Plan:
     """The plan of a file, made again from the sources that it names, and equal to it."""
     if "sources" in chosen:
         raise UsageError("both sources and --plan", remedy="The plan names its sources.")
-    try:
-        saved = read_json(Path(chosen["plan"]))
-        if saved.get("format", FORMAT) > FORMAT:
-            raise ValueError(f"format {saved['format']}, of a newer version of lorashare-stream")
-        sources = [_saved_source(a) for a in saved["adapters"]]
-        settings, fingerprint, presumed = dict(saved["settings"]), saved["fingerprint"], bool(saved.get("presumed"))
-        refused = [r.error() for r in SkippedFile.model_validate(saved["refused"]).root]
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UsageError(f"{printable(chosen['plan'])} is not a plan", found=f"{type(e).__name__}: {e}") from e
-    settings = overridden(settings, _settings_in(chosen))
+    saved = read_plan(Path(chosen["plan"]))
+    sources = [adapter.source() for adapter in saved.adapters]
+    settings = overridden(saved.settings, _settings_in(chosen))
     made = plan_for(sources, Settings.from_mapping(settings), workspace, progress=progress)
-    if made.fingerprint_as(presumed=presumed) != fingerprint and not made.refused:
+    fingerprint = made.fingerprint_as(presumed=saved.presumed)
+    if fingerprint != saved.fingerprint and not made.refused:
         raise UsageError(
             "the plan no longer holds: adapters or settings have changed since it was made",
-            found=made.fingerprint_as(presumed=presumed),
-            expected=fingerprint,
-            remedy="Make it again by lorashare-stream plan.",
+            found=fingerprint,
+            expected=saved.fingerprint,
+            remedy=AGAIN,
         )
-    return replace(made, refused=(*refused, *made.refused))
+    return replace(made, refused=(*(item.error() for item in saved.refused), *made.refused))
 
 
 def names_meant(given: Sequence[str], known: Collection[str]) -> list[str]:
     """Names of adapters, each once; an id of the Hub means the adapter that is named after it."""
     ids = {name: parse_hub_id(name) for name in given if name not in known}
     return list(dict.fromkeys(hub.name if (hub := ids.get(n)) is not None and hub.name in known else n for n in given))
-
-
-def _saved_source(adapter: Mapping[str, Any]) -> Source:
-    name, path, source_id = adapter["name"], adapter.get("path", adapter.get("asked")), adapter["source_id"]
-    if not all(isinstance(text, str) for text in (name, path, source_id)) or "\0" in path or name_fault(name):
-        raise ValueError(f"an adapter is not described as a plan does: {printable(adapter)}")
-    hub = None if "path" in adapter else parse_hub_id(source_id)
-    if "asked" in adapter and (hub is None or not hub.pinned):
-        raise ValueError(f"an adapter of the Hub is not pinned: {printable(adapter)}")
-    return Source(source_id, Path(path), name, hub=hub, asked=path if hub is not None else "")

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..adapters.adapter import Adapter
 from ..adapters.folder import digest_files
 from ..adapters.keys import group_id, split_group_id
 from ..adapters.scaling import ModuleShape
@@ -19,8 +20,8 @@ from ..checkpoint.records import admission_in
 from ..errors import AdapterError, CheckpointError, UsageError, WorkspaceError, refusal, skipped_as_json
 from ..hub.lookup import loose_ids, recalled, resolve_on_hub
 from ..pipeline import Outcome, plan_for
-from ..plan.catalog import Surveyed, catalog, read_entries
-from ..plan.plan import Plan, make_plan
+from ..plan.catalog import Reader, Surveyed, make_plan
+from ..plan.plan import Plan
 from ..plan.sources import resolve
 from ..report.text import beside_notes, double_notes
 from ..settings import Settings
@@ -121,11 +122,13 @@ def _check_names(config: SHAREConfig, out: Path, sources: Sequence[Source]) -> N
 
 def _check_unchanged(there: Sequence[Admission], sources: Sequence[Source], settings: Settings) -> None:
     """Refuse sources that have changed since they came into the checkpoint."""
-    known = {r.source_id: r for r in there}
-    sources = [s for s in sources if s.hub is None]  # what is pinned does not change
-    for source_id, entry in read_entries([s for s in sources if s.id in known], settings).items():
-        admission = known[source_id]
-        if entry.config_digest != admission.config_digest or digest_files(entry.paths) != admission.digest:
+    known, reader = {r.source_id: r for r in there}, Reader(settings)
+    for source in sources:
+        admission = known.get(source.id) if source.hub is None else None  # what is pinned does not change
+        found = None if admission is None else reader.read(source)
+        if admission is None or not isinstance(found, Adapter):
+            continue
+        if found.config_digest != admission.config_digest or digest_files(found.paths) != admission.digest:
             raise AdapterError(
                 "the adapter has changed since it was compressed",
                 adapter=admission.name,
@@ -176,11 +179,10 @@ def _add_alone(
     _check_unchanged(there, sources, settings)
     if not fresh:
         return Outcome([], "current")
-    found = catalog(fresh, settings, admissions=there, known=_shapes_in(config), surveyed=surveyed)
+    plan = make_plan(fresh, settings, surveyed=surveyed, journal=Journal(tuple(there)), known=_shapes_in(config))
     if settings.ratio is not None:  # of the whole checkpoint, and not of these adapters alone
-        originals = sum(sum(r.sizes) for r in there) + sum(f.size for e in found.adapters for f in e.files)
-        settings = replace(settings, ratio=None, max_bytes=settings.byte_limit(originals))
-    plan = make_plan(found, settings, grows=True)
+        originals = sum(sum(r.sizes) for r in there) + plan.sizes["originals"]
+        plan = replace(plan, settings=replace(settings, ratio=None, max_bytes=settings.byte_limit(originals)))
     _note(plan, {s.id for s in fresh})
     plan.validate()
     with options.running(plan, out, None) as (run, _):

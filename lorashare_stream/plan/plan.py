@@ -1,10 +1,10 @@
-"""The plan: what will be read, computed and written, in bytes, before anything is."""
+"""The plan: adapters, groups, steps and their bytes, before anything is read, computed or written."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import log2
 from typing import Any, TypeVar
@@ -15,61 +15,96 @@ from ..adapters.layout import Layout
 from ..errors import AdapterError, BudgetError, CollectionError, refusal
 from ..settings import Settings
 from ..text import bytes_shown, digest_of
-from .catalog import Catalog
-from .memory import Group, Step, beside_moments, examples, groups_of, modules_of, portions, steps_of, stored_moment
+from .memory import Group, Step, beside_moments, examples, groups_of, modules_of, portions, steps_of
 
 T = TypeVar("T")
 LEAST_BYTES = 4096  # of a checkpoint, all files
 NUMBER_BITS = 4.3  # of a number of a direction, as it is stored
-_META, _GROUP = 850, 380  # bytes of an adapter_meta.json beside its configuration; of what is told of a basis
+_META, _GROUP = 850, 380  # bytes of an adapter_meta.json beside its configuration; of the record of a basis
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do.
+    """Adapters and settings of a run; groups, steps and sizes follow from them.
 
     Attributes:
         settings: as asked.
         adapters: the adapters, in the order in which they will be admitted.
-        refused: those left out, with the reason.
-        absent: adapters in the workspace whose sources cannot be read now: what needs no values of theirs is done.
-        groups: all groups, sorted by module, A before B; none where each adapter is coded alone.
-        storage: dtype of components and loadings as safetensors names it: F32, BF16 or F16.
-        steps: the passes.
-        base_model: the base model that the adapters are taken to be of; empty if nothing names it.
-        inner: name -> subfolders of an adapter's folder that hold adapters too, which are not taken.
-        doubles: where reconstructions lie whose originals are there too, which are not taken.
-        bound_base: the name of it to which the workspace is bound.
-        grows: whether there may be moments already, to which is added.
-        journal: digest of the workspace's journal when the plan was made; None if no workspace was looked at.
+        refused: errors of those that are left out.
+        absent: errors of adapters in the workspace whose sources cannot be read now, and need not be.
+        base_model: name of the common base model; empty if nothing names it.
+        bound_base: name of it to which the workspace is bound.
+        inner: name -> subfolders of an adapter's folder that hold adapters too, and are not taken.
+        doubles: paths of reconstructions whose originals are present too, which are not taken.
+        grows: whether moments may exist already, to which is added.
+        journal: digest of the journal when the plan was made; None without a workspace.
     """
 
     settings: Settings
     adapters: tuple[Adapter, ...]
-    refused: tuple[AdapterError, ...]
-    absent: tuple[AdapterError, ...]
-    groups: tuple[Group, ...]
-    storage: str
-    steps: tuple[Step, ...]
-    base_model: str
-    inner: Mapping[str, tuple[str, ...]]
-    doubles: tuple[str, ...]
-    bound_base: str
-    grows: bool
+    refused: tuple[AdapterError, ...] = ()
+    absent: tuple[AdapterError, ...] = ()
+    base_model: str = ""
+    bound_base: str = ""
+    inner: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    doubles: tuple[str, ...] = ()
+    grows: bool = False
     journal: str | None = None
 
     @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """All groups, sorted by module, A before B; none where each adapter is coded alone."""
+        return groups_of(self.adapters, self.settings) if self.settings.fits else ()
+
+    @cached_property
+    def storage(self) -> str:
+        """Dtype of components and loadings as safetensors names it: F32, BF16 or F16."""
+        if self.settings.limit:
+            return "F32"  # a code has none, and is restored in the dtype of each source
+        if self.settings.dtype != "auto":
+            return STORAGE[self.settings.dtype]
+        return widest({r.dtype for e in examples(self.adapters) for m in e.layout.modules for r in (m.a, m.b)})
+
+    @cached_property
+    def steps(self) -> tuple[Step, ...]:
+        """The passes."""
+        return steps_of(self.adapters, self.groups, self.settings, self.storage, grows=self.grows)
+
+    def step(self, name: str) -> Step:
+        """A step by name."""
+        return next(s for s in self.steps if s.name == name)
+
+    @property
+    def processes(self) -> int:
+        """How many tasks run at a time at most."""
+        return max(step.concurrency for step in self.steps)
+
+    @cached_property
+    def _modules(self) -> dict[str, list[Group]]:
+        return modules_of(self.groups)
+
+    def portions(self, modules: Sequence[str]) -> list[tuple[str, ...]]:
+        """Modules in portions that are summed together."""
+        return portions(modules, self._modules, self.settings, self.step("accumulate"), grows=self.grows)
+
+    @cached_property
+    def base_models(self) -> dict[str, int]:
+        """Base model that adapters name -> how many name it."""
+        return Counter(e.base_model for e in self.adapters if e.base_model is not None)
+
+    # -- keys -------------------------------------------------------------------------------------------------
+
+    @cached_property
     def binding(self) -> dict[str, Any]:
-        """What the numbers of a workspace depend on."""
+        """Settings and base model on which the numbers of a workspace depend."""
         return self.settings.binding() | {"base_model": self.bound_base}
 
     @cached_property
     def settings_key(self) -> str:
         """Digest of all but the adapters that decides the checkpoint."""
         s = self.settings
-        return settings_key_of(
-            self.binding, self.base_model, s.num_components, s.variance_threshold, self.storage, s.bought
-        )
+        k, threshold = s.num_components, s.variance_threshold
+        return settings_key_of(self.binding, self.base_model, k, threshold, self.storage, s.bought)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -78,14 +113,14 @@ class Plan:
 
     @cached_property
     def presumed(self) -> bool:
-        """Whether configurations on the Hub were not read, so that the base model is what is asked for or listed."""
+        """Whether configurations on the Hub were not read, so that the base model is the asked or the listed one."""
         return any(e.config is None for e in self.adapters)
 
     def fingerprint_as(self, *, presumed: bool) -> str:
-        """The fingerprint that this plan would have if its configurations were, or were not, read."""
+        """The fingerprint of this plan if its configurations were not, or were, read."""
         s = self.settings
         asked = [s.binding(), s.base_model, s.num_components, s.variance_threshold, s.dtype, *s.bought]
-        # What is pinned says by its id what its configuration is, which a plan need not have read.
+        # The id of a pinned adapter tells its configuration, which a plan need not have read.
         adapters = [
             (e.name, e.source_id, *((e.origin.records,) if e.origin else (e.layout.digest, e.config_digest)))
             for e in self.adapters
@@ -93,79 +128,66 @@ class Plan:
         sizes = [[f.size for f in e.files] for e in self.adapters]
         return digest_of([asked if presumed else self.settings_key, adapters, sizes])
 
-    @cached_property
-    def base_models(self) -> dict[str, int]:
-        """The names of the base model that adapters give, and how many give each."""
-        return Counter(e.base_model for e in self.adapters if e.base_model is not None)
+    # -- fetching ---------------------------------------------------------------------------------------------
 
     @cached_property
     def batches(self) -> tuple[tuple[Adapter, ...], ...]:
-        """The adapters in the order in which they are admitted, cut where the disk budget would be exceeded.
+        """The adapters in the order of admission, cut where the disk budget would be exceeded.
 
-        All in one if they fit, or there is no budget; else half of it is for those that are fetched meanwhile.
+        One batch if they fit, or without a budget; else half of it is for those that are fetched meanwhile.
         """
-        budget = self.settings.disk_budget
-        if budget is None or sum(e.hub_bytes for e in self.adapters) <= budget:
+        budget, sizes = self.settings.disk_budget, [e.hub_bytes for e in self.adapters]
+        if budget is None or sum(sizes) <= budget:
             return (self.adapters,)
-        return tuple(tuple(batch) for batch in cut(self.adapters, [e.hub_bytes for e in self.adapters], budget // 2))
+        return tuple(tuple(batch) for batch in cut(self.adapters, sizes, budget // 2))
 
     @cached_property
     def _last_batch(self) -> frozenset[str]:
         return frozenset(e.name for e in self.batches[-1])
 
     def fetches(self, adapter: Adapter) -> int:
-        """How often an adapter is fetched at most: for the moments, and, unless it still is there, for projection.
+        """How often an adapter is fetched at most: for the moments, and, unless it is still present, for projection.
 
-        Where adapters are added, they may be projected on the bases that are there first. A pickle is fetched once more
-        when the plan is made, having no header that could be asked for.
+        Adapters that are added may be projected on the existing bases first. A pickle, which has no header to ask for,
+        is fetched once more when the plan is made.
         """
         if adapter.origin is None:
             return 0
-        headless = adapter.files[0].path.suffix == ".bin"
-        several = len(self.batches) > 1
+        s, several = self.settings, len(self.batches) > 1
         again = (several and adapter.name not in self._last_batch) + (several and self.grows)
-        again += several and self.settings.limit not in (None, "max_error")  # a sample is tried, all may be coded twice
-        again += several and self.settings.directions  # a sample tells how many
-        return 1 + again + (headless and self.settings.disk_budget is not None)
+        again += several and s.limit not in (None, "max_error")  # a sample is tried, all may be coded twice
+        again += several and s.directions  # a sample tells how many
+        return 1 + again + (adapter.pickled and s.disk_budget is not None)
 
-    @property
-    def fewest(self) -> int:
-        """How many adapters there must be: two to share, as lorashare has it, unless there were some before."""
-        return 1 if self.grows or self.settings.limit else 2
-
-    def step(self, name: str) -> Step:
-        """A step by name."""
-        return next(s for s in self.steps if s.name == name)
+    # -- bytes on disk ----------------------------------------------------------------------------------------
 
     @cached_property
     def sizes(self) -> dict[str, int]:
-        """Bytes on disk: of the originals, their LoRA part, the workspace and the checkpoint (an estimate
-        where k is `auto`); of moments the most at a time. And the files of the workspace.
-        """
-        k = {(g.module, g.side): g.components(self.settings) for g in self.groups}
-        item = ITEMSIZE[self.storage] if self.settings.limit is None else NUMBER_BITS / 8
-        basis = int(item * sum(g.dim * k[g.module, g.side] for g in self.groups))
-        loadings = 0 if self.settings.limit else int(item) * sum(g.count * k[g.module, g.side] for g in self.groups)
+        """Bytes on disk, and files of the workspace; `plan.file.Sizes` has the meaning of each."""
+        s, item = self.settings, NUMBER_BITS / 8 if self.settings.limit else ITEMSIZE[self.storage]
+        basis = int(item * sum(g.dim * g.components for g in self.groups))
+        loadings = 0 if s.limit else int(item) * sum(g.count * g.components for g in self.groups)
+        originals = sum(f.size for e in self.adapters for f in e.files)
+        lora = sum(e.layout.lora_bytes for e in self.adapters)
+        verbatim = sum(e.layout.extra_bytes for e in self.adapters)
+        # Pickles are converted, and kept for the run, unless disk is short.
+        converted = 0 if s.disk_budget is not None else sum(e.mapped_bytes for e in self.adapters if e.pickled)
         moments, files = self._moments()
-        converted = self._converted()
-        small, few = beside_moments(self.groups, self.adapters, self.settings)
+        small, few = beside_moments(self.groups, self.adapters, s)
+        codes, metadata = self._codes(originals, lora), self._metadata()
         return {
-            "originals": sum(f.size for e in self.adapters for f in e.files),
-            "lora": sum(e.layout.lora_bytes for e in self.adapters),
-            "verbatim": sum(e.layout.extra_bytes for e in self.adapters),
+            "originals": originals,
+            "lora": lora,
+            "verbatim": verbatim,
             "moments": moments,
             "converted": converted,
             "workspace": moments + converted + basis + small,
             "workspace_files": files + few,
             "basis": basis,
             "loadings": loadings,
-            "codes": self._codes(),
-            "metadata": (metadata := self._metadata()),
-            "checkpoint": basis
-            + loadings
-            + self._codes()
-            + metadata
-            + sum(e.layout.extra_bytes for e in self.adapters),
+            "codes": codes,
+            "metadata": metadata,
+            "checkpoint": basis + loadings + codes + metadata + verbatim,
         }
 
     def _metadata(self) -> int:
@@ -176,52 +198,40 @@ class Plan:
         each = sum(_META + len(e.config or "") + headers[e.layout.digest] for e in self.adapters)
         return each + sum(_GROUP + 3 * len(g.module) for g in self.groups) + sum(len(e.name) + 9 for e in self.adapters)
 
-    def _codes(self) -> int:
+    def _codes(self, originals: int, lora: int) -> int:
         """Bytes of codes at most, nearly: those of flat spectra, by the Gaussian bound and a quarter of a bit."""
         s = self.settings
         if s.limit is None:
             return 0
-        lora = sum(e.layout.lora_bytes for e in self.adapters)
         if s.max_error is None:
-            return min(lora, s.byte_limit(sum(f.size for e in self.adapters for f in e.files)) or lora)
+            return min(lora, s.byte_limit(originals) or lora)
         numbers = sum(m.rank * (m.dim("A") + m.dim("B")) for e in self.adapters for m in e.layout.modules)
         return min(lora, int(numbers * (log2(2**0.5 / s.max_error) + 0.25) / 8))
-
-    def _converted(self) -> int:
-        """What pickles are converted to, which is kept for the run, unless disk is short."""
-        return 0 if self.settings.disk_budget is not None else sum(e.mapped_bytes for e in self.adapters if e.pickled)
 
     def _moments(self) -> tuple[int, int]:
         """Bytes and files of moments, the most at a time."""
         if not self.groups:
             return 0, 0
-        stored = {m: [stored_moment(g, self.settings) for g in both] for m, both in self._modules.items()}
-        sizes = [[pair for m in part for pair in stored[m]] for part in self.portions(list(stored))]
+        sizes = [[g.stored_moment for m in part for g in self._modules[m]] for part in self.portions([*self._modules])]
         parts = sorted(((sum(b for b, _ in part), sum(f for _, f in part)) for part in sizes), reverse=True)
         in_work = parts[: self.step("accumulate").concurrency]
         whole = in_work if self.settings.discard_moments else parts
         whole = whole + (in_work if self.grows and whole is parts else [])  # new ones lie beside those of before
         return sum(b for b, _ in whole), sum(f for _, f in whole)
 
-    @cached_property
-    def _modules(self) -> dict[str, list[Group]]:
-        return modules_of(self.groups)
-
-    def portions(self, modules: Sequence[str]) -> list[tuple[str, ...]]:
-        """Modules in portions that are summed together."""
-        return portions(modules, self._modules, self.settings, self.step("accumulate"), grows=self.grows)
+    # -- refusal ----------------------------------------------------------------------------------------------
 
     @property
-    def processes(self) -> int:
-        """How many tasks run at a time at most."""
-        return max(step.concurrency for step in self.steps)
+    def fewest(self) -> int:
+        """How many adapters there must be: two to share, as in lorashare, unless some were admitted before."""
+        return 1 if self.grows or self.settings.limit else 2
 
     def validate(self) -> None:
         """Refuse what headers and arithmetic already show to be impossible.
 
         Raises:
-            CollectionError: naming every adapter that is refused (unless they may be skipped), or if
-                fewer than two are left.
+            CollectionError: naming all adapters that are refused (unless they may be skipped), or if fewer than two
+                are left.
             BudgetError: with the smallest memory that suffices.
         """
         if self.refused and self.settings.on_error == "raise":
@@ -233,14 +243,13 @@ class Plan:
         check_enough(len(self.adapters) + len(self.absent), self.refused, self.fewest)
         self._check_size()
         self._check_disk_budget()
-        least = max((s.least_bytes for s in self.steps), default=0)
-        if least > self.settings.memory:
-            step = max(self.steps, key=lambda s: s.least_bytes)
+        step = max(self.steps, key=lambda s: s.least_bytes)
+        if step.least_bytes > self.settings.memory:
             raise BudgetError(
                 f"the memory budget cannot hold one task of the step {step.name!r}",
                 found=bytes_shown(self.settings.memory),
-                expected=f"at least {bytes_shown(least)} ({least} bytes)",
-                remedy=f"Use --memory {-(-least >> 20) + 1}MiB or more.",
+                expected=f"at least {bytes_shown(step.least_bytes)} ({step.least_bytes} bytes)",
+                remedy=f"Use --memory {-(-step.least_bytes >> 20) + 1}MiB or more.",
             )
 
     def _check_size(self) -> None:
@@ -258,13 +267,13 @@ class Plan:
             )  # fmt: skip
 
     def _check_disk_budget(self) -> None:
-        budget, largest = self.settings.disk_budget, max((e.hub_bytes for e in self.adapters), default=0)
-        if budget is not None and len(self.batches) > 1 and 2 * largest > budget:
+        budget, least = self.settings.disk_budget, 2 * max((e.hub_bytes for e in self.adapters), default=0)
+        if budget is not None and len(self.batches) > 1 and least > budget:
             raise BudgetError(
                 "the disk budget cannot hold two of the largest adapter, one being fetched while one is added",
                 found=bytes_shown(budget),
-                expected=f"at least {bytes_shown(2 * largest)} ({2 * largest} bytes)",
-                remedy=f"Use --disk-budget {-(-2 * largest >> 20)}MiB or more; ten times as much is faster.",
+                expected=f"at least {bytes_shown(least)} ({least} bytes)",
+                remedy=f"Use --disk-budget {-(-least >> 20)}MiB or more; ten times as much is faster.",
             )
 
 
@@ -274,7 +283,7 @@ def _headers(layout: Layout) -> int:
 
 
 def cut(items: Sequence[T], sizes: Sequence[int], limit: int) -> list[list[T]]:
-    """Items in order, in lists whose sizes sum to `limit` at most, where an item alone does not exceed it.
+    """Items in order, in lists whose sizes sum to `limit` at most; an item that exceeds it is alone.
 
     >>> cut("abcd", [2, 2, 3, 1], 4)
     [['a', 'b'], ['c', 'd']]
@@ -303,49 +312,13 @@ def settings_key_of(
 
 
 def check_enough(count: int, refused: Iterable[AdapterError], fewest: int) -> None:
-    """Demand enough adapters.
-
-    Raises:
-        CollectionError: if there are fewer.
-    """
+    """Raise CollectionError if there are fewer adapters than needed."""
     if count < fewest:
+        alone = ", or give a limit such as --max-error 0.25, by which each is coded alone" if fewest > 1 else ""
         raise CollectionError(
             "sharing needs at least two adapters" if fewest > 1 else "no adapter is left",
             problems=tuple(refused),
             found=count,
             expected=f"{fewest} or more",
-            remedy="Add adapters of the same base model"
-            + (", or give a limit such as --max-error 0.25, by which each is coded alone." if fewest > 1 else "."),
+            remedy=f"Add adapters of the same base model{alone}.",
         )
-
-
-def make_plan(
-    found: Catalog,
-    settings: Settings,
-    bound_base: str | None = None,
-    *,
-    grows: bool = False,
-    recalled: Iterable[str] = (),
-) -> Plan:
-    """Arithmetic on a catalog: groups, statistics, bytes of every step, tasks at a time.
-
-    Args:
-        found: the adapters.
-        settings: of the run.
-        bound_base: the base model of the workspace.
-        grows: whether the workspace may hold moments, to which is added.
-        recalled: names of adapters in the workspace whose sources nobody has named; those refused now are absent.
-    """
-    bound = bound_base if bound_base is not None and bound_base in settings.base_aliases else found.base_model
-    groups = groups_of(found.adapters) if settings.fits else ()
-    dtypes = {r.dtype for e in examples(found.adapters) for m in e.layout.modules for r in (m.a, m.b)}
-    storage = widest(dtypes) if settings.dtype == "auto" else STORAGE[settings.dtype]
-    storage = "F32" if settings.limit else storage  # a code has none, and is restored in the dtype of each source
-    steps = steps_of(found.adapters, groups, settings, storage, grows=grows)
-    names = set(recalled)
-    absent = tuple(e for e in found.refused if e.adapter in names)
-    refused = tuple(e for e in found.refused if e.adapter not in names)
-    return Plan(
-        settings, found.adapters, refused, absent, groups, storage, steps, found.base_model, found.inner, found.doubles,
-        bound, grows,
-    )  # fmt: skip

@@ -26,7 +26,7 @@ from ..hub.fetch import fetching_for
 from ..hub.lookup import source_of
 from ..linalg.delta import relative_error
 from ..pipeline import plan_for
-from ..plan.memory import SAMPLE, Step, steps_of
+from ..plan.memory import SAMPLE, Step
 from ..plan.plan import Plan
 from ..runtime.executors import Mapper, executor_for, local_mapper
 from ..runtime.progress import Progress
@@ -165,7 +165,7 @@ def coding_step(plan: Plan) -> Step:
     """The step of coding, whether or not the plan has one."""
     s = plan.settings
     coded = replace(s, directions=False) if s.limit else replace(s, objective="delta", center=False, max_error=0.25)
-    return steps_of(plan.adapters, (), coded, plan.storage, grows=plan.grows)[-1]
+    return replace(plan, settings=coded).step("encode")
 
 
 def check_memory(plan: Plan, least: int) -> None:

@@ -10,7 +10,6 @@ from dataclasses import replace
 from ..adapters.hubid import cached_id
 from ..checkpoint.config import Recorded, SHAREConfig, record_of
 from ..checkpoint.format import PARTS, next_bytes, total_bytes
-from ..linalg.basis import break_even
 from ..plan.plan import Plan
 from ..settings import Settings
 from ..text import bytes_shown, counted, few, figure, listed, printable
@@ -105,7 +104,7 @@ def _hub_rows(plan: Plan) -> list[Row]:
 
 def break_even_range(plan: Plan) -> str:
     """The range over the groups of the k above which sharing saves nothing."""
-    values = [break_even(g.dim, g.count) for g in plan.groups]
+    values = [g.break_even for g in plan.groups]
     ends = sorted({f"{min(values):.0f}", f"{max(values):.0f}"}, key=int) if values else ["no groups"]
     return " to ".join(ends)
 
@@ -136,7 +135,7 @@ def _k_notes(plan: Plan) -> list[str]:
     s, size, out = plan.settings, plan.sizes, []
     if s.limit is not None or s.num_components == "auto":
         return []
-    clamped = sum(g.components(s) < s.num_components for g in plan.groups)
+    clamped = sum(g.components < s.num_components for g in plan.groups)
     if clamped:
         out.append(f"k is clamped to min(d, n) in {clamped} of {len(plan.groups)} groups")
     if size["basis"] + size["loadings"] > size["lora"]:
@@ -144,8 +143,8 @@ def _k_notes(plan: Plan) -> list[str]:
             f"the shared form, {bytes_shown(size['basis'] + size['loadings'])}, is larger than the LoRA tensors, "
             f"{bytes_shown(size['lora'])}: add adapters, or take k below the break-even"
         )
-    ends = [(g, break_even(g.dim, g.count)) for g in plan.groups if g.count]
-    large = [f"{g.module}:{g.side} (break-even k = {end:.1f})" for g, end in ends if g.components(s) > end]
+    above = [g for g in plan.groups if g.count and g.components > g.break_even]
+    large = [f"{g.module}:{g.side} (break-even k = {g.break_even:.1f})" for g in above]
     if 0 < len(large) < len(plan.groups):
         out.append(
             f"{len(large)} of {len(plan.groups)} groups are larger shared than not: {listed(large, 3)}; take a smaller "

@@ -24,7 +24,7 @@ from ..hub.client import AT_ONCE
 from ..hub.fetch import Fetcher
 from ..hub.lookup import loose_ids, resolve_on_hub
 from ..linalg.delta import DeltaError, delta_errors, relative_error
-from ..plan.catalog import Interned, catalog, read_entry
+from ..plan.catalog import Reader
 from ..settings import Settings
 from ..text import listed
 
@@ -89,19 +89,21 @@ def verify(
     ours = model.config.record
     settings = Settings(share_initial=bool(ours and ours.share_initial), offline=offline)
     settings = replace(settings, disk_budget=settings.memory)  # the cache is not filled with what is read once
+    local = Reader(settings)
     remote = {name: source for name, source in originals.items() if source.hub is not None}
     for name in model.adapter_names:
         if name not in remote:
-            yield _judged(model, name, _local(originals.get(name), settings))
+            yield _judged(model, name, _local(originals.get(name), local))
     if not remote:
         return
     _, surveyed = resolve_on_hub(list(remote.values()), settings, workspace, writes=False)
-    shared, adapters = Interned(), []
+    reader, adapters = Reader(settings, surveyed), []
     for name, source in remote.items():
-        try:
-            adapters.append(read_entry(source, name, shared, settings, surveyed))
-        except AdapterError as e:
-            yield _judged(model, name, e)
+        found = reader.read(replace(source, name=name))
+        if isinstance(found, AdapterError):
+            yield _judged(model, name, found)
+        else:
+            adapters.append(found)
     room = 2 * AT_ONCE * max((e.hub_bytes for e in adapters), default=0)
     with (
         tempfile.TemporaryDirectory(prefix="lorashare-stream-") as folder,
@@ -115,15 +117,14 @@ def verify(
                 fetcher.release([result])
 
 
-def _local(source: Source | None, settings: Settings) -> Adapter | Exception:
+def _local(source: Source | None, reader: Reader) -> Adapter | Exception:
     """Local original, or the error why it cannot be read."""
     if source is None:
         return StreamError("its original is not among the sources")
     try:
-        found = catalog([source], settings)
+        return reader.read(source)
     except OSError as e:
         return e
-    return found.refused[0] if found.refused else found.adapters[0]
 
 
 def _judged(model: Checkpoint, name: str, original: Adapter | Exception) -> Verdict:
