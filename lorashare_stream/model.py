@@ -15,13 +15,11 @@ from typing import Any, Self
 
 import torch
 
-from .checkpoint.coded_reader import AbsentMapping, open_checkpoint
-from .checkpoint.compare import comparison, load_adapter
 from .checkpoint.config import SHAREConfig
 from .checkpoint.location import Folder
 from .checkpoint.publish import copy_checkpoint
-from .checkpoint.reader import CheckpointReader, PerAdapter, Tensors, restored
-from .checkpoint.restore import refuse_originals, save_adapter
+from .checkpoint.reader import AbsentMapping, CheckpointReader, LazyMapping, Tensors, open_checkpoint, restored
+from .checkpoint.restore import comparison, load_factors, refuse_originals, save_adapter
 from .edits.add import add_one
 from .edits.options import RunOptions
 from .edits.remove import remove
@@ -194,10 +192,10 @@ class SHAREModel:
         """Take everything from a checkpoint, when it is asked for."""
         names = reader.names
         self._names, self.config, self.components = names, reader.config, reader.components
-        self.all_loadings = AbsentMapping("loadings") if reader.config.coded else PerAdapter(names, reader.loadings)
-        self.adapter_configs = PerAdapter(names, reader.adapter_config)
-        self.all_classifier_heads = PerAdapter(names, reader.verbatim)
-        self.adapter_sources = reader.sources
+        self.all_loadings = AbsentMapping("loadings") if reader.config.coded else LazyMapping(names, reader.loadings)
+        self.adapter_configs = LazyMapping(names, reader.adapter_config)
+        self.all_classifier_heads = LazyMapping(names, reader.verbatim)
+        self.adapter_sources = LazyMapping(names, lambda name: reader.meta(name).original_adapter_path)
         self._reader = reader
         self._root = reader.place.root if isinstance(reader.place, Folder) else None
 
@@ -376,10 +374,7 @@ class SHAREModel:
     def _tensors(self, name: str) -> Tensors:
         if self._reader is not None:
             return self._reader.tensors(name)
-        tensors = dict(self.all_classifier_heads.get(name, {}))
-        for group, loading in self.all_loadings[name].items():
-            tensors |= restored(name, group, self.components, loading)
-        return tensors
+        return self.all_classifier_heads.get(name, {}) | restored(name, self.components, self.all_loadings[name])
 
     def apply(self, base_model: Any, adapter_name: str) -> Any:
         """Load one adapter on a base model: a `peft.PeftModel`.
@@ -473,7 +468,7 @@ class SHAREModel:
         if isinstance(original_weights, str | Path):
             raise UsageError("original_weights is a path", remedy="Give it as original_path.")
         if original_weights is None:
-            original_weights = {k: v for k, v in load_adapter(Path(str(original_path))).items() if ".lora_" in k}
+            original_weights = load_factors(Path(str(original_path)))
         config = self.adapter_configs.get(adapter_name, {})
         found = self.reconstruct(adapter_name)
         return comparison(original_weights, found, config, adapter_name, coded=bool(self.config.coded))
