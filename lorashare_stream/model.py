@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import sys
-import tempfile
 import warnings
 import weakref
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 import torch
@@ -39,7 +40,12 @@ from .settings import LIMITS, Settings
 from .text import encodable, listed, printable, spelled
 
 log = logging.getLogger(__name__)
-_said: set[str] = set()
+
+
+@cache
+def _say_void(argument: str) -> None:
+    """Warn, once, whoever gives an argument of lorashare's that means nothing here."""
+    warnings.warn(f"{argument} has no effect: adapters are always streamed", UserWarning, stacklevel=3)
 
 
 class SHAREModel:
@@ -66,15 +72,12 @@ class SHAREModel:
         all_classifier_heads: Mapping[str, Tensors] | None = None,
         adapter_sources: Mapping[str, str] | None = None,
     ) -> None:
-        self._names: Mapping[str, Any] = all_loadings
-        self.config = config
-        self.components = components
-        self.all_loadings = all_loadings
-        self.adapter_configs = adapter_configs
+        self.config, self.components = config, components
+        self.all_loadings, self.adapter_configs = all_loadings, adapter_configs
         self.all_classifier_heads: Mapping[str, Tensors] = all_classifier_heads or {}
         self.adapter_sources: Mapping[str, str] = adapter_sources or {}
         self.notes: Counter[str] = Counter()
-        self._root: Path | None = None  # where it can be changed
+        self._names: Mapping[str, Any] = all_loadings
         self._reader: CheckpointReader | None = None
 
     @classmethod
@@ -112,9 +115,8 @@ class SHAREModel:
             ValueError: our errors are ValueErrors where lorashare's are.
         """
         for name, value in (("layer_by_layer", layer_by_layer), ("chunk_size", chunk_size)):
-            if value and name not in _said:
-                _said.add(name)
-                warnings.warn(f"{name} has no effect: adapters are always streamed", UserWarning, stacklevel=2)
+            if value:
+                _say_void(name)
         limits = [name for name in LIMITS if settings.get(name) is not None]
         if limits and num_components != 32:
             raise UsageError("both num_components and a limit", found=listed(limits), remedy="Give only one of them.")
@@ -128,10 +130,11 @@ class SHAREModel:
                 **settings,
             }
         )
-        temporary = None if output_dir is not None else Path(tempfile.mkdtemp(prefix="lorashare-stream-"))
-        try:
-            out = Path(output_dir) if output_dir is not None else (temporary or Path()) / "checkpoint"
-            root = Path(workspace) if workspace is not None else None
+        with ExitStack() as temporary:
+            if output_dir is None:
+                folder = TemporaryDirectory(prefix="lorashare-stream-", ignore_cleanup_errors=True)
+                output_dir = Path(temporary.enter_context(folder), "checkpoint")
+            out, root = Path(output_dir), None if workspace is None else Path(workspace)
             found = resolve(adapters, missing_ok=chosen.on_error == "skip")
             plan = plan_for(found, chosen, root or out.parent / f"{out.name}.workspace")
             for note in adapter_notes(plan):
@@ -141,12 +144,7 @@ class SHAREModel:
                 reasons = "\n".join([f"left out: {listed(e.adapter for e in skipped)}", *problem_lines(skipped)])
                 warnings.warn(reasons, UserWarning, stacklevel=2)
             model = cls.from_pretrained(out)
-        except BaseException:
-            if temporary is not None:
-                shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        if temporary is not None:
-            weakref.finalize(model, shutil.rmtree, temporary, ignore_errors=True)
+            weakref.finalize(model, temporary.pop_all().close)
         return model
 
     @classmethod
@@ -190,20 +188,17 @@ class SHAREModel:
 
     def _read_by(self, reader: CheckpointReader) -> None:
         """Take everything from a checkpoint, when it is asked for."""
-        names = reader.names
-        self._names, self.config, self.components = names, reader.config, reader.components
+        names, self._names, self._reader = reader.names, reader.names, reader
+        self.config, self.components = reader.config, reader.components
         self.all_loadings = AbsentMapping("loadings") if reader.config.coded else LazyMapping(names, reader.loadings)
         self.adapter_configs = LazyMapping(names, reader.adapter_config)
         self.all_classifier_heads = LazyMapping(names, reader.verbatim)
         self.adapter_sources = LazyMapping(names, lambda name: reader.meta(name).original_adapter_path)
-        self._reader = reader
-        self._root = reader.place.root if isinstance(reader.place, Folder) else None
 
     def __repr__(self) -> str:
-        base, form = printable(self.config.base_model_name_or_path), f"k={self.config.num_components}"
-        return (
-            f"{type(self).__name__}({len(self._names)} adapters of {base!r}, {'coded' if self.config.coded else form})"
-        )
+        base = printable(self.config.base_model_name_or_path)
+        form = "coded" if self.config.coded else f"k={self.config.num_components}"
+        return f"{type(self).__name__}({len(self._names)} adapters of {base!r}, {form})"
 
     @property
     def adapter_names(self) -> list[str]:
@@ -265,16 +260,16 @@ class SHAREModel:
             )
         return self._reader
 
-    def _folder(self) -> Path:
+    def _folder(self) -> Folder:
         """Where it is changed on disk."""
         place = self._open_reader().place
-        if self._root is None:
+        if not isinstance(place, Folder):
             raise UsageError(
                 "a checkpoint on the Hub cannot be changed where it is",
                 found=place,
                 remedy="Save it by save_pretrained(folder), change the one in the folder, and push that.",
             )
-        return self._root
+        return place
 
     def _known(self, name: str) -> None:
         if name not in self._names:
@@ -308,9 +303,9 @@ class SHAREModel:
         if name is not None and name in self._names:
             raise UsageError(f"there is an adapter named {printable(name)!r} already", remedy="Give it another name.")
         options = RunOptions(changes={"device": str(device or "auto")}, accept=variance_threshold)
-        root = self._folder()
-        result = add_one(root, adapter if name is None else {name: adapter}, options, refit=force_recompute)
-        self._read_by(open_checkpoint(Folder(root)))
+        folder = self._folder()
+        result = add_one(folder.root, adapter if name is None else {name: adapter}, options, refit=force_recompute)
+        self._read_by(open_checkpoint(folder))
         return result
 
     def remove_adapter(self, adapter_name: str) -> None:
@@ -323,9 +318,9 @@ class SHAREModel:
             UsageError: a ValueError, if it is the last one.
         """
         self._known(adapter_name)
-        root = self._folder()
-        remove(root, [adapter_name], RunOptions())
-        self._read_by(open_checkpoint(Folder(root)))
+        folder = self._folder()
+        remove(folder.root, [adapter_name], RunOptions())
+        self._read_by(open_checkpoint(folder))
 
     def reconstruct(
         self,
@@ -357,13 +352,13 @@ class SHAREModel:
         self._known(adapter_name)
         if output_dir is not None:
             refuse_originals(Path(output_dir))
-        tensors = self._tensors(adapter_name)
-        if not (uniform or rank is not None or engine is not None or output_dir is not None):
+        tensors, uniform = self._tensors(adapter_name), uniform or rank is not None or engine is not None
+        if not uniform and output_dir is None:
             return tensors
         config = self.adapter_configs[adapter_name]
         if not config:
             raise CheckpointError("its adapter_config.json was not kept", adapter=adapter_name)
-        if uniform or rank is not None or engine is not None:
+        if uniform:
             tensors, config = uniform_of(tensors, config, rank=rank, adapter=adapter_name)
         notes = [] if engine is None else check_engine(engine, tensors, config, adapter_name)
         if output_dir is not None:
@@ -386,7 +381,7 @@ class SHAREModel:
         from peft import PeftModel
 
         check_base(base_model, peft=True)
-        with tempfile.TemporaryDirectory() as folder:
+        with TemporaryDirectory() as folder:
             self.reconstruct(adapter_name, output_dir=folder)
             try:
                 return PeftModel.from_pretrained(base_model, folder)
