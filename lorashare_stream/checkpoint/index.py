@@ -337,12 +337,7 @@ def _parsed(raw: bytes) -> Index:
     packs, adapters, tensors = [Pack(*row[:3]) for row in file.packs], file.adapters, file.tensors
     for what, values in (("packs", [p.file for p in packs]), ("adapters", adapters.name), ("tensors", tensors.digest)):
         _demand(len(set(values)) == len(values), f"two {what} of one name or digest")
-    code_at, tensor_at = _locations(
-        file.packs,
-        packs,
-        list(zip(adapters.nbytes, adapters.digest, strict=True)),
-        list(zip(tensors.nbytes, tensors.digest, strict=True)),
-    )
+    code_at, tensor_at = _locations(file, packs)
     kinds = [(dtype, tuple(shape), coding) for dtype, shape, coding in file.kinds]
     found = {at.digest: _tensor(kinds[n], at) for n, at in zip(tensors.kind, tensor_at, strict=True)}
     columns = (
@@ -356,21 +351,19 @@ def _parsed(raw: bytes) -> Index:
     return Index(tuple(packs), {row[0]: CodedAdapter(*row) for row in zip(*columns, strict=True)}, found)
 
 
-def _locations(
-    rows: Sequence[PackRow], packs: Sequence[Pack], *parts: Sequence[tuple[int, str]]
-) -> tuple[list[Location], ...]:
-    """Where codes and tensors, (bytes, digest) in the order of packs, lie; each pack must be full, and none left."""
-    located: tuple[list[Location], ...] = tuple([] for _ in parts)
-    for row, pack in zip(rows, packs, strict=True):
+def _locations(file: IndexFile, packs: Sequence[Pack]) -> tuple[list[Location], list[Location]]:
+    """Where codes and tensors lie; each pack must be full, and none left."""
+    located: tuple[list[Location], list[Location]] = [], []
+    parts = [list(zip(column.nbytes, column.digest, strict=True)) for column in (file.adapters, file.tensors)]
+    for part, total in zip(parts, (sum(row[i] for row in file.packs) for i in (3, 4)), strict=True):
+        _demand(len(part) == total, f"{len(part)} codes or tensors, {total} of them in packs")
+    for pack, (*_, codes, tensors) in zip(packs, file.packs, strict=True):
         offset = pack.start
-        for part, found, count in zip(parts, located, row[3:], strict=True):
-            _demand(count <= len(part) - len(found), f"{pack.file} with {count} codes or tensors, of {len(part)}")
+        for part, found, count in zip(parts, located, (codes, tensors), strict=True):
             for nbytes, digest in part[len(found) : len(found) + count]:
                 found.append(Location(pack, offset, nbytes, digest))
                 offset += nbytes
         _demand(offset == pack.nbytes, f"{pack.file} of {pack.nbytes} bytes, with {offset} bytes in it")
-    for part, found in zip(parts, located, strict=True):
-        _demand(len(part) == len(found), f"{len(part)} codes or tensors, {len(found)} of them in packs")
     return located
 
 

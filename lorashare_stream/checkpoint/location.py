@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Collection
 from pathlib import Path
-from typing import Protocol
 
 from .format import ADAPTERS
 from .publish import settled
 
 
-class Place(Protocol):
+class Place(ABC):
     """Where one checkpoint lies; its files are named by their paths in it.
 
     Attributes:
@@ -20,44 +20,45 @@ class Place(Protocol):
         near: bytes between two parts of a file that it is cheaper to read along than to read the parts one by one.
     """
 
-    mixed: str
-    near: int
     root: Path
+    mixed: str
+    near = 0
 
+    @abstractmethod
     def file(self, relative: str) -> Path:
         """The path of a file on this machine.
 
         Raises:
             FileNotFoundError: if there is no such file.
         """
-        ...
 
     def read(self, relative: str, offset: int, count: int) -> bytes:
-        """Bytes of a file; fewer at its end.
+        """Bytes of a file, fewer at its end.
 
         Raises:
             FileNotFoundError: if there is no such file.
         """
-        ...
+        with self.file(relative).open("rb", buffering=0) as f:  # no map: a file that is cut short meanwhile is an error
+            size = os.fstat(f.fileno()).st_size
+            return os.pread(f.fileno(), max(0, min(count, size - offset)), offset)
 
     def adapters(self) -> Collection[str] | None:
         """Folder names of the adapters; None if they are not known without asking for each."""
-        ...
+        return None
 
+    @abstractmethod
     def fetch(self) -> None:
         """Have all files at once, sooner than one by one."""
-        ...
 
     def is_closed(self) -> bool:
-        """Whether not everybody may read it."""
-        ...
+        """Whether it is known that not everybody may read it."""
+        return False
 
 
 class Folder(Place):
     """A checkpoint in a folder."""
 
     mixed = "the checkpoint was replaced, open it again"
-    near = 0
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -74,12 +75,8 @@ class Folder(Place):
             raise FileNotFoundError(relative)
         return path
 
-    def read(self, relative: str, offset: int, count: int) -> bytes:
-        """Bytes of a file."""
-        return read_part(self.file(relative), offset, count)
-
     def adapters(self) -> Collection[str] | None:
-        """Names of the adapters' folders."""
+        """Folder names of the adapters."""
         try:
             with os.scandir(self.root / ADAPTERS) as entries:
                 return {e.name for e in entries if e.is_dir() and not e.name.startswith(".")}
@@ -88,14 +85,3 @@ class Folder(Place):
 
     def fetch(self) -> None:
         """Nothing: all files are there."""
-
-    def is_closed(self) -> bool:
-        """False: of a folder it is not known."""
-        return False
-
-
-def read_part(path: Path, offset: int, count: int) -> bytes:
-    """Bytes of a file, fewer at its end; it is not mapped, so that one which is cut short meanwhile is no signal."""
-    with path.open("rb", buffering=0) as f:
-        size = os.fstat(f.fileno()).st_size
-        return os.pread(f.fileno(), max(0, min(count, size - offset)), offset)

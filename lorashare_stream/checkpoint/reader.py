@@ -236,10 +236,6 @@ class CodedReader(CheckpointReader):
         """Raises CheckpointError: there are none."""
         raise _absent("loadings")
 
-    def modules(self, name: str) -> list[CodedModule]:
-        """The coded modules of one adapter, from the index alone."""
-        return modules_of(self.index.adapters[name])
-
     def tensors(self, name: str) -> Tensors:
         """PEFT key -> tensor of one adapter, decoded, in the dtypes that it came with."""
         adapter = self.index.adapters[name]

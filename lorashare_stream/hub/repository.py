@@ -18,7 +18,7 @@ from typing import TypeVar
 from ..adapters.folder import CONFIG as ADAPTER_CONFIG
 from ..adapters.hubid import HubId, cached_id, parse_hub_id
 from ..checkpoint.format import ADAPTERS, COMPONENTS, CONFIG, FILES, INDEX, LOADINGS, META, PACKS, VERBATIM
-from ..checkpoint.location import Folder, Place, read_part
+from ..checkpoint.location import Folder, Place
 from ..errors import CheckpointError, MissingCheckpointError, StreamError, UsageError
 from ..files import atomic_path
 from ..text import listed, printable
@@ -29,7 +29,7 @@ T = TypeVar("T")
 LARGE = 64 << 20  # bytes of a part for which the whole file is fetched, since a download goes on where it was cut
 
 
-class Repository:
+class Repository(Place):
     """A checkpoint at a commit of a repository on the Hub.
 
     Args:
@@ -131,7 +131,7 @@ class Repository:
             CheckpointError: if it may not be read, or is not in the cache and this is offline.
         """
         if count > LARGE or self._hub.offline or self._cached(relative) is not None:
-            return read_part(self.file(relative), offset, count)
+            return super().read(relative, offset, count)
         part = partial(self._hub.part, self.id, relative, offset, count, self._token)
         return self._patiently(part, f"{self.id}: {relative}")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..adapters.keys import SIDES, factor_key, group_id, split_group_id
 from ..checkpoint.config import read_share_config
 from ..checkpoint.format import DIRECTIONS
-from ..checkpoint.reader import CheckpointReader, CodedReader, Tensors, restored
+from ..checkpoint.reader import CheckpointReader, CodedReader, Tensors, modules_of, restored
 from ..errors import AdapterError, CheckpointError
 from ..text import counted
 from .banks import Bank, Cache, Parts
@@ -119,7 +119,7 @@ def _coded_shapes(reader: CodedReader, name: str) -> Shapes:
     """The same of an adapter in a coded checkpoint, from the index."""
     kept = reader.index.adapters[name].verbatim
     found = {key: reader.index.tensors[digest].shape for key, digest in kept.items() if key != DIRECTIONS}
-    for m in reader.modules(name):
+    for m in modules_of(reader.index.adapters[name]):
         found |= {factor_key(m.name, "A"): (m.rank, m.d_in), factor_key(m.name, "B"): (m.d_out, m.rank)}
     return found
 
