@@ -598,7 +598,7 @@ def test_words_that_no_encoder_writes_are_an_error() -> None:
 
 
 def coded_adapter(layout: Any) -> CodedAdapter:
-    return CodedAdapter("a", {}, layout, {}, Location(Pack("0" * 64, 0, 0), 0, 0, "0" * 32), {})
+    return CodedAdapter("a", {}, layout, {}, Location(Pack("0" * 64, 0, 0, 0, 0), 0, 0, "0" * 32), {})
 
 
 @pytest.mark.parametrize("layout", [

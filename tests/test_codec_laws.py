@@ -449,7 +449,7 @@ def lying(coded: Path, change: Callable[[CodedAdapter], CodedAdapter], code: byt
         whole[at.offset : at.offset + at.nbytes] = code.ljust(at.nbytes, b"\0")[: at.nbytes]
         (coded / pack.file).unlink()
         (coded / "packs" / "new").write_bytes(whole)
-        new = replace(pack, sha256=digest_files([coded / "packs" / "new"]))
+        new = pack._replace(sha256=digest_files([coded / "packs" / "new"]))
         (coded / "packs" / "new").rename(coded / new.file)
 
         def moved(at: Location) -> Location:

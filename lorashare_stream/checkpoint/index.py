@@ -12,12 +12,11 @@ import json
 import math
 import os
 import zlib
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 
 from pydantic import AfterValidator, Field, ValidationError
 
@@ -48,10 +47,24 @@ def _checked_name(name: str) -> str:
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]  # the first 32 hex digits of a SHA-256
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Name = Annotated[str, AfterValidator(_checked_name)]
-PackRow = Annotated[tuple[Sha256, Count, Count, Count, Count], Field(strict=False)]  # as in docs/format.md
 Dtype = Annotated[str, Field(pattern=f"^({'|'.join(ITEMSIZE)})$")]
 Shape = Annotated[list[Count], Field(max_length=MAX_DIMS)]
 Kind = Annotated[tuple[Dtype, Shape, Literal["", "planes"]], Field(strict=False)]
+
+
+class Pack(NamedTuple):
+    """A file of codes: its SHA-256 (hex), its bytes, those of its safetensors header, and how much is in it."""
+
+    sha256: Sha256
+    nbytes: Count
+    start: Count
+    adapters: Count
+    tensors: Count
+
+    @property
+    def file(self) -> str:
+        """Its path in the checkpoint."""
+        return f"{PACKS}/{self.sha256[:16]}.safetensors"
 
 
 class Table(Schema, Generic[V]):
@@ -104,26 +117,12 @@ class IndexFile(Schema):
     """The JSON of an index. `configs` are distinct adapter_config.json, `kinds` dtype, shape and coding of tensors."""
 
     version: Literal[1]
-    packs: list[PackRow]
+    packs: list[Pack]
     configs: list[dict[str, Any]]
     layouts: list[Any]
     kinds: list[Kind]
     tensors: TensorColumns
     adapters: AdapterColumns
-
-
-@dataclass(frozen=True, slots=True)
-class Pack:
-    """A file of codes: its SHA-256 (hex), its bytes, and those of its safetensors header."""
-
-    sha256: str
-    nbytes: int
-    start: int
-
-    @property
-    def file(self) -> str:
-        """Its path in the checkpoint."""
-        return f"{PACKS}/{self.sha256[:16]}.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,14 +286,13 @@ def _stream(path: Path) -> bytes:
 
 def _as_json(index: Index) -> dict[str, Any]:
     adapters, tensors = list(index.adapters.values()), list(index.tensors.values())
-    codes, kept = Counter(a.code.pack for a in adapters), Counter(t.at.pack for t in tensors)
     configs, config = _numbered([a.config for a in adapters])
     layouts, layout = _numbered([a.layout for a in adapters])
     kinds, kind = _numbered([[t.dtype, list(t.shape), t.coding] for t in tensors])
     number = {digest: i for i, digest in enumerate(index.tensors)}
     return {
         "version": 1,
-        "packs": [[pack.sha256, pack.nbytes, pack.start, codes[pack], kept[pack]] for pack in index.packs],
+        "packs": index.packs,
         "configs": configs,
         "layouts": layouts,
         "kinds": kinds,
@@ -334,10 +332,10 @@ def _table(objects: Sequence[Json]) -> dict[str, Any]:
 
 def _parsed(raw: bytes) -> Index:
     file = IndexFile.model_validate(json.loads(raw))  # which has names that are not UTF-8
-    packs, adapters, tensors = [Pack(*row[:3]) for row in file.packs], file.adapters, file.tensors
-    for what, values in (("packs", [p.file for p in packs]), ("adapters", adapters.name), ("tensors", tensors.digest)):
+    adapters, tensors, files = file.adapters, file.tensors, [pack.file for pack in file.packs]
+    for what, values in (("packs", files), ("adapters", adapters.name), ("tensors", tensors.digest)):
         _demand(len(set(values)) == len(values), f"two {what} of one name or digest")
-    code_at, tensor_at = _locations(file, packs)
+    code_at, tensor_at = _locations(file)
     kinds = [(dtype, tuple(shape), coding) for dtype, shape, coding in file.kinds]
     found = {at.digest: _tensor(kinds[n], at) for n, at in zip(tensors.kind, tensor_at, strict=True)}
     columns = (
@@ -348,23 +346,24 @@ def _parsed(raw: bytes) -> Index:
         code_at,
         [{key: tensors.digest[n] for key, n in o.items()} for o in adapters.verbatim.objects()],
     )
-    return Index(tuple(packs), {row[0]: CodedAdapter(*row) for row in zip(*columns, strict=True)}, found)
+    return Index(tuple(file.packs), {row[0]: CodedAdapter(*row) for row in zip(*columns, strict=True)}, found)
 
 
-def _locations(file: IndexFile, packs: Sequence[Pack]) -> tuple[list[Location], list[Location]]:
+def _locations(file: IndexFile) -> tuple[list[Location], list[Location]]:
     """Where codes and tensors lie; each pack must be full, and none left."""
-    located: tuple[list[Location], list[Location]] = [], []
-    parts = [list(zip(column.nbytes, column.digest, strict=True)) for column in (file.adapters, file.tensors)]
-    for part, total in zip(parts, (sum(row[i] for row in file.packs) for i in (3, 4)), strict=True):
-        _demand(len(part) == total, f"{len(part)} codes or tensors, {total} of them in packs")
-    for pack, (*_, codes, tensors) in zip(packs, file.packs, strict=True):
+    codes, tensors = (list(zip(part.nbytes, part.digest, strict=True)) for part in (file.adapters, file.tensors))
+    code_at: list[Location] = []
+    tensor_at: list[Location] = []
+    for pack in file.packs:
         offset = pack.start
-        for part, found, count in zip(parts, located, (codes, tensors), strict=True):
-            for nbytes, digest in part[len(found) : len(found) + count]:
+        for parts, found, count in ((codes, code_at, pack.adapters), (tensors, tensor_at, pack.tensors)):
+            for nbytes, digest in parts[len(found) : len(found) + count]:
                 found.append(Location(pack, offset, nbytes, digest))
                 offset += nbytes
         _demand(offset == pack.nbytes, f"{pack.file} of {pack.nbytes} bytes, with {offset} bytes in it")
-    return located
+    held = sum(pack.adapters for pack in file.packs), sum(pack.tensors for pack in file.packs)
+    _demand(held == (len(codes), len(tensors)), f"{len(codes)} codes, {len(tensors)} tensors, but {held} in packs")
+    return code_at, tensor_at
 
 
 def _tensor(kind: tuple[str, tuple[int, ...], str], at: Location) -> StoredTensor:

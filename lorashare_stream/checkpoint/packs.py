@@ -35,7 +35,7 @@ TENSORS_MOST = 1 << 30  # bytes of verbatim tensors of a pack, before any coding
 GAIN = 0.97  # a tensor is stored in planes if that takes at most so much of its bytes
 VERBATIM_PART = ":verbatim"  # a name that no adapter can have
 
-_NOWHERE = Pack("", 0, 0)  # of what is not written yet
+_NOWHERE = Pack("", 0, 0, 0, 0)  # of what is not written yet
 
 Read = Callable[[str, int, int], bytes]  # `Place.read`: (file, offset, count) -> bytes, fewer at its end
 
@@ -155,11 +155,16 @@ def remove_from_packs(root: Path, index: Index, names: Collection[str], read: Re
     Raises:
         CheckpointError: if a code that must be copied is damaged.
     """
-    before = _content(index, index.adapters.values())
-    after = _content(index, (adapter for name, adapter in index.adapters.items() if name not in names))
+    content: dict[Pack, tuple[dict[str, CodedAdapter], dict[str, StoredTensor]]]
+    content = {pack: ({}, {}) for pack in index.packs}
+    for adapter in (adapter for name, adapter in index.adapters.items() if name not in names):
+        content[adapter.code.pack][0][adapter.name] = adapter
+        for _, digest in sorted(adapter.verbatim.items()):  # in the order in which adapters need them
+            tensor = index.tensors[digest]
+            content[tensor.at.pack][1].setdefault(digest, tensor)
     packs, done, tensors = list[Pack](), dict[str, CodedAdapter](), dict[str, StoredTensor]()
-    for pack, (adapters, kept) in after.items():
-        if (len(adapters), len(kept)) == (len(before[pack][0]), len(before[pack][1])):
+    for pack, (adapters, kept) in content.items():
+        if (len(adapters), len(kept)) == (pack.adapters, pack.tensors):
             left = Index((pack,), adapters, dict(sorted(kept.items(), key=lambda item: item[1].at.offset)))
         elif adapters or kept:
             with _spool(root) as spool:
@@ -173,20 +178,6 @@ def remove_from_packs(root: Path, index: Index, names: Collection[str], read: Re
         done |= left.adapters
         tensors |= left.tensors
     return Index(tuple(packs), done, tensors)
-
-
-def _content(
-    index: Index, adapters: Iterable[CodedAdapter]
-) -> dict[Pack, tuple[dict[str, CodedAdapter], dict[str, StoredTensor]]]:
-    """Pack -> some of its adapters, and the tensors that some adapter needs, in the order in which these do."""
-    content: dict[Pack, tuple[dict[str, CodedAdapter], dict[str, StoredTensor]]]
-    content = {pack: ({}, {}) for pack in index.packs}
-    for adapter in adapters:
-        content[adapter.code.pack][0][adapter.name] = adapter
-        for _, digest in sorted(adapter.verbatim.items()):
-            tensor = index.tensors[digest]
-            content[tensor.at.pack][1].setdefault(digest, tensor)
-    return content
 
 
 def _spool(root: Path) -> IO[bytes]:
@@ -250,7 +241,7 @@ def _write_pack(root: Path, draft: _Draft) -> Index:
             write_safetensors(f, parts, chain(draft.codes, iter(lambda: draft.spool.read(BLOCK), b"")))
             f.flush()
             os.fsync(f.fileno())
-            pack = Pack(digest_files([temporary]), f.tell(), start)
+            pack = Pack(digest_files([temporary]), f.tell(), start, len(draft.adapters), len(draft.tensors))
             os.replace(temporary, root / pack.file)
     except BaseException:
         temporary.unlink(missing_ok=True)
