@@ -48,7 +48,7 @@ Digest = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]  # the first 32 hex dig
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Name = Annotated[str, AfterValidator(_checked_name)]
 Dtype = Annotated[str, Field(pattern=f"^({'|'.join(ITEMSIZE)})$")]
-Shape = Annotated[list[Count], Field(max_length=MAX_DIMS)]
+Shape = Annotated[tuple[Count, ...], Field(max_length=MAX_DIMS, strict=False)]
 Kind = Annotated[tuple[Dtype, Shape, Literal["", "planes"]], Field(strict=False)]
 
 
@@ -68,18 +68,14 @@ class Pack(NamedTuple):
 
 
 class Table(Schema, Generic[V]):
-    """Objects by columns: `keys` are distinct sets of keys, `rows` the set of each object, `values` by key."""
+    """Objects by columns: distinct sets of `keys`, in `rows` the number of each object's set, and `values` by key."""
 
     keys: list[list[str]]
     rows: list[Count]
     values: dict[str, list[V]]
 
     def objects(self) -> list[dict[str, V]]:
-        """The objects.
-
-        Raises:
-            ValueError: if a column has too few values, or too many.
-        """
+        """The objects; ValueError if a column has too few values, or too many."""
         columns = {key: iter(column) for key, column in self.values.items()}
         try:
             objects = [{key: next(columns[key]) for key in self.keys[row]} for row in self.rows]
@@ -196,7 +192,7 @@ def write_index(path: Path, index: Index) -> None:
 
 
 def index_bytes(index: Index) -> bytes:
-    """The file of an index: it depends on what is in it alone, and on the version of zlib."""
+    """The file of an index, on whose content and the version of zlib alone it depends."""
     return deflated(canonical(_as_json(index)).encode())
 
 
@@ -288,7 +284,7 @@ def _as_json(index: Index) -> dict[str, Any]:
     adapters, tensors = list(index.adapters.values()), list(index.tensors.values())
     configs, config = _numbered([a.config for a in adapters])
     layouts, layout = _numbered([a.layout for a in adapters])
-    kinds, kind = _numbered([[t.dtype, list(t.shape), t.coding] for t in tensors])
+    kinds, kind = _numbered([[t.dtype, t.shape, t.coding] for t in tensors])
     number = {digest: i for i, digest in enumerate(index.tensors)}
     return {
         "version": 1,
@@ -310,8 +306,8 @@ def _as_json(index: Index) -> dict[str, Any]:
 
 
 def _numbered(values: Sequence[Any]) -> tuple[list[Any], list[int]]:
-    """The distinct ones of plain values, in the order in which they come, and the number of each value among them."""
-    by_id: dict[int, int] = {}  # most adapters share one object: it is written once to be compared
+    """The distinct ones of plain values, in order, and the number of each value among them."""
+    by_id: dict[int, int] = {}  # most adapters share one object, whose JSON is then made once
     by_text: dict[str, int] = {}
     distinct: list[Any] = []
     for value in values:
@@ -336,8 +332,11 @@ def _parsed(raw: bytes) -> Index:
     for what, values in (("packs", files), ("adapters", adapters.name), ("tensors", tensors.digest)):
         _demand(len(set(values)) == len(values), f"two {what} of one name or digest")
     code_at, tensor_at = _locations(file)
-    kinds = [(dtype, tuple(shape), coding) for dtype, shape, coding in file.kinds]
-    found = {at.digest: _tensor(kinds[n], at) for n, at in zip(tensors.kind, tensor_at, strict=True)}
+    kept = [StoredTensor(*file.kinds[n], at) for n, at in zip(tensors.kind, tensor_at, strict=True)]
+    for tensor in kept:
+        stored, size = tensor.at.nbytes, tensor.nbytes
+        fits = stored < size <= MOST * stored if tensor.coding else stored == size
+        _demand(fits, f"{stored} bytes for a tensor {tensor.dtype} {[*tensor.shape]}")
     columns = (
         adapters.name,
         [file.configs[n] for n in adapters.config],
@@ -346,7 +345,8 @@ def _parsed(raw: bytes) -> Index:
         code_at,
         [{key: tensors.digest[n] for key, n in o.items()} for o in adapters.verbatim.objects()],
     )
-    return Index(tuple(file.packs), {row[0]: CodedAdapter(*row) for row in zip(*columns, strict=True)}, found)
+    found = {row[0]: CodedAdapter(*row) for row in zip(*columns, strict=True)}
+    return Index(tuple(file.packs), found, {tensor.at.digest: tensor for tensor in kept})
 
 
 def _locations(file: IndexFile) -> tuple[list[Location], list[Location]]:
@@ -364,13 +364,6 @@ def _locations(file: IndexFile) -> tuple[list[Location], list[Location]]:
     held = sum(pack.adapters for pack in file.packs), sum(pack.tensors for pack in file.packs)
     _demand(held == (len(codes), len(tensors)), f"{len(codes)} codes, {len(tensors)} tensors, but {held} in packs")
     return code_at, tensor_at
-
-
-def _tensor(kind: tuple[str, tuple[int, ...], str], at: Location) -> StoredTensor:
-    tensor, (dtype, shape, coding) = StoredTensor(*kind, at), kind
-    fits = at.nbytes < tensor.nbytes <= MOST * at.nbytes if coding else at.nbytes == tensor.nbytes
-    _demand(fits, f"{at.nbytes} bytes for a tensor {dtype} {[*shape]}")
-    return tensor
 
 
 def _demand(true: bool, otherwise: str) -> None:
