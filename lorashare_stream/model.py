@@ -187,7 +187,7 @@ class SHAREModel:
         return model
 
     def _read_by(self, reader: CheckpointReader) -> None:
-        """Take everything from a checkpoint, when it is asked for."""
+        """Take everything from a checkpoint, adapters when they are asked for."""
         names, self._names, self._reader = reader.names, reader.names, reader
         self.config, self.components = reader.config, reader.components
         self.all_loadings = AbsentMapping("loadings") if reader.config.coded else LazyMapping(names, reader.loadings)
@@ -206,9 +206,12 @@ class SHAREModel:
         return list(self._names)
 
     def certified(self, adapter_name: str) -> dict[str, Any]:
-        """What compression recorded of one adapter: `relative_error`, `worst_module`, `verbatim`, `notes`, ...
+        """The record of one adapter: `relative_error`, `worst_module`, `verbatim`, `notes`, ...
 
         Empty for a checkpoint that lorashare wrote.
+
+        Raises:
+            UnknownAdapterError: a KeyError, if there is no such adapter.
         """
         self._known(adapter_name)
         ours = None if self._reader is None else self._reader.meta(adapter_name).ours
@@ -430,11 +433,11 @@ class SHAREModel:
         return attach(self._open_reader(), base_model, memory)
 
     def summary(self) -> None:
-        """Print what the checkpoint holds, how large it is, and how far off."""
+        """Print a summary of the checkpoint: settings, adapters, bytes by part, errors."""
         print(encodable(spelled(summary_text(self.config)), sys.stdout.encoding))
 
     def damaged_files(self) -> list[CheckpointError]:
-        """Files of many adapters that are not what was written, by their digests: packs of a coded checkpoint."""
+        """Errors of files that many adapters share, by digests: of packs of a coded checkpoint."""
         return [] if self._reader is None else self._reader.damaged()
 
     def reconstruction_error(
@@ -443,7 +446,7 @@ class SHAREModel:
         original_weights: Mapping[str, torch.Tensor] | None = None,
         original_path: str | None = None,
     ) -> dict[str, Any]:
-        """How far a reconstructed adapter is from its original.
+        """Error of a reconstructed adapter against its original.
 
         Args:
             adapter_name: which.

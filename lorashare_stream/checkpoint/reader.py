@@ -184,9 +184,9 @@ class CheckpointReader:
 
     @contextmanager
     def folder(self) -> Iterator[Path]:
-        """A folder with the whole checkpoint: its own, or one with links to the files of one on the Hub.
+        """A folder with the whole checkpoint: its own, or one of links to the files of one on the Hub.
 
-        The cache's folder would not do: it holds what anybody has fetched of the repository, and not surely all.
+        The cache's folder holds what anybody has fetched of the repository, and not surely all.
         """
         if isinstance(self.place, Folder):
             yield self.place.root
@@ -201,7 +201,7 @@ class CheckpointReader:
             yield folder
 
     def _files(self) -> Iterator[tuple[str, Path | None]]:
-        """All files that the checkpoint may have: path in it, and where it is."""
+        """Files that the checkpoint may have: path in it -> path on this machine, None of those that it has not."""
         for name in self.names:
             inner = f"{ADAPTERS}/{name}"
             yield f"{inner}/{VERBATIM}", self._verbatim_file(name)
@@ -211,12 +211,12 @@ class CheckpointReader:
         yield from ((file, self._optional(file)) for file in (SPECTRUM, SKIPPED))
 
     def damaged(self) -> list[CheckpointError]:
-        """What is wrong, by their digests, with files that many adapters share: packs, of a coded checkpoint."""
+        """Errors of files that many adapters share, by digests; only packs are such."""
         return []
 
 
 class CodedReader(CheckpointReader):
-    """An open coded checkpoint: as `CheckpointReader`, whose components and loadings it has not."""
+    """An open coded checkpoint: a `CheckpointReader` without components and loadings."""
 
     def __init__(self, place: Place, config: SHAREConfig) -> None:
         self.place, self.config = place, config
@@ -281,7 +281,7 @@ class CodedReader(CheckpointReader):
         return found
 
     def damaged(self) -> list[CheckpointError]:
-        """Packs that are not what was written, by their SHA-256."""
+        """Errors of packs, by their SHA-256."""
         found = []
         for pack in self.index.packs:
             try:
@@ -291,7 +291,7 @@ class CodedReader(CheckpointReader):
         return found
 
     def _reading(self, parts: Sequence[Location]) -> Read:
-        """A `Read` of some parts of packs: of a place where that is cheaper, those near each other are read at once."""
+        """A `Read` of some parts of packs; those near each other are read at once where that is cheaper."""
         near = self.place.near
         if not near:
             return self._read
