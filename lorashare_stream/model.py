@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import sys
-import tempfile
 import warnings
 import weakref
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 import torch
 
-from .checkpoint.coded_reader import AbsentMapping, open_checkpoint
-from .checkpoint.compare import comparison, load_adapter
 from .checkpoint.config import SHAREConfig
 from .checkpoint.location import Folder
 from .checkpoint.publish import copy_checkpoint
-from .checkpoint.reader import CheckpointReader, PerAdapter, Tensors, restored
-from .checkpoint.restore import refuse_originals, save_adapter
+from .checkpoint.reader import AbsentMapping, CheckpointReader, LazyMapping, Tensors, open_checkpoint, restored
+from .checkpoint.restore import comparison, load_factors, refuse_originals, save_adapter
 from .edits.add import add_one
 from .edits.options import RunOptions
 from .edits.remove import remove
@@ -40,7 +39,12 @@ from .settings import LIMITS, Settings
 from .text import encodable, listed, printable, spelled
 
 log = logging.getLogger(__name__)
-_said: set[str] = set()
+
+
+@cache
+def _say_void(argument: str) -> None:
+    """Warn, once, whoever gives an argument of lorashare's that means nothing here."""
+    warnings.warn(f"{argument} has no effect: adapters are always streamed", UserWarning, stacklevel=3)
 
 
 class SHAREModel:
@@ -67,15 +71,12 @@ class SHAREModel:
         all_classifier_heads: Mapping[str, Tensors] | None = None,
         adapter_sources: Mapping[str, str] | None = None,
     ) -> None:
-        self._names: Mapping[str, Any] = all_loadings
-        self.config = config
-        self.components = components
-        self.all_loadings = all_loadings
-        self.adapter_configs = adapter_configs
+        self.config, self.components = config, components
+        self.all_loadings, self.adapter_configs = all_loadings, adapter_configs
         self.all_classifier_heads: Mapping[str, Tensors] = all_classifier_heads or {}
         self.adapter_sources: Mapping[str, str] = adapter_sources or {}
         self.notes: Counter[str] = Counter()
-        self._root: Path | None = None  # where it can be changed
+        self._names: Mapping[str, Any] = all_loadings
         self._reader: CheckpointReader | None = None
 
     @classmethod
@@ -113,9 +114,8 @@ class SHAREModel:
             ValueError: our errors are ValueErrors where lorashare's are.
         """
         for name, value in (("layer_by_layer", layer_by_layer), ("chunk_size", chunk_size)):
-            if value and name not in _said:
-                _said.add(name)
-                warnings.warn(f"{name} has no effect: adapters are always streamed", UserWarning, stacklevel=2)
+            if value:
+                _say_void(name)
         limits = [name for name in LIMITS if settings.get(name) is not None]
         if limits and num_components != 32:
             raise UsageError("both num_components and a limit", found=listed(limits), remedy="Give only one of them.")
@@ -129,10 +129,11 @@ class SHAREModel:
                 **settings,
             }
         )
-        temporary = None if output_dir is not None else Path(tempfile.mkdtemp(prefix="lorashare-stream-"))
-        try:
-            out = Path(output_dir) if output_dir is not None else (temporary or Path()) / "checkpoint"
-            root = Path(workspace) if workspace is not None else None
+        with ExitStack() as temporary:
+            if output_dir is None:
+                folder = TemporaryDirectory(prefix="lorashare-stream-", ignore_cleanup_errors=True)
+                output_dir = Path(temporary.enter_context(folder), "checkpoint")
+            out, root = Path(output_dir), None if workspace is None else Path(workspace)
             found = resolve(adapters, missing_ok=chosen.on_error == "skip")
             plan = plan_for(found, chosen, root or out.parent / f"{out.name}.workspace")
             for note in adapter_notes(plan):
@@ -142,12 +143,7 @@ class SHAREModel:
                 reasons = "\n".join([f"left out: {listed(e.adapter for e in skipped)}", *problem_lines(skipped)])
                 warnings.warn(reasons, UserWarning, stacklevel=2)
             model = cls.from_pretrained(out)
-        except BaseException:
-            if temporary is not None:
-                shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        if temporary is not None:
-            weakref.finalize(model, shutil.rmtree, temporary, ignore_errors=True)
+            weakref.finalize(model, temporary.pop_all().close)
         return model
 
     @classmethod
@@ -190,21 +186,18 @@ class SHAREModel:
         return model
 
     def _read_by(self, reader: CheckpointReader) -> None:
-        """Take everything from a checkpoint, when it is asked for."""
-        names = reader.names
-        self._names, self.config, self.components = names, reader.config, reader.components
-        self.all_loadings = AbsentMapping("loadings") if reader.config.coded else PerAdapter(names, reader.loadings)
-        self.adapter_configs = PerAdapter(names, reader.adapter_config)
-        self.all_classifier_heads = PerAdapter(names, reader.verbatim)
-        self.adapter_sources = reader.sources
-        self._reader = reader
-        self._root = reader.place.root if isinstance(reader.place, Folder) else None
+        """Take everything from a checkpoint, adapters when they are asked for."""
+        names, self._names, self._reader = reader.names, reader.names, reader
+        self.config, self.components = reader.config, reader.components
+        self.all_loadings = AbsentMapping("loadings") if reader.config.coded else LazyMapping(names, reader.loadings)
+        self.adapter_configs = LazyMapping(names, reader.adapter_config)
+        self.all_classifier_heads = LazyMapping(names, reader.verbatim)
+        self.adapter_sources = LazyMapping(names, lambda name: reader.meta(name).original_adapter_path)
 
     def __repr__(self) -> str:
-        base, form = printable(self.config.base_model_name_or_path), f"k={self.config.num_components}"
-        return (
-            f"{type(self).__name__}({len(self._names)} adapters of {base!r}, {'coded' if self.config.coded else form})"
-        )
+        base = printable(self.config.base_model_name_or_path)
+        form = "coded" if self.config.coded else f"k={self.config.num_components}"
+        return f"{type(self).__name__}({len(self._names)} adapters of {base!r}, {form})"
 
     @property
     def adapter_names(self) -> list[str]:
@@ -212,9 +205,12 @@ class SHAREModel:
         return list(self._names)
 
     def certified(self, adapter_name: str) -> dict[str, Any]:
-        """What compression recorded of one adapter: `relative_error`, `worst_module`, `verbatim`, `notes`, ...
+        """The record of one adapter: `relative_error`, `worst_module`, `verbatim`, `notes`, ...
 
         Empty for a checkpoint that lorashare wrote.
+
+        Raises:
+            UnknownAdapterError: a KeyError, if there is no such adapter.
         """
         self._known(adapter_name)
         ours = None if self._reader is None else self._reader.meta(adapter_name).ours
@@ -266,16 +262,16 @@ class SHAREModel:
             )
         return self._reader
 
-    def _folder(self) -> Path:
+    def _folder(self) -> Folder:
         """Where it is changed on disk."""
         place = self._open_reader().place
-        if self._root is None:
+        if not isinstance(place, Folder):
             raise UsageError(
                 "a checkpoint on the Hub cannot be changed where it is",
                 found=place,
                 remedy="Save it by save_pretrained(folder), change the one in the folder, and push that.",
             )
-        return self._root
+        return place
 
     def _known(self, name: str) -> None:
         if name not in self._names:
@@ -309,9 +305,9 @@ class SHAREModel:
         if name is not None and name in self._names:
             raise UsageError(f"there is an adapter named {printable(name)!r} already", remedy="Give it another name.")
         options = RunOptions(changes={"device": str(device or "auto")}, accept=variance_threshold)
-        root = self._folder()
-        result = add_one(root, adapter if name is None else {name: adapter}, options, refit=force_recompute)
-        self._read_by(open_checkpoint(Folder(root)))
+        folder = self._folder()
+        result = add_one(folder.root, adapter if name is None else {name: adapter}, options, refit=force_recompute)
+        self._read_by(open_checkpoint(folder))
         return result
 
     def remove_adapter(self, adapter_name: str) -> None:
@@ -324,9 +320,9 @@ class SHAREModel:
             UsageError: a ValueError, if it is the last one.
         """
         self._known(adapter_name)
-        root = self._folder()
-        remove(root, [adapter_name], RunOptions())
-        self._read_by(open_checkpoint(Folder(root)))
+        folder = self._folder()
+        remove(folder.root, [adapter_name], RunOptions())
+        self._read_by(open_checkpoint(folder))
 
     def reconstruct(
         self,
@@ -358,13 +354,13 @@ class SHAREModel:
         self._known(adapter_name)
         if output_dir is not None:
             refuse_originals(Path(output_dir))
-        tensors = self._tensors(adapter_name)
-        if not (uniform or rank is not None or engine is not None or output_dir is not None):
+        tensors, uniform = self._tensors(adapter_name), uniform or rank is not None or engine is not None
+        if not uniform and output_dir is None:
             return tensors
         config = self.adapter_configs[adapter_name]
         if not config:
             raise CheckpointError("its adapter_config.json was not kept", adapter=adapter_name)
-        if uniform or rank is not None or engine is not None:
+        if uniform:
             tensors, config = uniform_of(tensors, config, rank=rank, adapter=adapter_name)
         notes = [] if engine is None else check_engine(engine, tensors, config, adapter_name)
         if output_dir is not None:
@@ -375,10 +371,7 @@ class SHAREModel:
     def _tensors(self, name: str) -> Tensors:
         if self._reader is not None:
             return self._reader.tensors(name)
-        tensors = dict(self.all_classifier_heads.get(name, {}))
-        for group, loading in self.all_loadings[name].items():
-            tensors |= restored(name, group, self.components, loading)
-        return tensors
+        return self.all_classifier_heads.get(name, {}) | restored(name, self.components, self.all_loadings[name])
 
     def apply(self, base_model: Any, adapter_name: str) -> Any:
         """Load one adapter on a base model: a `peft.PeftModel`.
@@ -390,7 +383,7 @@ class SHAREModel:
         from peft import PeftModel
 
         check_base(base_model, peft=True)
-        with tempfile.TemporaryDirectory() as folder:
+        with TemporaryDirectory() as folder:
             self.reconstruct(adapter_name, output_dir=folder)
             try:
                 return PeftModel.from_pretrained(base_model, folder)
@@ -439,11 +432,11 @@ class SHAREModel:
         return attach(self._open_reader(), base_model, memory)
 
     def summary(self) -> None:
-        """Print what the checkpoint holds, how large it is, and how far off."""
+        """Print a summary of the checkpoint: settings, adapters, bytes by part, errors."""
         print(encodable(spelled(summary_text(self.config)), sys.stdout.encoding))
 
     def damaged_files(self) -> list[CheckpointError]:
-        """Files of many adapters that are not what was written, by their digests: packs of a coded checkpoint."""
+        """Errors of files that many adapters share, by digests: of packs of a coded checkpoint."""
         return [] if self._reader is None else self._reader.damaged()
 
     def reconstruction_error(
@@ -452,7 +445,7 @@ class SHAREModel:
         original_weights: Mapping[str, torch.Tensor] | None = None,
         original_path: str | None = None,
     ) -> dict[str, Any]:
-        """How far a reconstructed adapter is from its original.
+        """Error of a reconstructed adapter against its original.
 
         Args:
             adapter_name: which.
@@ -472,7 +465,7 @@ class SHAREModel:
         if isinstance(original_weights, str | Path):
             raise UsageError("original_weights is a path", remedy="Give it as original_path.")
         if original_weights is None:
-            original_weights = {k: v for k, v in load_adapter(Path(str(original_path))).items() if ".lora_" in k}
+            original_weights = load_factors(Path(str(original_path)))
         config = self.adapter_configs.get(adapter_name, {})
         found = self.reconstruct(adapter_name)
         return comparison(original_weights, found, config, adapter_name, coded=bool(self.config.coded))

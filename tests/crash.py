@@ -377,7 +377,7 @@ def torn_part(out: Path) -> str | None:
 
 def torn_pack(out: Path, coded: dict[str, Any]) -> str | None:
     """Why a coded checkpoint is not whole."""
-    from lorashare_stream.checkpoint.coded import index_of
+    from lorashare_stream.checkpoint.index import index_of
     from lorashare_stream.checkpoint.packs import check_pack
     from lorashare_stream.errors import CheckpointError
 

@@ -484,7 +484,7 @@ def test_a_checkpoint_that_is_replaced_while_it_is_served(
     tmp_path: Path, opened: Any, compressed: Compress, options: dict[str, Any]
 ) -> None:
     served = tmp_path / "served"
-    shutil.copytree(opened("llama", options)._root, served)
+    shutil.copytree(opened("llama", options)._folder().root, served)
     share, late = SHAREModel.from_pretrained(served), SHAREModel.from_pretrained(served)
     model, inputs = share.attach(llama()), inputs_of("llama", 2)
     before = model(**inputs, adapter_names=["a0", "a1"]).logits
@@ -506,7 +506,7 @@ def test_a_checkpoint_that_is_replaced_while_it_is_served(
 def test_an_adapter_that_is_added_while_a_checkpoint_is_attached(tmp_path: Path, opened: Any) -> None:
     """It keeps the packs: what was attached goes on, and the new one is there after another attach."""
     served = tmp_path / "served"
-    shutil.copytree(opened("llama", CODED)._root, served)
+    shutil.copytree(opened("llama", CODED)._folder().root, served)
     share = SHAREModel.from_pretrained(served)
     model, inputs = share.attach(llama()), inputs_of("llama", 2)
     saved(llama(), QV, 10, tmp_path / "new")

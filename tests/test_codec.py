@@ -22,8 +22,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorashare_stream.adapters.scaling import Scaling
-from lorashare_stream.checkpoint.coded_reader import DECODED_BYTES, _modules
 from lorashare_stream.checkpoint.index import CodedAdapter, Location, Pack
+from lorashare_stream.checkpoint.reader import DECODED_BYTES, modules_of
 from lorashare_stream.codec.code import (
     COARSEST,
     FINEST,
@@ -609,7 +609,7 @@ def test_words_that_no_encoder_writes_are_an_error() -> None:
 
 
 def coded_adapter(layout: Any) -> CodedAdapter:
-    return CodedAdapter("a", {}, layout, {}, Location(Pack("0" * 64, 0, 0), 0, 0, "0" * 32), {})
+    return CodedAdapter("a", {}, layout, {}, Location(Pack("0" * 64, 0, 0, 0, 0), 0, 0, "0" * 32), {})
 
 
 @pytest.mark.parametrize("layout", [
@@ -624,15 +624,15 @@ def coded_adapter(layout: Any) -> CodedAdapter:
 ])  # fmt: skip
 def test_layouts_that_cannot_be_are_an_error(layout: Any) -> None:
     with pytest.raises(CheckpointError, match="layout"):
-        _modules(coded_adapter(layout))
+        modules_of(coded_adapter(layout))
 
 
 def test_a_layout_takes_no_more_memory_than_there_is() -> None:
     most = memory() // DECODED_BYTES // 128
     rows = [["q", most, 64, 64, 2.0, 1, "F32", "F32"], ["v", most // 9, 64, 64, 2.0, 1, "F32", "F32"]]
-    assert len(_modules(coded_adapter(rows[1:]))) == 1
+    assert len(modules_of(coded_adapter(rows[1:]))) == 1
     with pytest.raises(CheckpointError, match="this machine's memory does not hold"):
-        _modules(coded_adapter(rows))
+        modules_of(coded_adapter(rows))
     huge = [CodedModule("q", 1 << 22, 1, 1, 2.0, 1 << 22, "F32", "F32")]
     tracemalloc.start()
     list(decoded(b"", huge))

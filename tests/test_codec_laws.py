@@ -25,6 +25,7 @@ from lorashare_stream.checkpoint import packs
 from lorashare_stream.checkpoint.config import read_share_config
 from lorashare_stream.checkpoint.format import INDEX
 from lorashare_stream.checkpoint.index import CodedAdapter, Index, Location, read_index, write_index
+from lorashare_stream.checkpoint.location import Folder
 from lorashare_stream.cli.app import main
 from lorashare_stream.codec.code import Subject
 from lorashare_stream.errors import BudgetError, CheckpointError
@@ -74,8 +75,7 @@ def size_of(out: Path) -> int:
 
 def code_of(out: Path, name: str) -> bytes:
     adapter = index_at(out).adapters[name]
-    with packs.opened(out / adapter.code.pack.file) as read:
-        return packs.read_code(read, adapter)
+    return packs.read_code(Folder(out).read, adapter)
 
 
 def measured(original: Path, written: Path, scale: float) -> float:
@@ -436,8 +436,7 @@ def test_a_pack_that_is_cut_short_gives_what_is_left(coded: Path) -> None:
     share = SHAREModel.from_pretrained(coded)
     with pytest.raises(CheckpointError, match="cut short"):
         share.reconstruct("a06")
-    with packs.opened(path) as read:
-        assert packs.read_code(read, index.adapters["a02"])
+    assert packs.read_code(Folder(coded).read, index.adapters["a02"])
 
 
 def lying(coded: Path, change: Callable[[CodedAdapter], CodedAdapter], code: bytes | None = None) -> SHAREModel:
@@ -450,13 +449,11 @@ def lying(coded: Path, change: Callable[[CodedAdapter], CodedAdapter], code: byt
         whole[at.offset : at.offset + at.nbytes] = code.ljust(at.nbytes, b"\0")[: at.nbytes]
         (coded / pack.file).unlink()
         (coded / "packs" / "new").write_bytes(whole)
-        new = replace(pack, sha256=digest_files([coded / "packs" / "new"]))
+        new = pack._replace(sha256=digest_files([coded / "packs" / "new"]))
         (coded / "packs" / "new").rename(coded / new.file)
 
         def moved(at: Location) -> Location:
-            with packs.opened(coded / new.file) as read:
-                raw = bytes(read(at.offset, at.nbytes))
-            return replace(at, pack=new, digest=packs._digest_of_code(raw))
+            return replace(at, pack=new, digest=packs._digest_of_code(whole[at.offset : at.offset + at.nbytes]))
 
         adapters = {n: replace(a, code=moved(a.code)) for n, a in index.adapters.items()}
         tensors = {d: replace(t, at=replace(t.at, pack=new)) for d, t in index.tensors.items()}

@@ -402,7 +402,7 @@ def test_several_at_once_are_refused_before_anything_is_done(tmp_path: Path, col
     share = SHAREModel.from_adapters(collection, num_components=6, device="cpu")
     with pytest.raises(ValueError, match="one adapter can be added at a time"):
         share.add_adapter(str(tmp_path / "more"))
-    assert share.config.num_adapters == len(SHAREModel.from_pretrained(share._root).adapter_names) == 8
+    assert share.config.num_adapters == len(SHAREModel.from_pretrained(share._folder().root).adapter_names) == 8
 
 
 def test_the_command(

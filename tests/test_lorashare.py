@@ -101,7 +101,7 @@ def test_errors_are_of_the_types_that_lorashare_raises(tmp_path: Path, collectio
 def test_arguments_without_effect_say_so_once(collection: list[str], argument: dict[str, object]) -> None:
     from lorashare_stream import model
 
-    model._said.clear()
+    model._say_void.cache_clear()
     with pytest.warns(UserWarning, match="has no effect"):
         SHAREModel.from_adapters(collection, 3, **argument)
     SHAREModel.from_adapters(collection, 3, **argument)  # warnings are errors here
@@ -111,8 +111,7 @@ def test_a_temporary_checkpoint_goes_with_its_object(collection: list[str]) -> N
     import gc
 
     share = SHAREModel.from_adapters(collection, 3)
-    root = share._root
-    assert root is not None
+    root = share._folder().root
     assert root.is_dir()
     del share
     gc.collect()

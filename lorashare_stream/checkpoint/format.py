@@ -19,16 +19,7 @@ SPECTRUM = "eigenvalues.safetensors"  # module:side -> (k,) float64, of the mome
 STAGING = "staging.json"  # in a checkpoint that is not whole yet: the digest of what it will be
 MARK = "reconstructed"  # in the metadata of an adapter that was reconstructed: the digest of its source id, if known
 OURS = "lorashare_stream"  # the key of what is ours, in compression_stats and in adapter_meta.json
-FILES = (
-    COMPONENTS,
-    SPECTRUM,
-    ADAPTERS,
-    PACKS,
-    INDEX,
-    SKIPPED,
-    CONFIG,
-)  # all that a checkpoint is made of, the configuration last
-
+FILES = (COMPONENTS, SPECTRUM, ADAPTERS, PACKS, INDEX, SKIPPED, CONFIG)  # of a checkpoint, the configuration last
 PARTS = ("basis", "loadings", "codes", "verbatim", "metadata")  # of the bytes of a checkpoint on disk
 
 

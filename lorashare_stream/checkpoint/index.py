@@ -1,36 +1,37 @@
-"""The index of a coded checkpoint: what it holds of each adapter, and where.
+"""Index of a coded checkpoint: what it holds of each adapter, and where in its packs (`checkpoint.packs`).
 
-The codes of adapters lie in packs (`checkpoint.packs`); all else about them is in one file, `INDEX`: a zlib stream (RFC
-1950) with the preset dictionary `DICTIONARY` (made by scripts/make_dictionary.py), of JSON with sorted keys and without
-blanks, of which `IndexFile` is the schema. A pack is its header, the codes of its adapters, and the bytes of its
-tensors, back to back, so that lengths alone say where each lies.
+It is one file, `INDEX`: a zlib stream (RFC 1950) with the preset dictionary `DICTIONARY` (by
+scripts/make_dictionary.py), of JSON with sorted keys and without blanks, whose schema is `IndexFile`. A pack is its
+header, the codes of its adapters, and the bytes of its tensors, back to back, so that lengths tell offsets.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from ..adapters.dtypes import ITEMSIZE
 from ..adapters.safetensors import MAX_DIMS
-from ..errors import CheckpointError, unknown_adapter
+from ..errors import CheckpointError
 from ..files import atomic_file
 from ..schema import Count, Schema, fault_of
 from ..text import name_fault, printable
-from .format import INDEX, PACKS
+from .format import CONFIG, INDEX, PACKS
 from .planes import MOST
 
 Json = Mapping[str, Any]
-VERSION = 1
+V = TypeVar("V")
+VERSION, WITH_DIRECTIONS = 1, 2  # of a coded checkpoint: gauge, quantiser, tables, stream; the same with directions
 PLANES = "planes"  # the coding of a tensor in byte planes; that of one stored as it is, is ""
 LIMIT = 256 << 20  # bytes of JSON; a million adapters have 200 MB
 AGAIN = "Fetch the checkpoint again; or take the adapters out (lorashare-stream remove) and add them again."
@@ -38,39 +39,43 @@ DICTIONARY = Path(__file__).with_name("dictionary.json")  # data, a part of the 
 
 
 def _checked_name(name: str) -> str:
-    _demand((fault := name_fault(name)) is None, f"an adapter name {printable(name)!r}: {fault}")
+    fault = name_fault(name)
+    _demand(fault is None, f"an adapter name {printable(name)!r}: {fault}")
     return name
-
-
-def _checked_dtype(dtype: str) -> str:
-    _demand(dtype in ITEMSIZE, f"a dtype {printable(dtype)!r}")
-    return dtype
 
 
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{32}$")]  # the first 32 hex digits of a SHA-256
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Name = Annotated[str, AfterValidator(_checked_name)]
-PackRow = Annotated[tuple[Sha256, Count, Count, Count, Count], Field(strict=False)]  # as in docs/format.md
-Dtype = Annotated[str, AfterValidator(_checked_dtype)]
-Kind = Annotated[
-    tuple[Dtype, Annotated[list[Count], Field(max_length=MAX_DIMS)], Literal["", "planes"]], Field(strict=False)
-]
-_COUNTS = TypeAdapter(Count, config=ConfigDict(strict=True))
+Dtype = Annotated[str, Field(pattern=f"^({'|'.join(ITEMSIZE)})$")]
+Shape = Annotated[tuple[Count, ...], Field(max_length=MAX_DIMS, strict=False)]
+Kind = Annotated[tuple[Dtype, Shape, Literal["", "planes"]], Field(strict=False)]
 
 
-class Table(Schema):
-    """Objects by columns: `keys` are distinct sets of keys, `rows` the set of each object, `values` by key."""
+class Pack(NamedTuple):
+    """A file of codes: its SHA-256 (hex), its bytes, those of its safetensors header, and how much is in it."""
+
+    sha256: Sha256
+    nbytes: Count
+    start: Count
+    adapters: Count
+    tensors: Count
+
+    @property
+    def file(self) -> str:
+        """Its path in the checkpoint."""
+        return f"{PACKS}/{self.sha256[:16]}.safetensors"
+
+
+class Table(Schema, Generic[V]):
+    """Objects by columns: distinct sets of `keys`, in `rows` the number of each object's set, and `values` by key."""
 
     keys: list[list[str]]
     rows: list[Count]
-    values: dict[str, list[Any]]
+    values: dict[str, list[V]]
 
-    def objects(self) -> list[dict[str, Any]]:
-        """The objects; each value is in one of them.
-
-        Raises:
-            ValueError: if a column has too few values, or too many.
-        """
+    def objects(self) -> list[dict[str, V]]:
+        """The objects; ValueError if a column has too few values, or too many."""
         columns = {key: iter(column) for key, column in self.values.items()}
         try:
             objects = [{key: next(columns[key]) for key in self.keys[row]} for row in self.rows]
@@ -100,34 +105,20 @@ class AdapterColumns(Schema):
     nbytes: list[Count]
     config: list[Count]
     layout: list[Count]
-    record: Table
-    verbatim: Table
+    record: Table[Any]
+    verbatim: Table[Count]
 
 
 class IndexFile(Schema):
     """The JSON of an index. `configs` are distinct adapter_config.json, `kinds` dtype, shape and coding of tensors."""
 
     version: Literal[1]
-    packs: list[PackRow]
+    packs: list[Pack]
     configs: list[dict[str, Any]]
     layouts: list[Any]
     kinds: list[Kind]
     tensors: TensorColumns
     adapters: AdapterColumns
-
-
-@dataclass(frozen=True, slots=True)
-class Pack:
-    """A file of codes: its SHA-256 (hex), its bytes, and those of its safetensors header."""
-
-    sha256: str
-    nbytes: int
-    start: int
-
-    @property
-    def file(self) -> str:
-        """Its path in the checkpoint."""
-        return f"{PACKS}/{self.sha256[:16]}.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,34 +184,15 @@ class Index:
     adapters: Mapping[str, CodedAdapter] = field(default_factory=dict)
     tensors: Mapping[str, StoredTensor] = field(default_factory=dict)
 
-    def without(self, names: Collection[str]) -> Index:
-        """What is left if adapters go: the others, and the tensors that one of them has, where they lie now.
 
-        Raises:
-            UnknownAdapterError: if one is not there.
-        """
-        for name in names:
-            if name not in self.adapters:
-                raise unknown_adapter(name, self.adapters)
-        gone = set(names)
-        adapters = {name: adapter for name, adapter in self.adapters.items() if name not in gone}
-        needed = {digest for adapter in adapters.values() for digest in adapter.verbatim.values()}
-        tensors = {digest: tensor for digest, tensor in self.tensors.items() if digest in needed}
-        return Index(self.packs, adapters, tensors)
-
-
-def write_index(path: Path, index: Index) -> int:
-    """Write an index, atomically.
-
-    Returns:
-        Bytes of the file.
-    """
+def write_index(path: Path, index: Index) -> None:
+    """Write an index, atomically."""
     with atomic_file(path) as f:
-        return f.write(index_bytes(index))
+        f.write(index_bytes(index))
 
 
 def index_bytes(index: Index) -> bytes:
-    """The file of an index: it depends on what is in it alone, and on the version of zlib."""
+    """The file of an index, on whose content and the version of zlib alone it depends."""
     return deflated(canonical(_as_json(index)).encode())
 
 
@@ -256,6 +228,32 @@ def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
+def index_of(root: Path, coded: Json) -> Index:
+    """The index of a checkpoint, which must be that of its configuration.
+
+    Args:
+        root: of the checkpoint.
+        coded: the field of its share_config.json.
+
+    Raises:
+        CheckpointError: if it is not, or not what was written, or of another version.
+    """
+    if coded.get("version") not in (VERSION, WITH_DIRECTIONS):
+        raise CheckpointError(
+            "a coded checkpoint of another version", found=printable(coded.get("version")),
+            expected=f"{VERSION} or {WITH_DIRECTIONS}",
+            remedy="Read it by the version of lorashare-stream that wrote it.",
+        )  # fmt: skip
+    stream = _stream(root / INDEX)
+    index = read_index(stream)
+    if hashlib.sha256(stream).hexdigest() != coded.get("index"):
+        raise CheckpointError(
+            f"{INDEX} belongs to another {CONFIG}", found=root,
+            remedy="If the checkpoint was replaced, open it again; else fetch it again.",
+        )  # fmt: skip
+    return index
+
+
 def read_index(source: Path | bytes) -> Index:
     """Read an index, which may be a stranger's: every type, range and sum in it is checked.
 
@@ -265,36 +263,32 @@ def read_index(source: Path | bytes) -> Index:
     Raises:
         CheckpointError: if it is not what was written, or tells lies.
     """
+    stream = source if isinstance(source, bytes) else _stream(source)
     try:
-        compressed = source if isinstance(source, bytes) else _bytes_of(source)
-    except FileNotFoundError as e:
-        raise CheckpointError(f"{INDEX} is missing", found=str(source), remedy="Fetch the checkpoint again.") from e
-    try:
-        return _parsed(inflated(compressed))
+        return _parsed(inflated(stream))
     except (ValueError, IndexError, RecursionError) as e:
         fault = fault_of(e) if isinstance(e, ValidationError) else {"found": str(e)}
         remedy = "Fetch the checkpoint again, or compress its sources again."
         raise CheckpointError(f"{INDEX} is damaged, or no index of a coded checkpoint", remedy=remedy, **fault) from e
 
 
-def _bytes_of(path: Path) -> bytes:
-    with path.open("rb", buffering=0) as f:
-        return f.read(min(os.fstat(f.fileno()).st_size, LIMIT + 1))  # cut there, it is no whole stream
+def _stream(path: Path) -> bytes:
+    try:
+        with path.open("rb", buffering=0) as f:
+            return f.read(min(os.fstat(f.fileno()).st_size, LIMIT + 1))  # cut there, it is no whole stream
+    except FileNotFoundError as e:
+        raise CheckpointError(f"{INDEX} is missing", found=str(path), remedy="Fetch the checkpoint again.") from e
 
 
 def _as_json(index: Index) -> dict[str, Any]:
     adapters, tensors = list(index.adapters.values()), list(index.tensors.values())
-    held = {pack: [0, 0] for pack in index.packs}
-    for i, locations in enumerate(([a.code for a in adapters], [t.at for t in tensors])):
-        for at in locations:
-            held[at.pack][i] += 1
     configs, config = _numbered([a.config for a in adapters])
     layouts, layout = _numbered([a.layout for a in adapters])
-    kinds, kind = _numbered([[t.dtype, list(t.shape), t.coding] for t in tensors])
+    kinds, kind = _numbered([[t.dtype, t.shape, t.coding] for t in tensors])
     number = {digest: i for i, digest in enumerate(index.tensors)}
     return {
-        "version": VERSION,
-        "packs": [[pack.sha256, pack.nbytes, pack.start, *counts] for pack, counts in held.items()],
+        "version": 1,
+        "packs": index.packs,
         "configs": configs,
         "layouts": layouts,
         "kinds": kinds,
@@ -312,8 +306,8 @@ def _as_json(index: Index) -> dict[str, Any]:
 
 
 def _numbered(values: Sequence[Any]) -> tuple[list[Any], list[int]]:
-    """The distinct ones of plain values, in the order in which they come, and the number of each value among them."""
-    by_id: dict[int, int] = {}  # most adapters share one object: it is written once to be compared
+    """The distinct ones of plain values, in order, and the number of each value among them."""
+    by_id: dict[int, int] = {}  # most adapters share one object, whose JSON is then made once
     by_text: dict[str, int] = {}
     distinct: list[Any] = []
     for value in values:
@@ -334,51 +328,42 @@ def _table(objects: Sequence[Json]) -> dict[str, Any]:
 
 def _parsed(raw: bytes) -> Index:
     file = IndexFile.model_validate(json.loads(raw))  # which has names that are not UTF-8
-    packs, adapters, tensors = [Pack(*row[:3]) for row in file.packs], file.adapters, file.tensors
-    for what, values in (("packs", [p.file for p in packs]), ("adapters", adapters.name), ("tensors", tensors.digest)):
+    adapters, tensors, files = file.adapters, file.tensors, [pack.file for pack in file.packs]
+    for what, values in (("packs", files), ("adapters", adapters.name), ("tensors", tensors.digest)):
         _demand(len(set(values)) == len(values), f"two {what} of one name or digest")
-    code_at, tensor_at = _locations(
-        file.packs,
-        packs,
-        list(zip(adapters.nbytes, adapters.digest, strict=True)),
-        list(zip(tensors.nbytes, tensors.digest, strict=True)),
-    )
-    kinds = [(dtype, tuple(shape), coding) for dtype, shape, coding in file.kinds]
-    found = {at.digest: _tensor(kinds[n], at) for n, at in zip(tensors.kind, tensor_at, strict=True)}
+    code_at, tensor_at = _locations(file)
+    kept = [StoredTensor(*file.kinds[n], at) for n, at in zip(tensors.kind, tensor_at, strict=True)]
+    for tensor in kept:
+        stored, size = tensor.at.nbytes, tensor.nbytes
+        fits = stored < size <= MOST * stored if tensor.coding else stored == size
+        _demand(fits, f"{stored} bytes for a tensor {tensor.dtype} {[*tensor.shape]}")
     columns = (
         adapters.name,
         [file.configs[n] for n in adapters.config],
         [file.layouts[n] for n in adapters.layout],
         adapters.record.objects(),
         code_at,
-        [{k: tensors.digest[_COUNTS.validate_python(n)] for k, n in o.items()} for o in adapters.verbatim.objects()],
+        [{key: tensors.digest[n] for key, n in o.items()} for o in adapters.verbatim.objects()],
     )
-    return Index(tuple(packs), {row[0]: CodedAdapter(*row) for row in zip(*columns, strict=True)}, found)
+    found = {row[0]: CodedAdapter(*row) for row in zip(*columns, strict=True)}
+    return Index(tuple(file.packs), found, {tensor.at.digest: tensor for tensor in kept})
 
 
-def _locations(
-    rows: Sequence[PackRow], packs: Sequence[Pack], *parts: Sequence[tuple[int, str]]
-) -> tuple[list[Location], ...]:
-    """Where codes and tensors, (bytes, digest) in the order of packs, lie; each pack must be full, and none left."""
-    located: tuple[list[Location], ...] = tuple([] for _ in parts)
-    for row, pack in zip(rows, packs, strict=True):
+def _locations(file: IndexFile) -> tuple[list[Location], list[Location]]:
+    """Where codes and tensors lie; each pack must be full, and none left."""
+    codes, tensors = (list(zip(part.nbytes, part.digest, strict=True)) for part in (file.adapters, file.tensors))
+    code_at: list[Location] = []
+    tensor_at: list[Location] = []
+    for pack in file.packs:
         offset = pack.start
-        for part, found, count in zip(parts, located, row[3:], strict=True):
-            _demand(count <= len(part) - len(found), f"{pack.file} with {count} codes or tensors, of {len(part)}")
-            for nbytes, digest in part[len(found) : len(found) + count]:
+        for parts, found, count in ((codes, code_at, pack.adapters), (tensors, tensor_at, pack.tensors)):
+            for nbytes, digest in parts[len(found) : len(found) + count]:
                 found.append(Location(pack, offset, nbytes, digest))
                 offset += nbytes
         _demand(offset == pack.nbytes, f"{pack.file} of {pack.nbytes} bytes, with {offset} bytes in it")
-    for part, found in zip(parts, located, strict=True):
-        _demand(len(part) == len(found), f"{len(part)} codes or tensors, {len(found)} of them in packs")
-    return located
-
-
-def _tensor(kind: tuple[str, tuple[int, ...], str], at: Location) -> StoredTensor:
-    tensor, (dtype, shape, coding) = StoredTensor(*kind, at), kind
-    fits = at.nbytes < tensor.nbytes <= MOST * at.nbytes if coding else at.nbytes == tensor.nbytes
-    _demand(fits, f"{at.nbytes} bytes for a tensor {dtype} {[*shape]}")
-    return tensor
+    held = sum(pack.adapters for pack in file.packs), sum(pack.tensors for pack in file.packs)
+    _demand(held == (len(codes), len(tensors)), f"{len(codes)} codes, {len(tensors)} tensors, but {held} in packs")
+    return code_at, tensor_at
 
 
 def _demand(true: bool, otherwise: str) -> None:

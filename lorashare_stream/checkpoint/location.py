@@ -1,19 +1,18 @@
-"""Where a SHARE checkpoint lies: a folder here, or what else gives its files one at a time (`hub.repository`)."""
+"""Where a checkpoint lies: a folder here, or what else gives its files one at a time (`hub.repository`)."""
 
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Collection
 from pathlib import Path
-from typing import Protocol
 
 from .format import ADAPTERS
-from .packs import opened
 from .publish import settled
 
 
-class Place(Protocol):
-    """Gives the files of one checkpoint by their paths in it.
+class Place(ABC):
+    """Where one checkpoint lies; its files are named by their paths in it.
 
     Attributes:
         root: the folder that holds its configuration.
@@ -21,50 +20,45 @@ class Place(Protocol):
         near: bytes between two parts of a file that it is cheaper to read along than to read the parts one by one.
     """
 
-    mixed: str
-    near: int
     root: Path
+    mixed: str
+    near = 0
 
+    @abstractmethod
     def file(self, relative: str) -> Path:
-        """The path of a file of it on this machine.
+        """The path of a file on this machine.
 
         Raises:
-            FileNotFoundError: if it has no such file.
+            FileNotFoundError: if there is no such file.
         """
-        ...
 
     def read(self, relative: str, offset: int, count: int) -> bytes:
-        """Bytes of a file of it; fewer at its end.
+        """Bytes of a file, fewer at its end.
 
         Raises:
-            FileNotFoundError: if it has no such file.
+            FileNotFoundError: if there is no such file.
         """
-        ...
+        with self.file(relative).open("rb", buffering=0) as f:  # no map: a file that is cut short meanwhile is an error
+            size = os.fstat(f.fileno()).st_size
+            return os.pread(f.fileno(), max(0, min(count, size - offset)), offset)
 
     def adapters(self) -> Collection[str] | None:
-        """Folder names of its adapters; None if they are not known without asking for each."""
-        ...
+        """Folder names of the adapters; None if they are not known without asking for each."""
+        return None
 
+    @abstractmethod
     def fetch(self) -> None:
         """Have all files at once, sooner than one by one."""
-        ...
 
     def is_closed(self) -> bool:
-        """Whether not everybody may read it."""
-        ...
+        """Whether it is known that not everybody may read it."""
+        return False
 
 
-class Folder:
-    """A checkpoint in a folder.
-
-    Attributes:
-        root: the folder.
-        mixed: what it means if parts of it belong to different bases.
-        near: bytes that it is cheaper to read along: none.
-    """
+class Folder(Place):
+    """A checkpoint in a folder."""
 
     mixed = "the checkpoint was replaced, open it again"
-    near = 0
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -73,11 +67,7 @@ class Folder:
         return str(self.root)
 
     def file(self, relative: str) -> Path:
-        """Where a file of it is.
-
-        Raises:
-            FileNotFoundError: if it has no such file.
-        """
+        """The path of a file; a checkpoint that is replaced meanwhile is waited for."""
         path = self.root / relative
         if not path.exists():
             settled(self.root)
@@ -85,17 +75,8 @@ class Folder:
             raise FileNotFoundError(relative)
         return path
 
-    def read(self, relative: str, offset: int, count: int) -> bytes:
-        """Bytes of a file of it; fewer at its end.
-
-        Raises:
-            FileNotFoundError: if it has no such file.
-        """
-        with opened(self.file(relative)) as read:
-            return bytes(read(offset, count))
-
     def adapters(self) -> Collection[str] | None:
-        """The names of the folders of its adapters; None if they are not known without asking for each."""
+        """Folder names of the adapters."""
         try:
             with os.scandir(self.root / ADAPTERS) as entries:
                 return {e.name for e in entries if e.is_dir() and not e.name.startswith(".")}
@@ -103,8 +84,4 @@ class Folder:
             return set()
 
     def fetch(self) -> None:
-        """Have all files at once, sooner than one by one."""
-
-    def is_closed(self) -> bool:
-        """Whether not everybody may read it: of a folder it is not known."""
-        return False
+        """Nothing: all files are there."""

@@ -5,22 +5,18 @@ more, `VERBATIM_PART`, with the verbatim tensors that its adapters have and no p
 adapters can be listed by whatever reads safetensors, and a tensor of a few bytes costs no header. The index
 (`checkpoint.index`) says where each code and each tensor lies. A pack is named by the SHA-256 of its bytes, and never
 changes.
-
-What is read comes through a `Read`, of a map, a file or ranged requests alike.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-import mmap
 import os
 import tempfile
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, chain
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,21 +30,19 @@ from .index import AGAIN, PLANES, CodedAdapter, Index, Json, Location, Pack, Sto
 from .planes import BLOCK, decoded, encoded
 
 ADAPTERS_MOST = 256  # of a pack
-CODES_MOST = (
-    64 << 20
-)  # bytes of codes of a pack, which are in memory until it is written; one more code may come on top
-TENSORS_MOST = 1 << 30  # bytes of verbatim tensors of a pack, as they are before any coding; likewise
+CODES_MOST = 64 << 20  # bytes of codes of a pack, in memory until it is written; one more code may come on top
+TENSORS_MOST = 1 << 30  # bytes of verbatim tensors of a pack, before any coding; likewise
 GAIN = 0.97  # a tensor is stored in planes if that takes at most so much of its bytes
 VERBATIM_PART = ":verbatim"  # a name that no adapter can have
 
-_NOWHERE = Pack("", 0, 0)  # of what is not written yet
+_NOWHERE = Pack("", 0, 0, 0, 0)  # of what is not written yet
 
-Read = Callable[[int, int], bytes | memoryview]  # (offset, count) -> bytes of a pack; fewer at its end
+Read = Callable[[str, int, int], bytes]  # `Place.read`: (file, offset, count) -> bytes, fewer at its end
 
 
 @dataclass(frozen=True)
 class Verbatim:
-    """A tensor that is kept as it is.
+    """A verbatim tensor to be packed.
 
     Attributes:
         dtype, shape: as safetensors has them.
@@ -64,18 +58,13 @@ class Verbatim:
 
 @dataclass(frozen=True)
 class Coded:
-    """An adapter to be packed; the attributes are those of `CodedAdapter`, but for what is not stored yet.
-
-    Attributes:
-        code: its bytes, or a file that holds them.
-        verbatim: key -> tensor.
-    """
+    """An adapter to be packed: `config`, `layout` and `record` as in `CodedAdapter`, key -> verbatim tensor."""
 
     name: str
     config: Json
     layout: Any
     record: Json
-    code: bytes | Path
+    code: bytes
     verbatim: Mapping[str, Verbatim] = field(default_factory=dict)
 
 
@@ -91,16 +80,20 @@ def _begun(dtype: str, shape: tuple[int, ...]) -> hashlib._Hash:
     return hashlib.sha256(f"{dtype} {[*shape]}\n".encode())
 
 
+def _digest_of_code(code: bytes) -> str:
+    return hashlib.sha256(code).hexdigest()[:32]
+
+
 # -- writing ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class _Draft:
-    """What a pack will hold; the locations of its adapters and tensors name no pack yet."""
+    """The content of a pack that is not written; the locations of its adapters and tensors name no pack yet."""
 
     spool: IO[bytes]  # the bytes of the tensors, as they will be stored
-    adapters: list[CodedAdapter] = field(default_factory=list)
     codes: list[bytes] = field(default_factory=list)
+    adapters: dict[str, CodedAdapter] = field(default_factory=dict)
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
 
     def is_full(self) -> bool:
@@ -111,20 +104,15 @@ class _Draft:
         )
 
 
-def write_packs(
-    root: Path, adapters: Iterable[Coded], there: Index | None = None, packed: Callable[[Index], None] | None = None
-) -> Index:
-    """Write adapters into packs, in their order.
+def write_packs(root: Path, adapters: Iterable[Coded], there: Index) -> Index:
+    """Write adapters into packs, in their order, on which alone it depends where packs are cut.
 
-    Where packs are cut depends on the adapters alone, so that a run which goes on after its last whole pack writes what
-    one that was never stopped writes. The codes of a pack are in memory until it is written; tensors pass through a
-    file without a name.
+    The codes of a pack are in memory until it is written; tensors pass through a file without a name.
 
     Args:
         root: the folder of the checkpoint.
         adapters: none of them is in `there`.
         there: what is packed already. Its packs stay as they are, and need not lie in `root`.
-        packed: called after each pack with the index of what is packed by then.
 
     Returns:
         The index of `there` and of all adapters.
@@ -132,7 +120,6 @@ def write_packs(
     Raises:
         AdapterError: if a tensor is not the one that its digest names.
     """
-    there = there or Index()
     packs, done, tensors = list(there.packs), dict(there.adapters), dict(there.tensors)
     shared = {canonical(value): value for adapter in done.values() for value in (adapter.config, adapter.layout)}
     rest = iter(adapters)
@@ -145,17 +132,13 @@ def write_packs(
                     break
             if not draft.adapters:
                 return Index(tuple(packs), done, tensors)
-            pack = _write_pack(root, draft)
-        packs.append(pack)
-        done |= {adapter.name: adapter for adapter in draft.adapters}
-        tensors |= draft.tensors
-        if packed:
-            packed(Index(tuple(packs), dict(done), dict(tensors)))
+            written = _write_pack(root, draft)
+        packs += written.packs
+        done |= written.adapters
+        tensors |= written.tensors
 
 
-def remove_from_packs(
-    root: Path, index: Index, names: Collection[str], open_pack: Callable[[Pack], AbstractContextManager[Read]]
-) -> Index:
+def remove_from_packs(root: Path, index: Index, names: Collection[str], read: Read) -> Index:
     """Write those packs anew that hold an adapter of these names, or a tensor that none of the others has.
 
     Of one pack, this writes the bytes that `write_packs` writes of the others (with the same version of zlib).
@@ -164,45 +147,37 @@ def remove_from_packs(
         root: the folder of the checkpoint, for what is written; other packs are the same as before.
         index: of what is there.
         names: adapters to be removed.
-        open_pack: opens a pack of `index`.
+        read: of what is there.
 
     Returns:
         The index of what is left.
 
     Raises:
-        UnknownAdapterError: if one is not there.
         CheckpointError: if a code that must be copied is damaged.
     """
-    left = index.without(names)
-    before, after = _content(index), _content(left)
-    packs, done, tensors = [], dict(left.adapters), dict(left.tensors)
-    for pack in index.packs:
-        adapters, kept = after[pack]
-        if (len(adapters), len(kept)) == (len(before[pack][0]), len(before[pack][1])):
-            packs.append(pack)
+    content: dict[Pack, tuple[dict[str, CodedAdapter], dict[str, StoredTensor]]]
+    content = {pack: ({}, {}) for pack in index.packs}
+    for adapter in (adapter for name, adapter in index.adapters.items() if name not in names):
+        content[adapter.code.pack][0][adapter.name] = adapter
+        for _, digest in sorted(adapter.verbatim.items()):  # in the order in which adapters need them
+            tensor = index.tensors[digest]
+            content[tensor.at.pack][1].setdefault(digest, tensor)
+    packs, done, tensors = list[Pack](), dict[str, CodedAdapter](), dict[str, StoredTensor]()
+    for pack, (adapters, kept) in content.items():
+        if (len(adapters), len(kept)) == (pack.adapters, pack.tensors):
+            left = Index((pack,), adapters, dict(sorted(kept.items(), key=lambda item: item[1].at.offset)))
         elif adapters or kept:
-            with _spool(root) as spool, open_pack(pack) as read:
-                draft = _Draft(spool, adapters, [read_code(read, a) for a in adapters], {t.at.digest: t for t in kept})
-                for tensor in kept:
+            with _spool(root) as spool:
+                draft = _Draft(spool, [read_code(read, adapter) for adapter in adapters.values()], adapters, kept)
+                for tensor in kept.values():
                     spool.writelines(_stored(read, tensor.at))
-                packs.append(_write_pack(root, draft))
-            done |= {adapter.name: adapter for adapter in draft.adapters}
-            tensors |= draft.tensors
-    at = {pack: i for i, pack in enumerate(packs)}
-    tensors = dict(sorted(tensors.items(), key=lambda item: (at[item[1].at.pack], item[1].at.offset)))
+                left = _write_pack(root, draft)
+        else:
+            continue
+        packs += left.packs
+        done |= left.adapters
+        tensors |= left.tensors
     return Index(tuple(packs), done, tensors)
-
-
-def _content(index: Index) -> dict[Pack, tuple[list[CodedAdapter], list[StoredTensor]]]:
-    """What each pack holds: adapters in their order, tensors in the order in which adapters need them."""
-    content: dict[Pack, tuple[list[CodedAdapter], list[StoredTensor]]] = {pack: ([], []) for pack in index.packs}
-    needed: dict[str, None] = {}
-    for adapter in index.adapters.values():
-        content[adapter.code.pack][0].append(adapter)
-        needed |= {adapter.verbatim[key]: None for key in sorted(adapter.verbatim)}
-    for tensor in map(index.tensors.__getitem__, needed):
-        content[tensor.at.pack][1].append(tensor)
-    return content
 
 
 def _spool(root: Path) -> IO[bytes]:
@@ -212,15 +187,14 @@ def _spool(root: Path) -> IO[bytes]:
 
 def _add(draft: _Draft, adapter: Coded, there: Mapping[str, StoredTensor], shared: dict[str, Any]) -> None:
     """Add an adapter to a pack, and its tensors if they are not there yet."""
-    code = adapter.code if isinstance(adapter.code, bytes) else adapter.code.read_bytes()
     config, layout = (shared.setdefault(canonical(value), value) for value in (adapter.config, adapter.layout))
     verbatim = {key: adapter.verbatim[key].digest for key in sorted(adapter.verbatim)}
     for key, digest in verbatim.items():
         if digest not in there and digest not in draft.tensors:
             draft.tensors[digest] = _spooled(draft.spool, adapter.verbatim[key], adapter.name, key)
-    at = Location(_NOWHERE, 0, len(code), _digest_of_code(code))
-    draft.codes.append(code)
-    draft.adapters.append(CodedAdapter(adapter.name, config, layout, dict(adapter.record), at, verbatim))
+    at = Location(_NOWHERE, 0, len(adapter.code), _digest_of_code(adapter.code))
+    draft.codes.append(adapter.code)
+    draft.adapters[adapter.name] = CodedAdapter(adapter.name, config, layout, dict(adapter.record), at, verbatim)
 
 
 def _spooled(spool: IO[bytes], tensor: Verbatim, adapter: str, key: str) -> StoredTensor:
@@ -232,9 +206,8 @@ def _spooled(spool: IO[bytes], tensor: Verbatim, adapter: str, key: str) -> Stor
         spool.seek(start)
         spool.truncate()
         spool.writelines(_checked(tensor, adapter, key))
-    return StoredTensor(
-        tensor.dtype, tuple(tensor.shape), coding, Location(_NOWHERE, 0, spool.tell() - start, tensor.digest)
-    )
+    at = Location(_NOWHERE, 0, spool.tell() - start, tensor.digest)
+    return StoredTensor(tensor.dtype, tuple(tensor.shape), coding, at)
 
 
 def _checked(tensor: Verbatim, adapter: str, key: str) -> Iterator[bytes | memoryview]:
@@ -255,35 +228,35 @@ def _checked(tensor: Verbatim, adapter: str, key: str) -> Iterator[bytes | memor
         )
 
 
-def _write_pack(root: Path, draft: _Draft) -> Pack:
-    """Write a pack, whole and synced or not at all, and give the locations of the draft their places in it."""
-    tensors = [(_key(adapter.name), "U8", (adapter.code.nbytes,)) for adapter in draft.adapters]
+def _write_pack(root: Path, draft: _Draft) -> Index:
+    """Write a pack, whole and synced or not at all."""
+    parts = [(_key(name), "U8", (adapter.code.nbytes,)) for name, adapter in draft.adapters.items()]
     if draft.tensors:
-        tensors.append((VERBATIM_PART, "U8", (draft.spool.tell(),)))
+        parts.append((VERBATIM_PART, "U8", (draft.spool.tell(),)))
+    start = tensor_records_of(tuple(parts))[0].offset
     draft.spool.seek(0)
     temporary = root / PACKS / f".{uuid.uuid4().hex}.tmp"
     try:
         with naming(temporary), temporary.open("xb") as f:
-            write_safetensors(f, tensors, chain(draft.codes, iter(lambda: draft.spool.read(BLOCK), b"")))
+            write_safetensors(f, parts, chain(draft.codes, iter(lambda: draft.spool.read(BLOCK), b"")))
             f.flush()
             os.fsync(f.fileno())
-            start = tensor_records_of(tuple(tensors))[0].offset
-            pack = Pack(digest_files([temporary]), f.tell(), start)
+            pack = Pack(digest_files([temporary]), f.tell(), start, len(draft.adapters), len(draft.tensors))
             os.replace(temporary, root / pack.file)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync(root / PACKS)
-    offsets = accumulate((at.nbytes for at in _locations(draft)), initial=start)
-    places = [replace(at, pack=pack, offset=offset) for at, offset in zip(_locations(draft), offsets, strict=False)]
-    draft.adapters = [replace(a, code=at) for a, at in zip(draft.adapters, places, strict=False)]
-    stored = zip(draft.tensors.items(), places[len(draft.adapters) :], strict=True)
-    draft.tensors = {digest: replace(tensor, at=at) for (digest, tensor), at in stored}
-    return pack
+    end = start
 
+    def placed(at: Location) -> Location:
+        nonlocal end
+        end += at.nbytes
+        return replace(at, pack=pack, offset=end - at.nbytes)
 
-def _locations(draft: _Draft) -> list[Location]:
-    return [*(adapter.code for adapter in draft.adapters), *(tensor.at for tensor in draft.tensors.values())]
+    adapters = {name: replace(adapter, code=placed(adapter.code)) for name, adapter in draft.adapters.items()}
+    tensors = {digest: replace(tensor, at=placed(tensor.at)) for digest, tensor in draft.tensors.items()}
+    return Index((pack,), adapters, tensors)
 
 
 def _key(name: str) -> str:
@@ -294,78 +267,33 @@ def _key(name: str) -> str:
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 
-def reader_of(pages: bytes | mmap.mmap) -> Read:
-    """A `Read` of the bytes of a pack, or of a map of it."""
-    return lambda offset, count: pages[offset : offset + count]
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[Read]:
-    """A `Read` of a file. It is not mapped, so that one which is cut short meanwhile is an error and no signal."""
-    with path.open("rb", buffering=0) as f:
-        size = os.fstat(f.fileno()).st_size
-        yield lambda offset, count: os.pread(f.fileno(), max(0, min(count, size - offset)), offset)
-
-
 def read_code(read: Read, adapter: CodedAdapter) -> bytes:
     """The code of an adapter.
 
     Raises:
         CheckpointError: if it is not what was written.
     """
-    at = adapter.code
-    code = bytes(read(at.offset, at.nbytes))
-    if len(code) != at.nbytes:
-        raise _cut_short(at, adapter.name)
-    if _digest_of_code(code) != at.digest:
-        raise CheckpointError(
-            f"its code in {at.pack.file} is damaged",
-            adapter=adapter.name,
-            found=_digest_of_code(code),
-            expected=at.digest,
-            remedy=AGAIN,
-        )
+    code = b"".join(_stored(read, adapter.code, adapter.name))
+    _check(_digest_of_code(code), adapter.code, "its code", adapter.name)
     return code
 
 
 def read_verbatim(read: Read, index: Index, adapter: CodedAdapter, key: str) -> bytes:
-    """The bytes of a verbatim tensor of an adapter, in memory: see `verbatim_chunks`."""
-    return b"".join(verbatim_chunks(read, index, adapter, key))
-
-
-def verbatim_chunks(read: Read, index: Index, adapter: CodedAdapter, key: str) -> Iterator[bytes]:
-    """The bytes of a verbatim tensor of an adapter, `planes.BLOCK` at a time; they are whole when all have come.
-
-    Args:
-        read: of the pack that holds it, `index.tensors[adapter.verbatim[key]].at.pack`.
-        index: of the checkpoint.
-        adapter: an adapter of it.
-        key: of the tensor.
+    """The bytes of the verbatim tensor that an adapter has under a key.
 
     Raises:
         CheckpointError: if it is not what was written.
     """
     tensor = index.tensors[adapter.verbatim[key]]
-    stored, digest = _stored(read, tensor.at, adapter.name, key), _begun(tensor.dtype, tensor.shape)
-    chunks = decoded(stored, ITEMSIZE[tensor.dtype], tensor.nbytes) if tensor.coding else stored
+    raw = b"".join(_stored(read, tensor.at, adapter.name, key))
     try:
-        for chunk in chunks:
-            digest.update(chunk)
-            yield chunk
-        found = digest.hexdigest()[:32]
-    except CheckpointError:
-        raise
+        if tensor.coding:
+            raw = decoded(raw, ITEMSIZE[tensor.dtype], tensor.nbytes)
+        found = digest_of_tensor(tensor.dtype, tensor.shape, [raw])
     except ValueError as e:
         found = str(e)
-    if found != tensor.at.digest:
-        raise CheckpointError(
-            f"a tensor in {tensor.at.pack.file} is damaged",
-            adapter=adapter.name,
-            key=key,
-            found=found,
-            expected=tensor.at.digest,
-            remedy=AGAIN,
-        )
+    _check(found, tensor.at, "a tensor", adapter.name, key)
+    return raw
 
 
 def check_pack(path: Path, pack: Pack) -> None:
@@ -380,29 +308,38 @@ def check_pack(path: Path, pack: Pack) -> None:
     except FileNotFoundError:
         found = "no file"
     if found != pack.sha256:
-        expected = f"{pack.nbytes} bytes, SHA-256 {pack.sha256}"
         raise CheckpointError(
             f"{pack.file} is damaged",
             found=found,
-            expected=expected,
+            expected=f"{pack.nbytes} bytes, SHA-256 {pack.sha256}",
             remedy="Fetch the checkpoint again, or compress its sources again.",
         )
 
 
 def _stored(read: Read, at: Location, adapter: str | None = None, key: str | None = None) -> Iterator[bytes]:
-    """Bytes of a pack, as they are stored, a bounded number at a time."""
+    """The bytes at a location, as they are stored, a bounded number at a time."""
     for start in range(0, at.nbytes, BLOCK):
         count = min(BLOCK, at.nbytes - start)
-        chunk = bytes(read(at.offset + start, count))
+        chunk = read(at.pack.file, at.offset + start, count)
         if len(chunk) != count:
-            raise _cut_short(at, adapter, key)
+            raise CheckpointError(
+                f"{at.pack.file} is cut short",
+                adapter=adapter,
+                key=key,
+                expected=f"{at.nbytes} bytes at {at.offset}",
+                remedy=AGAIN,
+            )
         yield chunk
 
 
-def _cut_short(at: Location, adapter: str | None, key: str | None = None) -> CheckpointError:
-    expected = f"{at.nbytes} bytes at {at.offset}"
-    return CheckpointError(f"{at.pack.file} is cut short", adapter=adapter, key=key, expected=expected, remedy=AGAIN)
-
-
-def _digest_of_code(code: bytes) -> str:
-    return hashlib.sha256(code).hexdigest()[:32]
+def _check(found: str, at: Location, what: str, adapter: str, key: str | None = None) -> None:
+    """Demand the digest of a location."""
+    if found != at.digest:
+        raise CheckpointError(
+            f"{what} in {at.pack.file} is damaged",
+            adapter=adapter,
+            key=key,
+            found=found,
+            expected=at.digest,
+            remedy=AGAIN,
+        )

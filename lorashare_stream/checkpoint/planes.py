@@ -12,9 +12,10 @@ exponents into one byte would gain 0.004 more.
 
 from __future__ import annotations
 
+import io
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 BLOCK = 4 << 20  # bytes of a tensor in memory at once; a multiple of every element's size
 MOST = 1032  # bytes that deflate makes of one, at most
@@ -33,25 +34,33 @@ def encoded(chunks: Iterable[bytes | memoryview], itemsize: int) -> Iterator[byt
         yield from packed
 
 
-def decoded(chunks: Iterable[bytes | memoryview], itemsize: int, nbytes: int) -> Iterator[bytes]:
-    """The blocks of a tensor of `nbytes` bytes, from its stream; no block is larger than `BLOCK`, whatever is read.
+def decoded(stream: bytes, itemsize: int, nbytes: int) -> bytes:
+    """The tensor of `nbytes` bytes, from its stream; memory grows with what the stream gives, whatever it claims.
 
     Raises:
         ValueError: if it is not the stream of a tensor of this size.
     """
-    take = _taker(chunks)
+    source, blocks = io.BytesIO(stream), []
     for start in range(0, nbytes, BLOCK):
         size = min(BLOCK, nbytes - start) // itemsize
-        lengths = struct.unpack(f"<{itemsize}I", take(4 * itemsize))
+        lengths = struct.unpack(f"<{itemsize}I", _taken(source, 4 * itemsize))
         if max(lengths) > size:
             raise ValueError(f"a plane of {max(lengths)} bytes where {size} are the most")
         block = bytearray(size * itemsize)
         for i, length in enumerate(lengths):
-            plane = take(length)
+            plane = _taken(source, length)
             block[i::itemsize] = plane if length == size else _inflated(plane, size)
-        yield bytes(block)
-    if take(1, missing_ok=True):
+        blocks.append(block)
+    if source.read(1):
         raise ValueError("bytes follow the last plane")
+    return b"".join(blocks)
+
+
+def _taken(source: io.BytesIO, count: int) -> bytes:
+    taken = source.read(count)
+    if len(taken) < count:
+        raise ValueError("the stream ends too early")
+    return taken
 
 
 def _blocks(chunks: Iterable[bytes | memoryview]) -> Iterator[bytes]:
@@ -86,22 +95,3 @@ def _inflated(raw: bytes, size: int) -> bytes:
     if len(plane) != size or not inflate.eof or inflate.unused_data:
         raise ValueError(f"a plane that is not {size} bytes when it is inflated")
     return plane
-
-
-def _taker(chunks: Iterable[bytes | memoryview]) -> Callable[..., bytes]:
-    """A function that takes the next so many bytes of a stream."""
-    rest, buffer = iter(chunks), bytearray()
-
-    def take(count: int, missing_ok: bool = False) -> bytes:
-        while len(buffer) < count:
-            chunk = next(rest, None)
-            if chunk is None:
-                if missing_ok:
-                    break
-                raise ValueError("the stream ends too early")
-            buffer.extend(chunk)
-        taken = bytes(buffer[:count])
-        del buffer[:count]
-        return taken
-
-    return take

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: the fields of lorashare's SHAREConfig, and our certified figures."""
+"""Summary of a checkpoint: the content of share_config.json, with statistics of certified errors and of sizes."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ Json = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """What the summary needs of one adapter.
+    """Statistics of one adapter.
 
-    `shared` is whether it is coded, or on the bases and has part in them; `kept` are the last parts of the names of the
-    modules whose factors are verbatim though others are not.
+    Attributes:
+        shared: whether it is coded, or on the bases and has part in them.
+        kept: last names of the modules whose factors are verbatim though others are not.
     """
 
     name: str
@@ -39,7 +40,7 @@ class Statistics:
 
 
 def statistics_of(meta: AdapterMeta) -> Statistics:
-    """The figures in an adapter_meta.json."""
+    """Statistics of an adapter, from its adapter_meta.json."""
     ours, shared = meta.ours, meta.ours.worst_module is not None
     return Statistics(
         meta.adapter_name,
@@ -65,12 +66,12 @@ def share_config(
     """The content of share_config.json.
 
     Args:
-        record: what it is of.
-        adapters: figures of every adapter, in order.
-        digest: of all that decides the result.
+        record: the checkpoint record.
+        adapters: statistics of every adapter, in order.
+        digest: of all that decides the checkpoint.
         sizes: bytes on disk by part.
         skipped: the adapters that were left out.
-        coded: the field of a coded checkpoint, if it is one. modules: that such a one has coded, of any adapter.
+        coded: the field of a coded checkpoint. modules: of such a one, that are coded, of any adapter.
     """
     layers = sorted({split_group_id(group)[0] for group in record.groups})
     ours = _recorded(record, adapters, sizes, digest, len(skipped))
@@ -100,12 +101,12 @@ def share_config(
 
 
 def _shared(groups: Mapping[str, Group]) -> dict[str, Any]:
-    """What lorashare says of bases and loadings."""
+    """Statistics of bases and loadings, as lorashare names them."""
     explained = {group: f.explained for group, f in sorted(groups.items())}
+    values = list(explained.values()) or [1.0]
     shared = sum(f.k * f.d for f in groups.values())
     loadings = sum(f.k * f.n for f in groups.values())
     original = sum(f.d * f.n for f in groups.values())
-    values = list(explained.values()) or [1.0]
     return {
         "original_total_params": original,
         "compressed_total_params": shared + loadings,
@@ -173,4 +174,5 @@ def _bounds(groups: Mapping[str, Group], objective: str) -> list[float] | None:
 
 
 def _commonest(values: Sequence[Any]) -> Any:
+    """The commonest of some numbers, of several the least; 0 if there is none."""
     return min(Counter(values).items(), key=lambda item: (-item[1], item[0]), default=(0, 0))[0]

@@ -11,10 +11,10 @@ from typing import Any
 
 from ..adapters.folder import digest_files
 from ..adapters.safetensors import read_header
-from ..checkpoint.coded import index_of, meta_of, record_in
+from ..checkpoint.coded import meta_of, record_in
 from ..checkpoint.config import SHAREConfig, config_bytes, read_share_config
 from ..checkpoint.format import ADAPTERS, COMPONENTS, CONFIG, INDEX, LOADINGS, META, OURS, SKIPPED, SPECTRUM, VERBATIM
-from ..checkpoint.index import index_bytes
+from ..checkpoint.index import index_bytes, index_of
 from ..checkpoint.packs import check_pack
 from ..checkpoint.records import REPAIR, AdapterMeta, HubOrigin, Meta, has_files
 from ..errors import CheckpointError

@@ -20,7 +20,6 @@ from ..adapters.folder import CONFIG as ADAPTER_CONFIG
 from ..adapters.hubid import HubId, cached_id, parse_hub_id
 from ..checkpoint.format import ADAPTERS, COMPONENTS, CONFIG, FILES, INDEX, LOADINGS, META, PACKS, VERBATIM
 from ..checkpoint.location import Folder, Place
-from ..checkpoint.packs import opened
 from ..errors import CheckpointError, MissingCheckpointError, StreamError, UsageError
 from ..files import atomic_path
 from ..text import listed, printable
@@ -31,7 +30,7 @@ T = TypeVar("T")
 LARGE = 64 << 20  # bytes of a part for which the whole file is fetched, since a download goes on where it was cut
 
 
-class Repository:
+class Repository(Place):
     """A checkpoint at a commit of a repository on the Hub.
 
     Args:
@@ -127,8 +126,7 @@ class Repository:
     def read(self, relative: str, offset: int, count: int) -> bytes:
         """Bytes of a file, fewer at its end: by one ranged request, unless it is in the cache; errors as of `file`."""
         if count > LARGE or self._hub.offline or self._cached(relative) is not None:
-            with opened(self.file(relative)) as read:
-                return bytes(read(offset, count))
+            return super().read(relative, offset, count)
         part = partial(self._hub.part, self.id, relative, offset, count, self._token)
         return self._retry(part, f"{self.id}: {relative}").start if count else b""
 

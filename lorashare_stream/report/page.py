@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ..adapters.dtypes import ITEMSIZE
 from ..adapters.folder import open_tensors, tensor_records
 from ..adapters.keys import SIDES, Side, kind_and_depth, split_group_id
-from ..checkpoint.coded import index_of, meta_of
+from ..checkpoint.coded import meta_of
 from ..checkpoint.config import Group, SHAREConfig, read_share_config, record_of
 from ..checkpoint.format import (
     ADAPTERS,
@@ -32,6 +32,7 @@ from ..checkpoint.format import (
     skipped_of,
     total_bytes,
 )
+from ..checkpoint.index import index_of
 from ..checkpoint.location import Folder, Place
 from ..checkpoint.records import AdapterMeta, metas_of
 from ..errors import AdapterError, CheckpointError

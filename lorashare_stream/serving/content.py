@@ -10,10 +10,9 @@ from functools import partial
 from torch import Tensor
 
 from ..adapters.keys import SIDES, factor_key, group_id, split_group_id
-from ..checkpoint.coded_reader import CodedReader
 from ..checkpoint.config import read_share_config
 from ..checkpoint.format import DIRECTIONS
-from ..checkpoint.reader import CheckpointReader, Tensors, restored
+from ..checkpoint.reader import CheckpointReader, CodedReader, Tensors, modules_of, restored
 from ..errors import AdapterError, CheckpointError
 from ..text import counted
 from .banks import Bank, Cache, Parts
@@ -120,7 +119,7 @@ def _coded_shapes(reader: CodedReader, name: str) -> Shapes:
     """The same of an adapter in a coded checkpoint, from the index."""
     kept = reader.index.adapters[name].verbatim
     found = {key: reader.index.tensors[digest].shape for key, digest in kept.items() if key != DIRECTIONS}
-    for m in reader.modules(name):
+    for m in modules_of(reader.index.adapters[name]):
         found |= {factor_key(m.name, "A"): (m.rank, m.d_in), factor_key(m.name, "B"): (m.d_out, m.rank)}
     return found
 
@@ -142,8 +141,7 @@ def _shared(
             if all(g in own for g in groups) and named.setdefault(place, module) == module:
                 a, b = (own.pop(g).float() for g in groups)
                 loadings.setdefault(place, {})[number] = a, b * scale
-        for group, loading in own.items():  # one side alone, or a second name of the module
-            tensors |= restored(name, group, reader.components, loading)
+        tensors |= restored(name, reader.components, own)  # one side alone, or a second name of the module
         alone[name] = _parts(host, found, tensors)
     banks = {}
     for place, some in loadings.items():

@@ -12,11 +12,10 @@ from uuid import uuid4
 
 from ..adapters.folder import digest_files
 from ..adapters.hubid import cached_id
-from ..checkpoint.coded_reader import open_checkpoint
 from ..checkpoint.config import SHAREConfig
 from ..checkpoint.format import ADAPTERS, COMPONENTS, CONFIG, LOADINGS, OURS
 from ..checkpoint.location import Folder, Place
-from ..checkpoint.reader import CheckpointReader
+from ..checkpoint.reader import CheckpointReader, open_checkpoint
 from ..checkpoint.records import REPAIR
 from ..checkpoint.restore import save_adapter
 from ..errors import CheckpointError, DiskError

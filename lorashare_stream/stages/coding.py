@@ -18,11 +18,12 @@ from typing import Any, Literal
 
 from ..adapters.adapter import Adapter
 from ..adapters.folder import digest_config, digest_files
-from ..checkpoint.coded import VERSION, WITH_DIRECTIONS, index_of, meta_of, staged_adapters
+from ..checkpoint.coded import meta_of, staged_adapters
 from ..checkpoint.config import CheckpointRecord, SHAREConfig, read_share_config, record_of
 from ..checkpoint.format import ADAPTERS, DIRECTIONS, INDEX, OURS, PACKS, SHARED, ours_of, skipped_of, total_bytes
-from ..checkpoint.index import CodedAdapter, Index, Pack, read_index, write_index
-from ..checkpoint.packs import opened, read_verbatim, remove_from_packs, write_packs
+from ..checkpoint.index import VERSION, WITH_DIRECTIONS, CodedAdapter, Index, Pack, index_of, read_index, write_index
+from ..checkpoint.location import Folder
+from ..checkpoint.packs import read_verbatim, remove_from_packs, write_packs
 from ..checkpoint.publish import staging_folder
 from ..checkpoint.records import REPAIR
 from ..checkpoint.staging import Staging
@@ -186,11 +187,7 @@ def reusable(target: Target) -> Reusable:
 def _directions_in(out: Path, index: Index) -> bytes:
     """Serialized directions of a coded checkpoint; empty if it has none."""
     adapter = next((a for a in index.adapters.values() if DIRECTIONS in a.verbatim), None)
-    if adapter is None:
-        return b""
-    pack = index.tensors[adapter.verbatim[DIRECTIONS]].at.pack
-    with opened(out / pack.file) as read:
-        return read_verbatim(read, index, adapter, DIRECTIONS)
+    return b"" if adapter is None else read_verbatim(Folder(out).read, index, adapter, DIRECTIONS)
 
 
 def code(
@@ -410,7 +407,7 @@ def _linked(out: Path, root: Path, found: Reusable) -> Index:
     own_folder(root / PACKS)
     index = found.index
     if found.gone:
-        index = remove_from_packs(root, index, found.gone, lambda pack: opened(out / pack.file))
+        index = remove_from_packs(root, index, found.gone, Folder(out).read)
     for pack in index.packs:
         if not (root / pack.file).exists():
             link_or_copy(out / pack.file, root / pack.file)

@@ -17,7 +17,8 @@ from ..adapters.pickles import raw_bytes
 from ..adapters.safetensors import TensorReader
 from ..adapters.source import Source
 from ..checkpoint.config import SHAREConfig
-from ..checkpoint.reader import Tensors, as_array, was_reconstructed
+from ..checkpoint.reader import Tensors
+from ..checkpoint.restore import as_array, was_reconstructed
 from ..codec.factors import errors_of_products
 from ..errors import AdapterError, StreamError
 from ..hub.client import AT_ONCE
