@@ -188,7 +188,7 @@ def compress(
     with (
         executor_for(executor, plan.processes, threads=device != "cpu") as workers,
         Workspace.open(root, plan.binding, take_lock=take_lock) as work,
-        mapper_for(workers, lambda: places_of(plan, root, out)) as mapper,
+        mapper_for(workers, places_of(plan, root, out)) as mapper,
         fetching_for(plan.settings, root) as fetcher,
         pickles_kept(plan, root) as plan,
     ):

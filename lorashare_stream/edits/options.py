@@ -75,7 +75,7 @@ class RunOptions:
             executor_for(self.executor, plan.processes, threads=device != "cpu") as workers,
             nullcontext() if root is None else Workspace.open(root, plan.binding, take_lock=self.take_lock) as work,
             fetching_for(plan.settings, root) as fetcher,
-            mapper_for(workers, lambda: places_of(plan, root or out.parent, out, workspace=root is not None)) as mapper,
+            mapper_for(workers, places_of(plan, root or out.parent, out, workspace=root is not None)) as mapper,
         ):
             yield Run(plan, mapper, self.progress, fetcher, work.check_held if work else lambda: None), work
 

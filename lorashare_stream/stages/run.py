@@ -15,7 +15,7 @@ from ..hub.client import Hub, cache_folder
 from ..hub.fetch import Fetcher
 from ..plan.memory import SAMPLE
 from ..plan.plan import Plan
-from ..runtime.executors import Mapper, Places, nothing
+from ..runtime.executors import Mapper, Places
 from ..runtime.progress import Progress
 from ..text import bytes_shown
 from ..workspace.workspace import IN_WORK
@@ -43,7 +43,7 @@ class Run:
         fn: Callable[[T], R],
         tasks: Iterable[T],
         total: int,
-        after: Callable[[T], object] = nothing,
+        after: Callable[[T], object] | None = None,
     ) -> Iterator[R]:
         """Results in the order of the tasks, as many at a time as the plan allows for this step."""
         planned = self.plan.step(step)
