@@ -137,7 +137,6 @@ def test_the_help_names_what_an_option_may_be_in_groups(command: str, capsys: Ca
 def test_every_setting_is_an_option_of_compress(capsys: Capture) -> None:
     told = told_by(capsys, "compress", "--help").replace("--[no-]", "--")
     assert all(flag in told for name in TYPES for flag in flags_of(name))
-    assert "--trim-rank" not in told
 
 
 def test_a_shell_completes_commands_options_and_values() -> None:

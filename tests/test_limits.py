@@ -1,4 +1,4 @@
-"""Limits of bytes and of error, one at a time; the forms of older versions, refused with what to do instead."""
+"""Limits of bytes and of error, one at a time; checkpoints in forms that are gone, refused with what to do instead."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lorashare_stream.checkpoint.config import read_share_config
 from lorashare_stream.cli.app import main
 from lorashare_stream.errors import CheckpointError, UsageError
 from lorashare_stream.model import SHAREModel
@@ -19,7 +18,6 @@ from lorashare_stream.settings import Settings
 from .conftest import factor_keys, load_tensors, make_collection, write_adapter
 
 Compress = Callable[..., Path]
-INSTEAD = "--max-error, --ratio or --max-bytes"
 
 
 @pytest.mark.parametrize("values", [
@@ -49,31 +47,6 @@ def test_a_limit_needs_errors_of_dw() -> None:
         Settings(objective="factors", max_error=0.1)
     assert Settings(ratio=20.0).bought == ("ratio", 20.0)
     assert Settings(objective="factors").bought == ()
-
-
-@pytest.mark.parametrize("flags", [["--dtype", "int8"], ["--trim-rank"]])
-@pytest.mark.parametrize("command", ["compress", "plan"])
-def test_what_is_gone_says_what_takes_its_place(
-    tmp_path: Path, collection: list[str], capsys: pytest.CaptureFixture[str], command: str, flags: list[str]
-) -> None:
-    out = tmp_path / "out"
-    assert main([command, *collection, "-o", str(out), *flags]) == 2
-    told = capsys.readouterr().err
-    assert "is gone" in told
-    assert INSTEAD in told
-    assert not out.exists()
-
-
-def test_a_refit_that_trims_ranks_is_refused(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["refit", str(checkpoint), "-k", "2", "--trim-rank", "-o", str(checkpoint)]) == 2
-    assert INSTEAD in capsys.readouterr().err
-    assert read_share_config(checkpoint).num_components == 4
-
-
-def test_settings_of_older_versions_that_trimmed_nothing_are_read() -> None:
-    assert Settings.from_mapping({"trim_rank": False, "ratio": 3}) == Settings(ratio=3)
-    with pytest.raises(UsageError, match="is gone"):
-        Settings.from_mapping({"trim_rank": True})
 
 
 @pytest.mark.parametrize("older", [{"dtype": "I8"}, {"rule": {"price": 1e-6, "limit": None, "own": True}}])

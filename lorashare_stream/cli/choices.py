@@ -20,12 +20,11 @@ from ..plan.sources import resolve
 from ..runtime.dask import connected, started, workers_of
 from ..runtime.progress import Progress, silent
 from ..schema import FORMAT, SkippedFile
-from ..settings import LIMITS, TRIM_RANK, TYPES, Settings, overridden
+from ..settings import LIMITS, TYPES, Settings, overridden
 from ..text import listed, name_fault, printable
 
 Args = Mapping[str, Any]
 log = logging.getLogger(__name__)
-_SETTINGS = TYPES.keys() | {TRIM_RANK}
 _PLACES: dict[str, type] = {"output": str, "workspace": str, "overwrite": bool, "sources": object}
 _GREEDY = {"names": "--names", "base_aliases": "--base-alias"}
 
@@ -41,7 +40,7 @@ def with_config(args: Args) -> dict[str, Any]:
     if not path.is_file():
         raise UsageError("no such configuration file", found=path)
     values = read_yaml(path) or {}
-    allowed = _SETTINGS | _PLACES.keys()
+    allowed = TYPES.keys() | _PLACES.keys()
     if not isinstance(values, dict) or not all(isinstance(k, str) for k in values):
         raise UsageError("the configuration is not a mapping of settings", found=printable(values))
     unknown = sorted(k for k in values if k not in allowed)
@@ -80,7 +79,7 @@ def with_workers(chosen: Args, cluster: Any) -> dict[str, Any]:
 
 
 def _settings(chosen: Args) -> Settings:
-    return Settings.from_mapping({k: v for k, v in chosen.items() if k in _SETTINGS})
+    return Settings.from_mapping({k: v for k, v in chosen.items() if k in TYPES})
 
 
 def named_sources(chosen: Args, skipping: bool) -> list[Source]:
@@ -136,7 +135,7 @@ def planned(chosen: Args, workspace: Path, progress: Progress = silent) -> Plan:
         refused = [r.error() for r in SkippedFile.model_validate(saved["refused"]).root]
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise UsageError(f"{printable(chosen['plan'])} is not a plan", found=f"{type(e).__name__}: {e}") from e
-    settings = overridden(settings, {k: v for k, v in chosen.items() if k in _SETTINGS})
+    settings = overridden(settings, {k: v for k, v in chosen.items() if k in TYPES})
     made = plan_for(sources, Settings.from_mapping(settings), workspace, progress=progress)
     if made.fingerprint_as(presumed=presumed) != fingerprint and not made.refused:
         raise UsageError(

@@ -19,7 +19,7 @@ from ..errors import StreamError, skipped_as_json
 from ..files import tree_bytes
 from ..report.summary_text import summary_text
 from ..report.text import rows_text
-from ..settings import LIMITS, TRIM_RANK, TYPES
+from ..settings import LIMITS, TYPES
 from ..text import bytes_shown, counted, listed, printable
 from .choices import Args, cluster_of, named_sources, names_meant, with_workers
 from .output import print_result, progress_of, say_left_out
@@ -28,7 +28,7 @@ from .streams import say_error
 COMMANDS = {"add", "remove", "refit"}
 SKIPPED = 3  # exit code: done, but adapters were left out
 log = logging.getLogger(__name__)
-_ASKED = ("num_components", *LIMITS, "directions", TRIM_RANK)  # of a refit
+_ASKED = ("num_components", *LIMITS, "directions")  # of a refit
 
 
 @contextmanager

@@ -64,12 +64,11 @@ _SHARED: Mapping[str, tuple[Any, Any]] = {  # options of several commands that a
         Flag,
         _option("take over the lock of a host that is known to be dead", "", "--take-lock", group=MEANS),
     ),
-    "trim_rank": (Flag, _option("gone, which the settings tell", "", "--trim-rank", hidden=True)),
     "json": (Flag, _option("print one JSON object on stdout, and nothing else", "", "--json")),
     "quiet": (Flag, _option("no progress and no notes; results, warnings and errors remain", "", "-q", "--quiet")),
     "verbose": (Flag, _option("say more", "", "-v", "--verbose")),
 }
-_LIMIT = ("num_components", *LIMITS, "variance_threshold", "trim_rank")
+_LIMIT = ("num_components", *LIMITS, "variance_threshold")
 _RUN = ("workspace", "memory", "workers", "device", "disk_budget", "offline")
 _CLUSTER = ("dask_scheduler", "dask_local", "take_lock")
 _ADAPTERS = ("names", "on_error", "base_aliases", "any_base")
