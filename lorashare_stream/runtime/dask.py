@@ -41,10 +41,7 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def connected(address: str) -> Iterator[Any]:
-    """A client of a running cluster.
-
-    Args:
-        address: of its scheduler, or the file that `dask scheduler --scheduler-file` writes.
+    """A client of a running cluster, by the address of its scheduler, or the file of `dask scheduler --scheduler-file`.
 
     Raises:
         UnreachableClusterError: if the scheduler does not answer.
@@ -74,11 +71,7 @@ def connected(address: str) -> Iterator[Any]:
 def started(workers: int) -> Iterator[Any]:
     """A client of a cluster on this machine, of so many processes, which end with this one however it ends.
 
-    They have a thread each, and no memory limit of Dask's, which counts mapped files and kills: what a task may take
-    is planned.
-
-    Raises:
-        UsageError: if that is no number of processes.
+    They have a thread each, and no memory limit of Dask's, which counts mapped files and kills: memory is planned.
     """
     if workers < 1:
         raise UsageError("no number of worker processes", found=workers, expected="1 or more")
@@ -106,11 +99,7 @@ def _distributed() -> Any:
 
 
 def workers_of(client: Any) -> dict[str, int]:
-    """The setting `workers` for a cluster, unless it is given: threads of a process; empty for an executor.
-
-    Raises:
-        UnreachableClusterError: if there are no workers.
-    """
+    """The default of the setting `workers` for a cluster, the threads of a process; empty for an executor."""
     if not hasattr(client, "nthreads"):
         return {}
     _demand_some(client)

@@ -176,7 +176,8 @@ class Mapper:
         """
         at_once = max(1, at_once)
         if isinstance(self.executor, SerialExecutor | ThreadPoolExecutor):
-            yield from self._in_order(partial(self._submit_here, fn), _lots(tasks, 1), at_once, after)
+            here = partial(self.executor.submit, perform_here, fn)
+            yield from self._in_order(lambda lot: here(lot.tasks), _lots(tasks, 1), at_once, after)
             return
         size = max(1, min(lot, len(tasks) // (4 * self.width(at_once)))) if isinstance(tasks, Sequence) else 1
         with call_of(self.places.folder, (self.places, at_once, fn), durable=self.cluster) as call:
@@ -219,9 +220,6 @@ class Mapper:
         yield from done.results
         if done.error is not None:
             raise done.error
-
-    def _submit_here(self, fn: Callable[[Any], Any], lot: Lot) -> Future[Done]:
-        return self.executor.submit(perform_here, fn, lot.tasks)
 
     def _submit(self, call: Call, lot: Lot) -> Future[Done]:
         return self.executor.submit(perform, call, lot.first, lot.tasks)

@@ -101,11 +101,7 @@ def call_of(folder: Path, shared: tuple[Any, ...], *, durable: bool) -> Iterator
 
 @lru_cache(maxsize=1)
 def loaded(call: Call) -> Any:
-    """What a call shares, read and checked once in a process.
-
-    Raises:
-        ClusterError: if it is not what was written, or nobody waits any more.
-    """
+    """What a call shares, read once in a process; raises ClusterError if it is damaged, or nobody waits any more."""
     try:
         data = call.file.read_bytes()
     except FileNotFoundError:

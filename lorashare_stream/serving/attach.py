@@ -214,7 +214,7 @@ def _released(handles: Sequence[Any], base: weakref.ref[nn.Module]) -> None:
 
 
 class AttachedModel(nn.Module):
-    """A base model with all adapters of a checkpoint beside it; what it lacks is looked up in the base.
+    """A base model with all adapters of a checkpoint; attributes that it lacks are those of the base.
 
     Attributes:
         base_model: the base, neither copied nor changed; hooks on it do nothing unless an adapter is asked for.
@@ -226,7 +226,7 @@ class AttachedModel(nn.Module):
         super().__init__()
         self.base_model = base_model
         self.adapter_names, self.left_out, self.parts = list(content.places), dict(content.left_out), content.parts
-        self._numbers = {name: i for i, name in enumerate(content.places, 1)}
+        self._numbers = {name: i for i, name in enumerate((BASE, *content.places))}
         self._banks = nn.ModuleList(content.banks.values())
         self._local = threading.local()
         by_name = dict(base_model.named_modules(remove_duplicate=False))
@@ -236,7 +236,6 @@ class AttachedModel(nn.Module):
             hook = partial(_add, name, content.banks.get(name), self._local)
             handles.append(by_name[name].register_forward_hook(hook, with_kwargs=True))
         _attached.add(base_model)
-        self._detached = False
         self._release = weakref.finalize(self, _released, handles, weakref.ref(base_model))
         self._release.atexit = False
         self.training = base_model.training
@@ -265,7 +264,6 @@ class AttachedModel(nn.Module):
 
     def detach(self) -> nn.Module:
         """Take the hooks off the base, and give it back."""
-        self._detached = True
         self._release()
         return self.base_model
 
@@ -275,7 +273,7 @@ class AttachedModel(nn.Module):
 
     @contextmanager
     def _asked(self, names: Sequence[str] | None, args: Any, kwargs: Any) -> Iterator[None]:
-        if self._detached:
+        if not self._release.alive:
             raise UsageError("this model is detached from its base", remedy="Attach the checkpoint again.")
         before = getattr(self._local, "call", None)
         self._local.call = self._call(names, _batch_of(args, kwargs))
@@ -292,16 +290,14 @@ class AttachedModel(nn.Module):
                 "adapter_names is no list of names", found=names, expected="a name for each row, such as [name]"
             )
         for name in names:
-            if name != BASE and name in self.left_out:
-                e = self.left_out[name]
+            if name not in self._numbers and (e := self.left_out.get(name)) is not None:
                 raise AdapterError(e.problem, **e.details())
-            if name != BASE and name not in self._numbers:
+            if name not in self._numbers:
                 raise unknown_adapter(name, self.adapter_names)
         if batch is not None and batch[0] != len(names):
             raise UsageError("not a name for each row", found=counted(len(names), "name"), expected=f"{batch[0]} rows")
         own = dict.fromkeys(name for name in names if name != BASE)
-        numbers = [self._numbers.get(name, 0) for name in names]
-        return Call(names, numbers, {name: self.parts[name] for name in own}) if own else None
+        return Call(names, [self._numbers[n] for n in names], {n: self.parts[n] for n in own}) if own else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AttachedModel:
         self.parts.change(fn)
@@ -318,18 +314,7 @@ class AttachedModel(nn.Module):
 
 
 def attach(reader: CheckpointReader, base_model: Any, memory: int | str | None = None) -> AttachedModel:
-    """Attach all adapters of a checkpoint to a base model.
-
-    Args:
-        reader: the checkpoint.
-        base_model: the base, a plain `torch.nn.Module`.
-        memory: bytes of decoded adapters of a coded checkpoint that are kept, or a text such as `"2GiB"`; None is
-            1 GiB. An adapter that is asked for and is not among them is decoded.
-
-    Raises:
-        CheckpointError: if no adapter fits the base, or the checkpoint is damaged, or is replaced meanwhile.
-        UsageError: if the base has adapters already.
-    """
+    """Attach all adapters of a checkpoint to a base model; see `SHAREModel.attach`."""
     limit = _bytes_of(memory)
     check_base(base_model)
     content = content_of(reader, Host(base_model), limit)
@@ -338,11 +323,7 @@ def attach(reader: CheckpointReader, base_model: Any, memory: int | str | None =
 
 
 def check_base(base: Any, *, peft: bool = False) -> None:
-    """Demand a base model without adapters; with `peft`, layers of PEFT that an earlier `apply` left may be in it.
-
-    Raises:
-        UsageError: if a checkpoint is attached to it, or it is a `peft.PeftModel`.
-    """
+    """Demand a base model without adapters; with `peft`, layers of PEFT that an earlier `apply` left may be in it."""
     if not isinstance(base, nn.Module):
         raise UsageError("the base is no torch.nn.Module", found=type(base).__name__)
     if isinstance(base, AttachedModel) or base in _attached:

@@ -26,14 +26,11 @@ Like = tuple[torch.device, torch.dtype]
 
 
 class Bank(nn.Module):
-    """Loadings of all adapters on the two bases of one module, in the module's dtype.
+    """Loadings of all N adapters on the two bases of one module, in the module's dtype.
 
     Args:
-        v_a: (d_in, k_A).
-        v_b: (d_out, k_B).
+        v_a, v_b: (d_in, k_A) and (d_out, k_B).
         loadings: number of an adapter, from 1 -> L_A (k_A, r) and s L_B (k_B, r).
-        count: N, of all adapters.
-        like: device and dtype of the tensors.
 
     Attributes:
         l_a, l_b: (N + 1, k, R), with zeros up to the largest rank R. Row 0, the base, and those of adapters without the
@@ -85,13 +82,7 @@ class Parts:
 
 
 class Cache:
-    """Least recently used cache of the parts of adapters, for threads.
-
-    Args:
-        load: makes those of a name.
-        limit: bytes that are kept.
-        held: what there is from the start.
-    """
+    """Cache of the parts of adapters, up to `limit` bytes: the least recently used are evicted. Threads share it."""
 
     def __init__(self, load: Callable[[str], Parts], limit: int, held: Mapping[str, Parts]) -> None:
         self._load, self._limit = load, limit
@@ -141,10 +132,7 @@ class Content:
 def content_of(reader: CheckpointReader, host: Host, limit: int) -> Content:
     """Content of a checkpoint, for one base model.
 
-    Args:
-        reader: the checkpoint.
-        host: the base model.
-        limit: bytes of decoded adapters that are kept; a SHARE checkpoint is read as a whole.
+    A SHARE checkpoint is read as a whole; of the decoded adapters of a coded one, `limit` bytes are kept.
 
     Raises:
         CheckpointError: if no adapter can be attached, or the checkpoint is damaged, or is replaced meanwhile.

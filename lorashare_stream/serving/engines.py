@@ -88,11 +88,6 @@ PASSED_OVER: Table = {
 def check_engine(engine: str, tensors: Tensors, config: Mapping[str, Any], adapter: str = "") -> list[str]:
     """Demand that an engine takes all of a uniform adapter.
 
-    Args:
-        engine: one of `ENGINES`.
-        tensors, config: what `uniform` gives.
-        adapter: its name, for errors.
-
     Returns:
         What the engine passes over without harm, a sentence each.
 

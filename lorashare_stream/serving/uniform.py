@@ -32,12 +32,7 @@ _STATES = {"monteclora_config": "MonteCLoRA", "velora_config": "VeLoRA"}  # PEFT
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """The factors of one module.
-
-    Attributes:
-        a, b: their keys.
-        embedding: whether they are those of an embedding.
-    """
+    """Keys of the factors of one module, or of one embedding."""
 
     a: str
     b: str
@@ -126,11 +121,7 @@ def _refuse_other_products(tensors: Tensors, config: Config) -> None:
 
 
 def pairs_of(tensors: Tensors, config: Config) -> dict[str, Pair]:
-    """The factors of each module, by its name.
-
-    Raises:
-        UndecidedError: if one lacks the other, or has a dtype without products.
-    """
+    """The factors of each module; raises UndecidedError if one lacks the other, or has a dtype without products."""
     found: dict[tuple[str, bool], dict[str, str]] = {}
     for key in tensors:
         match = _FACTOR.match(key.removeprefix(PEFT_PREFIX))
@@ -252,17 +243,11 @@ def swap(model: Any, tensors: Tensors, config: Mapping[str, Any], adapter: str) 
     """Put an adapter in the place of the one that a model has, by PEFT's hot swap.
 
     Factors of linear layers and all weights beside them are copied into the parameters that are there, uniform, of the
-    larger of the two ranks; modules that only the former adapter has get zeros.
-
-    Args:
-        model: a `peft.PeftModel` with one adapter, whose name there stays.
-        tensors: PEFT key -> tensor, as `SHAREModel.reconstruct` gives them.
-        config: its adapter_config.json.
-        adapter: its name, for errors.
+    larger of the two ranks; modules that only the former adapter has get zeros. Its name in the model stays.
 
     Raises:
-        UsageError: if the model has no place for it; it is as it was then.
-        CheckpointError: if the adapter cannot be uniform.
+        UsageError: naming the field or key that has no place in the model, which is as it was then.
+        RefusedAdapterError: if the adapter cannot be uniform.
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
     from peft.utils.hotswap import hotswap_adapter_from_state_dict
@@ -284,11 +269,7 @@ def swap(model: Any, tensors: Tensors, config: Mapping[str, Any], adapter: str) 
 
 
 def _slot(model: Any) -> str:
-    """The name of the adapter in a model.
-
-    Raises:
-        UsageError: if it is no `peft.PeftModel`, or has not one LoRA adapter that can be taken out.
-    """
+    """The name of the one LoRA adapter in a `peft.PeftModel`, which can be taken out; else raises UsageError."""
     from peft import LoraConfig, PeftModel
 
     remedy = "Make it by share.apply(base_model, name)."
@@ -316,11 +297,7 @@ def _slot(model: Any) -> str:
 
 
 def _check_fits(held: Tensors, config: Any, tensors: Tensors, new: Mapping[str, Any], adapter: str) -> None:
-    """Demand that the parameters of an adapter are among those that a model holds, but for their rank.
-
-    Raises:
-        UsageError: naming the field or key that has no place.
-    """
+    """Demand that the parameters of an adapter are among those that a model holds, but for their rank."""
     for field in ("use_dora", "layer_replication", "target_parameters"):
         if getattr(config, field) != (new.get(field) or type(getattr(config, field))()):
             raise UsageError(
