@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 from .text import counted, listed, printable, spelled
@@ -16,7 +17,7 @@ class StreamError(Exception):
 
     Args:
         problem: what is wrong, in one clause.
-        adapter, key: where, as far as it is known.
+        adapter, key: where.
         found, expected: the two sides of the disagreement.
         remedy: what the user can do.
     """
@@ -39,7 +40,7 @@ class StreamError(Exception):
         self.source: str | None = None  # where the adapter comes from; for lists of skipped ones
 
     def __reduce__(self) -> tuple[Any, ...]:  # keyword arguments survive pickling between processes
-        return _rebuild, (type(self), self.problem, self.details())
+        return partial(type(self), self.problem, **self.details()), ()
 
     def details(self) -> dict[str, Any]:
         """The parts that are known, as plain values (for JSON and for pickling)."""
@@ -70,10 +71,6 @@ def _each(values: Iterable[Any]) -> str:
     """The values that differ, some of them if they are many."""
     different = list(dict.fromkeys(printable(value) for value in values if value is not None))
     return different[0] if len(different) == 1 else listed(different, 5)
-
-
-def _rebuild(cls: type[StreamError], problem: str, details: dict[str, Any]) -> StreamError:
-    return cls(problem, **details)
 
 
 class UsageError(StreamError, ValueError):
@@ -118,26 +115,16 @@ class CollectionError(StreamError, ValueError):
         self.problems = tuple(problems)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild_collection, (type(self), self.problem, self.problems, self.details())
+        return partial(type(self), self.problem, problems=self.problems, **self.details()), ()
 
     def __str__(self) -> str:
         return "\n".join([super().__str__(), *problem_lines(self.problems)])
 
 
-def _rebuild_collection(
-    cls: type[CollectionError], problem: str, problems: Sequence[AdapterError], details: dict[str, Any]
-) -> CollectionError:
-    return cls(problem, problems=problems, **details)
-
-
 def problem_lines(problems: Iterable[StreamError], mark: str = "  - ") -> list[str]:
-    """A line for each kind of problem, of most adapters first, with some of the adapters that have it.
+    """A line for each kind of problem (the same problem and remedy), of most adapters first, with some of their names.
 
-    Of more than `TOLD` kinds, or names, the others are counted.
-
-    Args:
-        problems: of which those with the same problem and remedy are of one kind.
-        mark: at the beginning of a line.
+    Of more than `TOLD` kinds, or names, the others are counted. `mark` begins a line.
     """
     kinds: dict[tuple[str, str | None], list[StreamError]] = {}
     for problem in problems:

@@ -21,7 +21,7 @@ _SEAL = "checksum"
 
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Give errors of the machine the name of what was written: those of `write` and `fsync` have none."""
+    """Name the file in an OSError: those of `write` and `fsync` have no name."""
     try:
         yield
     except OSError as e:
@@ -32,10 +32,7 @@ def naming(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to, synced and renamed over it at the end of the block.
-
-    An existing link at `path` is replaced, never followed.
-    """
+    """A temporary path beside `path`, synced and renamed over it at the end of the block; a link there is replaced."""
     temporary = path.parent / f".{uuid.uuid4().hex}.tmp"
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
@@ -59,13 +56,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file that appears under `path` whole and synced, or not at all."""
+    """A file to write, which appears under `path` whole and synced, or not at all."""
     with atomic_path(path) as temporary, temporary.open("wb") as f:
         yield f
 
 
 def link_or_copy(source: Path, path: Path) -> None:
-    """Another name of a file, durable with its folder; a copy, whole and synced, on a disk without links."""
+    """Hard link to a file, durable with its folder; on a disk without links a copy, whole and synced."""
     try:
         os.link(source, path)
     except OSError:
@@ -74,7 +71,7 @@ def link_or_copy(source: Path, path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as JSON, atomically; foreign strings are escaped by JSON itself."""
+    """Write a value as JSON, atomically; JSON escapes foreign strings."""
     with atomic_file(path) as f:
         f.write(_json(value))
 
@@ -109,37 +106,24 @@ def sync_tree(root: str | Path) -> None:
     sync(root)
 
 
-def own_folder(path: Path) -> Path:
-    """Make a folder inside one that the user named; refuse a link, which may lead out of it.
+def own_path(path: Path) -> Path:
+    """A path for a folder inside one that the user named; raises UsageError for a file, or a link out of it."""
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise UsageError(
+            "refusing to write through a link, or over a file, where a folder is expected", found=path,
+            remedy="Remove it, or choose another output folder.",
+        )  # fmt: skip
+    return path
 
-    Raises:
-        UsageError: if `path` is a link or a file.
-    """
+
+def own_folder(path: Path) -> Path:
+    """The folder at `own_path`, made if it is not there."""
     own_path(path).mkdir(parents=True, exist_ok=True)
     return path
 
 
-def own_path(path: Path) -> Path:
-    """A path that the user did not name, for a folder: it may be one or nothing yet, but no link.
-
-    Raises:
-        UsageError: if `path` is a link or a file.
-    """
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise UsageError(
-            "refusing to write through a link, or over a file, where a folder is expected",
-            found=path,
-            remedy="Remove it, or choose another output folder.",
-        )
-    return path
-
-
 def refuse_links(root: Path, depth: int) -> None:
-    """Demand that nothing in a folder of ours is a link, which could lead a write or a removal out of it.
-
-    Raises:
-        UsageError: naming the first link.
-    """
+    """Refuse links in a folder of ours, which could lead a write or a removal out of it; raises UsageError."""
     with os.scandir(root) as entries:
         for entry in entries:
             if entry.is_symlink():
@@ -154,13 +138,10 @@ def tree_bytes(root: Path) -> int:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a file, or a folder with all that is in it, that may be gone already; a link is not followed.
-
-    A worker of a cluster may still write into it for a run that has ended: then it is removed again.
-    """
+    """Remove a file, or a folder with all that is in it, that may be gone already; a link is not followed."""
     if path.is_symlink() or path.is_file():
         path.unlink()
-    for attempt in range(10):
+    for attempt in range(10):  # a worker of a cluster may still write into it for a run that has ended
         try:
             if path.exists():
                 shutil.rmtree(path)
@@ -172,7 +153,7 @@ def remove_tree(path: Path) -> None:
 
 
 def free_bytes(path: Path) -> tuple[int, int]:
-    """The number of the disk that holds, or will hold, `path`, and its free bytes."""
+    """Device number and free bytes of the disk that holds, or will hold, `path`."""
     existing = path.absolute()
     while not existing.exists():
         existing = existing.parent
@@ -180,11 +161,7 @@ def free_bytes(path: Path) -> tuple[int, int]:
 
 
 def read_bounded(path: Path, limit: int) -> bytes:
-    """Read a file of bounded size.
-
-    Raises:
-        ValueError: if it is larger.
-    """
+    """Read a file of bounded size; raises ValueError if it is larger."""
     with open(path, "rb", buffering=0) as f:
         if os.fstat(f.fileno()).st_size > limit:
             raise ValueError(f"{printable(path.name)} is larger than {limit} bytes")
@@ -192,14 +169,9 @@ def read_bounded(path: Path, limit: int) -> bytes:
 
 
 def read_json(path: Path, limit: int = 64 << 20) -> Any:
-    """Read a JSON file of bounded size.
-
-    Raises:
-        ValueError: if it is too large or no JSON.
-    """
-    raw = read_bounded(path, limit)
+    """Read a JSON file of bounded size; raises ValueError if it is larger, or no JSON."""
     try:
-        return json.loads(raw)
+        return json.loads(read_bounded(path, limit))
     except RecursionError as e:
         raise ValueError(f"{printable(path.name)} is nested too deeply") from e
 

@@ -33,7 +33,7 @@ from .report.text import adapter_notes, summary_text
 from .runtime.dask import workers_of
 from .serving.attach import AttachedModel, attach, check_base
 from .serving.engines import check_engine
-from .serving.swap import swap
+from .serving.uniform import swap
 from .serving.uniform import uniform as uniform_of
 from .settings import LIMITS, Settings
 from .text import encodable, listed, printable, spelled
@@ -57,7 +57,6 @@ class SHAREModel:
         adapter_configs: name -> the adapter_config.json that it came with.
         all_classifier_heads: name -> {PEFT key: tensor}, what is kept verbatim.
         adapter_sources: name -> where it came from.
-        notes: what engines pass over in adapters that were reconstructed for them -> in how many.
 
     Opened by `from_pretrained`, all but `config` are lazy: nothing of an adapter is read before it is asked for.
     """
@@ -75,7 +74,6 @@ class SHAREModel:
         self.all_loadings, self.adapter_configs = all_loadings, adapter_configs
         self.all_classifier_heads: Mapping[str, Tensors] = all_classifier_heads or {}
         self.adapter_sources: Mapping[str, str] = adapter_sources or {}
-        self.notes: Counter[str] = Counter()
         self._names: Mapping[str, Any] = all_loadings
         self._reader: CheckpointReader | None = None
 
@@ -332,6 +330,7 @@ class SHAREModel:
         uniform: bool = False,
         rank: int | None = None,
         engine: str | None = None,
+        notes: Counter[str] | None = None,
     ) -> Tensors:
         """One adapter's tensors: V L for what is shared, and what is kept verbatim.
 
@@ -340,8 +339,8 @@ class SHAREModel:
             output_dir: if given, a PEFT adapter folder is written there.
             uniform: one rank and scale 1 for all modules, with the same dW, as engines other than PEFT need it.
             rank: of a uniform adapter; None is the largest of its modules. Implies `uniform`.
-            engine: that will serve it, one of `serving.engines.ENGINES`; what it passes over is counted in `notes`.
-                Implies `uniform`.
+            engine: that will serve it, one of `serving.engines.ENGINES`. Implies `uniform`.
+            notes: counts what the engine passes over without harm, a sentence each.
 
         Returns:
             PEFT key -> tensor, in the checkpoint's dtype: lora_A (r, d_in), lora_B (d_out, r).
@@ -362,10 +361,11 @@ class SHAREModel:
             raise CheckpointError("its adapter_config.json was not kept", adapter=adapter_name)
         if uniform:
             tensors, config = uniform_of(tensors, config, rank=rank, adapter=adapter_name)
-        notes = [] if engine is None else check_engine(engine, tensors, config, adapter_name)
+        passed_over = [] if engine is None else check_engine(engine, tensors, config, adapter_name)
         if output_dir is not None:
             save_adapter(Path(output_dir), tensors, config, self.certified(adapter_name).get("source_id"))
-        self.notes.update(notes)
+        if notes is not None:
+            notes.update(passed_over)
         return tensors
 
     def _tensors(self, name: str) -> Tensors:

@@ -154,7 +154,7 @@ def session(
     with (
         executor_for(executor, plan.processes, threads=threads) as workers,
         nullcontext() if root is None else Workspace.open(root, plan.binding, take_lock=take_lock) as work,
-        mapper_for(workers, lambda: places_of(plan, folder, out, workspace=root is not None)) as mapper,
+        mapper_for(workers, places_of(plan, folder, out, workspace=root is not None)) as mapper,
         fetching_for(plan.settings, root) as fetcher,
     ):
         yield Run(plan, mapper, progress, fetcher, work.check_held if work else lambda: None), work

@@ -20,7 +20,7 @@ Measure = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Schema(BaseModel):
-    """A part of a file of ours: what it does not know is refused, and no value stands for one of another type."""
+    """Model of a part of a file: fields that it does not know, and values of another type, are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -47,7 +47,7 @@ class SkippedFile(RootModel[list[Skipped]]):
 
 
 def read_skipped(path: Path) -> list[Skipped]:
-    """The adapters that were left out; none if the file tells of none."""
+    """The adapters that were left out; none if there is no such file, or it is damaged."""
     try:
         return SkippedFile.model_validate(read_json(path)).root
     except (OSError, ValueError):
@@ -83,11 +83,7 @@ def checked(
 
 
 def read_checked(path: Path, model: type[M], remedy: str, adapter: str | None = None) -> M:
-    """The same, of a file that is there.
-
-    Raises:
-        CheckpointError: also if it cannot be read.
-    """
+    """The same of a JSON file; raises CheckpointError also if it cannot be read."""
     try:
         values = read_json(path)
     except (ValueError, FileNotFoundError) as e:

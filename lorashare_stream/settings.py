@@ -1,7 +1,4 @@
-"""What a user may choose, checked once; everything else the program knows by itself.
-
-A setting is declared once: its type, which pydantic checks, its default, and what the command line shows of it.
-"""
+"""Settings: each is declared once, with its type, which pydantic checks, its default, and its option and help."""
 
 from __future__ import annotations
 
@@ -33,7 +30,7 @@ SOURCES, STORED, MEANS, HUB = "Sources", "What to store", "Where and how", "Hub"
 
 @dataclass(frozen=True)
 class Shown:
-    """What the command line, and an error, show of a setting.
+    """Option of the command line, and words of errors, for a setting.
 
     Attributes:
         help: what it decides.
@@ -41,7 +38,7 @@ class Shown:
         expected: what a value must be; for a choice and a switch its type tells.
         metavar: the word for a value.
         flags: the options, the long one last; none is `--` and its name.
-        kind: what the command line makes of the word for a value; of text the settings make the rest.
+        kind: type of the argument; of text the settings make the rest.
     """
 
     help: str
@@ -153,13 +150,12 @@ class Settings:
     def __post_init__(self) -> None:
         for name, value in _validated({f.name: getattr(self, f.name) for f in dataclasses.fields(self)}):
             object.__setattr__(self, name, value)
-        if sum(getattr(self, name) is not None for name in LIMITS) > 1:
+        limits = [name for name in LIMITS if getattr(self, name) is not None]
+        if len(limits) > 1:
             raise UsageError(
-                "more than one limit", found=listed(n for n in LIMITS if getattr(self, n) is not None),
-                expected=f"one of {listed(LIMITS)}", remedy="Give only one of them.",
+                "more than one limit", found=listed(limits), expected=f"one of {listed(LIMITS)}",
+                remedy="Give only one of them.",
             )  # fmt: skip
-        if self.directions:
-            object.__setattr__(self, "num_components", DIRECTIONS)
         if self.directions and not self.limit:
             raise UsageError(
                 "directions belong to a coded checkpoint, which a limit asks for",
@@ -175,6 +171,8 @@ class Settings:
                 "center belongs to objective 'factors': under 'delta' a mean depends on the gauge of A and B",
                 remedy="Use objective 'factors' for the published method, or leave center off.",
             )
+        if self.directions:
+            object.__setattr__(self, "num_components", DIRECTIONS)
         if self.center:
             object.__setattr__(self, "moment_dtype", "float64")  # S - s s'/n cancels in float32
 
@@ -212,11 +210,7 @@ class Settings:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Settings:
-        """Settings from plain values (YAML, JSON, keyword arguments); sizes may be text.
-
-        Raises:
-            UsageError: on a name or value that cannot be meant.
-        """
+        """Settings from plain values (YAML, JSON, keyword arguments); sizes may be text. Raises UsageError."""
         values = dict(values)
         for name in ("memory", "disk_budget", "max_bytes"):
             if isinstance(values.get(name), str):
@@ -240,9 +234,8 @@ class Settings:
 
     def chosen(self) -> dict[str, Any]:
         """The settings on which a checkpoint depends, but for base model and dtype, which it tells: it records them."""
-        others = {"memory", "workers", "on_error", "device", "discard_moments", "base_model", "dtype"}
-        others |= {"disk_budget", "offline"}
-        others |= {name for name in LIMITS if not getattr(self, name)}
+        others = {"memory", "workers", "on_error", "device", "discard_moments", "disk_budget", "offline"}
+        others |= {"base_model", "dtype"} | {name for name in LIMITS if not getattr(self, name)}
         others |= {"num_components", "variance_threshold"} if self.limit else set()
         others |= set() if self.directions else {"directions"}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in self.as_dict().items() if k not in others}
@@ -286,7 +279,7 @@ def choices_of(name: str) -> tuple[str, ...]:
 
 @cache
 def _schema() -> type[BaseModel]:
-    """The types of all settings as a pydantic model, made when there is something to check."""
+    """Pydantic model of all settings; imported when there is something to check."""
     from pydantic import ConfigDict, create_model
 
     fields: dict[str, Any] = {name: (kind, None) for name, kind in TYPES.items()}
@@ -294,11 +287,7 @@ def _schema() -> type[BaseModel]:
 
 
 def _validated(values: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
-    """Names and values of settings, checked by their types; numbers of NumPy are Python's then.
-
-    Raises:
-        UsageError: on a name or value that cannot be meant.
-    """
+    """Names and values of settings, checked by their types; numbers of NumPy become Python's. Raises UsageError."""
     from pydantic import ValidationError
 
     try:
@@ -308,7 +297,7 @@ def _validated(values: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
 
 
 def _usage_error(error: ValidationError, values: Mapping[str, Any]) -> UsageError:
-    """What pydantic says, in our words: names that are unknown, or else the first value that cannot be meant."""
+    """The error for what pydantic found: names that are unknown, or else the first value that cannot be meant."""
     unknown = sorted(str(name) for name in values if name not in TYPES)
     if unknown:
         return UsageError("unknown setting", found=listed(unknown), expected=listed(sorted(TYPES), 20))

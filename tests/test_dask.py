@@ -136,7 +136,7 @@ def workers(processes: Processes, dask: Any) -> Iterator[Callable[..., dict[str,
 
 
 def mapper_at(client: Any, *folders: Path) -> AbstractContextManager[Mapper]:
-    return mapper_for(client, lambda: Places(folders[0], folders))
+    return mapper_for(client, Places(folders[0], folders))
 
 
 def serial(collection: list[str], out: Path) -> dict[str, str]:
@@ -399,7 +399,7 @@ def test_a_worker_is_asked_again_with_the_first_task_of_a_map(
     places = Places(tmp_path, (tmp_path, tmp_path / "none"), ((file, 4), (file, 5)))
     assert not_seen(places) == [str(tmp_path / "none"), str(file)]
     workers("a")
-    with mapper_for(dask, lambda: Places(tmp_path, (tmp_path,), ((file, 4),))) as over:
+    with mapper_for(dask, Places(tmp_path, (tmp_path,), ((file, 4),))) as over:
         assert list(over.map(len, ["four"], 1)) == [4]
         file.write_bytes(b"12345")
         with pytest.raises(ClusterError, match="does not see the same files") as raised:
@@ -528,6 +528,6 @@ def test_modules_are_cut_into_as_many_portions_as_a_cluster_can_sum_at_a_time(
     modules = sorted({group.module for group in plan.groups})
     with mapper_at(dask, tmp_path) as over, Fetcher(offline=True) as fetcher:
         wide = Run(plan, over, silent, fetcher).portions(modules)
-        alone = Run(plan, Mapper(SerialExecutor(), tmp_path), silent, fetcher).portions(modules)
+        alone = Run(plan, Mapper(SerialExecutor(), Places(tmp_path)), silent, fetcher).portions(modules)
     assert alone == [tuple(modules)]
     assert wide == [(module,) for module in modules]

@@ -1,4 +1,4 @@
-"""Limits of bytes and of error, one at a time; the forms of older versions, refused with what to do instead."""
+"""Limits of bytes and of error, one at a time; checkpoints in forms that are gone, refused with what to do instead."""
 
 from __future__ import annotations
 

@@ -232,7 +232,7 @@ def test_what_is_replaced_while_it_is_opened_is_opened_again(
     tmp_path: Path, plain: list[str], compressed: Compress, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, other = compressed(plain[:4], num_components=4), compressed(plain, "other", num_components=3)
-    cache, real = FolderCache(str(out), tmp_path / "cache", "vllm"), room.open_checkpoint
+    cache, real = FolderCache(str(out), tmp_path / "cache"), room.open_checkpoint
 
     def replaced(place: Any) -> Any:
         found = real(place)
@@ -248,12 +248,12 @@ def test_what_is_replaced_while_it_is_opened_is_opened_again(
 
 
 def _folder(checkpoint: str, cache: str) -> str:
-    return str(FolderCache(checkpoint, Path(cache), "vllm").folder("a01"))
+    return str(FolderCache(checkpoint, Path(cache)).folder("a01"))
 
 
 @pytest.mark.slow
 def test_one_name_asked_by_threads_and_processes_at_once(tmp_path: Path, checkpoint: Path) -> None:
-    cache = FolderCache(str(checkpoint), tmp_path / "cache", "vllm")
+    cache = FolderCache(str(checkpoint), tmp_path / "cache")
     with ThreadPoolExecutor(8) as pool:
         found = set(pool.map(lambda _: str(cache.folder("a01")), range(16)))
     with multiprocessing.get_context("spawn").Pool(2) as processes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -222,12 +223,13 @@ def reconstruct(args: Args) -> int:
         raise UsageError("the output is no folder", found=out, remedy="Choose another.")
     folders = {name: own_path(out / name) if len(names) > 1 else out for name in names}
     faults: dict[str, CheckpointError] = {}
+    notes = Counter[str]()
     for name in progress_of(args)("reconstruct", len(names), iter(names)):
         try:
-            model.reconstruct(name, output_dir=folders[name], **how)
+            model.reconstruct(name, output_dir=folders[name], notes=notes, **how)
         except CheckpointError as e:  # a damaged one keeps nobody from the others
             e.adapter, faults[name] = name, e
-    for note, count in model.notes.items():
+    for note, count in notes.items():
         log.info("%s (in %s)", note, counted(count, "adapter"))
     written = {n: str(f) for n, f in folders.items() if n not in faults}
     failed = {n: str(e) for n, e in faults.items()}

@@ -128,7 +128,7 @@ def _slice(place: Path, config: SHAREConfig, k: int, out: Path, options: RunOpti
     with (
         executor_for(options.executor, at_once) as workers,
         nullcontext() if root is None else Workspace.open(root, None, take_lock=options.take_lock) as work,
-        mapper_for(workers, lambda: places) as mapper,
+        mapper_for(workers, places) as mapper,
     ):
         if work is not None:
             work.publishing(out, cut.record.basis_digest, ours.get("basis_digest"))

@@ -1,6 +1,6 @@
-"""A Dask cluster: found or started, asked before any work, mapped over by its own executor.
+"""Dask clusters: found or started, asked before any work, mapped over by their own executor.
 
-Nothing but tasks goes to it, and nothing but small results comes back.
+Only tasks go to a cluster, and only small results come back.
 """
 
 from __future__ import annotations
@@ -20,17 +20,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..errors import ClusterError, StreamError, UnreachableClusterError, UsageError
 from ..files import read_json
 from ..text import counted, listed, printable
 from ..version import __version__
 from .executors import EVERY, Lot, Mapper, Places, names_of
-from .lots import Call, Done, loaded, perform
-from .processes import die_with_parent
+from .processes import Call, Done, die_with_parent, loaded, perform
 
-PATIENCE = 10.0  # seconds for a scheduler or a worker to come, and for what is asked to be answered
+PATIENCE = 10.0  # seconds for a scheduler or a worker to come, and for an answer
 SEEN_WITHIN = 3.0  # seconds in which a file that was just written must be seen elsewhere
 DESERTED = 300.0  # seconds without any worker after which a run ends
 RETRIES = 2  # of a lot that failed for the machine's sake; all of ours may be done again
@@ -42,18 +41,13 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def connected(address: str) -> Iterator[Any]:
-    """A client of a running cluster.
-
-    Args:
-        address: of its scheduler, or the file that `dask scheduler --scheduler-file` writes.
+    """A client of a running cluster, by the address of its scheduler, or the file of `dask scheduler --scheduler-file`.
 
     Raises:
         UnreachableClusterError: if the scheduler does not answer.
         UsageError: if it is no address.
     """
-    _quiet()
-    from distributed import Client
-
+    dask = _distributed()
     try:
         if os.path.isfile(address):  # Dask would wait for a damaged one to be mended
             address = read_json(Path(address))["address"]
@@ -61,7 +55,7 @@ def connected(address: str) -> Iterator[Any]:
             raise ValueError("not an address")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of other versions: what matters of them is asked for
-            client = Client(address, timeout=PATIENCE, set_as_default=False)  # type: ignore[no-untyped-call]
+            client = dask.Client(address, timeout=PATIENCE, set_as_default=False)
     except OSError as e:
         expected, remedy = "a dask scheduler that runs there", "Start it, and workers"
         raise _unreachable("the scheduler does not answer", address, remedy, expected) from e
@@ -77,44 +71,35 @@ def connected(address: str) -> Iterator[Any]:
 def started(workers: int) -> Iterator[Any]:
     """A client of a cluster on this machine, of so many processes, which end with this one however it ends.
 
-    They have a thread each, and no memory limit of Dask's, which counts mapped files and kills: what a task may take
-    is planned.
-
-    Raises:
-        UsageError: if that is no number of processes.
+    They have a thread each, and no memory limit of Dask's, which counts mapped files and kills: memory is planned.
     """
     if workers < 1:
         raise UsageError("no number of worker processes", found=workers, expected="1 or more")
-    _quiet()
-    from distributed import Client, LocalCluster
-
-    cluster = LocalCluster(  # type: ignore[no-untyped-call]
+    dask = _distributed()
+    cluster = dask.LocalCluster(
         n_workers=workers, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address=None,
         memory_limit=0, silence_logs=logging.ERROR, preload=__name__,
     )  # fmt: skip
-    with cluster, Client(cluster, timeout=PATIENCE, set_as_default=False) as client:  # type: ignore[no-untyped-call]
+    with cluster, dask.Client(cluster, timeout=PATIENCE, set_as_default=False) as client:
         yield client
 
 
 def dask_setup(worker: Any) -> None:
-    """What Dask calls in a worker that we started, whose own watch over its parent is a thread."""
+    """Dask calls this in a worker that we started, whose own watch over its parent is a thread."""
     die_with_parent()
 
 
-def _quiet() -> None:
-    """Let Dask say only what we do not say ourselves; it sets up its own logging when it is imported."""
-    import distributed  # noqa: F401
+def _distributed() -> Any:
+    """The library, whose own logging, which it sets up when it is imported, is of errors only."""
+    import distributed
 
     for name in ("distributed", "tornado"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    return distributed
 
 
 def workers_of(client: Any) -> dict[str, int]:
-    """The setting `workers` for a cluster, if nothing is said of it: as many as a process has threads.
-
-    Raises:
-        UnreachableClusterError: if there are no workers.
-    """
+    """The default of the setting `workers` for a cluster, the threads of a process; empty for an executor."""
     if not hasattr(client, "nthreads"):
         return {}
     _demand_some(client)
@@ -125,13 +110,13 @@ def workers_of(client: Any) -> dict[str, int]:
 
 
 def mapper_on(client: Any, places: Places) -> Mapper:
-    """What maps tasks over a cluster. All workers are asked now; those that come later, with their first task.
+    """A mapper over a cluster. All workers are asked now; those that come later, with their first task.
 
     Raises:
         UnreachableClusterError: if there are no workers, or one does not answer.
         ClusterError: if one has another version or does not see the places, naming it.
     """
-    places = replace(places, read=tuple(f for f in places.read if _size(f[0]) == f[1]), note=None)
+    places = replace(places, read=tuple(f for f in places.read if _size(f[0]) == f[1]))
     _demand_some(client)
     for worker, version in _asked(client, pkgutil.resolve_name, "lorashare_stream.version:__version__").items():
         _check_version(worker, version)
@@ -150,7 +135,7 @@ def mapper_on(client: Any, places: Places) -> Mapper:
             raise _unfit(worker, answer, "cannot run this package")
         _check_seen(worker, [str(tokens.get(Path(missing), missing)) for missing in answer[0]])
     _warn_of_others({worker: answer[1] for worker, answer in found.items()})
-    return _DaskMapper(client.get_executor(pure=False, retries=RETRIES), places.folder, places=places, client=client)
+    return _DaskMapper(client.get_executor(pure=False, retries=RETRIES), places, client)
 
 
 def _demand_some(client: Any) -> None:
@@ -164,7 +149,7 @@ def _demand_some(client: Any) -> None:
 
 
 def _asked(client: Any, fn: Any, *args: Any) -> dict[str, Any]:
-    """Worker -> what it answers, or the exception; of those that left meanwhile, nothing."""
+    """Worker -> its answer, or its exception; of those that left meanwhile, nothing."""
     from distributed.comm.core import CommClosedError
 
     silent = "a worker does not answer"
@@ -179,10 +164,11 @@ def _asked(client: Any, fn: Any, *args: Any) -> dict[str, Any]:
         raise _unreachable(silent, found, "End it, or wait until it does") from None
     except (OSError, CancelledError) as e:
         raise _lost(e) from e
+    answers = {worker: answer for worker, answer in answers.items() if worker in there}
     for worker, answer in answers.items():
-        if worker in there and isinstance(answer, ConnectionError | TimeoutError | CommClosedError):
+        if isinstance(answer, ConnectionError | TimeoutError | CommClosedError):
             raise _unreachable(silent, f"{_text(answer)} on {worker}")
-    return {worker: answer for worker, answer in answers.items() if worker in there}
+    return answers
 
 
 def look(places: Places) -> tuple[list[str], dict[str, str]]:
@@ -273,7 +259,7 @@ _lock = threading.Lock()
 def _gate(call: Call, worker: str, version: str) -> threading.BoundedSemaphore:
     """Lets as many lots of a call, which this worker can do, be done in this process as its memory allows."""
     _check_version(worker, __version__, version)
-    _check_seen(worker, not_seen(Places(call.file.parent, (), ((call.file, call.size),))))
+    _check_seen(worker, not_seen(Places(call.file.parent, read=((call.file, call.size),))))
     places, at_once, *_ = loaded(call)
     _check_seen(worker, not_seen(places))
     return threading.BoundedSemaphore(at_once)
@@ -326,10 +312,11 @@ def _text(error: BaseException) -> str:
 
 @dataclass
 class _DaskMapper(Mapper):
-    """Maps over a cluster. `at_once` is for each worker process; all lots may be redone, elsewhere too."""
+    """A map over a cluster. `at_once` is for each worker process; all lots may be redone, elsewhere too."""
 
-    client: Any = None
-    _threads: dict[str, int] = field(default_factory=dict)  # of each worker, when it was looked last
+    cluster: ClassVar[bool] = True
+    client: Any
+    _threads: dict[str, int] = field(default_factory=dict)  # of each worker, at the last look
     _looked: float = 0.0
     _deserted: float | None = None
 
@@ -340,7 +327,7 @@ class _DaskMapper(Mapper):
         return max(1, sum(min(n, at_once) for n in self._threads.values()))
 
     def _submit(self, call: Call, lot: Lot) -> Future[Done]:
-        lot.label = f"{call.name} {listed([n for task in lot.tasks for n in names_of(task)], 3)}"
+        lot.label = f"{call.name} {listed([name for task in lot.tasks for name in names_of(task)], 3)}"
         key = f"{call.name}-{uuid.uuid4().hex}"  # Dask keeps the mean time of what has the same name
         there = pickle.dumps(_There(perform_there, call, __version__, lot.first, lot.tasks))
         submit: Callable[..., Future[Done]] = self.executor.submit

@@ -1,7 +1,8 @@
-"""Maps tasks over a `concurrent.futures.Executor`: serial, processes of this machine, a Dask cluster, anybody's own.
+"""Executors: maps of tasks, in order, over a `concurrent.futures.Executor`.
 
-`SerialExecutor` defines what the others must do; none of them knows what a task is. `executor_for` makes the one of a
-run, first of all; `mapper_for` gives what maps over it, once it is known where tasks read and write.
+`SerialExecutor` defines what processes of this machine, a Dask cluster or a caller's own executor must do; none of them
+knows what a task is. `executor_for` makes the executor of a run, before anything else; `mapper_for` maps over it, once
+the places of tasks are known.
 """
 
 from __future__ import annotations
@@ -9,37 +10,31 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from signal import SIGBUS, Signals
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from threadpoolctl import threadpool_limits
 
 from ..errors import Stopped, StreamError
 from ..files import read_sealed, write_sealed
 from ..text import listed
-from .lots import Call, Done, call_of, perform, perform_here
-from .processes import Processes
+from .processes import Call, Done, Processes, call_of, perform, perform_here
 
 T = TypeVar("T")
 R = TypeVar("R")
-TWICE = 2  # deaths of processes at the same task, of which a run does not go on any more
-EVERY = 1.0  # seconds between two looks at who is there
-
-
-def nothing(task: object) -> None:
-    """What is done after a task if nothing is asked for."""
+TWICE = 2  # deaths of processes at one task, after which a rerun would not help
+EVERY = 1.0  # seconds between two counts of workers
 
 
 class SerialExecutor(Executor):
-    """One call after the other, in this thread: `submit` returns when it is done."""
+    """Executor of one call after the other, in this thread: `submit` returns when the call is done."""
 
     def submit(self, fn: Callable[..., R], /, *args: Any, **kwargs: Any) -> Future[R]:
         """See `Executor.submit`."""
@@ -57,7 +52,7 @@ def executor_for(given: Any, processes: int, *, threads: bool = False) -> Iterat
 
     Args:
         given: an `Executor` or a `distributed.Client`, the caller's to close; None for one of this machine.
-        processes: how many tasks run at a time at most.
+        processes: tasks at a time, at most.
         threads: whether they must be of this process, as a GPU demands.
     """
     with threadpool_limits(1, user_api="blas"):
@@ -69,7 +64,7 @@ def executor_for(given: Any, processes: int, *, threads: bool = False) -> Iterat
 
 
 def local_executor(processes: int) -> Executor:
-    """So many processes of this machine; raises Stopped if they cannot be begun, as one was killed."""
+    """Processes of this machine; raises Stopped if one is killed while they begin."""
     try:
         return Processes(processes)
     except BrokenExecutor as e:
@@ -78,41 +73,41 @@ def local_executor(processes: int) -> Executor:
 
 @dataclass(frozen=True)
 class Places:
-    """Where tasks read and write, all of it absolute: what other machines must see as this one does.
+    """Paths of tasks, all absolute: other machines must see them as this one does.
 
     Attributes:
-        folder: of ours, in which a mapper may leave files while it maps.
+        folder: of ours, for files of a mapper while it maps.
         written: folders that tasks, or what they need, are written to; they exist.
         read: some files that are read, and their sizes.
-        note: file of the workspace that tells at which tasks processes died; None without a workspace.
+        note: file of the workspace with the tasks at which processes died; None without a workspace.
     """
 
     folder: Path
-    written: tuple[Path, ...]
+    written: tuple[Path, ...] = ()
     read: tuple[tuple[Path, int], ...] = ()
     note: Path | None = None
 
 
 @contextmanager
-def mapper_for(executor: Any, places: Callable[[], Places]) -> Iterator[Mapper]:
-    """What maps tasks at some places over an executor, or a `distributed.Client`; raises ClusterError if it cannot."""
-    client, known = executor if hasattr(executor, "scheduler_info") else getattr(executor, "_client", None), places()
+def mapper_for(executor: Any, places: Places) -> Iterator[Mapper]:
+    """A mapper over an executor, or a `distributed.Client`; raises ClusterError if a cluster cannot do the work."""
+    client = executor if hasattr(executor, "scheduler_info") else getattr(executor, "_client", None)
     if client is None:
-        mapper = Mapper(executor, known.folder, known.note)
+        mapper = Mapper(executor, places)
     else:
         from .dask import mapper_on
 
-        mapper = mapper_on(client, known)
+        mapper = mapper_on(client, places)
     yield mapper
-    if mapper.note is not None:  # all went well
-        mapper.note.unlink(missing_ok=True)
+    if places.note is not None:  # all went well
+        places.note.unlink(missing_ok=True)
 
 
 @contextmanager
 def local_mapper(executor: Executor) -> Iterator[Mapper]:
-    """What maps tasks that write nothing, on this machine."""
+    """A mapper of tasks that write nothing, on this machine."""
     with TemporaryDirectory(prefix="lorashare-stream-") as folder:
-        yield Mapper(executor, Path(folder))
+        yield Mapper(executor, Places(Path(folder)))
 
 
 @dataclass
@@ -121,29 +116,27 @@ class Lot:
 
     Attributes:
         first: number of the first, of all tasks of the map.
-        ready: set when they are done, and `after` has been told of them.
+        told: done when `future` is, and `after` was called.
     """
 
     first: int
     tasks: Sequence[Any]
     future: Future[Done] = field(default_factory=Future)
-    ready: bool = False
+    told: Future[None] = field(default_factory=Future)
     label: str = ""
 
-    def tell(self, after: Callable[[Any], object], bell: SimpleQueue[None], future: Future[Done]) -> None:
+    def tell(self, after: Callable[[Any], object] | None, future: Future[Done]) -> None:
         """Call `after` with each task that is done: those that were dropped will be done by another run."""
         try:
-            if not future.cancelled() and future.exception() is None:
+            if after is not None and not future.cancelled() and future.exception() is None:
                 done = future.result()
                 for task in self.tasks[: len(done.results) + (done.error is not None)]:
                     after(task)
         finally:
-            self.ready = True
-            bell.put(None)
+            self.told.set_result(None)
 
 
 def _lots(tasks: Iterable[Any], size: int) -> Iterator[Lot]:
-    """Tasks, `size` at a time."""
     remaining, first = iter(tasks), 0
     while some := tuple(islice(remaining, size)):
         yield Lot(first, some)
@@ -152,25 +145,19 @@ def _lots(tasks: Iterable[Any], size: int) -> Iterator[Lot]:
 
 @dataclass
 class Mapper:
-    """Maps tasks over an executor.
+    """A map of tasks over an executor; `cluster` tells whether other machines do them."""
 
-    Attributes:
-        folder, note: see `Places`.
-        places: what the workers of a cluster must see; None on this machine.
-    """
-
+    cluster: ClassVar[bool] = False
     executor: Executor
-    folder: Path
-    note: Path | None = None
-    places: Places | None = None
+    places: Places
 
     def width(self, at_once: int) -> int:
-        """How many tasks run at a time, now, if a process runs `at_once`."""
+        """Tasks at a time, now, if a process runs `at_once`."""
         return at_once
 
     def map(
         self, fn: Callable[[T], R], tasks: Iterable[T], at_once: int,
-        after: Callable[[T], object] = nothing, lot: int = 1,
+        after: Callable[[T], object] | None = None, lot: int = 1,
     ) -> Iterator[R]:  # fmt: skip
         """Results in the order of `tasks`.
 
@@ -179,9 +166,9 @@ class Mapper:
         Args:
             fn: with what all tasks share; a function of a module, or a `partial` of one, where processes do them.
             tasks: asked for one by one, unless it is a sequence.
-            at_once: how many run at a time; results of a few times as many wait to be taken.
+            at_once: tasks at a time; results of a few times as many wait to be taken.
             after: called with each task when it is done, before its result is taken, by any thread.
-            lot: how many are sent to a worker together at most, if they are known and enough for all.
+            lot: tasks that go to a worker together, at most, if they are a sequence that is long enough for all.
 
         Raises:
             Stopped: if a process was killed, naming what it did.
@@ -193,30 +180,30 @@ class Mapper:
             yield from self._in_order(lambda lot: here(lot.tasks), _lots(tasks, 1), at_once, after)
             return
         size = max(1, min(lot, len(tasks) // (4 * self.width(at_once)))) if isinstance(tasks, Sequence) else 1
-        with call_of(self.folder, (self.places, at_once, fn), durable=self.places is not None) as call:
+        with call_of(self.places.folder, (self.places, at_once, fn), durable=self.cluster) as call:
             yield from self._in_order(partial(self._submit, call), _lots(tasks, size), at_once, after, call.file)
 
     def _in_order(
         self, submit: Callable[[Lot], Future[Done]], lots: Iterator[Lot], at_once: int,
-        after: Callable[[Any], object], sign: Path | None = None,
+        after: Callable[[Any], object] | None, sign: Path | None = None,
     ) -> Iterator[Any]:  # fmt: skip
         """Submit some lots before the first result is taken; `sign` is gone when nobody waits any more."""
-        waiting, bell, more = deque[Lot](), SimpleQueue[None](), True
+        waiting, more = deque[Lot](), True
         own = getattr(self.executor, "_max_workers", None)  # it may itself run no more, as workers of a cluster do
-        ahead = 2 if self.places is not None or (own is not None and own <= at_once) else 1
+        ahead = 2 if self.cluster or (own is not None and own <= at_once) else 1
         try:
             while more or waiting:
                 most = ahead * self.width(at_once)
-                if waiting and waiting[0].ready:
+                open_lots = [lot.told for lot in waiting if not lot.told.done()]
+                if waiting and waiting[0].told.done():
                     yield from self._results(waiting)
-                elif more and len(waiting) < 2 * most and sum(not lot.ready for lot in waiting) < most:
+                elif more and len(waiting) < 2 * most and len(open_lots) < most:
                     if more := (lot := next(lots, None)) is not None:
                         lot.future = submit(lot)
                         waiting.append(lot)
-                        lot.future.add_done_callback(partial(lot.tell, after, bell))
+                        lot.future.add_done_callback(partial(lot.tell, after))
                 else:
-                    with suppress(Empty):
-                        bell.get(timeout=EVERY)
+                    wait(open_lots, EVERY, FIRST_COMPLETED)
         except BrokenExecutor as e:
             raise self._killed(waiting) from e
         finally:
@@ -242,20 +229,21 @@ class Mapper:
 
     def _killed(self, waiting: Iterable[Lot]) -> StreamError:
         """The error for a process that was killed, which is noted in the workspace."""
+        note = self.places.note
         deaths = self.executor.deaths() if isinstance(self.executor, Processes) else []
         in_work = {lot.first + i: task for lot in waiting for i, task in enumerate(lot.tasks)}
         names = [name for _, number in deaths if number in in_work for name in names_of(in_work[number])]
-        before = {} if self.note is None else read_sealed(self.note)
+        before = {} if note is None else read_sealed(note)
         counts = {name: before.get(name, 0) + 1 for name in names}
-        if self.note is not None and names:
+        if note is not None and names:
             with suppress(OSError):
-                write_sealed(self.note, {**before, **counts})
+                write_sealed(note, {**before, **counts})
         again = [name for name in names if counts[name] >= TWICE]
-        return killed(deaths[0][0] if deaths else 0, again or names, final=TWICE in counts.values())
+        return killed(deaths[0][0] if deaths else 0, again or names, final=bool(again))
 
 
 def names_of(task: Any) -> list[str]:
-    """The names of what a task is of: an adapter, a module, several modules."""
+    """Names of a task's adapter, module, or several modules."""
     return [str(n) for n in task] if isinstance(task, tuple | list) else [str(getattr(task, "name", task))]
 
 

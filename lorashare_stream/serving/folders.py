@@ -1,4 +1,4 @@
-"""A cache of adapter folders for an engine that loads adapters by path: each is written once and stays."""
+"""Cache of adapter folders for vLLM, which loads adapters by path: each is written once and stays."""
 
 from __future__ import annotations
 
@@ -32,29 +32,24 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class FolderCache:
-    """Cache of uniform adapter folders, CACHE/<digest of the adapter>/<name>, of one checkpoint and one engine.
+    """Cache of uniform adapter folders, CACHE/<digest of the adapter>/<name>, of one checkpoint.
 
-    A folder appears whole, by one rename, and is neither changed nor removed: an engine reads it again after it has
-    evicted the adapter. Processes and threads may share a cache. An adapter of another content has another path.
+    A folder appears whole, by one rename, and is neither changed nor removed: vLLM reads it again after it has evicted
+    the adapter. Processes and threads may share a cache. An adapter of another content has another path.
 
     Args:
         checkpoint: a folder, whose replacement by another checkpoint is seen at the next call; or an id of the Hub,
             of which one commit is served.
         cache: the folder of the cache.
-        engine: as in `check_engine`.
     """
 
-    def __init__(self, checkpoint: str, cache: Path, engine: str) -> None:
-        self.checkpoint, self.cache, self.engine = checkpoint, cache, engine
+    def __init__(self, checkpoint: str, cache: Path) -> None:
+        self.checkpoint, self.cache = checkpoint, cache
         self._lock = threading.Lock()
         self._open: tuple[CheckpointReader, object] | None = None
 
     def reader(self) -> CheckpointReader:
-        """The checkpoint that is there now.
-
-        Raises:
-            CheckpointError: if there is none.
-        """
+        """The checkpoint that is there now; raises CheckpointError if there is none."""
         with self._lock:
             if self._open is None or _stamp(self._open[0].place) != self._open[1]:
                 place = place_of(self.checkpoint)
@@ -66,7 +61,7 @@ class FolderCache:
         """The folder of an adapter, written if it is not there; None if the checkpoint has no such adapter.
 
         Raises:
-            CheckpointError: if the adapter is damaged, or the engine cannot take it.
+            CheckpointError: if the adapter is damaged, or vLLM does not take it.
             DiskError: if the disk of the cache is full; what was there stays.
         """
         reader = self.reader()
@@ -86,7 +81,7 @@ class FolderCache:
             config, ours = reader.adapter_config(name), reader.meta(name).ours
             _check_files(reader, name, ours.files if ours else {})
             tensors, config = uniform(reader.tensors(name), config, adapter=name)
-            check_engine(self.engine, tensors, config, adapter=name)
+            check_engine("vllm", tensors, config, adapter=name)
             try:
                 _write(folder, tensors, config, ours.source_id if ours else None)
             except OSError as e:
@@ -102,10 +97,7 @@ class FolderCache:
 def names_base(config: SHAREConfig, name: str, aliases: tuple[str, ...] = ()) -> bool:
     """Whether a name, a path or an id, is that of the base model of a checkpoint, as far as names tell.
 
-    Args:
-        config: of the checkpoint; what its sources were said to call the base (`--base-alias`) counts as well.
-        name: what an engine calls its model.
-        aliases: more names that are accepted.
+    The names that `--base-alias` gave when it was made count, and `aliases`.
     """
     made = config.record.settings if config.record else Settings()
     known = {config.base_model_name_or_path, *aliases, *made.base_aliases}
@@ -116,7 +108,7 @@ def names_base(config: SHAREConfig, name: str, aliases: tuple[str, ...] = ()) ->
 
 
 def _stamp(place: Place) -> object:
-    """What changes when a checkpoint in a folder is replaced; of the Hub, one commit stays open."""
+    """Inode, time and size of a checkpoint's configuration; None on the Hub, of which one commit stays open."""
     if not isinstance(place, Folder):
         return None
     try:
@@ -127,7 +119,7 @@ def _stamp(place: Place) -> object:
 
 
 def _digest(reader: CheckpointReader, name: str) -> str:
-    """The digest of what decides the tensors of an adapter."""
+    """Digest of what decides the tensors of an adapter."""
     meta = reader.meta(name)
     plain = meta.plain()
     if reader.config.coded:  # the digest of its source and its exact error; the key of the checkpoint is of all

@@ -16,17 +16,11 @@ from ..adapters.config import Config, check_lora, initial_part, other_scaling, s
 from ..adapters.keys import PEFT_PREFIX, SIDES, factor_key, parse_key
 from ..errors import AdapterError
 from ..text import listed, printable
+from .engines import REFUSED, ROWS, features_of, told_of
 
 Shapes = Mapping[str, tuple[int, ...]]
 INSTEAD = "Use share.apply(base, name) on another copy of the base, which has PEFT load it alone."
 _WIDE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_OTHERS = {
-    "use_dora": "DoRA scales the rows of W + dW",
-    "lora_bias": "lora_B has a bias (lora_bias)",
-    "alora_invocation_tokens": "aLoRA acts only from its invocation tokens on",
-    "layer_replication": "layer_replication repeats layers of the base",
-    "trainable_token_indices": "single rows of an embedding are trained (trainable_token_indices)",
-}
 _CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
@@ -42,7 +36,7 @@ _ROUTED = re.compile(r"(^|\.)experts\.\d+(\.|$)")
 
 @dataclass(frozen=True)
 class Places:
-    """Where the tensors of an adapter go.
+    """Places of an adapter's tensors in a base.
 
     Attributes:
         factors: module as the keys name it -> module of the base, and PEFT's scale s.
@@ -54,12 +48,7 @@ class Places:
 
 
 class Host:
-    """A base model, as adapters see it.
-
-    Attributes:
-        base: the model.
-        modules: its modules by name.
-    """
+    """A base model, and its modules by name."""
 
     def __init__(self, base: nn.Module) -> None:
         self.base = base
@@ -78,11 +67,7 @@ class Host:
         return weight.device, weight.dtype if weight.dtype in _WIDE else self._dtype
 
     def places(self, config: Config, shapes: Shapes) -> Places:
-        """Where the tensors of an adapter go.
-
-        Args:
-            config: its adapter_config.json.
-            shapes: PEFT key -> shape of each of its tensors.
+        """Places of the tensors of an adapter, by its configuration and PEFT key -> shape.
 
         Raises:
             AdapterError: if it cannot be attached to this base, alike for all adapters that differ in values only.
@@ -210,7 +195,8 @@ def widths(module: nn.Module) -> tuple[int, int] | None:
 def _check_config(config: Config) -> None:
     """Refuse what changes the model in another way than by adding s B A to layers."""
     check_lora(config)
-    reason = next((reason for field, reason in _OTHERS.items() if config.get(field)), other_scaling(config))
+    reasons = told_of(ROWS, REFUSED, features_of({}, config))
+    reason = next(iter(reasons.values()), other_scaling(config))
     if reason is not None:
         raise AdapterError(reason)
     if initial_part(config) is not None:
@@ -232,8 +218,7 @@ def _check_pair(module: str, shapes: Shapes) -> None:
 
 def _is_saved(path: str, config: Config) -> bool:
     """Whether PEFT makes a copy of a module for the adapter, which is tied to nothing."""
-    saved = config.get("modules_to_save") or ()
-    return any(f".{path}.".find(f".{name}.") >= 0 for name in saved)
+    return any(f".{name}." in f".{path}." for name in config.get("modules_to_save") or ())
 
 
 def _expected(config: Config) -> str:

@@ -1,10 +1,13 @@
-"""Uniform adapters: one rank and scale 1 for all modules, so that engines with other rules of scale agree on dW."""
+"""Uniform adapters: one rank and scale 1 for all modules, so that engines with other rules of scale agree on dW.
+
+A hot swap puts the uniform form of an adapter in the place of the one that a `peft.PeftModel` has.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,25 +17,22 @@ from ..adapters.keys import PEFT_PREFIX
 from ..adapters.scaling import Scaling
 from ..checkpoint.reader import Tensors
 from ..errors import AdapterError, RefusedAdapterError, UndecidedError, UsageError
-from ..text import printable
+from ..text import listed, printable
 
 REMEDY = "Reconstruct it plainly (without --uniform, --rank and --for), and serve it by PEFT."
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?:(?P<side>[AB])\.weight|embedding_(?P<embedding>[AB]))$")
-_WITHIN = ".base_layer.out_proj"  # of a MultiheadAttention
+WITHIN = ".base_layer.out_proj"  # of a MultiheadAttention
 # What else belongs to a factor without a rank of its own. Others may have one (lora_diag, states of training).
 _OF_ANY_RANK = re.compile(r"\.lora_(?:[AB]\.(?:weight|bias)$|embedding_[AB]$|magnitude_vector$)")
+_LINEAR = re.compile(r"\.lora_([AB])\.weight$")
+_ANEW = "Load it anew, on the base model that it is of: model = share.apply(model.unload(), name)."
 _STATES = {"monteclora_config": "MonteCLoRA", "velora_config": "VeLoRA"}  # PEFT builds them anew by r
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """The factors of one module.
-
-    Attributes:
-        a, b: their keys.
-        embedding: whether they are those of an embedding.
-    """
+    """Keys of the factors of one module, or of one embedding."""
 
     a: str
     b: str
@@ -121,11 +121,7 @@ def _refuse_other_products(tensors: Tensors, config: Config) -> None:
 
 
 def pairs_of(tensors: Tensors, config: Config) -> dict[str, Pair]:
-    """The factors of each module, by its name.
-
-    Raises:
-        UndecidedError: if one lacks the other, or has a dtype without products.
-    """
+    """The factors of each module; raises UndecidedError if one lacks the other, or has a dtype without products."""
     found: dict[tuple[str, bool], dict[str, str]] = {}
     for key in tensors:
         match = _FACTOR.match(key.removeprefix(PEFT_PREFIX))
@@ -224,22 +220,128 @@ def _check_ties(before: Tensors, after: Tensors, pairs: Mapping[str, Pair]) -> N
                 raise UndecidedError("factors of two modules are tied, and their scales are not", key=pair.b)
 
 
+def _plain(rank: int) -> dict[str, Any]:
+    """Fields of a configuration with one rank and scale 1."""
+    patterns: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}}
+    return {"r": rank, "lora_alpha": rank, **patterns, "use_rslora": False, "init_lora_weights": True}
+
+
 def _config(config: Config, rank: int, pairs: Mapping[str, Pair], scales: Mapping[str, Scaling]) -> dict[str, Any]:
-    plain = {
-        "r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False,
-        "init_lora_weights": True,
-    }  # fmt: skip
-    out = dict(config) | plain | ({"eva_config": None} if config.get("eva_config") else {})  # else PEFT warns
+    out = dict(config) | _plain(rank) | ({"eva_config": None} if config.get("eva_config") else {})  # else PEFT warns
     targets, parameters = config.get("target_modules"), config.get("target_parameters") or ()
     if isinstance(targets, list) or not all("." in name for name in parameters):
         return out  # a parameter of any module may be a layer as well, which only the expression tells apart
-    return out | {"target_modules": sorted(_layers(pairs, scales))}
+    within = {module for module in pairs if module.endswith(WITHIN) and module.removesuffix(WITHIN) in pairs}
+    layers = {module for module in pairs if not scales[module].parameters}
+    return out | {"target_modules": sorted(layers - within)}
 
 
-def _layers(pairs: Iterable[str], scales: Mapping[str, Scaling]) -> Iterator[str]:
-    """Names of the modules that PEFT wraps as layers."""
-    modules = set(pairs)
-    for module in modules:
-        whole = module.removesuffix(_WITHIN)
-        if not scales[module].parameters and not (whole != module and whole in modules):
-            yield module
+# -- hot swap --------------------------------------------------------------------------------------------
+
+
+def swap(model: Any, tensors: Tensors, config: Mapping[str, Any], adapter: str) -> None:
+    """Put an adapter in the place of the one that a model has, by PEFT's hot swap.
+
+    Factors of linear layers and all weights beside them are copied into the parameters that are there, uniform, of the
+    larger of the two ranks; modules that only the former adapter has get zeros. Its name in the model stays.
+
+    Raises:
+        UsageError: naming the field or key that has no place in the model, which is as it was then.
+        RefusedAdapterError: if the adapter cannot be uniform.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from peft.utils.hotswap import hotswap_adapter_from_state_dict
+
+    slot = _slot(model)
+    held: Tensors = get_peft_model_state_dict(model, adapter_name=slot, save_embedding_layers=False)
+    _check_fits(held, model.peft_config[slot], tensors, config, adapter)
+    found, rank = _uniform_like(held, tensors, config, adapter)
+    new = replace(model.peft_config[slot], **_plain(rank))
+    factors = {key: tensor for key, tensor in found.items() if _LINEAR.search(key)}
+    named = {f"{key.removesuffix('weight')}{slot}.weight": tensor for key, tensor in factors.items()}
+    hotswap_adapter_from_state_dict(model, named, slot, new)
+    if beside := {key: tensor for key, tensor in found.items() if key not in factors}:
+        set_peft_model_state_dict(model, beside, adapter_name=slot)
+    model.peft_config[slot] = new
+    for module in model.modules():
+        if slot in getattr(module, "lora_alpha", ()):  # else set_scale takes those of the former adapter
+            module.r[slot] = module.lora_alpha[slot] = rank
+
+
+def _slot(model: Any) -> str:
+    """The name of the one LoRA adapter in a `peft.PeftModel`, which can be taken out; else raises UsageError."""
+    from peft import LoraConfig, PeftModel
+
+    remedy = "Make it by share.apply(base_model, name)."
+    if not isinstance(model, PeftModel):
+        kind = type(model).__name__
+        raise UsageError("no model to swap an adapter in", found=kind, expected="a peft.PeftModel", remedy=remedy)
+    configs: dict[str, Any] = model.peft_config
+    if len(configs) != 1:
+        raise UsageError(
+            "a model with several adapters, of which PEFT's hot swap may change others", found=listed(configs),
+            expected="one adapter", remedy="Delete the others (model.delete_adapter).",
+        )  # fmt: skip
+    ((slot, config),) = configs.items()
+    if not isinstance(config, LoraConfig):
+        raise UsageError("the adapter in the model is no LoRA", found=type(config).__name__, remedy=remedy)
+    if any(slot in getattr(module, "merged_adapters", ()) for module in model.modules()):
+        raise UsageError("the adapter in the model is merged", found=slot, remedy="Call model.unmerge_adapter().")
+    if initial_part({"init_lora_weights": config.init_lora_weights}) is not None:
+        raise UsageError(
+            "the adapter in the model has changed the base model when it was loaded",
+            found=f"init_lora_weights {printable(config.init_lora_weights, 40)}",
+            remedy="Load the base model again, and the other adapter by share.apply.",
+        )
+    return slot
+
+
+def _check_fits(held: Tensors, config: Any, tensors: Tensors, new: Mapping[str, Any], adapter: str) -> None:
+    """Demand that the parameters of an adapter are among those that a model holds, but for their rank."""
+    for field in ("use_dora", "layer_replication", "target_parameters"):
+        if getattr(config, field) != (new.get(field) or type(getattr(config, field))()):
+            raise UsageError(
+                "an adapter of another kind than the one in the model", adapter=adapter, key=field,
+                found=new.get(field), expected=getattr(config, field), remedy=_ANEW,
+            )  # fmt: skip
+    shapes, wanted = _shapes(held), _shapes(tensors)
+    for key in wanted | shapes:
+        factor = _LINEAR.search(key) is not None
+        if ".lora_" in key and (not factor or config.target_parameters):
+            raise UsageError("PEFT's hot swap takes factors of layers only", adapter=adapter, key=key, remedy=_ANEW)
+        if key not in shapes or (key not in wanted and not factor):
+            where = "the adapter in the model has" if key in wanted else "only the adapter in the model has"
+            lack = "no such parameter" if key in wanted else "such a parameter"
+            raise UsageError(f"{where} {lack}", adapter=adapter, key=key, remedy=_ANEW)
+        if key in wanted and shapes[key] != wanted[key]:
+            raise UsageError(
+                "the adapter in the model has a parameter of another shape", adapter=adapter, key=key,
+                found=_shown(wanted[key]), expected=_shown(shapes[key]), remedy=_ANEW,
+            )  # fmt: skip
+
+
+def _uniform_like(held: Tensors, tensors: Tensors, config: Config, adapter: str) -> tuple[Tensors, int]:
+    """A uniform adapter with all factors that a model holds, and its rank, which is no smaller than theirs."""
+    ranks = [t.shape[0] for some in (held, tensors) for key, t in some.items() if ".lora_A." in key]
+    rank = max(ranks, default=1)
+    found, _ = uniform(tensors, config, rank=rank, adapter=adapter)
+    for key in held.keys() - found.keys():
+        found[key] = torch.zeros(_of_rank(held[key], key, rank), dtype=held[key].dtype)
+    return found, rank
+
+
+def _shapes(tensors: Tensors) -> dict[str, tuple[int, ...]]:
+    """Shapes by key, those of factors at rank 0."""
+    return {key: _of_rank(tensor, key, 0) for key, tensor in tensors.items()}
+
+
+def _shown(shape: tuple[int, ...]) -> str:
+    """A shape, that of a factor without its rank."""
+    return f"[{', '.join(str(n) if n else 'r' for n in shape)}]"
+
+
+def _of_rank(tensor: torch.Tensor, key: str, rank: int) -> tuple[int, ...]:
+    side, shape = _LINEAR.search(key), tuple(tensor.shape)
+    if side is None:
+        return shape
+    return (rank, *shape[1:]) if side[1] == "A" else (shape[0], rank, *shape[2:])

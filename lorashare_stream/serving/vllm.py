@@ -31,12 +31,7 @@ log = logging.getLogger("vllm.lorashare_stream")  # vLLM shows what is below its
 
 
 class CheckpointResolver(LoRAResolver):  # type: ignore[misc] # vLLM is not there to be checked
-    """Resolver of the adapters of one checkpoint.
-
-    Args:
-        folders: of the checkpoint.
-        aliases: names of the base model that are accepted beside that of the checkpoint.
-    """
+    """Resolver of the adapters of one checkpoint; `aliases` are more names of its base model."""
 
     def __init__(self, folders: FolderCache, aliases: tuple[str, ...] = ()) -> None:
         self.folders, self.aliases = folders, aliases
@@ -93,4 +88,4 @@ def resolver_from(environment: Mapping[str, str]) -> CheckpointResolver | None:
         return None
     cache = environment.get(CACHE) or Path(environment.get("XDG_CACHE_HOME") or "~/.cache", NAME)
     aliases = tuple(alias.strip() for alias in environment.get(ALIAS, "").split(",") if alias.strip())
-    return CheckpointResolver(FolderCache(checkpoint, Path(cache).expanduser().absolute(), "vllm"), aliases)
+    return CheckpointResolver(FolderCache(checkpoint, Path(cache).expanduser().absolute()), aliases)

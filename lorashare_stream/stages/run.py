@@ -17,7 +17,7 @@ from ..hub.client import cache_folder, cached
 from ..hub.fetch import Fetcher
 from ..plan.memory import SAMPLE
 from ..plan.plan import Plan
-from ..runtime.executors import Mapper, Places, nothing
+from ..runtime.executors import Mapper, Places
 from ..runtime.progress import Progress
 from ..text import bytes_shown
 from ..workspace.workspace import FILES, HUB, IN_WORK
@@ -45,7 +45,7 @@ class Run:
         fn: Callable[[T], R],
         tasks: Iterable[T],
         total: int,
-        after: Callable[[T], object] = nothing,
+        after: Callable[[T], object] | None = None,
     ) -> Iterator[R]:
         """Map a task, with the plan's concurrency for this step; results in the order of the tasks."""
         planned = self.plan.step(step)
