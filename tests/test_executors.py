@@ -217,7 +217,7 @@ def test_a_process_that_is_killed_is_told_with_what_it_did_and_at_the_second_tim
 COMPRESS = """
 import os, sys, time
 from lorashare_stream.cli.app import main
-from lorashare_stream.stages import ingest, passes
+from lorashare_stream.stages import ingest
 from lorashare_stream.stages.ingest import ingest_adapter
 def deadly(objective, adapter):
     if adapter.name == "a03":
@@ -225,7 +225,7 @@ def deadly(objective, adapter):
         os.kill(os.getpid(), int(os.environ["DEADLY"]))
     return ingest_adapter(objective, adapter)
 if len(sys.argv) > 1 and sys.argv[1] == "deadly":
-    passes.ingest_adapter = deadly
+    ingest.ingest_adapter = deadly
     del sys.argv[1]
 sys.exit(main(sys.argv[1:]))
 """

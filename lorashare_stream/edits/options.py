@@ -92,7 +92,12 @@ class RunOptions:
 
 
 def _is_of(workspace: Path, out: Path, config: SHAREConfig) -> bool:
-    """Whether a checkpoint that was edited without a workspace belongs to this one, by the digests of adapters."""
+    """Whether a coded checkpoint that was edited without a workspace belongs to this one, by the digests of adapters.
+
+    The key of one in the SHARE form is that of its bases, which no such edit changes.
+    """
+    if not config.coded:
+        return False
     work, record = Workspace(workspace), record_of(config)
     admitted = {r.name: r.digest for r in work.journal().admissions}
     both = [name for name in config.adapter_names if name in admitted]

@@ -66,8 +66,8 @@ def prepare(job: Job, work: Workspace, names: Sequence[str]) -> Job:
             needs |= {(status.module, side): _need(status, side) for side in SIDES}
         elif status.marker is not None:
             work.mark(status.marked(status.marker.sides))
-    slots = work.lease(needs)
-    return replace(job, slots=slots, markers={name: work.markers[name] for name in slots if name in work.markers})
+    markers = {name: work.markers[name] for name in names if name in work.markers}
+    return replace(job, slots=work.lease(needs), markers=markers)
 
 
 def _demand_sound(status: ModuleStatus) -> None:

@@ -39,7 +39,7 @@ def fit_module(job: Job, name: str) -> bool:
     Returns:
         Whether its moments are whole; else it is to be forgotten, for `update.sum_and_fit` to begin it again.
     """
-    return _fitted(job, name, job.markers.get(name))
+    return _fitted(job, job.markers[name])
 
 
 def sum_and_fit_modules(job: Job, names: Sequence[str]) -> list[bool]:
@@ -50,17 +50,19 @@ def sum_and_fit_modules(job: Job, names: Sequence[str]) -> list[bool]:
     """
     fitted: list[bool] = []
     for name, marker in zip(names, accumulate_modules(job, names), strict=True):
-        fitted.append((marker is not None or name not in job.slots) and _fitted(job, name, marker))
+        there = marker if name in job.slots else job.markers.get(name)
+        fitted.append(there is not None and _fitted(job, there))
         if marker is not None:
             leases.remove(Workspace(job.workspace).moments, marker)
     return fitted
 
 
-def _fitted(job: Job, name: str, marker: Marker | None) -> bool:
+def _fitted(job: Job, marker: Marker) -> bool:
+    name = marker.module
     arrays: dict[str, NDArray[Any]] = {}
     sides: dict[Side, BasisOfSide] = {}
     try:
-        if marker is None or not ModuleStatus(job, name, marker).is_whole:
+        if not ModuleStatus(job, name, marker).is_whole:
             raise DamagedMoment("a moment is not complete")
         for side, moment in marker.sides.items():
             if moment.count:  # else every adapter that has the module is kept verbatim
