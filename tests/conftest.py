@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
@@ -189,9 +190,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None, None, None]:
+    cases: Counter[str] = Counter()
     for item in items:
         if "real" in getattr(item, "fixturenames", ()):
             item.add_marker("on_real_data")
+        few, function = item.get_closest_marker("few"), item.nodeid.partition("[")[0]
+        if few is not None and (cases[function] - COMMIT) % few.args[0]:
+            item.add_marker("slow")
+        cases[function] += 1
     yield  # -m and -k
     parts = config.getoption("--one-in")
     chosen = items[COMMIT % parts :: parts]

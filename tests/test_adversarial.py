@@ -486,6 +486,7 @@ def test_what_became_of_the_output_is_said(
         assert text or "up to date" not in caplog.text
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("which", ["staging", "replaced"])
 @pytest.mark.parametrize("after", range(4))
 def test_killed_while_an_old_checkpoint_or_staging_is_removed(

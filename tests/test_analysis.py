@@ -97,6 +97,7 @@ def test_centred_bases_are_those_of_compress(tmp_path: Path) -> None:
     assert [outlook(found, k).expected for k in (4, 8)] == pytest.approx(list(truth.values()), abs=2e-4)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("planted", "objective", "near"),
     [(0.0, "delta", 0.1), (0.4, "delta", 0.1), (1.5, "delta", 0.03), (1.5, "factors", 0.03)],
@@ -138,6 +139,7 @@ def test_structure_is_recommended_with_the_k_that_has_it(tmp_path: Path) -> None
     assert outlook(found, 8).held > outlook(found, 8).chance + 0.5
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("sample", [None, 16])
 def test_the_rate_curve_is_that_of_coded_checkpoints(tmp_path: Path, sample: int | None) -> None:
     folder = adapters(tmp_path / "in", 40, planted=0.5)

@@ -174,6 +174,7 @@ def test_a_feature_of_peft(tmp_path: Path, compressed: Compress, name: str, opti
         assert not torch.allclose(plain, truth, atol=1e-2)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("name", "options"), some_fast([(n, o) for n in MODELS for o in (SHARED, CODED)], 2))
 def test_rows_of_one_batch(opened: Any, name: str, device: str, options: dict[str, Any]) -> None:
@@ -197,6 +198,7 @@ HOW: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("name", "way", "options"),
     some_fast([(n, way, o) for n in ("llama", "gpt2", "t5") for way in HOW for o in (SHARED, CODED)], 5),
@@ -225,6 +227,7 @@ def test_a_batch_is_its_rows_in_any_order(opened: Any, options: dict[str, Any], 
     assert torch.allclose(whole, torch.cat(single), atol=1e-5)
 
 
+@pytest.mark.few(2)
 @FORMS
 def test_threads_serve_side_by_side(opened: Any, options: dict[str, Any]) -> None:
     model = opened("bert", options).attach(bert(), memory=10_000)

@@ -490,6 +490,7 @@ def test_faults_of_the_machine_are_one_sentence(
     assert call(*command) == 0
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("limit", ["NOFILE", "FSIZE"])
 def test_limits_of_the_process_are_one_sentence_and_nothing_is_lost(
     tmp_path: Path, collection: list[str], limit: str
@@ -532,6 +533,7 @@ def slow(tmp_path: Path) -> Iterator[list[object]]:
     return [tmp_path / "adapters", "-o", tmp_path / "out", "-k", 4, "--device", "cpu"]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_within_seconds_says_how_to_resume_and_exits_with_75(
     tmp_path: Path, slow: list[object], number: signal.Signals
@@ -554,6 +556,7 @@ def test_a_signal_stops_within_seconds_says_how_to_resume_and_exits_with_75(
     assert tree_digest(tmp_path / "out") == tree_digest(tmp_path / "whole")
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("command", ["verify {out} -q", "compress --help", "--help"])
 def test_a_closed_pipe_is_no_error(tmp_path: Path, collection: list[str], command: str) -> None:
     assert call("compress", *collection, "-o", tmp_path / "out", "-k", 4, "-q") == 0
@@ -562,6 +565,7 @@ def test_a_closed_pipe_is_no_error(tmp_path: Path, collection: list[str], comman
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_log_that_nobody_reads_does_not_stop_the_work(tmp_path: Path, slow: list[object], unbuffered: str) -> None:
     command = [sys.executable, "-m", "lorashare_stream", "compress", *map(str, slow)]
@@ -573,6 +577,7 @@ def test_a_log_that_nobody_reads_does_not_stop_the_work(tmp_path: Path, slow: li
     assert (tmp_path / "out" / "share_config.json").exists()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_a_signal_is_told_by_the_exit_code_even_if_nobody_reads(
     tmp_path: Path, slow: list[object], stream: str
@@ -682,6 +687,7 @@ def test_a_locale_that_is_not_utf_8_is_told(checkpoint: Path) -> None:
         assert ("names of files in ascii" in done.stderr) is told
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("closed", ["1>&-", "2>&-", "1>&- 2>&-", "0<&- 1>&- 2>&-", "2>/dev/full"])
 def test_closed_streams_and_a_full_log_keep_nobody_from_the_work(
     tmp_path: Path, collection: list[str], closed: str
@@ -695,6 +701,7 @@ def test_closed_streams_and_a_full_log_keep_nobody_from_the_work(
     assert call("verify", tmp_path / "out", "-q") == 0
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("flags", [[], ["--json"], ["--help"]])
 def test_a_full_disk_under_stdout_is_told_in_a_sentence(checkpoint: Path, flags: list[str]) -> None:
     with open("/dev/full", "w") as full:

@@ -249,6 +249,7 @@ BYTES = [
 ]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("name", "options"), BYTES)
 def test_a_limit_on_bytes_is_met_and_used(
     real: Path, compressed: Compress, monkeypatch: pytest.MonkeyPatch, name: str, options: dict[str, Any]

@@ -178,6 +178,7 @@ def test_a_reader_written_from_the_page_gets_the_same_bytes(made: Path) -> None:
             assert raw == raw_bytes(expected[key]).tobytes(), (name, key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [ON, slow({"ratio": 5.0, "directions": True})])
 def test_workers_memory_and_order_of_work_change_no_byte(tmp_path: Path, options: dict[str, Any]) -> None:
     from concurrent.futures import ProcessPoolExecutor
@@ -211,6 +212,7 @@ def test_nothing_in_common_gives_no_directions_and_the_same_codes(tmp_path: Path
     assert (ours_of(tmp_path / "on") or {})["projected"] == ["more"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [{"ratio": 5.0}, slow({"max_bytes": 8000})])
 def test_a_limit_on_bytes_gives_less_error_with_directions(tmp_path: Path, limit: dict[str, Any]) -> None:
     sources = make_akin(tmp_path / "in", 12)
@@ -329,6 +331,7 @@ def test_what_is_said_of_it(made: Path, tmp_path: Path, capsys: Capture) -> None
     assert "directions" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_command_line_does_all_of_it(tmp_path: Path, capsys: Capture) -> None:
     sources, out, fresh = make_akin(tmp_path / "in", 6), tmp_path / "out", tmp_path / "fresh"
     limit, plan, quiet = ["--max-error", "0.1", "--directions"], str(tmp_path / "plan.json"), ["-q", "--device", "cpu"]
@@ -375,6 +378,7 @@ def test_directions_without_a_limit_are_an_error_of_usage(tmp_path: Path, capsys
 # -- more, fewer, other ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("workspace", [True, False])
 def test_one_that_is_added_is_coded_on_the_directions_that_are_there(
     tmp_path: Path, workspace: bool, caplog: pytest.LogCaptureFixture
@@ -432,6 +436,7 @@ def test_an_adapter_of_another_width_has_no_directions_where_its_columns_are_oth
     measured(out, [*sources, other])
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("workspace", [True, False])
 def test_one_that_is_removed_is_named_until_directions_are_fitted_anew(tmp_path: Path, workspace: bool) -> None:
     sources, out = make_akin(tmp_path / "in", 6), tmp_path / "out"
@@ -504,6 +509,7 @@ OTHERS: list[tuple[dict[str, Any], dict[str, Any]]] = [  # what is asked for, an
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("some", [OTHERS[:3], slow(OTHERS)])
 def test_another_limit_and_another_form_are_made_from_the_sources(tmp_path: Path, some: Any) -> None:
     sources, out = make_akin(tmp_path / "in", 5), tmp_path / "out"
@@ -518,6 +524,7 @@ def test_another_limit_and_another_form_are_made_from_the_sources(tmp_path: Path
     assert tree_digest(tmp_path / "other") == tree_digest(tmp_path / "fresh0")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("removed", [slow(False), True])
 def test_a_limit_on_bytes_that_is_exceeded_fits_and_codes_all_again(tmp_path: Path, removed: bool) -> None:
     sources, out = make_akin(tmp_path / "in", 6, WIDE), tmp_path / "out"
@@ -581,6 +588,7 @@ def test_what_needs_sources_that_are_gone_names_them(tmp_path: Path, capsys: Cap
     assert remove(out, ["a02"], RunOptions()).in_bases == ("a00", "a02")
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("damage", ["gone", "cut", "flipped"])
 def test_directions_that_are_damaged_are_fitted_again(tmp_path: Path, damage: str) -> None:
     sources, out = make_akin(tmp_path / "in", 6), tmp_path / "out"

@@ -290,6 +290,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("kind", "number"), [*product(APART, [signal.SIGKILL, signal.SIGTERM]), ("fork", signal.SIGINT)]
 )

@@ -83,6 +83,7 @@ def check_same(
 SHARED, CODED = {"num_components": 10_000}, {"max_error": 1e-5}
 
 
+@pytest.mark.few(3)
 @pytest.mark.filterwarnings(*PEFTS_OWN)
 @pytest.mark.parametrize(
     ("name", "options"), [*((name, SHARED) for name in FEATURES), *some_fast([(name, CODED) for name in FEATURES], 5)]
@@ -131,6 +132,7 @@ COARSE = {  # features whose dW is a product of two tensors: what PEFT makes of 
 }  # fmt: skip
 
 
+@pytest.mark.few(4)
 @pytest.mark.filterwarnings(*PEFTS_OWN)
 @pytest.mark.parametrize("options", [{"num_components": 3}, {"max_error": 0.3}])
 @pytest.mark.parametrize("name", sorted(COARSE))
@@ -227,6 +229,7 @@ RICH = [
 ]  # fmt: skip
 
 
+@pytest.mark.few(3)
 @pytest.mark.filterwarnings(*PEFTS_OWN)
 @pytest.mark.parametrize(  # in the fast tier every form and every feature, of one another
     ("name", "form"),

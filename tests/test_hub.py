@@ -349,6 +349,7 @@ SOON = {"RateLimit": '"resolvers";r=0;t=0'}
 AFTER = (datetime.now(UTC) + timedelta(seconds=1)).strftime("%a, %d %b %Y %H:%M:%S GMT")
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     "fault",
     [
@@ -522,6 +523,7 @@ def asked_again(caplog: pytest.LogCaptureFixture) -> Counter[str]:
     return Counter(re.findall(ours, caplog.text) + re.findall(clients, caplog.text))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "limit",
     [
@@ -585,6 +587,7 @@ def test_a_budget_that_cannot_do_is_said_with_the_one_that_can(tmp_path: Path, h
         go(pins, tmp_path / "out", disk_budget=5000)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("step", "after", "nan"),
     [
@@ -683,6 +686,7 @@ def test_an_adapter_that_is_gone_when_it_is_needed_again(tmp_path: Path, hub: Fa
     assert SHAREModel.from_pretrained(out).config.num_adapters == 7
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("budget", [None, 4 * 3676])
 def test_moments_that_were_discarded_or_damaged_are_summed_again(
     tmp_path: Path, hub: FakeHub, pins: list[str], budget: int | None

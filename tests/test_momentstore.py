@@ -177,6 +177,7 @@ CHANGES: dict[str, Callable[[bytes], bytes | None]] = {
 }  # fmt: skip
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("number", range(4))
 def test_no_damage_to_any_chunk_is_believed(tmp_path: Path, chunks: str, number: int, change: str) -> None:
@@ -337,6 +338,7 @@ def test_the_lines_of_the_manual_show_named_second_moments(tmp_path: Path, capsy
 EXPERTS = {f"model.layers.{i}.mlp.experts.{j}.up_proj": (24, 12) for i in range(2) for j in range(128)}
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("modules", "adapters", "options"),
     [

@@ -25,6 +25,7 @@ def as_float64(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
     return {k: v.double().numpy() for k, v in tensors.items()}
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("objective", ["delta", "factors"])
 @pytest.mark.parametrize("n", [6, 60])  # total rank 24 and 240: below and above every d of WIDE
 @pytest.mark.parametrize("k", [1, 5, 48])
@@ -42,6 +43,7 @@ def test_captured_energy_is_the_optimum(tmp_path: Path, compressed: Compress, ob
         assert np.abs(v.T @ v - np.eye(v.shape[1])).max() <= 1e-5
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("objective", ["delta", "factors"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_what_is_reported_is_what_the_stored_files_give(

@@ -84,6 +84,7 @@ def spoil(checkpoint: Path) -> None:
     path.write_text(json.dumps(config))
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", ["one", "many", "evil", "coded"])
 @pytest.mark.parametrize("width", [360, 1200])
 def test_a_browser_shows_every_figure_and_asks_for_nothing(

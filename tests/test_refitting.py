@@ -43,6 +43,7 @@ def counting(steps: dict[str, int]) -> Any:
     return count
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("objective", ["delta", "factors"])
 def test_a_smaller_k_is_cut_from_what_is_stored_and_its_error_is_what_it_says(
@@ -88,6 +89,7 @@ def test_cut_twice_or_at_once_is_the_same(tmp_path: Path, collection: list[str])
     assert all(facts == pytest.approx(b.config.ours["groups"][g]) for g, facts in a.config.ours["groups"].items())
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("k", [8, "auto"])
 @pytest.mark.parametrize("place", ["checkpoint", "workspace"])
 def test_a_larger_k_reads_the_sources_once_and_sums_nothing(

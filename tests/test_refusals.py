@@ -546,6 +546,7 @@ def _of_many_bases(root: Path) -> str:
     return str(root)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("form", [["-k", "2"], ["--max-error", "0.3"]])
 def test_messages_are_bounded_and_files_and_json_are_whole(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, form: list[str]

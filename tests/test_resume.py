@@ -43,6 +43,7 @@ class Kill(BaseException):
     """A stop at any point, as a signal brings it."""
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("step", ["ingest", "accumulate", "fit", "project"])
 @pytest.mark.parametrize("after", [0, 1, 2])
 def test_stopped_in_any_step_the_same_call_finishes_with_the_same_bytes(
@@ -164,6 +165,7 @@ def test_a_second_run_is_told_who_holds_the_workspace(tmp_path: Path, collection
         go(collection, tmp_path / "out")
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
 @pytest.mark.parametrize("array", ["second", "columns"])
 def test_a_damaged_moment_is_found_and_only_its_module_is_summed_again(

@@ -105,6 +105,7 @@ def go_refit(sources: list[str], out: Path) -> Outcome:
     return compress(plan, out, refit=True)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("modules", [SUMS, COLUMNS], ids=["sums", "columns"])
 @pytest.mark.parametrize("source", ["there", "gone"])
 def test_computed_anew_it_is_as_if_it_had_never_been_there(

@@ -54,6 +54,7 @@ def moment_of(x: np.ndarray) -> Moment:
 ROUTES = [(700, 800, 4), (700, 800, 56), (100, 800, 40), (800, 700, 100), (900, 256, 8), (900, 256, 64), (900, 200, 8)]
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("kind", [*SPECTRA, "noise", "planted, and noise"])
 @pytest.mark.parametrize(
     ("n", "d", "k", "form"),
@@ -98,6 +99,7 @@ def fresh_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(np, "empty_like", lambda *args, **options: poisoned(empty_like(*args, **options)))
 
 
+@pytest.mark.few(5)
 @pytest.mark.usefixtures("fresh_memory_is_nan")
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("kind", [*SPECTRA, "noise"])
@@ -213,6 +215,7 @@ def symmetric(values: np.ndarray) -> np.ndarray:
     return np.asarray((q * values) @ q.T, np.float32)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("k", [20, 40, 100])
 @pytest.mark.parametrize("equal", [15, 40, 100, 150])
 @pytest.mark.parametrize("rest", [0.0, 0.5, 1e-4])

@@ -35,6 +35,7 @@ def as_columns(x: np.ndarray, dtype: str) -> Moment:
     return Moment(None, x.astype(dtype), whole.sum, whole.count, whole.energy)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize(
     ("n", "d", "form"),

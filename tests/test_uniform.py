@@ -298,6 +298,7 @@ def test_peft_makes_the_same_model_of_it(tmp_path: Path, name: str) -> None:
         assert isinstance(settings["target_modules"], list)
 
 
+@pytest.mark.few(3)
 @pytest.mark.filterwarnings(*PEFTS_OWN)
 @pytest.mark.parametrize(
     ("name", "options"), some_fast([(n, o) for o in (SHARED, CODED) for n in FEATURES if n not in REFUSED], 9)
