@@ -13,8 +13,7 @@ from lorashare_stream.adapters.safetensors import write_arrays
 from lorashare_stream.adapters.scaling import Scaling
 from lorashare_stream.errors import AdapterError
 from lorashare_stream.linalg.delta import delta_errors
-from lorashare_stream.stages.components import Components, Part, Stack, projected, restored
-from lorashare_stream.stages.form import _projection_errors
+from lorashare_stream.stages.components import Components, Part, Stack, projected, projection_errors, restored
 
 D, R = 90, 4
 Factors = dict[str, np.ndarray]
@@ -57,8 +56,8 @@ def test_what_comes_back_is_formed_only_where_bases_are_not_orthonormal(
         formed.append(side)
         return restored(components, parts, stack, side, storage)
 
-    monkeypatch.setattr("lorashare_stream.stages.form.restored", watched)
-    found = _projection_errors(components, factors, on, scalings, "F32")
+    monkeypatch.setattr("lorashare_stream.stages.components.restored", watched)
+    found = projection_errors(components, factors, on, scalings, "F32")
     assert formed == (list(SIDES) if forms else [])
     for f, e in zip(found, exact, strict=True):
         assert f.error == pytest.approx(e.error, rel=1e-5)
@@ -77,7 +76,7 @@ def test_only_modules_that_come_near_are_looked_at_closely(tmp_path: Path, facto
     on = {s: projected(components, [group_id(m, s) for m in "qkv"], factors[s], s, "F32") for s in SIDES}
     hats = {s: restored(components, on[s], factors[s], s, "F32") for s in SIDES}
     exact = delta_errors(factors["A"], factors["B"], hats["A"], hats["B"], scalings)
-    found = _projection_errors(components, factors, on, scalings, "F32")
+    found = projection_errors(components, factors, on, scalings, "F32")
     assert found[0] == exact[0]
     assert found[0].relative < 1e-6
     assert found[1:] != exact[1:]
@@ -90,5 +89,5 @@ def test_values_beyond_the_range_of_float32_are_refused(tmp_path: Path, factors:
     with np.errstate(over="ignore", invalid="ignore"):
         on = {s: projected(components, [group_id(m, s) for m in "qkv"], factors[s], s, "F32") for s in SIDES}
         with pytest.raises(AdapterError, match="range of F32") as caught:
-            _projection_errors(components, factors, on, [Scaling(1.0)] * 3, "F32")
+            projection_errors(components, factors, on, [Scaling(1.0)] * 3, "F32")
     assert caught.value.key == "k:B"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..adapters.adapter import Adapter
 from ..adapters.folder import check_still, digest_files, file_fact
@@ -26,7 +27,7 @@ from ..files import naming, sealed
 from ..linalg.delta import DeltaError, relative_error
 from ..schema import FORMAT
 from ..workspace.journal import Admission, Journal
-from .form import formed
+from .components import components_at, project_factors
 from .job import Admitted, Job
 from .run import Run, check_none_lost
 
@@ -58,9 +59,16 @@ def project_adapter(job: Job, task: Admitted) -> Statistics:
 
 
 def _projected(job: Job, task: Admitted, tensors: TensorReader) -> Stored:
-    form = formed(job, task, tensors)
-    write_arrays(loadings := io.BytesIO(), form.loadings, job.storage, {"format": "pt"})
-    return Stored(loadings.getbuffer(), form.errors, form.exact)
+    """Loadings; an adapter whose dW is zero is kept verbatim, since dW tells nothing of its factors."""
+    adapter = task.adapter
+    shared = bool(adapter.layout.modules) and job.shares(task.admission)
+    loadings: dict[str, NDArray[Any]] = {}
+    errors: dict[str, DeltaError] = {}
+    if shared:
+        components = components_at(job.components, job.basis_key, job.settings.memory, job.device)
+        loadings, errors = project_factors(components, job.storage, adapter, tensors)
+    write_arrays(content := io.BytesIO(), loadings, job.storage, {"format": "pt"})
+    return Stored(content.getbuffer(), errors, [] if shared else list(adapter.layout.by_name))
 
 
 def write_adapter(
