@@ -297,6 +297,8 @@ def test_the_command(tmp_path: Path, capsys: Capture) -> None:
     assert "--refit" in said
     assert main(["remove", str(out), "-q"]) == 2
     capsys.readouterr()
+    assert main(["remove", str(out), "--refit", "-q"]) == 0
+    assert capsys.readouterr().out.startswith("fitted bases again, without a03\nneither the bases nor the moments")
     assert main(["remove", str(out), "--refit", "--json", "-q"]) == 0
     assert json.loads(capsys.readouterr().out) == {
         "removed": [], "removed_before": [], "in_bases": [], "in_moments": {}, "absent": [],

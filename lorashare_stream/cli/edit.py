@@ -75,7 +75,8 @@ def add(args: Args) -> int:
 def remove(args: Args) -> int:
     """`remove`: adapters out of a checkpoint; fails if their trace was to go, and could not."""
     out = Path(args["checkpoint"])
-    names = names_meant(args.get("adapters", ()), opened(out)[1].adapter_names)
+    config = opened(out)[1]
+    names = names_meant(args.get("adapters", ()), config.adapter_names)
     with _run_options(args) as options:
         done = shrinking.remove(out, names, options, refit="refit" in args)
     left = sorted({*done.in_bases, *(done.in_moments or {})})
@@ -86,7 +87,9 @@ def remove(args: Args) -> int:
         "in_moments": done.in_moments,
         "absent": list(done.absent),
     }
-    told = [f"took out {listed(done.names) or 'nothing more'}"]
+    freed = [name for name in record_of(config).removed if name not in done.in_bases]
+    told = [f"took out {listed(done.names) or 'nothing more'}"] if done.names or not freed else []
+    told += [f"fitted {'directions' if done.coded else 'bases'} again, without {listed(freed)}"] if freed else []
     told += [f"taken out before: {listed(done.before)}"] if done.before else []
     print_result(args, result, "\n".join([*told, *_traces(done, "refit" in args)]))
     if "refit" not in args or not left:
