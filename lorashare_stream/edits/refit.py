@@ -12,14 +12,15 @@ from ..checkpoint.format import CONFIG, ours_of
 from ..checkpoint.publish import check_output, output_folder
 from ..checkpoint.staging import recover
 from ..errors import WorkspaceError
-from ..files import read_sealed
 from ..hub.lookup import recalled
 from ..machine import usable_cores
 from ..pipeline import plan_for
+from ..plan.file import PlanFile
 from ..runtime.executors import Places, executor_for, mapper_for
 from ..settings import Settings, overridden
 from ..stages.slice import cut_of, slice_checkpoint
 from ..text import listed
+from ..workspace.records import read_record
 from ..workspace.workspace import Workspace
 from .options import RunOptions, check_same, opened
 
@@ -81,14 +82,14 @@ def _no_sources(config: SHAREConfig, settings: Settings) -> WorkspaceError:
 
 
 def _last_settings(workspace: Path) -> dict[str, Any]:
-    settings = read_sealed(workspace / "plan.json").get("settings")
-    if settings is None:
+    plan = read_record(PlanFile, workspace / "plan.json")
+    if plan is None:
         raise WorkspaceError(
             "the workspace's plan is damaged, or not there",
             found=workspace,
             remedy="Name the checkpoint instead of the workspace.",
         )
-    return dict(settings)
+    return plan.settings
 
 
 def _is_so(config: SHAREConfig, settings: Settings) -> bool:
