@@ -47,8 +47,8 @@ class Outcome:
 
     Attributes:
         skipped: the adapters that were left out, with reasons; none unless `on_error` is `"skip"`.
-        method: `current` if there was nothing to do, `projection` if new adapters were projected on the bases that
-            were there, `recompute` if bases were fitted and all adapters projected.
+        method: `current` if there was nothing to do; `projection` if adapters that were there stayed as they were, and
+            new ones were projected on the bases, or coded; `recompute` if all were projected on new bases, or coded.
         kept: share of the dW energy that the bases that were there keep, of each new adapter that was tried on them.
         admissions: of all adapters that are not taken out.
     """

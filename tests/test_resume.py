@@ -260,6 +260,18 @@ def flip_line(journal: Path, number: int) -> None:
     journal.write_bytes(b"".join(lines))
 
 
+def test_moments_that_have_seen_a_removal_which_the_journal_lost_are_summed_again(
+    tmp_path: Path, collection: list[str]
+) -> None:
+    out = tmp_path / "out"
+    go(collection, out)
+    remove(out, ["a07"], RunOptions(), refit=True)
+    flip_line(pipeline.default_workspace(out) / "journal.jsonl", -1)
+    go(collection, out, num_components=3)
+    go(collection, tmp_path / "fresh", num_components=3)
+    assert tree_digest(out) == tree_digest(tmp_path / "fresh")
+
+
 @pytest.mark.parametrize("damage", ["a line", "all", "gone"])
 def test_a_damaged_journal_never_makes_a_checkpoint_smaller(
     tmp_path: Path, collection: list[str], damage: str, caplog: pytest.LogCaptureFixture

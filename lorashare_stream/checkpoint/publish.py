@@ -131,7 +131,8 @@ def check_output(out: Path, *, own: Collection[str], overwrite: bool) -> None:
         raise UsageError(
             "the output holds a checkpoint of another run",
             found=out,
-            remedy="Choose another output folder, or replace it by --overwrite.",
+            remedy="Name the workspace that it was made with by --workspace, choose another output folder, or replace "
+            "it by --overwrite.",
         )
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.config import read_share_config, record_of
+from ..checkpoint.config import Recorded, read_share_config, record_of
 from ..checkpoint.format import ADAPTERS, total_bytes
 from ..edits import add as adding
 from ..edits import refit as refitting
@@ -58,7 +58,7 @@ def add(args: Args) -> int:
         again = "all adapters were coded again, since the limit did not hold the new ones"
         size = total_bytes(record_of(config).bytes) - bytes_before
     text = {
-        "current": "nothing to add: the checkpoint has these adapters",
+        "current": "nothing to add" + ("" if outcome.skipped else ": the checkpoint has these adapters"),
         "projection": f"added {listed(added)}{', ' if config.coded else ' '}{how}, for {bytes_shown(size)}"
         if added
         else "nothing to add",
@@ -87,7 +87,7 @@ def remove(args: Args) -> int:
         "in_moments": done.in_moments,
         "absent": list(done.absent),
     }
-    freed = [name for name in record_of(config).removed if name not in done.in_bases]
+    freed = _freed(record_of(config), done) if "refit" in args else []
     told = [f"took out {listed(done.names) or 'nothing more'}"] if done.names or not freed else []
     told += [f"fitted {'directions' if done.coded else 'bases'} again, without {listed(freed)}"] if freed else []
     told += [f"taken out before: {listed(done.before)}"] if done.before else []
@@ -101,6 +101,14 @@ def remove(args: Args) -> int:
     )
     say_error(fault)
     return fault.exit_code
+
+
+def _freed(before: Recorded, done: Removed) -> list[str]:
+    """Adapters whose trace went with bases, or directions, that were fitted again."""
+    if done.coded and not before.settings.directions:
+        return []
+    held = {*before.removed, *done.names} - {*before.projected, *before.verbatim_adapters}
+    return sorted(held - {*done.in_bases})
 
 
 def _traces(done: Removed, refit: bool) -> list[str]:

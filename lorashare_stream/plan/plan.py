@@ -259,10 +259,10 @@ class Plan:
         kinds = {(key, r.dtype, r.shape): r.nbytes for e in self.adapters for key, r in e.layout.extras}
         extras = sum(kinds.values())  # at the least: equal ones are stored once
         if limit <= max(extras // 2, LEAST_BYTES):  # deflated
-            ample = extras + self.sizes["lora"] // 50 + 300 * len(self.adapters) + 2 * LEAST_BYTES
+            ample = extras + self.sizes["lora"] // 50 + 300 * len(self.adapters) + LEAST_BYTES
             raise BudgetError(
                 "records, and tensors that are not LoRA, which are kept as they are, take more than the checkpoint may "
-                "have", found=f"{bytes_shown(limit)} asked for", expected=f"{bytes_shown(extras)} and some for dW",
+                "have", found=f"{bytes_shown(limit)} asked for", expected=f"about {bytes_shown(ample)}",
                 remedy=f"Use --max-bytes {ample} or more.",
             )  # fmt: skip
 

@@ -279,7 +279,8 @@ def _outlooks(plan: Plan, total: Measured, ks: Sequence[int], share: float) -> t
 
 def _to_store(at: Point, outlooks: Iterable[Outlook], count: int) -> str:
     """Advice: what a limit gives, and whether adapters have so much in common that directions make it smaller."""
-    text = f"--max-error {at.error:g} takes about {bytes_shown(at.total)}, LoRA {at.lora_times:.1f} times smaller"
+    than = f"codes {at.lora_times:.1f} times smaller than LoRA"
+    text = f"--max-error {at.error:g} takes about {bytes_shown(at.total)}, {than}"
     common = max((o.held - o.chance for o in outlooks if o.k <= DIRECTIONS), default=0.0)
     if common < COMMON or count < MANY:
         return text

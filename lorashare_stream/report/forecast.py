@@ -200,7 +200,7 @@ def forecast_text(f: Forecast) -> str:
 
 def curve_text(points: Sequence[Point]) -> str:
     """The rate curve; codes with half of their 95 % interval, which is that of the checkpoint too."""
-    header = ("dW error of each", "codes", "95 %", "checkpoint", "times smaller", "LoRA, times smaller")
+    header = ("dW error of each", "codes", "95 %", "checkpoint", "times smaller", "codes, times smaller")
     rows = [
         (
             f"{p.error:g}", bytes_shown(p.codes), f"+- {p.margin / max(1.0, p.codes):.1%}", bytes_shown(p.total),

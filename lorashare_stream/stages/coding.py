@@ -325,8 +325,8 @@ def _code_within(run: Run, job: Job, target: Target, size: int, publishing: Publ
             break
     least = int(beside + sum(curve.bytes_within(NOTHING) for curve in curves.values()) * whole / max(1, part))
     raise BudgetError(
-        "so few bytes leave nothing of the adapters", found=f"{bytes_shown(size)}, of which {bytes_shown(beside)} are "
-        "no codes", expected=f"about {bytes_shown(least)} for a dW error of {NOTHING:g}",
+        "so few bytes leave nothing of the adapters", found=f"{bytes_shown(size)} asked for",
+        expected=f"about {bytes_shown(least)} for a dW error of {NOTHING:g}, {bytes_shown(beside)} of them no codes",
         remedy=f"Use --max-bytes {int(1.1 * least)} or more, or --max-error to ask for an error.",
     )  # fmt: skip
 

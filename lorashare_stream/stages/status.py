@@ -43,7 +43,11 @@ class BasisRecord(Schema):
 
 @dataclass(frozen=True)
 class ModuleStatus:
-    """Status of one module; admissions are given by number.
+    """Status of one module: what its marker says its moments have seen, compared with the journal.
+
+    Say the journal admits 0, 1 and 2, and removes 1. Moments whose marker has seen two entries hold 0 and 1, lack 2,
+    and 1 is gone; where nothing was summed before, 1 is not lacking, and among `never`. If a marker has seen other
+    entries than there are, the module is summed again; one that has seen more is ahead only of a part of the journal.
 
     Attributes:
         job: whose journal its moments are compared with.
@@ -57,7 +61,7 @@ class ModuleStatus:
 
     @property
     def continues(self) -> bool:
-        """Whether the journal goes on from the entries that the moments have seen."""
+        """Whether the journal begins with the entries that the moments have seen."""
         marker, journal = self.marker, self.job.journal
         if marker is None or marker.entries > len(journal.entries):
             return False
@@ -146,11 +150,6 @@ def removed_in(job: Job, marker: Marker) -> list[str]:
 def status_of(job: Job, work: Workspace, modules: Iterable[str]) -> list[ModuleStatus]:
     """Status of modules, by the markers of a workspace."""
     return [ModuleStatus(job, module, work.markers.get(module)) for module in modules]
-
-
-def behind(job: Job, work: Workspace, modules: Iterable[str]) -> list[str]:
-    """Modules whose moments are behind the journal."""
-    return [status.module for status in status_of(job, work, modules) if status.is_behind]
 
 
 def unfetched(job: Job, work: Workspace, modules: Collection[str]) -> list[Adapter]:

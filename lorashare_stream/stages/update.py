@@ -19,7 +19,7 @@ from .fit import Bases, fit_module, sum_and_fit_modules
 from .job import Job
 from .project import check_unchanged
 from .run import Run
-from .status import BasisRecord, behind, removed_in, status_of, unfetched
+from .status import BasisRecord, removed_in, status_of, unfetched
 
 ATTEMPTS = 3  # to sum and fit a module whose moments are found to be damaged
 log = logging.getLogger(__name__)
@@ -30,8 +30,8 @@ def sum_batch(run: Run, job: Job, work: Workspace, names: Collection[str], after
 
     Args:
         run, job, work: of all that is admitted.
-        after: the adapters of the next batch, which are fetched meanwhile.
         names: of the batch. A run that was killed sums the same together when it goes on, and so gives the same bytes.
+        after: the adapters of the next batch, which are fetched meanwhile.
     """
     last = max((i for i, r in job.journal.active.items() if r.name in names), default=-1)
     job = job.up_to(last + 1)
@@ -50,6 +50,13 @@ def is_complete(job: Job, work: Workspace) -> bool:
 
 def sum_and_fit(run: Run, job: Job, work: Workspace) -> Bases:
     """Bring the moments up to the journal, and fit the bases of all modules that are not fitted."""
+
+    def fitted_now(module: str, is_whole: bool) -> None:
+        if is_whole:
+            work.discard(module)
+        else:
+            work.forget(module)
+
     forget_unused(job, work)
     todo = _unfitted(job, work, job.modules)
     for _ in range(ATTEMPTS):
@@ -57,11 +64,9 @@ def sum_and_fit(run: Run, job: Job, work: Workspace) -> Bases:
         if job.settings.discard_moments and len(run.plan.batches) == 1:
             with run.at_hand(unfetched(job, work, todo)) as here:
                 part = prepare(job.with_files(here), work, todo)
-                run.sum(
-                    partial(sum_and_fit_modules, part), todo, lambda m, ok: (work.discard if ok else work.forget)(m)
-                )
+                run.sum(partial(sum_and_fit_modules, part), todo, fitted_now)
         else:
-            sum_up(run, job, work, behind(job, work, todo))
+            sum_up(run, job, work, [status.module for status in status_of(job, work, todo) if not status.is_whole])
             summed = [status.module for status in status_of(job, work, todo) if status.is_whole]
             if summed:  # what is projected after it is fetched meanwhile; nothing of it is there yet
                 run.fetcher.prefetch(job.adapters[r.name] for r in job.journal.admissions if r.name in job.adapters)
@@ -108,7 +113,7 @@ def sum_up(
 
     for count in _cuts(run.plan, job, work):
         part = job.up_to(count)
-        todo = [s.module for s in status_of(part, work, modules) if s.is_behind or (part is job and s.marker is None)]
+        todo = [s.module for s in status_of(part, work, modules) if s.is_behind or (part is job and not s.is_whole)]
         todo = [m for m in todo if m not in had or m in work.markers]  # one that is damaged has its own cuts
         if not todo and part is not job:
             continue

@@ -1,4 +1,7 @@
-"""Schemas of the files of a workspace; all but holder.json, in `lock`, and the lines of the journal, in `journal`.
+"""Schemas of the files of a workspace that have no module of their own.
+
+Others are with what writes them: holder.json in `lock`, lines of the journal in `journal`, records of bases in
+`stages.status`, plan.json in `plan.file`, hub/facts.jsonl in `hub.ledger`.
 
 They are sealed. One that is missing, or is not what was written, counts as not there: what it says is computed again.
 """
@@ -36,7 +39,7 @@ class Slot(Schema):
     shape: Annotated[tuple[int, int, int], Field(strict=False), "(m, d, d) or (m, n, d) of the array"]
     height: Annotated[int, "rows of a chunk"]
     dtype: Annotated[str, "of the numbers, float32 or float64"]
-    metadata: Annotated[str, "digest of what says how the array, and that of the sums, are read"] = ""
+    metadata: Annotated[str, "digest of the zarr.json of the array and of that of its sums"] = ""
 
     @property
     def dim(self) -> int:
