@@ -127,6 +127,7 @@ def main() -> None:
     PeftModel.from_pretrained(base_model(), str(folder))
     print(f"\nPEFT loads {folder} as any other adapter.")
     answer_together(SHAREModel.from_pretrained(root / "collection.share"), pairs, tokenizer)
+    print("\nNow yours: source .venv/bin/activate; lorashare-stream plan FOLDER --max-error 0.25 (docs/commands.md)")
 
 
 if __name__ == "__main__":

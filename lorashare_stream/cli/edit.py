@@ -154,7 +154,8 @@ def refit(args: Args) -> int:
     }[method]
     log.info("%s: %s", printable(out), note)
     if record_of(config).removed:
-        log.warning("removed adapters are in the moments, and so in the bases, until remove --refit frees them")
+        what = "directions" if config.coded else "moments, and so in the bases,"
+        log.warning("removed adapters are in the %s until remove --refit frees them", what)
     result: dict[str, Any] = {"checkpoint": str(out), "method": method, "k": config.num_components}
     print_result(args, result, summary_text(config))
     return 0
