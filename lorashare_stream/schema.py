@@ -74,12 +74,19 @@ def checked(
     try:
         return model.model_validate(values)
     except ValidationError as e:
-        newer = any(
-            f["loc"][-1:] == ("format",) and isinstance(f["input"], int) and f["input"] > FORMAT for f in e.errors()
-        )
-        what = "was written by a newer version of lorashare-stream" if newer else "is not what lorashare-stream writes"
-        remedy = NEWER if newer else remedy
+        age = _age_in(e)
+        what = "is not what lorashare-stream writes"
+        what = what if age is None else f"was written by {age} version of lorashare-stream"
+        remedy = NEWER if age == "a newer" else remedy
         raise error(f"{file} {what}", adapter=adapter, remedy=remedy, **fault_of(e)) from e
+
+
+def _age_in(error: ValidationError) -> str | None:
+    """Age of a version that wrote another `format` than the one that is expected; None if the format is not it."""
+    for fault in error.errors(include_url=False):
+        if fault["loc"][-1:] == ("format",) and fault["type"] == "literal_error" and isinstance(fault["input"], int):
+            return "a newer" if fault["input"] > int(fault["ctx"]["expected"]) else "an older"
+    return None
 
 
 def read_checked(path: Path, model: type[M], remedy: str, adapter: str | None = None) -> M:

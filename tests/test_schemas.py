@@ -100,8 +100,8 @@ def test_what_a_newer_version_wrote_is_told(checkpoint: Path, file: str) -> None
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"format": 4}, r"written by a newer version.*found format 4; expected 3.*upgrade"),
-        ({"format": 2}, r"written by an older version.*found format 2; expected 3.*delete this one"),
+        ({"format": 4}, r"written by a newer version.*found 4; expected 3.*upgrade"),
+        ({"format": 2}, r"written by an older version.*found 2; expected 3.*delete this one"),
         ({"colour": 1}, r"key 'colour'.*not what lorashare-stream writes .found 1; expected no field of this name"),
         ({"quantum": "1024"}, r"key 'quantum'.*not what lorashare-stream writes .found 1024; expected a valid integer"),
     ],

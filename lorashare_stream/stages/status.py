@@ -80,7 +80,7 @@ class ModuleStatus:
             return bool(self._now.keys() - self.job.later)
         return self.marker.entries < end or (self.marker.entries == end and not self.continues)
 
-    @property
+    @cached_property
     def _now(self) -> Mapping[int, Admission]:
         return self.job.holders(self.module, len(self.job.journal.entries))
 

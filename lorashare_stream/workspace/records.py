@@ -18,14 +18,12 @@ from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
 
 from ..adapters.keys import Side
 from ..adapters.scaling import ModuleShape
-from ..errors import WorkspaceError
 from ..files import read_sealed
-from ..schema import NEWER, Count, Measure, Schema, fault_of
+from ..schema import Count, Measure, Schema
 from ..settings import Objective
-from ..text import printable
 
 M = TypeVar("M", bound=BaseModel)
-FORMAT = 3  # of all files of a workspace
+FORMAT: Literal[3] = 3  # of all files of a workspace
 SUM = "sum_of_"  # before the name of the array that has the sums of another
 
 
@@ -109,7 +107,7 @@ class Marker(Schema):
 class Binding(Schema):
     """workspace.json, and a copy of it: what all numbers of a workspace depend on."""
 
-    format: Annotated[Literal[3], "of all files of the workspace"] = 3
+    format: Annotated[Literal[3], "of all files of the workspace"] = FORMAT
     objective: Annotated[Objective, "what is summed"]
     center: Annotated[bool, "whether bases are of centred vectors"]
     share_initial: Annotated[bool, "as in the settings"]
@@ -140,22 +138,3 @@ def read_record(model: type[M], path: Path) -> M | None:
         return model.model_validate(values) if values else None
     except ValidationError:
         return None
-
-
-def binding_of(values: Mapping[str, object], root: Path) -> Binding:
-    """Validate the binding of the workspace at `root`.
-
-    Raises:
-        WorkspaceError: if a newer version wrote it, or it has a field that is not known.
-    """
-    try:
-        return Binding.model_validate(values)
-    except ValidationError as e:
-        found = values.get("format")
-        other = isinstance(found, int) and found != FORMAT
-        newer = isinstance(found, int) and found > FORMAT
-        age = "a newer" if newer else "an older"
-        what = f"was written by {age} version of lorashare-stream" if other else "is not what lorashare-stream writes"
-        told = {"found": f"format {found}", "expected": FORMAT} if other else fault_of(e)
-        remedy = NEWER if newer else "Choose another workspace, and another output, or delete this one."
-        raise WorkspaceError(f"the workspace {printable(root)} {what}", **told, remedy=remedy) from e

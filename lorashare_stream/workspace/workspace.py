@@ -34,13 +34,13 @@ from ..adapters.keys import Side
 from ..adapters.scaling import Shapes
 from ..errors import WorkspaceError
 from ..files import own_folder, read_sealed, refuse_links, remove_tree, sync, write_json, write_sealed
-from ..schema import read_skipped
+from ..schema import checked, read_skipped
 from ..text import printable, slug
 from . import leases
 from .journal import Admission, Journal, Removal, append, keep_shapes, read_journal, shapes_of
 from .leases import Need
 from .lock import HOLDER, LOCK, held
-from .records import FORMAT, Binding, Marker, Published, Slot, binding_of, read_record
+from .records import FORMAT, Binding, Marker, Published, Slot, read_record
 
 IN_WORK = "in_work.json"
 COPY = "workspace.copy.json"  # no other program has a file of that name
@@ -125,7 +125,10 @@ class Workspace:
     def _binding(self) -> Binding | None:
         """Binding on disk; None if it is new, or both copies are damaged."""
         found = next((values for name in _COPIES if (values := read_sealed(self.root / name))), None)
-        return None if found is None else binding_of(found, self.root)
+        if found is None:
+            return None
+        remedy = "Choose another workspace, and another output, or delete this one."
+        return checked(Binding, found, f"the workspace {printable(self.root)}", remedy, error=WorkspaceError)
 
     @property
     def binding(self) -> Binding:
