@@ -238,7 +238,8 @@ def mixed(adapter: Adapter, bits: int, energy: float) -> tuple[Adapter, int]:
     found, size = {}, 0
     for name, m in adapter.items():
         u, s, vt = singular(m)
-        high = int(np.searchsorted(np.cumsum(s**2), energy * np.sum(s**2))) + 1
+        kept = np.cumsum(s**2)
+        high = int(np.searchsorted(kept, energy * kept[-1])) + 1
         sides = []
         for x in (u * np.sqrt(s), vt.T * np.sqrt(s)):
             for part in np.split(x, range(GROUP, len(x), GROUP)):  # views
