@@ -44,14 +44,14 @@ COLLECTIONS = {
 
 
 def shapes_of(c: Collection) -> dict[str, tuple[int, int]]:
-    """Key as PEFT saves it -> shape."""
+    """Key as PEFT saves it -> shape, in the order of names, in which safetensors writes them."""
     shapes = {}
     for layer in range(c.layers):
         for name, d_in, d_out in c.modules:
             module = f"base_model.model.model.layers.{layer}.self_attn.{name}"
             shapes[f"{module}.lora_A.weight"] = (c.rank, d_in)
             shapes[f"{module}.lora_B.weight"] = (d_out, c.rank)
-    return shapes
+    return dict(sorted(shapes.items()))
 
 
 def write(c: Collection, folder: Path, adapters: int) -> None:

@@ -98,8 +98,6 @@ def _scan(adapter: Adapter, tensors: TensorReader, *, weigh: bool) -> tuple[floa
             if not _extra_is_finite(first, tensors, digest.update):
                 notes.append(f"{first.name}: tensors kept verbatim hold values that are not finite")
             continue
-        last = chunk.records[-1]
-        digest.update(tensors.through(last)[first.offset : last.offset + last.nbytes].data)
         for stack in chunk.stacks:
             side, modules, values = stack.side, stack.modules, stack.read(tensors)
             _demand_finite(values, side, modules, adapter)
@@ -108,6 +106,8 @@ def _scan(adapter: Adapter, tensors: TensorReader, *, weigh: bool) -> tuple[floa
             rows = values if side == "A" else np.swapaxes(values, -1, -2)
             found = gram(adapter.scaling(modules[0]).blocks(rows, side))  # (m, E, r, r)
             grams |= {(side, module): own for module, own in zip(modules, found, strict=True)}
+        last = chunk.records[-1]  # hashed last, when it is in the cache: SHA-256 waits for memory longer than NumPy
+        digest.update(tensors.through(last)[first.offset : last.offset + last.nbytes].data)
     whole_digest = digest_files(adapter.paths) if adapter.pickled else digest.hexdigest()
     energy = _energy(adapter, grams) if weigh else 0.0
     if weigh and not energy and adapter.layout.modules:
