@@ -30,6 +30,7 @@ from fnmatch import fnmatchcase
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 from urllib.parse import parse_qs, unquote, urlencode
 
@@ -721,7 +722,7 @@ def environment(hub: FakeHub, home: Path, token: str | None = None) -> dict[str,
 def patched(monkeypatch: pytest.MonkeyPatch, hub: FakeHub, home: Path, token: str | None = None) -> None:
     """Let the client in this process, imported before or not, take `hub` for the Hub until `monkeypatch` is undone."""
     from huggingface_hub import close_session, hf_api
-    from huggingface_hub.utils import _detect_agent
+    from huggingface_hub.utils import _detect_agent, _http
 
     close_session()
     for name in _COPIES:  # now, or they would copy what is changed here for good
@@ -739,6 +740,8 @@ def patched(monkeypatch: pytest.MonkeyPatch, hub: FakeHub, home: Path, token: st
             monkeypatch.setattr(module, key, changes[key])
     monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
     monkeypatch.setattr(_detect_agent, "_registry", _detect_agent._EMPTY_REGISTRY)  # else one request more
+    brief = SimpleNamespace(sleep=lambda seconds: time.sleep(min(seconds, 0.01)))
+    monkeypatch.setattr(_http, "time", brief)  # its own pauses are 23 s before ours begin
     undone = type("Undone", (dict,), {"__delitem__": lambda *_: close_session()})  # what monkeypatch does at its end
     monkeypatch.setitem(undone(), "session", None)
 

@@ -66,7 +66,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
     with FakeHub() as hub:
         patched(monkeypatch, hub, tmp_path / "home")
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(lorashare_stream.hub.retry, "LONGEST", 0.01)
+        monkeypatch.setattr(lorashare_stream.hub.retry, "FIRST_PAUSE", 0.01)
         yield hub
 
 
