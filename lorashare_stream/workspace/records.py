@@ -49,6 +49,10 @@ class Slot(Schema):
         """Size of the moment, without the sum."""
         return math.prod(self.shape[1:]) * np.dtype(self.dtype).itemsize
 
+    def chunk(self, number: int) -> str:
+        """File of a chunk, by its number along the rows."""
+        return f"c.{self.index}.{number}.0"
+
     def tops(self, count: int) -> range:
         """First row of each chunk that holds some of `count` rows: one chunk at least."""
         return range(0, max(1, count), self.height)
@@ -77,7 +81,7 @@ class MomentRecord(Schema):
     def files(self, root: Path) -> list[Path]:
         """Chunk files of the moment and of its sum, under the folder of all leases."""
         slot, folder = self.slot, root / self.slot.lease
-        chunks = [folder / slot.array / f"c.{slot.index}.{i}.0" for i in range(len(slot.tops(self.rows)))]
+        chunks = [folder / slot.array / slot.chunk(i) for i in range(len(slot.tops(self.rows)))]
         return [*chunks, folder / f"{SUM}{slot.array}" / f"c.{slot.index}.0"]
 
 
