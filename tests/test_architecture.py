@@ -69,6 +69,20 @@ def test_a_room_does_not_know_another(room: str, never: str) -> None:
     assert not {m for m, path in MODULES.items() if room_of(m) == room and never in map(room_of, own_imports(path))}
 
 
+def test_what_libraries_do_is_not_done_by_system_calls() -> None:
+    """BLAS is of SciPy, processes are of `concurrent.futures`, files are mapped, or written by zarr."""
+    for path in MODULES.values():
+        tree = ast.parse(path.read_text())
+        names = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        names |= {
+            alias.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for alias in node.names
+        }
+        assert not names & {"ctypes", "fork", "pread", "preadv", "pwrite", "pwritev", "readv", "writev"}, path
+
+
 def test_peft_and_transformers_are_imported_where_they_are_used() -> None:
     for module, path in MODULES.items():
         for node in ast.parse(path.read_text()).body:
