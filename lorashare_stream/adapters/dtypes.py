@@ -75,11 +75,27 @@ def narrowed(values: NDArray[np.floating[Any]], dtype: str) -> NDArray[Any]:
         single = np.ascontiguousarray(values, np.float32)
         if dtype != "BF16":
             return single.astype({"F32": np.float32, "F16": np.float16}[dtype], copy=False)
+    bits = _rounded(single)
+    bits >>= 16
+    return bits.astype(np.uint16)
+
+
+def _rounded(single: Float32) -> NDArray[np.uint32]:
+    """Bits of values whose upper halves are rounded to nearest-even; what is left in the lower ones means nothing."""
     bits = single.view(np.uint32)
-    return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+    rounded = bits >> 16
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += bits
+    return rounded
 
 
 def as_stored(values: NDArray[np.floating[Any]], dtype: str) -> NDArray[np.float32]:
     """Values as they will be read back after storage in `dtype`."""
+    if dtype == "BF16":  # in half the time of narrowing and widening
+        with np.errstate(over="ignore"):
+            bits = _rounded(np.ascontiguousarray(values, np.float32))
+        bits &= 0xFFFF0000
+        return bits.view(np.float32)
     raw = narrowed(values, dtype)
     return widened(raw.reshape(-1).view(np.uint8), dtype, raw.shape)
