@@ -80,7 +80,7 @@ def test_what_libraries_do_is_not_done_by_system_calls() -> None:
             if isinstance(node, ast.Import | ast.ImportFrom)
             for alias in node.names
         }
-        assert not names & {"ctypes", "fork", "pread", "preadv", "pwrite", "pwritev", "readv", "writev"}, path
+        assert not names & {"ctypes", "fork", "preadv", "pwritev", "readv", "writev"}, path
 
 
 def test_peft_and_transformers_are_imported_where_they_are_used() -> None:

@@ -83,7 +83,7 @@ def narrowed(values: NDArray[np.floating[Any]], dtype: str) -> NDArray[Any]:
 def _rounded(single: Float32) -> NDArray[np.uint32]:
     """Bits of values whose upper halves are rounded to nearest-even; what is left in the lower ones means nothing."""
     bits = single.view(np.uint32)
-    rounded = bits >> 16
+    rounded = bits >> np.uint32(16)
     rounded &= 1
     rounded += 0x7FFF
     rounded += bits
