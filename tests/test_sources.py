@@ -73,6 +73,7 @@ def test_training_checkpoints_below_an_adapter_are_not_taken_for_adapters(tmp_pa
         ("mapping.yaml", "is not a list"),
         ("latin.txt", "not UTF-8"),
         ("name.jsonl", "key 'name': manifest .*name.jsonl, entry 1: .*found 3; expected a valid string"),
+        ("twice.yaml", "twice.yaml gives two adapters the name 'X' .found a, b"),
         ("org.jsonl", "entry 1: unknown field .found colour; expected base_model, downloads, files"),
         ("nul\0", "NUL character"),
     ],
@@ -87,6 +88,7 @@ def test_what_is_no_source_is_a_usage_error(
         "bad.jsonl": "{\n", "field.jsonl": '{"path": "x", "colour": 1}\n', "number.yaml": "- 3\n",
         "mapping.yaml": "a: 1\n", "name.jsonl": '{"path": "x", "name": 3}\n',
         "org.jsonl": '{"repo": "org/x", "colour": 1}',
+        "twice.yaml": "- {name: x, path: a}\n- {name: x, path: a}\n- {name: X, path: b}\n",
     }.items():  # fmt: skip
         (tmp_path / name).write_text(text)
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))

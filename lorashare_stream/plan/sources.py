@@ -6,7 +6,7 @@ import glob
 import json
 import logging
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -19,7 +19,7 @@ from ..adapters.source import Listing, Source, unique
 from ..checkpoint import format as share
 from ..errors import MissingSourceError, UsageError
 from ..schema import Schema, fault_of
-from ..text import listed, name_fault, printable
+from ..text import folded, listed, name_fault, printable
 from ..workspace.workspace import COPY
 
 log = logging.getLogger(__name__)
@@ -217,6 +217,7 @@ def _from_manifest(path: Path, output: Output) -> Iterator[Source]:
     entries = read_manifest(path)
     if not entries:
         raise UsageError(f"manifest {printable(path)} names no adapter")
+    _demand_own_names(path, entries)
     for entry in entries:
         if isinstance(entry, HubEntry):
             yield _on_hub(entry.id, entry.name, entry.listing)
@@ -229,6 +230,18 @@ def _from_manifest(path: Path, output: Output) -> Iterator[Source]:
             raise UsageError(f"manifest {printable(path)} names another manifest", found=entry.path)
         else:
             yield from _expand(entry.name, beside, output)
+
+
+def _demand_own_names(path: Path, entries: Sequence[PathEntry | HubEntry]) -> None:
+    """Refuse a manifest that gives one name to two adapters; of others that want one, each gets a suffix."""
+    given: dict[str, str] = {}
+    for entry in entries:
+        source = entry.path if isinstance(entry, PathEntry) else str(entry.id)
+        if entry.name is not None and (first := given.setdefault(folded(entry.name), source)) != source:
+            raise UsageError(
+                f"manifest {printable(path)} gives two adapters the name {printable(entry.name)!r}",
+                found=listed([first, source]), remedy="Give each a name of its own.",
+            )  # fmt: skip
 
 
 def _no_manifest(path: Path) -> UsageError:
