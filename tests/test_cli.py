@@ -134,6 +134,15 @@ def test_the_help_names_what_an_option_may_be_in_groups(command: str, capsys: Ca
     assert groups == sorted(groups)
 
 
+def test_a_plan_of_refused_adapters_alone_has_no_table(tmp_path: Path, capsys: Capture) -> None:
+    (folder,) = make_collection(tmp_path / "adapters", 1)
+    os.truncate(Path(folder) / "adapter_model.safetensors", 500)
+    assert main(["plan", folder]) == 1
+    said = capsys.readouterr()
+    assert said.out == "adapters  0, and 1 refused\n"
+    assert "a00" in said.err
+
+
 def test_every_setting_is_an_option_of_compress(capsys: Capture) -> None:
     told = told_by(capsys, "compress", "--help").replace("--[no-]", "--")
     assert all(flag in told for name in TYPES for flag in flags_of(name))

@@ -50,7 +50,9 @@ def rows_text(pairs: Sequence[Row]) -> str:
 
 def plan_text(plan: Plan) -> str:
     """A plan: adapters, groups, bytes on disk, memory by step, and warnings."""
-    size = plan.sizes
+    notes, size = [f"note: {text}" for text in plan_notes(plan)], plan.sizes
+    if not plan.adapters:  # there is nothing to say of what is not done
+        return "\n".join([rows_text([("adapters", f"0, and {len(plan.refused)} refused")]), *notes])
     pairs: list[Row] = [
         ("base model", plan.base_model or "not named"),
         *[("  also named", text) for text in few(_other_names(plan), "name")],
@@ -66,7 +68,7 @@ def plan_text(plan: Plan) -> str:
         for t in plan.steps
     ]
     header = ("step", "tasks", "reads", "at a time", "peak memory")
-    return "\n".join([rows_text(pairs), "", table(steps, header), *(f"note: {text}" for text in plan_notes(plan))])
+    return "\n".join([rows_text(pairs), "", table(steps, header), *notes])
 
 
 def _group_rows(plan: Plan) -> list[Row]:
