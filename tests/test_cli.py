@@ -450,21 +450,31 @@ def test_verify_fails_for_what_is_not_as_certified(tmp_path: Path, collection: l
     assert all("not the one that was compressed" in text for text in problems.values())
 
 
+@pytest.mark.parametrize("digest", [True, False])
 @pytest.mark.parametrize("part", ["loadings", "classifier_head"])
 def test_verify_fails_for_a_checkpoint_that_was_changed(
-    tmp_path: Path, collection: list[str], capsys: Capture, part: str
+    tmp_path: Path, collection: list[str], capsys: Capture, part: str, digest: bool
 ) -> None:
+    """By the digest of the file, or, where the record has none, by what comes back."""
     from safetensors.numpy import load_file, save_file
 
     out = tmp_path / "out"
     assert call("compress", *collection, "-o", out, "-k", 4, "-q") == 0
     path = out / "adapters" / "a02" / f"{part}.safetensors"
     save_file({k: v * np.float32(1.1) for k, v in load_file(path).items()}, path)
+    if not digest:
+        record = json.loads(path.with_name("adapter_meta.json").read_text())
+        record["lorashare_stream"]["files"] = {}
+        path.with_name("adapter_meta.json").write_text(json.dumps(record))
     assert call("verify", out, "-q") == 1
     message = ": the checkpoint claims a relative error that it does not have (found "
     if part == "classifier_head":
         message = ", key 'base_model.model.head.weight': a tensor that is kept verbatim differs from the original"
+    if digest:
+        message = f": {part}.safetensors is damaged. Take the adapter out"
+        assert call("reconstruct", out, "--adapter", "a02", "-o", tmp_path / "back", "-q") == 1
     assert f"FAILED adapter 'a02'{message}" in capsys.readouterr().err
+    assert call("reconstruct", out, "--adapter", "a01", "-o", tmp_path / "a01", "-q") == 0
 
 
 @pytest.mark.parametrize(

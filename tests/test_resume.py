@@ -117,6 +117,17 @@ def test_more_adapters_are_added_to_the_moments_and_keep_the_names_of_the_first(
         assert torch.linalg.matrix_norm(a - b @ (b.T @ a), 2) < 1e-3
 
 
+def test_sources_that_were_moved_are_told(tmp_path: Path, collection: list[str]) -> None:
+    out, now = tmp_path / "out", tmp_path / "now"
+    go(collection, out)
+    before = Path(collection[0]).parent
+    before.rename(now)
+    with pytest.raises(WorkspaceError, match=rf"no longer where they were .found {before}/a00, .*Put them back there"):
+        go([str(now)], out)
+    now.rename(before)
+    go(collection, out)
+
+
 def test_adapters_that_went_missing_or_changed_are_named(tmp_path: Path, collection: list[str]) -> None:
     out = tmp_path / "out"
     go(collection, out)

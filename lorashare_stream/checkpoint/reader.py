@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..adapters.dtypes import FLOATS, TORCH_DTYPES
+from ..adapters.folder import digest_files
 from ..adapters.keys import SIDES, factor_key, split_group_id
 from ..codec.code import decoded
 from ..codec.directions import ALONE, Shared, from_bytes
@@ -165,16 +166,24 @@ class CheckpointReader:
 
     def loadings(self, name: str) -> Tensors:
         """Group id -> loadings (k, r) of one adapter."""
-        loadings = _load(self._file(f"{ADAPTERS}/{name}/{LOADINGS}"))
-        self.meta(name)  # after: what was read before it is of the basis that it names, or of one before that
+        path = self._file(f"{ADAPTERS}/{name}/{LOADINGS}")
+        loadings = _load(path)
+        self._demand_whole(name, path)  # after: what was read before it is of the basis that it names, or one before
         return loadings
 
     def verbatim(self, name: str) -> Tensors:
         """PEFT key -> tensor, of what is kept verbatim of one adapter."""
         path = self._verbatim_file(name)
         tensors = {} if path is None else _load(path)
-        self.meta(name)
+        self._demand_whole(name, path)
         return tensors
+
+    def _demand_whole(self, name: str, path: Path | None) -> None:
+        """Check the basis that an adapter is of, and a file of it by the digest that its record has."""
+        ours = self.meta(name).ours
+        digest = None if ours is None or path is None else ours.files.get(path.name)
+        if path is not None and digest not in (None, digest_files([path])):
+            raise CheckpointError(f"{path.name} is damaged", adapter=name, remedy=REPAIR)
 
     def _verbatim_file(self, name: str) -> Path | None:
         ours, relative = self.meta(name).ours, f"{ADAPTERS}/{name}/{VERBATIM}"

@@ -154,7 +154,7 @@ def refit(args: Args) -> int:
     }[method]
     log.info("%s: %s", printable(out), note)
     if record_of(config).removed:
-        what = "directions" if config.coded else "moments, and so in the bases,"
+        what = "directions" if config.coded else "bases"
         log.warning("removed adapters are in the %s until remove --refit frees them", what)
     result: dict[str, Any] = {"checkpoint": str(out), "method": method, "k": config.num_components}
     print_result(args, result, summary_text(config))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -213,7 +214,7 @@ def _check_journal(plan: Plan, work: Workspace) -> set[str]:
     absent = {e.adapter for e in plan.absent}
     gone = [r for r in journal.admissions if r.name not in adapters and r.name not in absent]
     if gone:
-        raise _gone([r.name for r in gone], plan.refused, _moved(gone, plan))
+        raise _gone(gone, plan.refused, _newer(gone, plan))
     for admission in (r for r in journal.admissions if r.name in adapters):
         check_unchanged(adapters[admission.name], admission)
     return {r.name for r in journal.admissions}
@@ -278,27 +279,34 @@ def journal_of_plan(plan: Plan, work: Workspace) -> Journal:
     return journal
 
 
-def _moved(gone: Sequence[Admission], plan: Plan) -> dict[str, str]:
+def _newer(gone: Sequence[Admission], plan: Plan) -> dict[str, str]:
     """Admitted adapters whose repository is now named at another commit: name -> new id."""
     now = {loose_id(e.source_id): e.source_id for e in plan.adapters if e.origin is not None}
     return {r.name: now[loose_id(r.source_id)] for r in gone if loose_id(r.source_id) in now}
 
 
-def _gone(names: Sequence[str], refused: Sequence[AdapterError], moved: Mapping[str, str]) -> WorkspaceError:
-    now = [error for error in refused if error.adapter in names]
-    newer = [f"{old} is now {new}" for old, new in moved.items()]
+def _gone(gone: Sequence[Admission], refused: Sequence[AdapterError], newer: Mapping[str, str]) -> WorkspaceError:
+    now = [error for error in refused if error.adapter in {r.name for r in gone}]
+    away = [r.source_id for r in gone if os.path.isabs(r.source_id) and not os.path.exists(r.source_id)]
     if newer:
         raise WorkspaceError(
             "adapters of the Hub are named at another commit than the one that is in the workspace",
-            found=listed(newer, 3),
+            found=listed([f"{old} is now {new}" for old, new in newer.items()], 3),
             remedy="Take the old ones out by lorashare-stream remove, then the same command adds the new ones; or name "
             "the commits that are there.",
         )
+    if away and not now:
+        raise WorkspaceError(
+            "adapters of the workspace are no longer where they were",
+            found=listed(away, 3),
+            remedy="Put them back there, since a workspace knows an adapter by its folder; or take them out by "
+            "lorashare-stream remove; or compress into another output and another --workspace.",
+        )
     return WorkspaceError(
         "the workspace holds adapters that the sources no longer give",
-        found=listed(names),
+        found=listed([r.name for r in gone]),
         remedy=f"One of them is refused now: {now[0]}"
         if now
         else "Name them again; or add what is new alone, by lorashare-stream add; or take them out by lorashare-stream "
-        "remove, or compress into another --workspace.",
+        "remove, or compress into another output and another --workspace.",
     )

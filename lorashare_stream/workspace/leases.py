@@ -1,7 +1,7 @@
 """Leases: Zarr arrays that a step writes moments into, one for all modules of a side, a shape and a form.
 
     <lease>/second_A_768              S of some modules (m, d, d): a chunk of each, or several of 64 MiB
-    <lease>/columns_B_768_1600        X' of some modules (m, n, d): a chunk of each, or several of 16 MiB
+    <lease>/columns_B_768_1200        X' of some modules (m, n, d): a chunk of each, or several of 16 MiB
     <lease>/sum_of_second_A_768, ...  s of the same modules (m, d), float64
 
 The process that holds the workspace makes and removes them, and nobody writes into one but the tasks of the step that
