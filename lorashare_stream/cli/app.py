@@ -87,7 +87,6 @@ def _dispatch(args: dict[str, Any]) -> int:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # tasks are parallel: threads of BLAS would only wait, and spin
     gc.disable()  # it would look through what is imported again and again, a tenth of the time, and find nothing
     module = import_module(f".{MODULES[args['command']]}", __package__)
-    gc.freeze()
     gc.enable()
     return int(getattr(module, args["command"])(args))
 
