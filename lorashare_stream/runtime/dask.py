@@ -5,6 +5,7 @@ Only tasks go to a cluster, and only small results come back.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import pickle
@@ -90,9 +91,14 @@ def dask_setup(worker: Any) -> None:
 
 
 def _distributed() -> Any:
-    """The library, whose own logging, which it sets up when it is imported, is of errors only."""
+    """The library, whose own logging, which it sets up when it is imported, is of errors only.
+
+    A client that could not connect closes itself when it is collected; while another starts, that waits for ever for a
+    lock of the library.
+    """
     import distributed
 
+    gc.collect()
     for name in ("distributed", "tornado"):
         logging.getLogger(name).setLevel(logging.ERROR)
     return distributed
