@@ -71,18 +71,19 @@ def stacked(raw: NDArray[np.uint8], offsets: Sequence[int], dtype: str, shape: t
 
 def narrowed(values: NDArray[np.floating[Any]], dtype: str) -> NDArray[Any]:
     """Float values rounded to nearest-even for storage: F32, F16, or BF16 as its bit pattern in uint16."""
+    if dtype == "BF16":
+        bits = _rounded(values)
+        bits >>= 16
+        return bits.astype(np.uint16)
     with np.errstate(over="ignore"):
         single = np.ascontiguousarray(values, np.float32)
-        if dtype != "BF16":
-            return single.astype({"F32": np.float32, "F16": np.float16}[dtype], copy=False)
-    bits = _rounded(single)
-    bits >>= 16
-    return bits.astype(np.uint16)
+        return single.astype({"F32": np.float32, "F16": np.float16}[dtype], copy=False)
 
 
-def _rounded(single: Float32) -> NDArray[np.uint32]:
-    """Bits of values whose upper halves are rounded to nearest-even; what is left in the lower ones means nothing."""
-    bits = single.view(np.uint32)
+def _rounded(values: NDArray[np.floating[Any]]) -> NDArray[np.uint32]:
+    """Bits of float32 whose upper halves are values rounded to nearest-even bfloat16; the lower halves mean nothing."""
+    with np.errstate(over="ignore"):
+        bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     rounded = bits >> np.uint32(16)
     rounded &= 1
     rounded += 0x7FFF
@@ -93,8 +94,7 @@ def _rounded(single: Float32) -> NDArray[np.uint32]:
 def as_stored(values: NDArray[np.floating[Any]], dtype: str) -> NDArray[np.float32]:
     """Values as they will be read back after storage in `dtype`."""
     if dtype == "BF16":  # in half the time of narrowing and widening
-        with np.errstate(over="ignore"):
-            bits = _rounded(np.ascontiguousarray(values, np.float32))
+        bits = _rounded(values)
         bits &= 0xFFFF0000
         return bits.view(np.float32)
     raw = narrowed(values, dtype)
