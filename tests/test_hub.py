@@ -593,7 +593,7 @@ def test_a_budget_that_cannot_do_is_said_with_the_one_that_can(tmp_path: Path, h
     [
         case
         for i, step in enumerate(["ingest", "accumulate", "fit", "project"])
-        for case in some_fast([(step, after, nan) for after in (0, 5) for nan in (False, True)], 4, i)
+        for case in some_fast([(step, after, nan) for after in (0, 3, 5) for nan in (False, True)], 4, i)
     ],
 )
 def test_stopped_in_any_batch_it_gives_the_same_bytes_and_fetches_no_more_than_planned(

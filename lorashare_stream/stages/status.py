@@ -72,6 +72,10 @@ class ModuleStatus:
         """Whether the moments have seen every entry of the journal and nothing else."""
         return self.marker is not None and self.marker.entries == len(self.job.journal.entries) and self.continues
 
+    def has_seen(self, count: int) -> bool:
+        """Whether the moments have seen the first `count` entries of the journal, and perhaps more, and nothing else."""
+        return self.marker is not None and self.marker.entries >= count and self.continues
+
     @property
     def is_behind(self) -> bool:
         """Whether the moments are to be brought up to the journal."""

@@ -33,10 +33,10 @@ def sum_batch(run: Run, job: Job, work: Workspace, names: Collection[str], after
         names: of the batch. A run that was killed sums the same together when it goes on, and so gives the same bytes.
         after: the adapters of the next batch, which are fetched meanwhile.
     """
-    last = max((i for i, r in job.journal.active.items() if r.name in names), default=-1)
-    job = job.up_to(last + 1)
-    discarded = work.discarded(job.modules)
-    modules = [m for m in job.modules if m not in discarded]
+    count = 1 + max((i for i, r in job.journal.active.items() if r.name in names), default=-1)
+    done = work.discarded(job.modules) | {s.module for s in status_of(job, work, job.modules) if s.has_seen(count)}
+    job = job.up_to(count)
+    modules = [m for m in job.modules if m not in done]
     run.fetcher.prefetch(unfetched(job, work, modules))
     run.fetcher.prefetch(after)
     sum_up(run, job, work, modules)
