@@ -73,7 +73,7 @@ class ModuleStatus:
         return self.marker is not None and self.marker.entries == len(self.job.journal.entries) and self.continues
 
     def has_seen(self, count: int) -> bool:
-        """Whether the moments have seen the first `count` entries of the journal, and perhaps more, and nothing else."""
+        """Whether the moments have seen the first `count` entries of the journal, perhaps more, and nothing else."""
         return self.marker is not None and self.marker.entries >= count and self.continues
 
     @property
