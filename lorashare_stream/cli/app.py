@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 permanent error; 2 usage; 3 done, but some adapters were l
 
 from __future__ import annotations
 
+import atexit
 import errno
 import gc
 import json
@@ -88,6 +89,7 @@ def _dispatch(args: dict[str, Any]) -> int:
     gc.disable()  # it would look through what is imported again and again, a tenth of the time, and find nothing
     module = import_module(f".{MODULES[args['command']]}", __package__)
     gc.enable()
+    atexit.register(gc.freeze)  # what is left goes with the process: the interpreter would look through all of it first
     return int(getattr(module, args["command"])(args))
 
 
