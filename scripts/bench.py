@@ -1,13 +1,15 @@
 """This package against lorashare and vlora on synthetic collections: time, memory, bytes, and what was captured.
 
     python scripts/bench.py [RUN] [--data FOLDER] [--collections NAME ...] [--systems NAME ...] [-k 32 128] [--repeat 3]
+    python scripts/bench.py [RUN] --before CHECKOUT [...]
     python scripts/bench.py [RUN] --floor
     python scripts/bench_open.py CHECKPOINT [--run RUN]
     python scripts/bench.py [RUN] --render docs/benchmarks.md
 
 Appends a JSON line for every process to the results (--results), and does not repeat what is already there under the
 same RUN, but for failures; a RUN that is not given is named after the boot of the machine. Times are only comparable
-within one run. Collections that are missing in the data folder are made. Needs the extra `bench`.
+within one run: another commit, in a checkout of its own, takes part in it as `before-...`. Collections that are missing
+in the data folder are made. Needs the extra `bench`.
 """
 
 from __future__ import annotations
@@ -46,6 +48,8 @@ OURS = {
     "ours-coded": ["--max-error", "0.25"],  # instead of k
 }
 SYSTEMS = (*OURS, *PEERS)
+# Of another checkout. Not coded: what has no standard form is read back by the code that wrote it.
+BEFORE = {name.replace("ours", "before"): words for name, words in OURS.items() if name != "ours-coded"}
 COLLECTIONS = [name for name in synthetic.COLLECTIONS if name != "tiny"]
 MEMORY = {"mistral-300": "2GiB", "wide": "4GiB"}  # --memory
 DEFAULT_MEMORY = "1GiB"
@@ -139,9 +143,12 @@ class Bench:
 
     def run(self) -> None:
         """Run everything; removes what it has written."""
-        for package in map(importlib.util.find_spec, ("lorashare_stream", "lorashare", "vlora")):
-            for folder in package.submodule_search_locations or () if package is not None else ():
-                compileall.compile_dir(folder, quiet=2)  # as what is installed has been, whatever the environment says
+        found = map(importlib.util.find_spec, ("lorashare_stream", "lorashare", "vlora"))
+        folders = [
+            folder for package in found if package is not None for folder in package.submodule_search_locations or ()
+        ]
+        for folder in [*folders, *([self.args.before / "lorashare_stream"] if self.args.before else [])]:
+            compileall.compile_dir(folder, quiet=2)  # as what is installed has been, whatever the environment says
         self.args.data.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.args.data, prefix=".bench-") as self.scratch:
             self._run()
@@ -154,7 +161,7 @@ class Bench:
             for k in sorted(self.args.k):
                 for repeat in range(self.args.repeat):
                     for system in systems if repeat % 2 == 0 else reversed(systems):
-                        if system in OURS:
+                        if system in OURS | BEFORE:
                             self._one(datas[full], k, system, repeat)
                             continue
                         reached = self._fitting(datas, full, k, system, repeat)
@@ -165,8 +172,10 @@ class Bench:
     def _systems(self, name: str) -> list[str]:
         chosen = list(self.args.systems)
         if synthetic.COLLECTIONS[name].dtype == "F32" and "ours-factors" in chosen:
-            return [s for s in chosen if s != "ours-factors-f32"]
-        return chosen
+            chosen = [s for s in chosen if s != "ours-factors-f32"]
+        if self.args.before is None:
+            return chosen
+        return [*(before for s in chosen if (before := s.replace("ours", "before")) in BEFORE), *chosen]
 
     def _fitting(self, datas: dict[int, Data], full: int, k: int, system: str, repeat: int) -> int | None:
         """Run a peer on N, N/2, N/4, ... adapters until it can; what a smaller N or k was too much for is not tried."""
@@ -205,12 +214,13 @@ class Bench:
 
     def _measured(self, data: Data, k: int, system: str, scratch: Path) -> Line:
         out, log = scratch / "out", scratch / "log"
-        ours = system in OURS
+        words = (OURS | BEFORE).get(system)
+        ours = words is not None
         memory = self.args.memory or MEMORY.get(data.name, DEFAULT_MEMORY)
-        if ours:
-            command = ["-m", "lorashare_stream", "compress", str(_source(data, scratch)), "-o", str(out)]
-            command += [] if system == "ours-coded" else ["-k", str(k)]
-            command += [*OURS[system], "--memory", memory, "--device", "cpu", "-q"]
+        if words is not None:
+            command = ["-P", "-m", "lorashare_stream", "compress", str(_source(data, scratch)), "-o", str(out)]
+            command += [] if "--max-error" in words else ["-k", str(k)]
+            command += [*words, "--memory", memory, "--device", "cpu", "-q"]
         else:
             command = [str(HERE / "bench_peers.py"), system, str(data.folder), str(out)]
             command += ["-k", str(k), "--adapters", str(data.count)]
@@ -218,7 +228,7 @@ class Bench:
             "command": [sys.executable, *command], "log": str(log), "files": FILES if ours else None,
             "seconds": 6 * LIMIT_SECONDS if ours else self.args.limit_seconds, "memory": LIMIT_BYTES,
         }  # fmt: skip
-        line = _process(order)
+        line = _process(order, self.args.before if system in BEFORE else None)
         said = log.read_text(errors="replace").strip().splitlines()
         line |= {"memory": memory if ours else None, "source_bytes": data.bytes}
         line["dtype"] = synthetic.COLLECTIONS[data.name].dtype
@@ -246,7 +256,7 @@ class Bench:
         components = out / "shared_components.safetensors"
         if not components.exists():
             return {**found, "captured": None}
-        objective = "delta" if system == "ours-delta" else "factors"
+        objective = "delta" if system.endswith("-delta") else "factors"
         digest = hashlib.sha256(components.read_bytes()).hexdigest()
         key = (data.name, data.count, objective, digest)
         if key not in self._captured:
@@ -255,9 +265,11 @@ class Bench:
         return {**found, "captured": self._captured[key], "components_sha256": digest}
 
 
-def _process(order: Line) -> Line:
+def _process(order: Line, checkout: Path | None) -> Line:
+    """Measure a process, in which the package is that of a checkout if there is one."""
     command = [sys.executable, "-I", "-S", str(HERE / "bench_measure.py"), json.dumps(order)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"} | ({"PYTHONPATH": str(checkout)} if checkout else {})
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
     try:
         out, _ = process.communicate()
     finally:
@@ -314,6 +326,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=BUILD, help="folder of collections")
     parser.add_argument("--collections", nargs="+", choices=synthetic.COLLECTIONS, default=COLLECTIONS)
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS)
+    parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="of another commit, which runs beside this one")
     parser.add_argument("-k", nargs="+", type=int, default=[32, 128])
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--adapters", type=int, help="only the first N of every collection")
@@ -337,6 +350,12 @@ def main() -> None:
         bench_report.render(results.lines, args.render)
         return
     facts = machine()
+    if args.before is not None:
+        args.before = args.before.resolve()
+        commit = subprocess.run(
+            ["git", "-C", args.before, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        )
+        facts["before"] = commit.stdout.strip()
     if results.find("machine", **facts) is None:
         results.add("machine", facts)
     if args.floor:

@@ -61,6 +61,7 @@ def _page(lines: list[Line], kept: dict[str, str]) -> Iterator[str]:
     yield from ("## How it is measured", METHOD, "")
     yield from _targets(lines, runs)
     yield from _overview(runs)
+    yield from _compared(lines, runs)
     for collection, k in _unique((x["collection"], x["k"]) for x in runs):
         yield from _collection([x for x in runs if x["collection"] == collection], collection, k)
     yield from _scaling(runs)
@@ -148,7 +149,7 @@ def _targets(lines: list[Line], runs: list[Line]) -> Iterator[str]:
 
 
 def _overview(runs: list[Line]) -> Iterator[str]:
-    peers = _unique(x["system"] for x in runs if not x["system"].startswith("ours"))
+    peers = _unique(x["system"] for x in runs if not x["system"].startswith(("ours", "before")))
     if not peers:
         return
     yield f"## Wall time, times that of `{BASELINE}`"
@@ -163,6 +164,29 @@ def _overview(runs: list[Line]) -> Iterator[str]:
             at = "" if count == full else f" (N = {count})"
             cells.append(f"{found:.1f}{at}" if found is not None else "none")
         yield f"| {collection} | {k} | {' | '.join(cells)} |"
+    yield ""
+
+
+def _compared(lines: list[Line], runs: list[Line]) -> Iterator[str]:
+    """Another commit against this one, in the same rounds."""
+    before = [x for x in runs if x["system"].startswith("before-") and x["status"] == "ok"]
+    commits = _unique(x["before"] for x in lines if x["kind"] == "machine" and "before" in x)
+    if not before:
+        return
+    yield f"## Before ({', '.join(commits)}) and after"
+    yield 'Medians; "times" is lorashare\'s wall time over ours, the median over rounds.'
+    told = ("wall before, s", "after", "CPU before, s", "after", "peak before, MiB", "after", "times before", "after")
+    yield from ("", f"| collection | k | system | {' | '.join(told)} |", "|---" * (3 + len(told)) + "|")
+    for collection, k, system, count in _unique((x["collection"], x["k"], x["system"], x["adapters"]) for x in before):
+        group = [x for x in runs if x["collection"] == collection and x["k"] == k and x["adapters"] == count]
+        ours = system.replace("before-", "ours-")
+        cells = []
+        for key, unit, digits in (("wall_s", 1, 2), ("cpu_s", 1, 1), ("peak_bytes", 2**20, 0)):
+            for each in (system, ours):
+                values = [x[key] / unit for x in group if x["system"] == each and x["status"] == "ok"]
+                cells.append(_number(median(values) if values else None, digits))
+        cells += [_number(_ratio(group, "lorashare", count, "wall_s", over=each), 2) for each in (system, ours)]
+        yield f"| {collection} | {k} | {ours} | {' | '.join(cells)} |"
     yield ""
 
 

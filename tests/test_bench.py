@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -61,9 +62,9 @@ def test_a_run_is_recorded_once_and_rendered(tmp_path: Path) -> None:
     script("bench.py", *words, "--floor", "--collections", "tiny", "--adapters", 6, "-k", 4)
     kept = tmp_path / "kept" / "tiny-6-4-ours-delta"
     script("bench_open.py", kept, "--run", "here", "--results", results, "--repeat", 1)
-    before = len(lines(results))
+    count = len(lines(results))
     script("bench.py", *words, *chosen)
-    assert len(lines(results)) == before
+    assert len(lines(results)) == count
 
     script("bench.py", *words, "--render", page)
     text = page.read_text()
@@ -75,6 +76,32 @@ def test_a_run_is_recorded_once_and_rendered(tmp_path: Path) -> None:
     page.write_text(text.replace("<!-- keep profile -->\n", "<!-- keep profile -->\nWritten by hand.\n"))
     script("bench.py", *words, "--render", page)
     assert "Written by hand." in page.read_text()
+
+
+@pytest.mark.slow
+@measuring
+def test_another_checkout_takes_part_in_every_round(tmp_path: Path) -> None:
+    """Which is seen by what is wrong with it: the package of this one cannot end with that."""
+    checkout, results, page = tmp_path / "checkout", tmp_path / "bench.jsonl", tmp_path / "benchmarks.md"
+    shutil.copytree(SCRIPTS.parent / "lorashare_stream", checkout / "lorashare_stream")
+    for words in (["init", "-q"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a", "--allow-empty"]):
+        subprocess.run(["git", "-C", checkout, *words], check=True)
+    words = ["here", "--data", tmp_path / "data", "--results", results, "--collections", "tiny", "--adapters", 4]
+    chosen = ["-k", 2, "--repeat", 2, "--systems", "ours-factors", "lorashare", "--before", checkout]
+    script("bench.py", *words, *chosen)
+    runs = [(x["system"], x["repeat"], x["status"]) for x in lines(results) if x["kind"] == "run"]
+    systems = ["before-factors", "ours-factors", "lorashare"]
+    assert runs == [(s, 0, "ok") for s in systems] + [(s, 1, "ok") for s in reversed(systems)]
+    script("bench.py", *words, "--render", page)
+    row = next(x for x in page.read_text().splitlines() if x.startswith("| tiny | 2 | ours-factors |"))
+    assert all(float(cell) > 0 for cell in row.split("|")[4:-1])
+
+    (checkout / "lorashare_stream" / "__main__.py").write_text("raise SystemExit('another one')")
+    script("bench.py", "again", *words[1:], *chosen)
+    again = [x for x in lines(results) if x["kind"] == "run" and x["run"] == "again"]
+    assert {(x["system"], x["status"], x.get("reason")) for x in again} == {
+        ("before-factors", "failed", "another one"), ("ours-factors", "ok", None), ("lorashare", "ok", None),
+    }  # fmt: skip
 
 
 @measuring
