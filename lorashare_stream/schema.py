@@ -22,7 +22,7 @@ Measure = Annotated[float, Field(allow_inf_nan=False)]
 class Schema(BaseModel):
     """Model of a part of a file: fields that it does not know, and values of another type, are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
 
 
 class Skipped(Schema):
