@@ -450,6 +450,17 @@ def test_verify_fails_for_what_is_not_as_certified(tmp_path: Path, collection: l
     assert all("not the one that was compressed" in text for text in problems.values())
 
 
+def test_verify_says_where_moved_originals_are_named(tmp_path: Path, collection: list[str], capsys: Capture) -> None:
+    out, moved = tmp_path / "out", tmp_path / "moved"
+    assert call("compress", *collection, "-o", out, "-k", 6, "-q") == 0
+    Path(collection[0]).parent.rename(moved)
+    assert call("verify", out, "-q") == 1
+    said = capsys.readouterr().err
+    assert "its original is no longer where it was (found " in said
+    assert "Name the folder where the originals are now by --sources" in said
+    assert call("verify", out, "-q", "--sources", moved) == 0
+
+
 @pytest.mark.parametrize("digest", [True, False])
 @pytest.mark.parametrize("part", ["loadings", "classifier_head"])
 def test_verify_fails_for_a_checkpoint_that_was_changed(

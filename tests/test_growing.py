@@ -454,3 +454,58 @@ def test_from_python_as_lorashare_does(tmp_path: Path, collection: list[str], st
     assert "new" not in share.adapter_names
     with pytest.raises(KeyError):
         share.remove_adapter("new")
+
+
+def test_what_is_there_already_under_another_name_is_told(
+    tmp_path: Path, collection: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Sources that were moved are other adapters than those that are there, whatever they hold."""
+    out, moved = tmp_path / "out", tmp_path / "moved"
+    shutil.copytree(collection[1], tmp_path / "b1")
+    assert main(["compress", *collection, str(tmp_path / "b1"), "-o", str(out), "-k", "6"]) == 0
+    assert "1 adapter has the weights and the configuration of another one: b1 = a01; " in caplog.text
+    shutil.move(Path(collection[0]).parent, moved)
+    for n in (2, 1):
+        if n == 1:
+            shutil.rmtree(default_workspace(out))
+        caplog.clear()
+        assert main(["add", str(out), *(str(moved / f"a{i:02}") for i in range(n)), "--variance", "0.01"]) == 0
+        found = [r.message for r in caplog.records if "another one" in r.message]
+        assert len(found) == 1, found
+        assert re.match(
+            rf"{n} adapters? ha\w+ the weights and the configuration of another one: a00-\w+ = a00", found[0]
+        )
+        again = [name for name in SHAREModel.from_pretrained(out).adapter_names if "-" in name]
+        assert main(["remove", str(out), *again, "-q"]) == 0
+
+
+def test_without_a_workspace_no_refit_is_promised(
+    tmp_path: Path, collection: list[str], strangers: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    go(collection, out)
+    shutil.rmtree(default_workspace(out))
+    assert main(["add", str(out), strangers[0]]) == 1
+    assert "(0." in caplog.text
+    assert "fitted again" not in caplog.text
+    assert main(["add", str(out), strangers[0], "--variance", "0.001"]) == 0
+    assert "there is no workspace from which the bases could be fitted to all" in caplog.text
+    assert "refit" not in caplog.text
+
+
+def test_one_that_no_basis_was_fitted_to_is_taken_out_without_a_word_of_bases(
+    tmp_path: Path, collection: list[str], strangers: list[str], capsys: Capture
+) -> None:
+    """It is in the workspace since it was to be added, and bases could not be fitted while a source was gone."""
+    out = tmp_path / "out"
+    go(collection, out)
+    shutil.move(collection[0], tmp_path / "gone")
+    assert main(["add", str(out), strangers[0], "-q"]) == 1
+    assert "take out s0, which the workspace has by now" in capsys.readouterr().err
+    before = tree_digest(out)
+    shutil.move(tmp_path / "gone", collection[0])
+    assert main(["remove", str(out), "s0", "--refit", "-q"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("took out s0\n")
+    assert "fitted" not in said
+    assert tree_digest(out) == before

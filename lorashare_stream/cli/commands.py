@@ -31,7 +31,16 @@ from ..pipeline import compress as run_plan
 from ..plan.file import plan_as_json
 from ..plan.plan import Plan
 from ..plan.sources import resolve
-from ..report.text import beside_notes, notes_text, plan_notes, plan_text, plan_warnings, rows_text, summary_text
+from ..report.text import (
+    beside_notes,
+    notes_text,
+    plan_notes,
+    plan_text,
+    plan_warnings,
+    rows_text,
+    summary_text,
+    twin_notes,
+)
 from ..settings import LIMITS
 from ..text import bytes_shown, counted, listed, name_fault, printable
 from ..workspace.workspace import Workspace
@@ -142,7 +151,8 @@ def compress(args: Args) -> int:
         what = {"current": "is up to date", "projection": "has grown", "recompute": "has replaced what was there"}
         log.info("%s %s", printable(out), what[outcome.method])
     told = {note for adapter in made.adapters for note in adapter.layout.notes}
-    for note in notes_text(outcome.admissions, told):
+    every = {r.name for r in outcome.admissions}
+    for note in (*notes_text(outcome.admissions, told), *twin_notes(outcome.admissions, every)):
         log.info("%s", note)
     return _print_compressed(args, out, workspace, outcome)
 

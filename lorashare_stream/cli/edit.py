@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.config import Recorded, read_share_config, record_of
+from ..checkpoint.config import SHAREConfig, read_share_config, record_of
 from ..checkpoint.format import ADAPTERS, total_bytes
 from ..edits import add as adding
 from ..edits import refit as refitting
@@ -87,7 +87,7 @@ def remove(args: Args) -> int:
         "in_moments": done.in_moments,
         "absent": list(done.absent),
     }
-    freed = _freed(record_of(config), done) if "refit" in args else []
+    freed = _freed(config, done) if "refit" in args else []
     told = [f"took out {listed(done.names) or 'nothing more'}"] if done.names or not freed else []
     told += [f"fitted {'directions' if done.coded else 'bases'} again, without {listed(freed)}"] if freed else []
     told += [f"taken out before: {listed(done.before)}"] if done.before else []
@@ -103,11 +103,13 @@ def remove(args: Args) -> int:
     return fault.exit_code
 
 
-def _freed(before: Recorded, done: Removed) -> list[str]:
+def _freed(config: SHAREConfig, done: Removed) -> list[str]:
     """Adapters whose trace went with bases, or directions, that were fitted again."""
+    before = record_of(config)
     if done.coded and not before.settings.directions:
         return []
-    held = {*before.removed, *done.names} - {*before.projected, *before.verbatim_adapters}
+    fitted = {*config.adapter_names} - {*before.projected, *before.verbatim_adapters}
+    held = {*before.removed, *(fitted & {*done.names})}
     return sorted(held - {*done.in_bases})
 
 

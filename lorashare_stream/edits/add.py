@@ -23,7 +23,7 @@ from ..pipeline import Outcome, plan_for
 from ..plan.catalog import Reader, Surveyed, make_plan
 from ..plan.plan import Plan
 from ..plan.sources import resolve
-from ..report.text import beside_notes, double_notes
+from ..report.text import beside_notes, double_notes, twin_notes
 from ..settings import Settings
 from ..stages import coding
 from ..stages.adapt import demand_unchanged, grow, offer
@@ -54,28 +54,11 @@ def add(checkpoint: Path, sources: Sequence[Source], options: RunOptions, *, ref
         CollectionError: if bases must be fitted anew, and cannot: it says what the bases that are there keep.
     """
     out, config = opened(checkpoint)
-    settings, root = options.settings(config), options.root_of(out, config)
-    loose = any(s.hub is not None and not s.hub.pinned for s in sources)
-    pins = _pins_in(out, config) if loose else None
-    sources, surveyed = resolve_on_hub(sources, settings, root, pins=pins, progress=options.progress)
-    _check_names(config, out, sources)
-    if config.coded and options.accept is not None:
-        note = "--variance says nothing of a coded checkpoint: each adapter is coded within its limit"
-        log.warning("%s", spelled(note))
-    if root is None:
-        if refit and not config.coded:
-            raise WorkspaceError("no workspace to fit bases anew from", remedy="Compress the sources again.")
-        return _add_alone(out, config, sources, surveyed, settings, options)
-    check_same(out, config, root, adding={s.id for s in sources})
-    held = recalled(root)
-    fresh = _fresh(sources, [(s.id, s.name) for s in held])
-    names = [str(s.name) for s in held]
-    plan = plan_for([*held, *fresh], settings, root, recalled=names, progress=options.progress)
-    _note(plan, {s.id for s in fresh})
-    before = [e for e in skipped_of(out) if e.get("adapter") not in {x.name for x in plan.adapters}]
-    return options.compress(
-        plan, out, root, refit=refit and bool(fresh), accept=options.accept, there=config, also_left_out=before
-    )
+    outcome = _added(out, config, sources, options, refit=refit)
+    fresh = {r.name for r in outcome.admissions} - {*config.adapter_names}
+    for note in twin_notes(outcome.admissions, fresh):
+        log.warning("%s", note)
+    return outcome
 
 
 def add_one(checkpoint: Path, adapter: str | Mapping[str, str], options: RunOptions, *, refit: bool) -> dict[str, Any]:
@@ -107,6 +90,31 @@ def add_one(checkpoint: Path, adapter: str | Mapping[str, str], options: RunOpti
     if config.coded:
         return result | {"relative_error": next(metas_in(checkpoint, config, added)).ours.relative_error}
     return result | (kept if outcome.kept else {})
+
+
+def _added(out: Path, config: SHAREConfig, sources: Sequence[Source], options: RunOptions, *, refit: bool) -> Outcome:
+    settings, root = options.settings(config), options.root_of(out, config)
+    loose = any(s.hub is not None and not s.hub.pinned for s in sources)
+    pins = _pins_in(out, config) if loose else None
+    sources, surveyed = resolve_on_hub(sources, settings, root, pins=pins, progress=options.progress)
+    _check_names(config, out, sources)
+    if config.coded and options.accept is not None:
+        note = "--variance says nothing of a coded checkpoint: each adapter is coded within its limit"
+        log.warning("%s", spelled(note))
+    if root is None:
+        if refit and not config.coded:
+            raise WorkspaceError("no workspace to fit bases anew from", remedy="Compress the sources again.")
+        return _add_alone(out, config, sources, surveyed, settings, options)
+    check_same(out, config, root, adding={s.id for s in sources})
+    held = recalled(root)
+    fresh = _fresh(sources, [(s.id, s.name) for s in held])
+    names = [str(s.name) for s in held]
+    plan = plan_for([*held, *fresh], settings, root, recalled=names, progress=options.progress)
+    _note(plan, {s.id for s in fresh})
+    before = [e for e in skipped_of(out) if e.get("adapter") not in {x.name for x in plan.adapters}]
+    return options.compress(
+        plan, out, root, refit=refit and bool(fresh), accept=options.accept, there=config, also_left_out=before
+    )
 
 
 def _check_names(config: SHAREConfig, out: Path, sources: Sequence[Source]) -> None:
@@ -229,7 +237,8 @@ def _grown(out: Path, config: SHAREConfig, there: Sequence[Admission], run: Run,
     left_out = [*skipped_of(out), *skipped_as_json(refused)]
     if config.coded:
         target = coding.target_there(out, config, journal.admissions, left_out)
-        return Outcome(refused, coding.code(run, job, None, target, lambda _: demand_unchanged(out, config)))
+        method = coding.code(run, job, None, target, lambda _: demand_unchanged(out, config))
+        return Outcome(refused, method, admissions=journal.admissions)
     counts = {group: basis.n for group, basis in record.groups.items()}
     for group, n in replace(job, journal=Journal(admitted)).counts.items():
         counts[group] = counts.get(group, 0) + n
@@ -240,4 +249,4 @@ def _grown(out: Path, config: SHAREConfig, there: Sequence[Admission], run: Run,
             found=listed(name for name, share in kept.items() if share < threshold),
             remedy="Name it by --workspace, or compress all sources into a new checkpoint." + offer(kept, threshold),
         )
-    return Outcome(refused, "projection", kept)
+    return Outcome(refused, "projection", kept, journal.admissions)

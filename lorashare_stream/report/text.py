@@ -253,6 +253,21 @@ def notes_text(admissions: Sequence[Admission], told: Collection[str] = ()) -> l
     return _by_kind((admission.name, note) for admission in admissions for note in admission.notes if note not in told)
 
 
+def twin_notes(admissions: Sequence[Admission], names: Collection[str]) -> list[str]:
+    """Warning of named adapters that have the weights and the configuration of an earlier one."""
+    first: dict[tuple[str, str], str] = {}
+    for r in admissions:
+        first.setdefault((r.digest, r.config_digest), r.name)
+    twins = [(r.name, of) for r in admissions if r.name in names and (of := first[r.digest, r.config_digest]) != r.name]
+    if not twins:
+        return []
+    which = listed((f"{name} = {of}" for name, of in twins), 3)
+    return [
+        f"{counted(len(twins), 'adapter')} {'has' if len(twins) == 1 else 'have'} the weights and the configuration of "
+        f"another one: {which}; what is there twice is taken out by lorashare-stream remove"
+    ]
+
+
 def _by_kind(notes: Iterable[tuple[str, str]]) -> list[str]:
     """Notes of named adapters, which may begin with a key: a line for each kind, those of most adapters first."""
     by_kind: dict[str, dict[str, None]] = {}

@@ -66,7 +66,8 @@ def grow(
     fresh = [r for r in job.journal.admissions if r.name not in named]
     outside = [r.name for r in fresh if not _is_covered(record, job, r)]
     if outside:
-        log.info("%s modules for which there is no basis: bases are fitted again", _have(outside))
+        again = "" if job.alone else ": bases are fitted again"
+        log.info("%s modules for which there is no basis%s", _have(outside), again)
         return False, dict.fromkeys(outside, 0.0)
     job = replace(job, basis_key=record.basis_digest, grows=True)
     with Staging.open(out, digest_of(["growing", job.checkpoint_key, record.basis_digest])) as staging:
@@ -74,7 +75,7 @@ def grow(
         check_components(out, record.components)
         statistics = project(run, job, staging, fresh)
         kept = {name: 1 - f.relative_error**2 for name, f in statistics.items()}
-        if not _enough(kept, threshold):
+        if not _enough(kept, threshold, job):
             return False, kept
         shared = [r.name for r in fresh if statistics[r.name].shared]
         grown = record.counting(counts or job.counts).model_copy(update={"projected": [*record.projected, *shared]})
@@ -115,18 +116,19 @@ def _is_covered(record: CheckpointRecord, job: Job, admission: Admission) -> boo
     return all(group_id(module, side) in record.groups for module in shapes for side in SIDES)
 
 
-def _enough(kept: Mapping[str, float], threshold: float) -> bool:
+def _enough(kept: Mapping[str, float], threshold: float, job: Job) -> bool:
     poor = {name: share for name, share in kept.items() if share < threshold}
     if poor:
         least = min(poor, key=lambda name: (poor[name], name))
         log.info(
-            "the bases keep less than %.6g of the dW energy of %s (%.4f of %s): bases are fitted again",
+            "the bases keep less than %.6g of the dW energy of %s (%.4f of %s)%s",
             threshold, counted(len(poor), "new adapter"), poor[least], listed([least]),
+            "" if job.alone else ": bases are fitted again",
         )  # fmt: skip
     elif kept:
         log.info(
-            "%s projected on the bases that are there, which keep %.4f of the dW energy or more; fit the bases to "
-            "all by lorashare-stream refit CHECKPOINT -o CHECKPOINT", _were([*kept]), min(kept.values()),
+            "%s projected on the bases that are there, which keep %.4f of the dW energy or more; %s",
+            _were([*kept]), min(kept.values()), job.fit_to_all("bases"),
         )  # fmt: skip
     return not poor
 

@@ -216,8 +216,8 @@ def code(
     if job.settings.directions and not found.names:
         target = _on_fitted(run, job, work, target)
     elif target.record.projected:
-        log.info("directions are not fitted to %s: fit them to all by lorashare-stream refit CHECKPOINT -o CHECKPOINT",
-                 counted(len(target.record.projected), "adapter"))  # fmt: skip
+        count = counted(len(target.record.projected), "adapter")
+        log.info("directions are not fitted to %s: %s", count, job.fit_to_all("directions"))
     if size is None or found.names:
         with _staged(target.at(found.step if size else 0.0), found, encode) as staged:
             if size is None or staged.total <= size:

@@ -87,6 +87,17 @@ class Job:
         part = Journal(self.journal.entries[:count])
         return replace(self, journal=part, later=frozenset(part.active.keys() - self.journal.active.keys()))
 
+    @property
+    def alone(self) -> bool:
+        """Whether there is no workspace: the checkpoint stands in its place."""
+        return self.workspace == self.out
+
+    def fit_to_all(self, what: str) -> str:
+        """How bases, or directions, are fitted to all adapters, in words."""
+        if self.alone:
+            return f"there is no workspace from which the {what} could be fitted to all: compress all sources for that"
+        return f"fit the {what} to all by lorashare-stream refit CHECKPOINT -o CHECKPOINT"
+
     @cached_property
     def admission_of(self) -> Mapping[str, Admission]:
         """Admissions by name."""

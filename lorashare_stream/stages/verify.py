@@ -122,6 +122,9 @@ def _local(source: Source | None, reader: Reader) -> Adapter | Exception:
     """Local original, or the error why it cannot be read."""
     if source is None:
         return StreamError("its original is not among the sources")
+    if not source.path.exists():
+        remedy = "Name the folder where the originals are now by --sources: they are found by name."
+        return StreamError("its original is no longer where it was", found=source.path, remedy=remedy)
     try:
         return reader.read(source)
     except OSError as e:
