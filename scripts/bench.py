@@ -265,7 +265,7 @@ class Bench:
         return {**found, "captured": self._captured[key], "components_sha256": digest}
 
 
-def _process(order: Line, checkout: Path | None) -> Line:
+def _process(order: Line, checkout: Path | None = None) -> Line:
     """Measure a process, in which the package is that of a checkout if there is one."""
     command = [sys.executable, "-I", "-S", str(HERE / "bench_measure.py"), json.dumps(order)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"} | ({"PYTHONPATH": str(checkout)} if checkout else {})

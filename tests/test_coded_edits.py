@@ -119,7 +119,7 @@ def test_an_adapter_is_added_alone_in_a_pack_of_its_own(
 def test_variance_means_nothing_and_that_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     sources, out = make_collection(tmp_path / "in", 3), tmp_path / "out"
     go(sources[:2], out)
-    caplog.set_level(logging.WARNING)
+    caplog.set_level(logging.WARNING, "lorashare_stream")
     assert add(out, resolve(sources[2:]), RunOptions(accept=1.0)).method == "projection"
     assert [r.message for r in caplog.records if "variance" in r.message] == [
         "variance_threshold says nothing of a coded checkpoint: each adapter is coded within its limit"
@@ -303,7 +303,7 @@ def test_what_another_run_has_changed_meanwhile_is_left_alone(tmp_path: Path, mo
 def test_another_limit_and_another_form_are_made_from_the_sources(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, "lorashare_stream")
     sources, out = make_collection(tmp_path / "in", 4, WIDE), tmp_path / "out"
     go(sources, out)
     asked: list[dict[str, Any]] = [{"max_error": 0.1}, {"num_components": 3}, {"ratio": 4.0}, {"num_components": 2}]
@@ -345,7 +345,7 @@ def test_the_precision_of_sources_comes_back_with_k(tmp_path: Path) -> None:
 
 
 def test_compress_again_grows_or_replaces(tmp_path: Path, encoded: list[str], caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, "lorashare_stream")
     sources, out = make_collection(tmp_path / "in", 5), tmp_path / "out"
     go(sources[:3], out)
     before = nodes(out)

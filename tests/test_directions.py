@@ -383,7 +383,7 @@ def test_directions_without_a_limit_are_an_error_of_usage(tmp_path: Path, capsys
 def test_one_that_is_added_is_coded_on_the_directions_that_are_there(
     tmp_path: Path, workspace: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, "lorashare_stream")
     sources, out = make_akin(tmp_path / "in", 8), tmp_path / "out"
     go(sources[:6], out, **ON)
     before, there, on = nodes(out), codes(out), groups_in(out)
