@@ -8,7 +8,8 @@ import os
 import pickle
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from safetensors.numpy import load_file, save_file
 
 from lorashare_stream.adapters import config as peftconfig
 from lorashare_stream.errors import AdapterError, BudgetError, CollectionError, MissingFileError, UsageError
+from lorashare_stream.files import tree_bytes
 from lorashare_stream.model import SHAREModel
-from lorashare_stream.pipeline import compress, plan_for
+from lorashare_stream.pipeline import compress, default_workspace, plan_for
 from lorashare_stream.plan.sources import resolve
 from lorashare_stream.settings import Settings
 
@@ -332,6 +334,41 @@ def test_a_disk_without_room_is_refused_before_work(
     with pytest.raises(BudgetError, match=r"not enough disk.*1000 B free"):
         compressed(collection)
     assert not (tmp_path / "out.workspace").exists()
+
+
+@pytest.mark.parametrize(
+    ("step", "after"), [("ingest", 3), ("accumulate", 0), ("accumulate", 1), ("fit", 1), ("project", 5), ("", 0)]
+)
+def test_a_disk_with_room_for_a_whole_run_has_room_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, after: int
+) -> None:
+    """As much as the plan asks for, nearly; at d = 512 moments are most of it."""
+    modules = {f"m{i}": (512, 512) for i in range(3)}
+    settings = Settings(num_components=8, device="cpu", workers=1)
+    plan = partial(plan_for, resolve(make_collection(tmp_path / "in", 140, modules, r=8)), settings)
+    disk, out = tmp_path / "disk", tmp_path / "disk" / "out"
+    disk.mkdir()
+    room = 100_000 + sum(plan(default_workspace(out)).sizes[part] for part in ("workspace", "checkpoint"))
+    monkeypatch.setattr("lorashare_stream.stages.run.free_bytes", lambda path: (1, room - tree_bytes(disk)))
+    seen = 0
+
+    def stop(name: str, total: int, results: Iterator[Any]) -> Iterator[Any]:
+        nonlocal seen
+        for result in results:
+            seen += name == step
+            if seen > after:
+                raise KeyboardInterrupt
+            yield result
+
+    if step:
+        with pytest.raises(KeyboardInterrupt):
+            compress(plan(default_workspace(out)), out, progress=stop)
+    else:
+        compress(plan(default_workspace(out)), out)
+    assert compress(plan(default_workspace(out)), out).method == ("recompute" if step else "current")
+    plan = partial(plan_for, resolve(make_collection(tmp_path / "in", 141, modules, r=8)), settings)
+    with pytest.raises(BudgetError, match="not enough disk"):  # for moments beside those of before
+        compress(plan(default_workspace(out)), out)
 
 
 def test_an_adapter_that_vanishes_after_planning_is_named(tmp_path: Path, collection: list[str]) -> None:

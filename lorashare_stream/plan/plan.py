@@ -172,7 +172,7 @@ class Plan:
         verbatim = sum(e.layout.extra_bytes for e in self.adapters)
         # Pickles are converted, and kept for the run, unless disk is short.
         converted = 0 if s.disk_budget is not None else sum(e.mapped_bytes for e in self.adapters if e.pickled)
-        moments, files = self._moments()
+        moments, files = map(sum, zip(self._moments, self._replaced, strict=True))
         small, few = beside_moments(self.groups, self.adapters, s)
         codes, metadata = self._codes(originals, lora), self._metadata()
         return {
@@ -208,16 +208,32 @@ class Plan:
         numbers = sum(m.rank * (m.dim("A") + m.dim("B")) for e in self.adapters for m in e.layout.modules)
         return min(lora, int(numbers * (log2(2**0.5 / s.max_error) + 0.25) / 8))
 
-    def _moments(self) -> tuple[int, int]:
-        """Bytes and files of moments, the most at a time."""
-        if not self.groups:
-            return 0, 0
+    @cached_property
+    def _parts(self) -> list[tuple[int, int]]:
+        """Bytes and files of the moments of each portion, the largest first."""
         sizes = [[g.stored_moment for m in part for g in self._modules[m]] for part in self.portions([*self._modules])]
-        parts = sorted(((sum(b for b, _ in part), sum(f for _, f in part)) for part in sizes), reverse=True)
-        in_work = parts[: self.step("accumulate").concurrency]
-        whole = in_work if self.settings.discard_moments else parts
-        whole = whole + (in_work if self.grows and whole is parts else [])  # new ones lie beside those of before
-        return sum(b for b, _ in whole), sum(f for _, f in whole)
+        return sorted(((sum(b for b, _ in part), sum(f for _, f in part)) for part in sizes), reverse=True)
+
+    @property
+    def _in_work(self) -> list[tuple[int, int]]:
+        return self._parts[: self.step("accumulate").concurrency] if self.groups else []
+
+    @property
+    def _moments(self) -> tuple[int, int]:
+        """Bytes and files of moments, but for those that are replaced."""
+        some = self._in_work if self.settings.discard_moments or not self.groups else self._parts
+        return sum(b for b, _ in some), sum(f for _, f in some)
+
+    @property
+    def _replaced(self) -> tuple[int, int]:
+        """Bytes and files, at a time, of moments that new ones replace, beside which they are written."""
+        some = self._in_work if self.grows and not self.settings.discard_moments else []
+        return sum(b for b, _ in some), sum(f for _, f in some)
+
+    @property
+    def replaced_bytes(self) -> int:
+        """Bytes of moments of before that lie beside new ones, at a time; a part of `sizes["moments"]`."""
+        return self._replaced[0]
 
     # -- refusal ----------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from ..plan.plan import Plan
 from ..runtime.executors import Mapper, Places
 from ..runtime.progress import Progress
 from ..text import bytes_shown
-from ..workspace.workspace import FILES, HUB, IN_WORK
+from ..workspace.workspace import FILES, HUB, IN_WORK, Workspace
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -187,8 +187,25 @@ def check_disk(plan: Plan, workspace: Path, out: Path, *, adds: bool = False, fe
     Raises:
         DiskError: with what is free and what is needed.
     """
-    work = tree_bytes(workspace) - tree_bytes(workspace / HUB)
-    needs = [(workspace, sum(plan.sizes[part] for part in ("moments", "basis", "converted")) - work)]
+    disks = _needs(plan, workspace, out, plan.sizes["moments"], adds=adds, fetch=fetch)
+    if plan.grows and any(needed > free for needed, free in disks):  # less, perhaps, after a run that was killed
+        disks = _needs(plan, workspace, out, _moments_left(plan, Workspace(workspace)), adds=adds, fetch=fetch)
+    moments = "; or free moments when they are fitted, by --discard-moments" if plan.groups else ""
+    budget_too = "; or free adapters after they are added, by --disk-budget" if fetch else ""
+    for needed, free in disks:
+        if needed > free:
+            raise DiskError(
+                "not enough disk for the workspace and the checkpoint" + (", and what is fetched" if fetch else ""),
+                found=f"{bytes_shown(free)} free",
+                expected=f"about {bytes_shown(needed)} more",
+                remedy=f"Free some; put --workspace on another disk{moments}{budget_too}.",
+            )
+
+
+def _needs(plan: Plan, workspace: Path, out: Path, moments: int, *, adds: bool, fetch: int) -> list[tuple[int, int]]:
+    """Bytes that are needed on each disk, and that are free there."""
+    held = tree_bytes(workspace) - tree_bytes(workspace / HUB)
+    needs = [(workspace, moments + plan.sizes["basis"] + plan.sizes["converted"] - held)]
     if not adds:
         needs.append((staging_folder(out), plan.sizes["checkpoint"] - tree_bytes(staging_folder(out))))
     budget = plan.settings.disk_budget
@@ -196,18 +213,20 @@ def check_disk(plan: Plan, workspace: Path, out: Path, *, adds: bool = False, fe
         needs.append((workspace / FILES, min(budget, fetch) - tree_bytes(workspace / FILES)))
     elif fetch:
         needs.append((cache_folder(), fetch))
-    moments = "; or free moments when they are fitted, by --discard-moments" if plan.groups else ""
-    budget_too = "; or free adapters after they are added, by --disk-budget" if fetch else ""
     free: dict[int, int] = {}
     needed: dict[int, int] = {}
     for folder, size in needs:
         disk, free[disk] = free_bytes(folder)
         needed[disk] = needed.get(disk, 0) + max(0, size)
-    for disk, size in needed.items():
-        if size > free[disk]:
-            raise DiskError(
-                "not enough disk for the workspace and the checkpoint" + (", and what is fetched" if fetch else ""),
-                found=f"{bytes_shown(free[disk])} free",
-                expected=f"about {bytes_shown(size)} more",
-                remedy=f"Free some; put --workspace on another disk{moments}{budget_too}.",
-            )
+    return [(size, free[disk]) for disk, size in needed.items()]
+
+
+def _moments_left(plan: Plan, work: Workspace) -> int:
+    """Bytes of moments at a time, by what a workspace has: none is replaced that is whole, or was never finished."""
+    journal = work.journal()
+    new = {e.name for e in plan.adapters} - {r.name for r in journal.admissions}
+    stale = {module for module, marker in work.markers.items() if new or marker.entries < len(journal.entries)}
+    modules = {group.module for group in plan.groups}
+    if not stale and modules <= work.markers.keys() | work.discarded(modules):
+        return tree_bytes(work.moments)
+    return plan.sizes["moments"] - (0 if stale else plan.replaced_bytes)
