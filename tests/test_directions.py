@@ -351,7 +351,7 @@ def test_the_command_line_does_all_of_it(tmp_path: Path, capsys: Capture) -> Non
     told = capsys.readouterr().out
     assert "directions were fitted to a00 too, and still contain their trace; lorashare-stream refit" in told
     assert "1, on directions not fitted to them: a05" in told
-    assert "1, still in the directions (remove --refit frees them): a00" in told
+    assert "1, still in the directions (remove --refit frees them, with the workspace): a00" in told
     assert main(["refit", str(out), "-o", str(out), *quiet]) == 0
     assert fitted_to_all(out)
     assert main(["compress", *sources[1:], "-o", str(fresh), *limit, *quiet]) == 0

@@ -479,6 +479,25 @@ def test_what_is_there_already_under_another_name_is_told(
         assert main(["remove", str(out), *again, "-q"]) == 0
 
 
+def test_that_it_is_there_already_is_told_where_bases_do_not_do(
+    tmp_path: Path, collection: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    out, moved = tmp_path / "out", tmp_path / "moved"
+    go(collection, out, num_components=2)
+    Path(collection[0]).parent.rename(moved)
+    assert main(["add", str(out), str(moved / "a00")]) == 1
+    assert "1 adapter has the weights and the configuration of another one: a00-" in caplog.text
+
+
+def test_sources_behind_a_link_are_said_to_have_moved(tmp_path: Path, collection: list[str], capsys: Capture) -> None:
+    out, folder = tmp_path / "out", Path(collection[0]).parent
+    assert main(["compress", str(folder), "-o", str(out), "-k", "4", "-q"]) == 0
+    folder.rename(tmp_path / "moved")
+    folder.symlink_to(tmp_path / "moved")
+    assert main(["compress", str(folder), "-o", str(out), "-k", "4", "-q"]) == 1
+    assert "adapters of the workspace are no longer where they were (found " in capsys.readouterr().err
+
+
 def test_without_a_workspace_no_refit_is_promised(
     tmp_path: Path, collection: list[str], strangers: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:

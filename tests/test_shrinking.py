@@ -136,7 +136,7 @@ def test_where_neither_can_be_done_it_is_named(tmp_path: Path, capsys: Capture) 
     share = SHAREModel.from_pretrained(out)
     assert share.config.ours["removed"] == ["a03"]
     share.summary()
-    assert "1, still in the bases (remove --refit frees them): a03" in capsys.readouterr().out
+    assert "1, still in the bases (remove --refit frees them, with the workspace): a03" in capsys.readouterr().out
 
 
 def test_a_trace_in_the_moments_is_told_of_every_basis_that_is_fitted_to_them(tmp_path: Path) -> None:

@@ -188,3 +188,15 @@ def test_a_reconstruction_is_taken_where_it_is_meant(tmp_path: Path, collection:
     assert SHAREModel.from_pretrained(out).adapter_names == ["a00", "a01", "a02", "a03", "again"]
     assert main(["compress", *collection[:4], str(back), "-o", out, "-k", "4"]) == 0
     assert SHAREModel.from_pretrained(out).adapter_names == ["a00", "a01", "a02", "a03", "again"]
+
+
+def test_an_id_that_may_be_a_path_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of a folder that was moved it would only be said that the Hub cannot be reached, or has no such repository."""
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert [str(s.hub) for s in resolve(["hf://runs/gone", "other/gone"])] == ["runs/gone", "other/gone"]
+    assert not caplog.messages
+    assert str(resolve(["runs/gone"])[0].hub) == "runs/gone"
+    assert caplog.messages == ["runs/gone is not there, though runs is: taken for an id of the Hub"]

@@ -18,7 +18,7 @@ from ..files import read_json
 from ..schema import Count, Format, Measure, Schema, checked, fault_of
 from ..settings import Objective, Settings
 from ..text import listed, printable
-from .format import CONFIG, OURS, PARTS
+from .format import ANEW, CONFIG, OURS, PARTS
 from .publish import settled
 
 _NEEDED = {"num_components", "adapter_names", "compression_stats"}
@@ -182,7 +182,7 @@ def read_share_config(root: Path) -> SHAREConfig:
             f"no checkpoint at {printable(root)}", found=listed(entries) or "nothing", expected=CONFIG
         ) from None
     except (ValueError, NotADirectoryError) as e:
-        raise CheckpointError(f"{CONFIG} cannot be read", found=str(e)) from e
+        raise CheckpointError(f"{CONFIG} cannot be read", found=str(e), remedy=ANEW) from e
     if not isinstance(values, dict) or not values.keys() >= _NEEDED:
         raise CheckpointError(f"{CONFIG} is not that of a checkpoint", found=values, expected=listed(_NEEDED))
     try:

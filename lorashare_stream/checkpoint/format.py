@@ -20,6 +20,7 @@ STAGING = "staging.json"  # in a checkpoint that is not whole yet: the digest of
 MARK = "reconstructed"  # in the metadata of an adapter that was reconstructed: the digest of its source id, if known
 OURS = "lorashare_stream"  # the key of what is ours, in compression_stats and in adapter_meta.json
 FILES = (COMPONENTS, SPECTRUM, ADAPTERS, PACKS, INDEX, SKIPPED, CONFIG)  # of a checkpoint, the configuration last
+ANEW = "Delete the checkpoint, not its workspace, and compress again; or fetch it again."  # remedy of a damaged one
 PARTS = ("basis", "loadings", "codes", "verbatim", "metadata")  # of the bytes of a checkpoint on disk
 
 

@@ -312,7 +312,7 @@ def check_pack(path: Path, pack: Pack) -> None:
             f"{pack.file} is damaged",
             found=found,
             expected=f"{pack.nbytes} bytes, SHA-256 {pack.sha256}",
-            remedy="Fetch the checkpoint again, or compress its sources again.",
+            remedy="Fetch the checkpoint again; or delete that file, and compress the same sources into it again.",
         )
 
 

@@ -29,7 +29,7 @@ from ..schema import read_checked
 from ..text import has_surrogates, is_component, listed, printable
 from .coded import meta_of
 from .config import SHAREConfig, read_share_config, record_of
-from .format import ADAPTERS, COMPONENTS, CONFIG, DIRECTIONS, INDEX, LOADINGS, META, SKIPPED, SPECTRUM, VERBATIM
+from .format import ADAPTERS, ANEW, COMPONENTS, CONFIG, DIRECTIONS, INDEX, LOADINGS, META, SKIPPED, SPECTRUM, VERBATIM
 from .index import CodedAdapter, Location, index_of
 from .location import Folder, Place
 from .packs import Read, check_pack, read_code, read_verbatim
@@ -126,7 +126,7 @@ class CheckpointReader:
         """A file that must be there."""
         path = self._optional(relative)
         if path is None:
-            raise CheckpointError(f"{printable(relative)} is missing", found=self.place)
+            raise CheckpointError(f"{printable(relative)} is missing", found=self.place, remedy=ANEW)
         return path
 
     def _optional(self, relative: str) -> Path | None:
@@ -404,9 +404,9 @@ def _open(path: Path) -> Any:
         with path.open("rb") as f:  # safetensors takes no name that is not UTF-8
             return safe_open(f"/dev/fd/{f.fileno()}" if has_surrogates(str(path)) else path, framework="pt")
     except FileNotFoundError:
-        raise CheckpointError(f"{printable(path.name)} is missing", found=printable(path.parent)) from None
+        raise CheckpointError(f"{printable(path.name)} is missing", found=printable(path.parent), remedy=ANEW) from None
     except (SafetensorError, OSError, json.JSONDecodeError) as e:
-        raise CheckpointError(f"{printable(path.name)} cannot be read", found=str(e)) from e
+        raise CheckpointError(f"{printable(path.name)} cannot be read", found=str(e), remedy=ANEW) from e
 
 
 def _load(path: Path) -> Tensors:

@@ -14,7 +14,7 @@ from ..errors import CheckpointError
 from ..files import read_json, unsealed
 from ..schema import Count, Format, Measure, Schema, checked
 from ..workspace.journal import Admission
-from .format import ADAPTERS, COMPONENTS, LOADINGS, META, SPECTRUM, VERBATIM
+from .format import ADAPTERS, ANEW, COMPONENTS, LOADINGS, META, SPECTRUM, VERBATIM
 
 REPAIR = "Take the adapter out (lorashare-stream remove) and add it again; or delete the checkpoint and compress again."
 
@@ -106,7 +106,7 @@ def check_components(root: Path, sha256: str) -> None:
         raise CheckpointError(
             f"{COMPONENTS} is damaged",
             found=root,
-            remedy="Delete the checkpoint, not its workspace, and compress again; or fetch it again.",
+            remedy=ANEW,
         )
 
 

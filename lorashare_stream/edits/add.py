@@ -17,7 +17,15 @@ from ..checkpoint.coded import metas_in
 from ..checkpoint.config import SHAREConfig, read_share_config, record_of
 from ..checkpoint.format import skipped_of
 from ..checkpoint.records import admission_in
-from ..errors import AdapterError, CheckpointError, UsageError, WorkspaceError, refusal, skipped_as_json
+from ..errors import (
+    AdapterError,
+    CheckpointError,
+    CollectionError,
+    UsageError,
+    WorkspaceError,
+    refusal,
+    skipped_as_json,
+)
 from ..hub.lookup import loose_ids, recalled, resolve_on_hub
 from ..pipeline import Outcome, plan_for
 from ..plan.catalog import Reader, Surveyed, make_plan
@@ -32,6 +40,7 @@ from ..stages.job import Job, checkpoint_key_of
 from ..stages.run import Run
 from ..text import folded, listed, printable, spelled
 from ..workspace.journal import Admission, Journal
+from ..workspace.workspace import Workspace
 from .options import RunOptions, check_same, opened
 
 log = logging.getLogger(__name__)
@@ -54,11 +63,19 @@ def add(checkpoint: Path, sources: Sequence[Source], options: RunOptions, *, ref
         CollectionError: if bases must be fitted anew, and cannot: it says what the bases that are there keep.
     """
     out, config = opened(checkpoint)
-    outcome = _added(out, config, sources, options, refit=refit)
-    fresh = {r.name for r in outcome.admissions} - {*config.adapter_names}
-    for note in twin_notes(outcome.admissions, fresh):
-        log.warning("%s", note)
+    try:
+        outcome = _added(out, config, sources, options, refit=refit)
+    except CollectionError:
+        if (root := options.root_of(out, config)) is not None:  # it may be for these that bases do not do
+            _note_twins(Workspace(root).journal().admissions, config)
+        raise
+    _note_twins(outcome.admissions, config)
     return outcome
+
+
+def _note_twins(admissions: Sequence[Admission], config: SHAREConfig) -> None:
+    for note in twin_notes(admissions, {r.name for r in admissions} - {*config.adapter_names}):
+        log.warning("%s", note)
 
 
 def add_one(checkpoint: Path, adapter: str | Mapping[str, str], options: RunOptions, *, refit: bool) -> dict[str, Any]:

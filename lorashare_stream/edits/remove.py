@@ -85,7 +85,7 @@ def _removed(
     if root is None and refit and (not config.coded or record_of(config).settings.directions):
         raise WorkspaceError(
             "no workspace to compute anything anew from",
-            remedy="Name it by --workspace; or leave --refit off, and compress the sources of the others again.",
+            remedy="Name it by --workspace; or compress the sources of the others into a new checkpoint.",
         )
     if root is None and config.coded:
         _keep_others(out, config, names, lambda _: demand_unchanged(out, config))

@@ -13,7 +13,19 @@ from ..adapters.folder import digest_files
 from ..adapters.safetensors import read_header
 from ..checkpoint.coded import meta_of, record_in
 from ..checkpoint.config import SHAREConfig, config_bytes, read_share_config
-from ..checkpoint.format import ADAPTERS, COMPONENTS, CONFIG, INDEX, LOADINGS, META, OURS, SKIPPED, SPECTRUM, VERBATIM
+from ..checkpoint.format import (
+    ADAPTERS,
+    ANEW,
+    COMPONENTS,
+    CONFIG,
+    INDEX,
+    LOADINGS,
+    META,
+    OURS,
+    SKIPPED,
+    SPECTRUM,
+    VERBATIM,
+)
 from ..checkpoint.index import index_bytes, index_of
 from ..checkpoint.packs import check_pack
 from ..checkpoint.records import REPAIR, AdapterMeta, HubOrigin, Meta, has_files
@@ -26,7 +38,6 @@ from .card import MARK, Sources, card
 from .scrub import Scrubber
 
 CARD = "README.md"
-_ANEW = "Delete the checkpoint, not its workspace, and compress again; or fetch it again."
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +180,7 @@ class Payload:
 
     def _tensors(self, where: str, digest: str | None = None, adapter: str | None = None) -> Item:
         """A safetensors file, and no other that a link may lead to; whole, if its digest is known."""
-        path, remedy = self._root / where, REPAIR if adapter else _ANEW
+        path, remedy = self._root / where, REPAIR if adapter else ANEW
         try:
             read_header(path)
             found = digest_files([path])

@@ -116,6 +116,10 @@ def _expand(name: str | None, text: str, output: Output) -> Iterable[Source]:
     elif glob.has_magic(text):
         return _from_glob(text, output)
     hub = None if path.exists() else parse_hub_id(text)
+    if hub is not None and path.parent != Path() and path.parent.is_dir() and not text.startswith("hf://"):
+        log.warning(
+            "%s is not there, though %s is: taken for an id of the Hub", printable(text), printable(path.parent)
+        )
     return [Source(os.path.realpath(text), path, name) if hub is None else _on_hub(hub, name)]
 
 

@@ -346,8 +346,8 @@ def _recorded_rows(config: SHAREConfig, ours: Recorded) -> list[Row]:
     if ours.projected:
         rows.append(("added since", f"{len(ours.projected)}, on {what} not fitted to them: {listed(ours.projected)}"))
     if ours.removed:
-        removed = f"{len(ours.removed)}, still in the {what} (remove --refit frees them): {listed(ours.removed)}"
-        rows.append(("removed", removed))
+        told = f"still in the {what} (remove --refit frees them, with the workspace)"
+        rows.append(("removed", f"{len(ours.removed)}, {told}: {listed(ours.removed)}"))
     if e.mean > 0.5 and config.coded:
         rows.append(("note", "the mean error is large: these adapters need more bytes, or a smaller --max-error"))
     elif e.mean > 0.5:

@@ -287,7 +287,8 @@ def _newer(gone: Sequence[Admission], plan: Plan) -> dict[str, str]:
 
 def _gone(gone: Sequence[Admission], refused: Sequence[AdapterError], newer: Mapping[str, str]) -> WorkspaceError:
     now = [error for error in refused if error.adapter in {r.name for r in gone}]
-    away = [r.source_id for r in gone if os.path.isabs(r.source_id) and not os.path.exists(r.source_id)]
+    local = [r.source_id for r in gone if os.path.isabs(r.source_id)]
+    away = [path for path in local if not os.path.exists(path) or os.path.realpath(path) != path]
     if newer:
         raise WorkspaceError(
             "adapters of the Hub are named at another commit than the one that is in the workspace",
