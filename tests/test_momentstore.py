@@ -372,6 +372,6 @@ def test_columns_of_several_chunks_have_as_many_files_as_the_plan_tells(
     plan = plan_for(resolve(collection), Settings(device="cpu", num_components=16))
     compress(plan, out, executor=SerialExecutor())
     chunks = list((default_workspace(out) / "moments").rglob("c.*"))
-    moments, files = plan._moments()
+    moments, files = plan._moments
     assert (len(chunks), sum(path.stat().st_size for path in chunks)) == (files, moments)
     assert len(chunks) == 3 * (3 + 13 + 2)
