@@ -1239,6 +1239,19 @@ def test_pages_of_a_listing_are_asked_for_one_by_one(hub: FakeHub, collection: l
     assert hub.count(kind="list") == 4
 
 
+def test_what_one_thread_closes_another_asks_for_again(hub: FakeHub) -> None:
+    """The Hub's client closes the session that all threads share where one of them cannot connect."""
+    from huggingface_hub import close_session, get_session
+
+    from lorashare_stream.hub.retry import transience
+
+    session = get_session()
+    close_session()
+    with pytest.raises(RuntimeError) as caught:
+        session.get("http://127.0.0.1:1/")
+    assert transience(caught.value)[0] == "another request has closed the connection"
+
+
 def test_errors_of_the_storage_client() -> None:
     from lorashare_stream.hub.retry import of_adapter, transience
 

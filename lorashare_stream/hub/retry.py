@@ -134,6 +134,8 @@ def transience(error: Exception) -> tuple[str | None, float | None]:
             return None, None
         if isinstance(seen, HTTPError | ConnectionError | TimeoutError):
             return f"the connection failed ({type(seen).__name__})", None
+        if "client has been closed" in str(seen):  # a RuntimeError: it closes for all threads where one cannot connect
+            return "another request has closed the connection", None
         if "Consistency check failed" in str(seen):  # an OSError of the client, which has no class of its own
             return _CUT_SHORT, None
         if isinstance(seen, json.JSONDecodeError):
