@@ -85,7 +85,7 @@ class Results:
     def find(self, kind: str, **facts: Any) -> Line | None:
         """The last line that has these facts."""
         for line in reversed(self.lines):
-            if line["kind"] == kind and all(line[key] == value for key, value in facts.items()):
+            if line["kind"] == kind and all(line.get(key) == value for key, value in facts.items()):
                 return line
         return None
 

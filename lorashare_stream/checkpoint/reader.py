@@ -399,16 +399,17 @@ def _is_folder_name(name: str) -> bool:
         return False
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path, remedy: str = ANEW) -> Any:
     try:
         with path.open("rb") as f:  # safetensors takes no name that is not UTF-8
             return safe_open(f"/dev/fd/{f.fileno()}" if has_surrogates(str(path)) else path, framework="pt")
     except FileNotFoundError:
-        raise CheckpointError(f"{printable(path.name)} is missing", found=printable(path.parent), remedy=ANEW) from None
+        where = printable(path.parent)
+        raise CheckpointError(f"{printable(path.name)} is missing", found=where, remedy=remedy) from None
     except (SafetensorError, OSError, json.JSONDecodeError) as e:
-        raise CheckpointError(f"{printable(path.name)} cannot be read", found=str(e), remedy=ANEW) from e
+        raise CheckpointError(f"{printable(path.name)} cannot be read", found=str(e), remedy=remedy) from e
 
 
 def _load(path: Path) -> Tensors:
-    with _open(path) as f:
+    with _open(path, REPAIR) as f:
         return {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 - safe_open is no mapping

@@ -66,8 +66,7 @@ def grow(
     fresh = [r for r in job.journal.admissions if r.name not in named]
     outside = [r.name for r in fresh if not _is_covered(record, job, r)]
     if outside:
-        again = "" if job.alone else ": bases are fitted again"
-        log.info("%s modules for which there is no basis%s", _have(outside), again)
+        log.info("%s modules for which there is no basis%s", _have(outside), _again(job))
         return False, dict.fromkeys(outside, 0.0)
     job = replace(job, basis_key=record.basis_digest, grows=True)
     with Staging.open(out, digest_of(["growing", job.checkpoint_key, record.basis_digest])) as staging:
@@ -123,7 +122,7 @@ def _enough(kept: Mapping[str, float], threshold: float, job: Job) -> bool:
         log.info(
             "the bases keep less than %.6g of the dW energy of %s (%.4f of %s)%s",
             threshold, counted(len(poor), "new adapter"), poor[least], listed([least]),
-            "" if job.alone else ": bases are fitted again",
+            _again(job),
         )  # fmt: skip
     elif kept:
         log.info(
@@ -131,6 +130,10 @@ def _enough(kept: Mapping[str, float], threshold: float, job: Job) -> bool:
             _were([*kept]), min(kept.values()), job.fit_to_all("bases"),
         )  # fmt: skip
     return not poor
+
+
+def _again(job: Job) -> str:
+    return "" if job.alone else ": bases are fitted again"
 
 
 def _were(names: Sequence[str]) -> str:
